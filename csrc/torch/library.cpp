@@ -1,0 +1,7 @@
+// Every op schema of packops, in one place. The implementations register themselves in ops_*.cpp; autograd and fake kernels in
+// python/packops/_register/. Loading two libraries of one namespace would end the process, so experiments build this file with
+// another PACKOPS_NAMESPACE (python/packops/jit.py).
+#include "torch/namespace.h"
+
+PACKOPS_LIBRARY(m) {
+}

@@ -1,0 +1,10 @@
+"""packops: packed LLM training that is exactly the training you meant. See the README."""
+
+from __future__ import annotations
+
+from . import _loader, _register
+
+_C = _loader.load()
+_register.register("packops")
+
+__version__ = "0.1.0"

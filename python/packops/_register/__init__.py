@@ -1,0 +1,7 @@
+"""Fake kernels and autograd for every op of one namespace (``packops``, or a JIT experiment's)."""
+
+from __future__ import annotations
+
+
+def register(namespace: str) -> None:
+    """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""

@@ -1,0 +1,20 @@
+"""Build packops: the metadata is in pyproject.toml, the sources and flags in csrc/build.json."""
+
+import importlib.util
+import os
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).resolve().parent
+os.chdir(ROOT)
+spec = importlib.util.spec_from_file_location("packops_build", ROOT / "python" / "packops" / "_build.py")
+build = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(build)
+
+setup(
+    ext_modules=[
+        build.make_extension("packops._C", ROOT / "csrc", python_module=True, cuda_home=build.choose_cuda_home(), root=ROOT)
+    ],
+    cmdclass={"build_ext": build.make_build_command()},
+)
