@@ -40,7 +40,8 @@ def find_cuda_home() -> Path | None:
         candidates.append(str(Path(on_path).resolve().parents[1]))
     candidates.append("/usr/local/cuda")
     for home in candidates:
-        if home and (Path(home) / "bin" / "nvcc").is_file():
+        # An nvcc on the PATH may be a wrapper that lies outside its toolkit: a toolkit also has the runtime we link.
+        if home and (Path(home) / "bin" / "nvcc").is_file() and (Path(home) / "lib64" / "libcudart_static.a").is_file():
             return Path(home)
     return None
 
