@@ -6,6 +6,7 @@ Run as a script it builds one library from one JSON request (see :mod:`packops.j
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 CUDA_REQUEST = "PACKOPS_CUDA"  # "1": CUDA or an error; "0": never; unset: CUDA when nvcc is there
+SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".json")
 
 
 def find_csrc() -> Path:
@@ -26,6 +28,16 @@ def find_csrc() -> Path:
         if (candidate / "build.json").is_file():
             return candidate
     raise FileNotFoundError(f"packops: no csrc/build.json in {here} nor two folders above it")
+
+
+def source_digest(csrc: Path) -> str:
+    """sha256 over every file of ``csrc`` (its path and its content, in sorted order): what a build or a test run speaks of."""
+    digest = hashlib.sha256()
+    for path in sorted(csrc.rglob("*"), key=lambda p: p.relative_to(csrc).as_posix()):
+        if path.is_file() and path.suffix in SOURCE_SUFFIXES:
+            for part in (path.relative_to(csrc).as_posix().encode(), path.read_bytes()):
+                digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
 
 
 def read_config(csrc: Path) -> dict[str, Any]:
