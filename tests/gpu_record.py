@@ -44,6 +44,8 @@ def environment() -> dict[str, Any]:
     import torch
 
     info = packops._C.build_info()
+    if info["sources"] != current_digest():
+        raise RuntimeError("the loaded library was built from other sources than csrc/ has now: run `make build` first")
     commit = _run("git", "rev-parse", "HEAD")
     return {
         "device": torch.cuda.get_device_name(),

@@ -56,8 +56,9 @@ def run_tool(tool: str, log: Path) -> dict[str, int | float]:
     sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", "--print-limit=20"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     started = time.monotonic()
+    command = [*sanitizer, sys.executable, __file__, "--cases"]
     with log.open("w") as file:
-        status = subprocess.run([*sanitizer, sys.executable, __file__, "--cases"], stdout=file, stderr=file, env=environment).returncode
+        status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
     seconds = round(time.monotonic() - started, 1)
     return {**read_log(log.read_text(), status), "seconds": seconds}
 
