@@ -7,4 +7,7 @@ from . import _loader, _register
 _C = _loader.load()
 _register.register("packops")
 
+from .functional import CrossEntropyStats, cross_entropy  # noqa: E402  (the ops must be registered first)
+
 __version__ = "0.1.0"
+__all__ = ["CrossEntropyStats", "__version__", "cross_entropy"]
