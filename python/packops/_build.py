@@ -221,7 +221,9 @@ def make_build_command():
 def write_digest(folder: Path, csrc: Path) -> str:
     """A source file that tells the library which sources it was built from; rewritten only when they changed."""
     path = folder / "source_digest.cpp"
-    text = f'namespace packops {{ extern const char* const kSourceDigest; const char* const kSourceDigest = "{source_digest(csrc)}"; }}\n'
+    declaration = "extern const char* const kSourceDigest;"
+    definition = f'const char* const kSourceDigest = "{source_digest(csrc)}";'
+    text = f"namespace packops {{ {declaration} {definition} }}\n"
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
     return str(path)
@@ -242,7 +244,7 @@ def readable_log(text: str) -> str:
 @contextlib.contextmanager
 def progress(label: str, objects: Path, stream: TextIO) -> Iterator[None]:
     """Say ``label`` and, on a terminal, how far the compiler is, by the object files that appear in the folder ``objects``."""
-    started, since = time.monotonic(), time.time()
+    started, since = time.monotonic(), time.time() - 0.1  # a file's time lags by a tick of the kernel
     done = threading.Event()
 
     def compiled() -> int:

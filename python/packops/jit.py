@@ -75,8 +75,9 @@ def load(
         if _is_taken(namespace):
             raise RuntimeError(
                 f"packops.jit: torch.ops.{namespace} already has ops in this process"
-                + (" (another build of yours)" if namespace in _loaded else "")
-                + f", and a second library with them would end it. Choose another namespace: load(..., namespace={namespace + '_2'!r})"
+                + (" (of another build)" if namespace in _loaded else "")
+                + ", and a second library that defines them would end it. Choose another namespace: "
+                + f"load(..., namespace={namespace + '_2'!r})"
             )
         cache = _private_folder()
         library = _find(cache, key) or _compile(cache, request, verbose)
@@ -105,9 +106,7 @@ def _checked_defines(defines: Iterable[str]) -> list[str]:
     checked = list(defines)
     for define in checked:
         if not re.fullmatch(r"[A-Za-z_]\w*(=[\w.+-]*)?", define, re.ASCII):
-            raise ValueError(
-                f"packops.jit: defines must have the form 'NAME' or 'NAME=VALUE' without quotes or spaces, got {define!r}"
-            )
+            raise ValueError(f"packops.jit: defines must be 'NAME' or 'NAME=VALUE' without quotes or spaces, got {define!r}")
     return checked
 
 
