@@ -6,6 +6,10 @@
 
 namespace py = pybind11;
 
+namespace packops {
+extern const char* const kSourceDigest;  // written by the build (python/packops/_build.py)
+}
+
 PYBIND11_MODULE(_C, m) {
   m.doc() = "packops native code: build information and bin packing";
   m.def("build_info", [] {
@@ -14,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_archs"] = packops::kCudaArchs;
     info["torch_target"] = packops::kTorchTarget;
     info["compiler"] = packops::kCompiler;
+    info["sources"] = packops::kSourceDigest;
     return info;
   });
 }
