@@ -16,7 +16,7 @@ namespace packops {
 
 enum class Reduction : int32_t { none, sum, mean, seq_mean_token_mean, seq_mean_token_sum };
 
-inline bool per_sequence(Reduction r) { return r == Reduction::seq_mean_token_mean || r == Reduction::seq_mean_token_sum; }
+constexpr bool per_sequence(Reduction r) { return r == Reduction::seq_mean_token_mean || r == Reduction::seq_mean_token_sum; }
 
 // Values of target[t] that are not a class.
 inline constexpr int32_t kIgnored = -1;   // loss 0, gradient 0, the logits are not read
