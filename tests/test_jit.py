@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from packops import _build, jit
 
 LIBRARY = """

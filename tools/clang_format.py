@@ -1,4 +1,4 @@
-"""clang-format over every C++ and CUDA file that git knows. ``--check`` changes nothing and fails where something would change."""
+"""clang-format over every C++ and CUDA file that git knows. ``--check`` changes nothing, and fails where it would have to."""
 
 from __future__ import annotations
 
