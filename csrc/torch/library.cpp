@@ -4,4 +4,6 @@
 #include "torch/namespace.h"
 
 PACKOPS_LIBRARY(m) {
+  m.def("packed_metadata(Tensor cu_seqlens, SymInt total_tokens) -> (Tensor position_ids, Tensor seq_idx)");
+  m.def("packed_labels(Tensor labels, Tensor cu_seqlens, *, bool shift=True, int ignore_index=-100) -> (Tensor target, Tensor counts)");
 }

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import metadata
+
 
 def register(namespace: str) -> None:
     """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
+    metadata.register(namespace)
