@@ -22,8 +22,8 @@ Documents<Index> documents_of(const PackedAxis& axis) {
 }
 
 template <typename Index>
-__global__ void __launch_bounds__(kThreads)
-    metadata_kernel(Documents<Index> documents, int64_t tokens, int64_t* __restrict__ position_ids, int32_t* __restrict__ seq_idx) {
+__global__ void __launch_bounds__(kThreads) metadata_kernel(Documents<Index> documents, int64_t tokens,
+                                                            int64_t* __restrict__ position_ids, int32_t* __restrict__ seq_idx) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (token >= tokens) return;
   const int64_t document = documents.find(token);
@@ -33,13 +33,14 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Index, typename Label>
 __global__ void __launch_bounds__(kThreads)
-    labels_kernel(Documents<Index> documents, int64_t tokens, const Label* __restrict__ labels, int64_t label_stride, Label ignored,
-                  bool shift, Label* __restrict__ target, unsigned long long* __restrict__ counts) {
+    labels_kernel(Documents<Index> documents, int64_t tokens, const Label* __restrict__ labels, int64_t label_stride,
+                  Label ignored, bool shift, Label* __restrict__ target, unsigned long long* __restrict__ counts) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const bool is_token = token < tokens;  // the others stay for the warp votes below
   const int64_t document = is_token ? documents.find(token) : documents.count;
   const int64_t neighbour = shift ? token + 1 : token - 1;  // the other token of the pair that must share the document
-  const bool is_scored = document < documents.count && neighbour >= 0 && neighbour < tokens && documents.find(neighbour) == document;
+  const bool is_scored =
+      document < documents.count && neighbour >= 0 && neighbour < tokens && documents.find(neighbour) == document;
   const Label value = is_scored ? labels[(shift ? neighbour : token) * label_stride] : ignored;
   if (is_token) target[token] = value;
 
@@ -61,7 +62,8 @@ template <typename Index, typename Label>
 void launch_labels(const LabelsParams& p, cudaStream_t stream) {
   labels_kernel<Index, Label><<<static_cast<unsigned>(blocks_for(p.axis.tokens)), kThreads, 0, stream>>>(
       documents_of<Index>(p.axis), p.axis.tokens, static_cast<const Label*>(p.labels), p.label_stride,
-      static_cast<Label>(p.ignore_index), p.shift, static_cast<Label*>(p.target), reinterpret_cast<unsigned long long*>(p.counts));
+      static_cast<Label>(p.ignore_index), p.shift, static_cast<Label*>(p.target),
+      reinterpret_cast<unsigned long long*>(p.counts));
 }
 
 }  // namespace

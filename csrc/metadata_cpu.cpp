@@ -68,7 +68,8 @@ void packed_labels_cpu(const LabelsParams& p, int64_t begin, int64_t end) {
     for (int64_t document = begin; document < end; document++) {
       const Span span = span_of<decltype(index)>(p.axis, document);
       const bool is_padding = document == p.axis.documents;
-      const int64_t counted = with_index(p.label_dtype, [&](auto label) { return write_targets<decltype(label)>(p, span, is_padding); });
+      const int64_t counted =
+          with_index(p.label_dtype, [&](auto label) { return write_targets<decltype(label)>(p, span, is_padding); });
       if (!is_padding) p.counts[document] = counted;
     }
   });

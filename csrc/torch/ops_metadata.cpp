@@ -84,12 +84,19 @@ Labels prepare_labels(const Tensor& labels, const Tensor& cu_seqlens, bool shift
   CheckedAxis checked = check_axis(cu_seqlens, labels.size(0), "packed_labels");
   Tensor target = torch::stable::new_empty(labels, {labels.size(0)});
   Tensor counts = torch::stable::new_zeros(cu_seqlens, {checked.axis.documents}, ScalarType::Long);
-  LabelsParams params{checked.axis, labels.const_data_ptr(),   dtype, labels.stride(0), ignore_index,
-                      shift,        target.mutable_data_ptr(), counts.mutable_data_ptr<int64_t>()};
+  LabelsParams params{checked.axis,
+                      labels.const_data_ptr(),
+                      dtype,
+                      labels.stride(0),
+                      ignore_index,
+                      shift,
+                      target.mutable_data_ptr(),
+                      counts.mutable_data_ptr<int64_t>()};
   return {checked, target, counts, params};
 }
 
-std::tuple<Tensor, Tensor> packed_labels_on_cpu(const Tensor& labels, const Tensor& cu_seqlens, bool shift, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> packed_labels_on_cpu(const Tensor& labels, const Tensor& cu_seqlens, bool shift,
+                                                int64_t ignore_index) {
   const Labels prepared = prepare_labels(labels, cu_seqlens, shift, ignore_index);
   const PackedAxis& axis = prepared.params.axis;
   check_boundaries(axis, "packed_labels");
@@ -106,7 +113,8 @@ std::tuple<Tensor, Tensor> packed_metadata_on_cuda(const Tensor& cu_seqlens, int
   return {metadata.position_ids, metadata.seq_idx};
 }
 
-std::tuple<Tensor, Tensor> packed_labels_on_cuda(const Tensor& labels, const Tensor& cu_seqlens, bool shift, int64_t ignore_index) {
+std::tuple<Tensor, Tensor> packed_labels_on_cuda(const Tensor& labels, const Tensor& cu_seqlens, bool shift,
+                                                 int64_t ignore_index) {
   const CudaScope scope(labels);
   const Labels prepared = prepare_labels(labels, cu_seqlens, shift, ignore_index);
   check_cuda(packed_labels_cuda(prepared.params, scope.stream()), "packed_labels");
