@@ -7,8 +7,12 @@ from . import _loader, _register
 _C = _loader.load()
 _register.register("packops")
 
-from .functional import packed_labels, packed_metadata  # noqa: E402 - the ops exist only now
+# The operations exist only now, so the modules that use them come last.
+from .documents import SlicedDataset  # noqa: E402
+from .functional import packed_labels, packed_metadata  # noqa: E402
+from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .stream import StreamPacker  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["packed_labels", "packed_metadata"]
+__all__ = ["DocumentSlice", "PackingPlan", "SlicedDataset", "StreamPacker", "pack", "packed_labels", "packed_metadata"]
