@@ -14,6 +14,10 @@
 
 namespace py = pybind11;
 
+namespace packops {
+extern const char* const kSourceDigest;  // written by the build (python/packops/_build.py)
+}
+
 namespace {
 
 using Integers = py::array_t<int64_t, py::array::c_style>;
@@ -86,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_archs"] = packops::kCudaArchs;
     info["torch_target"] = packops::kTorchTarget;
     info["compiler"] = packops::kCompiler;
+    info["sources"] = packops::kSourceDigest;
     return info;
   });
   m.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("strategy"), py::arg("seed"), py::arg("epoch"),

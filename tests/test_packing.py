@@ -6,7 +6,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from packops import _C, pack
 from packops.packing import STRATEGIES
@@ -57,6 +57,16 @@ def test_by_hand():
     ]
 
 
+def test_pieces_take_their_rounded_length():
+    # 3 takes 4 tokens of pack 0, so that 4 are left for the next document, and 2 of its 6 go to pack 1
+    plan = pack([3, 6], 8, strategy="wrapped", seed=None, pad_doc_to_multiple_of=4)
+    assert [[tuple(piece) for piece in plan.slices(p)] for p in range(2)] == [[(0, 0, 3), (1, 0, 4)], [(1, 4, 2)]]
+    for strategy in WHOLE:
+        plan = pack([3, 5], 8, strategy=strategy, pad_doc_to_multiple_of=4)  # 4 + 8, so not together
+        assert plan.num_packs == 2
+        assert plan.efficiency == 0.5
+
+
 def test_best_fit_and_first_fit_differ():
     lengths = [5, 7, 3]  # 3 fits both open packs
     assert packs_of(pack(lengths, 10, strategy="best_fit", seed=None)) == [[0], [1, 2]]
@@ -100,6 +110,7 @@ requests = st.fixed_dictionaries(
 )
 
 
+@settings(max_examples=500)
 @given(st.lists(st.integers(0, 90), max_size=60), st.sampled_from([8, 16, 64, 72]), requests)
 def test_every_token_exactly_once(lengths, max_length, request):
     plan = pack(lengths, max_length, **request)

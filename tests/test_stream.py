@@ -19,7 +19,7 @@ def documents(lengths):
 
 def test_by_hand():
     packer = StreamPacker(10, open_packs=2)
-    # 0 opens A | 1 opens B | 2 fits B only and fills it: B leaves | 3 to A | 4 opens C | 5 opens D: A, the oldest of three, leaves
+    # 0 opens A | 1 opens B | 2 fits B only and fills it: B leaves | 3 to A | 4 opens C | 5 opens D: A, the oldest, leaves
     packs = packer.pack(documents([7, 6, 4, 2, 9, 5]))
     assert [sorted({d[0] for d in p}) for p in packs] == [[1, 2], [0, 3], [4], [5]]
 

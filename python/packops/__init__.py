@@ -7,12 +7,22 @@ from . import _loader, _register
 _C = _loader.load()
 _register.register("packops")
 
-# The operations exist only now, so the modules that use them come last.
+# The ops must be registered before the modules that use them.
 from .documents import SlicedDataset  # noqa: E402
-from .functional import packed_labels, packed_metadata  # noqa: E402
+from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_metadata  # noqa: E402
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
 
 __version__ = "0.1.0"
-
-__all__ = ["DocumentSlice", "PackingPlan", "SlicedDataset", "StreamPacker", "pack", "packed_labels", "packed_metadata"]
+__all__ = [
+    "CrossEntropyStats",
+    "DocumentSlice",
+    "PackingPlan",
+    "SlicedDataset",
+    "StreamPacker",
+    "__version__",
+    "cross_entropy",
+    "pack",
+    "packed_labels",
+    "packed_metadata",
+]

@@ -1,11 +1,120 @@
-"""The public operations: argument normalisation, then the op. Formulas: :mod:`packops.reference`."""
+"""The public operations: arguments are put in order here, the work is done by ``torch.ops.packops``."""
 
 from __future__ import annotations
+
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ._errors import raise_typed
+from ._register import ce_loss as _ce
+
+Reduction = Literal["none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+_CE_OPS = _ce.raw_ops("packops")
+
+
+class CrossEntropyStats(NamedTuple):
+    """What the loss kernel saw on its way; none of it is differentiable. ``T`` rows have the labels' shape."""
+
+    num_tokens: Tensor  #: () int64: rows that counted
+    num_sequences: Tensor  #: () int64: documents with at least one row that counted
+    lse: Tensor  #: (...) log-sum-exp of the (scaled, capped) logits; 0 where ignored
+    entropy: Tensor  #: (...) of the softmax, in nats; 0 where ignored
+    prediction: Tensor  #: (...) int64 argmax, the first index on ties; -1 where ignored
+    correct: Tensor  #: (...) bool: counted and prediction == label
+    sequence_loss: Tensor  #: (documents,) mean loss of each document (its sum for "seq-mean-token-sum"); 0 if none counted
+
+
+def _as_num_items(num_items: Tensor | float | None) -> Tensor | None:
+    # A number becomes a host tensor: the op reads it there, so it costs neither a copy to the device nor a wait for it.
+    if num_items is None or isinstance(num_items, Tensor):
+        return num_items
+    return torch.tensor(num_items, dtype=torch.float64)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    r"""Cross entropy that knows where packed documents end and by what its loss is divided.
+
+    With :math:`x' = c \tanh(x s / c)` (``softcap`` c, ``logit_scale`` s) a row with target y loses
+
+    .. math:: \ell = w \left[(1-\epsilon)\, u_y\,(\mathrm{lse} - x'_y)
+              + \tfrac{\epsilon}{V} \sum_c u_c\,(\mathrm{lse} - x'_c) + z\,\mathrm{lse}^2\right]
+
+    with ``token_weight`` w, ``class_weight`` u, ``label_smoothing`` ε (as torch defines them) and ``z_loss`` z. The maths is
+    fp32 whatever the logits' dtype (fp64 for fp64), and so is the loss.
+
+    Args:
+        logits: (..., V) bf16, fp16 or fp32 (fp64 on the CPU); rows may be strided, the last dimension contiguous.
+        labels: (...) int32 or int64.
+        cu_seqlens: (S+1,) int32 or int64 on the logits' device: where each of S documents begins in the flattened rows, as
+            attention kernels take it. Rows at or past ``cu_seqlens[-1]`` are padding and never count; empty documents are legal.
+            Without it every row of a (..., L, V) batch is one document of length L.
+        shift: False: row i is scored against ``labels[i]``. True: against ``labels[i+1]``, and the last row of every document
+            against nothing. Labels already masked at the boundaries give the same result.
+        reduction: ``"none"`` (per token, 0 where ignored), ``"sum"``, ``"mean"`` = Σ wℓ / Σ w over counted tokens,
+            ``"seq-mean-token-mean"`` = mean over documents of the document's mean, ``"seq-mean-token-sum"`` = mean over
+            documents of the document's sum. Documents without a counted token do not count.
+        num_items: replaces the local denominator (tokens for "mean", documents for the two others) by a global count over
+            micro-batches and ranks: a number, or a one-element tensor of any numeric dtype on the device or the host.
+        ignore_index: this label does not count.
+        token_weight: (...) float per token.
+        class_weight: (V,) float per class.
+        inplace: overwrite the logits with their gradient: O(rows) extra memory. The logits must not be a leaf.
+        return_stats: also return :class:`CrossEntropyStats`.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 logits): () or, for ``"none"``, the labels' shape. If nothing counts the loss is 0 and
+        the gradient 0, where torch gives NaN. Differentiable once with respect to the logits, for any ``grad_output``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range; it is named.
+        IndexError: a label outside [0, V) that is not ``ignore_index``, on the CPU. On CUDA that row's loss is NaN and its
+            gradient 0, unless :func:`packops.checks` is on.
+    """
+    if inplace:
+        raise NotImplementedError("packops.cross_entropy: inplace=True")
+    if return_stats:
+        raise NotImplementedError("packops.cross_entropy: return_stats=True")
+    arguments = {
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "reduction": reduction,
+        "num_items": _as_num_items(num_items),
+        "ignore_index": ignore_index,
+        "token_weight": token_weight,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    if torch.compiler.is_compiling():
+        return torch.ops.packops.cross_entropy(logits, labels, **arguments)
+    try:
+        if torch.is_grad_enabled() and logits.requires_grad:
+            return _ce.CrossEntropyFunction.apply(_CE_OPS, logits, labels, arguments, False, False)[0]
+        return _CE_OPS.forward(logits, labels, **arguments)[0]
+    except RuntimeError as error:
+        raise_typed(error)
 
 
 def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,142 @@
+"""Cross entropy: fake kernels, and the autograd that reads the logits once.
+
+Where the logits need a gradient, the forward kernel also writes d loss / d logits for ``grad_output = 1`` into a buffer. The
+backward hands that buffer out; a kernel first rewrites the rows whose ``grad_output`` turns out not to be 1, from the logits,
+because scaling a rounded gradient would round it twice. Nothing waits for the device to find out.
+
+Half precision and ``reduction="none"`` form the gradient in the backward only: a loss scale, or per-token weights, would make
+the forward's gradient useless, and fp16 could not even hold it.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._errors import raise_typed
+
+# Rows of the `floats` and `ints` state tensors, as csrc/torch/ops_ce_loss.cpp lays them out.
+SCALE, MAX, SUM, LOSS, ENTROPY = range(5)
+TARGET, PREDICTION = range(2)
+
+MATHS = ("class_weight", "label_smoothing", "z_loss", "softcap", "logit_scale")
+
+
+def raw_ops(namespace: str) -> SimpleNamespace:
+    """The overloads that the autograd formula is made of, looked up once."""
+    ops = getattr(torch.ops, namespace)
+    return SimpleNamespace(
+        forward=ops._cross_entropy_forward.default,
+        forward_=ops._cross_entropy_forward_.default,
+        backward=ops._cross_entropy_backward.default,
+        backward_=ops._cross_entropy_backward_.default,
+    )
+
+
+def _graph_is_kept() -> bool:
+    """Whether the running backward keeps its graph, so that it may run again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """loss, floats, ints, counts = apply(ops, logits, labels, options, with_stats, inplace); only the loss is differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: SimpleNamespace, logits: Tensor, labels: Tensor, options: dict[str, Any], with_stats: bool, inplace: bool):
+        early = options["reduction"] != "none" and logits.dtype != torch.float16
+        ctx.ops, ctx.early, ctx.inplace = ops, early, inplace
+        ctx.maths = {name: options[name] for name in MATHS if name != "class_weight"}
+        if inplace and early:
+            loss, floats, ints, counts = ops.forward_(logits, labels, **options, with_stats=with_stats)
+            ctx.mark_dirty(logits)
+            grad = logits
+        else:
+            loss, grad, floats, ints, counts = ops.forward(logits, labels, **options, with_grad=early, with_stats=with_stats)
+        ctx.save_for_backward(logits, grad, floats, ints, options["class_weight"])
+        ctx.mark_non_differentiable(floats, ints, counts)
+        ctx.set_materialize_grads(False)
+        return loss, floats, ints, counts
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *unused: Any):
+        grad_logits = None
+        if grad_output is not None:
+            logits, grad, floats, ints, class_weight = ctx.saved_tensors
+            arguments = (grad_output, logits, floats, ints)
+            if ctx.early and not _graph_is_kept():
+                ctx.ops.backward_(grad, *arguments, class_weight=class_weight, **ctx.maths)
+                grad_logits = grad
+            else:
+                grad_logits = ctx.ops.backward(*arguments, class_weight=class_weight, **ctx.maths)
+        return None, grad_logits, None, None, None, None
+
+
+def register(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+    raw = raw_ops(namespace)
+
+    def loss_like(logits: Tensor, reduction: str) -> Tensor:
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
+
+    def state_like(logits: Tensor, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
+        rows = logits.shape[:-1].numel()
+        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+        floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
+        ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
+        return floats, ints, logits.new_empty((2,), dtype=torch.int64)
+
+    @torch.library.register_fake(f"{namespace}::cross_entropy")
+    def _(logits, labels, *, reduction="mean", **options):
+        return loss_like(logits, reduction)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward")
+    def _(logits, labels, *, reduction="mean", with_grad=False, with_stats=False, **options):
+        grad = torch.empty_like(logits) if with_grad else logits.new_empty((0,))
+        return loss_like(logits, reduction), grad, *state_like(logits, with_stats)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward_")
+    def _(logits, labels, *, reduction="mean", with_stats=False, **options):
+        return loss_like(logits, reduction), *state_like(logits, with_stats)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward")
+    def _(grad_output, logits, floats, ints, **maths):
+        return torch.empty_like(logits)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward_")
+    def _(grad_logits, grad_output, logits, floats, ints, **maths):
+        return None
+
+    def autograd(logits, labels, **options):
+        options = {**DEFAULTS, **options}
+        try:
+            if torch.is_grad_enabled() and logits.requires_grad:
+                return CrossEntropyFunction.apply(raw, logits, labels, options, False, False)[0]
+            with torch._C._AutoDispatchBelowAutograd():
+                return ops.cross_entropy.default(logits, labels, **options)
+        except RuntimeError as error:
+            raise_typed(error)
+
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.impl("cross_entropy", autograd, "Autograd")
+    _LIBRARIES.append(library)
+
+
+DEFAULTS: dict[str, Any] = {
+    "cu_seqlens": None,
+    "shift": False,
+    "reduction": "mean",
+    "num_items": None,
+    "ignore_index": -100,
+    "token_weight": None,
+    "class_weight": None,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "softcap": None,
+    "logit_scale": 1.0,
+}
+_LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
