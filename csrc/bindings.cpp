@@ -2,6 +2,7 @@
 // functions speak numbers, strings and numpy arrays, never tensors, so that the wheel is not tied to one torch.
 #include <pybind11/pybind11.h>
 
+#include "ce_loss.h"
 #include "common/build_info.h"
 
 namespace py = pybind11;
@@ -17,6 +18,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = packops::kCudaVersion;
     info["cuda_archs"] = packops::kCudaArchs;
     info["torch_target"] = packops::kTorchTarget;
+    info["cpu_isa"] = packops::ce_loss_cpu_isa();
     info["compiler"] = packops::kCompiler;
     info["sources"] = packops::kSourceDigest;
     return info;
