@@ -7,7 +7,24 @@ from . import _loader, _register
 _C = _loader.load()
 _register.register("packops")
 
-from .functional import CrossEntropyStats, cross_entropy  # noqa: E402  (the ops must be registered first)
+# The ops must be registered before the modules that use them.
+from ._checks import checks  # noqa: E402
+from .documents import SlicedDataset  # noqa: E402
+from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_metadata  # noqa: E402
+from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .stream import StreamPacker  # noqa: E402
 
 __version__ = "0.1.0"
-__all__ = ["CrossEntropyStats", "__version__", "cross_entropy"]
+__all__ = [
+    "CrossEntropyStats",
+    "DocumentSlice",
+    "PackingPlan",
+    "SlicedDataset",
+    "StreamPacker",
+    "__version__",
+    "checks",
+    "cross_entropy",
+    "pack",
+    "packed_labels",
+    "packed_metadata",
+]

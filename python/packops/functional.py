@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks
 from ._errors import raise_typed
 from ._register import ce_loss as _ce
 
@@ -90,11 +91,7 @@ def cross_entropy(
         IndexError: a label outside [0, V) that is not ``ignore_index``, on the CPU. On CUDA that row's loss is NaN and its
             gradient 0, unless :func:`packops.checks` is on.
     """
-    if inplace:
-        raise NotImplementedError("packops.cross_entropy: inplace=True")
-    if return_stats:
-        raise NotImplementedError("packops.cross_entropy: return_stats=True")
-    arguments = {
+    options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
         "reduction": reduction,
@@ -108,10 +105,88 @@ def cross_entropy(
         "logit_scale": logit_scale,
     }
     if torch.compiler.is_compiling():
-        return torch.ops.packops.cross_entropy(logits, labels, **arguments)
+        if not return_stats:
+            return torch.ops.packops.cross_entropy(logits, labels, **options)
+        loss, *state = torch.ops.packops.cross_entropy_stats(logits, labels, **options)
+        return loss, _stats(labels.shape, *state)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and needs_grad and logits.is_leaf:
+        raise ValueError(
+            "packops.cross_entropy: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one"
+        )
     try:
-        if torch.is_grad_enabled() and logits.requires_grad:
-            return _ce.CrossEntropyFunction.apply(_CE_OPS, logits, labels, arguments, False, False)[0]
-        return _CE_OPS.forward(logits, labels, **arguments)[0]
+        if needs_grad:
+            loss, *state = _ce.CrossEntropyFunction.apply(_CE_OPS, logits, labels, options, return_stats, inplace)
+        else:
+            loss, _, *state = _CE_OPS.forward(logits, labels, **options, with_stats=return_stats)
     except RuntimeError as error:
         raise_typed(error)
+    if logits.is_cuda and _checks.enabled():
+        _checks.raise_bad_rows(
+            labels, cu_seqlens, state[1][_ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=logits.shape[-1]
+        )
+    return (loss, _stats(labels.shape, *state)) if return_stats else loss
+
+
+def _stats(shape: torch.Size, floats: Tensor, ints: Tensor, counts: Tensor, sequence_loss: Tensor) -> CrossEntropyStats:
+    target, prediction = ints[_ce.TARGET], ints[_ce.PREDICTION]
+    counted = target >= 0
+    lse = torch.where(counted, floats[_ce.MAX] + floats[_ce.SUM].log(), 0.0)
+    return CrossEntropyStats(
+        num_tokens=counts[0],
+        num_sequences=counts[1],
+        lse=lse.view(shape),
+        entropy=floats[_ce.ENTROPY].view(shape),
+        prediction=prediction.long().view(shape),
+        correct=(counted & (prediction == target)).view(shape),
+        sequence_loss=sequence_loss,
+    )
+
+
+def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+    """Position ids and document ids of a packed axis, on the device of ``cu_seqlens`` and without a host sync.
+
+    Args:
+        cu_seqlens: (documents + 1,) int32 or int64, from 0 upwards. Document ``s`` is the tokens
+            ``[cu_seqlens[s], cu_seqlens[s + 1])``. Empty documents are legal, so a ``cu_seqlens`` of fixed size (for CUDA
+            graphs) repeats its last value.
+        total_tokens: length of the packed axis, in tokens. Tokens at or past ``cu_seqlens[-1]`` are padding.
+
+    Returns:
+        ``position_ids`` (total_tokens,) int64, which restart at 0 in every document, and ``seq_idx`` (total_tokens,) int32, the
+        number of each token's document. The padding is one trailing document: its positions restart at 0, its ``seq_idx`` is -1.
+
+    Raises:
+        TypeError: ``cu_seqlens`` is not int32 or int64.
+        ValueError: it is not one-dimensional or empty, or ``total_tokens`` is negative; on the CPU also if it does not start at
+            0, decreases or exceeds ``total_tokens``. On CUDA such values give unspecified ids, never a bad memory access.
+    """
+    try:
+        return torch.ops.packops.packed_metadata(cu_seqlens, total_tokens)
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Labels of a packed axis that never score one document's token against another document, and how many each document has.
+
+    Args:
+        labels: int32 or int64, ``labels[t]`` is token t's own id or ``ignore_index`` (as Hugging Face passes them). Any shape,
+            of as many elements as the packed axis has tokens.
+        cu_seqlens: (documents + 1,) int32 or int64 on the same device; see :func:`packed_metadata`.
+        shift: True returns next-token targets: row t holds ``labels[t + 1]``, a document's last row ``ignore_index``.
+            False returns labels that a model shifts later: unchanged, but ``ignore_index`` at every document's first token.
+        ignore_index: what a row that is not scored holds. Padding always does.
+
+    Returns:
+        ``target``, of the shape and dtype of ``labels``, and ``counts`` (documents,) int64: scored tokens per document, the same
+        for both values of ``shift``. ``counts.sum()`` is the token count of a mean loss, ``(counts > 0).sum()`` its documents.
+
+    Raises:
+        TypeError, ValueError: as :func:`packed_metadata`, and where ``labels`` and ``cu_seqlens`` are on two devices.
+    """
+    try:
+        target, counts = torch.ops.packops.packed_labels(labels.reshape(-1), cu_seqlens, shift=shift, ignore_index=ignore_index)
+    except RuntimeError as error:
+        raise_typed(error)
+    return target.view(labels.shape), counts

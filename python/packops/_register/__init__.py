@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from . import ce_loss
+from . import ce_loss, metadata
 
 
 def register(namespace: str) -> None:
     """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
     ce_loss.register(namespace)
+    metadata.register(namespace)
