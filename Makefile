@@ -91,8 +91,8 @@ format: $(VENV_READY)
 
 .PHONY: cpp
 cpp: $(VENV_READY)
-	@cmake -S . -B build/cmake -DPACKOPS_PYTHON=$(PY) -DCMAKE_CUDA_ARCHITECTURES=90
-	@cmake --build build/cmake --parallel
+	@TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' cmake -S . -B build/cmake -DPACKOPS_PYTHON=$(PY)
+	@MAKEFLAGS=--no-print-directory cmake --build build/cmake --parallel $$(nproc)
 	@ctest --test-dir build/cmake --output-on-failure
 
 .PHONY: wheel
