@@ -96,9 +96,9 @@ cpp: $(VENV_READY)
 	@ctest --test-dir build/cmake --output-on-failure
 
 .PHONY: wheel
-wheel: $(VENV_READY)
+wheel: $(VENV_READY)  # the sdist, and a wheel built from it alone
 	@rm -rf dist && mkdir -p build
-	@$(PY) -m build --no-isolation --sdist --wheel > build/wheel.log || { cat build/wheel.log; exit 1; }
+	@$(PY) -m build --no-isolation > build/wheel.log || { cat build/wheel.log; exit 1; }
 	@ls -l dist
 
 .PHONY: clean

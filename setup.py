@@ -4,7 +4,13 @@ import importlib.util
 import os
 from pathlib import Path
 
+import setuptools
 from setuptools import find_namespace_packages, find_packages, setup
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # a fresh venv has an older one, and its own complaint is no help
+    raise SystemExit(
+        f"packops: building needs setuptools >= 77, found {setuptools.__version__}: pip install --upgrade setuptools"
+    )
 
 ROOT = Path(__file__).resolve().parent
 os.chdir(ROOT)
