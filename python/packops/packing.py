@@ -29,7 +29,7 @@ STRATEGIES: tuple[str, ...] = ("best_fit", "bfd", "ffd", "next_fit", "sequential
 class DocumentSlice(NamedTuple):
     """Tokens ``[start, start + length)`` of document ``index``."""
 
-    index: int
+    index: int  # type: ignore[assignment]
     start: int
     length: int
 
