@@ -8,20 +8,27 @@ _C = _loader.load()
 _register.register("packops")
 
 # The ops must be registered before the modules that use them.
+from .batch import PackedBatch  # noqa: E402
+from .collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
 from .documents import SlicedDataset  # noqa: E402
 from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_metadata  # noqa: E402
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyStats",
     "DocumentSlice",
+    "PackedBatch",
+    "PackedBatchSampler",
+    "PackingCollator",
     "PackingPlan",
     "SlicedDataset",
     "StreamPacker",
     "__version__",
     "cross_entropy",
+    "max_docs_for_flash_attention",
     "pack",
     "packed_labels",
     "packed_metadata",
