@@ -155,6 +155,22 @@ def test_balance_evens_out_the_ranks():
     )
 
 
+def test_packs_of_a_step_are_dealt_in_turns():
+    """Costs 8 7 6 5 4 3 2 1 over two ranks of four packs: 8+5+4+1 against 7+6+3+2."""
+    sampler = PackedBatchSampler([8, 7, 6, 5, 4, 3, 2, 1], 8, max_docs_per_pack=1, packs_per_batch=4, rank=0, world_size=2)
+    assert sampler.costs().shape == (1, 2)
+    assert sampler.cost[0] * 36 + 204 == sampler.costs().sum()
+    assert sorted(len(b) for b in sampler) == [4]
+    assert [8 - i for i in next(iter(sampler))] == [8, 5, 4, 1]
+
+
+def test_empty_packs_are_not_resumed():
+    three = ranks([4], 4, 3)
+    one = PackedBatchSampler([4], 4)
+    one.load_state_dict(three[0].state_dict(step=0))
+    assert list(one) == [[0]]
+
+
 def test_costs_are_those_of_the_batches():
     lengths = np.random.default_rng(1).integers(1, 50, 100)
     samplers = ranks(lengths, 64, 3, cost=(10.0, 2.0), packs_per_batch=2)
