@@ -97,8 +97,9 @@ cpp: $(VENV_READY)
 
 .PHONY: wheel
 wheel: $(VENV_READY)
-	@rm -rf dist
-	@env -u TORCH_CUDA_ARCH_LIST $(PY) -m build --no-isolation --sdist --wheel
+	@rm -rf dist && mkdir -p build
+	@$(PY) -m build --no-isolation --sdist --wheel > build/wheel.log || { cat build/wheel.log; exit 1; }
+	@ls -l dist
 
 .PHONY: clean
 clean:

@@ -255,20 +255,43 @@ __device__ __forceinline__ void zero_row(T* out, int64_t vocab, int thread, int 
 
 // ------------------------------------------------------------------------------------------------------------- prepare
 
-// Workspace: weights (rows), inverse document weights (documents), document counted (documents), class weight sum (1),
-// normaliser (1).
-struct Workspace {
-  float *weight, *document_inverse, *document_counted, *class_weight_sum, *normalizer;
-  __host__ __device__ explicit Workspace(const CeLossParams& p) {
-    weight = static_cast<float*>(p.workspace);
-    document_inverse = weight + p.rows;
-    document_counted = document_inverse + p.documents;
-    class_weight_sum = document_counted + p.documents;
-    normalizer = class_weight_sum + 1;
-  }
+constexpr int kTile = 1024;  // rows, and threads, of a block that prepares
+
+struct RowEntry {
+  int32_t row, target;
 };
 
-constexpr int kPrepareThreads = 1024;
+// The pieces of CeLossParams::workspace; `size` is in floats.
+struct Workspace {
+  RowEntry* order;          // (rows) the rows that count in ascending order, then the others in descending order
+  float* weight;            // (rows) a counted row's part in the denominator
+  float* document_inverse;  // (documents) what a row's scale owes to its document
+  int32_t* document_counted;
+  float* tile_weight;  // (tiles)
+  int32_t *tile_count, *tile_offset;
+  float *class_weight_sum, *normalizer;
+  int64_t size;
+
+  __host__ __device__ explicit Workspace(const CeLossParams& p) {
+    const int64_t tiles = (p.rows + kTile - 1) / kTile;
+    auto* at = static_cast<float*>(p.workspace);
+    const auto take = [&](int64_t count) {
+      float* piece = at;
+      at += count;
+      return piece;
+    };
+    order = reinterpret_cast<RowEntry*>(take(2 * p.rows));
+    weight = take(p.rows);
+    document_inverse = take(p.documents);
+    document_counted = reinterpret_cast<int32_t*>(take(p.documents));
+    tile_weight = take(tiles);
+    tile_count = reinterpret_cast<int32_t*>(take(tiles));
+    tile_offset = reinterpret_cast<int32_t*>(take(tiles));
+    class_weight_sum = take(1);
+    normalizer = take(1);
+    size = at - static_cast<float*>(p.workspace);
+  }
+};
 
 __device__ __forceinline__ int64_t integer_at(const void* data, DType dtype, int64_t i) {
   return dtype == DType::i32 ? int64_t(static_cast<const int32_t*>(data)[i]) : static_cast<const int64_t*>(data)[i];
@@ -294,45 +317,56 @@ __device__ int64_t document_of(const CeLossParams& p, int64_t t) {
 __device__ __forceinline__ float token_weight(const CeLossParams& p, int64_t t) { return p.token_weight ? p.token_weight[t] : 1.f; }
 __device__ __forceinline__ float inverse_or_zero(float x) { return x != 0 ? 1 / x : 0.f; }
 
-__device__ void prepare_targets(const CeLossParams& p, int64_t first, int64_t stride) {
+struct WeightAndCount {
+  float weight;
+  int32_t count;
+};
+struct AddWeightAndCount {
+  __device__ __forceinline__ WeightAndCount operator()(WeightAndCount a, WeightAndCount b) const { return {a.weight + b.weight, a.count + b.count}; }
+};
+using Scratch = WeightAndCount[kTile / 32];
+
+// Targets and weights of one tile of rows.
+__device__ void prepare_targets(const CeLossParams& p, int64_t tile, Scratch& scratch) {
   const Workspace w(p);
-  const bool by_document = p.cu_seqlens || p.shift;
-  for (int64_t t = first; t < p.rows; t += stride) {
+  const int64_t t = tile * kTile + threadIdx.x;
+  WeightAndCount mine{0, 0};
+  if (t < p.rows) {
     int32_t target = kIgnored;
-    const int64_t d = by_document ? document_of(p, t) : 0;
+    const int64_t d = p.cu_seqlens || p.shift ? document_of(p, t) : 0;
     if (d >= 0 && !(p.shift && t + 1 >= bound(p, d + 1))) {
       const int64_t label = integer_at(p.labels, p.labels_dtype, t + (p.shift ? 1 : 0));
       if (label != p.ignore_index) target = label >= 0 && label < p.vocab ? int32_t(label) : kBadLabel;
     }
     p.target[t] = target;
-    float weight = 0;
-    if (target != kIgnored) weight = token_weight(p, t) * (p.class_weight && target >= 0 ? p.class_weight[target] : 1.f);
-    w.weight[t] = weight;
+    if (target != kIgnored) mine = {token_weight(p, t) * (p.class_weight && target >= 0 ? p.class_weight[target] : 1.f), 1};
+    w.weight[t] = mine.weight;
+  }
+  mine = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch);
+  if (threadIdx.x == 0) {
+    w.tile_weight[tile] = mine.weight;
+    w.tile_count[tile] = mine.count;
   }
 }
 
-// One document per group of kGroup threads (a warp or a block).
+// One document per group of kGroup threads (a warp, or the block).
 template <int kGroup>
-__device__ void prepare_documents(const CeLossParams& p, int64_t first, int64_t stride, float2* scratch) {
+__device__ void prepare_documents(const CeLossParams& p, int64_t first, int64_t stride, Scratch& scratch) {
   const Workspace w(p);
   const int lane = threadIdx.x % kGroup;
   for (int64_t d = first; d < p.documents; d += stride) {
-    float2 part{0, 0};  // weight, counted
+    WeightAndCount part{0, 0};
     const int64_t end = bound(p, d + 1);
-    for (int64_t t = bound(p, d) + lane; t < end; t += kGroup) {
-      part.x += w.weight[t];
-      if (p.target[t] != kIgnored) part.y = 1;
-    }
-    const auto merge = [](float2 a, float2 b) { return float2{a.x + b.x, fmaxf(a.y, b.y)}; };
+    for (int64_t t = bound(p, d) + lane; t < end; t += kGroup) part = AddWeightAndCount{}(part, {w.weight[t], p.target[t] != kIgnored});
     if constexpr (kGroup == 32) {
-      part = warp_reduce(part, merge);
+      part = warp_reduce(part, AddWeightAndCount{});
     } else {
-      part = block_reduce<kGroup>(part, float2{0, 0}, merge, scratch);
+      part = block_reduce<kGroup>(part, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch);
       __syncthreads();
     }
     if (lane == 0) {
-      w.document_inverse[d] = p.reduction == Reduction::seq_mean_token_mean ? inverse_or_zero(part.x) : 1.f;
-      w.document_counted[d] = part.y;
+      w.document_inverse[d] = p.reduction == Reduction::seq_mean_token_sum ? 1.f : inverse_or_zero(part.weight);
+      w.document_counted[d] = part.count > 0;
     }
   }
 }
@@ -347,37 +381,65 @@ __device__ float num_items_of(const CeLossParams& p) {
   }
 }
 
-// Totals over all rows and documents, by one block.
-__device__ void prepare_totals(const CeLossParams& p, float4* scratch) {
+// Totals over the tiles and documents, and where each tile's counted rows go in the order. By one block.
+__device__ void prepare_totals(const CeLossParams& p, Scratch& scratch) {
   const Workspace w(p);
-  float4 part{0, 0, 0, 0};  // weight, tokens (exact below 2^24 a thread), documents, class weight
-  for (int64_t t = threadIdx.x; t < p.rows; t += kPrepareThreads) {
-    part.x += w.weight[t];
-    part.y += p.target[t] != kIgnored ? 1.f : 0.f;
+  const int64_t tiles = (p.rows + kTile - 1) / kTile;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  WeightAndCount total{0, 0};
+  for (int64_t base = 0; base < tiles; base += kTile) {  // a scan of kTile tiles at a time, carried on in `total`
+    const int64_t tile = base + threadIdx.x;
+    WeightAndCount mine{0, 0};
+    if (tile < tiles) mine = {w.tile_weight[tile], w.tile_count[tile]};
+    int32_t inclusive = mine.count;
+#pragma unroll
+    for (int offset = 1; offset < 32; offset *= 2) {
+      const int32_t below = __shfl_up_sync(kFullWarp, inclusive, offset);
+      if (lane >= offset) inclusive += below;
+    }
+    const WeightAndCount of_warp = warp_reduce(mine, AddWeightAndCount{});
+    if (lane == 0) scratch[warp] = of_warp;
+    __syncthreads();
+    int32_t before = total.count;
+    for (int i = 0; i < warp; i++) before += scratch[i].count;
+    if (tile < tiles) w.tile_offset[tile] = before + inclusive - mine.count;
+    for (int i = 0; i < kTile / 32; i++) total = AddWeightAndCount{}(total, scratch[i]);
+    __syncthreads();
   }
-  if (per_sequence(p.reduction) || p.counts)
-    for (int64_t d = threadIdx.x; d < p.documents; d += kPrepareThreads) part.z += w.document_counted[d];
-  if (p.class_weight)
-    for (int64_t c = threadIdx.x; c < p.vocab; c += kPrepareThreads) part.w += p.class_weight[c];
-  const auto merge = [](float4 a, float4 b) { return float4{a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w}; };
-  part = block_reduce<kPrepareThreads>(part, float4{0, 0, 0, 0}, merge, scratch);
+  int32_t documents = 0;
+  if (per_sequence(p.reduction) || p.counts) {
+    WeightAndCount mine{0, 0};
+    for (int64_t d = threadIdx.x; d < p.documents; d += kTile) mine.count += w.document_counted[d];
+    documents = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch).count;
+    __syncthreads();
+  }
+  float class_weight_sum = float(p.vocab);
+  if (p.class_weight) {
+    WeightAndCount mine{0, 0};
+    for (int64_t c = threadIdx.x; c < p.vocab; c += kTile) mine.weight += p.class_weight[c];
+    class_weight_sum = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch).weight;
+  }
   if (threadIdx.x == 0) {
     float normalizer = 1;
     if (p.has_num_items) normalizer = 1 / num_items_of(p);
-    else if (p.reduction == Reduction::mean) normalizer = inverse_or_zero(part.x);
-    else if (per_sequence(p.reduction)) normalizer = inverse_or_zero(part.z);
+    else if (p.reduction == Reduction::mean) normalizer = inverse_or_zero(total.weight);
+    else if (per_sequence(p.reduction)) normalizer = inverse_or_zero(float(documents));
     *w.normalizer = normalizer;
-    *w.class_weight_sum = p.class_weight ? part.w : float(p.vocab);
+    *w.class_weight_sum = class_weight_sum;
     if (p.counts) {
-      p.counts[0] = int64_t(part.y);
-      p.counts[1] = int64_t(part.z);
+      p.counts[0] = total.count;
+      p.counts[1] = documents;
     }
   }
 }
 
-__device__ void prepare_scales(const CeLossParams& p, int64_t first, int64_t stride) {
+// Scales of one tile of rows, and their places in the order.
+__device__ void prepare_scales(const CeLossParams& p, int64_t tile, Scratch& scratch) {
   const Workspace w(p);
-  for (int64_t t = first; t < p.rows; t += stride) {
+  const int64_t t = tile * kTile + threadIdx.x;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int32_t target = t < p.rows ? p.target[t] : kIgnored;
+  if (t < p.rows) {
     float scale = token_weight(p, t) * *w.normalizer;
     if (per_sequence(p.reduction)) {
       const int64_t d = document_of(p, t);
@@ -385,42 +447,73 @@ __device__ void prepare_scales(const CeLossParams& p, int64_t first, int64_t str
     }
     state(p.scale, t) = scale;
   }
+  const unsigned counted = __ballot_sync(kFullWarp, target != kIgnored);
+  if (lane == 0) scratch[warp].count = __popc(counted);
+  __syncthreads();
+  int32_t before = w.tile_offset[tile] + __popc(counted & ((1u << lane) - 1));
+  for (int i = 0; i < warp; i++) before += scratch[i].count;
+  if (t < p.rows) w.order[target != kIgnored ? before : p.rows - 1 - (t - before)] = {int32_t(t), target};
+  __syncthreads();
 }
 
-// Small problems: everything in one block, because five launches would cost more than the loss.
-__global__ void __launch_bounds__(kPrepareThreads) prepare_small_kernel(const __grid_constant__ CeLossParams p) {
-  __shared__ float4 scratch[32];
-  prepare_targets(p, threadIdx.x, kPrepareThreads);
-  __syncthreads();
-  if (per_sequence(p.reduction) || p.counts) {
-    prepare_documents<32>(p, threadIdx.x / 32, kPrepareThreads / 32, nullptr);
+__device__ __forceinline__ bool needs_documents(const CeLossParams& p) { return per_sequence(p.reduction) || p.counts; }
+
+// Few rows: everything in one block, because four launches would cost more than the loss.
+__global__ void __launch_bounds__(kTile) prepare_small_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ Scratch scratch;
+  const int64_t tiles = (p.rows + kTile - 1) / kTile;
+  for (int64_t tile = 0; tile < tiles; tile++) {
+    prepare_targets(p, tile, scratch);
+    __syncthreads();
+  }
+  if (needs_documents(p)) {
+    prepare_documents<32>(p, threadIdx.x / 32, kTile / 32, scratch);
     __syncthreads();
   }
   prepare_totals(p, scratch);
   __syncthreads();
-  prepare_scales(p, threadIdx.x, kPrepareThreads);
+  for (int64_t tile = 0; tile < tiles; tile++) prepare_scales(p, tile, scratch);
 }
-__global__ void __launch_bounds__(256) prepare_targets_kernel(const __grid_constant__ CeLossParams p) {
-  prepare_targets(p, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x);
+__global__ void __launch_bounds__(kTile) prepare_targets_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ Scratch scratch;
+  prepare_targets(p, blockIdx.x, scratch);
 }
-__global__ void __launch_bounds__(512) prepare_documents_kernel(const __grid_constant__ CeLossParams p) {
-  __shared__ float2 scratch[16];
-  prepare_documents<512>(p, blockIdx.x, gridDim.x, scratch);
+__global__ void __launch_bounds__(kTile) prepare_documents_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ Scratch scratch;
+  prepare_documents<kTile>(p, blockIdx.x, gridDim.x, scratch);
 }
-__global__ void __launch_bounds__(kPrepareThreads) prepare_totals_kernel(const __grid_constant__ CeLossParams p) {
-  __shared__ float4 scratch[32];
+__global__ void __launch_bounds__(kTile) prepare_totals_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ Scratch scratch;
   prepare_totals(p, scratch);
 }
-__global__ void __launch_bounds__(256) prepare_scales_kernel(const __grid_constant__ CeLossParams p) {
-  prepare_scales(p, int64_t(blockIdx.x) * blockDim.x + threadIdx.x, int64_t(gridDim.x) * blockDim.x);
+__global__ void __launch_bounds__(kTile) prepare_scales_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ Scratch scratch;
+  prepare_scales(p, blockIdx.x, scratch);
 }
 
-__global__ void __launch_bounds__(kPrepareThreads) reduce_kernel(const __grid_constant__ CeLossParams p) {
-  __shared__ float scratch[32];
+// ------------------------------------------------------------------------------------------------------------- reduce
+
+__global__ void __launch_bounds__(kTile) reduce_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ float scratch[kTile / 32];
   float sum = 0;
-  for (int64_t t = threadIdx.x; t < p.rows; t += kPrepareThreads) sum += p.target[t] == kIgnored ? 0.f : state(p.scale, t) * state(p.row_loss, t);
-  sum = block_reduce<kPrepareThreads>(sum, 0.f, Add<float>{}, scratch);
+  for (int64_t t = threadIdx.x; t < p.rows; t += kTile) sum += p.target[t] == kIgnored ? 0.f : state(p.scale, t) * state(p.row_loss, t);
+  sum = block_reduce<kTile>(sum, 0.f, Add<float>{}, scratch);
   if (threadIdx.x == 0) state(p.loss, 0) = sum;
+}
+
+// Statistics: the loss of each document, a block a document.
+__global__ void __launch_bounds__(kTile) sequence_loss_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ float scratch[kTile / 32];
+  const Workspace w(p);
+  for (int64_t d = blockIdx.x; d < p.documents; d += gridDim.x) {
+    float sum = 0;
+    const int64_t end = bound(p, d + 1);
+    for (int64_t t = bound(p, d) + threadIdx.x; t < end; t += kTile)
+      sum += p.target[t] == kIgnored ? 0.f : token_weight(p, t) * state(p.row_loss, t);
+    sum = block_reduce<kTile>(sum, 0.f, Add<float>{}, scratch);
+    if (threadIdx.x == 0) state(p.sequence_loss, d) = sum * w.document_inverse[d];
+    __syncthreads();
+  }
 }
 
 // ----------------------------------------------------------------------------------------------------------- streaming
@@ -508,10 +601,23 @@ __global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const _
   const int64_t t = blockIdx.x;
   const RowLayout& l = p.grad_output_layout;
   const float incoming = static_cast<const float*>(p.grad_output)[(t / l.inner) * l.outer + (t % l.inner) * l.step];
-  if (p.skip_unit_grad_output && incoming == 1.f) return;
+  if (p.grad_holds_gradient && incoming == 1.f) return;
   T* out = row_of<T>(p.grad, p.grad_layout, t);
   const int32_t y = p.target[t];
   if (y < 0) return zero_row(out, p.vocab, threadIdx.x, kStreamThreads);
+  if (!p.logits) {
+    for_row<T>(
+        out, p.vocab,
+        [&](uint4 raw, int64_t c) {
+          float x[kVec<T>];
+          unpack<T>(raw, x);
+#pragma unroll
+          for (int i = 0; i < kVec<T>; i++) x[i] *= incoming;
+          store_streaming(out + c, pack<T>(x));
+        },
+        [&](T raw, int64_t c) { out[c] = from_float<T>(to_float(raw) * incoming); });
+    return;
+  }
   float class_weight_sum = float(p.vocab);
   if constexpr (kFull) {
     if (p.class_weight && p.label_smoothing != 0) {
@@ -556,6 +662,7 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
   cluster_sync();
 
   const int64_t first = blockIdx.x / cluster, stride = gridDim.x / cluster;
+  const RowEntry* order = Workspace(p).order;  // entries are fetched a row ahead, so that nobody waits for them
   // This block's vectors of a row.
   const auto part_of = [&](const Span<T>& span, int& begin, int& count) {
     const int share = (span.vectors + cluster - 1) / cluster;
@@ -566,8 +673,12 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
   if (threadIdx.x >= kResidentThreads) {  // the warp that copies
     if (threadIdx.x == kResidentThreads) {
       uint32_t issued = 0;
-      for (int64_t t = first; t < p.rows; t += stride) {
-        if (p.target[t] < 0) continue;
+      RowEntry next = first < p.rows ? order[first] : RowEntry{0, kIgnored};
+      for (int64_t i = first; i < p.rows; i += stride) {
+        const int64_t t = next.row;
+        const int32_t y = next.target;
+        if (i + stride < p.rows) next = order[i + stride];
+        if (y < 0) continue;
         const T* row = row_of<T>(p.logits, p.logits_layout, t);
         const Span<T> span(row, p.vocab);
         int begin, count;
@@ -585,8 +696,11 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Maths maths{p, kFull ? *Workspace(p).class_weight_sum : 0.f};
     uint32_t taken = 0, exchanges = 0;
-    for (int64_t t = first; t < p.rows; t += stride) {
-      const int32_t y = p.target[t];
+    RowEntry next = first < p.rows ? order[first] : RowEntry{0, kIgnored};
+    for (int64_t i = first; i < p.rows; i += stride) {
+      const int64_t t = next.row;
+      const int32_t y = next.target;
+      if (i + stride < p.rows) next = order[i + stride];
       if (y < 0) {
         if (rank == 0 && threadIdx.x == 0) write_ignored_row(p, t, y);
         if constexpr (kGrad) zero_row(row_of<T>(p.grad, p.grad_layout, t), p.vocab, rank * kResidentThreads + threadIdx.x, cluster * kResidentThreads);
@@ -758,23 +872,25 @@ cudaError_t launch_rows(const CeLossParams& p, cudaStream_t stream) {
 
 bool full_maths(const CeLossParams& p) { return !p.plain() || p.entropy || p.prediction; }
 
-constexpr int64_t kSmallRows = 8192;
+constexpr int64_t kSmallRows = 2 * kTile;
 
 cudaError_t prepare(const CeLossParams& p, cudaStream_t stream) {
   if (p.rows <= kSmallRows) {
-    prepare_small_kernel<<<1, kPrepareThreads, 0, stream>>>(p);
+    prepare_small_kernel<<<1, kTile, 0, stream>>>(p);
     return cudaGetLastError();
   }
-  const unsigned blocks = unsigned(std::min<int64_t>((p.rows + 255) / 256, 4096));
-  prepare_targets_kernel<<<blocks, 256, 0, stream>>>(p);
+  const unsigned tiles = unsigned((p.rows + kTile - 1) / kTile);
+  prepare_targets_kernel<<<tiles, kTile, 0, stream>>>(p);
   if ((per_sequence(p.reduction) || p.counts) && p.documents > 0)
-    prepare_documents_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), 512, 0, stream>>>(p);
-  prepare_totals_kernel<<<1, kPrepareThreads, 0, stream>>>(p);
-  prepare_scales_kernel<<<blocks, 256, 0, stream>>>(p);
+    prepare_documents_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream>>>(p);
+  prepare_totals_kernel<<<1, kTile, 0, stream>>>(p);
+  prepare_scales_kernel<<<tiles, kTile, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
 }  // namespace
+
+int64_t ce_loss_workspace(const CeLossParams& p) { return Workspace(p).size; }
 
 int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
@@ -787,11 +903,9 @@ int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
     });
     if (error != cudaSuccess) return error;
   }
-  if (p.reduction != Reduction::none) {
-    reduce_kernel<<<1, kPrepareThreads, 0, stream>>>(p);
-    error = cudaGetLastError();
-  }
-  return error;
+  if (p.reduction != Reduction::none) reduce_kernel<<<1, kTile, 0, stream>>>(p);
+  if (p.sequence_loss && p.documents > 0) sequence_loss_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream>>>(p);
+  return cudaGetLastError();
 }
 
 int ce_loss_backward_cuda(const CeLossParams& p, void* stream_handle) {

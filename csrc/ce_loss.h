@@ -71,7 +71,8 @@ struct CeLossParams {
   int32_t* prediction = nullptr;  // (rows,) argmax, first index on ties, or null
 
   void* loss = nullptr;      // one number; (rows,) for Reduction::none
-  int64_t* counts = nullptr;  // {tokens, documents} that counted, or null where nobody wants them
+  int64_t* counts = nullptr;      // {tokens, documents} that counted, or null where nobody wants them
+  void* sequence_loss = nullptr;  // (documents,) or null: each document's mean (its sum for seq_mean_token_sum)
 
   void* grad = nullptr;  // (rows, vocab) in the logits' dtype, or null: no gradient wanted. May be the logits themselves
   RowLayout grad_layout;
@@ -79,20 +80,19 @@ struct CeLossParams {
   // Backward only: the incoming gradient, one number (step 0) or one per row.
   const void* grad_output = nullptr;
   RowLayout grad_output_layout;
-  bool skip_unit_grad_output = false;  // grad already holds the gradient for grad_output = 1: leave such rows alone
+  // grad already holds the gradient for grad_output = 1: rows whose grad_output is 1 are left alone, and the others made anew from
+  // the logits, or scaled where those are gone (null).
+  bool grad_holds_gradient = false;
 
-  void* workspace = nullptr;  // ce_loss_workspace(p) elements of the state type
+  void* workspace = nullptr;  // CUDA forward: ce_loss_workspace(p) floats, 8-byte aligned
 };
-
-// Elements of workspace: a normalising weight per row and two numbers per document.
-inline int64_t ce_loss_workspace(const CeLossParams& p) { return p.rows + 2 * p.documents + 2; }
 
 // ---- CPU (ce_loss_cpu.cpp). The range functions may run on several threads; ranges of rows must not overlap.
 
 enum class CeLossError { ok, bad_label, bad_cu_seqlens };
 struct CeLossStatus {
   CeLossError error = CeLossError::ok;
-  int64_t index = 0;  // the row, or the position in cu_seqlens
+  int64_t index = 0;  // into labels or cu_seqlens
   int64_t value = 0;
 };
 CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p);                      // target, scale, counts
@@ -103,6 +103,7 @@ const char* ce_loss_cpu_isa();                                                //
 
 // ---- CUDA (ce_loss.cu). Asynchronous on the stream (a cudaStream_t); the result is a cudaError_t.
 
+int64_t ce_loss_workspace(const CeLossParams& p);
 int ce_loss_forward_cuda(const CeLossParams& p, void* stream);
 int ce_loss_backward_cuda(const CeLossParams& p, void* stream);
 

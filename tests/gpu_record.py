@@ -40,8 +40,9 @@ def _run(*command: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    import packops
     import torch
+
+    import packops
 
     info = packops._C.build_info()
     if info["sources"] != current_digest():

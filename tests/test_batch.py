@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
 from packops import PackedBatch, PackingCollator, max_docs_for_flash_attention
 
 DOCUMENTS = [[11, 12, 13], [21], [31, 32, 33, 34]]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 
-import gpu_record
 import pytest
+
+import gpu_record
 
 GOOD = {
     "device": "a GPU",

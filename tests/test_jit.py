@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from packops import _build, jit
 
 LIBRARY = """
@@ -51,12 +52,6 @@ def csrc(tmp_path):
     config = _build.read_config(_build.find_csrc())
     config |= {"cxx_flags": ["-std=c++20", "-O0"], "kernels": [], "cuda_kernels": [], "python_module": []}
     config["torch_glue"] = ["library.cpp"]
-        "cxx_flags": ["-std=c++20", "-O0"],
-        "kernels": [],
-        "cuda_kernels": [],
-        "torch_glue": ["library.cpp"],
-        "python_module": [],
-    }
     (folder / "build.json").write_text(json.dumps(config))
     (folder / "library.cpp").write_text(LIBRARY)
     return folder

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from packops import DocumentSlice, PackedBatchSampler, PackingCollator, SlicedDataset
 
 options = st.fixed_dictionaries(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 import sanitize
 
 CLEAN = "case a: x\ncase a: y\n2 cases ran on NVIDIA H200\n========= ERROR SUMMARY: 0 errors\n"

@@ -87,6 +87,7 @@ CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor&
   for (int64_t i = 0; i + 1 < logits.dim(); i++) p.rows *= logits.size(i);
   PACKOPS_CHECK(p.vocab > 0 || p.rows == 0, ValueError, kOp, ": logits must have at least one class, got shape ", shape_of(logits));
   PACKOPS_CHECK(p.vocab < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 classes, got ", p.vocab);
+  PACKOPS_CHECK(p.rows < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 rows, got ", p.rows);
   p.logits_dtype = kernel_dtype(logits, kOp, "logits");
   PACKOPS_CHECK(!is_index(p.logits_dtype), TypeError, kOp, ": logits must be floating point, got ", dtype_of(logits));
   PACKOPS_CHECK(p.logits_dtype != DType::f64 || !logits.is_cuda(), TypeError, kOp, ": float64 logits are supported on the CPU only");
@@ -127,20 +128,26 @@ void set_state(CeLossParams& p, const Tensor& floats, const Tensor& ints) {
   if (ints.size(0) == kIntStatesWithStats) p.prediction = i + kPrediction * p.rows;
 }
 
+// num_items comes in any numeric dtype; the kernels read four of them.
+Tensor as_kernel_number(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  const bool native = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Int || type == ScalarType::Long;
+  return native ? tensor : torch::stable::to(tensor, ScalarType::Float);
+}
 double host_number(const Tensor& tensor) {
-  switch (kernel_dtype(tensor, kOp, "num_items")) {
-    case DType::f32: return *static_cast<const float*>(tensor.data_ptr());
-    case DType::f64: return *static_cast<const double*>(tensor.data_ptr());
-    case DType::i32: return *static_cast<const int32_t*>(tensor.data_ptr());
-    case DType::i64: return double(*static_cast<const int64_t*>(tensor.data_ptr()));
-    default: return *static_cast<const float*>(torch::stable::to(tensor, ScalarType::Float).data_ptr());
+  const Tensor number = as_kernel_number(tensor);
+  switch (kernel_dtype(number, kOp, "num_items")) {
+    case DType::f64: return *static_cast<const double*>(number.data_ptr());
+    case DType::i32: return *static_cast<const int32_t*>(number.data_ptr());
+    case DType::i64: return double(*static_cast<const int64_t*>(number.data_ptr()));
+    default: return *static_cast<const float*>(number.data_ptr());
   }
 }
 
 // Names what is wrong in Python's terms. Only the CPU looks at the data; CUDA would have to wait for it.
 void raise_bad_data(const CeLossStatus& status, const CeLossParams& p) {
   if (status.error == CeLossError::bad_label)
-    raise("IndexError", kOp, ": label ", status.value, " of row ", status.index, " is outside [0, ", p.vocab, ") and is not ignore_index (", p.ignore_index, ")");
+    raise("IndexError", kOp, ": label ", status.value, " at position ", status.index, " is outside [0, ", p.vocab, ") and is not ignore_index (", p.ignore_index, ")");
   if (status.error == CeLossError::bad_cu_seqlens)
     raise("ValueError", kOp, ": cu_seqlens must start at 0, not decrease, and end at or before the number of rows (", p.rows, "), got cu_seqlens[", status.index,
           "] = ", status.value);
@@ -161,6 +168,14 @@ void run_forward(CeLossParams& p, const Tensor& logits) {
   ce_loss_reduce_cpu(p);
 }
 
+// Rows of a gradient must be written where they are; a copy would be lost.
+void set_grad(CeLossParams& p, const Tensor& grad) {
+  const Tensor laid_out = with_layout(grad, grad.dim() - 1, true, p.grad_layout);
+  PACKOPS_CHECK(laid_out.data_ptr() == grad.data_ptr(), ValueError, kOp,
+                ": a gradient written in place needs a contiguous last dimension and at most two strided leading ones, got shape ", shape_of(grad));
+  p.grad = grad.data_ptr();
+}
+
 struct ForwardInputs {
   Tensor labels;
   OptionalTensor cu_seqlens;
@@ -172,8 +187,8 @@ struct ForwardInputs {
   Options options;
 };
 
-// loss, float state, int state, counts. grad: where the gradient goes (may be the logits), or nothing.
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in, const OptionalTensor& grad, bool with_stats) {
+// loss, float state, int state, counts, sequence losses (the last two empty without statistics). grad: where the gradient goes (may be the logits), or nothing.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in, const OptionalTensor& grad, bool with_stats) {
   Tensor class_weight, token_weight;
   CeLossParams p = matrix_params(logits, in.options, class_weight);
   p.reduction = reduction_of(in.reduction);
@@ -217,9 +232,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, co
       p.num_items_value = host_number(*in.num_items);
     } else {
       check_same_device(logits, *in.num_items, "num_items");
-      const ScalarType type = in.num_items->scalar_type();
-      const bool native = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Int || type == ScalarType::Long;
-      num_items = native ? *in.num_items : torch::stable::to(*in.num_items, ScalarType::Float);
+      num_items = as_kernel_number(*in.num_items);
       p.num_items = num_items.data_ptr();
       p.num_items_dtype = kernel_dtype(num_items, kOp, "num_items");
     }
@@ -228,23 +241,22 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, co
   const ScalarType state = state_type(logits);
   Tensor floats = new_tensor(logits, {with_stats ? kFloatStatesWithStats : kFloatStates, p.rows}, state);
   Tensor ints = new_tensor(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
-  Tensor counts = new_tensor(logits, {2}, ScalarType::Long);
+  Tensor counts = new_tensor(logits, {with_stats ? 2 : 0}, ScalarType::Long);
+  Tensor sequence_loss = new_tensor(logits, {with_stats ? p.documents : 0}, state);
   Tensor loss = p.reduction == Reduction::none ? torch::stable::new_empty(logits, in.labels.sizes(), state)
                                                : torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef{}, state);
   set_state(p, floats, ints);
-  p.counts = static_cast<int64_t*>(counts.data_ptr());
+  if (with_stats) {
+    p.counts = static_cast<int64_t*>(counts.data_ptr());
+    p.sequence_loss = sequence_loss.data_ptr();
+  }
   p.loss = loss.data_ptr();
 
   const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
   p.logits = matrix.data_ptr();
-  if (grad) {
-    const Tensor laid_out = with_layout(*grad, grad->dim() - 1, true, p.grad_layout);
-    PACKOPS_CHECK(laid_out.data_ptr() == grad->data_ptr(), ValueError, kOp,
-                  ": inplace=True needs logits with a contiguous last dimension and at most two strided leading ones, got shape ", shape_of(logits));
-    p.grad = grad->data_ptr();
-  }
+  if (grad) set_grad(p, *grad);
   run_forward(p, logits);
-  return {loss, floats, ints, counts};
+  return {loss, floats, ints, counts, sequence_loss};
 }
 
 Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction, OptionalTensor num_items,
@@ -256,21 +268,31 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor 
                                   std::nullopt, false));
 }
 
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
+                                                                       std::string reduction, OptionalTensor num_items, int64_t ignore_index,
+                                                                       OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
+                                                                       double z_loss, std::optional<double> softcap, double logit_scale) {
+  return forward_into(logits,
+                      {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                       {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
+                      std::nullopt, true);
+}
+
 // The gradient's strides are the logits' where those are dense (as torch's own operations do), else contiguous.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
                                                            std::string reduction, OptionalTensor num_items, int64_t ignore_index,
                                                            OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing, double z_loss,
                                                            std::optional<double> softcap, double logit_scale, bool with_grad, bool with_stats) {
   OptionalTensor grad;
   if (with_grad) grad = torch::stable::empty_like(logits);
-  auto [loss, floats, ints, counts] = forward_into(logits,
+  auto [loss, floats, ints, counts, sequence_loss] = forward_into(logits,
                                                    {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
                                                     {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
                                                    grad, with_stats);
-  return {loss, grad ? *grad : new_tensor(logits, {0}, logits.scalar_type()), floats, ints, counts};
+  return {loss, grad ? *grad : new_tensor(logits, {0}, logits.scalar_type()), floats, ints, counts, sequence_loss};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
                                                            OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight,
                                                            OptionalTensor class_weight, double label_smoothing, double z_loss,
                                                            std::optional<double> softcap, double logit_scale, bool with_stats) {
@@ -280,26 +302,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const 
                       logits, with_stats);
 }
 
-void backward_into(const Tensor& grad, bool skip_unit, const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints,
-                   const Options& options) {
-  Tensor class_weight;
-  CeLossParams p = matrix_params(logits, options, class_weight);
+void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output, const Tensor& floats, const Tensor& ints) {
+  set_grad(p, grad);
   set_state(p, floats, ints);
-  const ScalarType state = state_type(logits);
-  PACKOPS_CHECK(grad_output.scalar_type() == state, TypeError, kOp, ": grad_output must have the loss's dtype, got ", dtype_of(grad_output));
+  PACKOPS_CHECK(grad_output.scalar_type() == state_type(grad), TypeError, kOp, ": grad_output must have the loss's dtype, got ", dtype_of(grad_output));
   PACKOPS_CHECK(grad_output.numel() == 1 || grad_output.numel() == p.rows, ValueError, kOp, ": grad_output must have the loss's shape, got ",
                 shape_of(grad_output));
   const Tensor incoming = with_layout(grad_output, grad_output.dim(), false, p.grad_output_layout);
   p.grad_output = incoming.data_ptr();
-  p.skip_unit_grad_output = skip_unit;
-  const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
-  p.logits = matrix.data_ptr();
-  const Tensor laid_out = with_layout(grad, grad.dim() - 1, true, p.grad_layout);
-  PACKOPS_CHECK(laid_out.data_ptr() == grad.data_ptr(), ValueError, kOp, ": the gradient's rows need a contiguous last dimension");
-  p.grad = grad.data_ptr();
-  if (logits.is_cuda()) {
+  if (grad.is_cuda()) {
 #ifdef PACKOPS_WITH_CUDA
-    CudaScope scope(logits);
+    CudaScope scope(grad);
     check_cuda(cudaError_t(ce_loss_backward_cuda(p, scope.stream())), kOp);
 #endif
     return;
@@ -309,19 +322,33 @@ void backward_into(const Tensor& grad, bool skip_unit, const Tensor& grad_output
 
 Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints, OptionalTensor class_weight,
                 double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
-  Tensor grad = torch::stable::empty_like(logits);
-  backward_into(grad, false, grad_output, logits, floats, ints, {class_weight, label_smoothing, z_loss, softcap, logit_scale});
+  Tensor grad = torch::stable::empty_like(logits), weights;
+  CeLossParams p = matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
+  const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
+  p.logits = matrix.data_ptr();
+  run_backward(p, grad, grad_output, floats, ints);
   return grad;
 }
 
-void backward_inplace(Tensor grad, const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints, OptionalTensor class_weight,
-                      double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
-  backward_into(grad, true, grad_output, logits, floats, ints, {class_weight, label_smoothing, z_loss, softcap, logit_scale});
+// `grad` holds the gradient for grad_output = 1 and becomes that for grad_output: recomputed from the logits, or scaled where
+// they are gone. With holds_gradient = false it holds the logits, and they are overwritten.
+void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor logits, const Tensor& floats, const Tensor& ints, bool holds_gradient,
+                      OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
+  Tensor weights;
+  CeLossParams p = matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
+  p.grad_holds_gradient = holds_gradient;
+  Tensor matrix;
+  if (logits || !holds_gradient) {
+    matrix = with_layout(logits ? *logits : grad, grad.dim() - 1, true, p.logits_layout);
+    p.logits = matrix.data_ptr();
+  }
+  run_backward(p, grad, grad_output, floats, ints);
 }
 
 template <typename Library>
 void implement(Library& m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_stats", TORCH_BOX(&cross_entropy_stats));
   m.impl("_cross_entropy_forward", TORCH_BOX(&forward));
   m.impl("_cross_entropy_forward_", TORCH_BOX(&forward_inplace));
   m.impl("_cross_entropy_backward", TORCH_BOX(&backward));

@@ -8,6 +8,7 @@ _C = _loader.load()
 _register.register("packops")
 
 # The ops must be registered before the modules that use them.
+from ._checks import checks  # noqa: E402
 from .batch import PackedBatch  # noqa: E402
 from .collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
 from .documents import SlicedDataset  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "SlicedDataset",
     "StreamPacker",
     "__version__",
+    "checks",
     "cross_entropy",
     "max_docs_for_flash_attention",
     "pack",

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -155,9 +154,9 @@ def make_extension(
     if python_module:
         sources = sources + config["python_module"]
         link_flags.append("-Wl,-rpath,$ORIGIN/../torch/lib")
+    archs = (archs or choose_archs(config)) if cuda_home else []
     if cuda_home:
         sources = sources + config["cuda_kernels"]
-        archs = archs or choose_archs(config)
         # Unquoted, one token each: quotes and semicolons do not survive every shell between here and the compiler.
         macros += config["cuda_defines"] + [
             f"PACKOPS_CUDA_VERSION={nvcc_version(cuda_home)}",
@@ -193,7 +192,7 @@ def make_build_command():
     from torch.utils import cpp_extension
 
     # An interpreter called by its path, .venv/bin/python, has its ninja beside it but not on the PATH.
-    if ninja := importlib.util.find_spec("ninja"):
+    with contextlib.suppress(ImportError):
         import ninja
 
         os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])

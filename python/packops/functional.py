@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from . import _checks
 from ._errors import raise_typed
 from ._register import ce_loss as _ce
 
@@ -90,11 +91,7 @@ def cross_entropy(
         IndexError: a label outside [0, V) that is not ``ignore_index``, on the CPU. On CUDA that row's loss is NaN and its
             gradient 0, unless :func:`packops.checks` is on.
     """
-    if inplace:
-        raise NotImplementedError("packops.cross_entropy: inplace=True")
-    if return_stats:
-        raise NotImplementedError("packops.cross_entropy: return_stats=True")
-    arguments = {
+    options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
         "reduction": reduction,
@@ -108,13 +105,47 @@ def cross_entropy(
         "logit_scale": logit_scale,
     }
     if torch.compiler.is_compiling():
-        return torch.ops.packops.cross_entropy(logits, labels, **arguments)
+        if not return_stats:
+            return torch.ops.packops.cross_entropy(logits, labels, **options)
+        loss, *state = torch.ops.packops.cross_entropy_stats(logits, labels, **options)
+        return loss, _stats(labels.shape, *state)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and needs_grad and logits.is_leaf:
+        raise ValueError(
+            "packops.cross_entropy: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one"
+        )
     try:
-        if torch.is_grad_enabled() and logits.requires_grad:
-            return _ce.CrossEntropyFunction.apply(_CE_OPS, logits, labels, arguments, False, False)[0]
-        return _CE_OPS.forward(logits, labels, **arguments)[0]
+        if needs_grad:
+            loss, *state = _ce.CrossEntropyFunction.apply(_CE_OPS, logits, labels, options, return_stats, inplace)
+        else:
+            loss, _, *state = _CE_OPS.forward(logits, labels, **options, with_stats=return_stats)
     except RuntimeError as error:
         raise_typed(error)
+    if logits.is_cuda and _checks.enabled():
+        _checks.raise_bad_rows(
+            labels, cu_seqlens, state[1][_ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=logits.shape[-1]
+        )
+    return (loss, _stats(labels.shape, *state)) if return_stats else loss
+
+
+def _stats(shape: torch.Size, floats: Tensor, ints: Tensor, counts: Tensor, sequence_loss: Tensor) -> CrossEntropyStats:
+    target, prediction = ints[_ce.TARGET], ints[_ce.PREDICTION]
+    counted = target >= 0
+    lse = torch.where(counted, floats[_ce.MAX] + floats[_ce.SUM].log(), 0.0)
+    return CrossEntropyStats(
+        num_tokens=counts[0],
+        num_sequences=counts[1],
+        lse=lse.view(shape),
+        entropy=floats[_ce.ENTROPY].view(shape),
+        prediction=prediction.long().view(shape),
+        correct=(counted & (prediction == target)).view(shape),
+        sequence_loss=sequence_loss,
+    )
+
+
+def _check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens.is_cuda and not torch.compiler.is_compiling() and _checks.enabled():
+        _checks.raise_bad_cu_seqlens(op, cu_seqlens, tokens)
 
 
 def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
@@ -133,8 +164,10 @@ def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tens
     Raises:
         TypeError: ``cu_seqlens`` is not int32 or int64.
         ValueError: it is not one-dimensional or empty, or ``total_tokens`` is negative; on the CPU also if it does not start at
-            0, decreases or exceeds ``total_tokens``. On CUDA such values give unspecified ids, never a bad memory access.
+            0, decreases or exceeds ``total_tokens``. On CUDA such values give unspecified ids, never a bad memory access, and
+            the error only if :func:`packops.checks` is on.
     """
+    _check_cu_seqlens("packed_metadata", cu_seqlens, total_tokens)
     try:
         return torch.ops.packops.packed_metadata(cu_seqlens, total_tokens)
     except RuntimeError as error:
@@ -159,6 +192,7 @@ def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ign
     Raises:
         TypeError, ValueError: as :func:`packed_metadata`, and where ``labels`` and ``cu_seqlens`` are on two devices.
     """
+    _check_cu_seqlens("packed_labels", cu_seqlens, labels.numel())
     try:
         target, counts = torch.ops.packops.packed_labels(labels.reshape(-1), cu_seqlens, shift=shift, ignore_index=ignore_index)
     except RuntimeError as error:

@@ -74,7 +74,7 @@ def cross_entropy(
     class_weight = torch.ones(vocab, dtype=x.dtype, device=x.device) if class_weight is None else class_weight.double()
     weight = torch.ones(rows, dtype=x.dtype, device=x.device) if token_weight is None else token_weight.reshape(-1).double()
     lse = torch.logsumexp(x, -1)
-    log_p = x - lse[:, None]
+    log_p = torch.log_softmax(x, -1)  # not x - lse, which forgets log(V) beside logits of 1e38
     target_weight = class_weight[safe] if vocab else x.new_zeros(rows)
     losses = -(1 - label_smoothing) * target_weight * log_p.gather(1, safe[:, None])[:, 0]
     if label_smoothing:

@@ -42,7 +42,10 @@ def _graph_is_kept() -> bool:
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """loss, floats, ints, counts = apply(ops, logits, labels, options, with_stats, inplace); only the loss is differentiable."""
+    """``loss, floats, ints, counts, sequence_loss = apply(ops, logits, labels, options, with_stats, inplace)``.
+
+    Only the loss is differentiable.
+    """
 
     @staticmethod
     def forward(ctx: Any, ops: SimpleNamespace, logits: Tensor, labels: Tensor, options: dict[str, Any], with_stats: bool, inplace: bool):
@@ -50,15 +53,15 @@ class CrossEntropyFunction(torch.autograd.Function):
         ctx.ops, ctx.early, ctx.inplace = ops, early, inplace
         ctx.maths = {name: options[name] for name in MATHS if name != "class_weight"}
         if inplace and early:
-            loss, floats, ints, counts = ops.forward_(logits, labels, **options, with_stats=with_stats)
-            ctx.mark_dirty(logits)
+            loss, *stats = ops.forward_(logits, labels, **options, with_stats=with_stats)
+            torch.autograd.graph.increment_version(logits)
             grad = logits
         else:
-            loss, grad, floats, ints, counts = ops.forward(logits, labels, **options, with_grad=early, with_stats=with_stats)
-        ctx.save_for_backward(logits, grad, floats, ints, options["class_weight"])
-        ctx.mark_non_differentiable(floats, ints, counts)
+            loss, grad, *stats = ops.forward(logits, labels, **options, with_grad=early, with_stats=with_stats)
+        ctx.save_for_backward(logits, grad, *stats[:2], options["class_weight"])
+        ctx.mark_non_differentiable(*stats)
         ctx.set_materialize_grads(False)
-        return loss, floats, ints, counts
+        return loss, *stats
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -66,12 +69,18 @@ class CrossEntropyFunction(torch.autograd.Function):
         grad_logits = None
         if grad_output is not None:
             logits, grad, floats, ints, class_weight = ctx.saved_tensors
-            arguments = (grad_output, logits, floats, ints)
-            if ctx.early and not _graph_is_kept():
-                ctx.ops.backward_(grad, *arguments, class_weight=class_weight, **ctx.maths)
-                grad_logits = grad
+            if _graph_is_kept():  # what is saved must survive, and what is handed out must be the caller's alone
+                if ctx.early and ctx.inplace:
+                    grad_logits = grad * grad_output
+                else:
+                    grad_logits = ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
+            elif ctx.early or ctx.inplace:
+                grad_logits = grad if ctx.early else logits
+                source = None if ctx.inplace else logits
+                options = {"class_weight": class_weight, "holds_gradient": ctx.early, **ctx.maths}
+                ctx.ops.backward_(grad_logits, grad_output, source, floats, ints, **options)
             else:
-                grad_logits = ctx.ops.backward(*arguments, class_weight=class_weight, **ctx.maths)
+                grad_logits = ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
         return None, grad_logits, None, None, None, None
 
 
@@ -83,46 +92,58 @@ def register(namespace: str) -> None:
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
 
-    def state_like(logits: Tensor, with_stats: bool) -> tuple[Tensor, Tensor, Tensor]:
-        rows = logits.shape[:-1].numel()
+    def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
+        batch = logits.shape[:-1]
+        rows = batch.numel()
+        documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch[:-1].numel()
         dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
         floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
         ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
-        return floats, ints, logits.new_empty((2,), dtype=torch.int64)
+        counts = logits.new_empty((2 if with_stats else 0,), dtype=torch.int64)
+        return floats, ints, counts, logits.new_empty((documents if with_stats else 0,), dtype=dtype)
 
     @torch.library.register_fake(f"{namespace}::cross_entropy")
     def _(logits, labels, *, reduction="mean", **options):
         return loss_like(logits, reduction)
 
+    @torch.library.register_fake(f"{namespace}::cross_entropy_stats")
+    def _(logits, labels, *, cu_seqlens=None, reduction="mean", **options):
+        return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, True)
+
     @torch.library.register_fake(f"{namespace}::_cross_entropy_forward")
-    def _(logits, labels, *, reduction="mean", with_grad=False, with_stats=False, **options):
+    def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_grad=False, with_stats=False, **options):
         grad = torch.empty_like(logits) if with_grad else logits.new_empty((0,))
-        return loss_like(logits, reduction), grad, *state_like(logits, with_stats)
+        return loss_like(logits, reduction), grad, *stats_like(logits, cu_seqlens, with_stats)
 
     @torch.library.register_fake(f"{namespace}::_cross_entropy_forward_")
-    def _(logits, labels, *, reduction="mean", with_stats=False, **options):
-        return loss_like(logits, reduction), *state_like(logits, with_stats)
+    def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **options):
+        return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, with_stats)
 
     @torch.library.register_fake(f"{namespace}::_cross_entropy_backward")
     def _(grad_output, logits, floats, ints, **maths):
         return torch.empty_like(logits)
 
     @torch.library.register_fake(f"{namespace}::_cross_entropy_backward_")
-    def _(grad_logits, grad_output, logits, floats, ints, **maths):
+    def _(grad_logits, grad_output, logits, floats, ints, **options):
         return None
 
-    def autograd(logits, labels, **options):
-        options = {**DEFAULTS, **options}
-        try:
-            if torch.is_grad_enabled() and logits.requires_grad:
-                return CrossEntropyFunction.apply(raw, logits, labels, options, False, False)[0]
-            with torch._C._AutoDispatchBelowAutograd():
-                return ops.cross_entropy.default(logits, labels, **options)
-        except RuntimeError as error:
-            raise_typed(error)
+    def differentiable(op: Any, with_stats: bool):
+        def autograd(logits, labels, **options):
+            options = {**DEFAULTS, **options}
+            try:
+                if torch.is_grad_enabled() and logits.requires_grad:
+                    outputs = CrossEntropyFunction.apply(raw, logits, labels, options, with_stats, False)
+                    return outputs if with_stats else outputs[0]
+                with torch._C._AutoDispatchBelowAutograd():
+                    return op(logits, labels, **options)
+            except RuntimeError as error:
+                raise_typed(error)
+
+        return autograd
 
     library = torch.library.Library(namespace, "FRAGMENT")
-    library.impl("cross_entropy", autograd, "Autograd")
+    library.impl("cross_entropy", differentiable(ops.cross_entropy.default, False), "Autograd")
+    library.impl("cross_entropy_stats", differentiable(ops.cross_entropy_stats.default, True), "Autograd")
     _LIBRARIES.append(library)
 
 
