@@ -11,6 +11,7 @@ _register.register("packops")
 from ._checks import checks  # noqa: E402
 from .batch import PackedBatch  # noqa: E402
 from .collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
+from .distributed import loss_normalizer  # noqa: E402
 from .documents import SlicedDataset  # noqa: E402
 from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_metadata  # noqa: E402
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
@@ -30,6 +31,7 @@ __all__ = [
     "__version__",
     "checks",
     "cross_entropy",
+    "loss_normalizer",
     "max_docs_for_flash_attention",
     "pack",
     "packed_labels",
