@@ -17,6 +17,7 @@ from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
 from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
+from .verify import VerifyReport, verify  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "PackingPlan",
     "SlicedDataset",
     "StreamPacker",
+    "VerifyReport",
     "__version__",
     "checks",
     "cross_entropy",
@@ -36,4 +38,5 @@ __all__ = [
     "pack",
     "packed_labels",
     "packed_metadata",
+    "verify",
 ]
