@@ -109,6 +109,7 @@ def loss_of(model, batch: PackedBatch, reduction, num_items=None):
 
 def train_one_step(rank, world_size, store, reduction_grads):
     """Every pack of the epoch is one micro-batch of one step, on ranks whose token counts differ."""
+    torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
     try:
         documents = make_documents()
