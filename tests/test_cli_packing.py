@@ -87,7 +87,12 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
         ("l.jsonl", '"some text"', [], r"line 1: text needs --tokenizer to be counted in tokens"),
         ("l.jsonl", "1.5", [], r"line 1: want a length, a list of token ids or text, got float"),
         ("l.csv", "3", [], r"LENGTHS must end in .npy, .txt or .jsonl"),
-        ("l.txt", "3\n5000", [], r"lengths[1] = 5000 is longer than max_length = 4096"),
+        (
+            "l.txt",
+            "3\n5000",
+            [],
+            r"lengths[1] = 5000 is longer than max_length = 4096; --overlong truncate, split or drop accepts it",
+        ),
         ("l.txt", "3", ["--plan", "p.npz"], r"--plan wants one --strategy"),
     ],
 )

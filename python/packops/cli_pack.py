@@ -57,7 +57,8 @@ def main(args: argparse.Namespace) -> int:
     try:
         return run(args)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        message = error.args[0] if isinstance(error, KeyError) else error
+        message = str(error.args[0] if isinstance(error, KeyError) else error)
+        message = message.replace('overlong="truncate", "split" or "drop"', "--overlong truncate, split or drop")
         print(f"packops pack: {message}", file=sys.stderr)
         return 2
 
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         plan = pack(
             lengths,
             args.max_length,
-            strategy=strategy,
+            strategy=strategy,  # type: ignore[arg-type]
             seed=args.seed,
             max_docs_per_pack=args.max_docs_per_pack,
             overlong=args.overlong,
@@ -222,14 +223,19 @@ def draw(plans: Sequence[PackingPlan], path: Path) -> None:
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4), constrained_layout=True)
     most = max(int(plan.docs_per_pack.max(initial=1)) for plan in plans)
     edges = np.unique(np.geomspace(1, most + 1, 40).astype(int))
-    for plan in plans:
+    styles = ["-", "--", ":", "-", "--", ":"]
+    for plan, style in zip(plans, styles, strict=False):
         label = f"{plan.strategy}: {100 * plan.efficiency:.2f} % full"
-        left.stairs(np.histogram(plan.docs_per_pack, edges)[0] / np.diff(edges), edges, label=label, linewidth=1.4)
-        share = np.sort(plan.tokens_per_pack / plan.max_length)
-        right.plot(100 * share, 100 * np.arange(1, len(share) + 1) / max(1, len(share)), label=plan.strategy, linewidth=1.4)
+        left.stairs(
+            np.histogram(plan.docs_per_pack, edges)[0] / np.diff(edges), edges, label=label, linestyle=style, linewidth=1.5
+        )
+        unused = np.sort(plan.max_length - plan.tokens_per_pack)
+        right.plot(unused, 100 * (1 - np.arange(len(unused)) / max(1, len(unused))), linestyle=style, linewidth=1.5)
     left.set(xlabel="documents in a pack", ylabel="packs", yscale="log", xscale="log" if most > 50 else "linear")
     left.legend(fontsize=8)
-    right.set(xlabel="fill of a pack, %", ylabel="packs at most so full, %", xlim=(0, 102))
+    right.set(xlabel="unused tokens of a pack", ylabel="packs with at least so many, %")
+    right.set_xscale("symlog", linthresh=1)
+    right.set_xlim(0, plans[0].max_length)
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -27,9 +27,9 @@ STRATEGIES: tuple[str, ...] = ("best_fit", "bfd", "ffd", "next_fit", "sequential
 
 
 class DocumentSlice(NamedTuple):
-    """Tokens ``[start, start + length)`` of document ``index``."""
+    """Tokens ``[start, start + length)`` of document number ``document``."""
 
-    index: int
+    document: int
     start: int
     length: int
 

@@ -170,7 +170,7 @@ def verify(
         )
     if loss is None:
         loss = hf_loss if forward is None else _loss_of_logits(forward, reduction)
-    run = _Run(model, forward or hf_forward, loss, reduction, collator or PackingCollator())
+    run = _Run(model, forward or hf_forward, loss, reduction, collator or PackingCollator())  # type: ignore[arg-type]
     modes = {module: module.training for module in model.modules()}
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
@@ -188,7 +188,7 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
     from .functional import cross_entropy
 
     def loss(model: nn.Module, batch: PackedBatch, num_items: Tensor) -> Tensor:
-        return cross_entropy(
+        value = cross_entropy(
             forward(model, batch),
             batch.labels,
             cu_seqlens=batch.cu_seqlens,
@@ -197,6 +197,8 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
             num_items=num_items,
             ignore_index=batch.ignore_index,
         )
+        assert isinstance(value, Tensor)
+        return value
 
     return loss
 
