@@ -32,6 +32,7 @@ namespace {
 
 template <typename T>
 __device__ __forceinline__ T* row_of(void* base, const RowLayout& l, int64_t t) {
+  if (t < l.inner) return static_cast<T*>(base) + t * l.step;  // nearly always, and a division costs as much as a vector
   return static_cast<T*>(base) + (t / l.inner) * l.outer + (t % l.inner) * l.step;
 }
 template <typename T>
@@ -52,12 +53,28 @@ struct Span {
   }
 };
 
-// What a thread, a warp or a cluster knows of a row: all relative to its own maximum.
+// What a thread, a warp or a cluster knows of a row: all relative to its own maximum. Combining two is commutative to the last
+// bit (products are rounded before they are added), so that all lanes of a butterfly agree.
+template <typename T>
 struct PlainPartial {
   float max = -INFINITY;
   float sum = 0;  // sum_c e^(x'_c - max)
   float pad[2] = {0, 0};
+
+  // Of all lanes, for all lanes.
+  __device__ __forceinline__ void reduce_over_warp() {
+    const float top = warp_max(max);
+    sum = warp_sum(sum * RowExp<T>::ratio(max, top));
+    max = top;
+  }
+  __device__ __forceinline__ PlainPartial operator+(const PlainPartial& b) const {
+    PlainPartial r;
+    r.max = fmaxf(max, b.max);
+    r.sum = __fadd_rn(__fmul_rn(sum, RowExp<T>::ratio(max, r.max)), __fmul_rn(b.sum, RowExp<T>::ratio(b.max, r.max)));
+    return r;
+  }
 };
+template <typename T>
 struct FullPartial {
   float max = -INFINITY;
   float sum = 0;
@@ -66,42 +83,28 @@ struct FullPartial {
   float weight = 0;    // sum_c w_c
   int32_t argmax = 0x7fffffff;
   float pad[2] = {0, 0};
-};
 
-// -inf - -inf is NaN: an all -inf part is taken relative to 0, where it adds nothing.
-__device__ __forceinline__ float finite_base(float max) { return max == -INFINITY ? 0.f : max; }
-
-struct MergePlain {
-  __device__ __forceinline__ PlainPartial operator()(const PlainPartial& a, const PlainPartial& b) const {
-    PlainPartial r;
-    r.max = fmaxf(a.max, b.max);
-    const float base = finite_base(r.max);
-    // Rounded products: a fused one would make the sum depend on the order of a and b, and lanes would disagree.
-    r.sum = __fadd_rn(__fmul_rn(a.sum, expf(a.max - base)), __fmul_rn(b.sum, expf(b.max - base)));
-    return r;
-  }
-};
-struct MergeFull {
-  __device__ __forceinline__ FullPartial operator()(const FullPartial& a, const FullPartial& b) const {
+  __device__ __forceinline__ void reduce_over_warp() { *this = warp_reduce(*this, Add<FullPartial>{}); }
+  __device__ __forceinline__ FullPartial operator+(const FullPartial& b) const {
     FullPartial r;
-    r.max = fmaxf(a.max, b.max);
-    const float base = finite_base(r.max);
-    const float ea = expf(a.max - base), eb = expf(b.max - base);
-    const float da = a.max == -INFINITY ? 0.f : a.max - base, db = b.max == -INFINITY ? 0.f : b.max - base;
-    r.sum = __fadd_rn(__fmul_rn(a.sum, ea), __fmul_rn(b.sum, eb));
-    r.moment = __fadd_rn(__fmul_rn(ea, __fadd_rn(a.moment, __fmul_rn(da, a.sum))), __fmul_rn(eb, __fadd_rn(b.moment, __fmul_rn(db, b.sum))));
-    r.weighted = __fadd_rn(__fadd_rn(a.weighted, __fmul_rn(a.weight, da)), __fadd_rn(b.weighted, __fmul_rn(b.weight, db)));
-    r.weight = __fadd_rn(a.weight, b.weight);
-    r.argmax = a.max == b.max ? min(a.argmax, b.argmax) : (a.max > b.max ? a.argmax : b.argmax);
+    r.max = fmaxf(max, b.max);
+    const float ea = RowExp<T>::ratio(max, r.max), eb = RowExp<T>::ratio(b.max, r.max);
+    const float da = moved(max, r.max), db = moved(b.max, r.max);
+    r.sum = __fadd_rn(__fmul_rn(sum, ea), __fmul_rn(b.sum, eb));
+    r.moment = __fadd_rn(__fmul_rn(ea, __fadd_rn(moment, __fmul_rn(da, sum))), __fmul_rn(eb, __fadd_rn(b.moment, __fmul_rn(db, b.sum))));
+    r.weighted = __fadd_rn(__fadd_rn(weighted, __fmul_rn(weight, da)), __fadd_rn(b.weighted, __fmul_rn(b.weight, db)));
+    r.weight = __fadd_rn(weight, b.weight);
+    r.argmax = max == b.max ? min(argmax, b.argmax) : (max > b.max ? argmax : b.argmax);
     return r;
   }
+  // How far terms relative to `from` go down when they become relative to `to`. Nothing is relative to -inf.
+  __device__ __forceinline__ static float moved(float from, float to) { return from == -INFINITY ? 0.f : from - to; }
 };
 
 // The maths of a row, plain (p.plain() and no statistics) or with everything.
 template <typename T, bool kFull>
 struct RowMaths {
-  using Partial = std::conditional_t<kFull, FullPartial, PlainPartial>;
-  using Merge = std::conditional_t<kFull, MergeFull, MergePlain>;
+  using Partial = std::conditional_t<kFull, FullPartial<T>, PlainPartial<T>>;
 
   const CeLossParams& p;
   float class_weight_sum;  // sum_c w_c; unused when plain
@@ -118,7 +121,7 @@ struct RowMaths {
   }
   __device__ __forceinline__ float class_weight(int64_t c) const { return kFull && p.class_weight ? p.class_weight[c] : 1.f; }
 
-  // Adds kCount elements that begin at column c, given raw.
+  // Adds kCount raw elements that begin at column c.
   template <int kCount>
   __device__ __forceinline__ void add(Partial& part, float (&x)[kCount], int64_t c) const {
     float top = part.max;
@@ -127,20 +130,18 @@ struct RowMaths {
       x[i] = transform(x[i]);
       top = fmaxf(top, x[i]);
     }
-    const float base = finite_base(top), shrink = softmax_exp<T>(part.max - base);
+    const RowExp<T> exp(top);
+    const float shrink = RowExp<T>::ratio(part.max, top);
     float sum = 0;
+    if constexpr (kFull) {
+      const float moved = FullPartial<T>::moved(part.max, top), base = top == -INFINITY ? 0.f : top;
+      part.moment = shrink * (part.moment + moved * part.sum);
+      part.weighted += part.weight * moved;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
-      const float d = x[i] - base, e = softmax_exp<T>(d);
-      sum += e;
-      if constexpr (kFull) {
-        if (i == 0) {
-          const float moved = part.max == -INFINITY ? 0.f : part.max - base;
-          part.moment = shrink * (part.moment + moved * part.sum);
-          part.weighted += part.weight * moved;
-        }
+      for (int i = 0; i < kCount; i++) {
+        const float d = x[i] - base, e = exp(x[i]), w = class_weight(c + i);
+        sum += e;
         part.moment += e == 0.f ? 0.f : e * d;
-        const float w = class_weight(c + i);
         part.weighted += w * d;
         part.weight += w;
         if (x[i] == top && (top > part.max || int32_t(c + i) < part.argmax)) {  // the first of equals
@@ -148,9 +149,38 @@ struct RowMaths {
           part.max = top;
         }
       }
+    } else {
+#pragma unroll
+      for (int i = 0; i < kCount; i++) sum += exp(x[i]);
     }
     part.sum = part.sum * shrink + sum;
     part.max = top;
+  }
+  // Adds kCount raw vectors, the first at column c, the next `step` columns on.
+  template <int kCount>
+  __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step) const {
+    float x[kVec<T>];
+    if constexpr (kFull) {
+#pragma unroll
+      for (int k = 0; k < kCount; k++) {
+        unpack<T>(raw[k], x);
+        add(part, x, c + int64_t(k) * step);
+      }
+    } else {
+      float top = part.max;
+#pragma unroll
+      for (int k = 0; k < kCount; k++) top = fmaxf(top, max_of<T>(raw[k]));
+      const RowExp<T> exp(top);
+      float sums[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int k = 0; k < kCount; k++) {
+        unpack<T>(raw[k], x);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; i++) sums[i % 4] += exp(x[i]);
+      }
+      part.sum = part.sum * RowExp<T>::ratio(part.max, top) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      part.max = top;
+    }
   }
 
   struct Coefficients {
@@ -162,7 +192,7 @@ struct RowMaths {
     return {(1 - eps) * target_weight + beta * class_weight_sum + 2 * p.z_loss * (max + log_sum), beta, (1 - eps) * target_weight};
   }
   __device__ __forceinline__ float loss(const Partial& row, int32_t y, float target_logit) const {
-    const float log_sum = logf(row.sum), gap = log_sum - (transform(target_logit) - row.max);
+    const float log_sum = logf(row.sum), gap = log_sum + RowExp<T>::below_max(transform(target_logit), row.max);
     if constexpr (!kFull) {
       return gap;
     } else {
@@ -181,16 +211,17 @@ struct RowGradient {
   const RowMaths<T, kFull>& maths;
   typename RowMaths<T, kFull>::Coefficients k;
   int32_t y;
-  float max, multiplier, over_sum, softmax_factor;
+  RowExp<T> exp;
+  float multiplier, over_sum, softmax_factor;
 
   __device__ __forceinline__ RowGradient(const RowMaths<T, kFull>& maths, int32_t y, float max, float sum, float multiplier)
-      : maths(maths), k(maths.coefficients(y, max, logf(sum))), y(y), max(max), multiplier(multiplier), over_sum(k.alpha / sum) {
+      : maths(maths), k(maths.coefficients(y, max, logf(sum))), y(y), exp(max), multiplier(multiplier), over_sum(k.alpha / sum) {
     softmax_factor = multiplier * over_sum;
   }
   // Of a class that is not the target.
   __device__ __forceinline__ float other(float raw, int64_t c) const {
     const float x = maths.transform(raw);
-    float g = softmax_exp<T>(x - max) * softmax_factor;
+    float g = exp(x) * softmax_factor;
     if constexpr (kFull) {
       if (k.beta != 0) g -= multiplier * k.beta * maths.class_weight(c);
       g *= maths.chain(x);
@@ -200,12 +231,13 @@ struct RowGradient {
   // Of the target: in one fp32 expression, or a confident row's p - 1 would be the difference of two rounded numbers.
   __device__ __forceinline__ float target(float raw) const {
     const float x = maths.transform(raw);
-    return ((over_sum * expf(x - max) - k.beta * maths.class_weight(y)) - k.gamma) * multiplier * maths.chain(x);
+    return ((over_sum * exp(x) - k.beta * maths.class_weight(y)) - k.gamma) * multiplier * maths.chain(x);
   }
   __device__ __forceinline__ float operator()(float raw, int64_t c) const { return c == y ? target(raw) : other(raw, c); }
-  // In place on a vector of raw logits that begins at column c.
-  __device__ __forceinline__ void vector(float (&x)[kVec<T>], int64_t c) const {
-    const uint32_t place = uint32_t(y - int32_t(c));
+  // Of a vector of raw logits that begins at column c and has the target at `place`, if that is one of its places.
+  __device__ __forceinline__ uint4 operator()(uint4 raw, int64_t c, uint32_t place) const {
+    float x[kVec<T>];
+    unpack<T>(raw, x);
     const bool has_target = place < uint32_t(kVec<T>);
     float target_gradient = 0;
     if (has_target) {
@@ -214,10 +246,13 @@ struct RowGradient {
         if (i == int(place)) target_gradient = target(x[i]);
     }
 #pragma unroll
-    for (int i = 0; i < kVec<T>; i++) {
-      x[i] = other(x[i], c + i);
-      if (has_target && i == int(place)) x[i] = target_gradient;
+    for (int i = 0; i < kVec<T>; i++) x[i] = other(x[i], c + i);
+    if (has_target) {
+#pragma unroll
+      for (int i = 0; i < kVec<T>; i++)
+        if (i == int(place)) x[i] = target_gradient;
     }
+    return pack<T>(x);
   }
 };
 
@@ -521,9 +556,10 @@ __global__ void __launch_bounds__(kTile) sequence_loss_kernel(const __grid_const
 constexpr int kStreamThreads = 512;
 constexpr int kStreamUnroll = 4;  // 16-byte loads in flight per thread
 
-// Calls on_vector(raw vector, column) and on_element(raw, column) for a block's share of a row, loads first.
-template <typename T, typename OnVector, typename OnElement>
-__device__ __forceinline__ void for_row(const T* row, int64_t vocab, OnVector on_vector, OnElement on_element) {
+// Calls on_vectors(raw vectors, column of the first, columns to the next) and on_element(raw, column) for a thread's share of a row.
+template <typename T, typename OnVectors, typename OnElement>
+__device__ __forceinline__ void for_row(const T* row, int64_t vocab, OnVectors on_vectors, OnElement on_element) {
+  constexpr int kStep = kStreamThreads * kVec<T>;
   const Span<T> span(row, vocab);
   const T* body = row + span.head;
   int i = threadIdx.x;
@@ -531,26 +567,27 @@ __device__ __forceinline__ void for_row(const T* row, int64_t vocab, OnVector on
     uint4 raw[kStreamUnroll];
 #pragma unroll
     for (int u = 0; u < kStreamUnroll; u++) raw[u] = load_cached(body + int64_t(i + u * kStreamThreads) * kVec<T>);
-#pragma unroll
-    for (int u = 0; u < kStreamUnroll; u++) on_vector(raw[u], span.head + int64_t(i + u * kStreamThreads) * kVec<T>);
+    on_vectors(raw, span.head + int64_t(i) * kVec<T>, kStep);
   }
-  for (; i < span.vectors; i += kStreamThreads) on_vector(load_cached(body + int64_t(i) * kVec<T>), span.head + int64_t(i) * kVec<T>);
+  for (; i < span.vectors; i += kStreamThreads) {
+    const uint4 raw[1] = {load_cached(body + int64_t(i) * kVec<T>)};
+    on_vectors(raw, span.head + int64_t(i) * kVec<T>, kStep);
+  }
   if (int(threadIdx.x) < span.head) on_element(row[threadIdx.x], int64_t(threadIdx.x));
   if (int(threadIdx.x) < span.tail) on_element(row[vocab - span.tail + threadIdx.x], vocab - span.tail + threadIdx.x);
 }
 
-// Writes a row's gradient. In place, every element is read before the barrier-free write of the same thread.
+// Writes a row's gradient. `out` may be the row: a thread writes only what it has read.
 template <typename T, bool kFull>
 __device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vocab, const RowGradient<T, kFull>& gradient) {
   const bool same_alignment = ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(row)) & 15) == 0;
   if (same_alignment) {
     for_row<T>(
         row, vocab,
-        [&](uint4 raw, int64_t c) {
-          float x[kVec<T>];
-          unpack<T>(raw, x);
-          gradient.vector(x, c);
-          store_streaming(out + c, pack<T>(x));
+        [&](const auto& raw, int64_t c, int step) {
+#pragma unroll
+          for (int k = 0; k < int(std::extent_v<std::remove_reference_t<decltype(raw)>>); k++, c += step)
+            store_streaming(out + c, gradient(raw[k], c, uint32_t(gradient.y - int32_t(c))));
         },
         [&](T raw, int64_t c) { out[c] = from_float<T>(gradient(to_float(raw), c)); });
   } else {
@@ -573,19 +610,14 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
   const Maths maths{p, kFull ? *Workspace(p).class_weight_sum : 0.f};
   typename Maths::Partial part;
   for_row<T>(
-      row, p.vocab,
-      [&](uint4 raw, int64_t c) {
-        float x[kVec<T>];
-        unpack<T>(raw, x);
-        maths.add(part, x, c);
-      },
+      row, p.vocab, [&](const auto& raw, int64_t c, int step) { maths.add(part, raw, c, step); },
       [&](T raw, int64_t c) {
         float x[1] = {to_float(raw)};
         maths.add(part, x, c);
       });
   float target_logit = 0;
   if (threadIdx.x == 0) target_logit = to_float(row[y]);  // before the gradient may overwrite it
-  part = block_reduce<kStreamThreads>(part, typename Maths::Partial{}, typename Maths::Merge{}, scratch);
+  part = block_reduce<kStreamThreads>(part, typename Maths::Partial{}, Add<typename Maths::Partial>{}, scratch);
   if (threadIdx.x == 0) {
     write_row_state<kFull>(p, t, part);
     write_row_loss(p, t, maths.loss(part, y, target_logit));
@@ -608,12 +640,15 @@ __global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const _
   if (!p.logits) {
     for_row<T>(
         out, p.vocab,
-        [&](uint4 raw, int64_t c) {
-          float x[kVec<T>];
-          unpack<T>(raw, x);
+        [&](const auto& raw, int64_t c, int step) {
 #pragma unroll
-          for (int i = 0; i < kVec<T>; i++) x[i] *= incoming;
-          store_streaming(out + c, pack<T>(x));
+          for (int k = 0; k < int(std::extent_v<std::remove_reference_t<decltype(raw)>>); k++, c += step) {
+            float x[kVec<T>];
+            unpack<T>(raw[k], x);
+#pragma unroll
+            for (int i = 0; i < kVec<T>; i++) x[i] *= incoming;
+            store_streaming(out + c, pack<T>(x));
+          }
         },
         [&](T raw, int64_t c) { out[c] = from_float<T>(to_float(raw) * incoming); });
     return;
@@ -634,6 +669,18 @@ __global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const _
 
 // ------------------------------------------------------------------------------------------------------------ resident
 
+// A place in the ring of stages, and the parity of the phase that the barriers there are in.
+struct RingPlace {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
 template <typename T, bool kFull, bool kGrad>
 __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) resident_kernel(const __grid_constant__ CeLossParams p, const int stages) {
 #if __CUDA_ARCH__ >= 900
@@ -641,12 +688,14 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
   using Partial = typename Maths::Partial;
   constexpr int kWarps = kResidentThreads / 32;
   constexpr int kChunkVectors = kChunkBytes / 16;
-  static_assert(sizeof(Partial) % 16 == 0);
+  constexpr int kPerThread = kChunkVectors / kResidentThreads;  // vectors of a whole chunk
+  constexpr int kStep = kResidentThreads * kVec<T>;
+  static_assert(sizeof(Partial) % 16 == 0 && kChunkVectors % kResidentThreads == 0);
 
   extern __shared__ __align__(128) unsigned char shared[];
   const int cluster = int(cluster_size()), rank = int(cluster_rank());
-  unsigned char* ring = shared;
-  auto* partials = reinterpret_cast<Partial*>(ring + stages * kChunkBytes);  // [2][cluster * kWarps]
+  auto* ring = reinterpret_cast<uint4*>(shared);
+  auto* partials = reinterpret_cast<Partial*>(shared + stages * kChunkBytes);  // [2][cluster * kWarps]
   auto* full = reinterpret_cast<MBarrier*>(partials + 2 * cluster * kWarps);
   MBarrier *empty = full + stages, *exchanged = empty + stages;
 
@@ -672,30 +721,33 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
 
   if (threadIdx.x >= kResidentThreads) {  // the warp that copies
     if (threadIdx.x == kResidentThreads) {
-      uint32_t issued = 0;
+      RingPlace place;
+      uint32_t wrapped = 0;  // nothing to wait for in the first round
       RowEntry next = first < p.rows ? order[first] : RowEntry{0, kIgnored};
       for (int64_t i = first; i < p.rows; i += stride) {
-        const int64_t t = next.row;
-        const int32_t y = next.target;
+        const RowEntry entry = next;
         if (i + stride < p.rows) next = order[i + stride];
-        if (y < 0) continue;
-        const T* row = row_of<T>(p.logits, p.logits_layout, t);
+        if (entry.target < 0) continue;
+        const T* row = row_of<T>(p.logits, p.logits_layout, entry.row);
         const Span<T> span(row, p.vocab);
         int begin, count;
         part_of(span, begin, count);
-        const auto* source = reinterpret_cast<const unsigned char*>(row + span.head) + int64_t(begin) * 16;
-        for (int done = 0; done < count; done += kChunkVectors, issued++) {
-          const uint32_t stage = issued % stages, bytes = uint32_t(min(kChunkVectors, count - done)) * 16;
-          if (issued >= uint32_t(stages)) barrier_wait(empty + stage, (issued / stages - 1) & 1);
-          barrier_expect(full + stage, bytes);
-          bulk_load(ring + stage * kChunkBytes, source + int64_t(done) * 16, bytes, full + stage);
+        const auto* source = reinterpret_cast<const uint4*>(row + span.head) + begin;
+        for (int done = 0; done < count; done += kChunkVectors) {
+          const uint32_t bytes = uint32_t(min(kChunkVectors, count - done)) * 16;
+          if (wrapped) barrier_wait(empty + place.stage, place.phase ^ 1);
+          barrier_expect(full + place.stage, bytes);
+          bulk_load(ring + place.stage * kChunkVectors, source + done, bytes, full + place.stage);
+          place.advance(stages);
+          if (place.stage == 0) wrapped = 1;
         }
       }
     }
   } else {
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const Maths maths{p, kFull ? *Workspace(p).class_weight_sum : 0.f};
-    uint32_t taken = 0, exchanges = 0;
+    RingPlace row_place;
+    uint32_t exchanges = 0;
     RowEntry next = first < p.rows ? order[first] : RowEntry{0, kIgnored};
     for (int64_t i = first; i < p.rows; i += stride) {
       const int64_t t = next.row;
@@ -706,10 +758,15 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
         if constexpr (kGrad) zero_row(row_of<T>(p.grad, p.grad_layout, t), p.vocab, rank * kResidentThreads + threadIdx.x, cluster * kResidentThreads);
         continue;
       }
+      const float scale = kGrad ? state(p.scale, t) : 0.f;
       const T* row = row_of<T>(p.logits, p.logits_layout, t);
       const Span<T> span(row, p.vocab);
       int begin, count;
       part_of(span, begin, count);
+      const int64_t column = span.head + int64_t(begin) * kVec<T>;     // of this block's first vector
+      const int target_element = y - int32_t(column);                  // relative to it
+      const int target_vector = target_element >= 0 ? target_element / kVec<T> : -1;
+      const uint32_t target_place = uint32_t(target_element) % kVec<T>;
 
       // The elements outside the vectors belong to rank 0: one each to the first threads of its first two warps.
       int64_t edge = -1;
@@ -718,31 +775,41 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
       const float edge_raw = edge >= 0 ? to_float(row[edge]) : 0.f;
 
       Partial part;
-      float target_logit = 0;
+      float target_logit = edge_raw;
       bool owns_target = edge == y;
-      if (owns_target) target_logit = edge_raw;
-      uint32_t chunk = taken;
-      for (int done = 0; done < count; done += kChunkVectors, chunk++) {
-        const uint32_t stage = chunk % stages;
-        barrier_wait(full + stage, (chunk / stages) & 1);
-        const int here = min(kChunkVectors, count - done);
-        for (int v = threadIdx.x; v < here; v += kResidentThreads) {
+      const auto look_for_target = [&](uint4 raw, int v) {
+        if (v == target_vector) {
+          owns_target = true;
           float x[kVec<T>];
-          unpack<T>(load_cached(ring + stage * kChunkBytes + v * 16), x);
-          const int64_t c = span.head + int64_t(begin + done + v) * kVec<T>;
-          const uint32_t place = uint32_t(y - int32_t(c));
-          if (place < uint32_t(kVec<T>)) {
-            owns_target = true;
+          unpack<T>(raw, x);
 #pragma unroll
-            for (int i = 0; i < kVec<T>; i++)
-              if (i == int(place)) target_logit = x[i];
+          for (int i = 0; i < kVec<T>; i++)
+            if (i == int(target_place)) target_logit = x[i];
+        }
+      };
+      RingPlace place = row_place;
+      for (int done = 0; done < count; done += kChunkVectors) {
+        barrier_wait(full + place.stage, place.phase);
+        const uint4* chunk = ring + place.stage * kChunkVectors;
+        if (count - done >= kChunkVectors) {
+          uint4 raw[kPerThread];
+#pragma unroll
+          for (int k = 0; k < kPerThread; k++) raw[k] = chunk[threadIdx.x + k * kResidentThreads];
+#pragma unroll
+          for (int k = 0; k < kPerThread; k++) look_for_target(raw[k], done + threadIdx.x + k * kResidentThreads);
+          maths.add(part, raw, column + int64_t(done + threadIdx.x) * kVec<T>, kStep);
+        } else {
+          for (int v = threadIdx.x; v < count - done; v += kResidentThreads) {
+            const uint4 raw[1] = {chunk[v]};
+            look_for_target(raw[0], done + v);
+            maths.add(part, raw, column + int64_t(done + v) * kVec<T>, kStep);
           }
-          maths.add(part, x, c);
         }
         if constexpr (!kGrad) {
           __syncwarp();
-          if (lane == 0) barrier_arrive(empty + stage);
+          if (lane == 0) barrier_arrive(empty + place.stage);
         }
+        place.advance(stages);
       }
       if (edge >= 0) {
         float x[1] = {edge_raw};
@@ -751,7 +818,7 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
 
       // Every warp sends its result to every block of the cluster. Two sets of places, used in turn: a block can be at most one
       // row ahead of another, because it needs that one's results.
-      part = warp_reduce(part, typename Maths::Merge{});
+      part.reduce_over_warp();
       const int set = exchanges & 1;
       Partial* places = partials + set * cluster * kWarps;
       if (threadIdx.x == 0) barrier_expect(exchanged + set, cluster * kWarps * sizeof(Partial));
@@ -764,32 +831,40 @@ __global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) reside
       barrier_wait_cluster(exchanged + set, (exchanges >> 1) & 1);
       exchanges++;
       part = Partial{};
-      for (int i = lane; i < cluster * kWarps; i += 32) part = typename Maths::Merge{}(part, places[i]);
-      part = warp_reduce(part, typename Maths::Merge{});
+      for (int i = lane; i < cluster * kWarps; i += 32) part = part + places[i];
+      part.reduce_over_warp();
 
       if (rank == 0 && threadIdx.x == 0) write_row_state<kFull>(p, t, part);
       if (owns_target) write_row_loss(p, t, maths.loss(part, y, target_logit));
 
       if constexpr (kGrad) {
-        const RowGradient<T, kFull> gradient(maths, y, part.max, part.sum, state(p.scale, t));
+        const RowGradient<T, kFull> gradient(maths, y, part.max, part.sum, scale);
         T* out = row_of<T>(p.grad, p.grad_layout, t);
-        chunk = taken;
-        for (int done = 0; done < count; done += kChunkVectors, chunk++) {
-          const uint32_t stage = chunk % stages;
-          const int here = min(kChunkVectors, count - done);
-          for (int v = threadIdx.x; v < here; v += kResidentThreads) {
-            float x[kVec<T>];
-            unpack<T>(load_cached(ring + stage * kChunkBytes + v * 16), x);
-            const int64_t c = span.head + int64_t(begin + done + v) * kVec<T>;
-            gradient.vector(x, c);
-            store_streaming(out + c, pack<T>(x));
+        T* out_part = out + column;
+        const auto write = [&](uint4 raw, int v) {
+          store_streaming(out_part + int64_t(v) * kVec<T>, gradient(raw, column + int64_t(v) * kVec<T>, v == target_vector ? target_place : kVec<T>));
+        };
+        place = row_place;
+        for (int done = 0; done < count; done += kChunkVectors) {
+          const uint4* chunk = ring + place.stage * kChunkVectors;
+          if (count - done >= kChunkVectors) {
+            uint4 raw[kPerThread];
+#pragma unroll
+            for (int k = 0; k < kPerThread; k++) raw[k] = chunk[threadIdx.x + k * kResidentThreads];
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + place.stage);
+#pragma unroll
+            for (int k = 0; k < kPerThread; k++) write(raw[k], done + threadIdx.x + k * kResidentThreads);
+          } else {
+            for (int v = threadIdx.x; v < count - done; v += kResidentThreads) write(chunk[v], done + v);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + place.stage);
           }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(empty + stage);
+          place.advance(stages);
         }
         if (edge >= 0) out[edge] = from_float<T>(gradient(edge_raw, edge));
       }
-      taken = chunk;
+      row_place = place;
     }
   }
   cluster_sync();  // no block may leave while another still writes into its shared memory
@@ -828,7 +903,7 @@ bool same_alignment(const CeLossParams& p, int element_bytes) {
 }
 
 template <typename T, bool kFull, bool kGrad>
-cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, int device, int sms, cudaStream_t stream) {
+cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, int device, int sms, int shared_per_block, cudaStream_t stream) {
   const auto kernel = resident_kernel<T, kFull, kGrad>;
   cudaLaunchConfig_t launch = {};
   launch.blockDim = dim3(kResidentThreads + 32);
@@ -845,7 +920,7 @@ cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, i
   auto& resident_clusters = cache[device % kMaxDevices][config.cluster];
   int clusters = resident_clusters.load(std::memory_order_acquire);
   if (clusters == 0) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_per_block);
     if (error != cudaSuccess) return error;
     launch.gridDim = dim3(unsigned(sms) * kResidentBlocks / config.cluster * config.cluster);
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch);
@@ -865,7 +940,7 @@ cudaError_t launch_rows(const CeLossParams& p, cudaStream_t stream) {
   if (error != cudaSuccess) return error;
   const CeLossConfig config = choose_ce_loss_config(p.vocab, sizeof(T), p.grad != nullptr, p.grad == nullptr || same_alignment(p, sizeof(T)),
                                                     sizeof(typename RowMaths<T, kFull>::Partial), limits);
-  if (config.resident) return p.grad ? launch_resident<T, kFull, true>(p, config, device, sms, stream) : launch_resident<T, kFull, false>(p, config, device, sms, stream);
+  if (config.resident) return p.grad ? launch_resident<T, kFull, true>(p, config, device, sms, limits.shared_per_block, stream) : launch_resident<T, kFull, false>(p, config, device, sms, limits.shared_per_block, stream);
   stream_forward_kernel<T, kFull><<<unsigned(p.rows), kStreamThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }

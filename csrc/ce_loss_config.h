@@ -12,10 +12,19 @@ struct DeviceLimits {
   int shared_per_block;  // bytes, opt-in
 };
 
-inline constexpr int kResidentThreads = 512;   // that compute; one more warp issues the loads
-inline constexpr int kResidentBlocks = 2;      // per SM, so that one computes while the other waits for its cluster
-inline constexpr int kChunkBytes = 8192;       // of a bulk copy, and of a stage of the ring
-inline constexpr int kMaxStages = 32;
+#ifndef PACKOPS_CE_THREADS
+#define PACKOPS_CE_THREADS 512
+#endif
+#ifndef PACKOPS_CE_BLOCKS
+#define PACKOPS_CE_BLOCKS 2
+#endif
+inline constexpr int kResidentThreads = PACKOPS_CE_THREADS;  // that compute; one more warp issues the loads
+inline constexpr int kResidentBlocks = PACKOPS_CE_BLOCKS;     // per SM, so that one computes while the other waits for its cluster
+#ifndef PACKOPS_CE_CHUNK
+#define PACKOPS_CE_CHUNK 16384
+#endif
+inline constexpr int kChunkBytes = PACKOPS_CE_CHUNK;       // of a bulk copy, and of a stage of the ring
+inline constexpr int kMaxStages = 16;
 inline constexpr int kMaxCluster = 8;          // the largest portable cluster
 
 // Shared memory beside the ring: two barriers a stage, two for the exchange, and two sets of partial results of every warp of

@@ -33,6 +33,17 @@ __device__ __forceinline__ V warp_reduce(V value, Combine combine) {
   return value;
 }
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+
 // Every thread of a block of kThreads gets the combination of all. `scratch`: kThreads / 32 values in shared memory, free again
 // when the block has passed its next barrier.
 template <int kThreads, typename V, typename Combine>
