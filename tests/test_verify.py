@@ -39,7 +39,7 @@ def llama(attention="sdpa", dtype=torch.float32):
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
+        hidden_size=64,  # heads of 16: FlexAttention on a GPU wants no less
         intermediate_size=48,
         num_hidden_layers=2,
         num_attention_heads=4,
@@ -280,5 +280,7 @@ def test_bad_arguments(documents):
         verify(llama(), [[1, 2], []])
     with pytest.raises(ValueError, match="max_length = 22 leaves every document in a pack of its own"):
         verify(llama(), [[1] * 22] * 3, max_length=22)
+    with pytest.raises(ValueError, match="at least two different tokens"):
+        verify(llama(), [[0] * 5] * 3)
     with pytest.raises(ValueError, match=r"reduction must be one of 'mean', .* got 'sum'"):
         verify(llama(), documents, reduction="sum")

@@ -47,7 +47,7 @@ def loss_normalizer(
             of processes, to make up for it. ``"sum"``: N itself.
 
     Returns:
-        A float64 tensor without dimensions, where the labels are. Nothing waits for the device.
+        A float64 tensor without dimensions, where the labels are (for counts on the host, where the group communicates). Nothing waits for the device.
 
     Raises:
         ValueError: another ``reduction`` or ``gradients``, or labels whose documents are not known.
@@ -59,7 +59,7 @@ def loss_normalizer(
     is_one = isinstance(labels_or_counts, (PackedBatch, Tensor, int, float))
     items: Iterable[Any] = [labels_or_counts] if is_one else labels_or_counts
     counts = [_count(item, reduction, cu_seqlens, shift, ignore_index) for item in items]
-    on_device = next((c.device for c in counts if isinstance(c, Tensor)), None)
+    on_device = next((c.device for c in counts if isinstance(c, Tensor) and not c.is_cpu), None)
     total = torch.zeros((), dtype=torch.float64, device=on_device or _communication_device(group))
     for count in counts:
         total += count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,7 +32,8 @@ class VerifyReport:
     Attributes:
         ok: packed equals one by one, within ``tolerance``, and no document sees another.
         loss_alone, loss_packed: the step's loss, documents one by one and packed.
-        loss_difference: their difference, relative to the former.
+        loss_difference: the largest difference of a micro-batch's share of them, relative to the whole loss. Shares, because
+            untrained models score all tokens alike, and wrong weights then hardly show in the sum.
         gradient_differences: by parameter, the largest difference of a gradient's element, relative to the largest element of
             that parameter's gradient (or to a thousandth of the largest of all, if that is more).
         logit_differences: (documents,) largest difference of a document's logits alone and packed, relative to the largest.
@@ -226,7 +227,7 @@ class _Run:
 
         truth = self.alone(alone)
         num_items = loss_normalizer(batches, reduction=self.reduction, gradients="sum")
-        loss_packed, gradients, logits = self.packed(batches, num_items)
+        packed, gradients, logits = self.packed(batches, num_items)
         scale = max(float(values.abs().max()) for values in truth.logits)
         order = list(itertools.chain(*packs))
         logit_differences = torch.zeros(len(documents), dtype=torch.float64)
@@ -237,14 +238,15 @@ class _Run:
             name: _relative(_largest(gradients[name] - g), max(float(g.abs().max()), floor))
             for name, g in truth.gradients.items()
         }
-        loss_difference = _relative(abs(loss_packed - truth.loss), abs(truth.loss))
+        alone_by_pack = torch.stack([truth.losses[members].sum() for members in packs])
+        loss_difference = _relative(_largest(packed - alone_by_pack), abs(float(truth.losses.sum())))
         noise, leaks = (
             self.leaks(documents, packs, batches, scale) if with_leaks else (0.0, torch.zeros(len(documents), len(documents)))
         )
         report = VerifyReport(
             ok=False,
-            loss_alone=truth.loss,
-            loss_packed=loss_packed,
+            loss_alone=float(truth.losses.sum()),
+            loss_packed=float(packed.sum()),
             loss_difference=loss_difference,
             gradient_differences=gradient_differences,
             logit_differences=logit_differences,
@@ -254,7 +256,7 @@ class _Run:
             packs=packs,
             findings=[],
         )
-        report.findings = self.explain(report, truth, batches)
+        report.findings = self.explain(report, packed, batches)
         report.ok = not report.findings
         return report
 
@@ -268,22 +270,23 @@ class _Run:
             share = _reference_loss(logits, batch, self.reduction, denominator)
             if share.requires_grad:  # not without a scored token, nor where gradients are not asked for
                 share.backward()
-            losses.append(float(share.detach()))
+            losses.append(share.detach())
             all_logits.append(batch.unpack(logits.detach())[0].double())
-        return _Truth(sum(losses), all_logits, self.take_gradients())
+        return _Truth(_on_host(losses), all_logits, self.take_gradients())
 
-    def packed(self, batches: list[PackedBatch], num_items: Tensor) -> tuple[float, dict[str, Tensor], list[Tensor]]:
+    def packed(self, batches: list[PackedBatch], num_items: Tensor) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+        """Each micro-batch's share of the loss, the gradients of all, and each document's logits."""
         self.model.zero_grad(set_to_none=True)
-        total = 0.0
+        shares = []
         for batch in batches:
             share = self.loss(self.model, batch, num_items)
             if share.requires_grad:
                 share.backward()
-            total += float(share.detach())
+            shares.append(share.detach())
         gradients = self.take_gradients()
         with torch.no_grad():
             logits = [part.double() for batch in batches for part in batch.unpack(self.forward(self.model, batch))]
-        return total, gradients, logits
+        return _on_host(shares), gradients, logits
 
     def take_gradients(self) -> dict[str, Tensor]:
         if not torch.is_grad_enabled():
@@ -299,13 +302,15 @@ class _Run:
         self, documents: list[Any], packs: list[list[int]], batches: list[PackedBatch], scale: float
     ) -> tuple[float, Tensor]:
         """How far the same pass differs from itself, and how much changing one document changes each."""
+        known = torch.cat([batch.input_ids.unique() for batch in batches]).unique()
+        if len(known) < 2:
+            raise ValueError("documents must hold at least two different tokens: nothing could be changed to look for leaks")
         matrix = torch.full((len(documents), len(documents)), float("nan"), dtype=torch.float64)
         noise = 0.0
         for members, batch in zip(packs, batches, strict=True):
             before = batch.unpack(self.forward(self.model, batch).float())
             again = batch.unpack(self.forward(self.model, batch).float())
             noise = max([noise, *(_largest(a - b) / scale for a, b in zip(again, before, strict=True))])
-            known = batch.input_ids.unique()
             for place, i in enumerate(members):
                 changed = batch.input_ids.clone()
                 begin, length = batch.boundaries[place], batch.lengths[place]
@@ -317,7 +322,7 @@ class _Run:
                     matrix[i, j] = _largest(new - old) / scale
         return noise, matrix
 
-    def explain(self, report: VerifyReport, truth: _Truth, batches: list[PackedBatch]) -> list[str]:
+    def explain(self, report: VerifyReport, packed: Tensor, batches: list[PackedBatch]) -> list[str]:
         """What is wrong, each symptom traced to its likeliest cause."""
         findings = []
         leaks = report.worst_leak > 10 * report.noise
@@ -337,7 +342,7 @@ class _Run:
         elif moved:
             findings.append(f"documents {_some(moved)} have other logits packed than alone: the forward pass depends on the row")
         if not report.loss_difference <= report.tolerance and not moved:
-            findings.append(self._explain_loss(report, batches))
+            findings.append(self._explain_loss(report, packed, batches))
         name, gradient = report.worst_gradient
         if not gradient <= report.tolerance and not findings:
             findings.append(f"the loss is right but the gradient of {name} is not: look at the backward pass of what you patched")
@@ -346,45 +351,44 @@ class _Run:
         return findings
 
     @torch.no_grad()
-    def _explain_loss(self, report: VerifyReport, batches: list[PackedBatch]) -> str:
+    def _explain_loss(self, report: VerifyReport, packed: Tensor, batches: list[PackedBatch]) -> str:
         """Every token's logits are right and the loss is not: try the known ways to put it together wrongly."""
-        tokens = list(map(float, (loss_normalizer(batch, gradients="sum") for batch in batches)))
         logits = [self.forward(self.model, batch) for batch in batches]
-        sums = [_reference_loss(x, b, "mean", 1.0) for x, b in zip(logits, batches, strict=True)]
-        leaky, leaky_tokens = [], []
+        tokens = torch.tensor([float(batch.num_items) for batch in batches], dtype=torch.float64)
+        documents = sum(batch.num_sequences for batch in batches)
+        sums = _on_host(_reference_loss(x, b, "mean", 1.0) for x, b in zip(logits, batches, strict=True))
+        across, across_tokens = [], []  # with each document's last token scored against the next one's first
         for x, batch in zip(logits, batches, strict=True):
             ids = torch.where(batch.seq_idx[0] < batch.num_documents, batch.input_ids[0], batch.ignore_index)
-            leaky.append(reference.cross_entropy(x[0, :-1], ids[1:], reduction="sum", ignore_index=batch.ignore_index))
-            leaky_tokens.append(float((ids[1:] != batch.ignore_index).sum()))
-        mean = [float(s) / max(n, 1) for s, n in zip(sums, tokens, strict=True)]
-        leaky_mean = [float(s) / max(n, 1) for s, n in zip(leaky, leaky_tokens, strict=True)]
+            across.append(reference.cross_entropy(x[0, :-1], ids[1:], reduction="sum", ignore_index=batch.ignore_index))
+            across_tokens.append(float((ids[1:] != batch.ignore_index).sum()))
+        across_sums, across_counts = _on_host(across), torch.tensor(across_tokens, dtype=torch.float64)
+        means, across_means = sums / tokens.clamp(min=1), across_sums / across_counts.clamp(min=1)
         boundary = "the last token of each document is scored against the first of the next: mask the boundary labels"
         per_micro_batch = (
             "each micro-batch is divided by its own count, and these means are added or averaged: divide by the whole step's "
             "(num_items_in_batch, num_items=packops.loss_normalizer(...))"
         )
         candidates = [
-            (sum(mean) / len(mean), per_micro_batch),
-            (sum(mean), per_micro_batch),
-            (float(sum(leaky)) / sum(tokens), boundary),
-            (float(sum(leaky)) / sum(leaky_tokens), boundary),
-            (sum(leaky_mean) / len(mean), f"{boundary}; also, {per_micro_batch}"),
-            (sum(leaky_mean), f"{boundary}; also, {per_micro_batch}"),
+            (means / len(means), per_micro_batch),
+            (means, per_micro_batch),
+            (across_sums / tokens.sum(), boundary),
+            (across_sums / across_counts.sum(), boundary),
+            (across_means / len(means), f"{boundary}; also, {per_micro_batch}"),
+            (across_means, f"{boundary}; also, {per_micro_batch}"),
         ]
         if self.reduction != "mean":
-            for denominator in (sum(tokens), sum(batch.num_sequences for batch in batches)):
-                candidates.append(
-                    (float(sum(sums)) / denominator, f"the loss weighs every token alike, which is not {self.reduction!r}")
-                )
-        for value, cause in candidates:
-            if abs(value - report.loss_packed) <= report.tolerance * abs(value) < abs(value - report.loss_alone):
+            by_token = f"the loss weighs every token alike, which is not {self.reduction!r}"
+            candidates += [(sums / tokens.sum(), by_token), (sums / documents, by_token)]
+        for shares, cause in candidates:
+            if _largest(shares - packed) <= report.tolerance * float(shares.sum()):
                 return cause
         return "every document's logits are right but the loss is not: labels or normalisation"
 
 
 @dataclasses.dataclass
 class _Truth:
-    loss: float
+    losses: Tensor  # (documents,) each one's share of the step's loss
     logits: list[Tensor]  # of each document
     gradients: dict[str, Tensor]
 
@@ -399,6 +403,10 @@ def _reference_loss(logits: Tensor, batch: PackedBatch, reduction: str, denomina
         num_items=max(denominator, 1.0),
         ignore_index=batch.ignore_index,
     )
+
+
+def _on_host(values: Iterable[Tensor]) -> Tensor:
+    return torch.stack([value.double().reshape(()).cpu() for value in values])
 
 
 def _largest(difference: Tensor) -> float:
