@@ -84,7 +84,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             raise ValueError(f"balance must be 'none', 'tokens' or 'attention', got {balance!r}")
         self.packs_per_batch = packs_per_batch
         self.balance = balance
-        self.cost = {"none": (0.0, 0.0), "tokens": (1.0, 0.0), "attention": cost}[balance]
+        self.cost = cost
         self.drop_last = drop_last
         self.seed = None if strategy == "sequential" else seed
         self.epoch = 0
@@ -128,10 +128,12 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         self._past, self._start, self._step = [], 0, 0
 
     def costs(self) -> np.ndarray:
-        """(steps, world_size): each rank's cost, in the units of ``cost``. The slowest of a step holds up the rest."""
+        """(steps, world_size): ``a * tokens + b * sum of document length^2`` of each rank's batch, whatever is balanced.
+
+        The slowest rank of a step holds up the others: ``costs.mean(1).sum() / costs.max(1).sum()`` is the share of time worked.
+        """
         plan, steps, spans = self._prepare()
-        a, b = self.cost if self.balance != "none" else (24576.0, 1.0)
-        per_pack = np.append(self._span_costs(plan, spans, a, b), 0.0)  # -1, no pack, costs nothing
+        per_pack = np.append(self._span_costs(plan, spans, *self.cost), 0.0)  # -1, no pack, costs nothing
         return per_pack[steps].sum(2)
 
     # ---- resuming ------------------------------------------------------------------------------------------------------
@@ -187,7 +189,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         order = np.arange(count) if self.seed is None else _C.permutation(count, self.seed, self.epoch)
         full, rest = count // per_step, count % per_step
         if self.balance != "none":
-            cost = self._span_costs(plan, spans, *self.cost)
+            cost = self._span_costs(plan, spans, *(self.cost if self.balance == "attention" else (1.0, 0.0)))
             order[: full * per_step] = self._even_out(order[: full * per_step], cost, per_step)
             tail = order[full * per_step :]
             order[full * per_step :] = tail[np.argsort(-cost[tail], kind="stable")]
