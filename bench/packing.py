@@ -306,11 +306,10 @@ def measure_ranks(lengths: np.ndarray, capacity: int, per_batch: int) -> list[di
 
     for balance in ("none", "tokens", "attention"):
         sampler = packops.PackedBatchSampler(
-            lengths, capacity, rank=0, world_size=RANKS, balance=balance, packs_per_batch=per_batch
+            lengths, capacity, rank=0, world_size=RANKS, balance=balance, packs_per_batch=per_batch, cost=COST
         )
-        plan, steps, spans = sampler._prepare()
-        costs = np.append(sampler._span_costs(plan, spans, *COST), 0.0)[steps].sum(2)
-        add(f"packops best_fit, balance={balance}", costs, plan.num_tokens / (len(spans.begin) * capacity))
+        costs = sampler.costs()
+        add(f"packops best_fit, balance={balance}", costs, sampler.plan.num_tokens / (costs.size * per_batch * capacity))
     of_packs("packops bfd, packs shuffled", list(packops.pack(lengths, capacity, strategy="bfd")))
     for name, make, ordered in (
         ("OpenChat multipack", multipack, True),
