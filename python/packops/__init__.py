@@ -12,24 +12,36 @@ _register.register("packops")
 
 # The ops must be registered before the modules that use them.
 from ._checks import checks  # noqa: E402
+from .batch import PackedBatch  # noqa: E402
+from .collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
+from .distributed import loss_normalizer  # noqa: E402
 from .documents import SlicedDataset  # noqa: E402
 from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_metadata  # noqa: E402
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
+from .verify import VerifyReport, verify  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyStats",
     "DocumentSlice",
+    "PackedBatch",
+    "PackedBatchSampler",
+    "PackingCollator",
     "PackingPlan",
     "SlicedDataset",
     "StreamPacker",
+    "VerifyReport",
     "__version__",
     "checks",
     "cross_entropy",
+    "loss_normalizer",
+    "max_docs_for_flash_attention",
     "pack",
     "packed_labels",
     "packed_metadata",
+    "verify",
 ]
 
 _MODULES = ("distributed", "hf", "jit", "reference", "testing")
