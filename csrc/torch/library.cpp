@@ -4,4 +4,21 @@
 #include "torch/namespace.h"
 
 PACKOPS_LIBRARY(m) {
+  // RoPE. _rope is rope without autograd, plus what the backward pass (transposed) and benchmarks (tuning) need.
+  m.def(
+      "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, str? layout=None, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, bool mrope_interleaved=False, "
+      "bool per_token_table=False) -> (Tensor, Tensor?)");
+  m.def(
+      "_rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, str? layout=None, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, bool mrope_interleaved=False, "
+      "bool per_token_table=False, bool transposed=False, int[]? tuning=None) -> (Tensor, Tensor?)");
+  m.def(
+      "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, "
+      "str? layout=None, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, "
+      "bool mrope_interleaved=False, bool per_token_table=False) -> ()");
+  m.def(
+      "_rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, "
+      "str? layout=None, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, "
+      "bool mrope_interleaved=False, bool per_token_table=False, bool transposed=False, int[]? tuning=None) -> ()");
 }

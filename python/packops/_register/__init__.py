@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from . import rope
+
 
 def register(namespace: str) -> None:
     """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
+    rope.register(namespace)

@@ -1,0 +1,150 @@
+// Vectors of PACKOPS_LANES floats in GCC's portable vector extension, which becomes SSE2, AVX2 or AVX-512 by the #pragma around
+// it. Included by simd_targets.h inside a namespace, several times: no include guard, no includes.
+
+typedef float VecF __attribute__((vector_size(PACKOPS_LANES * 4)));
+typedef int32_t VecI __attribute__((vector_size(PACKOPS_LANES * 4)));
+typedef uint32_t VecU __attribute__((vector_size(PACKOPS_LANES * 4)));
+typedef uint16_t VecH __attribute__((vector_size(PACKOPS_LANES * 2)));
+
+static inline VecF splat(float x) { return VecF{} + x; }
+static inline VecF select(VecI mask, VecF yes, VecF no) { return mask ? yes : no; }
+static inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }  // b where a is NaN
+
+static inline float horizontal_sum(VecF v) {
+  float lanes[PACKOPS_LANES];
+  memcpy(lanes, &v, sizeof v);
+  for (int width = PACKOPS_LANES / 2; width; width /= 2)
+    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
+  return lanes[0];
+}
+static inline float horizontal_max(VecF v) {
+  float lanes[PACKOPS_LANES];
+  memcpy(lanes, &v, sizeof v);
+  float best = lanes[0];
+  for (int i = 1; i < PACKOPS_LANES; i++) best = lanes[i] > best ? lanes[i] : best;
+  return best;
+}
+
+// ---- Scalar conversions of the 16-bit types; round to nearest even, NaN stays NaN.
+
+static inline uint32_t bits_of(float x) {
+  uint32_t u;
+  memcpy(&u, &x, 4);
+  return u;
+}
+static inline float float_of(uint32_t u) {
+  float x;
+  memcpy(&x, &u, 4);
+  return x;
+}
+static inline float to_float(float x) { return x; }
+static inline float to_float(bf16_t x) { return float_of(uint32_t(x.bits) << 16); }
+static inline float to_float(half_t x) {
+  uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | ((magnitude & 0x3ff) << 13));
+  // Scaling a float whose exponent field holds the half's fixes the bias and normalises subnormals at once.
+  float scaled = float_of(magnitude << 13) * float_of(0x77800000);  // 2^112
+  return float_of(bits_of(scaled) | sign);
+}
+template <typename T>
+static inline T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline bf16_t from_float<bf16_t>(float x) {
+  uint32_t u = bits_of(x);
+  if ((u & 0x7fffffff) > 0x7f800000) return bf16_t{uint16_t((u >> 16) | 0x40)};
+  return bf16_t{uint16_t((u + 0x7fff + ((u >> 16) & 1)) >> 16)};
+}
+template <>
+inline half_t from_float<half_t>(float x) {
+  uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
+  if (magnitude > 0x7f800000) return half_t{uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return half_t{uint16_t(sign | 0x7c00)};  // 65520 and above round to infinity
+  if (magnitude < 0x38800000) {                                          // below 2^-14: subnormal, rounded by an addition
+    float shifted = float_of(magnitude) + float_of(0x3f000000);          // 0.5 has an ulp of 2^-24
+    return half_t{uint16_t(sign | (bits_of(shifted) - 0x3f000000))};
+  }
+  uint32_t rebiased = magnitude - 0x38000000;
+  return half_t{uint16_t(sign | ((rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13))};
+}
+
+// ---- Vector loads and stores, unaligned.
+
+static inline VecF load(const float* p) {
+  VecF v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+static inline VecF load(const bf16_t* p) {
+  VecH h;
+  memcpy(&h, p, sizeof h);
+  return (VecF)(__builtin_convertvector(h, VecU) << 16);
+}
+static inline VecF load(const half_t* p) {
+#if defined(PACKOPS_F16C) && PACKOPS_LANES == 16
+  return (VecF)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(PACKOPS_F16C) && PACKOPS_LANES == 8
+  return (VecF)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  VecF v;
+  for (int i = 0; i < PACKOPS_LANES; i++) v[i] = to_float(p[i]);
+  return v;
+#endif
+}
+static inline void store(float* p, VecF v) { memcpy(p, &v, sizeof v); }
+static inline void store(bf16_t* p, VecF v) {
+  VecU u = (VecU)v;
+  VecU rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
+  VecU quiet = (u >> 16) | 0x40;
+  VecH h = __builtin_convertvector(((u & 0x7fffffff) > 0x7f800000) ? quiet : rounded, VecH);
+  memcpy(p, &h, sizeof h);
+}
+static inline void store(half_t* p, VecF v) {
+#if defined(PACKOPS_F16C) && PACKOPS_LANES == 16
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#elif defined(PACKOPS_F16C) && PACKOPS_LANES == 8
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+#else
+  for (int i = 0; i < PACKOPS_LANES; i++) p[i] = from_float<half_t>(v[i]);
+#endif
+}
+
+// e^x to about one ulp: x = n ln2 + r, |r| <= ln2/2, a degree-6 polynomial, 2^n through the exponent bits. 0 below -87.3 (where
+// the result would be subnormal), +inf above 88.7, NaN stays NaN.
+static inline VecF vexp(VecF x) {
+  const VecF low = splat(-87.33654f), high = splat(88.72283f);
+  VecF clamped = x < low ? low : (x > high ? high : x);
+  VecF shifted = clamped * 1.44269504f + 12582912.f;  // 1.5 * 2^23: the low bits now hold round(x / ln2)
+  VecI n = (VecI)shifted - 0x4b400000;
+  VecF rounded = shifted - 12582912.f;
+  VecF r = clamped - rounded * 0.693359375f - rounded * -2.12194440e-4f;
+  VecF p = splat(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.f;
+  // Two factors, because 2^128 is no float.
+  VecI half = n >> 1;
+  VecF result = p * (VecF)((half + 127) << 23) * (VecF)((n - half + 127) << 23);
+  result = select(x < low, splat(0.f), result);
+  return select(x > high, splat(std::numeric_limits<float>::infinity()), result);
+}
+
+// tanh x: an odd polynomial near 0, where 1 - 2/(e^2x + 1) would lose digits.
+static inline VecF vtanh(VecF x) {
+  VecF magnitude = x < 0.f ? -x : x;
+  VecF large = 1.f - 2.f / (vexp(2.f * magnitude) + 1.f);
+  VecF z = x * x;
+  VecF p = splat(-5.70498872745e-3f);
+  p = p * z + 2.06390887954e-2f;
+  p = p * z - 5.37397155531e-2f;
+  p = p * z + 1.33314422036e-1f;
+  p = p * z - 3.33332819422e-1f;
+  VecF small = p * z * x + x;
+  return select(magnitude < 0.625f, small, x < 0.f ? -large : large);
+}

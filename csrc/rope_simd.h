@@ -1,0 +1,100 @@
+// Turns the heads of one token; compiled once per instruction set by common/simd_targets.h: no include guard, no includes.
+
+typedef double VecD __attribute__((vector_size(PACKOPS_LANES * 4)));
+typedef int64_t VecL __attribute__((vector_size(PACKOPS_LANES * 4)));
+
+// What turning needs of an element type.
+template <typename T>
+struct RopeLane {
+  using State = float;
+  using V = VecF;
+  static constexpr int kLanes = PACKOPS_LANES;
+  static V read(const T* p) { return load(p); }
+  static V coefficients(const float* p) { return load(p); }
+  static void write(T* p, V v) { store(p, v); }
+  static float read1(T x) { return to_float(x); }
+  static T write1(float x) { return from_float<T>(x); }
+  static V swap_neighbours(V v) {
+    VecI other;
+    for (int i = 0; i < kLanes; i++) other[i] = i ^ 1;
+    return __builtin_shuffle(v, other);
+  }
+};
+template <>
+struct RopeLane<double> {
+  using State = double;
+  using V = VecD;
+  static constexpr int kLanes = PACKOPS_LANES / 2;
+  static V read(const double* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static V coefficients(const double* p) { return read(p); }
+  static void write(double* p, V v) { memcpy(p, &v, sizeof v); }
+  static double read1(double x) { return x; }
+  static double write1(double x) { return x; }
+  static V swap_neighbours(V v) {
+    VecL other;
+    for (int i = 0; i < kLanes; i++) other[i] = i ^ 1;
+    return __builtin_shuffle(v, other);
+  }
+};
+
+// cos null: the token passes through.
+template <typename T>
+static void rope_heads(const RopeParams& p, const RopeHeads& heads, int64_t in_offset, int64_t out_offset,
+                       const typename RopeLane<T>::State* cos, const typename RopeLane<T>::State* sin) {
+  using L = RopeLane<T>;
+  constexpr int n = L::kLanes;
+  const int rotary = p.rotary_dim, half = rotary / 2, begin = p.rotary_offset, end = begin + rotary;
+  for (int64_t h = 0; h < heads.heads; h++) {
+    const T* x = static_cast<const T*>(heads.in) + in_offset + h * heads.in_head;
+    T* y = static_cast<T*>(heads.out) + out_offset + h * heads.out_head;
+    if (!p.in_place) {
+      if (!cos) {
+        memcpy(y, x, p.head_dim * sizeof(T));
+        continue;
+      }
+      if (begin) memcpy(y, x, begin * sizeof(T));
+      if (end < p.head_dim) memcpy(y + end, x + end, (p.head_dim - end) * sizeof(T));
+    }
+    if (!cos) continue;
+    x += begin;
+    y += begin;
+    int i = 0;
+    if (p.interleaved) {
+      for (; i + n <= rotary; i += n) {
+        const auto v = L::read(x + i);
+        L::write(y + i, v * L::coefficients(cos + i) + L::swap_neighbours(v) * L::coefficients(sin + i));
+      }
+      for (; i < rotary; i += 2) {
+        const auto a = L::read1(x[i]), b = L::read1(x[i + 1]);
+        y[i] = L::write1(a * cos[i] + b * sin[i]);
+        y[i + 1] = L::write1(b * cos[i + 1] + a * sin[i + 1]);
+      }
+    } else {
+      for (; i + n <= half; i += n) {
+        const auto a = L::read(x + i), b = L::read(x + half + i), c = L::coefficients(cos + i), s = L::coefficients(sin + i);
+        L::write(y + i, a * c - b * s);
+        L::write(y + half + i, b * c + a * s);
+      }
+      for (; i < half; i++) {
+        const auto a = L::read1(x[i]), b = L::read1(x[half + i]);
+        y[i] = L::write1(a * cos[i] - b * sin[i]);
+        y[half + i] = L::write1(b * cos[i] + a * sin[i]);
+      }
+    }
+  }
+}
+
+static void rope_heads_any(const RopeParams& p, const RopeHeads& heads, int64_t in_offset, int64_t out_offset, const void* cos,
+                           const void* sin) {
+  switch (p.dtype) {
+    case DType::f32: return rope_heads<float>(p, heads, in_offset, out_offset, (const float*)cos, (const float*)sin);
+    case DType::f16: return rope_heads<half_t>(p, heads, in_offset, out_offset, (const float*)cos, (const float*)sin);
+    case DType::bf16: return rope_heads<bf16_t>(p, heads, in_offset, out_offset, (const float*)cos, (const float*)sin);
+    case DType::f64: return rope_heads<double>(p, heads, in_offset, out_offset, (const double*)cos, (const double*)sin);
+    default: return;
+  }
+}
