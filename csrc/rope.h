@@ -14,6 +14,12 @@
 
 #include "common/dtype.h"
 
+#ifdef __CUDACC__
+#define PACKOPS_HOST_DEVICE __host__ __device__
+#else
+#define PACKOPS_HOST_DEVICE
+#endif
+
 namespace packops {
 
 // One of q and k. Strides count elements; the features of a head are contiguous.
@@ -55,10 +61,7 @@ struct RopeParams {
 
 // The M-RoPE axis of pair i: contiguous blocks (Qwen2-VL), or dealt out in turn (Qwen3-VL), where axis 1 takes 1, 4, 7, ... below
 // 3 section[1], axis 2 takes 2, 5, 8, ... below 3 section[2], and axis 0 the rest.
-#ifdef __CUDACC__
-__host__ __device__
-#endif
-inline int rope_mrope_axis(const RopeParams& p, int i) {
+PACKOPS_HOST_DEVICE inline int rope_mrope_axis(const RopeParams& p, int i) {
   if (p.mrope_interleaved) {
     const int axis = i % 3;
     return axis != 0 && i < 3 * p.mrope_section[axis] ? axis : 0;

@@ -1,8 +1,7 @@
 // RoPE on the CPU: the interface of rope.h. Positions are resolved here, token by token; the turning (rope_simd.h) runs in the
 // best instruction set the machine has.
-#include "rope.h"
+#include "rope_cpu.h"
 
-#include <algorithm>
 #include <vector>
 
 #define PACKOPS_SIMD_FILE "rope_simd.h"
@@ -10,26 +9,6 @@
 
 namespace packops {
 namespace {
-
-int64_t integer_at(const void* data, DType dtype, int64_t i) {
-  return dtype == DType::i32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
-}
-int64_t bound_at(const RopeParams& p, int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); }
-int64_t position_at(const RopeParams& p, int axis, int64_t batch, int64_t token) {
-  return integer_at(p.position_ids, p.position_dtype, axis * p.position_axis + batch * p.position_batch + token * p.position_token);
-}
-
-template <typename State>
-State table_at(const void* table, DType dtype, int64_t i) {
-  State x = 0;
-  dispatch_float<true>(dtype, [&](auto type) {
-    using T = decltype(type);
-    const T value = static_cast<const T*>(table)[i];
-    if constexpr (std::is_same_v<T, double>) x = State(value);
-    else x = State(baseline::to_float(value));
-  });
-  return x;
-}
 
 void turn(const RopeParams& p, const RopeHeads& heads, int64_t in, int64_t out, const void* cos, const void* sin) {
   switch (cpu_isa()) {
@@ -39,56 +18,17 @@ void turn(const RopeParams& p, const RopeHeads& heads, int64_t in, int64_t out, 
   }
 }
 
-// The coefficients of one token as the turning wants them: one per pair, or for interleaved pairs one per feature, so that
-// x' = x cos + swapped(x) sin with the sine's sign inside.
-template <typename State>
-void fill_coefficients(const RopeParams& p, int64_t batch, int64_t token, int64_t position, State* cos, State* sin) {
-  const int half = p.rotary_dim / 2;
-  const State sign = p.transposed ? -1 : 1;
-  const int64_t table_batch = p.per_token_table ? batch : 0;
-  for (int i = 0; i < half; i++) {
-    const int64_t row = p.mrope ? position_at(p, rope_mrope_axis(p, i), batch, token) : position;
-    const State c = table_at<State>(p.cos, p.table_dtype, table_batch * p.cos_batch + row * p.cos_row + i);
-    const State s = sign * table_at<State>(p.sin, p.table_dtype, table_batch * p.sin_batch + row * p.sin_row + i);
-    if (p.interleaved) {
-      cos[2 * i] = cos[2 * i + 1] = c;
-      sin[2 * i] = -s;
-      sin[2 * i + 1] = s;
-    } else {
-      cos[i] = c;
-      sin[i] = s;
-    }
-  }
-}
-
 template <typename State>
 void rope_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   std::vector<State> cos(p.rotary_dim), sin(p.rotary_dim);
-  int64_t document = 0;
-  if (p.cu_seqlens) {
-    int64_t above = p.num_documents + 1;  // first entry past `begin`
-    for (int64_t low = 0; low < above;) {
-      const int64_t middle = (low + above) / 2;
-      if (bound_at(p, middle) <= begin) low = middle + 1;
-      else above = middle;
-    }
-    document = above - 1;
-  }
+  RopeWalk walk(p, begin);
   for (int64_t t = begin; t < end; t++) {
-    const int64_t batch = t / p.tokens, token = t % p.tokens;
-    int64_t position = token;
-    bool outside = false;
-    if (p.cu_seqlens) {
-      while (document < p.num_documents && bound_at(p, document + 1) <= t) document++;
-      outside = document >= p.num_documents;
-      if (!outside) position = t - bound_at(p, document);
-    }
-    if (p.position_ids && !p.mrope) position = position_at(p, 0, batch, token);
-    if (p.per_token_table) position = token;
-    if (!outside) fill_coefficients(p, batch, token, position, cos.data(), sin.data());
-    const void* cosines = outside ? nullptr : cos.data();
-    turn(p, p.q, batch * p.q.in_batch + token * p.q.in_token, batch * p.q.out_batch + token * p.q.out_token, cosines, sin.data());
-    turn(p, p.k, batch * p.k.in_batch + token * p.k.in_token, batch * p.k.out_batch + token * p.k.out_token, cosines, sin.data());
+    const auto at = walk.at(t);
+    if (!at.outside) fill_coefficients(p, at, cos.data(), sin.data());
+    const void* cosines = at.outside ? nullptr : cos.data();
+    for (const RopeHeads* side : {&p.q, &p.k})
+      turn(p, *side, at.batch * side->in_batch + at.token * side->in_token, at.batch * side->out_batch + at.token * side->out_token,
+           cosines, sin.data());
   }
 }
 

@@ -41,50 +41,54 @@ struct RopeLane<double> {
   }
 };
 
+// Turns one row of rotary features; x may be y.
+template <typename T>
+static void rope_row(const T* x, T* y, int rotary, bool interleaved, const typename RopeLane<T>::State* cos,
+                     const typename RopeLane<T>::State* sin) {
+  using L = RopeLane<T>;
+  constexpr int n = L::kLanes;
+  const int half = rotary / 2;
+  int i = 0;
+  if (interleaved) {
+    for (; i + n <= rotary; i += n) {
+      const auto v = L::read(x + i);
+      L::write(y + i, v * L::coefficients(cos + i) + L::swap_neighbours(v) * L::coefficients(sin + i));
+    }
+    for (; i < rotary; i += 2) {
+      const auto a = L::read1(x[i]), b = L::read1(x[i + 1]);
+      y[i] = L::write1(a * cos[i] + b * sin[i]);
+      y[i + 1] = L::write1(b * cos[i + 1] + a * sin[i + 1]);
+    }
+    return;
+  }
+  for (; i + n <= half; i += n) {
+    const auto a = L::read(x + i), b = L::read(x + half + i), c = L::coefficients(cos + i), s = L::coefficients(sin + i);
+    L::write(y + i, a * c - b * s);
+    L::write(y + half + i, b * c + a * s);
+  }
+  for (; i < half; i++) {
+    const auto a = L::read1(x[i]), b = L::read1(x[half + i]);
+    y[i] = L::write1(a * cos[i] - b * sin[i]);
+    y[half + i] = L::write1(b * cos[i] + a * sin[i]);
+  }
+}
+
 // cos null: the token passes through.
 template <typename T>
 static void rope_heads(const RopeParams& p, const RopeHeads& heads, int64_t in_offset, int64_t out_offset,
                        const typename RopeLane<T>::State* cos, const typename RopeLane<T>::State* sin) {
-  using L = RopeLane<T>;
-  constexpr int n = L::kLanes;
-  const int rotary = p.rotary_dim, half = rotary / 2, begin = p.rotary_offset, end = begin + rotary;
+  const int begin = p.rotary_offset, end = begin + p.rotary_dim;
   for (int64_t h = 0; h < heads.heads; h++) {
     const T* x = static_cast<const T*>(heads.in) + in_offset + h * heads.in_head;
     T* y = static_cast<T*>(heads.out) + out_offset + h * heads.out_head;
     if (!p.in_place) {
-      if (!cos) {
-        memcpy(y, x, p.head_dim * sizeof(T));
-        continue;
-      }
-      if (begin) memcpy(y, x, begin * sizeof(T));
-      if (end < p.head_dim) memcpy(y + end, x + end, (p.head_dim - end) * sizeof(T));
-    }
-    if (!cos) continue;
-    x += begin;
-    y += begin;
-    int i = 0;
-    if (p.interleaved) {
-      for (; i + n <= rotary; i += n) {
-        const auto v = L::read(x + i);
-        L::write(y + i, v * L::coefficients(cos + i) + L::swap_neighbours(v) * L::coefficients(sin + i));
-      }
-      for (; i < rotary; i += 2) {
-        const auto a = L::read1(x[i]), b = L::read1(x[i + 1]);
-        y[i] = L::write1(a * cos[i] + b * sin[i]);
-        y[i + 1] = L::write1(b * cos[i + 1] + a * sin[i + 1]);
-      }
-    } else {
-      for (; i + n <= half; i += n) {
-        const auto a = L::read(x + i), b = L::read(x + half + i), c = L::coefficients(cos + i), s = L::coefficients(sin + i);
-        L::write(y + i, a * c - b * s);
-        L::write(y + half + i, b * c + a * s);
-      }
-      for (; i < half; i++) {
-        const auto a = L::read1(x[i]), b = L::read1(x[half + i]);
-        y[i] = L::write1(a * cos[i] - b * sin[i]);
-        y[half + i] = L::write1(b * cos[i] + a * sin[i]);
+      if (!cos) memcpy(y, x, p.head_dim * sizeof(T));
+      else {
+        if (begin) memcpy(y, x, begin * sizeof(T));
+        if (end < p.head_dim) memcpy(y + end, x + end, (p.head_dim - end) * sizeof(T));
       }
     }
+    if (cos) rope_row(x + begin, y + begin, p.rotary_dim, p.interleaved, cos, sin);
   }
 }
 

@@ -7,9 +7,9 @@ from . import _loader, _register
 _C = _loader.load()
 _register.register("packops")
 
-from .functional import apply_rope  # noqa: E402
+from .functional import apply_qk_norm_rope, apply_rope  # noqa: E402
 from .rotary import rope_table  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["apply_rope", "rope_table"]
+__all__ = ["apply_qk_norm_rope", "apply_rope", "rope_table"]

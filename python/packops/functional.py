@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ._errors import raise_typed
+from ._register import qk_norm_rope as _qk_norm_rope
 from ._register import rope as _rope
 
 
@@ -111,5 +112,71 @@ def _apply_rope_compiled(q, k, inplace, tables, options):
     return q, k
 
 
+def apply_qk_norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    position_ids: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    layout: str | None = None,
+    interleaved: bool = False,
+    rotary_dim: int | None = None,
+    rotary_offset: int = 0,
+    mrope_section: Sequence[int] | None = None,
+    mrope_interleaved: bool = False,
+    per_token_table: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """RMS-normalise query and key heads, then rotate them: one pass over q and k instead of two and their temporaries.
+
+    ``y = rotate(x / sqrt(mean(x²) + eps) * weight)``, in fp32 (fp64 for fp64 input) with one rounding at the end (Hugging Face's
+    Qwen3 rounds three times on the way). Differentiable once in q, k and both weights; the gradients of the weights are summed in
+    fp32 in a fixed order, so they are the same bits at every run.
+
+    Args:
+        q_weight, k_weight: ``(head_dim,)``: the mean runs over each head (Qwen3, Gemma 3); or ``(heads * head_dim,)``: over all
+            heads of a token (OLMo 2 and 3). Any float dtype. ``k_weight`` is None when k is.
+        eps: added to the mean of squares.
+        zero_centered: the weight is ``1 + weight`` (Gemma).
+        q, k, cos, sin and the other arguments: as in :func:`apply_rope`. Tokens past ``cu_seqlens[-1]`` pass through unchanged:
+            not normalised either, and without a share in the gradients of the weights.
+
+    Returns:
+        ``(q, k)``, new tensors in the memory order of their inputs.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`apply_rope`.
+    """
+    tensors = (q, k, q_weight, k_weight, cos, sin, position_ids, cu_seqlens)
+    if torch.compiler.is_compiling():
+        return torch.ops.packops.qk_norm_rope(
+            *tensors,
+            eps=eps,
+            zero_centered=zero_centered,
+            layout=layout,
+            rotary_dim=rotary_dim,
+            rotary_offset=rotary_offset,
+            interleaved=interleaved,
+            mrope_section=mrope_section,
+            mrope_interleaved=mrope_interleaved,
+            per_token_table=per_token_table,
+        )
+    options = (eps, zero_centered, layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
+    try:
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors[:4]):
+            _rope.check_tables_are_constant(cos, sin)
+            return _qk_norm_rope.QkNormRope.apply(_raw_norm, _raw_norm_backward, *tensors, options)
+        return _raw_norm(*tensors, *options)
+    except RuntimeError as error:
+        raise_typed(error)
+
+
 _raw = torch.ops.packops._rope.default
 _raw_in_place = torch.ops.packops._rope_.default
+_raw_norm = torch.ops.packops._qk_norm_rope.default
+_raw_norm_backward = torch.ops.packops._qk_norm_rope_backward.default

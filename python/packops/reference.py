@@ -82,3 +82,38 @@ def rope(
         return {"thd": out[0], "bshd": out, "bhsd": out.transpose(1, 2)}[layout]
 
     return turn(q), turn(k)
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor | None,
+    q_weight: Tensor,
+    k_weight: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    eps: float,
+    zero_centered: bool = False,
+    cu_seqlens: Tensor | None = None,
+    layout: str | None = None,
+    **options,
+) -> tuple[Tensor, Tensor | None]:
+    """What :func:`packops.apply_qk_norm_rope` computes, in fp64 and differentiable by autograd."""
+    layout = layout or ("thd" if q.dim() == 3 else "bshd")
+
+    def normalise(heads: Tensor | None, weight: Tensor | None) -> Tensor | None:
+        if heads is None or weight is None:
+            return None
+        x, w = heads.double(), weight.double() + (1 if zero_centered else 0)
+        x = x.transpose(1, 2) if layout == "bhsd" else x
+        shape = x.shape
+        across = weight.numel() != shape[-1]
+        n = x.flatten(-2) if across else x
+        n = (n / (n.square().mean(-1, keepdim=True) + eps).sqrt() * w).reshape(shape)
+        if cu_seqlens is not None:
+            token_shape = shape[:-2]
+            inside = torch.arange(token_shape.numel(), device=x.device).view(*token_shape, 1, 1) < cu_seqlens[-1]
+            n = torch.where(inside, n, x)
+        return n.transpose(1, 2) if layout == "bhsd" else n
+
+    return rope(normalise(q, q_weight), normalise(k, k_weight), cos, sin, cu_seqlens=cu_seqlens, layout=layout, **options)

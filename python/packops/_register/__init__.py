@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from . import rope
+from . import qk_norm_rope, rope
 
 
 def register(namespace: str) -> None:
     """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
     rope.register(namespace)
+    qk_norm_rope.register(namespace)
