@@ -61,9 +61,10 @@ __device__ inline float group_sum(float x, int group) {
 
 // ---- Narrow: one head in the registers of one group of threads.
 
-template <typename T, int W, bool kInterleaved, bool kBackward, int kUnroll>
-__global__ void __launch_bounds__(256) QkNormRopeNarrowKernel(const __grid_constant__ QkNormRopeParams p,
-                                                              const __grid_constant__ QkNormRopeLaunch launch) {
+template <typename T, bool kInterleaved, bool kBackward, int kUnroll>
+__global__ void __launch_bounds__(128, 5) QkNormRopeNarrowKernel(const __grid_constant__ QkNormRopeParams p,
+                                                                 const __grid_constant__ QkNormRopeLaunch launch) {
+  constexpr int W = 4;
   extern __shared__ int64_t start_of[];
   const Job job = job_of(p, launch);
   const RopeParams& rope = p.rope;
@@ -364,12 +365,12 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) WeightGradientKernel(co
 template <typename T, int W, bool kInterleaved, bool kBackward>
 void launch_kernel(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(launch.q_blocks + launch.k_blocks)), block(launch.threads);
-  if constexpr (W * sizeof(T) == 16) {
+  if constexpr (W == 4) {
     if (launch.narrow) {
       const int groups = launch.threads / launch.group;
       const int shared = kBackward ? groups * p.rope.head_dim * int(sizeof(float)) : groups * int(sizeof(int64_t));
       const int needed = std::max(shared, groups * int(sizeof(int64_t)));
-      QkNormRopeNarrowKernel<T, W, kInterleaved, kBackward, 2><<<grid, block, needed, stream>>>(p, launch);
+      QkNormRopeNarrowKernel<T, kInterleaved, kBackward, kBackward ? 2 : 4><<<grid, block, needed, stream>>>(p, launch);
       return;
     }
   }
@@ -378,9 +379,7 @@ void launch_kernel(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cu
 
 template <typename T, bool kInterleaved, bool kBackward>
 void launch_width(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
-  if constexpr (sizeof(T) == 2)
-    if (launch.width == 8) return launch_kernel<T, 8, kInterleaved, kBackward>(p, launch, stream);
-  if (launch.width >= 4) return launch_kernel<T, 4, kInterleaved, kBackward>(p, launch, stream);
+  if (launch.width == 4) return launch_kernel<T, 4, kInterleaved, kBackward>(p, launch, stream);
   return launch_kernel<T, 1, kInterleaved, kBackward>(p, launch, stream);
 }
 

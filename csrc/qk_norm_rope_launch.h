@@ -19,7 +19,7 @@ struct QkNormRopeLaunch {
   bool narrow = true;
   int unroll = 1;            // narrow: heads per thread
   int group = 1;             // narrow: threads per head, a power of two
-  int threads = 256;
+  int threads = 128;
   int64_t q_blocks = 0, k_blocks = 0;
 
   // narrow, of one job
@@ -38,12 +38,14 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
     rope.k.in = p.k_grad.in, rope.k.in_batch = p.k_grad.in_batch, rope.k.in_token = p.k_grad.in_token, rope.k.in_head = p.k_grad.in_head;
     launch.width = std::min(launch.width, rope_vector_width(rope, element_size));
   }
-  if (launch.width == 2) launch.width = 1;  // rare enough to save the kernels
+  // Four elements whatever the dtype: sines, cosines, weights and their gradients are floats in registers, eight of each per
+  // thread; with sixteen too few threads fit on a multiprocessor.
+  launch.width = launch.width >= 4 ? 4 : 1;
   launch.lanes = rope.rotary_dim / 2 / launch.width + ((rope.head_dim - rope.rotary_dim) / launch.width + 1) / 2;
-  // Below 16 bytes a thread only the wide kernel keeps enough in flight, and few models come here.
-  launch.narrow = !p.across_heads && launch.lanes <= 32 && launch.width * element_size == 16;
+  launch.narrow = !p.across_heads && launch.lanes <= 32 && launch.width == 4;
+  launch.threads = launch.narrow ? 128 : 256;
   while (launch.group < launch.lanes && launch.group < 32) launch.group *= 2;
-  launch.unroll = 2;
+  launch.unroll = backward ? 2 : 4;
 
   const int64_t tokens = rope.batch * rope.tokens;
   auto blocks = [&](int64_t heads) -> int64_t {
@@ -55,7 +57,7 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
     }
     if (!backward) return std::min<int64_t>(units, 0x3fffffff);
     // Every block leaves a row of partial sums, so there are only as many as run at once.
-    const int64_t resident = int64_t(multiprocessors) * 4;
+    const int64_t resident = int64_t(multiprocessors) * (launch.narrow ? 5 : 4);
     const int64_t share = std::max<int64_t>(1, resident * heads / std::max<int64_t>(1, rope.q.heads + rope.k.heads));
     return std::min(units, share);
   };
