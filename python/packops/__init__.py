@@ -8,8 +8,8 @@ _C = _loader.load()
 _register.register("packops")
 
 from .functional import apply_qk_norm_rope, apply_rope  # noqa: E402
-from .rotary import rope_table  # noqa: E402
+from .rotary import RotaryEmbedding, rope_table  # noqa: E402
 
 __version__ = "0.1.0"
 
-__all__ = ["apply_qk_norm_rope", "apply_rope", "rope_table"]
+__all__ = ["RotaryEmbedding", "apply_qk_norm_rope", "apply_rope", "rope_table"]
