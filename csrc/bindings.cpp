@@ -1,10 +1,120 @@
 // The Python module packops._C. Importing it registers the torch ops (static initialisers in torch/library.cpp); its own
 // functions speak numbers, strings and numpy arrays, never tensors, so that the wheel is not tied to one torch.
-#include <pybind11/pybind11.h>
-
 #include "common/build_info.h"
+// Some torch releases ship a pybind11 that refuses to be included where a stable-ABI target is named. It is right about tensors,
+// but this file has none.
+#undef TORCH_TARGET_VERSION
+
+#include <array>
+#include <string>
+#include <string_view>
+#include <utility>
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "packing.h"
+#include "rope_launch.h"
 
 namespace py = pybind11;
+
+namespace packops {
+extern const char* const kSourceDigest;  // written by the build (python/packops/_build.py)
+}
+
+namespace {
+
+using Integers = py::array_t<int64_t, py::array::c_style>;
+
+constexpr std::array<std::pair<std::string_view, packops::Strategy>, 5> kStrategies{{{"best_fit", packops::Strategy::best_fit},
+                                                                                     {"bfd", packops::Strategy::bfd},
+                                                                                     {"ffd", packops::Strategy::ffd},
+                                                                                     {"next_fit", packops::Strategy::next_fit},
+                                                                                     {"wrapped", packops::Strategy::wrapped}}};
+constexpr std::array<std::pair<std::string_view, packops::Overlong>, 4> kOverlong{{{"error", packops::Overlong::error},
+                                                                                   {"truncate", packops::Overlong::truncate},
+                                                                                   {"split", packops::Overlong::split},
+                                                                                   {"drop", packops::Overlong::drop}}};
+
+template <typename Names>
+auto named(const Names& names, std::string_view argument, std::string_view name) {
+  std::string known;
+  for (const auto& [key, value] : names) {
+    if (key == name) return value;
+    known += (known.empty() ? "\"" : ", \"") + std::string(key) + "\"";
+  }
+  throw std::invalid_argument(std::string(argument) + " must be one of " + known + ", got \"" + std::string(name) + "\"");
+}
+
+// The vector's own memory as a numpy array.
+py::array to_numpy(std::vector<int64_t>&& values) {
+  auto* owned = new std::vector<int64_t>(std::move(values));
+  const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<int64_t>*>(pointer); });
+  return py::array_t<int64_t>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+py::tuple pack(const Integers& lengths, int64_t capacity, const std::string& strategy, std::optional<uint64_t> seed,
+               uint64_t epoch, int64_t max_docs, const std::string& overlong, int64_t multiple) {
+  packops::PackRequest request;
+  request.lengths = lengths.data();
+  request.count = lengths.size();
+  request.capacity = capacity;
+  request.strategy = named(kStrategies, "strategy", strategy);
+  request.seed = seed;
+  request.epoch = epoch;
+  request.max_docs = max_docs;
+  request.overlong = named(kOverlong, "overlong", overlong);
+  request.multiple = multiple;
+  packops::PackResult result;
+  {
+    const py::gil_scoped_release release;
+    result = packops::pack(request);
+  }
+  return py::make_tuple(to_numpy(std::move(result.indices)), to_numpy(std::move(result.offsets)),
+                        to_numpy(std::move(result.starts)), to_numpy(std::move(result.lengths)), result.empty, result.overlong,
+                        result.dropped_tokens);
+}
+
+py::array permutation(uint32_t count, uint64_t seed, uint64_t epoch) {
+  std::vector<int64_t> items;
+  {
+    const py::gil_scoped_release release;
+    items = packops::permutation(count, seed, epoch);
+  }
+  return to_numpy(std::move(items));
+}
+
+// csrc/rope_launch.h for dense (tokens, heads, head_dim) tensors whose first element lies at `address`.
+py::dict rope_launch(int64_t tokens, int64_t q_heads, int64_t k_heads, int head_dim, int rotary_dim, int rotary_offset, int element_size,
+                     int64_t address, bool in_place, bool heads_outer, int multiprocessors) {
+  packops::RopeParams p;
+  p.tokens = tokens;
+  p.head_dim = head_dim;
+  p.rotary_dim = rotary_dim;
+  p.rotary_offset = rotary_offset;
+  p.in_place = in_place;
+  for (auto [side, heads] : {std::pair{&p.q, q_heads}, std::pair{&p.k, k_heads}}) {
+    side->heads = heads;
+    side->in = reinterpret_cast<void*>(address);
+    side->in_token = side->out_token = heads_outer ? head_dim : heads * head_dim;
+    side->in_head = side->out_head = heads_outer ? tokens * head_dim : head_dim;
+  }
+  const packops::RopeLaunch launch = packops::choose_rope_launch(p, element_size, multiprocessors);
+  py::dict result;
+  result["width"] = launch.width;
+  result["unroll"] = launch.unroll;
+  result["lanes"] = launch.lanes;
+  result["items_per_block"] = launch.items_per_block;
+  result["chunks"] = launch.chunks;
+  result["tokens_per_block"] = launch.tokens_per_block;
+  result["token_inner"] = launch.token_inner;
+  result["threads"] = launch.threads;
+  result["blocks"] = launch.blocks;
+  return result;
+}
+
+}  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "packops native code: build information and bin packing";
@@ -14,6 +124,15 @@ PYBIND11_MODULE(_C, m) {
     info["cuda_archs"] = packops::kCudaArchs;
     info["torch_target"] = packops::kTorchTarget;
     info["compiler"] = packops::kCompiler;
+    info["sources"] = packops::kSourceDigest;
     return info;
   });
+  m.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("strategy"), py::arg("seed"), py::arg("epoch"),
+        py::arg("max_docs"), py::arg("overlong"), py::arg("multiple"),
+        "(indices, offsets, starts, lengths, empty, overlong, dropped_tokens) of csrc/packing.h");
+  m.def("permutation", &permutation, py::arg("count"), py::arg("seed"), py::arg("epoch"),
+        "A permutation of 0..count-1 that depends on (seed, epoch) alone, the same on every machine");
+  m.def("rope_launch", &rope_launch, py::arg("tokens"), py::arg("q_heads"), py::arg("k_heads"), py::arg("head_dim"), py::arg("rotary_dim"),
+        py::arg("rotary_offset"), py::arg("element_size"), py::arg("address"), py::arg("in_place"), py::arg("heads_outer"),
+        py::arg("multiprocessors"), "The configuration of csrc/rope_launch.h");
 }

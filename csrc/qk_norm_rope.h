@@ -28,7 +28,7 @@ struct QkNormRopeParams {
   void *q_weight_grad = nullptr, *k_weight_grad = nullptr;  // weight dtype
 };
 
-PACKOPS_HOST_DEVICE inline int64_t qk_norm_weight_size(const QkNormRopeParams& p, const RopeHeads& side) {
+PACKOPS_HOST_DEVICE int64_t qk_norm_weight_size(const QkNormRopeParams& p, const RopeHeads& side) {
   return p.across_heads ? side.heads * p.rope.head_dim : p.rope.head_dim;
 }
 

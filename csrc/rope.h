@@ -12,13 +12,8 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "common/documents.h"  // PACKOPS_HOST_DEVICE
 #include "common/dtype.h"
-
-#ifdef __CUDACC__
-#define PACKOPS_HOST_DEVICE __host__ __device__
-#else
-#define PACKOPS_HOST_DEVICE
-#endif
 
 namespace packops {
 
@@ -61,7 +56,7 @@ struct RopeParams {
 
 // The M-RoPE axis of pair i: contiguous blocks (Qwen2-VL), or dealt out in turn (Qwen3-VL), where axis 1 takes 1, 4, 7, ... below
 // 3 section[1], axis 2 takes 2, 5, 8, ... below 3 section[2], and axis 0 the rest.
-PACKOPS_HOST_DEVICE inline int rope_mrope_axis(const RopeParams& p, int i) {
+PACKOPS_HOST_DEVICE int rope_mrope_axis(const RopeParams& p, int i) {
   if (p.mrope_interleaved) {
     const int axis = i % 3;
     return axis != 0 && i < 3 * p.mrope_section[axis] ? axis : 0;

@@ -6,6 +6,8 @@
 
 namespace packops {
 
+__device__ inline float to_float(double x) { return float(x); }
+
 __device__ inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
   return dtype == DType::i32 ? __ldg(static_cast<const int32_t*>(data) + i) : __ldg(static_cast<const long long*>(data) + i);
 }

@@ -1,9 +1,164 @@
+"""What every test shares: the ``device`` fixture, fixed seeds, what happens without a GPU, and the GPU record.
+
+``device`` is a :class:`torch.device`, once ``cpu`` and once ``cuda``; a test that takes it therefore runs on both. Tests that
+make sense on a GPU alone carry ``@pytest.mark.gpu`` and use ``torch.device("cuda")``; ``@pytest.mark.large(gib=30)`` beside it
+skips them where less device memory is free.
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+import sys
+import warnings
+import zlib
+from collections import Counter
+from pathlib import Path
+
+import hypothesis
+import numpy
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, under any import mode
+import gpu_record
+
+# No wall time decides a test; the same examples everywhere, so that a red run on one machine is red on the next.
+hypothesis.settings.register_profile("packops", deadline=None, derandomize=True, print_blob=True)
+hypothesis.settings.load_profile("packops")
+
+OUT_OF_MEMORY = "CUDA ran out of memory"
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--gpu-record",
+        metavar="FILE",
+        type=Path,
+        help="write what the GPU tests showed to FILE; without a GPU, or with a build without CUDA kernels, this is an error",
+    )
+
+
+def why_no_gpu() -> str | None:
+    """None if GPU tests can run here, else the reason why not."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    import packops
+
+    if not packops._C.build_info()["cuda"]:
+        return "packops was built without CUDA kernels"
+    return None
+
+
+def pytest_configure(config):
+    config.packops_no_gpu = why_no_gpu()
+    config.packops_outcomes = {"gpu": Counter(), "cpu": Counter()}
+    if config.getoption("--gpu-record") and config.packops_no_gpu:
+        raise pytest.UsageError(f"--gpu-record: {config.packops_no_gpu}, so there is nothing to record")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.packops_no_gpu:
+        skip = pytest.mark.skip(reason=f"needs a GPU: {config.packops_no_gpu}")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)
+
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no CUDA device")
-    return request.param
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    """The same random numbers in every run of a test, others in every test."""
+    seed = zlib.crc32(request.node.nodeid.encode())
+    random.seed(seed)
+    numpy.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def pytest_runtest_setup(item):
+    marker = item.get_closest_marker("large")
+    if marker is None or "gpu" not in item.keywords or item.config.packops_no_gpu:
+        return
+    gib = marker.kwargs.get("gib", 24)
+    free, _ = torch.cuda.mem_get_info()
+    if free < gib * 2**30:
+        pytest.skip(f"needs {gib} GiB of free device memory, found {free / 2**30:.0f}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item, call):
+    """A GPU that is too small, or shared, is no failure of packops: such a test is skipped, and counted on its own."""
+    report = (yield).get_result()
+    if call.excinfo is not None and call.excinfo.errisinstance(torch.cuda.OutOfMemoryError) and "gpu" in item.keywords:
+        report.outcome = "skipped"
+        path, line, _ = item.location
+        report.longrepr = (path, (line or 0) + 1, f"Skipped: {OUT_OF_MEMORY}")
+        call.excinfo = None  # its traceback holds the tensors
+    if report.when == "teardown" and ("large" in item.keywords or report.skipped) and torch.cuda.is_initialized():
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def outcome_of(report) -> str | None:
+    """``passed``, ``failed``, ``skipped`` or ``out_of_memory`` for the one phase of a test that decides, else None."""
+    if report.skipped and isinstance(report.longrepr, tuple) and OUT_OF_MEMORY in report.longrepr[2]:
+        return "out_of_memory"
+    if report.failed:
+        return "failed"
+    if report.skipped:
+        return "skipped"
+    return "passed" if report.when == "call" else None
+
+
+_config = None
+
+
+def pytest_sessionstart(session):
+    global _config
+    _config = session.config
+
+
+def pytest_runtest_logreport(report):
+    outcome = outcome_of(report)
+    if outcome:
+        _config.packops_outcomes["gpu" if "gpu" in report.keywords else "cpu"][outcome] += 1
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    gpu = config.packops_outcomes["gpu"]
+    if gpu["skipped"]:
+        because = config.packops_no_gpu or "see their reasons above"
+        terminalreporter.section("GPU tests that did not run", sep="!", red=True, bold=True)
+        terminalreporter.line(
+            f"{gpu['skipped']} GPU tests were SKIPPED ({because}). They proved nothing about the CUDA kernels. "
+            "`make test-gpu` on a machine with a GPU runs them."
+        )
+        terminalreporter.line(gpu_record.describe(gpu_record.PATH))
+    if gpu["out_of_memory"]:
+        terminalreporter.section("GPU tests that ran out of memory", sep="!", red=True, bold=True)
+        terminalreporter.line(f"{gpu['out_of_memory']} GPU tests ran OUT OF MEMORY and proved nothing.")
+    path = config.getoption("--gpu-record")
+    if path and not hasattr(config, "workerinput"):
+        record = gpu_record.merge_tests(path, config.packops_outcomes, selection=selection_of(config))
+        terminalreporter.section("GPU record")
+        terminalreporter.line(f"{path}: {record['tests']['gpu']}")
+
+
+def selection_of(config) -> str:
+    """How this run was narrowed down, so that a partial run never passes for a whole one."""
+    parts = [f"-k {config.option.keyword}"] if config.option.keyword else []
+    parts += [f"-m {config.option.markexpr}"] if config.option.markexpr else []
+    parts += config.option.deselect or []
+    if [Path(a).name for a in config.args] != ["tests"]:
+        parts += [str(a) for a in config.args]
+    return " ".join(parts)
+
+
+@pytest.fixture
+def loud():
+    """``loud(message)`` puts a message into the warnings summary: for what is no failure but must not go unseen."""
+    return lambda message: warnings.warn(message, stacklevel=2)

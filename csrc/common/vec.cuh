@@ -1,15 +1,87 @@
-// Vectors of W elements that move by one instruction, and the 16-bit types as floats.
+// 16-byte vectors of f32, f16 and bf16: global loads and stores with streaming hints, and conversion to and from fp32.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-
-#include <cstdint>
+#include <cuda_runtime.h>
 
 #include "common/dtype.h"
 
 namespace packops {
 
+template <typename T>
+inline constexpr int kVec = 16 / int(sizeof(T));  // elements of a 16-byte vector
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(half_t x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float to_float(bf16_t x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+
+template <typename T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ half_t from_float<half_t>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+__device__ __forceinline__ bf16_t from_float<bf16_t>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+
+// Two 16-bit elements in a register <-> two floats.
+__device__ __forceinline__ float2 unpack2(uint32_t bits, bf16_t) {
+  return {__uint_as_float(bits << 16), __uint_as_float(bits & 0xffff0000u)};
+}
+__device__ __forceinline__ float2 unpack2(uint32_t bits, half_t) {
+  return __half22float2(__halves2half2(__ushort_as_half(bits & 0xffff), __ushort_as_half(bits >> 16)));
+}
+__device__ __forceinline__ uint32_t pack2(float a, float b, bf16_t) {
+  const __nv_bfloat162 v = __floats2bfloat162_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(v);
+}
+__device__ __forceinline__ uint32_t pack2(float a, float b, half_t) {
+  const __half2 v = __floats2half2_rn(a, b);
+  return reinterpret_cast<const uint32_t&>(v);
+}
+
+template <typename T>
+__device__ __forceinline__ void unpack(uint4 raw, float (&x)[kVec<T>]) {
+  const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 4) {
+      x[i] = __uint_as_float(words[i]);
+    } else {
+      const float2 pair = unpack2(words[i], T{});
+      x[2 * i] = pair.x;
+      x[2 * i + 1] = pair.y;
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ uint4 pack(const float (&x)[kVec<T>]) {
+  uint32_t words[4];
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    if constexpr (sizeof(T) == 4) {
+      words[i] = __float_as_uint(x[i]);
+    } else {
+      words[i] = pack2(x[2 * i], x[2 * i + 1], T{});
+    }
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Streaming: the line is not wanted again soon, so it should be the first to leave the cache.
+__device__ __forceinline__ uint4 load_streaming(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
+__device__ __forceinline__ uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
+__device__ __forceinline__ void store_streaming(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
+
+// Vectors of any power-of-two width up to 16 bytes. Addresses are multiples of the vector's size.
 template <int kBytes>
 struct Bits;
 template <>
@@ -29,27 +101,6 @@ struct Bits<2> {
   using type = uint16_t;
 };
 
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(bf16_t x) { return __uint_as_float(uint32_t(x.bits) << 16); }
-__device__ inline float to_float(half_t x) { return __half2float(__ushort_as_half(x.bits)); }
-__device__ inline float to_float(double x) { return float(x); }
-
-template <typename T>
-__device__ inline T from_float(float x);
-template <>
-__device__ inline float from_float<float>(float x) {
-  return x;
-}
-template <>
-__device__ inline bf16_t from_float<bf16_t>(float x) {
-  return bf16_t{__bfloat16_as_ushort(__float2bfloat16_rn(x))};
-}
-template <>
-__device__ inline half_t from_float<half_t>(float x) {
-  return half_t{__half_as_ushort(__float2half_rn(x))};
-}
-
-// Addresses are multiples of the vector's size.
 template <typename T, int W>
 struct Vec {
   using Storage = typename Bits<W * sizeof(T)>::type;

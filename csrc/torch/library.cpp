@@ -1,9 +1,30 @@
 // Every op schema of packops, in one place. The implementations register themselves in ops_*.cpp; autograd and fake kernels in
 // python/packops/_register/. Loading two libraries of one namespace would end the process, so experiments build this file with
 // another PACKOPS_NAMESPACE (python/packops/jit.py).
+//
+// Public ops carry plain names; those with a leading underscore are what Python's autograd formulas are made of.
 #include "torch/namespace.h"
 
+#define CE_LABELS                                                                                                    \
+  "Tensor labels, *, Tensor? cu_seqlens=None, bool shift=False, str reduction=\"mean\", Tensor? num_items=None, "    \
+  "int ignore_index=-100, Tensor? token_weight=None, "
+#define CE_MATHS "Tensor? class_weight=None, float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, float logit_scale=1.0"
+
+#define CE_STATS "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss)"
+
 PACKOPS_LIBRARY(m) {
+  m.def("cross_entropy(Tensor logits, " CE_LABELS CE_MATHS ") -> Tensor");
+  m.def("cross_entropy_stats(Tensor logits, " CE_LABELS CE_MATHS ") -> (Tensor loss, " CE_STATS);
+  m.def("_cross_entropy_forward(Tensor logits, " CE_LABELS CE_MATHS
+        ", bool with_grad=False, bool with_stats=False) -> (Tensor loss, Tensor grad_logits, " CE_STATS);
+  m.def("_cross_entropy_forward_(Tensor(a!) logits, " CE_LABELS CE_MATHS ", bool with_stats=False) -> (Tensor loss, " CE_STATS);
+  m.def("_cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor floats, Tensor ints, *, " CE_MATHS ") -> Tensor");
+  m.def("_cross_entropy_backward_(Tensor(a!) grad_logits, Tensor grad_output, Tensor? logits, Tensor floats, Tensor ints, *, "
+        "bool holds_gradient=True, " CE_MATHS ") -> ()");
+
+  m.def("packed_metadata(Tensor cu_seqlens, SymInt total_tokens) -> (Tensor position_ids, Tensor seq_idx)");
+  m.def("packed_labels(Tensor labels, Tensor cu_seqlens, *, bool shift=True, int ignore_index=-100) -> (Tensor target, Tensor counts)");
+
   // RoPE. _rope is rope without autograd, plus what the backward pass (transposed) and benchmarks (tuning) need.
   m.def(
       "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, str? layout=None, "

@@ -1,22 +1,40 @@
 """How ``csrc/`` becomes a library: reads ``csrc/build.json`` for setup.py and for the JIT loader.
 
-Standard library only at import time, because setup.py loads this file before packops is installed.
-Run as a script it builds one library from one JSON request (see :mod:`packops.jit`).
+Standard library only at import time, because setup.py loads this file before packops is installed. Run as a script it builds one
+library from one JSON request, which is how :mod:`packops.jit` calls it.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
+import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 CUDA_REQUEST = "PACKOPS_CUDA"  # "1": CUDA or an error; "0": never; unset: CUDA when nvcc is there
+VERBOSE = "PACKOPS_BUILD_VERBOSE"  # "1": show every compiler command
+SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".json")
+
+
+def env_flag(name: str) -> bool | None:
+    """The environment variable ``name`` as True ("1"), False ("0") or None (unset or empty); anything else is a ValueError."""
+    value = os.environ.get(name, "")
+    if value not in ("", "0", "1"):
+        raise ValueError(f"the environment variable {name} must be 0, 1 or unset, got {value!r}")
+    return None if value == "" else value == "1"
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# What there is to build
 
 
 def find_csrc() -> Path:
@@ -28,8 +46,27 @@ def find_csrc() -> Path:
     raise FileNotFoundError(f"packops: no csrc/build.json in {here} nor two folders above it")
 
 
+def source_files(csrc: Path) -> list[Path]:
+    """Every file of ``csrc`` that a build may read, in an order that does not depend on the machine."""
+    found = (path for path in csrc.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file())
+    return sorted(found, key=lambda path: path.relative_to(csrc).as_posix())
+
+
+def source_digest(csrc: Path) -> str:
+    """sha256 over the relative paths and contents of :func:`source_files`: which sources a build or a test run speaks of."""
+    digest = hashlib.sha256()
+    for path in source_files(csrc):
+        for part in (path.relative_to(csrc).as_posix().encode(), path.read_bytes()):
+            digest.update(len(part).to_bytes(8, "little") + part)
+    return digest.hexdigest()
+
+
 def read_config(csrc: Path) -> dict[str, Any]:
     return json.loads((csrc / "build.json").read_text())
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# CUDA
 
 
 def find_cuda_home() -> Path | None:
@@ -48,13 +85,11 @@ def find_cuda_home() -> Path | None:
 
 def choose_cuda_home() -> Path | None:
     """The toolkit to build with, or None for a CPU-only build; obeys PACKOPS_CUDA."""
-    request = os.environ.get(CUDA_REQUEST, "")
-    if request not in ("", "0", "1"):
-        raise ValueError(f"{CUDA_REQUEST} must be 0, 1 or unset, got {request!r}")
-    home = None if request == "0" else find_cuda_home()
-    if home is None and request == "1":
+    request = env_flag(CUDA_REQUEST)
+    home = None if request is False else find_cuda_home()
+    if home is None and request:
         raise RuntimeError(f"{CUDA_REQUEST}=1 asks for CUDA kernels, but no nvcc was found: set CUDA_HOME or put nvcc on PATH")
-    if home is None and request == "":
+    if home is None and request is None:
         print(
             "packops: WARNING: nvcc was not found, so this is a CPU-only build. "
             "For CUDA kernels put nvcc on PATH or set CUDA_HOME; PACKOPS_CUDA=0 silences this.",
@@ -63,22 +98,30 @@ def choose_cuda_home() -> Path | None:
     return home
 
 
-def arch_flags(arch_list: str) -> list[str]:
-    """nvcc -gencode flags for a TORCH_CUDA_ARCH_LIST such as ``"8.0;9.0;12.0+PTX"``."""
-    flags = []
-    for item in re.split(r"[;, ]+", arch_list.strip()):
-        match = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", item)
-        if not match:
+def split_arch_list(arch_list: str) -> list[str]:
+    """``"8.0;9.0 12.0+PTX"`` as its items; ValueError for anything that is not a list of architectures."""
+    items = [item for item in re.split(r"[;, ]+", arch_list) if item]
+    for item in items:
+        if not re.fullmatch(r"\d+\.\d[af]?(\+PTX)?", item):
             raise ValueError(f'TORCH_CUDA_ARCH_LIST: {item!r} is not of the form "9.0", "9.0a" or "9.0+PTX"')
-        number = match[1] + match[2] + match[3]
+    if not items:
+        raise ValueError(f'TORCH_CUDA_ARCH_LIST must name an architecture such as "9.0", got {arch_list!r}')
+    return items
+
+
+def arch_flags(archs: list[str]) -> list[str]:
+    """nvcc's -gencode flags."""
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
         flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if match[4]:
+        if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags
 
 
-def cuda_arch_list(config: dict[str, Any]) -> str:
-    return os.environ.get("TORCH_CUDA_ARCH_LIST") or config["cuda_arch_list"]
+def choose_archs(config: dict[str, Any]) -> list[str]:
+    return split_arch_list(os.environ.get("TORCH_CUDA_ARCH_LIST") or config["cuda_arch_list"])
 
 
 def nvcc_version(cuda_home: Path) -> str:
@@ -87,8 +130,19 @@ def nvcc_version(cuda_home: Path) -> str:
     return match[1] if match else "unknown"
 
 
+# --------------------------------------------------------------------------------------------------------------------------------
+# The extension
+
+
 def make_extension(
-    name: str, csrc: Path, *, python_module: bool, cuda_home: Path | None, defines: tuple[str, ...] = (), root: Path | None = None
+    name: str,
+    csrc: Path,
+    *,
+    python_module: bool,
+    cuda_home: Path | None,
+    archs: list[str] | None = None,
+    defines: tuple[str, ...] = (),
+    root: Path | None = None,
 ):
     """One ``CppExtension`` out of ``csrc/build.json``. ``root``: make source paths relative to it, as setuptools wants."""
     from torch.utils import cpp_extension
@@ -100,19 +154,21 @@ def make_extension(
     if python_module:
         sources = sources + config["python_module"]
         link_flags.append("-Wl,-rpath,$ORIGIN/../torch/lib")
+    archs = (archs or choose_archs(config)) if cuda_home else []
     if cuda_home:
         sources = sources + config["cuda_kernels"]
-        arch_list = cuda_arch_list(config)
         # Unquoted, one token each: quotes and semicolons do not survive every shell between here and the compiler.
-        archs = re.sub(r"[;, ]+", "_", arch_list.strip())
-        macros += config["cuda_defines"] + [f"PACKOPS_CUDA_VERSION={nvcc_version(cuda_home)}", f"PACKOPS_CUDA_ARCHS={archs}"]
+        macros += config["cuda_defines"] + [
+            f"PACKOPS_CUDA_VERSION={nvcc_version(cuda_home)}",
+            f"PACKOPS_CUDA_ARCHS={'_'.join(archs)}",
+        ]
         link_flags += [f"-L{cuda_home}/lib64", *config["cuda_link_flags"]]
         # Under a CPU-only torch this is None, and BuildExtension would refuse .cu sources although it can compile them.
         cpp_extension.CUDA_HOME = str(cuda_home)
     macros = ["-D" + macro for macro in macros]
     compile_args = {"cxx": config["cxx_flags"] + macros}
     if cuda_home:
-        compile_args["nvcc"] = config["nvcc_flags"] + macros + arch_flags(arch_list)
+        compile_args["nvcc"] = config["nvcc_flags"] + macros + arch_flags(archs)
     base = csrc if root is None else csrc.relative_to(root)
     extension = cpp_extension.CppExtension(
         name,
@@ -120,38 +176,164 @@ def make_extension(
         include_dirs=[str(csrc), *([f"{cuda_home}/include"] if cuda_home else [])],
         extra_compile_args=compile_args,
         extra_link_args=link_flags,
-        depends=[str(base / p.relative_to(csrc)) for p in sorted(csrc.rglob("*")) if p.suffix in (".h", ".cuh", ".json")],
+        depends=[str(base / path.relative_to(csrc)) for path in source_files(csrc)],
     )
     extension.libraries = []  # CppExtension names libtorch_python and others; link_flags says exactly what is needed
+    extension.packops_label = "sm_" + ", sm_".join(archs).replace(".", "") if cuda_home else "the CPU"
+    extension.packops_digest_of = csrc if python_module else None
     return extension
 
 
 def make_build_command():
-    """BuildExtension that keeps our own -gencode and -std flags and does not compare CUDA versions with torch's.
+    """torch's ``BuildExtension``, calm (progress instead of compiler commands), with our own architecture flags.
 
-    The ops use the stable ABI and a static CUDA runtime, so nvcc need not match the CUDA that torch was built with.
+    It does not compare nvcc's version with torch's: the ops use the stable ABI and a static CUDA runtime, so they need not match.
     """
     from torch.utils import cpp_extension
 
+    # An interpreter called by its path, .venv/bin/python, has its ninja beside it but not on the PATH.
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
     cpp_extension._check_cuda_version = lambda *args, **kwargs: None
-    return cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+    base = cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
+
+    class BuildCommand(base):  # type: ignore[misc, valid-type]
+        def build_extensions(self) -> None:
+            (extension,) = self.extensions
+            temporary = Path(self.build_temp)
+            temporary.mkdir(parents=True, exist_ok=True)
+            sources = extension.sources
+            if extension.packops_digest_of:
+                extension.sources = [*sources, write_digest(temporary, extension.packops_digest_of)]
+            label = f"packops: compiling {len(extension.sources)} files for {extension.packops_label}"
+            try:
+                with quiet_output(temporary / "build.log", label, temporary):
+                    super().build_extensions()
+            finally:
+                extension.sources = sources
+
+    return BuildCommand
 
 
-def build_library(request: dict[str, Any]) -> Path:
-    """Build ``csrc`` into ``out_dir/<name>.so``, a library without a Python module in it."""
+def write_digest(folder: Path, csrc: Path) -> str:
+    """A source file that tells the library which sources it was built from; rewritten only when they changed."""
+    path = folder / "source_digest.cpp"
+    declaration = "extern const char* const kSourceDigest;"
+    definition = f'const char* const kSourceDigest = "{source_digest(csrc)}";'
+    text = f"namespace packops {{ {declaration} {definition} }}\n"
+    if not path.is_file() or path.read_text() != text:
+        path.write_text(text)
+    return str(path)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# Calm output
+
+
+def readable_log(text: str) -> str:
+    """A build log without the command lines that ninja and setuptools print for what went well."""
+    command = re.compile(
+        r"\[\d+/\d+\] |(\S*/)?(g\+\+|gcc|c\+\+|cc|nvcc|x86_64-\S+) .* -[co] |(building|copying|creating|running) "
+    )
+    return "\n".join(line for line in text.splitlines() if not command.match(line)).strip()
+
+
+@contextlib.contextmanager
+def progress(label: str, objects: Path, stream: TextIO) -> Iterator[None]:
+    """Say ``label`` and, on a terminal, how far the compiler is, by the object files that appear in the folder ``objects``."""
+    started, since = time.monotonic(), time.time() - 0.1  # a file's time lags by a tick of the kernel
+    done = threading.Event()
+
+    def compiled() -> int:
+        with contextlib.suppress(OSError):
+            return sum(path.stat().st_mtime >= since for path in objects.rglob("*.o"))
+        return 0
+
+    def draw() -> None:
+        while not done.wait(0.5):
+            stream.write(f"\r{label}: {compiled()} done, {time.monotonic() - started:.0f} s ")
+            stream.flush()
+
+    terminal = stream.isatty()
+    stream.write(label + (" ..." if terminal else " ...\n"))
+    stream.flush()
+    thread = threading.Thread(target=draw, daemon=True)
+    if terminal:
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        if terminal:
+            thread.join()
+        stream.write(f"{chr(13) if terminal else ''}{label}: {time.monotonic() - started:.0f} s{' ' * 12 if terminal else ''}\n")
+        stream.flush()
+
+
+@contextlib.contextmanager
+def quiet_output(log: Path, label: str, objects: Path) -> Iterator[None]:
+    """Send what this process and its children print to the file ``log``; show warnings, and all of it if there is an error."""
+    if env_flag(VERBOSE):
+        yield
+        return
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    terminal = os.fdopen(os.dup(kept[1]), "w")
+    try:
+        with log.open("w") as file, progress(label, objects, terminal):
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            try:
+                yield
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os.dup2(kept[0], 1)
+                os.dup2(kept[1], 2)
+    except Exception as error:
+        terminal.write(f"{readable_log(log.read_text())}\n")
+        raise SystemExit(f"packops: the build failed: {error} (all of its output: {log})") from None
+    else:
+        text = log.read_text()
+        if "warning" in text:
+            terminal.write(f"{readable_log(text)}\n")
+    finally:
+        terminal.close()
+        for descriptor in kept:
+            os.close(descriptor)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# One library for the JIT loader
+
+
+def build_library(request: dict[str, Any]) -> None:
+    """Compile ``csrc`` into the file ``out``, a library of ops without a Python module, and see whether it loads.
+
+    Loading it here first keeps a library that ends its process (an op defined twice, say) out of the process of the user.
+    """
+    import torch
     from setuptools import Distribution
 
-    csrc, out_dir = Path(request["csrc"]), Path(request["out_dir"])
+    csrc, out, objects = Path(request["csrc"]), Path(request["out"]), Path(request["objects"])
     cuda_home = Path(request["cuda_home"]) if request["cuda_home"] else None
-    extension = make_extension(request["name"], csrc, python_module=False, cuda_home=cuda_home, defines=tuple(request["defines"]))
-    command = make_build_command()(Distribution({"name": request["name"], "ext_modules": [extension]}))
-    command.build_lib = str(out_dir)
-    command.build_temp = str(out_dir / "objects")
+    extension = make_extension(
+        "library", csrc, python_module=False, cuda_home=cuda_home, archs=request["archs"], defines=tuple(request["defines"])
+    )
+    command = make_build_command()(Distribution({"name": "library", "ext_modules": [extension]}))
+    command.build_lib = str(out.parent)
+    command.build_temp = str(objects)
     command.ensure_finalized()
     command.run()
-    (built,) = out_dir.glob(f"{request['name']}*{sysconfig.get_config_var('SHLIB_SUFFIX') or '.so'}")
-    return built.rename(out_dir / f"{request['name']}.so")
+    Path(command.get_outputs()[0]).rename(out)
+    print(f"loading {out}", flush=True)
+    torch.ops.load_library(out)
 
 
 if __name__ == "__main__":
-    print(build_library(json.loads(sys.argv[1])))
+    sys.path.pop(0)  # this folder: packops' own modules must not pass for top-level ones
+    os.environ[VERBOSE] = "1"  # the loader that asked reads all of it
+    build_library(json.loads(sys.argv[1]))

@@ -5,10 +5,132 @@ Tests, documentation and :func:`packops.verify` share these functions. They are 
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+REDUCTIONS = ("none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum")
+
+
+class Documents(NamedTuple):
+    """Which document each of T rows belongs to (-1: padding), and whether it is its document's last row."""
+
+    index: Tensor
+    is_last: Tensor
+    count: int
+
+
+def documents_of(batch_shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Documents:
+    """Documents from ``cu_seqlens`` (S+1,), or one per row of a ``(..., length)`` batch."""
+    rows = batch_shape.numel()
+    index = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    is_last = torch.zeros(rows, dtype=torch.bool, device=device)
+    if cu_seqlens is None:
+        length = batch_shape[-1] if len(batch_shape) else 1
+        bounds = list(range(0, rows + 1, length)) if length else [0]
+    else:
+        bounds = cu_seqlens.tolist()
+    for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        index[begin:end] = document
+        if end > begin:
+            is_last[end - 1] = True
+    return Documents(index, is_last, len(bounds) - 1)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    reduction: str = "mean",
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+) -> Tensor:
+    """What :func:`packops.cross_entropy` computes, in fp64 and differentiable by autograd. Labels must be valid."""
+    batch_shape = logits.shape[:-1]
+    x = logits.double().reshape(-1, logits.shape[-1]) * logit_scale
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    rows, vocab = x.shape
+    documents = documents_of(batch_shape, cu_seqlens, logits.device)
+
+    target = labels.reshape(-1).long()
+    if shift:
+        target = torch.cat([target[1:], target[:1]])  # the last row's wraps around and is masked below
+        target = target.masked_fill(documents.is_last, ignore_index)
+    counted = (target != ignore_index) & (documents.index >= 0)
+    safe = torch.where(counted, target, 0)
+    x = torch.where(counted[:, None], x, 0.0)  # an ignored row may hold anything, NaN included
+
+    class_weight = torch.ones(vocab, dtype=x.dtype, device=x.device) if class_weight is None else class_weight.double()
+    weight = torch.ones(rows, dtype=x.dtype, device=x.device) if token_weight is None else token_weight.reshape(-1).double()
+    lse = torch.logsumexp(x, -1)
+    log_p = torch.log_softmax(x, -1)  # not x - lse, which forgets log(V) beside logits of 1e38
+    target_weight = class_weight[safe] if vocab else x.new_zeros(rows)
+    losses = -(1 - label_smoothing) * target_weight * log_p.gather(1, safe[:, None])[:, 0]
+    if label_smoothing:
+        losses = losses - label_smoothing / vocab * (log_p * class_weight).sum(1)
+    losses = torch.where(counted, weight * (losses + z_loss * lse.square()), 0.0)
+
+    if reduction == "none":
+        return losses.reshape(batch_shape)
+    if reduction == "sum":
+        return losses.sum()
+    norm_weight = torch.where(counted, weight * target_weight, 0.0)
+    if reduction == "mean":
+        total = norm_weight.sum() if num_items is None else torch.as_tensor(num_items, device=x.device).double()
+        return losses.sum() / total if counted.any() and total != 0 else losses.sum() * 0.0
+
+    total, count = losses.sum() * 0.0, 0
+    for document in range(documents.count):
+        inside = documents.index == document
+        if not (inside & counted).any():
+            continue
+        count += 1
+        if reduction == "seq-mean-token-sum":
+            total = total + losses[inside].sum()
+        elif norm_weight[inside].sum() != 0:
+            total = total + losses[inside].sum() / norm_weight[inside].sum()
+    if count == 0:
+        return total
+    return total / (count if num_items is None else torch.as_tensor(num_items, device=x.device).double())
+
+
+def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+    """Positions that restart in every document, and document ids; padding is one trailing document with id -1."""
+    bounds = cu_seqlens.tolist()
+    spans = [(s, begin, end) for s, (begin, end) in enumerate(itertools.pairwise(bounds))]
+    position_ids = torch.zeros(total_tokens, dtype=torch.int64)
+    seq_idx = torch.full((total_tokens,), -1, dtype=torch.int32)
+    for s, begin, end in [*spans, (-1, bounds[-1], total_tokens)]:
+        position_ids[begin:end] = torch.arange(end - begin)
+        seq_idx[begin:end] = s
+    return position_ids.to(cu_seqlens.device), seq_idx.to(cu_seqlens.device)
+
+
+def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    """Labels in which no token is scored against another document, and the scored tokens of each document."""
+    bounds = cu_seqlens.tolist()
+    flat = labels.reshape(-1)
+    target = torch.full_like(flat, ignore_index, memory_format=torch.contiguous_format)
+    counts = []
+    for begin, end in itertools.pairwise(bounds):
+        if shift:
+            target[begin : max(begin, end - 1)] = flat[begin + 1 : end]
+        else:
+            target[begin + 1 : end] = flat[begin + 1 : end]
+        counts.append(int((flat[begin + 1 : end] != ignore_index).sum()))
+    return target.view(labels.shape), torch.tensor(counts, dtype=torch.int64, device=labels.device)
 
 
 def rope(

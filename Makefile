@@ -1,0 +1,111 @@
+# make            what there is to make
+# Every target builds the .venv and the library that it needs, and rebuilds only what changed. `make test PYTHON=python3.12`
+# uses that interpreter and what it has installed, without a .venv (VENV=0 does the same with python3).
+
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+
+ifeq ($(origin PYTHON),command line)
+VENV := 0
+endif
+PYTHON ?= python3
+VENV ?= .venv
+ifeq ($(VENV),0)
+PY := $(PYTHON)
+VENV_READY :=
+else
+PY := $(VENV)/bin/python
+VENV_READY := $(VENV)/.ready
+endif
+
+export PYTHONPATH := $(CURDIR)/python
+export PYTHONUNBUFFERED := 1
+# The GPU of this machine; without one a single architecture, since nothing here runs it. Wheels get the whole list of build.json.
+TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1),9.0)
+
+SOURCES := $(shell find csrc -type f) setup.py pyproject.toml python/packops/_build.py
+# One stamp for one way to build: another interpreter or architecture builds again.
+WAY := $(shell echo "$(PY) $(TORCH_CUDA_ARCH_LIST) $(PACKOPS_CUDA) $$($(PY) --version 2>&1)" | cksum | cut -d' ' -f1)
+BUILT := build/stamps/library-$(WAY)
+
+.PHONY: help
+help:
+	@echo "make demo      train the same small Llama padded, packed carelessly, and packed with packops"
+	@echo "make test      build, then run the tests"
+	@echo "make test-gpu  the same on a GPU; writes tests/gpu_record.json"
+	@echo "make sanitize  the CUDA kernels under compute-sanitizer; adds to tests/gpu_record.json"
+	@echo "make bench     measure against the peers that are installed"
+	@echo "make cpp       build without Python (CMake) and run the C++ tests"
+	@echo "make lint      ruff, clang-format, mypy;  make format  mends what can be mended"
+	@echo "make wheel     dist/*.whl and dist/*.tar.gz"
+	@echo "make clean     remove what was built (.venv stays; make distclean removes it too)"
+
+$(VENV)/.ready: requirements-dev.txt
+	@echo "packops: preparing $(VENV) from requirements-dev.txt (torch is a large download, once)"
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@$(VENV)/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-dev.txt
+	@touch $@
+
+$(BUILT): $(SOURCES) $(VENV_READY)
+	@TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(PY) setup.py --quiet build_ext --inplace
+	@mkdir -p $(@D) && rm -f $(@D)/library-* && touch $@
+
+.PHONY: build
+build: $(BUILT)
+
+.PHONY: demo
+demo: $(BUILT)
+	@$(PY) -m packops demo $(ARGS)
+
+.PHONY: test
+test: $(BUILT)
+	@$(PY) -m pytest $(ARGS)
+
+.PHONY: test-gpu
+test-gpu: export PACKOPS_CUDA := 1
+test-gpu: $(BUILT)
+	@$(PY) -m pytest --gpu-record tests/gpu_record.json $(ARGS)
+
+.PHONY: sanitize
+sanitize: export PACKOPS_CUDA := 1
+sanitize: $(BUILT)
+	@$(PY) tests/sanitize.py $(ARGS)
+
+.PHONY: bench
+bench: $(BUILT)
+	@$(PY) -m packops bench $(ARGS)
+
+.PHONY: lint
+lint: $(VENV_READY)
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check .
+	@$(PY) -m mypy
+	@$(PY) tools/clang_format.py --check
+
+.PHONY: format
+format: $(VENV_READY)
+	@$(PY) -m ruff check --fix .
+	@$(PY) -m ruff format .
+	@$(PY) tools/clang_format.py
+
+.PHONY: cpp
+cpp: $(VENV_READY)
+	@cmake -S . -B build/cmake -DPACKOPS_PYTHON=$(PY) -DCMAKE_CUDA_ARCHITECTURES=90
+	@cmake --build build/cmake --parallel
+	@ctest --test-dir build/cmake --output-on-failure
+
+.PHONY: wheel
+wheel: $(VENV_READY)
+	@rm -rf dist && mkdir -p build
+	@$(PY) -m build --no-isolation --sdist --wheel > build/wheel.log || { cat build/wheel.log; exit 1; }
+	@ls -l dist
+
+.PHONY: clean
+clean:
+	@rm -rf build dist demo_out python/*.egg-info python/packops/*.so .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean
+	@rm -rf .venv

@@ -1,0 +1,110 @@
+// Cross entropy over packed rows: the plain interface that ce_loss.cu and ce_loss_cpu.cpp implement. No torch here.
+//
+// Row t of the (rows, vocab) logits is scored against class y = target[t]. With x' = softcap * tanh(x * scale / softcap):
+//   lse  = log sum_c exp(x'_c)
+//   loss = (1-eps) w_y (lse - x'_y) + eps/V sum_c w_c (lse - x'_c) + z lse^2
+//   d loss / d x'_c = alpha p_c - beta w_c - gamma [c = y],   p_c = exp(x'_c - lse)
+//   alpha = (1-eps) w_y + eps/V sum_c w_c + 2 z lse,  beta = eps/V,  gamma = (1-eps) w_y
+// A row's share of the reduced loss is scale[t] * loss, with scale[t] = token_weight[t] / denominator, made on the device.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+
+namespace packops {
+
+enum class Reduction : int32_t { none, sum, mean, seq_mean_token_mean, seq_mean_token_sum };
+
+constexpr bool per_sequence(Reduction r) { return r == Reduction::seq_mean_token_mean || r == Reduction::seq_mean_token_sum; }
+
+// Values of target[t] that are not a class.
+inline constexpr int32_t kIgnored = -1;   // loss 0, gradient 0, the logits are not read
+inline constexpr int32_t kBadLabel = -2;  // loss NaN, gradient 0, the logits are not read
+
+// Row t of a matrix whose leading dimensions collapsed to two: it begins at element (t / inner) * outer + (t % inner) * step.
+struct RowLayout {
+  int64_t inner = 1;
+  int64_t outer = 0;
+  int64_t step = 0;
+};
+
+struct CeLossParams {
+  int64_t rows = 0;
+  int64_t vocab = 0;
+
+  const void* logits = nullptr;  // (rows, vocab), last dimension contiguous
+  DType logits_dtype = DType::f32;
+  RowLayout logits_layout;
+
+  const void* labels = nullptr;  // (rows,) contiguous, i32 or i64
+  DType labels_dtype = DType::i64;
+  int64_t ignore_index = -100;
+  bool shift = false;  // row t is scored against labels[t + 1]; a document's last row against nothing
+
+  const void* cu_seqlens = nullptr;  // (documents + 1,) i32 or i64; null: documents of doc_length rows each
+  DType cu_seqlens_dtype = DType::i32;
+  int64_t documents = 0;
+  int64_t doc_length = 0;
+
+  Reduction reduction = Reduction::mean;
+  bool has_num_items = false;  // replaces the local count of tokens or documents
+  const void* num_items = nullptr;  // one number where the kernel runs, or null: num_items_value
+  DType num_items_dtype = DType::f32;
+  double num_items_value = 0;
+
+  const float* token_weight = nullptr;  // (rows,) or null: 1
+  const float* class_weight = nullptr;  // (vocab,) or null: 1
+  float label_smoothing = 0;
+  float z_loss = 0;
+  float softcap = 0;  // 0: none
+  float logit_scale = 1;
+  bool plain() const { return !class_weight && label_smoothing == 0 && z_loss == 0 && softcap == 0 && logit_scale == 1; }
+
+  // Per row, kept for the backward. State is float, double for f64 logits.
+  int32_t* target = nullptr;      // (rows,)
+  void* scale = nullptr;          // (rows,) d(reduced loss) / d(row loss)
+  void* row_max = nullptr;        // (rows,) max_c x'_c
+  void* row_sum = nullptr;        // (rows,) sum_c exp(x'_c - max); max and sum stay apart, or confident rows lose digits
+  void* row_loss = nullptr;       // (rows,) unscaled
+  void* entropy = nullptr;        // (rows,) or null
+  int32_t* prediction = nullptr;  // (rows,) argmax, first index on ties, or null
+
+  void* loss = nullptr;      // one number; (rows,) for Reduction::none
+  int64_t* counts = nullptr;      // {tokens, documents} that counted, or null where nobody wants them
+  void* sequence_loss = nullptr;  // (documents,) or null: each document's mean (its sum for seq_mean_token_sum)
+
+  void* grad = nullptr;  // (rows, vocab) in the logits' dtype, or null: no gradient wanted. May be the logits themselves
+  RowLayout grad_layout;
+
+  // Backward only: the incoming gradient, one number (step 0) or one per row.
+  const void* grad_output = nullptr;
+  RowLayout grad_output_layout;
+  // grad already holds the gradient for grad_output = 1: rows whose grad_output is 1 are left alone, and the others made anew from
+  // the logits, or scaled where those are gone (null).
+  bool grad_holds_gradient = false;
+
+  void* workspace = nullptr;  // CUDA forward: ce_loss_workspace(p) floats, 8-byte aligned
+};
+
+// ---- CPU (ce_loss_cpu.cpp). The range functions may run on several threads; ranges of rows must not overlap.
+
+enum class CeLossError { ok, bad_label, bad_cu_seqlens };
+struct CeLossStatus {
+  CeLossError error = CeLossError::ok;
+  int64_t index = 0;  // into labels or cu_seqlens
+  int64_t value = 0;
+};
+CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p);                      // target, scale, counts
+void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end);     // row_*, and grad if wanted
+void ce_loss_reduce_cpu(const CeLossParams& p);                               // loss
+void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end);  // grad from row_* and grad_output
+const char* ce_loss_cpu_isa();                                                // "avx512", "avx2" or "baseline"
+
+// ---- CUDA (ce_loss.cu). Asynchronous on the stream (a cudaStream_t); the result is a cudaError_t.
+
+int64_t ce_loss_workspace(const CeLossParams& p);
+int ce_loss_forward_cuda(const CeLossParams& p, void* stream);
+int ce_loss_backward_cuda(const CeLossParams& p, void* stream);
+
+}  // namespace packops

@@ -1,0 +1,142 @@
+// Cross entropy on the CPU: the interface of ce_loss.h. Which documents and labels count is decided here, once per call; the row
+// passes (ce_loss_simd.h) run on any number of threads in the best instruction set the machine has.
+#include "ce_loss.h"
+
+#include <algorithm>
+#include <vector>
+
+#define PACKOPS_SIMD_FILE "ce_loss_simd.h"
+#include "common/simd_targets.h"
+
+namespace packops {
+namespace {
+
+int64_t integer_at(const void* data, DType dtype, int64_t i) {
+  return dtype == DType::i32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
+}
+int64_t bound(const CeLossParams& p, int64_t d) { return p.cu_seqlens ? integer_at(p.cu_seqlens, p.cu_seqlens_dtype, d) : d * p.doc_length; }
+double token_weight(const CeLossParams& p, int64_t t) { return p.token_weight ? double(p.token_weight[t]) : 1.0; }
+// A counted row's part in a denominator.
+double norm_weight(const CeLossParams& p, int64_t t) {
+  return token_weight(p, t) * (p.class_weight && p.target[t] >= 0 ? double(p.class_weight[p.target[t]]) : 1.0);
+}
+double inverse_or_zero(double x) { return x != 0 ? 1 / x : 0.0; }
+
+struct DocumentSums {
+  double weight = 0, loss = 0;
+  bool counted = false;
+};
+template <typename S>
+DocumentSums document_sums(const CeLossParams& p, int64_t d, const S* row_loss) {
+  DocumentSums sums;
+  for (int64_t t = bound(p, d); t < bound(p, d + 1); t++) {
+    if (p.target[t] == kIgnored) continue;
+    sums.counted = true;
+    sums.weight += norm_weight(p, t);
+    if (row_loss) sums.loss += token_weight(p, t) * double(row_loss[t]);
+  }
+  return sums;
+}
+double document_inverse(const CeLossParams& p, const DocumentSums& sums) {
+  return p.reduction == Reduction::seq_mean_token_sum ? 1.0 : inverse_or_zero(sums.weight);
+}
+
+// The denominators: see CeLossParams::scale. S is the state type.
+template <typename S>
+void set_scales(const CeLossParams& p) {
+  auto* scale = static_cast<S*>(p.scale);
+  int64_t tokens = 0, documents = 0;
+  double total = 0;
+  for (int64_t t = 0; t < p.rows; t++) {
+    if (p.target[t] == kIgnored) continue;
+    tokens++;
+    total += norm_weight(p, t);
+  }
+  std::vector<double> inverses(p.documents);
+  if (per_sequence(p.reduction) || p.counts) {
+    for (int64_t d = 0; d < p.documents; d++) {
+      const DocumentSums sums = document_sums<S>(p, d, nullptr);
+      documents += sums.counted;
+      inverses[d] = document_inverse(p, sums);
+    }
+  }
+  if (p.counts) {
+    p.counts[0] = tokens;
+    p.counts[1] = documents;
+  }
+  double normalizer = 1;
+  if (p.has_num_items) normalizer = 1 / p.num_items_value;
+  else if (p.reduction == Reduction::mean) normalizer = inverse_or_zero(total);
+  else if (per_sequence(p.reduction)) normalizer = inverse_or_zero(double(documents));
+
+  for (int64_t t = 0; t < p.rows; t++) scale[t] = S(token_weight(p, t) * normalizer);
+  if (per_sequence(p.reduction))
+    for (int64_t d = 0; d < p.documents; d++)
+      for (int64_t t = bound(p, d); t < bound(p, d + 1); t++) scale[t] = S(token_weight(p, t) * normalizer * inverses[d]);
+}
+
+template <typename S>
+void reduce(const CeLossParams& p) {
+  const auto *scale = static_cast<const S*>(p.scale), *row_loss = static_cast<const S*>(p.row_loss);
+  auto* loss = static_cast<S*>(p.loss);
+  double total = 0;
+  for (int64_t t = 0; t < p.rows; t++) {
+    const double share = p.target[t] == kIgnored ? 0.0 : double(scale[t]) * double(row_loss[t]);
+    if (p.reduction == Reduction::none) loss[t] = S(share);
+    total += share;
+  }
+  if (p.reduction != Reduction::none) loss[0] = S(total);
+  if (p.sequence_loss) {
+    for (int64_t d = 0; d < p.documents; d++) {
+      const DocumentSums sums = document_sums(p, d, row_loss);
+      static_cast<S*>(p.sequence_loss)[d] = S(sums.loss * document_inverse(p, sums));
+    }
+  }
+}
+
+void rows(const CeLossParams& p, int64_t begin, int64_t end, bool backward) {
+  switch (cpu_isa()) {
+    case CpuIsa::avx512: return avx512::ce_rows_any(p, begin, end, backward);
+    case CpuIsa::avx2: return avx2::ce_rows_any(p, begin, end, backward);
+    case CpuIsa::baseline: return baseline::ce_rows_any(p, begin, end, backward);
+  }
+}
+
+}  // namespace
+
+CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p) {
+  for (int64_t d = 0; d <= p.documents; d++) {
+    const int64_t here = bound(p, d), least = d ? bound(p, d - 1) : 0;
+    if (here > p.rows || here < least || (d == 0 && here != 0)) return {CeLossError::bad_cu_seqlens, d, here};
+  }
+  std::fill(p.target, p.target + p.rows, kIgnored);
+  CeLossStatus status;
+  const int64_t ahead = p.shift ? 1 : 0;
+  for (int64_t d = 0; d < p.documents; d++) {
+    for (int64_t t = bound(p, d); t + ahead < bound(p, d + 1); t++) {
+      const int64_t label = integer_at(p.labels, p.labels_dtype, t + ahead);
+      if (label == p.ignore_index) continue;
+      const bool valid = label >= 0 && label < p.vocab;
+      p.target[t] = valid ? int32_t(label) : kBadLabel;
+      if (!valid && status.error == CeLossError::ok) status = {CeLossError::bad_label, t + ahead, label};
+    }
+  }
+  p.logits_dtype == DType::f64 ? set_scales<double>(p) : set_scales<float>(p);
+  return status;
+}
+
+void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(p, begin, end, false); }
+
+void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(p, begin, end, true); }
+
+void ce_loss_reduce_cpu(const CeLossParams& p) { p.logits_dtype == DType::f64 ? reduce<double>(p) : reduce<float>(p); }
+
+const char* ce_loss_cpu_isa() {
+  switch (cpu_isa()) {
+    case CpuIsa::avx512: return "avx512";
+    case CpuIsa::avx2: return "avx2";
+    default: return "baseline";
+  }
+}
+
+}  // namespace packops

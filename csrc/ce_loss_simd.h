@@ -1,0 +1,238 @@
+// The row passes of ce_loss_cpu.cpp, compiled once per instruction set by common/simd_targets.h: no include guard, no includes.
+//
+// Pass 1 reads a row once in blocks that stay in the first-level cache and keeps a running maximum and sum (and, on request, the
+// sums that label smoothing and entropy need). Pass 2 reads it again, mostly from the second-level cache, and writes the gradient.
+
+// What a row algorithm needs of its number type: vectors of floats for f32/f16/bf16, one double at a time for f64.
+template <typename T>
+struct Lane {
+  using State = float;
+  using V = VecF;
+  static constexpr int kLanes = PACKOPS_LANES;
+  static V read(const T* p) { return load(p); }
+  static void write(T* p, V v) { store(p, v); }
+  static float read1(const T* p) { return to_float(*p); }
+  static void write1(T* p, float x) { *p = from_float<T>(x); }
+  static V exp(V x) { return vexp(x); }
+  static V tanh(V x) { return vtanh(x); }
+  static V max(V a, V b) { return vmax(a, b); }
+  static float sum(V v) { return horizontal_sum(v); }
+  static float top(V v) { return horizontal_max(v); }
+  static V weights(const float* p) { return load(p); }
+  static V fill(float x) { return splat(x); }
+  static V zero_where_zero(V e, V x) { return select(e == 0.f, splat(0.f), x); }
+};
+template <>
+struct Lane<double> {
+  using State = double;
+  using V = double;
+  static constexpr int kLanes = 1;
+  static V read(const double* p) { return *p; }
+  static void write(double* p, V v) { *p = v; }
+  static double read1(const double* p) { return *p; }
+  static void write1(double* p, double x) { *p = x; }
+  static V exp(V x) { return ::exp(x); }
+  static V tanh(V x) { return ::tanh(x); }
+  static V max(V a, V b) { return a > b ? a : b; }
+  static double sum(V v) { return v; }
+  static double top(V v) { return v; }
+  static V weights(const float* p) { return *p; }
+  static V fill(double x) { return x; }
+  static V zero_where_zero(V e, V x) { return e == 0 ? 0 : x; }
+};
+
+template <typename T>
+struct CeRow {
+  using L = Lane<T>;
+  using S = typename L::State;
+  using V = typename L::V;
+  static constexpr int kLanes = L::kLanes;
+  static constexpr int kBlock = 1024;
+
+  const CeLossParams& p;
+  S class_weight_sum;
+  S cap = p.softcap, inverse_cap = p.softcap > 0 ? S(p.logit_scale) / S(p.softcap) : S(0), factor = p.logit_scale;
+
+  V transform(V x) const { return cap > 0 ? L::fill(cap) * L::tanh(x * L::fill(inverse_cap)) : x * L::fill(factor); }
+  // d x' / d x out of x'.
+  V chain(V transformed) const {
+    if (!(cap > 0)) return L::fill(factor);
+    V t = transformed * L::fill(1 / cap);
+    return L::fill(factor) * (L::fill(1) - t * t);
+  }
+  static const T* row_of(const void* base, const RowLayout& l, int64_t t) {
+    return static_cast<const T*>(base) + (t / l.inner) * l.outer + (t % l.inner) * l.step;
+  }
+  // Lanes past the end of a row are read as -inf (so that they add nothing) through a padded copy.
+  V read(const T* x, int64_t c) const {
+    if (c + kLanes <= p.vocab) return transform(L::read(x + c));
+    S padded[kLanes];
+    for (int i = 0; i < kLanes; i++) padded[i] = c + i < p.vocab ? L::read1(x + c + i) : S(0);
+    V v;
+    memcpy(&v, padded, sizeof v);
+    v = transform(v);
+    memcpy(padded, &v, sizeof v);
+    for (int i = 0; i < kLanes; i++)
+      if (c + i >= p.vocab) padded[i] = -std::numeric_limits<S>::infinity();
+    memcpy(&v, padded, sizeof v);
+    return v;
+  }
+  V read_weights(int64_t c) const {
+    if (!p.class_weight) return L::fill(1);
+    if (c + kLanes <= p.vocab) return L::weights(p.class_weight + c);
+    S padded[kLanes];
+    for (int i = 0; i < kLanes; i++) padded[i] = c + i < p.vocab ? S(p.class_weight[c + i]) : S(0);
+    V v;
+    memcpy(&v, padded, sizeof v);
+    return v;
+  }
+  S transform1(S x) const {
+    V v = transform(L::fill(x));
+    S lanes[kLanes];
+    memcpy(lanes, &v, sizeof v);
+    return lanes[0];
+  }
+
+  struct Coefficients {  // d loss / d x'_c = alpha p_c - beta w_c - gamma [c = y]
+    S alpha, beta, gamma;
+  };
+  Coefficients coefficients(int32_t y, S lse) const {
+    const S eps = p.label_smoothing, target_weight = p.class_weight ? S(p.class_weight[y]) : S(1), beta = eps / S(p.vocab);
+    return {(1 - eps) * target_weight + beta * class_weight_sum + 2 * S(p.z_loss) * lse, beta, (1 - eps) * target_weight};
+  }
+
+  void forward(int64_t t) const {
+    const S infinity = std::numeric_limits<S>::infinity(), nan = std::numeric_limits<S>::quiet_NaN();
+    S *scale = static_cast<S*>(p.scale), *row_max = static_cast<S*>(p.row_max), *row_sum = static_cast<S*>(p.row_sum);
+    S *row_loss = static_cast<S*>(p.row_loss), *entropy = static_cast<S*>(p.entropy);
+    const int32_t y = p.target[t];
+    if (y < 0) {
+      row_max[t] = 0;
+      row_sum[t] = 1;
+      row_loss[t] = y == kIgnored ? S(0) : nan;
+      if (entropy) entropy[t] = 0;
+      if (p.prediction) p.prediction[t] = -1;
+      if (p.grad) zero_gradient(t);
+      return;
+    }
+    const T* x = row_of(p.logits, p.logits_layout, t);
+    const bool smoothing = p.label_smoothing != 0;
+    const S target_logit = transform1(L::read1(x + y));
+    const S reference = std::isfinite(target_logit) ? target_logit : S(0);
+    S maximum = -infinity;
+    double sum = 0, weighted = 0, moment = 0;
+    for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
+      const int64_t end = begin + kBlock < p.vocab ? begin + kBlock : p.vocab;
+      V top = L::fill(-infinity);
+      for (int64_t c = begin; c < end; c += kLanes) top = L::max(read(x, c), top);
+      const S block_max = L::top(top);
+      if (block_max > maximum) {
+        if (sum != 0) {
+          const double shrink = ::exp(double(maximum) - double(block_max));
+          moment = shrink * (moment + (double(maximum) - double(block_max)) * sum);
+          sum *= shrink;
+        }
+        maximum = block_max;
+      }
+      const V base = L::fill(maximum == -infinity ? S(0) : maximum);  // -inf - -inf would be NaN
+      V sums = L::fill(0), moments = L::fill(0), weights = L::fill(0);
+      // Four at a time into a sum of their own: beside a confident row's 1, small terms lose a digit at every addition.
+      for (int64_t c = begin; c < end; c += 4 * kLanes) {
+        V group = L::fill(0);
+        for (int64_t i = c; i < c + 4 * kLanes && i < end; i += kLanes) {
+          const V v = read(x, i), e = L::exp(v - base);
+          group += e;
+          if (entropy) moments += e * L::zero_where_zero(e, v - base);
+          if (smoothing) weights += end - i >= kLanes ? read_weights(i) * (v - L::fill(reference)) : L::fill(0);
+        }
+        sums += group;
+      }
+      sum += L::sum(sums);
+      moment += L::sum(moments);
+      weighted += L::sum(weights);
+      if (smoothing)  // the block's last, partial vector
+        for (int64_t c = begin + (end - begin) / kLanes * kLanes; c < end; c++)
+          weighted += (p.class_weight ? p.class_weight[c] : 1.f) * (transform1(L::read1(x + c)) - reference);
+    }
+    const S log_sum = S(::log(sum)), lse = maximum + log_sum, gap = log_sum - (target_logit - maximum);  // gap = lse - x'_y
+    const Coefficients k = coefficients(y, lse);
+    S loss = k.gamma * gap;
+    if (smoothing) loss += k.beta * (class_weight_sum * (log_sum - (reference - maximum)) - S(weighted));
+    if (p.z_loss != 0) loss += S(p.z_loss) * lse * lse;
+    row_max[t] = maximum;
+    row_sum[t] = S(sum);
+    row_loss[t] = loss;
+    if (entropy) entropy[t] = log_sum - S(moment / sum);
+    if (p.prediction) p.prediction[t] = argmax(x, maximum);
+    if (p.grad) gradient(t, scale[t]);
+  }
+
+  int32_t argmax(const T* x, S maximum) const {
+    for (int64_t c = 0; c < p.vocab; c++)
+      if (transform1(L::read1(x + c)) == maximum) return int32_t(c);
+    return 0;
+  }
+
+  T* grad_row(int64_t t) const { return const_cast<T*>(row_of(p.grad, p.grad_layout, t)); }
+  void zero_gradient(int64_t t) const { memset(static_cast<void*>(grad_row(t)), 0, size_t(p.vocab) * sizeof(T)); }
+
+  // Writes multiplier * d loss / d x for a counted row.
+  void gradient(int64_t t, S multiplier) const {
+    const int32_t y = p.target[t];
+    const T* x = row_of(p.logits, p.logits_layout, t);
+    T* out = grad_row(t);
+    const S maximum = static_cast<const S*>(p.row_max)[t], sum = static_cast<const S*>(p.row_sum)[t];
+    const Coefficients k = coefficients(y, maximum + S(::log(double(sum))));
+    const V base = L::fill(maximum), softmax_factor = L::fill(multiplier * k.alpha / sum), uniform = L::fill(multiplier * k.beta);
+    const bool smoothing = k.beta != 0;
+
+    const V target = transform(L::fill(L::read1(x + y)));
+    const V target_gradient = (L::fill(k.alpha / sum) * L::exp(target - base) - L::fill(k.beta * (p.class_weight ? p.class_weight[y] : 1)) -
+                               L::fill(k.gamma)) * L::fill(multiplier) * chain(target);
+    S target_lanes[kLanes];
+    memcpy(target_lanes, &target_gradient, sizeof target_gradient);
+
+    for (int64_t c = 0; c < p.vocab; c += kLanes) {
+      const V v = read(x, c);
+      V g = L::exp(v - base) * softmax_factor;
+      if (smoothing) g -= uniform * read_weights(c);
+      g *= chain(v);
+      if (c + kLanes <= p.vocab) {
+        L::write(out + c, g);
+      } else {
+        S lanes[kLanes];
+        memcpy(lanes, &g, sizeof g);
+        for (int i = 0; c + i < p.vocab; i++) L::write1(out + c + i, lanes[i]);
+      }
+    }
+    L::write1(out + y, target_lanes[0]);
+  }
+
+  void backward(int64_t t) const {
+    const RowLayout& l = p.grad_output_layout;
+    const S g = static_cast<const S*>(p.grad_output)[(t / l.inner) * l.outer + (t % l.inner) * l.step];
+    if (p.grad_holds_gradient && g == 1) return;
+    if (p.target[t] < 0) return zero_gradient(t);
+    if (!p.logits) {
+      T* out = grad_row(t);
+      for (int64_t c = 0; c < p.vocab; c++) L::write1(out + c, g * L::read1(out + c));
+      return;
+    }
+    gradient(t, g * static_cast<const S*>(p.scale)[t]);
+  }
+};
+
+template <typename T>
+static void ce_rows(const CeLossParams& p, int64_t begin, int64_t end, bool backward) {
+  double class_weight_sum = double(p.vocab);
+  if (p.class_weight) {
+    class_weight_sum = 0;
+    for (int64_t c = 0; c < p.vocab; c++) class_weight_sum += p.class_weight[c];
+  }
+  const CeRow<T> row{p, typename CeRow<T>::S(class_weight_sum)};
+  for (int64_t t = begin; t < end; t++) backward ? row.backward(t) : row.forward(t);
+}
+
+static void ce_rows_any(const CeLossParams& p, int64_t begin, int64_t end, bool backward) {
+  dispatch_float<true>(p.logits_dtype, [&](auto type) { ce_rows<decltype(type)>(p, begin, end, backward); });
+}

@@ -1,0 +1,364 @@
+// Cross entropy as torch ops: checks, allocation, and the call of the CPU or the CUDA kernel. Schemas: library.cpp.
+#include <optional>
+#include <string>
+#include <tuple>
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "ce_loss.h"
+#include "torch/check.h"
+#include "torch/dispatch.h"
+#include "torch/namespace.h"
+#include "torch/stream.h"
+
+namespace packops {
+namespace {
+
+using OptionalTensor = std::optional<Tensor>;
+constexpr const char* kOp = "cross_entropy";
+
+Reduction reduction_of(const std::string& name) {
+  if (name == "none") return Reduction::none;
+  if (name == "sum") return Reduction::sum;
+  if (name == "mean") return Reduction::mean;
+  if (name == "seq-mean-token-mean") return Reduction::seq_mean_token_mean;
+  if (name == "seq-mean-token-sum") return Reduction::seq_mean_token_sum;
+  raise("ValueError", kOp, ": reduction must be none, sum, mean, seq-mean-token-mean or seq-mean-token-sum, got '", name, "'");
+}
+
+// The leading `dims` dimensions as at most two with a stride each; false if they need three.
+bool collapse(const Tensor& tensor, int64_t dims, RowLayout& layout) {
+  int64_t sizes[2] = {1, 1}, strides[2] = {0, 0};  // [0]: inner
+  int used = 0;
+  for (int64_t i = dims - 1; i >= 0; i--) {
+    const int64_t size = tensor.size(i), stride = tensor.stride(i);
+    if (size == 1) continue;
+    if (used && stride == strides[used - 1] * sizes[used - 1]) {
+      sizes[used - 1] *= size;
+    } else {
+      if (used == 2) return false;
+      sizes[used] = size;
+      strides[used++] = stride;
+    }
+  }
+  layout = {sizes[0], strides[1], strides[0]};
+  return true;
+}
+
+// The tensor itself, or a contiguous copy if its rows are laid out in a way RowLayout cannot say.
+Tensor with_layout(const Tensor& tensor, int64_t dims, bool unit_last_stride, RowLayout& layout) {
+  const bool last_ok = !unit_last_stride || tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1;
+  if (last_ok && collapse(tensor, dims, layout)) return tensor;
+  Tensor copy = torch::stable::contiguous(tensor);
+  collapse(copy, dims, layout);
+  return copy;
+}
+
+struct Options {
+  OptionalTensor class_weight;
+  double label_smoothing, z_loss;
+  std::optional<double> softcap;
+  double logit_scale;
+};
+
+void check_same_device(const Tensor& logits, const Tensor& other, const char* name) {
+  PACKOPS_CHECK(other.is_cuda() == logits.is_cuda() && (!logits.is_cuda() || other.get_device_index() == logits.get_device_index()), ValueError, kOp,
+                ": ", name, " must be on the logits' device, got ", device_of(other), ":", other.get_device_index(), " and ", device_of(logits), ":",
+                logits.get_device_index());
+}
+
+const float* float_weights(const OptionalTensor& weight, const Tensor& logits, int64_t numel, const char* name, Tensor& holder) {
+  if (!weight) return nullptr;
+  check_same_device(logits, *weight, name);
+  PACKOPS_CHECK(weight->numel() == numel, ValueError, kOp, ": ", name, " must have ", numel, " elements, got shape ", shape_of(*weight));
+  const DType dtype = kernel_dtype(*weight, kOp, name);
+  PACKOPS_CHECK(!is_index(dtype), TypeError, kOp, ": ", name, " must be floating point, got ", dtype_of(*weight));
+  holder = torch::stable::contiguous(dtype == DType::f32 ? *weight : torch::stable::to(*weight, ScalarType::Float));
+  return static_cast<const float*>(holder.data_ptr());
+}
+
+// What forward and backward share: the matrix and the maths options. `holder` keeps a converted class_weight alive.
+CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor& holder) {
+  CeLossParams p;
+  PACKOPS_CHECK(logits.dim() >= 1, ValueError, kOp, ": logits must have shape (..., vocab), got a 0-d tensor");
+  p.vocab = logits.size(logits.dim() - 1);
+  p.rows = 1;
+  for (int64_t i = 0; i + 1 < logits.dim(); i++) p.rows *= logits.size(i);
+  PACKOPS_CHECK(p.vocab > 0 || p.rows == 0, ValueError, kOp, ": logits must have at least one class, got shape ", shape_of(logits));
+  PACKOPS_CHECK(p.vocab < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 classes, got ", p.vocab);
+  PACKOPS_CHECK(p.rows < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 rows, got ", p.rows);
+  p.logits_dtype = kernel_dtype(logits, kOp, "logits");
+  PACKOPS_CHECK(!is_index(p.logits_dtype), TypeError, kOp, ": logits must be floating point, got ", dtype_of(logits));
+  PACKOPS_CHECK(p.logits_dtype != DType::f64 || !logits.is_cuda(), TypeError, kOp, ": float64 logits are supported on the CPU only");
+
+  PACKOPS_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, ValueError, kOp, ": label_smoothing must be in [0, 1], got ",
+                options.label_smoothing);
+  PACKOPS_CHECK(options.z_loss >= 0, ValueError, kOp, ": z_loss must not be negative, got ", options.z_loss);
+  PACKOPS_CHECK(!options.softcap || *options.softcap > 0, ValueError, kOp, ": softcap must be positive or None, got ", options.softcap.value_or(0));
+  PACKOPS_CHECK(options.logit_scale > 0, ValueError, kOp, ": logit_scale must be positive, got ", options.logit_scale);
+  p.label_smoothing = float(options.label_smoothing);
+  p.z_loss = float(options.z_loss);
+  p.softcap = float(options.softcap.value_or(0));
+  p.logit_scale = float(options.logit_scale);
+  p.class_weight = float_weights(options.class_weight, logits, p.vocab, "class_weight", holder);
+  return p;
+}
+
+Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
+}
+
+ScalarType state_type(const Tensor& logits) { return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+
+// Rows of the state tensors; python/packops/_register/ce_loss.py names the same ones.
+enum FloatState { kScale, kMax, kSum, kLoss, kFloatStates, kEntropy = kFloatStates, kFloatStatesWithStats };
+enum IntState { kTarget, kIntStates, kPrediction = kIntStates, kIntStatesWithStats };
+
+void set_state(CeLossParams& p, const Tensor& floats, const Tensor& ints) {
+  auto* f = static_cast<char*>(floats.data_ptr());
+  const int64_t bytes = p.rows * int64_t(floats.element_size());
+  p.scale = f + kScale * bytes;
+  p.row_max = f + kMax * bytes;
+  p.row_sum = f + kSum * bytes;
+  p.row_loss = f + kLoss * bytes;
+  if (floats.size(0) == kFloatStatesWithStats) p.entropy = f + kEntropy * bytes;
+  auto* i = static_cast<int32_t*>(ints.data_ptr());
+  p.target = i + kTarget * p.rows;
+  if (ints.size(0) == kIntStatesWithStats) p.prediction = i + kPrediction * p.rows;
+}
+
+// num_items comes in any numeric dtype; the kernels read four of them.
+Tensor as_kernel_number(const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  const bool native = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Int || type == ScalarType::Long;
+  return native ? tensor : torch::stable::to(tensor, ScalarType::Float);
+}
+double host_number(const Tensor& tensor) {
+  const Tensor number = as_kernel_number(tensor);
+  switch (kernel_dtype(number, kOp, "num_items")) {
+    case DType::f64: return *static_cast<const double*>(number.data_ptr());
+    case DType::i32: return *static_cast<const int32_t*>(number.data_ptr());
+    case DType::i64: return double(*static_cast<const int64_t*>(number.data_ptr()));
+    default: return *static_cast<const float*>(number.data_ptr());
+  }
+}
+
+// Names what is wrong in Python's terms. Only the CPU looks at the data; CUDA would have to wait for it.
+void raise_bad_data(const CeLossStatus& status, const CeLossParams& p) {
+  if (status.error == CeLossError::bad_label)
+    raise("IndexError", kOp, ": label ", status.value, " at position ", status.index, " is outside [0, ", p.vocab, ") and is not ignore_index (", p.ignore_index, ")");
+  if (status.error == CeLossError::bad_cu_seqlens)
+    raise("ValueError", kOp, ": cu_seqlens must start at 0, not decrease, and end at or before the number of rows (", p.rows, "), got cu_seqlens[", status.index,
+          "] = ", status.value);
+}
+
+void run_forward(CeLossParams& p, const Tensor& logits) {
+  if (logits.is_cuda()) {
+#ifdef PACKOPS_WITH_CUDA
+    CudaScope scope(logits);
+    Tensor workspace = new_tensor(logits, {ce_loss_workspace(p)}, ScalarType::Float);
+    p.workspace = workspace.data_ptr();
+    check_cuda(cudaError_t(ce_loss_forward_cuda(p, scope.stream())), kOp);
+#endif
+    return;
+  }
+  raise_bad_data(ce_loss_prepare_cpu(p), p);
+  torch::stable::parallel_for(0, p.rows, 1, [&](int64_t begin, int64_t end) { ce_loss_rows_cpu(p, begin, end); });
+  ce_loss_reduce_cpu(p);
+}
+
+// Rows of a gradient must be written where they are; a copy would be lost.
+void set_grad(CeLossParams& p, const Tensor& grad) {
+  const Tensor laid_out = with_layout(grad, grad.dim() - 1, true, p.grad_layout);
+  PACKOPS_CHECK(laid_out.data_ptr() == grad.data_ptr(), ValueError, kOp,
+                ": a gradient written in place needs a contiguous last dimension and at most two strided leading ones, got shape ", shape_of(grad));
+  p.grad = grad.data_ptr();
+}
+
+struct ForwardInputs {
+  Tensor labels;
+  OptionalTensor cu_seqlens;
+  bool shift;
+  std::string reduction;
+  OptionalTensor num_items;
+  int64_t ignore_index;
+  OptionalTensor token_weight;
+  Options options;
+};
+
+// loss, float state, int state, counts, sequence losses (the last two empty without statistics). grad: where the gradient goes (may be the logits), or nothing.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in, const OptionalTensor& grad, bool with_stats) {
+  Tensor class_weight, token_weight;
+  CeLossParams p = matrix_params(logits, in.options, class_weight);
+  p.reduction = reduction_of(in.reduction);
+
+  check_same_device(logits, in.labels, "labels");
+  PACKOPS_CHECK(in.labels.dim() == logits.dim() - 1 && in.labels.numel() == p.rows, ValueError, kOp, ": labels must have the logits' leading shape, got ",
+                shape_of(in.labels), " for logits ", shape_of(logits));
+  for (int64_t i = 0; i < in.labels.dim(); i++)
+    PACKOPS_CHECK(in.labels.size(i) == logits.size(i), ValueError, kOp, ": labels must have the logits' leading shape, got ", shape_of(in.labels),
+                  " for logits ", shape_of(logits));
+  p.labels_dtype = kernel_dtype(in.labels, kOp, "labels");
+  PACKOPS_CHECK(is_index(p.labels_dtype), TypeError, kOp, ": labels must be int32 or int64, got ", dtype_of(in.labels));
+  const Tensor labels = torch::stable::contiguous(in.labels);
+  p.labels = labels.data_ptr();
+  p.ignore_index = in.ignore_index;
+  p.shift = in.shift;
+  p.token_weight = float_weights(in.token_weight, logits, p.rows, "token_weight", token_weight);
+
+  Tensor cu_seqlens;
+  if (in.cu_seqlens) {
+    check_same_device(logits, *in.cu_seqlens, "cu_seqlens");
+    p.cu_seqlens_dtype = kernel_dtype(*in.cu_seqlens, kOp, "cu_seqlens");
+    PACKOPS_CHECK(is_index(p.cu_seqlens_dtype), TypeError, kOp, ": cu_seqlens must be int32 or int64, got ", dtype_of(*in.cu_seqlens));
+    PACKOPS_CHECK(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1, ValueError, kOp, ": cu_seqlens must have shape (documents + 1,), got ",
+                  shape_of(*in.cu_seqlens));
+    cu_seqlens = torch::stable::contiguous(*in.cu_seqlens);
+    p.cu_seqlens = cu_seqlens.data_ptr();
+    p.documents = cu_seqlens.numel() - 1;
+  } else {
+    p.doc_length = logits.dim() >= 2 ? logits.size(logits.dim() - 2) : 1;
+    p.documents = p.doc_length ? p.rows / p.doc_length : 0;
+  }
+
+  Tensor num_items;
+  if (in.num_items) {
+    PACKOPS_CHECK(p.reduction != Reduction::none && p.reduction != Reduction::sum, ValueError, kOp, ": num_items replaces the denominator of a mean, but reduction is '",
+                  in.reduction, "'");
+    PACKOPS_CHECK(in.num_items->numel() == 1, ValueError, kOp, ": num_items must hold one number, got shape ", shape_of(*in.num_items));
+    p.has_num_items = true;
+    if (in.num_items->is_cpu()) {
+      p.num_items_value = host_number(*in.num_items);
+    } else {
+      check_same_device(logits, *in.num_items, "num_items");
+      num_items = as_kernel_number(*in.num_items);
+      p.num_items = num_items.data_ptr();
+      p.num_items_dtype = kernel_dtype(num_items, kOp, "num_items");
+    }
+  }
+
+  const ScalarType state = state_type(logits);
+  Tensor floats = new_tensor(logits, {with_stats ? kFloatStatesWithStats : kFloatStates, p.rows}, state);
+  Tensor ints = new_tensor(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
+  Tensor counts = new_tensor(logits, {with_stats ? 2 : 0}, ScalarType::Long);
+  Tensor sequence_loss = new_tensor(logits, {with_stats ? p.documents : 0}, state);
+  Tensor loss = p.reduction == Reduction::none ? torch::stable::new_empty(logits, in.labels.sizes(), state)
+                                               : torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef{}, state);
+  set_state(p, floats, ints);
+  if (with_stats) {
+    p.counts = static_cast<int64_t*>(counts.data_ptr());
+    p.sequence_loss = sequence_loss.data_ptr();
+  }
+  p.loss = loss.data_ptr();
+
+  const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
+  p.logits = matrix.data_ptr();
+  if (grad) set_grad(p, *grad);
+  run_forward(p, logits);
+  return {loss, floats, ints, counts, sequence_loss};
+}
+
+Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction, OptionalTensor num_items,
+                     int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing, double z_loss,
+                     std::optional<double> softcap, double logit_scale) {
+  return std::get<0>(forward_into(logits,
+                                  {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                                   {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
+                                  std::nullopt, false));
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
+                                                                       std::string reduction, OptionalTensor num_items, int64_t ignore_index,
+                                                                       OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
+                                                                       double z_loss, std::optional<double> softcap, double logit_scale) {
+  return forward_into(logits,
+                      {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                       {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
+                      std::nullopt, true);
+}
+
+// The gradient's strides are the logits' where those are dense (as torch's own operations do), else contiguous.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
+                                                           std::string reduction, OptionalTensor num_items, int64_t ignore_index,
+                                                           OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing, double z_loss,
+                                                           std::optional<double> softcap, double logit_scale, bool with_grad, bool with_stats) {
+  OptionalTensor grad;
+  if (with_grad) grad = torch::stable::empty_like(logits);
+  auto [loss, floats, ints, counts, sequence_loss] = forward_into(logits,
+                                                   {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                                                    {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
+                                                   grad, with_stats);
+  return {loss, grad ? *grad : new_tensor(logits, {0}, logits.scalar_type()), floats, ints, counts, sequence_loss};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+                                                           OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight,
+                                                           OptionalTensor class_weight, double label_smoothing, double z_loss,
+                                                           std::optional<double> softcap, double logit_scale, bool with_stats) {
+  return forward_into(logits,
+                      {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                       {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
+                      logits, with_stats);
+}
+
+void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output, const Tensor& floats, const Tensor& ints) {
+  set_grad(p, grad);
+  set_state(p, floats, ints);
+  PACKOPS_CHECK(grad_output.scalar_type() == state_type(grad), TypeError, kOp, ": grad_output must have the loss's dtype, got ", dtype_of(grad_output));
+  PACKOPS_CHECK(grad_output.numel() == 1 || grad_output.numel() == p.rows, ValueError, kOp, ": grad_output must have the loss's shape, got ",
+                shape_of(grad_output));
+  const Tensor incoming = with_layout(grad_output, grad_output.dim(), false, p.grad_output_layout);
+  p.grad_output = incoming.data_ptr();
+  if (grad.is_cuda()) {
+#ifdef PACKOPS_WITH_CUDA
+    CudaScope scope(grad);
+    check_cuda(cudaError_t(ce_loss_backward_cuda(p, scope.stream())), kOp);
+#endif
+    return;
+  }
+  torch::stable::parallel_for(0, p.rows, 1, [&](int64_t begin, int64_t end) { ce_loss_backward_cpu(p, begin, end); });
+}
+
+Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints, OptionalTensor class_weight,
+                double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
+  Tensor grad = torch::stable::empty_like(logits), weights;
+  CeLossParams p = matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
+  const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
+  p.logits = matrix.data_ptr();
+  run_backward(p, grad, grad_output, floats, ints);
+  return grad;
+}
+
+// `grad` holds the gradient for grad_output = 1 and becomes that for grad_output: recomputed from the logits, or scaled where
+// they are gone. With holds_gradient = false it holds the logits, and they are overwritten.
+void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor logits, const Tensor& floats, const Tensor& ints, bool holds_gradient,
+                      OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
+  Tensor weights;
+  CeLossParams p = matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
+  p.grad_holds_gradient = holds_gradient;
+  Tensor matrix;
+  if (logits || !holds_gradient) {
+    matrix = with_layout(logits ? *logits : grad, grad.dim() - 1, true, p.logits_layout);
+    p.logits = matrix.data_ptr();
+  }
+  run_backward(p, grad, grad_output, floats, ints);
+}
+
+template <typename Library>
+void implement(Library& m) {
+  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
+  m.impl("cross_entropy_stats", TORCH_BOX(&cross_entropy_stats));
+  m.impl("_cross_entropy_forward", TORCH_BOX(&forward));
+  m.impl("_cross_entropy_forward_", TORCH_BOX(&forward_inplace));
+  m.impl("_cross_entropy_backward", TORCH_BOX(&backward));
+  m.impl("_cross_entropy_backward_", TORCH_BOX(&backward_inplace));
+}
+
+}  // namespace
+}  // namespace packops
+
+PACKOPS_LIBRARY_IMPL(CPU, m) { packops::implement(m); }
+#ifdef PACKOPS_WITH_CUDA
+PACKOPS_LIBRARY_IMPL(CUDA, m) { packops::implement(m); }
+#endif

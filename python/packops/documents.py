@@ -1,0 +1,61 @@
+"""Documents as data pipelines pass them: a sequence of token ids, or a mapping with ``input_ids`` and per-token columns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from .packing import DocumentSlice
+
+TOKENS = "input_ids"
+
+
+def tokens_of(document: Any) -> Any:
+    """The document's token ids: itself, or its ``input_ids``."""
+    if isinstance(document, Mapping):
+        if TOKENS not in document:
+            raise KeyError(f"a document must have {TOKENS!r}, found {sorted(map(str, document))}")
+        return document[TOKENS]
+    return document
+
+
+def length_of(document: Any) -> int:
+    """Tokens in the document."""
+    return len(tokens_of(document))
+
+
+def slice_document(document: Any, start: int, length: int) -> Any:
+    """Tokens ``[start, start + length)`` of a document, and of its every per-token column."""
+    total = length_of(document)
+    if start < 0 or length < 0 or start + length > total:
+        raise ValueError(f"tokens [{start}, {start + length}) of a document of {total}: the lengths packed were not its lengths")
+    if start == 0 and length == total:
+        return document
+    if not isinstance(document, Mapping):
+        return document[start : start + length]
+    return {key: value[start : start + length] if _is_per_token(value, total) else value for key, value in document.items()}
+
+
+def _is_per_token(value: Any, total: int) -> bool:
+    return not isinstance(value, (str, bytes, Mapping)) and np.ndim(value) >= 1 and len(value) == total
+
+
+class SlicedDataset:
+    """A map-style dataset for plans that cut documents (``overlong="truncate"``, ``"split"``, strategy ``"wrapped"``).
+
+    A sampler over such a plan asks for :class:`packops.DocumentSlice` instead of an index, and this answers with that part of
+    ``dataset[index]``. Plain indices pass through.
+    """
+
+    def __init__(self, dataset: Any):
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: int | DocumentSlice) -> Any:
+        if isinstance(key, DocumentSlice):
+            return slice_document(self.dataset[key.index], key.start, key.length)
+        return self.dataset[key]

@@ -1,0 +1,294 @@
+"""Compile a (modified) copy of ``csrc/`` at run time and load its ops beside the installed ones.
+
+    ops = packops.jit.load("my_csrc")                    # torch.ops.packops_dev
+    ops.cross_entropy(logits, labels)                    # against torch.ops.packops.cross_entropy(logits, labels)
+
+The cache lies in the user's cache folder (``$PACKOPS_CACHE_DIR`` chooses another) and is keyed by what the build depends on:
+contents, never times. ``PACKOPS_DISABLE_JIT=1`` forbids compiling; what the cache has is still loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import stat
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import _build, _register
+
+CACHE_DIR = "PACKOPS_CACHE_DIR"
+DISABLE = "PACKOPS_DISABLE_JIT"
+KEPT_BUILDS = 32  # every edit of a kernel leaves a library of some megabytes; the oldest go
+
+_loaded: dict[str, str] = {}  # namespace -> key of the build that serves it
+_lock = threading.RLock()
+
+
+def load(
+    csrc: str | os.PathLike | None = None, *, defines: Iterable[str] = (), namespace: str = "packops_dev", verbose: bool = False
+):
+    """Compile ``csrc``, register its ops, fake kernels and gradients as ``torch.ops.<namespace>``, and return that.
+
+    Args:
+        csrc: a folder like packops' ``csrc/``, with its ``build.json``; None is the one packops itself was built from.
+        defines: preprocessor macros for every file, ``"NAME"`` or ``"NAME=VALUE"``.
+        namespace: where the ops go. A process can load any number of builds, each into a namespace of its own.
+        verbose: show the compiler's output although nothing failed.
+
+    CUDA kernels are compiled for the GPUs of this machine, or for ``TORCH_CUDA_ARCH_LIST``. Without a GPU only the CPU kernels
+    are, unless ``PACKOPS_CUDA=1``; ``PACKOPS_CUDA=0`` leaves CUDA out.
+
+    Raises:
+        ImportError: a package of the extra ``packops[jit]`` is missing.
+        FileNotFoundError: ``csrc`` has no ``build.json``.
+        ValueError: a malformed define or namespace.
+        RuntimeError: the namespace is taken; the compiler failed (its output is in the message); compiling is forbidden;
+            someone else can write into the cache.
+    """
+    _need_extras()
+    folder = Path(csrc).expanduser().resolve() if csrc is not None else _build.find_csrc()
+    if not (folder / "build.json").is_file():
+        raise FileNotFoundError(f"packops.jit: csrc must be a copy of packops' csrc folder, found no build.json in {folder}")
+    request = {
+        **_target(folder),
+        "csrc": str(folder),
+        "defines": [f"PACKOPS_NAMESPACE={_checked(namespace)}", *_checked_defines(defines)],
+    }
+    with _lock:
+        key = _key(request)
+        if _loaded.get(namespace) == key:
+            return getattr(torch.ops, namespace)
+        if _is_taken(namespace):
+            raise RuntimeError(
+                f"packops.jit: torch.ops.{namespace} already has ops in this process"
+                + (" (of another build)" if namespace in _loaded else "")
+                + ", and a second library that defines them would end it. Choose another namespace: "
+                + f"load(..., namespace={namespace + '_2'!r})"
+            )
+        cache = _private_folder()
+        library = _find(cache, key) or _compile(cache, request, verbose)
+        torch.ops.load_library(library)
+        _register.register(namespace)
+        _loaded[namespace] = _key(request)
+    return getattr(torch.ops, namespace)
+
+
+def _need_extras() -> None:
+    missing = [name for name in ("filelock", "platformdirs", "setuptools") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ImportError(f"packops.jit needs {', '.join(missing)}: pip install 'packops[jit]'")
+
+
+def _checked(namespace: str) -> str:
+    if not re.fullmatch(r"[A-Za-z]\w*", namespace, re.ASCII):
+        raise ValueError(f"packops.jit: namespace must be a C++ and Python identifier, got {namespace!r}")
+    return namespace
+
+
+def _checked_defines(defines: Iterable[str]) -> list[str]:
+    """The macros, if a shell and a compiler take each for one plain word."""
+    if isinstance(defines, str):
+        raise ValueError(f"packops.jit: defines must be several strings such as ('BLOCK=256',), got the one string {defines!r}")
+    checked = list(defines)
+    for define in checked:
+        if not re.fullmatch(r"[A-Za-z_]\w*(=[\w.+-]*)?", define, re.ASCII):
+            raise ValueError(f"packops.jit: defines must be 'NAME' or 'NAME=VALUE' without quotes or spaces, got {define!r}")
+    return checked
+
+
+def _is_taken(namespace: str) -> bool:
+    return any(name.startswith(namespace + "::") for name in torch._C._dispatch_get_all_op_names())
+
+
+def _target(csrc: Path) -> dict[str, Any]:
+    """What to compile for: the CUDA toolkit and the architectures, or neither."""
+    gpus = sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+    if not gpus and not _build.env_flag(_build.CUDA_REQUEST):
+        return {"cuda_home": None, "archs": None}
+    cuda_home = _build.choose_cuda_home()
+    if cuda_home is None:
+        return {"cuda_home": None, "archs": None}
+    if gpus and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        return {"cuda_home": str(cuda_home), "archs": [f"{major}.{minor}" for major, minor in gpus]}
+    return {"cuda_home": str(cuda_home), "archs": _build.choose_archs(_build.read_config(csrc))}
+
+
+def _key(request: dict[str, Any]) -> str:
+    """The name of a build: everything that its content depends on."""
+    cuda_home = request["cuda_home"]
+    parts = {
+        **request,
+        "csrc": _build.source_digest(Path(request["csrc"])),
+        "builder": hashlib.sha256(Path(_build.__file__).read_bytes()).hexdigest(),
+        "torch": torch.__version__,
+        "compiler": _compiler_version(),
+        "nvcc": _build.nvcc_version(Path(cuda_home)) if cuda_home else None,
+        "machine": platform.machine(),
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
+
+
+def _compiler_version() -> str:
+    command = os.environ.get("CXX") or "c++"
+    try:
+        return subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise RuntimeError(f"packops.jit: no C++ compiler: {error}; install g++ or set CXX") from None
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# The cache: <folder>/<key>/{library.so, build.json}, <key>.lock, and objects-<...>/ for what the next edit need not compile again
+
+
+def cache_folder() -> Path:
+    """Where compiled libraries are kept: ``$PACKOPS_CACHE_DIR/jit``, or ``packops/jit`` in the user's cache folder."""
+    import platformdirs
+
+    chosen = os.environ.get(CACHE_DIR)
+    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("packops")).absolute() / "jit"
+
+
+def _private_folder() -> Path:
+    """The cache folder, made for this user alone; what others could have written into is refused, because it would be run."""
+    folder = cache_folder()
+    folder.parent.parent.mkdir(parents=True, exist_ok=True)
+    for path in (folder.parent, folder):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(mode=0o700)
+    for path in (folder, folder.parent):
+        status = path.lstat()
+        wrong = None
+        if not stat.S_ISDIR(status.st_mode):
+            wrong = "is not a folder"
+        elif status.st_uid != os.geteuid():
+            wrong = f"belongs to user {status.st_uid}, not to you ({os.geteuid()})"
+        elif status.st_mode & 0o022:
+            wrong = f"can be written by others (mode {stat.S_IMODE(status.st_mode):04o})"
+        if wrong:
+            raise RuntimeError(
+                f"packops.jit: the cache folder {path} {wrong}. Mend that, or set {CACHE_DIR} to a folder of your own"
+            )
+    return folder
+
+
+def _find(cache: Path, key: str) -> Path | None:
+    """The library of this key if the cache has one that is whole and ours."""
+    library, note = cache / key / "library.so", cache / key / "build.json"
+    try:
+        digest = json.loads(note.read_text())["library_sha256"]
+        if library.lstat().st_uid != os.geteuid() or hashlib.sha256(library.read_bytes()).hexdigest() != digest:
+            raise ValueError
+    except (OSError, ValueError, KeyError):
+        if (cache / key).exists():
+            print(f"packops.jit: {cache / key} is damaged or was not written by packops: compiling again", file=sys.stderr)
+        return None
+    os.utime(cache / key)
+    return library
+
+
+def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> Path:
+    """Compile, unless another process just did; put the result into the cache in one step."""
+    import filelock
+
+    if _build.env_flag(DISABLE):
+        raise RuntimeError(f"packops.jit: {DISABLE}=1 forbids compiling, and {cache} has no build of these sources")
+    lock = filelock.FileLock(cache / "compile.lock", mode=0o600)
+    try:
+        lock.acquire(timeout=1)
+    except filelock.Timeout:
+        print(f"packops.jit: waiting for another process that compiles ({lock.lock_file})", file=sys.stderr)
+        lock.acquire()
+    try:
+        for _ in range(3):
+            key = _key(request)
+            found = _find(cache, key)
+            if found:
+                return found
+            with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as temporary:
+                building = Path(temporary) / "done"
+                building.mkdir()
+                _run_compiler(cache, request, building / "library.so", verbose)
+                if _key(request) != key:
+                    continue  # someone saved a file meanwhile
+                digest = hashlib.sha256((building / "library.so").read_bytes()).hexdigest()
+                (building / "build.json").write_text(json.dumps({**request, "library_sha256": digest}, indent=2))
+                shutil.rmtree(cache / key, ignore_errors=True)
+                building.rename(cache / key)
+            _forget_old(cache)
+            return cache / key / "library.so"
+        raise RuntimeError(f"packops.jit: {request['csrc']} kept changing while it was compiled")
+    finally:
+        lock.release()
+
+
+def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool) -> None:
+    """Run ``_build.py`` in a process of its own, where setuptools and a library that does not load can do no harm."""
+    objects = _objects(cache, request)
+    log = out.parent / "build.log"
+    label = f"packops.jit: compiling {request['csrc']} for " + (", ".join(request["archs"]) if request["archs"] else "the CPU")
+    arguments = json.dumps({**request, "out": str(out), "objects": str(objects)})
+    with log.open("w") as file, _build.progress(label, objects, sys.stderr):
+        status = subprocess.run([sys.executable, _build.__file__, arguments], cwd=out.parent, stdout=file, stderr=file).returncode
+    text = log.read_text(errors="replace")
+    if verbose:
+        print(text, file=sys.stderr)
+    if status == 0:
+        _remember(objects, Path(request["csrc"]))
+        return
+    if not out.is_file():
+        raise RuntimeError(f"packops.jit: compiling {request['csrc']} failed:\n{_build.readable_log(text)}")
+    ended = f"ends the process with signal {-status}" if status < 0 else "does not load"
+    raise RuntimeError(
+        f"packops.jit: {request['csrc']} compiles, but the library {ended}; "
+        f"is an op defined twice, or a function declared and never written?\n{_build.readable_log(text)}"
+    )
+
+
+def _objects(cache: Path, request: dict[str, Any]) -> Path:
+    """A folder in which ninja finds what it compiled from this ``csrc`` before, emptied when ninja would be wrong about it.
+
+    ninja compiles again what is newer than its object file. A file that changed and is yet older (an older copy put back with
+    its time) would be overlooked.
+    """
+    name = hashlib.sha256(json.dumps([request["csrc"], request["defines"], torch.__version__]).encode()).hexdigest()[:16]
+    folder = cache / f"objects-{name}"
+    note = folder / "sources.json"
+    if note.is_file():
+        known, built = json.loads(note.read_text()), note.stat().st_mtime
+        current = _hashes(Path(request["csrc"]))
+        if any(known.get(name) != digest and Path(name).stat().st_mtime <= built for name, digest in current.items()):
+            shutil.rmtree(folder)
+    folder.mkdir(exist_ok=True)
+    os.utime(folder)
+    return folder
+
+
+def _remember(objects: Path, csrc: Path) -> None:
+    (objects / "sources.json").write_text(json.dumps(_hashes(csrc)))
+
+
+def _hashes(csrc: Path) -> dict[str, str]:
+    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _build.source_files(csrc)}
+
+
+def _forget_old(cache: Path) -> None:
+    """Remove all but the last used builds, and what killed compilations left behind. Only the holder of the lock may."""
+    for path in cache.glob(".building-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    folders = [path for path in cache.iterdir() if path.is_dir() and not path.name.startswith(".")]
+    for path in sorted(folders, key=lambda path: path.stat().st_mtime, reverse=True)[KEPT_BUILDS:]:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,0 +1,251 @@
+"""Lengths of documents -> packs: :func:`pack` and its :class:`PackingPlan`.
+
+Numpy only: nothing here needs a tensor, and the packers themselves are C++ (``csrc/packing.cpp``).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Iterator
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from . import _loader
+
+_C = _loader.load()
+
+Strategy = Literal["best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped"]
+Overlong = Literal["error", "truncate", "split", "drop"]
+IntArray = NDArray[np.int64]
+
+STRATEGIES: tuple[str, ...] = ("best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped")
+
+
+class DocumentSlice(NamedTuple):
+    """Tokens ``[start, start + length)`` of document ``index``."""
+
+    index: int
+    start: int
+    length: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
+class PackingPlan:
+    """Which documents share a pack. Pack ``p`` holds the pieces ``indices[offsets[p]:offsets[p + 1]]``, in that order.
+
+    A piece is a whole document unless the plan cut documents (``is_cut``): then ``starts`` and ``lengths`` say which part.
+
+    Attributes:
+        indices: (pieces,) int64, the document of each piece.
+        offsets: (packs + 1,) int64, from 0 upwards.
+        starts: (pieces,) int64, where in its document a piece begins.
+        lengths: (pieces,) int64, how many tokens of its document it holds.
+        max_length: capacity of a pack in tokens.
+        strategy: how it was packed.
+        num_documents: documents asked for, those in no pack included.
+        num_empty: documents of no token; they are in no pack.
+        num_overlong: documents longer than ``max_length`` that were truncated, split or dropped.
+        dropped_tokens: tokens in no pack, cut off or of dropped documents.
+        pad_doc_to_multiple_of: a piece takes its length rounded up to this in its pack.
+    """
+
+    indices: IntArray
+    offsets: IntArray
+    starts: IntArray
+    lengths: IntArray
+    max_length: int
+    strategy: str
+    is_cut: bool
+    num_documents: int
+    num_empty: int = 0
+    num_overlong: int = 0
+    dropped_tokens: int = 0
+    pad_doc_to_multiple_of: int = 1
+
+    @property
+    def num_packs(self) -> int:
+        return len(self.offsets) - 1
+
+    def __len__(self) -> int:
+        return self.num_packs
+
+    def __getitem__(self, pack: int) -> IntArray:
+        """(pieces,) int64: the documents of one pack."""
+        if not -self.num_packs <= pack < self.num_packs:
+            raise IndexError(f"pack {pack} of a plan with {self.num_packs} packs")
+        pack %= self.num_packs
+        return self.indices[self.offsets[pack] : self.offsets[pack + 1]]
+
+    def __iter__(self) -> Iterator[IntArray]:
+        return (self[pack] for pack in range(self.num_packs))
+
+    def slices(self, pack: int) -> list[DocumentSlice]:
+        """The pieces of one pack, as parts of documents."""
+        begin, end = self.offsets[pack], self.offsets[pack + 1]
+        columns = (self.indices[begin:end].tolist(), self.starts[begin:end].tolist(), self.lengths[begin:end].tolist())
+        return [DocumentSlice(*piece) for piece in zip(*columns, strict=True)]
+
+    @cached_property
+    def docs_per_pack(self) -> IntArray:
+        """(packs,) int64: pieces in each pack."""
+        return np.diff(self.offsets)
+
+    @cached_property
+    def padded_lengths(self) -> IntArray:
+        """(pieces,) int64: the room each piece takes."""
+        multiple = self.pad_doc_to_multiple_of
+        return self.lengths if multiple == 1 else -(-self.lengths // multiple) * multiple
+
+    def per_pack(self, values: ArrayLike) -> NDArray[Any]:
+        """(packs,) sums of one number per piece."""
+        return np.add.reduceat(np.asarray(values), self.offsets[:-1]) if self.num_packs else np.zeros(0, np.int64)
+
+    @cached_property
+    def tokens_per_pack(self) -> IntArray:
+        """(packs,) int64: tokens in each pack, without padding."""
+        return self.per_pack(self.lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.lengths.sum())
+
+    @property
+    def efficiency(self) -> float:
+        """Useful tokens / (packs * max_length), between 0 and 1; 1 for a plan without packs."""
+        return self.num_tokens / (self.num_packs * self.max_length) if self.num_packs else 1.0
+
+    def hash(self) -> str:
+        """128 bits in hexadecimal over every pack: equal on all ranks if and only if their plans are equal."""
+        digest = hashlib.blake2b(f"{self.max_length} {self.pad_doc_to_multiple_of}".encode(), digest_size=16)
+        for array in (self.indices, self.offsets, self.starts, self.lengths):
+            digest.update(np.ascontiguousarray(array).astype("<i8", copy=False).tobytes())
+        return digest.hexdigest()
+
+    def stats(self) -> dict[str, float | int | str]:
+        """The plan in numbers, ready for JSON."""
+        docs = self.docs_per_pack
+        return {
+            "strategy": self.strategy,
+            "max_length": self.max_length,
+            "num_documents": self.num_documents,
+            "num_empty": self.num_empty,
+            "num_overlong": self.num_overlong,
+            "dropped_tokens": self.dropped_tokens,
+            "num_packs": self.num_packs,
+            "num_tokens": self.num_tokens,
+            "efficiency": self.efficiency,
+            "docs_per_pack_mean": float(docs.mean()) if self.num_packs else 0.0,
+            "docs_per_pack_max": int(docs.max(initial=0)),
+        }
+
+    def __repr__(self) -> str:
+        docs = self.docs_per_pack
+        notes = [f"{self.num_empty:,} empty"] if self.num_empty else []
+        if self.num_overlong:
+            notes.append(f"{self.num_overlong:,} overlong, {self.dropped_tokens:,} tokens dropped")
+        return (
+            f"PackingPlan({self.strategy}: {self.num_documents:,} documents -> {self.num_packs:,} packs of "
+            f"{self.max_length:,} tokens, {100 * self.efficiency:.2f} % full, "
+            f"{len(self.indices) / max(1, self.num_packs):.1f} documents a pack (at most {docs.max(initial=0):,})"
+            + "".join(f"; {note}" for note in notes)
+            + ")"
+        )
+
+
+def as_lengths(lengths: ArrayLike) -> IntArray:
+    """A one-dimensional int64 array, or an error that says what came instead."""
+    array = np.asarray(lengths)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.dtype.kind not in "iu":
+        raise TypeError(f"lengths must be integers (tokens per document), got {array.dtype}")
+    if array.ndim != 1:
+        raise ValueError(f"lengths must be one-dimensional (one number per document), got shape {array.shape}")
+    if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"lengths must fit int64, got {array.max()}")
+    return np.ascontiguousarray(array, dtype=np.int64)
+
+
+def pack(
+    lengths: ArrayLike,
+    max_length: int,
+    *,
+    strategy: Strategy = "best_fit",
+    seed: int | None = 0,
+    epoch: int = 0,
+    max_docs_per_pack: int | None = None,
+    overlong: Overlong = "error",
+    pad_doc_to_multiple_of: int = 1,
+) -> PackingPlan:
+    """Pack documents into as few packs of at most ``max_length`` tokens as the strategy manages.
+
+    Every document with a token is in exactly one pack (under ``split`` and ``wrapped``, every token), whatever the lengths are.
+    The plan is a function of the arguments alone, the same on every machine and rank.
+
+    Args:
+        lengths: (documents,) integers, tokens per document. Documents of length 0 are left out and counted.
+        max_length: capacity of a pack in tokens, 1 to 2^31 - 1.
+        strategy: how to pack.
+
+            * ``"best_fit"``: documents in random order, each into the pack with the least free space that still holds it. As
+              full as ``bfd`` to a fraction of a percent, while each pack stays a random mixture of documents.
+            * ``"bfd"``, ``"ffd"``: best fit and first fit, longest document first (Johnson 1974). The fullest packs, but each
+              holds documents of alike lengths, some of them very many short ones.
+            * ``"next_fit"``: documents in random order, each into the last pack, or else into a new one.
+            * ``"sequential"``: ``next_fit`` in the given order.
+            * ``"wrapped"``: documents in random order, concatenated and cut every ``max_length`` tokens.
+
+        seed, epoch: choose the random order; another epoch, another plan. Under ``bfd`` and ``ffd`` they order documents of
+            equal length. ``seed=None`` keeps the given order. ``sequential`` uses neither.
+        max_docs_per_pack: at most so many documents (or parts of one) a pack; None: any number.
+        overlong: what becomes of a document longer than ``max_length``: ``"error"``; ``"truncate"`` keeps its first
+            ``max_length`` tokens; ``"split"`` makes documents of ``max_length`` tokens and a rest; ``"drop"`` leaves it out.
+            Under ``wrapped`` no document is overlong.
+        pad_doc_to_multiple_of: in its pack a document takes its length rounded up to this, which divides ``max_length``
+            (context parallelism wants ``2 * cp_size``). :class:`packops.PackingCollator` takes the same argument.
+
+    Raises:
+        ValueError: a negative length, an overlong document under ``overlong="error"`` (with its index and length), an argument
+            out of range.
+        TypeError: ``lengths`` are not integers.
+    """
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if max_docs_per_pack is not None and max_docs_per_pack < 1:
+        raise ValueError(f"max_docs_per_pack must be positive or None, got {max_docs_per_pack}")
+    for name, value in (("seed", 0 if seed is None else seed), ("epoch", epoch)):
+        if not 0 <= value < 2**64:
+            raise ValueError(f"{name} must be between 0 and 2^64 - 1, got {value}")
+    max_length = operator.index(max_length)
+    given_order = seed is None or strategy == "sequential"
+    array = as_lengths(lengths)
+    indices, offsets, starts, piece_lengths, empty, overlong_count, dropped = _C.pack(
+        array,
+        max_length,
+        strategy="next_fit" if strategy == "sequential" else strategy,
+        seed=None if given_order else seed,
+        epoch=epoch,
+        max_docs=max_docs_per_pack or 0,
+        overlong=overlong,
+        multiple=pad_doc_to_multiple_of,
+    )
+    is_cut = len(starts) == len(indices) and len(indices) > 0
+    return PackingPlan(
+        indices=indices,
+        offsets=offsets,
+        starts=starts if is_cut else np.broadcast_to(np.int64(0), indices.shape),
+        lengths=piece_lengths if is_cut else array[indices],
+        max_length=max_length,
+        strategy=strategy,
+        is_cut=is_cut,
+        num_documents=len(array),
+        num_empty=empty,
+        num_overlong=overlong_count,
+        dropped_tokens=dropped,
+        pad_doc_to_multiple_of=pad_doc_to_multiple_of,
+    )

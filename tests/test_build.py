@@ -1,0 +1,213 @@
+"""The build helpers, and what comes out of a source distribution."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import packops
+from packops import _build
+
+ROOT = Path(__file__).resolve().parents[1]
+CHECKOUT = (ROOT / "setup.py").is_file()
+
+
+def fake_toolkit(folder: Path) -> Path:
+    (folder / "bin").mkdir(parents=True)
+    (folder / "lib64").mkdir()
+    (folder / "lib64" / "libcudart_static.a").touch()
+    (folder / "bin" / "nvcc").write_text("#!/bin/sh\necho 'Cuda compilation tools, release 12.9, V12.9.1'\n")
+    (folder / "bin" / "nvcc").chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def no_cuda(monkeypatch, tmp_path):
+    """A machine without a CUDA toolkit, wherever this runs."""
+    for name in ("CUDA_HOME", "CUDA_PATH", _build.CUDA_REQUEST, "TORCH_CUDA_ARCH_LIST"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    is_file = Path.is_file
+    monkeypatch.setattr(Path, "is_file", lambda self: not str(self).startswith("/usr/local/cuda") and is_file(self))
+
+
+def test_without_nvcc_one_clear_warning(no_cuda, capsys):
+    assert _build.choose_cuda_home() is None
+    warning = capsys.readouterr().err
+    assert warning.count("\n") == 1
+    assert "WARNING: nvcc was not found, so this is a CPU-only build" in warning
+
+
+def test_without_nvcc_cuda_on_request_is_an_error(no_cuda, monkeypatch):
+    monkeypatch.setenv(_build.CUDA_REQUEST, "1")
+    with pytest.raises(RuntimeError, match="PACKOPS_CUDA=1 asks for CUDA kernels, but no nvcc was found"):
+        _build.choose_cuda_home()
+
+
+def test_cuda_can_be_left_out_in_silence(no_cuda, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda")))
+    monkeypatch.setenv(_build.CUDA_REQUEST, "0")
+    assert _build.choose_cuda_home() is None
+    assert capsys.readouterr().err == ""
+
+
+def test_toolkit_is_found(no_cuda, monkeypatch, tmp_path):
+    home = fake_toolkit(tmp_path / "cuda")
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))  # a stale variable does not hide the PATH
+    monkeypatch.setenv("PATH", f"{home}/bin{os.pathsep}/usr/bin{os.pathsep}/bin")
+    assert _build.choose_cuda_home() == home
+    assert _build.nvcc_version(home) == "12.9"
+    (home / "lib64" / "libcudart_static.a").unlink()  # an nvcc without its runtime cannot link
+    assert _build.find_cuda_home() is None
+
+
+@pytest.mark.parametrize("value", ["yes", "2", "true", " 1"])
+def test_flags_are_0_or_1(monkeypatch, value):
+    monkeypatch.setenv(_build.CUDA_REQUEST, value)
+    with pytest.raises(ValueError, match=f"PACKOPS_CUDA must be 0, 1 or unset, got '{value}'"):
+        _build.choose_cuda_home()
+
+
+def test_architectures(monkeypatch):
+    assert _build.arch_flags(_build.split_arch_list("8.0;9.0a 12.0+PTX, ")) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90a,code=sm_90a",
+        "-gencode=arch=compute_120,code=sm_120",
+        "-gencode=arch=compute_120,code=compute_120",
+    ]
+    config = _build.read_config(_build.find_csrc())
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert _build.choose_archs(config) == ["8.0", "9.0", "10.0", "12.0+PTX"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
+    assert _build.choose_archs(config) == ["8.6"]
+
+
+@pytest.mark.parametrize("text", ["Hopper", "9", "9.0 -o /tmp/x", "9.0;$(id)", ";", "9.0+ptx"])
+def test_bad_architectures(text):
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST"):
+        _build.split_arch_list(text)
+
+
+def test_every_source_is_built_and_every_built_source_is_there():
+    csrc = _build.find_csrc()
+    config = _build.read_config(csrc)
+    listed = [name for key in ("kernels", "cuda_kernels", "torch_glue", "python_module") for name in config[key]]
+    there = [p.relative_to(csrc).as_posix() for p in _build.source_files(csrc) if p.suffix in (".cpp", ".cu")]
+    assert sorted(listed) == sorted(there)
+
+
+def test_kernels_know_no_torch():
+    csrc = _build.find_csrc()
+    for path in _build.source_files(csrc):
+        if path.parent != csrc / "torch" and path.suffix != ".json":
+            includes = re.findall(r'#include [<"](torch/\S+|ATen/\S+|c10/\S+)[>"]', path.read_text())
+            assert not includes, f"{path.name} includes {includes}"
+    stable = ("torch/csrc/stable/", "torch/headeronly/", "torch/csrc/inductor/aoti_torch/c/")
+    for path in (csrc / "torch").iterdir():
+        included = re.findall(r"#include <((?:torch|ATen|c10)/\S+)>", path.read_text())
+        unstable = [name for name in included if not name.startswith(stable)]
+        assert not unstable, f"{path.name} includes {unstable}, which is not the stable ABI"
+
+
+def test_digest_sees_names_and_contents(tmp_path):
+    (tmp_path / "common").mkdir()
+    (tmp_path / "a.cu").write_text("x")
+    (tmp_path / "common" / "b.h").write_text("y")
+    first = _build.source_digest(tmp_path)
+    (tmp_path / "notes.txt").write_text("not a source")
+    assert _build.source_digest(tmp_path) == first
+    (tmp_path / "a.cu").write_text("xy")
+    second = _build.source_digest(tmp_path)
+    (tmp_path / "a.cu").rename(tmp_path / "c.cu")
+    third = _build.source_digest(tmp_path)
+    (tmp_path / "c.cu").write_text("x")
+    (tmp_path / "common" / "b.h").write_text("yy")
+    assert len({first, second, third, _build.source_digest(tmp_path)}) == 4
+
+
+def test_the_library_knows_its_sources():
+    """A stale build is the first thing to rule out; `packops info` and the GPU record rely on this."""
+    assert packops._C.build_info()["sources"] == _build.source_digest(_build.find_csrc())
+
+
+def test_log_without_command_lines():
+    log = "\n".join(
+        [
+            "[1/3] /usr/bin/nvcc -c a.cu -o a.o",
+            "FAILED: [code=1] b.o",
+            "c++ -c b.cpp -o b.o",
+            "b.cpp:1:1: error: x was not declared",
+            "ninja: build stopped: subcommand failed.",
+            "g++ -shared a.o b.o -o lib.so",
+        ]
+    )
+    assert _build.readable_log(log).splitlines() == [
+        "FAILED: [code=1] b.o",
+        "b.cpp:1:1: error: x was not declared",
+        "ninja: build stopped: subcommand failed.",
+    ]
+
+
+@pytest.mark.skipif(not CHECKOUT, reason="needs the source tree")
+def test_wheel_lists_every_module_and_source(tmp_path):
+    """What setup.py would install, against what lies in the tree."""
+    script = (
+        "import json, setuptools, runpy; from unittest import mock\n"
+        "with mock.patch('setuptools.setup') as setup:\n"
+        "    runpy.run_path('setup.py', run_name='__main__')\n"
+        "print(json.dumps(setup.call_args.kwargs['packages']))"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PACKOPS_CUDA": "0"}
+    )
+    packages = json.loads(out.stdout.splitlines()[-1])
+    folders = {path.parent.relative_to(ROOT / "python").as_posix().replace("/", ".") for path in (ROOT / "python").rglob("*.py")}
+    assert folders <= set(packages)
+    assert "packops.csrc" in packages
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not CHECKOUT, reason="needs the source tree")
+def test_source_distribution_is_complete(tmp_path):
+    """An sdist, unpacked where there is nothing else, builds a wheel that holds every module and every source."""
+    environment = {**os.environ, "PACKOPS_CUDA": "0"}
+    environment.pop("PYTHONPATH", None)
+    build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path)]
+    tree = tmp_path / "checkout"  # a copy, so that nothing is left in the tree, and nothing of its build folder is used
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (tree / name).parent.mkdir(parents=True, exist_ok=True)
+            (tree / name).write_bytes((ROOT / name).read_bytes())
+    subprocess.run([*build, "--sdist", str(tree)], check=True, capture_output=True, env=environment)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "unpacked", filter="data")
+    (unpacked,) = (tmp_path / "unpacked").iterdir()
+    wanted = [
+        name for name in listed if name.startswith(("csrc/", "python/", "tests/", "tools/", "docs/", "examples/", "bench/"))
+    ]
+    suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".json", ".sh", ".md", ".typed")
+    missing = [name for name in wanted if name.endswith(suffixes) and not (unpacked / name).is_file()]
+    assert not missing
+
+    result = subprocess.run([*build, "--wheel", str(unpacked)], capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "packops: compiling" in result.stdout + result.stderr
+    assert " -c " not in result.stderr  # no compiler commands
+    (wheel,) = tmp_path.glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    for name in wanted:
+        if name.startswith("csrc/"):
+            assert f"packops/{name}" in names
+        if name.startswith("python/packops/"):
+            assert name.removeprefix("python/") in names
+    assert [name for name in names if name.endswith(".so")]

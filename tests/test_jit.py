@@ -1,0 +1,282 @@
+"""The JIT loader: what it compiles, what it refuses, and that it never takes the process with it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from packops import _build, jit
+
+LIBRARY = """
+#include "torch/namespace.h"
+#include <torch/csrc/stable/tensor.h>
+#ifndef FACTOR
+#define FACTOR 2
+#endif
+int64_t scale(int64_t x) { return FACTOR * x; }
+PACKOPS_LIBRARY(m) { m.def("scale(int x) -> int"); }
+PACKOPS_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("scale", TORCH_BOX(&scale)); }
+"""
+
+CUDA = """
+#include <cuda_runtime.h>
+__global__ void touch(float* x) { x[threadIdx.x] = 1.0f; }
+extern "C" cudaError_t launch(float* x, cudaStream_t s) { touch<<<1, 32, 0, s>>>(x); return cudaGetLastError(); }
+"""
+
+# For a process of its own: an op library without packops' ops needs no fake kernels.
+SCRIPT = """
+import sys, packops.jit
+packops._register.register = lambda namespace: None
+print(packops.jit.load(sys.argv[1], namespace=sys.argv[2]).scale(21))
+"""
+
+
+@pytest.fixture
+def csrc(tmp_path):
+    """A small csrc with one op: three seconds to compile."""
+    folder = tmp_path / "csrc"
+    (folder / "torch").mkdir(parents=True)
+    shutil.copy(_build.find_csrc() / "torch" / "namespace.h", folder / "torch")
+    config = _build.read_config(_build.find_csrc())
+    config |= {"cxx_flags": ["-std=c++20", "-O0"], "kernels": [], "cuda_kernels": [], "python_module": []}
+    config["torch_glue"] = ["library.cpp"]
+    (folder / "build.json").write_text(json.dumps(config))
+    (folder / "library.cpp").write_text(LIBRARY)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv(jit.CACHE_DIR, str(tmp_path / "cache"))
+    monkeypatch.delenv(jit.DISABLE, raising=False)
+    monkeypatch.setenv(_build.CUDA_REQUEST, "0")
+    monkeypatch.setattr("packops._register.register", lambda namespace: None)
+    return tmp_path / "cache" / "jit"
+
+
+def in_process(csrc, namespace="packops_test_process"):
+    return subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(csrc), namespace], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def builds(cache):
+    return [path for path in cache.iterdir() if (path / "library.so").is_file()]
+
+
+def test_load_compiles_once_and_for_all_processes(csrc, cache, capsys):
+    ops = jit.load(csrc, namespace="packops_test_once")
+    assert ops.scale(21) == 42
+    assert "compiling" in capsys.readouterr().err
+    assert jit.load(csrc, namespace="packops_test_once") is ops
+    assert capsys.readouterr().err == ""
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (cache, cache.parent)] == [0o700, 0o700]
+
+    first, second = in_process(csrc), in_process(csrc)  # both want to compile the same sources for a new namespace
+    (out1, err1), (out2, err2) = first.communicate(), second.communicate()
+    assert (out1, out2) == ("42\n", "42\n"), err1 + err2
+    assert (err1 + err2).count("packops.jit: compiling") == 2, err1 + err2  # begin and end of one compilation
+    assert len(builds(cache)) == 2
+    assert not list(cache.glob(".building-*"))
+
+
+def test_defines_reach_the_compiler_and_the_key(csrc, cache):
+    assert jit.load(csrc, defines=["FACTOR=3"], namespace="packops_test_define").scale(7) == 21
+    with pytest.raises(RuntimeError, match=r"packops_test_define already has ops.*Choose another namespace"):
+        jit.load(csrc, namespace="packops_test_define")
+    assert torch.ops.packops_test_define.scale(7) == 21  # the process is well
+
+
+@pytest.mark.parametrize("define", ["A B", "A='x'", 'A="x"', "-DX", "A=$(id)", "A=x;y", "", "A=`id`"])
+def test_bad_defines(csrc, define):
+    with pytest.raises(ValueError, match="defines must be 'NAME' or 'NAME=VALUE'"):
+        jit.load(csrc, defines=[define])
+
+
+def test_one_string_of_defines_is_no_list(csrc):
+    with pytest.raises(ValueError, match="several strings"):
+        jit.load(csrc, defines="FACTOR=3")
+
+
+@pytest.mark.parametrize("namespace", ["", "a b", "1a", "a::b", "a;b", "ä"])
+def test_bad_namespace(csrc, namespace):
+    with pytest.raises(ValueError, match="namespace must be"):
+        jit.load(csrc, namespace=namespace)
+
+
+@pytest.mark.parametrize("namespace", ["packops", "aten"])
+def test_namespace_of_loaded_ops_is_refused(csrc, namespace):
+    with pytest.raises(RuntimeError, match=f"torch.ops.{namespace} already has ops.*namespace='{namespace}_2'"):
+        jit.load(csrc, namespace=namespace)
+
+
+def test_not_a_csrc(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no build\.json in .*nowhere"):
+        jit.load(tmp_path / "nowhere")
+
+
+def test_compiler_errors_are_shown(csrc, cache):
+    source = csrc / "library.cpp"
+    source.write_text(LIBRARY.replace("FACTOR * x", "FACTOR * y"))
+    with pytest.raises(RuntimeError, match="failed") as error:
+        jit.load(csrc, namespace="packops_test_error")
+    assert f"{source}:7" in str(error.value)  # the user's own file and line
+    assert "was not declared in this scope" in str(error.value)
+    assert builds(cache) == []
+    source.write_text(LIBRARY)
+    assert jit.load(csrc, namespace="packops_test_error").scale(1) == 2  # mended, in the same process
+
+
+def test_a_library_that_ends_its_process_is_not_loaded(csrc, cache):
+    (csrc / "library.cpp").write_text(LIBRARY.replace('m.def("scale(int x) -> int");', 'm.def("scale(int x) -> int");' * 2))
+    with pytest.raises(RuntimeError, match=r"the library (ends the process with signal|does not load)") as error:
+        jit.load(csrc, namespace="packops_test_twice")
+    assert "API call failed" in str(error.value)
+    assert builds(cache) == []
+
+
+def test_undefined_symbol(csrc, cache):
+    (csrc / "library.cpp").write_text(
+        LIBRARY.replace("int64_t scale(int64_t x) { return FACTOR * x; }", "int64_t scale(int64_t);")
+    )
+    with pytest.raises(RuntimeError, match="does not load") as error:
+        jit.load(csrc, namespace="packops_test_undefined")
+    assert "undefined symbol" in str(error.value)
+
+
+def test_an_older_file_put_back_is_compiled(csrc):
+    """ninja goes by times; an edit that carries an old one (cp -p, tar, rsync -a) must be seen all the same."""
+    assert jit.load(csrc, namespace="packops_test_old_a").scale(1) == 2
+    shutil.copytree(csrc, csrc.parent / "kept")
+    namespace = "packops_test_old_b"
+    assert in_process(csrc, namespace).communicate()[0] == "42\n"
+    (csrc / "library.cpp").write_text(LIBRARY.replace("FACTOR 2", "FACTOR 5"))
+    old = time.time() - 10**6
+    os.utime(csrc / "library.cpp", (old, old))
+    assert in_process(csrc, namespace).communicate()[0] == "105\n"
+
+
+def test_planted_libraries_are_not_loaded(csrc, cache, capsys):
+    assert in_process(csrc).communicate()[0] == "42\n"
+    (build,) = builds(cache)
+    good = (build / "library.so").read_bytes()
+    note = json.loads((build / "build.json").read_text())
+    assert note["library_sha256"] == hashlib.sha256(good).hexdigest()
+
+    (build / "library.so").write_bytes(b"\x7fELF something foreign")
+    out, err = in_process(csrc).communicate()
+    assert out == "42\n"
+    assert "was not written by packops: compiling again" in err
+
+    (build / "build.json").unlink()  # a bare .so under the right name
+    out, err = in_process(csrc).communicate()
+    assert out == "42\n"
+    assert "compiling again" in err
+
+
+def test_cache_others_can_write_is_refused(csrc, cache):
+    cache.mkdir(parents=True)
+    cache.chmod(0o777)
+    with pytest.raises(RuntimeError, match=r"can be written by others \(mode 0777\).*PACKOPS_CACHE_DIR"):
+        jit.load(csrc, namespace="packops_test_open")
+    cache.chmod(0o700)
+    cache.parent.chmod(0o720)
+    with pytest.raises(RuntimeError, match=r"can be written by others \(mode 0720\)"):
+        jit.load(csrc, namespace="packops_test_open")
+
+
+def test_cache_of_someone_else_is_refused(csrc, cache, monkeypatch):
+    cache.mkdir(parents=True, mode=0o700)
+    monkeypatch.setattr(os, "geteuid", lambda: os.getuid() + 1)
+    with pytest.raises(RuntimeError, match="belongs to user"):
+        jit.load(csrc, namespace="packops_test_owner")
+
+
+def test_cache_behind_a_link_is_refused(csrc, cache, tmp_path):
+    (tmp_path / "elsewhere").mkdir(mode=0o700)
+    cache.parent.mkdir(mode=0o700)
+    cache.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(RuntimeError, match="is not a folder"):
+        jit.load(csrc, namespace="packops_test_link")
+
+
+def test_default_cache_is_the_users_own(monkeypatch, tmp_path):
+    monkeypatch.delenv(jit.CACHE_DIR)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert jit.cache_folder() == tmp_path / "xdg" / "packops" / "jit"
+
+
+def test_compiling_can_be_forbidden(csrc, monkeypatch):
+    monkeypatch.setenv(jit.DISABLE, "1")
+    with pytest.raises(RuntimeError, match="PACKOPS_DISABLE_JIT=1 forbids compiling"):
+        jit.load(csrc, namespace="packops_test_forbidden")
+    monkeypatch.setenv(jit.DISABLE, "yes")
+    with pytest.raises(ValueError, match=r"PACKOPS_DISABLE_JIT must be 0, 1 or unset, got 'yes'"):
+        jit.load(csrc, namespace="packops_test_forbidden")
+
+
+def test_missing_extra_is_named(csrc, monkeypatch):
+    find = jit.importlib.util.find_spec
+    monkeypatch.setattr(jit.importlib.util, "find_spec", lambda name: None if name == "filelock" else find(name))
+    with pytest.raises(ImportError, match=r"needs filelock: pip install 'packops\[jit\]'"):
+        jit.load(csrc)
+
+
+def test_old_builds_go(cache, monkeypatch):
+    monkeypatch.setattr(jit, "KEPT_BUILDS", 2)
+    cache.mkdir(parents=True)
+    for age, name in enumerate(("new", "middle", "old", "older")):
+        (cache / name).mkdir()
+        os.utime(cache / name, (10**9 - age, 10**9 - age))
+    (cache / ".building-killed").mkdir()
+    jit._forget_old(cache)
+    assert sorted(path.name for path in cache.iterdir()) == ["middle", "new"]
+
+
+@pytest.mark.skipif(_build.find_cuda_home() is None, reason="needs nvcc")
+def test_cuda_kernels_compile_under_any_torch(csrc, cache, monkeypatch):
+    """Also where torch is CPU-only: the library then loads, and has device code in it."""
+    config = json.loads((csrc / "build.json").read_text()) | {"cuda_kernels": ["touch.cu"]}
+    (csrc / "build.json").write_text(json.dumps(config))
+    (csrc / "touch.cu").write_text(CUDA)
+    monkeypatch.setenv(_build.CUDA_REQUEST, "1")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    assert jit.load(csrc, namespace="packops_test_cuda").scale(21) == 42
+    (build,) = builds(cache)
+    assert json.loads((build / "build.json").read_text())["archs"] == ["9.0"]
+    assert b".nv_fatbin" in (build / "library.so").read_bytes()
+
+
+def test_progress_on_a_terminal(tmp_path):
+    """One line that counts, and then says how long it took."""
+    script = textwrap.dedent(f"""
+        import sys, time
+        sys.path.insert(0, {str(Path(_build.__file__).parent)!r})
+        import _build, pathlib
+        with _build.progress("label", pathlib.Path({str(tmp_path)!r}), sys.stderr):
+            pathlib.Path({str(tmp_path)!r}, "one.o").touch()
+            time.sleep(1.2)
+    """)
+    import pty
+
+    parent, child = pty.openpty()
+    process = subprocess.Popen([sys.executable, "-c", script], stderr=child)
+    process.wait()
+    os.close(child)
+    shown = os.read(parent, 4096).decode()
+    os.close(parent)
+    assert "label: 1 done, " in shown
+    assert shown.count("\n") == 1
+    assert shown.splitlines()[-1].rstrip().endswith(" s")
