@@ -44,7 +44,7 @@ inline void check_device(const char* op, const Tensor& q, const Tensor& other, c
 
 inline RopeHeads heads_of(const char* op, const Tensor& tensor, const Layout& layout, const char* name) {
   const int64_t head_dim = tensor.size(tensor.dim() - 1);
-  PACKOPS_CHECK(head_dim <= 1 || tensor.stride(tensor.dim() - 1) == 1, ValueError, op, ": the last dimension of ", name,
+  PACKOPS_CHECK(head_dim <= 1 || tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, ValueError, op, ": the last dimension of ", name,
                 " must be contiguous, got stride ", tensor.stride(tensor.dim() - 1));
   RopeHeads heads;
   heads.in = tensor.data_ptr();
