@@ -98,11 +98,12 @@ template <typename T, int W, bool kInterleaved>
 void launch_unrolled(const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   const int shared = p.cu_seqlens ? launch.tokens_per_block * int(sizeof(int64_t)) : 0;
   const dim3 grid(static_cast<unsigned>(launch.blocks)), block(launch.threads);
-  switch (launch.unroll) {
-    case 4: return RopeKernel<T, W, kInterleaved, 4><<<grid, block, shared, stream>>>(p, launch);
-    case 2: return RopeKernel<T, W, kInterleaved, 2><<<grid, block, shared, stream>>>(p, launch);
-    default: return RopeKernel<T, W, kInterleaved, 1><<<grid, block, shared, stream>>>(p, launch);
-  }
+  constexpr int kMost = rope_max_unroll(W * sizeof(T));
+  if constexpr (kMost >= 4)
+    if (launch.unroll == 4) return RopeKernel<T, W, kInterleaved, 4><<<grid, block, shared, stream>>>(p, launch);
+  if constexpr (kMost >= 2)
+    if (launch.unroll == 2) return RopeKernel<T, W, kInterleaved, 2><<<grid, block, shared, stream>>>(p, launch);
+  RopeKernel<T, W, kInterleaved, 1><<<grid, block, shared, stream>>>(p, launch);
 }
 
 template <typename T, bool kInterleaved>

@@ -43,6 +43,9 @@ inline int rope_vector_width(const RopeParams& p, int element_size) {
   return width;
 }
 
+// Heads per thread the kernel is compiled for: fewer where vectors are narrow, which is rare.
+constexpr int rope_max_unroll(int vector_bytes) { return vector_bytes == 16 ? 4 : vector_bytes == 8 ? 2 : 1; }
+
 // unroll, block_threads: 0 lets the function choose. token_inner: -1 likewise.
 inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int multiprocessors, int unroll = 0,
                                      int block_threads = 0, int token_inner = -1) {
@@ -54,7 +57,7 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int 
 
   // Two heads per thread keep enough bytes in flight; with little work, more threads count for more.
   const bool plenty = tokens * heads * launch.lanes >= int64_t(multiprocessors) * 2048 * 2;
-  launch.unroll = unroll ? unroll : plenty ? 2 : 1;
+  launch.unroll = std::min(unroll ? unroll : plenty ? 2 : 1, rope_max_unroll(launch.width * element_size));
   if (block_threads == 0) block_threads = 256;
   const int64_t slots = std::max<int64_t>((heads + launch.unroll - 1) / launch.unroll, 1);
   const int64_t items = slots * launch.lanes;

@@ -339,6 +339,24 @@ def test_position_outside_the_table_on_cuda(bad, mrope):
         packops.checks(False)
 
 
+def test_the_checks_of_positions():
+    """What packops.checks adds on CUDA, on tensors of any device."""
+    q, ids = torch.zeros(2, 4, 3, 16), torch.tensor([[0, 1, 2, 3], [0, 1, 9, 3]])
+    cos, _ = packops.rope_table(16, 9)
+    check = packops._checks.raise_bad_positions
+    for position_ids in (ids, ids[1:], torch.stack([ids * 0, ids, ids]), ids.flatten()):
+        with pytest.raises(IndexError, match=r"packops.rope: position_ids\[[\d, ]+\] = 9 is outside the table of 9 positions"):
+            check("rope", q, cos, position_ids, None, None, False)
+    check("rope", q, cos, ids, torch.tensor([0, 6]), None, False)  # in the padding
+    with pytest.raises(IndexError, match="4 tokens has positions outside the table of 3"):
+        check("rope", q.transpose(1, 2), cos[:3], None, None, "bhsd", False)
+    with pytest.raises(IndexError, match="5 tokens has positions outside the table of 4"):
+        check("rope", q, cos[:4], None, torch.tensor([0, 3, 8]), None, False)
+    check("rope", q, cos[:4], None, torch.tensor([0, 4, 8]), None, False)
+    check("rope", q, cos[:1], None, torch.tensor([0]), None, False)
+    check("rope", q, cos[:1], None, None, None, True)
+
+
 @pytest.mark.parametrize("bounds, message", [([1, 5], "start at 0"), ([0, 5, 3], "decrease"), ([0, 3, 11], "10"), ([-2, 4], "start at 0")])
 def test_malformed_cu_seqlens(device, bounds, message):
     q = make_heads((10, 2, 16), torch.float32, device)
