@@ -326,16 +326,21 @@ def peer_functions(q, k, cos, sin, ids, cu_seqlens, length, device) -> dict[str,
     def flash_attention():
         from flash_attn.layers.rotary import apply_rotary_emb
 
-        options = dict(cu_seqlens=cu_seqlens, max_seqlen=length)
+        options = {"cu_seqlens": cu_seqlens, "max_seqlen": length}
         return lambda i: [apply_rotary_emb(x[i % n], half_cos, half_sin, **options) for x in (q, k)]
 
     def quack():
         from quack.rotary import apply_rotary_emb
 
-        options = dict(cu_seqlens=cu_seqlens, max_seqlen=length)
+        options = {"cu_seqlens": cu_seqlens, "max_seqlen": length}
         return lambda i: [apply_rotary_emb(x[i % n], half_cos, half_sin, **options) for x in (q, k)]
 
-    for name, make in [("Liger", liger), ("Unsloth, indices", unsloth), ("flash-attn, varlen", flash_attention), ("QuACK, varlen", quack)]:
+    for name, make in [
+        ("Liger", liger),
+        ("Unsloth, indices", unsloth),
+        ("flash-attn, varlen", flash_attention),
+        ("QuACK, varlen", quack),
+    ]:
         if device == "cpu":
             break
         try:
@@ -358,7 +363,9 @@ def peer_cases(device: str, dtype: torch.dtype) -> Iterable[Case]:
         n = buffers_for(moved, device)
         q, k = (heads(n, (tokens, h, dim), dtype, device) for h in (hq, hk))
         with torch.no_grad():
-            yield Case(f"peers {tokens} x {hq}/{hk} x {dim}", moved, peer_functions(q, k, cos, sin, ids, cu_seqlens, length, device), n)
+            yield Case(
+                f"peers {tokens} x {hq}/{hk} x {dim}", moved, peer_functions(q, k, cos, sin, ids, cu_seqlens, length, device), n
+            )
 
 
 def run(cases: Iterable[Case], device: str, rounds: int, *, with_host: bool) -> list[Result]:
@@ -407,7 +414,9 @@ def host_results(device: str) -> list[Result]:
 def print_line(result: Result) -> None:
     share = "" if result.fraction_of_copy != result.fraction_of_copy else f"{result.fraction_of_copy:6.3f}"
     speed = f"{result.terabytes_per_second:6.3f}" if result.bytes else ""
-    print(f"{result.case:52s} {result.variant:34s} {result.microseconds:9.1f} us {speed:>7s} TB/s {share:>7s} of copy", flush=True)
+    print(
+        f"{result.case:52s} {result.variant:34s} {result.microseconds:9.1f} us {speed:>7s} TB/s {share:>7s} of copy", flush=True
+    )
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 // RMS norm + RoPE of the heads of one token; compiled once per instruction set by common/simd_targets.h: no include guard, and no
 // includes but this one of the same kind.
-#include "rope_simd.h"
+#include "rope_row_simd.h"
 
 // A row of T as State in a buffer and back.
 template <typename T>

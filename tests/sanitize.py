@@ -34,6 +34,47 @@ def cases(function: Callable[[], Iterator[str]]) -> Callable[[], Iterator[str]]:
 # Cases: at most some ten thousand elements each. Odd sizes, rows that are not 16-byte aligned, labels and positions out of range.
 
 
+@cases
+def rope() -> Iterator[str]:
+    import torch
+
+    import packops
+
+    cos, sin = packops.rope_table(24, 20, device="cuda")
+    tokens = 23
+    bad_ids = torch.randint(-3, 25, (tokens,), device="cuda")
+    documents = torch.tensor([0, 4, 4, 19], dtype=torch.int32, device="cuda")
+    broken = torch.tensor([3, 2**40, -7, 11], device="cuda")
+    for dtype in (torch.bfloat16, torch.float32):
+        for shift in (0, 1, 3):
+            storage = torch.randn(tokens * 4 * 36 + 8, device="cuda", dtype=dtype)
+            both = storage[shift : shift + tokens * 4 * 36].view(tokens, 4, 36)
+            for name, options in {
+                "positions": {"position_ids": bad_ids},
+                "documents": {"cu_seqlens": documents},
+                "broken documents": {"cu_seqlens": broken},
+                "M-RoPE": {"position_ids": bad_ids.expand(3, tokens), "mrope_section": [4, 5, 3]},
+            }.items():
+                for interleaved in (False, True):
+                    q, k = (x.detach().requires_grad_() for x in (both[:, :3], both[:, 3:]))
+                    out = packops.apply_rope(q, k, cos, sin, rotary_offset=6, interleaved=interleaved, **options)
+                    torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+                    packops.apply_rope(both[:, :3].clone(), None, cos, sin, rotary_offset=6, inplace=True, **options)
+                    for heads in ((1, 1), (3, 1)):  # a norm per head, or across heads
+                        weights = [torch.ones(36 * h, device="cuda", dtype=dtype, requires_grad=True) for h in heads]
+                        out = packops.apply_qk_norm_rope(
+                            q, k, *weights, cos, sin, eps=1e-6, rotary_offset=6, interleaved=interleaved, **options
+                        )
+                        torch.autograd.backward(out, [torch.ones_like(o) for o in out])
+                    yield f"{name}, {dtype}, offset {shift}, interleaved {interleaved}"
+    for dim in (64, 512):  # aligned rows: the widest vectors; 512 is normalised by a whole block
+        q, weight = (torch.randn(*s, dim, device="cuda", dtype=torch.bfloat16, requires_grad=True) for s in ((tokens, 5), ()))
+        table = packops.rope_table(dim, tokens, device="cuda")
+        packops.apply_rope(q, None, *table, cu_seqlens=documents)[0].sum().backward()
+        packops.apply_qk_norm_rope(q, None, weight, None, *table, eps=1e-6, cu_seqlens=documents)[0].sum().backward()
+        yield f"head_dim {dim}"
+
+
 def run_cases() -> int:
     import torch
 

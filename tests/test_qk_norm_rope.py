@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_rope import LAYOUTS, close, make_heads, make_qk
 
 import packops
 from packops import reference
+from test_rope import LAYOUTS, close, make_heads, make_qk
 
 
 def check(q, k, cos, sin, *, across=False, weight_dtype=torch.float32, **options):
@@ -15,7 +15,11 @@ def check(q, k, cos, sin, *, across=False, weight_dtype=torch.float32, **options
     layout = options.get("layout")
     head_axis = 2 if layout == "bshd" or (layout is None and q.dim() == 4) else 1
     weights = [
-        None if x is None else (1 + 0.3 * make_heads(((x.shape[head_axis] if across else 1) * dim,), torch.float32, x.device, seed=3)).to(weight_dtype)
+        None
+        if x is None
+        else (1 + 0.3 * make_heads(((x.shape[head_axis] if across else 1) * dim,), torch.float32, x.device, seed=3)).to(
+            weight_dtype
+        )
         for x in (q, k)
     ]
     inputs = [q, k, *weights]
@@ -44,7 +48,8 @@ def check(q, k, cos, sin, *, across=False, weight_dtype=torch.float32, **options
         assert (a is None and b is None and c is None) or (torch.equal(a, b) and torch.equal(a, c))
     again = [None if x is None else x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in inputs]
     torch.autograd.backward(
-        [o for o in torch.ops.packops.qk_norm_rope(*again, cos, sin, **options) if o is not None], [g for g in grads if g is not None]
+        [o for o in torch.ops.packops.qk_norm_rope(*again, cos, sin, **options) if o is not None],
+        [g for g in grads if g is not None],
     )
     for a, b in zip(leaves, again, strict=True):
         assert a is None or torch.equal(a.grad, b.grad)
@@ -60,7 +65,10 @@ def test_layouts(device, layout, across, dtype):
     check(q, None, cos, sin, eps=1e-6, layout=name, across=across, zero_centered=True, interleaved=True)
 
 
-@pytest.mark.parametrize("head_dim, rotary_dim, offset", [(128, 128, 0), (256, 64, 0), (192, 64, 128), (80, 80, 0), (72, 72, 0), (96, 20, 4), (7, 6, 1), (512, 512, 0), (1056, 32, 0)])
+@pytest.mark.parametrize(
+    "head_dim, rotary_dim, offset",
+    [(128, 128, 0), (256, 64, 0), (192, 64, 128), (80, 80, 0), (72, 72, 0), (96, 20, 4), (7, 6, 1), (512, 512, 0), (1056, 32, 0)],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("interleaved", [False, True])
 def test_sizes(device, head_dim, rotary_dim, offset, dtype, interleaved):
@@ -80,9 +88,12 @@ def test_documents_and_padding(device, head_dim):
     weight = torch.ones(head_dim, device=device, requires_grad=True)
     q.requires_grad_()
     q_out, k_out = packops.apply_qk_norm_rope(q, k, weight, weight, cos, sin, eps=0.0, cu_seqlens=cu_seqlens)
-    assert q_out[41:].isnan().all() and (k_out[41:] == float("inf")).all()
+    assert q_out[41:].isnan().all()
+    assert (k_out[41:] == float("inf")).all()
     (q_out[:41].float().sum() + k_out[:41].float().sum()).backward()
-    assert weight.grad.isfinite().all() and q.grad[:41].isfinite().all() and (q.grad[41:] == 0).all()
+    assert weight.grad.isfinite().all()
+    assert q.grad[:41].isfinite().all()
+    assert (q.grad[41:] == 0).all()
 
 
 @pytest.mark.parametrize("zero_centered", [False, True])
@@ -131,7 +142,11 @@ def test_gradients_of_every_stride(device, call):
     cos, sin = packops.rope_table(64, 13, device=device)
     weight = torch.randn(64, device=device)
     dense = make_heads(q.shape, torch.float32, device, seed=3)
-    for grad in [torch.ones((), device=device).expand(q.shape), dense.transpose(0, 2).contiguous().transpose(0, 2), dense[:1].expand(q.shape)]:
+    for grad in [
+        torch.ones((), device=device).expand(q.shape),
+        dense.transpose(0, 2).contiguous().transpose(0, 2),
+        dense[:1].expand(q.shape),
+    ]:
         leaves = [x.clone().requires_grad_() for x in (q, weight)]
         doubles = [x.double().requires_grad_() for x in (q, weight)]
         call(leaves[0], k, leaves[1], weight, cos, sin, eps=1e-6)[0].backward(grad)  # and none for k
@@ -140,9 +155,11 @@ def test_gradients_of_every_stride(device, call):
             torch.testing.assert_close(leaf.grad.double(), double.grad, rtol=1e-5, atol=1e-5)
     frozen = weight.clone()
     out = call(q, k.requires_grad_(), frozen, frozen, cos, sin, eps=1e-6)
-    assert not out[0].requires_grad and out[1].requires_grad
+    assert not out[0].requires_grad
+    assert out[1].requires_grad
     out[1].sum().backward()
-    assert k.grad is not None and frozen.grad is None
+    assert k.grad is not None
+    assert frozen.grad is None
 
 
 @pytest.mark.parametrize("across", [False, True])
@@ -197,7 +214,8 @@ def test_empty(device, shape):
     cos, sin = packops.rope_table(16, 4, device=device)
     out, _ = packops.apply_qk_norm_rope(q, None, weight, None, cos, sin, eps=1e-6)
     out.sum().backward()
-    assert out.shape == shape and (weight.grad == 0).all()
+    assert out.shape == shape
+    assert (weight.grad == 0).all()
 
 
 def test_position_outside_the_table(device):
@@ -206,13 +224,15 @@ def test_position_outside_the_table(device):
     cos, sin = packops.rope_table(24, 9, device=device)
     ids = torch.tensor([0, 8, 9, 3], device=device)
     if device.type == "cpu":
-        with pytest.raises(IndexError, match="packops.qk_norm_rope: position 9 of token 2 is outside the table of 9 positions"):
+        with pytest.raises(IndexError, match=r"packops\.qk_norm_rope: position 9 of token 2 is outside the table of 9 positions"):
             packops.apply_qk_norm_rope(q, None, weight, None, cos, sin, eps=1e-6, position_ids=ids)
         return
     q.requires_grad_()
     out, _ = packops.apply_qk_norm_rope(q, None, weight, None, cos, sin, eps=1e-6, position_ids=ids)
     out.sum().backward()
-    assert out[2].isnan().all() and (q.grad[2] == 0).all() and weight.grad.isfinite().all()
+    assert out[2].isnan().all()
+    assert (q.grad[2] == 0).all()
+    assert weight.grad.isfinite().all()
     assert out[[0, 1, 3]].isfinite().all()
 
 
@@ -222,12 +242,19 @@ def test_errors(device):
     cos, sin = packops.rope_table(16, 8, device=device)
 
     def raises(kind, message, *arguments, eps=1e-6):
-        with pytest.raises(kind, match="packops.qk_norm_rope: " + message):
+        with pytest.raises(kind, match=r"packops\.qk_norm_rope: " + message):
             packops.apply_qk_norm_rope(*arguments, cos, sin, eps=eps)
 
     raises(ValueError, "k and k_weight must be given together", q, k, weight, None)
     raises(ValueError, "k and k_weight must be given together", q, None, weight, weight)
-    raises(ValueError, r"q_weight and k_weight must have head_dim = 16 elements each .*or 32 and 16 .*got 8 and 16", q, k, weight[:8], weight)
+    raises(
+        ValueError,
+        r"q_weight and k_weight must have head_dim = 16 elements each .*or 32 and 16 .*got 8 and 16",
+        q,
+        k,
+        weight[:8],
+        weight,
+    )
     raises(ValueError, "eps must not be negative, got -1", q, k, weight, weight, eps=-1.0)
     raises(TypeError, "k_weight must be floating, in the dtype of q_weight, got Half", q, k, weight, weight.half())
     raises(ValueError, r"q_weight must be a contiguous vector, got shape \(2, 16\)", q, k, weight.expand(2, 16), weight)

@@ -44,7 +44,8 @@ def check(q, k, cos, sin, **options):
     for out, exp, source in zip(outputs, expected, (q, k), strict=True):
         close(out, exp, dtype)
         if out is not None:
-            assert out.dtype == dtype and out.shape == source.shape
+            assert out.dtype == dtype
+            assert out.shape == source.shape
     grads = [make_heads(x.shape, dtype, x.device, seed=7) for x in leaves]
     torch.autograd.backward([o for o in outputs if o is not None], grads)
     torch.autograd.backward([e for e in expected if e is not None], [g.double() for g in grads])
@@ -56,10 +57,13 @@ def check(q, k, cos, sin, **options):
         op = torch.ops.packops.rope(q, k, cos, sin, **options)
         q_copy, k_copy = q.clone(), None if k is None else k.clone()
         inplace = packops.apply_rope(q_copy, k_copy, cos, sin, inplace=True, **options)
-        assert inplace[0] is q_copy and inplace[1] is k_copy
+        assert inplace[0] is q_copy
+        assert inplace[1] is k_copy
     for a, b, c, d in zip(outputs, plain, op, inplace, strict=True):
         if a is not None:
-            assert torch.equal(a, b) and torch.equal(a, c) and torch.equal(a, d)
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+            assert torch.equal(a, d)
 
 
 LAYOUTS = ["thd", "bshd", "bhsd", "bhsd_view", "fused_qkv"]
@@ -67,10 +71,18 @@ LAYOUTS = ["thd", "bshd", "bhsd", "bhsd_view", "fused_qkv"]
 
 def make_qk(layout, dtype, device, *, batch=2, tokens=13, q_heads=5, k_heads=2, head_dim=64):
     if layout == "thd":
-        return make_heads((tokens, q_heads, head_dim), dtype, device), make_heads((tokens, k_heads, head_dim), dtype, device), None
+        return (
+            make_heads((tokens, q_heads, head_dim), dtype, device),
+            make_heads((tokens, k_heads, head_dim), dtype, device),
+            None,
+        )
     if layout == "bshd":
         shape = (batch, tokens)
-        return make_heads((*shape, q_heads, head_dim), dtype, device), make_heads((*shape, k_heads, head_dim), dtype, device), None
+        return (
+            make_heads((*shape, q_heads, head_dim), dtype, device),
+            make_heads((*shape, k_heads, head_dim), dtype, device),
+            None,
+        )
     if layout == "bhsd":
         q, k = (make_heads((batch, h, tokens, head_dim), dtype, device) for h in (q_heads, k_heads))
         return q, k, "bhsd"
@@ -92,7 +104,18 @@ def test_layouts(device, layout, interleaved, dtype):
 
 
 # MLA's tail, vectors of 16, 8, 4 and 2 bytes, odd halves, an odd number of vectors that pass through, large heads.
-SIZES = [(64, 32, 0), (192, 64, 128), (80, 80, 0), (96, 20, 4), (72, 36, 36), (7, 6, 1), (2, 2, 0), (256, 64, 0), (512, 512, 0), (88, 64, 8)]
+SIZES = [
+    (64, 32, 0),
+    (192, 64, 128),
+    (80, 80, 0),
+    (96, 20, 4),
+    (72, 36, 36),
+    (7, 6, 1),
+    (2, 2, 0),
+    (256, 64, 0),
+    (512, 512, 0),
+    (88, 64, 8),
+]
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -101,7 +124,7 @@ SIZES = [(64, 32, 0), (192, 64, 128), (80, 80, 0), (96, 20, 4), (72, 36, 36), (7
 def test_partial_rotary(device, dtype, head_dim, rotary_dim, offset, interleaved):
     q, k, _ = make_qk("thd", dtype, device, head_dim=head_dim, q_heads=3, k_heads=1)
     cos, sin = packops.rope_table(rotary_dim, 13, device=device)
-    options = dict(rotary_dim=rotary_dim, rotary_offset=offset, interleaved=interleaved)
+    options = {"rotary_dim": rotary_dim, "rotary_offset": offset, "interleaved": interleaved}
     check(q, k, cos, sin, **options)
     out, _ = packops.apply_rope(q, k, cos, sin, **options)
     passing = [i for i in range(head_dim) if not offset <= i < offset + rotary_dim]
@@ -154,7 +177,8 @@ def test_width_of_the_table_and_of_the_rotation(device):
     cos, sin = packops.rope_table(32, 5, device=device)
     full = [torch.cat([t, t], -1) for t in (cos, sin)]
     partial = packops.apply_rope(q, None, cos, sin)[0]
-    assert torch.equal(partial[..., 32:], q[..., 32:]) and not torch.equal(partial[1:, :, :32], q[1:, :, :32])
+    assert torch.equal(partial[..., 32:], q[..., 32:])
+    assert not torch.equal(partial[1:, :, :32], q[1:, :, :32])
     assert torch.equal(packops.apply_rope(q, None, *full, rotary_dim=32)[0], partial)
     assert not torch.equal(packops.apply_rope(q, None, *full)[0], partial)
     wide = packops.rope_table(64, 5, device=device)
@@ -184,7 +208,7 @@ def test_equals_transformers(device, dtype):
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("section", [(8, 12, 12), (5, 24, 3), (32, 0, 0), (0, 1, 31), (12, 10, 10)])
 def test_mrope(device, section, interleaved, mrope_interleaved):
-    options = dict(mrope_section=section, mrope_interleaved=mrope_interleaved, interleaved=interleaved)
+    options = {"mrope_section": section, "mrope_interleaved": mrope_interleaved, "interleaved": interleaved}
     cos, sin = packops.rope_table(64, 50, device=device)
     for layout in ("thd", "bhsd_view"):
         q, k, name = make_qk(layout, torch.bfloat16, device)
@@ -286,7 +310,8 @@ def test_what_does_not_turn_keeps_its_bits(device, dtype, inplace):
     out, _ = packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens, rotary_offset=40, inplace=inplace)
     out = out.view(integer)
     assert torch.equal(out[13:], bits[13:])
-    assert torch.equal(out[..., :40], bits[..., :40]) and torch.equal(out[..., 72:], bits[..., 72:])
+    assert torch.equal(out[..., :40], bits[..., :40])
+    assert torch.equal(out[..., 72:], bits[..., 72:])
     assert not torch.equal(out[1:6, :, 40:72], bits[1:6, :, 40:72])
 
 
@@ -307,9 +332,9 @@ def test_position_outside_the_table_on_the_cpu(bad):
         packops.apply_rope(make_heads((10, 2, 16), torch.float32, "cpu"), None, cos, sin)
     with pytest.raises(IndexError, match="position 9 of token 11"):
         packops.apply_rope(make_heads((12, 2, 16), torch.float32, "cpu"), None, cos, sin, cu_seqlens=torch.tensor([0, 2, 12]))
+    axes = torch.zeros(3, 4, dtype=torch.int64)
+    axes[1, 3] = bad
     with pytest.raises(IndexError, match=f"position {bad} of token 3"):
-        axes = torch.zeros(3, 4, dtype=torch.int64)
-        axes[1, 3] = bad
         packops.apply_rope(q, None, cos, sin, position_ids=axes, mrope_section=[3, 3, 2])
     # Padding may hold anything.
     packops.apply_rope(q, None, cos, sin, position_ids=ids, cu_seqlens=torch.tensor([0, 2]))
@@ -323,14 +348,19 @@ def test_position_outside_the_table_on_cuda(bad, mrope):
     q = make_heads((4, 2, 24), torch.bfloat16, device)
     cos, sin = packops.rope_table(16, 9, device=device)
     ids = torch.tensor([0, 8, bad, 3], device=device)
-    options = dict(position_ids=torch.stack([ids * 0, ids, ids * 0]), mrope_section=[3, 3, 2]) if mrope else dict(position_ids=ids)
+    options = (
+        {"position_ids": torch.stack([ids * 0, ids, ids * 0]), "mrope_section": [3, 3, 2]} if mrope else {"position_ids": ids}
+    )
     leaf = q.clone().requires_grad_()
     out, _ = packops.apply_rope(leaf, None, cos, sin, **options)
     out.backward(torch.ones_like(out))
-    assert out[2, :, :16].isnan().all() and torch.equal(out[2, :, 16:], q[2, :, 16:])
-    assert (leaf.grad[2, :, :16] == 0).all() and (leaf.grad[2, :, 16:] == 1).all()
+    assert out[2, :, :16].isnan().all()
+    assert torch.equal(out[2, :, 16:], q[2, :, 16:])
+    assert (leaf.grad[2, :, :16] == 0).all()
+    assert (leaf.grad[2, :, 16:] == 1).all()
     good = [0, 1, 3]
-    assert out[good].isfinite().all() and leaf.grad[good].isfinite().all()
+    assert out[good].isfinite().all()
+    assert leaf.grad[good].isfinite().all()
     packops.checks(True)
     try:
         with pytest.raises(IndexError, match=f"= {bad} is outside the table of 9 positions"):
@@ -357,7 +387,9 @@ def test_the_checks_of_positions():
     check("rope", q, cos[:1], None, None, None, True)
 
 
-@pytest.mark.parametrize("bounds, message", [([1, 5], "start at 0"), ([0, 5, 3], "decrease"), ([0, 3, 11], "10"), ([-2, 4], "start at 0")])
+@pytest.mark.parametrize(
+    "bounds, message", [([1, 5], "start at 0"), ([0, 5, 3], "decrease"), ([0, 3, 11], "10"), ([-2, 4], "start at 0")]
+)
 def test_malformed_cu_seqlens(device, bounds, message):
     q = make_heads((10, 2, 16), torch.float32, device)
     cos, sin = packops.rope_table(16, 10, device=device)
@@ -378,7 +410,9 @@ def test_malformed_cu_seqlens_are_memory_safe_on_cuda():
     generator = torch.Generator().manual_seed(0)
     for _ in range(30):
         count = int(torch.randint(1, 200, (1,), generator=generator))
-        cu_seqlens = torch.randint(-(2**62), 2**62, (count,), generator=generator) >> int(torch.randint(0, 62, (1,), generator=generator))
+        cu_seqlens = torch.randint(-(2**62), 2**62, (count,), generator=generator) >> int(
+            torch.randint(0, 62, (1,), generator=generator)
+        )
         packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens.to(device))
         packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens.int().to(device))
     torch.cuda.synchronize()
@@ -431,7 +465,8 @@ def test_any_address(device, dtype, shift):
     assert torch.equal(packops.apply_rope(shifted, None, cos, sin, rotary_offset=8)[0], expected)
     packops.apply_rope(shifted, None, cos, sin, rotary_offset=8, inplace=True)
     assert torch.equal(shifted, expected)
-    assert (storage[:shift] == 0).all() and (storage[shift + q.numel() :] == 0).all()
+    assert (storage[:shift] == 0).all()
+    assert (storage[shift + q.numel() :] == 0).all()
 
 
 @settings(max_examples=60)
@@ -526,14 +561,17 @@ def test_gradient_reaches_only_what_needs_it(device, call):
     cos, sin = packops.rope_table(64, 13, device=device)
     k.requires_grad_()
     q_out, k_out = call(q, k, cos, sin)
-    assert not q_out.requires_grad and k_out.requires_grad
+    assert not q_out.requires_grad
+    assert k_out.requires_grad
     k_out.sum().backward()
-    assert k.grad is not None and q.grad is None
+    assert k.grad is not None
+    assert q.grad is None
     q.requires_grad_()
     q_out, k_out = call(q, k, cos, sin)
     k.grad = None
     q_out.sum().backward()  # no gradient for k_out at all
-    assert q.grad is not None and k.grad is None
+    assert q.grad is not None
+    assert k.grad is None
     with pytest.raises(ValueError, match="cos and sin need a gradient"):
         call(q, k, cos.requires_grad_(), sin)
 
@@ -564,7 +602,7 @@ def test_in_place_under_autograd(device):
     """Views and non-leaves get the gradients of the functional form; nobody's saved tensor is changed unseen."""
     q, k, _ = make_qk("thd", torch.float32, device)
     cos, sin = packops.rope_table(64, 13, device=device)
-    options = dict(cu_seqlens=torch.tensor([0, 4, 11], device=device), rotary_offset=0)
+    options = {"cu_seqlens": torch.tensor([0, 4, 11], device=device), "rotary_offset": 0}
     grads = [make_heads(x.shape, torch.float32, device, seed=9) for x in (q, k)]
 
     def gradients(function):
@@ -577,7 +615,8 @@ def test_in_place_under_autograd(device):
     def non_leaves(q, k):
         a, b = q * 2, k * 2
         out = packops.apply_rope(a, b, cos, sin, inplace=True, **options)
-        assert out[0] is a and out[1] is b
+        assert out[0] is a
+        assert out[1] is b
         return out
 
     def views(q, k):
@@ -596,7 +635,10 @@ def test_in_place_under_autograd(device):
             assert torch.equal(actual, wanted), function.__name__
 
     leaf = q.clone().requires_grad_()
-    for call in (lambda: packops.apply_rope(leaf, None, cos, sin, inplace=True), lambda: torch.ops.packops.rope_(leaf, None, cos, sin)):
+    for call in (
+        lambda: packops.apply_rope(leaf, None, cos, sin, inplace=True),
+        lambda: torch.ops.packops.rope_(leaf, None, cos, sin),
+    ):
         with pytest.raises(ValueError, match="q is a leaf that needs a gradient"):
             call()
     with torch.no_grad():
@@ -698,7 +740,9 @@ def test_compile_once_for_all_lengths(device):
     from torch._dynamo.testing import CompileCounterWithBackend
 
     counter = CompileCounterWithBackend("aot_eager")
-    compiled = torch.compile(lambda q, k, cu: packops.apply_rope(q, k, cos, sin, cu_seqlens=cu), fullgraph=True, dynamic=True, backend=counter)
+    compiled = torch.compile(
+        lambda q, k, cu: packops.apply_rope(q, k, cos, sin, cu_seqlens=cu), fullgraph=True, dynamic=True, backend=counter
+    )
     for tokens, documents in [(10, 4), (17, 5), (33, 7), (64, 4)]:
         q, k = torch.randn(tokens, 3, 32, device=device, requires_grad=True), torch.randn(tokens, 2, 32, device=device)
         cu_seqlens = torch.linspace(0, tokens, documents + 1, device=device).int()
@@ -742,26 +786,63 @@ def test_errors(device):
     raises(ValueError, "layout must be 'thd', 'bshd' or 'bhsd', got 'sbhd'", four, None, cos, sin, layout="sbhd")
     raises(ValueError, r"with layout 'thd' 3-D, got shape \(2, 3, 2, 16\)", four, None, cos, sin, layout="thd")
     raises(ValueError, r"got shape \(6, 16\)", q[:, 0], None, cos, sin)
-    raises(ValueError, "last dimension of q must be contiguous, got stride 2", torch.randn(6, 2, 32, device=device)[..., ::2], None, cos, sin)
+    raises(
+        ValueError,
+        "last dimension of q must be contiguous, got stride 2",
+        torch.randn(6, 2, 32, device=device)[..., ::2],
+        None,
+        cos,
+        sin,
+    )
     raises(ValueError, r"k must have the shape of q .*got \(5, 2, 16\)", q, q[:5], cos, sin)
     raises(ValueError, "k must have the shape of q", q, q[..., :8], cos, sin)
     raises(ValueError, r"cos must be \(positions, width\), got shape \(8,\)", q, None, cos[:, 0], sin[:, 0])
     raises(ValueError, "pass per_token_table=True", four, None, cos[None], sin[None])
     raises(ValueError, r"sin must have the shape of cos, \(8, 8\), got \(7, 8\)", q, None, cos, sin[1:])
     raises(ValueError, "last dimension of cos and sin must be contiguous", q, None, cos.t(), sin.t())
-    raises(ValueError, "rotary dimension must be even and positive, got 9", q, None, cos[:, :3].repeat(1, 3), sin[:, :3].repeat(1, 3))
+    raises(
+        ValueError, "rotary dimension must be even and positive, got 9", q, None, cos[:, :3].repeat(1, 3), sin[:, :3].repeat(1, 3)
+    )
     raises(ValueError, "even and positive, got 7", q, None, cos, sin, rotary_dim=7)
     raises(ValueError, "rotary_dim / 2 = 6 columns, or rotary_dim = 12 .*got 8", q, None, cos, sin, rotary_dim=12)
     raises(ValueError, r"= \[4, 20\) must lie inside a head of 16 features", q, None, cos, sin, rotary_offset=4)
     raises(ValueError, "must lie inside", q, None, cos, sin, rotary_offset=-2)
-    raises(ValueError, r"position_ids must have one entry per token, \(6\) or \(1, 6\) .*got shape \(5,\)", q, None, cos, sin, position_ids=ids[:5])
+    raises(
+        ValueError,
+        r"position_ids must have one entry per token, \(6\) or \(1, 6\) .*got shape \(5,\)",
+        q,
+        None,
+        cos,
+        sin,
+        position_ids=ids[:5],
+    )
     raises(ValueError, r"got shape \(3,\)", four, None, cos, sin, position_ids=ids[:3])
     raises(ValueError, r"cos must have one entry per token", q, None, cos[:5], sin[:5], per_token_table=True)
-    raises(ValueError, "position_ids and mrope_section must be None", q, None, cos[:6], sin[:6], per_token_table=True, position_ids=ids)
-    raises(ValueError, "three widths that add up to rotary_dim / 2 = 8", q, None, cos, sin, mrope_section=[4, 4, 4], position_ids=ids)
+    raises(
+        ValueError,
+        "position_ids and mrope_section must be None",
+        q,
+        None,
+        cos[:6],
+        sin[:6],
+        per_token_table=True,
+        position_ids=ids,
+    )
+    raises(
+        ValueError, "three widths that add up to rotary_dim / 2 = 8", q, None, cos, sin, mrope_section=[4, 4, 4], position_ids=ids
+    )
     raises(ValueError, "three widths", q, None, cos, sin, mrope_section=[4, 4], position_ids=ids)
     raises(ValueError, r"mrope_section needs position_ids of shape \(3, ...\)", q, None, cos, sin, mrope_section=[4, 2, 2])
-    raises(ValueError, r"position_ids must be \(3, ...\) with mrope_section", q, None, cos, sin, mrope_section=[4, 2, 2], position_ids=ids)
+    raises(
+        ValueError,
+        r"position_ids must be \(3, ...\) with mrope_section",
+        q,
+        None,
+        cos,
+        sin,
+        mrope_section=[4, 2, 2],
+        position_ids=ids,
+    )
     raises(ValueError, "mrope_interleaved=True needs mrope_section", q, None, cos, sin, mrope_interleaved=True)
     raises(ValueError, r"cu_seqlens must be \(documents \+ 1,\), got shape \(0,\)", q, None, cos, sin, cu_seqlens=ids[:0])
 
@@ -806,26 +887,41 @@ def test_launch_covers_every_item_once():
     for tokens, heads, (head_dim, rotary, offset), size, address, in_place, outer in launches():
         c = packops._C.rope_launch(tokens, *heads, head_dim, rotary, offset, size, address, in_place, outer, 132)
         width, lanes = c["width"], c["lanes"]
-        assert width * size <= 16 and (address or 16) % (width * size) == 0
-        assert rotary // 2 % width == 0 and offset % width == 0
+        assert width * size <= 16
+        assert (address or 16) % (width * size) == 0
+        assert rotary // 2 % width == 0
+        assert offset % width == 0
         passing = 0 if in_place else head_dim - rotary
         assert passing % width == 0
         assert 2 * lanes - 1 <= (rotary + passing) // width <= 2 * lanes  # every vector of a head, at most one lane half empty
         items = -(-sum(heads) // c["unroll"]) * lanes
         assert c["items_per_block"] * c["chunks"] >= items > c["items_per_block"] * (c["chunks"] - 1)
-        assert c["items_per_block"] * c["tokens_per_block"] <= c["threads"] <= 512 and c["threads"] % 32 == 0
+        assert c["items_per_block"] * c["tokens_per_block"] <= c["threads"] <= 512
+        assert c["threads"] % 32 == 0
         assert c["blocks"] == -(-tokens // c["tokens_per_block"]) * c["chunks"]
         if c["token_inner"]:
-            assert outer and c["items_per_block"] % lanes == 0
+            assert outer
+            assert c["items_per_block"] % lanes == 0
 
 
 def test_launch_takes_wide_vectors_where_it_can():
-    shape = dict(tokens=16384, q_heads=32, k_heads=8, head_dim=128, rotary_dim=128, rotary_offset=0, in_place=False, heads_outer=False, multiprocessors=132)
+    shape = {
+        "tokens": 16384,
+        "q_heads": 32,
+        "k_heads": 8,
+        "head_dim": 128,
+        "rotary_dim": 128,
+        "rotary_offset": 0,
+        "in_place": False,
+        "heads_outer": False,
+        "multiprocessors": 132,
+    }
     assert packops._C.rope_launch(**shape, element_size=2, address=0)["width"] == 8
     assert packops._C.rope_launch(**shape, element_size=4, address=0)["width"] == 4
     assert packops._C.rope_launch(**shape, element_size=2, address=6)["width"] == 1
     few, many = (packops._C.rope_launch(**{**shape, "tokens": t}, element_size=2, address=0) for t in (16, 16384))
-    assert few["unroll"] == 1 and many["unroll"] == 2
+    assert few["unroll"] == 1
+    assert many["unroll"] == 2
 
 
 @pytest.mark.gpu
@@ -835,14 +931,14 @@ def test_every_configuration_gives_the_same_bits(layout):
     cos, sin = packops.rope_table(128, 100, device="cuda")
     cu_seqlens = torch.tensor([0, 3, 3, 40], device="cuda")
     raw, raw_ = torch.ops.packops._rope.default, torch.ops.packops._rope_.default
-    options = dict(cu_seqlens=cu_seqlens, layout=name, rotary_dim=128, rotary_offset=32)
+    options = {"cu_seqlens": cu_seqlens, "layout": name, "rotary_dim": 128, "rotary_offset": 32}
     expected = raw(q, k, cos, sin, **options)
     for unroll, threads, inner in itertools.product([1, 2, 4], [32, 64, 128, 256, 512], [0, 1]):
         out = raw(q, k, cos, sin, **options, tuning=[unroll, threads, inner])
         assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True)), (unroll, threads, inner)
         a, b = q.clone(), k.clone()
         raw_(a, b, cos, sin, **options, tuning=[unroll, threads, inner])
-        assert torch.equal(a, expected[0]) and torch.equal(b, expected[1]), (unroll, threads, inner)
+        assert all(torch.equal(x, y) for x, y in zip((a, b), expected, strict=True)), (unroll, threads, inner)
 
 
 # ---- What a training loop needs of a CUDA op.
@@ -900,7 +996,8 @@ def test_the_same_bits_every_time_on_any_stream():
             late = q * 1
             out = packops.apply_rope(late, k, cos, sin, layout="bhsd")
         stream.synchronize()
-        assert torch.equal(out[0], expected[0]) and torch.equal(out[1], expected[1])
+        assert torch.equal(out[0], expected[0])
+        assert torch.equal(out[1], expected[1])
 
 
 @pytest.mark.gpu
@@ -913,7 +1010,8 @@ def test_more_than_two_to_the_31_elements():
     cos, sin = packops.rope_table(dim, tokens, device="cuda")
     out, _ = packops.apply_rope(q, None, cos, sin)
     expected, _ = packops.apply_rope(last, None, cos[-5:].contiguous(), sin[-5:].contiguous())
-    assert torch.equal(out[-5:], expected) and (out[:-5] == 0).all()
+    assert torch.equal(out[-5:], expected)
+    assert (out[:-5] == 0).all()
     # A stride beyond 2^31: one token's heads lie that far apart.
     far = torch.as_strided(q, (3, 2, dim), (dim, 2**31, 1))
     near, _ = packops.apply_rope(far.contiguous(), None, cos, sin)

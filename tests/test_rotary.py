@@ -62,7 +62,11 @@ def test_frequencies_are_those_of_transformers(name, length):
 
     scaling = SCALINGS[name]
     config = transformers.LlamaConfig(
-        hidden_size=4 * 2 * HALF, num_attention_heads=4, head_dim=2 * HALF, max_position_embeddings=2048, rope_parameters=dict(scaling)
+        hidden_size=4 * 2 * HALF,
+        num_attention_heads=4,
+        head_dim=2 * HALF,
+        max_position_embeddings=2048,
+        rope_parameters=dict(scaling),
     )
     if scaling["rope_type"] == "default":
         expected = 1.0 / scaling["rope_theta"] ** (torch.arange(0, 2 * HALF, 2).float() / (2 * HALF))
@@ -102,7 +106,11 @@ def test_theta_in_the_dictionary_wins():
         ((7, 4), None, "rotary_dim must be even and positive, got 7"),
         ((8, 4), {"rope_type": "ntk"}, "must be one of default, linear"),
         ((8, 4), {"rope_type": "linear"}, "needs 'factor'"),
-        ((8, 4), {"rope_type": "dynamic", "factor": 2.0}, "needs 'original_max_position_embeddings' or 'max_position_embeddings'"),
+        (
+            (8, 4),
+            {"rope_type": "dynamic", "factor": 2.0},
+            "needs 'original_max_position_embeddings' or 'max_position_embeddings'",
+        ),
         ((8, 4), {"rope_type": "yarn", "original_max_position_embeddings": 4}, "needs 'factor' or 'max_position_embeddings'"),
         (
             (8, 4),
@@ -132,7 +140,9 @@ def test_module_equals_the_functions(device):
 def test_module_grows():
     module = packops.RotaryEmbedding(8, 4)
     q = torch.randn(1, 2, 11, 8)
-    assert torch.equal(module(q, None, layout="bhsd")[0], packops.apply_rope(q, None, *packops.rope_table(8, 11), layout="bhsd")[0])
+    assert torch.equal(
+        module(q, None, layout="bhsd")[0], packops.apply_rope(q, None, *packops.rope_table(8, 11), layout="bhsd")[0]
+    )
     assert module.cos.shape[0] == 11
     module(q[:, :, :2], None, layout="bhsd", position_ids=torch.tensor([[3, 30]]), max_position=31)
     assert module.cos.shape[0] == 31

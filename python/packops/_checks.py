@@ -82,7 +82,9 @@ def raise_bad_positions(
         else:
             longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
         if longest > table:
-            raise IndexError(f"packops.{op}: a row or document of {longest} tokens has positions outside the table of {table} positions")
+            raise IndexError(
+                f"packops.{op}: a row or document of {longest} tokens has positions outside the table of {table} positions"
+            )
         return
     bad = (position_ids < 0) | (position_ids >= table)
     if position_ids.numel() % tokens == 0:  # else one row of ids serves every batch row
@@ -90,4 +92,5 @@ def raise_bad_positions(
     if bad.any():
         place = tuple(bad.nonzero()[0].tolist())
         where = ", ".join(map(str, place))
-        raise IndexError(f"packops.{op}: position_ids[{where}] = {int(position_ids[place])} is outside the table of {table} positions")
+        value = int(position_ids[place])
+        raise IndexError(f"packops.{op}: position_ids[{where}] = {value} is outside the table of {table} positions")

@@ -230,18 +230,18 @@ def apply_rope(
             both halves alike as Hugging Face makes it; any float dtype.
         position_ids: int32 or int64, one per token: ``(T,)``, ``(B, S)`` or ``(1, S)``; ``(3, ...)`` of these with
             ``mrope_section``.
-        cu_seqlens: ``(documents + 1,)`` int32 or int64. Positions restart at each document, counted over the flattened tokens;
+        cu_seqlens: ``(documents + 1,)`` int32 or int64. Positions restart at each document, counted over flattened tokens;
             tokens past the last document pass through unchanged. Together with ``position_ids`` it only says which those are.
             With neither, positions are ``0 .. S-1`` in every batch row (``0 .. T-1`` for ``"thd"``).
         layout: ``"thd"`` for 3-D input; ``"bshd"`` (the default) or ``"bhsd"`` for 4-D input.
-        interleaved: pairs are features ``(2i, 2i+1)`` (GPT-J, Meta) instead of ``(i, i + rotary_dim/2)`` (Hugging Face, GPT-NeoX).
+        interleaved: pairs are features ``(2i, 2i+1)`` (GPT-J, Meta), not ``(i, i + rotary_dim/2)`` (Hugging Face, GPT-NeoX).
         rotary_dim: how many features of a head turn; the others pass through bit for bit. None: twice the width of ``cos``, or
             its width where twice that is more than a head. A table with both halves alike that is narrower than a head (partial
             rotary in Hugging Face) therefore needs ``rotary_dim=cos.shape[-1]``.
         rotary_offset: first feature that turns: 0 for the leading part, ``head_dim - rotary_dim`` for the trailing part (MLA).
         mrope_section: three numbers of pairs that add up to ``rotary_dim / 2``: which of the three ``position_ids`` turns them,
-            in contiguous blocks (Qwen2-VL); with ``mrope_interleaved`` axis 1 takes pairs 1, 4, 7, ... below ``3 * section[1]``,
-            axis 2 takes 2, 5, 8, ... below ``3 * section[2]``, axis 0 the rest (Qwen3-VL).
+            in contiguous blocks (Qwen2-VL); with ``mrope_interleaved`` axis 1 takes pairs 1, 4, 7, ... below
+            ``3 * section[1]``, axis 2 takes 2, 5, 8, ... below ``3 * section[2]``, axis 0 the rest (Qwen3-VL).
         per_token_table: row t of ``cos`` and ``sin`` belongs to token t: ``(T, width)``, ``(B, S, width)`` or ``(1, S, width)``.
         inplace: write over q and k, and return them. Not for leaves that need a gradient.
 
@@ -260,15 +260,15 @@ def apply_rope(
             k,
             inplace,
             tables,
-            dict(
-                layout=layout,
-                rotary_dim=rotary_dim,
-                rotary_offset=rotary_offset,
-                interleaved=interleaved,
-                mrope_section=mrope_section,
-                mrope_interleaved=mrope_interleaved,
-                per_token_table=per_token_table,
-            ),
+            {
+                "layout": layout,
+                "rotary_dim": rotary_dim,
+                "rotary_offset": rotary_offset,
+                "interleaved": interleaved,
+                "mrope_section": mrope_section,
+                "mrope_interleaved": mrope_interleaved,
+                "per_token_table": per_token_table,
+            },
         )
     options = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
     if q.is_cuda and _checks.enabled():
@@ -357,7 +357,17 @@ def apply_qk_norm_rope(
             mrope_interleaved=mrope_interleaved,
             per_token_table=per_token_table,
         )
-    options = (eps, zero_centered, layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
+    options = (
+        eps,
+        zero_centered,
+        layout,
+        rotary_dim,
+        rotary_offset,
+        interleaved,
+        mrope_section,
+        mrope_interleaved,
+        per_token_table,
+    )
     if q.is_cuda and _checks.enabled():
         _checks.raise_bad_positions("qk_norm_rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
     try:

@@ -165,7 +165,7 @@ def rope(
         bounds = cu_seqlens.tolist()
         inside = index < bounds[-1]
         start = index.clone()
-        for begin, end in zip(bounds, bounds[1:], strict=False):
+        for begin, end in itertools.pairwise(bounds):
             start[begin:end] = begin
 
     # One angle per token and pair: c, s (batch, tokens, half).

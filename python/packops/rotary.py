@@ -1,7 +1,7 @@
 """Tables of sines and cosines for RoPE, and the module that owns one.
 
-Frequencies follow Hugging Face's ``rope_parameters`` (transformers, ``modeling_rope_utils.py``), computed in fp64 and rounded once:
-a table made in fp32 is off by ``position * 2⁻²⁵`` radians, which is 4e-3 at position 131072.
+Frequencies follow Hugging Face's ``rope_parameters`` (transformers, ``modeling_rope_utils.py``), computed in fp64 and rounded
+once: a table made in fp32 is off by ``position * 2⁻²⁵`` radians, which is 4e-3 at position 131072.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ def rope_inverse_frequencies(
         for key in keys:
             if scaling.get(key) is not None:
                 return scaling[key]
-        raise ValueError(f"packops.rope_table: scaling of type {kind!r} needs {' or '.join(map(repr, keys))}, got {sorted(scaling)}")
+        raise ValueError(
+            f"packops.rope_table: scaling of type {kind!r} needs {' or '.join(map(repr, keys))}, got {sorted(scaling)}"
+        )
 
     index = torch.arange(0, rotary_dim, 2, dtype=torch.float64)
     plain = base ** -(index / rotary_dim)
@@ -62,11 +64,12 @@ def rope_inverse_frequencies(
     if factor is None:
         factor = need("factor", "max_position_embeddings") / trained
     if kind == "longrope":
-        long = max_position is not None and max_position > trained
-        stretch = torch.tensor(need("long_factor" if long else "short_factor"), dtype=torch.float64)
+        name = "long_factor" if max_position is not None and max_position > trained else "short_factor"
+        stretch = torch.tensor(need(name), dtype=torch.float64)
         if stretch.shape != plain.shape:
-            name = "long_factor" if long else "short_factor"
-            raise ValueError(f"packops.rope_table: scaling[{name!r}] must have rotary_dim / 2 = {len(plain)} numbers, got {len(stretch)}")
+            raise ValueError(
+                f"packops.rope_table: scaling[{name!r}] must have rotary_dim / 2 = {len(plain)} numbers, got {len(stretch)}"
+            )
         attention = scaling.get("attention_factor")
         if attention is None:
             attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
@@ -176,13 +179,13 @@ class RotaryEmbedding(nn.Module):
     ):
         super().__init__()
         self.rotary_dim, self.base, self.scaling = rotary_dim, base, scaling
-        self.options = dict(
-            rotary_dim=rotary_dim,
-            interleaved=interleaved,
-            rotary_offset=rotary_offset,
-            mrope_section=mrope_section,
-            mrope_interleaved=mrope_interleaved,
-        )
+        self.options = {
+            "rotary_dim": rotary_dim,
+            "interleaved": interleaved,
+            "rotary_offset": rotary_offset,
+            "mrope_section": mrope_section,
+            "mrope_interleaved": mrope_interleaved,
+        }
         self._make_table(max_position, device)
 
     def _make_table(self, rows: int, device: torch.device | str | None) -> None:
