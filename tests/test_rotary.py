@@ -35,6 +35,12 @@ SCALINGS = {
         "beta_slow": 2,
         "truncate": False,
     },
+    "yarn_past_the_last_dimension": {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 131072,
+        "rope_theta": 10000.0,
+    },
     "yarn_attention": {
         "rope_type": "yarn",
         "factor": 4.0,
