@@ -99,4 +99,51 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) { return __ldcs(s
 __device__ __forceinline__ uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store_streaming(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
+// Vectors of any power-of-two width up to 16 bytes. Addresses are multiples of the vector's size.
+template <int kBytes>
+struct Bits;
+template <>
+struct Bits<16> {
+  using type = uint4;
+};
+template <>
+struct Bits<8> {
+  using type = uint2;
+};
+template <>
+struct Bits<4> {
+  using type = uint32_t;
+};
+template <>
+struct Bits<2> {
+  using type = uint16_t;
+};
+
+template <typename T, int W>
+struct Vec {
+  using Storage = typename Bits<W * sizeof(T)>::type;
+  union {
+    Storage bits;
+    T element[W];
+  };
+  __device__ Vec() {}
+  __device__ void load(const T* p) { bits = *reinterpret_cast<const Storage*>(p); }
+  __device__ void store(T* p) const { *reinterpret_cast<Storage*>(p) = bits; }
+  // For what is touched once: evicted first.
+  __device__ void load_streaming(const T* p) { bits = __ldcs(reinterpret_cast<const Storage*>(p)); }
+  __device__ void store_streaming(T* p) const { __stcs(reinterpret_cast<Storage*>(p), bits); }
+  __device__ void to_floats(float (&x)[W]) const {
+#pragma unroll
+    for (int i = 0; i < W; i++) x[i] = to_float(element[i]);
+  }
+  __device__ void from_floats(const float (&x)[W]) {
+#pragma unroll
+    for (int i = 0; i < W; i++) element[i] = from_float<T>(x[i]);
+  }
+  __device__ void fill(float x) {
+#pragma unroll
+    for (int i = 0; i < W; i++) element[i] = from_float<T>(x);
+  }
+};
+
 }  // namespace packops

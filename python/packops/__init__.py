@@ -16,8 +16,16 @@ from .batch import PackedBatch  # noqa: E402
 from .collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
 from .distributed import loss_normalizer  # noqa: E402
 from .documents import SlicedDataset  # noqa: E402
-from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_metadata  # noqa: E402
+from .functional import (  # noqa: E402
+    CrossEntropyStats,
+    apply_qk_norm_rope,
+    apply_rope,
+    cross_entropy,
+    packed_labels,
+    packed_metadata,
+)
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .rotary import RotaryEmbedding, rope_table  # noqa: E402
 from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
@@ -30,10 +38,13 @@ __all__ = [
     "PackedBatchSampler",
     "PackingCollator",
     "PackingPlan",
+    "RotaryEmbedding",
     "SlicedDataset",
     "StreamPacker",
     "VerifyReport",
     "__version__",
+    "apply_qk_norm_rope",
+    "apply_rope",
     "checks",
     "cross_entropy",
     "loss_normalizer",
@@ -41,6 +52,7 @@ __all__ = [
     "pack",
     "packed_labels",
     "packed_metadata",
+    "rope_table",
     "verify",
 ]
 

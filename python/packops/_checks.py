@@ -56,3 +56,41 @@ def raise_bad_rows(labels: Tensor, cu_seqlens: Tensor | None, target: Tensor, *,
             f"packops.cross_entropy: label {int(labels.reshape(-1)[place])} at position {place} is outside [0, {vocab}) "
             f"and is not ignore_index ({ignore_index})"
         )
+
+
+def raise_bad_positions(
+    op: str,
+    q: Tensor,
+    cos: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    layout: str | None,
+    per_token_table: bool,
+) -> None:
+    """IndexError for a position outside the table of RoPE, ValueError for malformed ``cu_seqlens``."""
+    rows = q.shape[0 if q.dim() == 3 else 2 if layout == "bhsd" else 1]
+    tokens = rows if q.dim() == 3 else q.shape[0] * rows
+    table = cos.shape[0]
+    if cu_seqlens is not None:
+        raise_bad_cu_seqlens(op, cu_seqlens, tokens)
+    if per_token_table or tokens == 0:
+        return
+    end = tokens if cu_seqlens is None else int(cu_seqlens[-1])
+    if position_ids is None:
+        if cu_seqlens is None:
+            longest = rows
+        else:
+            longest = int(cu_seqlens.diff().max()) if cu_seqlens.numel() > 1 else 0
+        if longest > table:
+            raise IndexError(
+                f"packops.{op}: a row or document of {longest} tokens has positions outside the table of {table} positions"
+            )
+        return
+    bad = (position_ids < 0) | (position_ids >= table)
+    if position_ids.numel() % tokens == 0:  # else one row of ids serves every batch row
+        bad = bad & (torch.arange(position_ids.numel(), device=bad.device) % tokens < end).view(bad.shape)
+    if bad.any():
+        place = tuple(bad.nonzero()[0].tolist())
+        where = ", ".join(map(str, place))
+        value = int(position_ids[place])
+        raise IndexError(f"packops.{op}: position_ids[{where}] = {value} is outside the table of {table} positions")

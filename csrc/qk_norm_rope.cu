@@ -1,0 +1,419 @@
+// RMS norm + RoPE on CUDA, forward and backward: formulas in qk_norm_rope.h.
+//
+// Bound: memory. Forward reads and writes every head once, 2 (Hq + Hk) D element_size bytes per token; backward reads x and g and
+// writes dx, 3 (Hq + Hk) D element_size. The mean of squares is computed again in the backward pass, which has x at hand, rather
+// than stored. Weight gradients: each block keeps fp32 sums of its tokens and leaves them as one row of partials; a second, tiny
+// kernel adds the rows in a fixed order. No atomics, so the same bits at every run.
+//
+// Layout: see qk_norm_rope_launch.h.
+#include "qk_norm_rope.h"
+
+#include "common/device.cuh"
+#include "qk_norm_rope_launch.h"
+#include "rope_device.cuh"
+
+namespace packops {
+namespace {
+
+// One of q and k as its blocks see it.
+struct Job {
+  RopeHeads x, grad;
+  const void* weight;
+  float* partial;
+  int64_t block, blocks;  // index and number of this job's blocks
+};
+
+__device__ inline Job job_of(const QkNormRopeParams& p, const QkNormRopeLaunch& launch) {
+  if (blockIdx.x < launch.q_blocks) return {p.rope.q, p.q_grad, p.q_weight, static_cast<float*>(p.q_partial), blockIdx.x, launch.q_blocks};
+  return {p.rope.k, p.k_grad, p.k_weight, static_cast<float*>(p.k_partial), int64_t(blockIdx.x) - launch.q_blocks, launch.k_blocks};
+}
+
+template <typename T>
+__device__ inline const T* head_in(const RopeHeads& side, RopeToken at, int head) {
+  return static_cast<const T*>(side.in) + at.batch * side.in_batch + at.token * side.in_token + head * side.in_head;
+}
+template <typename T>
+__device__ inline T* head_out(const RopeHeads& side, RopeToken at, int head) {
+  return static_cast<T*>(side.out) + at.batch * side.out_batch + at.token * side.out_token + head * side.out_head;
+}
+
+template <int W>
+__device__ inline void load_weight(const QkNormRopeParams& p, const void* weight, int64_t i, float (&w)[W]) {
+  load_row(weight, p.weight_dtype, i, w);
+  if (p.zero_centered) {
+#pragma unroll
+    for (int j = 0; j < W; j++) w[j] += 1.f;
+  }
+}
+
+template <int W>
+__device__ inline float dot(const float (&a)[W], const float (&b)[W]) {
+  float sum = 0.f;
+#pragma unroll
+  for (int j = 0; j < W; j++) sum += a[j] * b[j];
+  return sum;
+}
+
+__device__ inline float group_sum(float x, int group) {
+  for (int step = group / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
+  return x;
+}
+
+// ---- Narrow: one head in the registers of one group of threads.
+
+template <typename T, bool kInterleaved, bool kBackward, int kUnroll>
+__global__ void __launch_bounds__(128, 5) QkNormRopeNarrowKernel(const __grid_constant__ QkNormRopeParams p,
+                                                                 const __grid_constant__ QkNormRopeLaunch launch) {
+  constexpr int W = 4;
+  extern __shared__ int64_t start_of[];
+  const Job job = job_of(p, launch);
+  const RopeParams& rope = p.rope;
+  const int heads = int(job.x.heads), slots = (heads + kUnroll - 1) / kUnroll, groups = launch.threads / launch.group;
+  const int slots_per_block = min(slots, groups), chunks = (slots + slots_per_block - 1) / slots_per_block;
+  const int tokens_per_block = groups / slots_per_block;
+  const int lane = threadIdx.x % launch.group, in_block = threadIdx.x / launch.group;
+  const int local = in_block / slots_per_block, slot_in_chunk = in_block % slots_per_block;
+  const bool has_lane = lane < launch.lanes;
+  const RopeLane place = rope_lane<W, kInterleaved>(rope, has_lane ? lane : 0, launch.lanes);
+  const bool has_b = has_lane && place.has_b;
+  const int64_t tokens = rope.batch * rope.tokens, units = (tokens + tokens_per_block - 1) / tokens_per_block * chunks;
+  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);
+
+  float weight_a[W] = {}, weight_b[W] = {}, sum_a[W] = {}, sum_b[W] = {};
+  if (has_lane) load_weight(p, job.weight, place.a, weight_a);
+  if (has_b) load_weight(p, job.weight, place.b, weight_b);
+
+  for (int64_t unit = job.block; unit < units; unit += job.blocks) {
+    const int64_t first = unit / chunks * tokens_per_block, t = first + local;
+    const int slot = int(unit % chunks) * slots_per_block + slot_in_chunk;
+    const bool active = has_lane && local < tokens_per_block && t < tokens && slot < slots;
+    const RopeToken at = active ? rope_token(rope, t) : RopeToken{0, 0};
+
+    Vec<T, W> xa[kUnroll], xb[kUnroll], ga[kUnroll], gb[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      xa[u].fill(0.f);
+      xb[u].fill(0.f);
+      ga[u].fill(0.f);
+      gb[u].fill(0.f);
+      const int head = slot + u * slots;
+      if (active && head < heads) {
+        const T* x = head_in<T>(job.x, at, head);
+        xa[u].load_streaming(x + place.a);
+        if (has_b) xb[u].load_streaming(x + place.b);
+        if constexpr (kBackward) {
+          const T* g = head_in<T>(job.grad, at, head);
+          ga[u].load_streaming(g + place.a);
+          if (has_b) gb[u].load_streaming(g + place.b);
+        }
+      }
+    }
+
+    if (rope.cu_seqlens) {
+      __syncthreads();  // the previous unit's starts have been read
+      find_documents(rope, first, tokens_per_block, start_of);
+      __syncthreads();
+    }
+    RopeCoefficients<W, kInterleaved> coefficients;
+    const int64_t position = active ? rope_position(rope, t, at, rope.cu_seqlens ? start_of[local] : 0) : kOutside;
+    const bool turns = place.turns && position != kOutside;
+    if (turns) coefficients.load(rope, at, position, lane);
+
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      float a[W], b[W];
+      xa[u].to_floats(a);
+      xb[u].to_floats(b);
+      const float square = group_sum(dot(a, a) + dot(b, b), launch.group) * inverse_dim;
+      const int head = slot + u * slots;
+      // Of what is no head of a document nothing may reach the weight's gradient, NaN and eps = 0 included.
+      const bool counts = position != kOutside && head < heads;
+      const float r = counts ? 1.f / sqrtf(square + eps) : 0.f;
+      if constexpr (kBackward) {
+        float ha[W], hb[W];
+        ga[u].to_floats(ha);
+        gb[u].to_floats(hb);
+        if (turns) coefficients.turn(rope, ha, hb);
+        // Here h becomes h w, after the weight's gradient h n has been taken.
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          a[j] *= r;
+          b[j] *= r;
+          sum_a[j] += counts ? ha[j] * a[j] : 0.f;
+          sum_b[j] += counts ? hb[j] * b[j] : 0.f;
+          ha[j] *= weight_a[j];
+          hb[j] *= weight_b[j];
+        }
+        const float mean = group_sum(dot(ha, a) + dot(hb, b), launch.group) * inverse_dim;
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          a[j] = r * (ha[j] - a[j] * mean);
+          b[j] = r * (hb[j] - b[j] * mean);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          a[j] *= r * weight_a[j];
+          b[j] *= r * weight_b[j];
+        }
+        if (turns) coefficients.turn(rope, a, b);
+      }
+      if (active && head < heads) {
+        T* y = head_out<T>(job.x, at, head);
+        if (counts) {
+          xa[u].from_floats(a);
+          xb[u].from_floats(b);
+        } else if constexpr (kBackward) {
+          xa[u] = ga[u];
+          xb[u] = gb[u];
+        }
+        xa[u].store_streaming(y + place.a);
+        if (has_b) xb[u].store_streaming(y + place.b);
+      }
+    }
+  }
+
+  if constexpr (kBackward) {
+    // The groups' sums, added in the order of the groups.
+    float* sums = reinterpret_cast<float*>(start_of);
+    __syncthreads();
+    if (has_lane) {
+      float* mine = sums + in_block * rope.head_dim;
+#pragma unroll
+      for (int j = 0; j < W; j++) {
+        mine[place.a + j] = sum_a[j];
+        if (has_b) mine[place.b + j] = sum_b[j];
+      }
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < rope.head_dim; i += blockDim.x) {
+      float total = 0.f;
+      for (int g = 0; g < groups; g++) total += sums[g * rope.head_dim + i];
+      job.partial[job.block * rope.head_dim + i] = total;
+    }
+  }
+}
+
+// ---- Wide: a block per domain (a head, or all heads of a token), read twice.
+
+// Sums over the block; every thread gets them. scratch: 64 floats.
+__device__ inline float2 block_sum(float x, float y, float* scratch) {
+  x = group_sum(x, 32);
+  y = group_sum(y, 32);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) {
+    scratch[threadIdx.x / 32] = x;
+    scratch[32 + threadIdx.x / 32] = y;
+  }
+  __syncthreads();
+  x = y = 0.f;
+  for (int w = 0; w < int(blockDim.x) / 32; w++) {
+    x += scratch[w];
+    y += scratch[32 + w];
+  }
+  return {x, y};
+}
+
+template <typename T, int W, bool kInterleaved, bool kBackward>
+__global__ void __launch_bounds__(256) QkNormRopeWideKernel(const __grid_constant__ QkNormRopeParams p,
+                                                            const __grid_constant__ QkNormRopeLaunch launch) {
+  __shared__ float scratch[64];
+  __shared__ int64_t start_of[1];
+  const Job job = job_of(p, launch);
+  const RopeParams& rope = p.rope;
+  const int heads = int(job.x.heads), domain_heads = p.across_heads ? heads : 1, domains = heads / domain_heads;
+  const int items = domain_heads * launch.lanes;
+  const int64_t units = rope.batch * rope.tokens * domains, size = int64_t(domain_heads) * rope.head_dim;
+  const float inverse_size = 1.f / float(size), eps = float(p.eps);
+
+  // This block's row of partials; each element belongs to one thread.
+  float* sums = kBackward ? job.partial + job.block * size : nullptr;
+  if constexpr (kBackward) {
+    for (int item = threadIdx.x; item < items; item += blockDim.x) {
+      const RopeLane place = rope_lane<W, kInterleaved>(rope, item % launch.lanes, launch.lanes);
+      float* mine = sums + item / launch.lanes * rope.head_dim;
+      for (int j = 0; j < W; j++) {
+        mine[place.a + j] = 0.f;
+        if (place.has_b) mine[place.b + j] = 0.f;
+      }
+    }
+  }
+
+  for (int64_t unit = job.block; unit < units; unit += job.blocks) {
+    const int64_t t = unit / domains;
+    const int first_head = int(unit % domains) * domain_heads;
+    const RopeToken at = rope_token(rope, t);
+    if (rope.cu_seqlens) {
+      __syncthreads();
+      find_documents(rope, t, 1, start_of);
+      __syncthreads();
+    }
+    const int64_t position = rope_position(rope, t, at, rope.cu_seqlens ? start_of[0] : 0);
+    if (position == kOutside) {
+      for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
+        const int head = first_head + int(i / rope.head_dim), feature = int(i % rope.head_dim);
+        head_out<T>(job.x, at, head)[feature] = head_in<T>(kBackward ? job.grad : job.x, at, head)[feature];
+      }
+      continue;
+    }
+
+    // One lane: x, the weight, and the turned-back gradient.
+    RopeLane place;
+    RopeCoefficients<W, kInterleaved> coefficients;
+    float a[W], b[W], weight_a[W], weight_b[W], ha[W], hb[W];
+    bool turns;
+    auto load = [&](int item) {
+      const int head = item / launch.lanes, lane = item % launch.lanes;
+      place = rope_lane<W, kInterleaved>(rope, lane, launch.lanes);
+      turns = place.turns;
+      if (turns) coefficients.load(rope, at, position, lane);
+      Vec<T, W> va, vb;
+      vb.fill(0.f);
+      const T* x = head_in<T>(job.x, at, first_head + head);
+      va.load(x + place.a);
+      if (place.has_b) vb.load(x + place.b);
+      va.to_floats(a);
+      vb.to_floats(b);
+      load_weight(p, job.weight, int64_t(head) * rope.head_dim + place.a, weight_a);
+      if (place.has_b) load_weight(p, job.weight, int64_t(head) * rope.head_dim + place.b, weight_b);
+      else
+        for (int j = 0; j < W; j++) weight_b[j] = 0.f;
+      if constexpr (kBackward) {
+        const T* g = head_in<T>(job.grad, at, first_head + head);
+        vb.fill(0.f);
+        va.load(g + place.a);
+        if (place.has_b) vb.load(g + place.b);
+        va.to_floats(ha);
+        vb.to_floats(hb);
+        if (turns) coefficients.turn(rope, ha, hb);
+      }
+    };
+
+    float squares = 0.f, products = 0.f;
+    for (int item = threadIdx.x; item < items; item += blockDim.x) {
+      load(item);
+      squares += dot(a, a) + dot(b, b);
+      if constexpr (kBackward) {
+#pragma unroll
+        for (int j = 0; j < W; j++) products += ha[j] * weight_a[j] * a[j] + hb[j] * weight_b[j] * b[j];
+      }
+    }
+    const float2 total = block_sum(squares, products, scratch);
+    const float r = 1.f / sqrtf(total.x * inverse_size + eps), mean = total.y * r * inverse_size;
+
+    for (int item = threadIdx.x; item < items; item += blockDim.x) {
+      load(item);
+      const int head = item / launch.lanes;
+      if constexpr (kBackward) {
+        float* mine = sums + head * rope.head_dim;
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          a[j] *= r;
+          b[j] *= r;
+          mine[place.a + j] += ha[j] * a[j];
+          if (place.has_b) mine[place.b + j] += hb[j] * b[j];
+          a[j] = r * (ha[j] * weight_a[j] - a[j] * mean);
+          b[j] = r * (hb[j] * weight_b[j] - b[j] * mean);
+        }
+      } else {
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          a[j] *= r * weight_a[j];
+          b[j] *= r * weight_b[j];
+        }
+        if (turns) coefficients.turn(rope, a, b);
+      }
+      Vec<T, W> va, vb;
+      va.from_floats(a);
+      vb.from_floats(b);
+      T* y = head_out<T>(job.x, at, first_head + head);
+      va.store_streaming(y + place.a);
+      if (place.has_b) vb.store_streaming(y + place.b);
+    }
+  }
+}
+
+// ---- Adds rows of partials: block y = 0 for q, 1 for k; 32 columns per block, 8 rows at a time.
+
+constexpr int kSumColumns = 32, kSumRows = 8;
+
+__global__ void __launch_bounds__(kSumColumns* kSumRows) WeightGradientKernel(const __grid_constant__ QkNormRopeParams p) {
+  __shared__ float shares[kSumRows][kSumColumns];
+  const bool is_q = blockIdx.y == 0;
+  const int64_t size = qk_norm_weight_size(p, is_q ? p.rope.q : p.rope.k), rows = is_q ? p.q_partials : p.k_partials;
+  const float* partial = static_cast<const float*>(is_q ? p.q_partial : p.k_partial);
+  const int row = threadIdx.x / kSumColumns, in_block = threadIdx.x % kSumColumns;
+  const int64_t column = int64_t(blockIdx.x) * kSumColumns + in_block;
+  float total = 0.f;
+  if (column < size)
+    for (int64_t i = row; i < rows; i += kSumRows) total += partial[i * size + column];
+  shares[row][in_block] = total;
+  __syncthreads();
+  if (row != 0 || column >= size) return;
+  for (int i = 1; i < kSumRows; i++) total += shares[i][in_block];
+  void* out = is_q ? p.q_weight_grad : p.k_weight_grad;
+  switch (p.weight_dtype) {
+    case DType::f32: static_cast<float*>(out)[column] = total; break;
+    case DType::f16: static_cast<half_t*>(out)[column] = from_float<half_t>(total); break;
+    case DType::bf16: static_cast<bf16_t*>(out)[column] = from_float<bf16_t>(total); break;
+    default: static_cast<double*>(out)[column] = total; break;
+  }
+}
+
+// ---- Launchers.
+
+template <typename T, int W, bool kInterleaved, bool kBackward>
+void launch_kernel(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
+  const dim3 grid(static_cast<unsigned>(launch.q_blocks + launch.k_blocks)), block(launch.threads);
+  if constexpr (W == 4) {
+    if (launch.narrow) {
+      const int groups = launch.threads / launch.group;
+      const int shared = kBackward ? groups * p.rope.head_dim * int(sizeof(float)) : groups * int(sizeof(int64_t));
+      const int needed = std::max(shared, groups * int(sizeof(int64_t)));
+      QkNormRopeNarrowKernel<T, kInterleaved, kBackward, kBackward ? 2 : 4><<<grid, block, needed, stream>>>(p, launch);
+      return;
+    }
+  }
+  QkNormRopeWideKernel<T, W, kInterleaved, kBackward><<<grid, block, 0, stream>>>(p, launch);
+}
+
+template <typename T, bool kInterleaved, bool kBackward>
+void launch_width(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
+  if (launch.width == 4) return launch_kernel<T, 4, kInterleaved, kBackward>(p, launch, stream);
+  return launch_kernel<T, 1, kInterleaved, kBackward>(p, launch, stream);
+}
+
+template <bool kBackward>
+void launch_dtype(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
+  dispatch_float<false>(p.rope.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (p.rope.interleaved) launch_width<T, true, kBackward>(p, launch, stream);
+    else launch_width<T, false, kBackward>(p, launch, stream);
+  });
+}
+
+int element_size(const QkNormRopeParams& p) { return p.rope.dtype == DType::f32 ? 4 : 2; }
+
+}  // namespace
+
+void qk_norm_rope_cuda_partials(QkNormRopeParams& p) {
+  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), multiprocessors(), true);
+  p.q_partials = launch.q_blocks;
+  p.k_partials = launch.k_blocks;
+}
+
+cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStream_t stream) {
+  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), multiprocessors(), backward);
+  if (launch.q_blocks + launch.k_blocks > 0) {
+    if (backward) launch_dtype<true>(p, launch, stream);
+    else launch_dtype<false>(p, launch, stream);
+  }
+  if (backward) {
+    const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
+    const dim3 grid(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns), p.k_weight ? 2 : 1), block(kSumColumns * kSumRows);
+    WeightGradientKernel<<<grid, block, 0, stream>>>(p);
+  }
+  return cudaGetLastError();
+}
+
+}  // namespace packops

@@ -1,0 +1,69 @@
+// How qk_norm_rope.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
+//
+// q and k are two jobs of one launch: the first `q_blocks` blocks take q, the others k. Narrow: a head is at most 32 lanes (see
+// rope_launch.h), normalised by a `group` of threads of one warp with shuffles, everything in registers. Wide (longer or
+// misaligned heads, or a norm across heads): a block normalises one domain at a time, reading it twice, the second time from the
+// first-level cache.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "qk_norm_rope.h"
+#include "rope_launch.h"
+
+namespace packops {
+
+struct QkNormRopeLaunch {
+  int width = 1, lanes = 1;
+  bool narrow = true;
+  int unroll = 1;            // narrow: heads per thread
+  int group = 1;             // narrow: threads per head, a power of two
+  int threads = 128;
+  int64_t q_blocks = 0, k_blocks = 0;
+
+  // narrow, of one job
+  int slots(int64_t heads) const { return int((heads + unroll - 1) / unroll); }
+  int slots_per_block(int64_t heads) const { return std::max(1, std::min(slots(heads), threads / group)); }
+  int chunks(int64_t heads) const { return (slots(heads) + slots_per_block(heads) - 1) / slots_per_block(heads); }
+  int tokens_per_block(int64_t heads) const { return threads / group / slots_per_block(heads); }
+};
+
+inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, int element_size, int multiprocessors, bool backward) {
+  QkNormRopeLaunch launch;
+  RopeParams rope = p.rope;
+  launch.width = rope_vector_width(rope, element_size);
+  if (backward) {
+    rope.q.in = p.q_grad.in, rope.q.in_batch = p.q_grad.in_batch, rope.q.in_token = p.q_grad.in_token, rope.q.in_head = p.q_grad.in_head;
+    rope.k.in = p.k_grad.in, rope.k.in_batch = p.k_grad.in_batch, rope.k.in_token = p.k_grad.in_token, rope.k.in_head = p.k_grad.in_head;
+    launch.width = std::min(launch.width, rope_vector_width(rope, element_size));
+  }
+  // Four elements whatever the dtype: sines, cosines, weights and their gradients are floats in registers, eight of each per
+  // thread; with sixteen too few threads fit on a multiprocessor.
+  launch.width = launch.width >= 4 ? 4 : 1;
+  launch.lanes = rope.rotary_dim / 2 / launch.width + ((rope.head_dim - rope.rotary_dim) / launch.width + 1) / 2;
+  launch.narrow = !p.across_heads && launch.lanes <= 32 && launch.width == 4;
+  launch.threads = launch.narrow ? 128 : 256;
+  while (launch.group < launch.lanes && launch.group < 32) launch.group *= 2;
+  launch.unroll = backward ? 2 : 4;
+
+  const int64_t tokens = rope.batch * rope.tokens;
+  auto blocks = [&](int64_t heads) -> int64_t {
+    if (heads == 0 || tokens == 0) return 0;
+    int64_t units = p.across_heads ? tokens : tokens * heads;
+    if (launch.narrow) {
+      const int64_t per_block = launch.tokens_per_block(heads);
+      units = (tokens + per_block - 1) / per_block * launch.chunks(heads);
+    }
+    if (!backward) return std::min<int64_t>(units, 0x3fffffff);
+    // Every block leaves a row of partial sums, so there are only as many as run at once.
+    const int64_t resident = int64_t(multiprocessors) * (launch.narrow ? 5 : 4);
+    const int64_t share = std::max<int64_t>(1, resident * heads / std::max<int64_t>(1, rope.q.heads + rope.k.heads));
+    return std::min(units, share);
+  };
+  launch.q_blocks = blocks(rope.q.heads);
+  launch.k_blocks = blocks(rope.k.heads);
+  return launch;
+}
+
+}  // namespace packops

@@ -1,0 +1,109 @@
+// Positions and coefficients of tokens on the CPU: what rope_cpu.cpp and qk_norm_rope_cpu.cpp share.
+#pragma once
+
+#include <cstring>
+#include <type_traits>
+
+#include "rope.h"
+
+namespace packops {
+
+inline float widen(float x) { return x; }
+inline float widen(bf16_t x) {
+  const uint32_t bits = uint32_t(x.bits) << 16;
+  float wide;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+inline float widen(half_t x) {
+  // Scaling by 2^112 puts a half's exponent, subnormals included, right once its bits lie at a float's place.
+  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
+  float wide;
+  std::memcpy(&wide, &magnitude, 4);
+  if (magnitude < 0x0f800000) wide *= 0x1p112f;
+  uint32_t bits;
+  std::memcpy(&bits, &wide, 4);
+  if (magnitude >= 0x0f800000) bits = magnitude | 0x7f800000;
+  bits |= sign;
+  std::memcpy(&wide, &bits, 4);
+  return wide;
+}
+
+inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
+  return dtype == DType::i32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
+}
+inline int64_t bound_at(const RopeParams& p, int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); }
+inline int64_t position_at(const RopeParams& p, int axis, int64_t batch, int64_t token) {
+  return integer_at(p.position_ids, p.position_dtype, axis * p.position_axis + batch * p.position_batch + token * p.position_token);
+}
+
+template <typename State>
+State table_at(const void* table, DType dtype, int64_t i) {
+  State x = 0;
+  dispatch_float<true>(dtype, [&](auto type) {
+    using T = decltype(type);
+    const T value = static_cast<const T*>(table)[i];
+    if constexpr (std::is_same_v<T, double>) x = State(value);
+    else x = State(widen(value));
+  });
+  return x;
+}
+
+// A walk over tokens in ascending order.
+class RopeWalk {
+ public:
+  struct Token {
+    int64_t batch, token, position;
+    bool outside;  // of every document
+  };
+
+  RopeWalk(const RopeParams& params, int64_t begin) : p_(params) {
+    if (!p_.cu_seqlens) return;
+    int64_t low = 0, high = p_.num_documents + 1;  // to the first entry past `begin`
+    while (low < high) {
+      const int64_t middle = (low + high) / 2;
+      if (bound_at(p_, middle) <= begin) low = middle + 1;
+      else high = middle;
+    }
+    document_ = high - 1;
+  }
+
+  Token at(int64_t t) {
+    Token at{t / p_.tokens, t % p_.tokens, t % p_.tokens, false};
+    if (p_.cu_seqlens) {
+      while (document_ < p_.num_documents && bound_at(p_, document_ + 1) <= t) document_++;
+      at.outside = document_ >= p_.num_documents;
+      if (!at.outside && !p_.per_token_table) at.position = t - bound_at(p_, document_);
+    }
+    if (p_.position_ids && !p_.mrope) at.position = position_at(p_, 0, at.batch, at.token);
+    return at;
+  }
+
+ private:
+  const RopeParams& p_;
+  int64_t document_ = 0;
+};
+
+// The coefficients of one token as the turning wants them: one per pair, or for interleaved pairs one per feature, so that
+// x' = x cos + swapped(x) sin with the sine's sign inside.
+template <typename State>
+void fill_coefficients(const RopeParams& p, const RopeWalk::Token& at, State* cos, State* sin) {
+  const int half = p.rotary_dim / 2;
+  const State sign = p.transposed ? -1 : 1;
+  const int64_t table_batch = p.per_token_table ? at.batch : 0;
+  for (int i = 0; i < half; i++) {
+    const int64_t row = p.mrope ? position_at(p, rope_mrope_axis(p, i), at.batch, at.token) : at.position;
+    const State c = table_at<State>(p.cos, p.table_dtype, table_batch * p.cos_batch + row * p.cos_row + i);
+    const State s = sign * table_at<State>(p.sin, p.table_dtype, table_batch * p.sin_batch + row * p.sin_row + i);
+    if (p.interleaved) {
+      cos[2 * i] = cos[2 * i + 1] = c;
+      sin[2 * i] = -s;
+      sin[2 * i + 1] = s;
+    } else {
+      cos[i] = c;
+      sin[i] = s;
+    }
+  }
+}
+
+}  // namespace packops

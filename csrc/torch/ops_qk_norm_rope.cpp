@@ -1,0 +1,148 @@
+// Torch glue of RMS norm + RoPE: outputs, dispatch to the kernels of qk_norm_rope.h, registration.
+#include <tuple>
+
+#include "qk_norm_rope.h"
+#include "torch/namespace.h"
+#include "torch/rope_args.h"
+#include "torch/stream.h"
+
+namespace packops {
+namespace {
+
+constexpr const char* kOp = "qk_norm_rope";
+
+// Checks the weights, and decides whether the mean runs over a head or over all heads of a token.
+void set_weights(QkNormRopeParams& p, const Tensor& q, const Tensor& q_weight, const OptionalTensor& k_weight, double eps, bool zero_centered) {
+  const RopeParams& rope = p.rope;
+  PACKOPS_CHECK((rope.k.heads > 0 || rope.k.in) == k_weight.has_value(), ValueError, kOp, ": k and k_weight must be given together");
+  auto check = [&](const Tensor& weight, const char* name) {
+    check_device(kOp, q, weight, name);
+    PACKOPS_CHECK(!is_index(kernel_dtype(weight, kOp, name)) && weight.scalar_type() == q_weight.scalar_type(), TypeError, kOp, ": ", name,
+                  " must be floating, in the dtype of q_weight, got ", dtype_of(weight));
+    PACKOPS_CHECK(weight.dim() == 1 && weight.is_contiguous(), ValueError, kOp, ": ", name,
+                  " must be a contiguous vector, got shape ", shape_of(weight));
+  };
+  check(q_weight, "q_weight");
+  if (k_weight) check(*k_weight, "k_weight");
+  const int64_t dim = rope.head_dim, q_size = q_weight.size(0), k_size = k_weight ? k_weight->size(0) : dim;
+  const bool per_head = q_size == dim && k_size == dim;
+  const bool across = q_size == rope.q.heads * dim && (!k_weight || k_size == rope.k.heads * dim);
+  PACKOPS_CHECK(per_head || across, ValueError, kOp, ": q_weight and k_weight must have head_dim = ", dim,
+                " elements each (a norm per head), or ", rope.q.heads * dim, " and ", rope.k.heads * dim,
+                " (one norm across all heads), got ", q_size, " and ", k_weight ? k_size : 0);
+  PACKOPS_CHECK(eps >= 0, ValueError, kOp, ": eps must not be negative, got ", eps);
+  p.across_heads = !per_head;
+  p.q_weight = q_weight.data_ptr();
+  p.k_weight = k_weight ? k_weight->data_ptr() : nullptr;
+  p.weight_dtype = kernel_dtype(q_weight, kOp, "q_weight");
+  p.eps = eps;
+  p.zero_centered = zero_centered;
+}
+
+void run_cpu(const QkNormRopeParams& p, bool backward) {
+  torch::stable::parallel_for(0, qk_norm_rope_cpu_shares(p), 1,
+                              [&](int64_t begin, int64_t end) { qk_norm_rope_cpu(p, backward, begin, end); });
+  if (backward) qk_norm_rope_cpu_finish(p);
+}
+
+void run(const QkNormRopeParams& p, const Tensor& q, bool backward) {
+  if (q.is_cpu()) return run_cpu(p, backward);
+#ifdef PACKOPS_WITH_CUDA
+  const CudaScope scope(q);
+  check_cuda(qk_norm_rope_cuda(p, backward, scope.stream()), kOp);
+#endif
+}
+
+std::tuple<Tensor, OptionalTensor> qk_norm_rope(Tensor q, OptionalTensor k, Tensor q_weight, OptionalTensor k_weight, Tensor cos,
+                                                Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps,
+                                                bool zero_centered, OptionalString layout_name, std::optional<int64_t> rotary_dim,
+                                                int64_t rotary_offset, bool interleaved, OptionalInts mrope_section,
+                                                bool mrope_interleaved, bool per_token_table) {
+  const Layout layout = layout_of(kOp, q, layout_name);
+  QkNormRopeParams p;
+  p.rope = make_rope_params(q, k, cos, sin,
+                            {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
+                             mrope_interleaved, per_token_table, false},
+                            layout);
+  set_weights(p, q, q_weight, k_weight, eps, zero_centered);
+  if (q.is_cpu()) check_rope_positions(kOp, p.rope);
+  Tensor q_out = empty_heads_like(q);
+  set_output(p.rope.q, q_out, layout);
+  OptionalTensor k_out;
+  if (k) {
+    k_out = empty_heads_like(*k);
+    set_output(p.rope.k, *k_out, layout);
+  }
+  run(p, q, false);
+  return {q_out, k_out};
+}
+
+void check_gradient(const Tensor& grad, const Tensor& like, const char* name) {
+  bool same = grad.dim() == like.dim() && grad.scalar_type() == like.scalar_type();
+  for (int64_t i = 0; same && i < like.dim(); i++) same = grad.size(i) == like.size(i);
+  PACKOPS_CHECK(same, ValueError, kOp, ": ", name, " must have the shape and dtype of its output, ", shape_of(like), ", got ", shape_of(grad));
+}
+
+std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward(
+    Tensor q_grad, OptionalTensor k_grad, Tensor q, OptionalTensor k, Tensor q_weight, OptionalTensor k_weight, Tensor cos, Tensor sin,
+    OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps, bool zero_centered, OptionalString layout_name,
+    std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved, OptionalInts mrope_section, bool mrope_interleaved,
+    bool per_token_table) {
+  const Layout layout = layout_of(kOp, q, layout_name);
+  QkNormRopeParams p;
+  p.rope = make_rope_params(q, k, cos, sin,
+                            {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
+                             mrope_interleaved, per_token_table, true},
+                            layout);
+  set_weights(p, q, q_weight, k_weight, eps, zero_centered);
+  if (q.is_cpu()) check_rope_positions(kOp, p.rope);
+  PACKOPS_CHECK(k.has_value() == k_grad.has_value(), ValueError, kOp, ": k and its gradient must be given together");
+  check_gradient(q_grad, q, "the gradient of q");
+  check_device(kOp, q, q_grad, "the gradient of q");
+  p.q_grad = heads_of(kOp, q_grad, layout, "the gradient of q");
+
+  Tensor dq = empty_heads_like(q), dq_weight = torch::stable::empty_like(q_weight), q_partial, k_partial;
+  OptionalTensor dk, dk_weight;
+  set_output(p.rope.q, dq, layout);
+  p.q_weight_grad = dq_weight.data_ptr();
+  if (k) {
+    check_gradient(*k_grad, *k, "the gradient of k");
+    check_device(kOp, q, *k_grad, "the gradient of k");
+    p.k_grad = heads_of(kOp, *k_grad, layout, "the gradient of k");
+    dk = empty_heads_like(*k);
+    dk_weight = torch::stable::empty_like(*k_weight);
+    set_output(p.rope.k, *dk, layout);
+    p.k_weight_grad = dk_weight->data_ptr();
+  }
+
+  if (q.is_cpu()) p.q_partials = p.k_partials = qk_norm_rope_cpu_shares(p);
+#ifdef PACKOPS_WITH_CUDA
+  else {
+    const CudaScope scope(q);
+    qk_norm_rope_cuda_partials(p);
+  }
+#endif
+  const auto sums = p.rope.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
+  const int64_t q_shape[2] = {p.q_partials, qk_norm_weight_size(p, p.rope.q)}, k_shape[2] = {p.k_partials, qk_norm_weight_size(p, p.rope.k)};
+  q_partial = torch::stable::new_empty(q, {q_shape, 2}, sums);
+  p.q_partial = q_partial.data_ptr();
+  if (k) {
+    k_partial = torch::stable::new_empty(q, {k_shape, 2}, sums);
+    p.k_partial = k_partial.data_ptr();
+  }
+  run(p, q, true);
+  return {dq, dk, dq_weight, dk_weight};
+}
+
+}  // namespace
+}  // namespace packops
+
+#define PACKOPS_QK_NORM_ROPE_IMPLS(m)                                \
+  m.impl("qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));         \
+  m.impl("_qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));        \
+  m.impl("_qk_norm_rope_backward", TORCH_BOX(&packops::qk_norm_rope_backward));
+
+PACKOPS_LIBRARY_IMPL(CPU, m) { PACKOPS_QK_NORM_ROPE_IMPLS(m) }
+#ifdef PACKOPS_WITH_CUDA
+PACKOPS_LIBRARY_IMPL(CUDA, m) { PACKOPS_QK_NORM_ROPE_IMPLS(m) }
+#endif

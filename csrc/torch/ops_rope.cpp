@@ -1,0 +1,99 @@
+// Torch glue of RoPE: outputs, dispatch to the kernels of rope.h, registration. Arguments are checked in rope_args.h.
+#include <tuple>
+
+#include "rope.h"
+#include "torch/namespace.h"
+#include "torch/rope_args.h"
+#include "torch/stream.h"
+
+namespace packops {
+namespace {
+
+constexpr const char* kOp = "rope";
+
+void run_cpu(const RopeParams& p) {
+  check_rope_positions(kOp, p);
+  const int64_t per_token = std::max<int64_t>((p.q.heads + p.k.heads) * p.head_dim, 1);
+  torch::stable::parallel_for(0, p.batch * p.tokens, std::max<int64_t>(1, 32768 / per_token),
+                              [&](int64_t begin, int64_t end) { rope_cpu(p, begin, end); });
+}
+
+void run(const RopeParams& p, const Tensor& q, const OptionalInts& tuning) {
+  if (q.is_cpu()) return run_cpu(p);
+#ifdef PACKOPS_WITH_CUDA
+  const CudaScope scope(q);
+  int values[3];
+  if (tuning) {
+    PACKOPS_CHECK(tuning->size() == 3, ValueError, kOp, ": tuning must be [unroll, threads, token_inner]");
+    for (int i = 0; i < 3; i++) values[i] = int((*tuning)[i]);
+  }
+  check_cuda(rope_cuda(p, tuning ? values : nullptr, scope.stream()), kOp);
+#endif
+}
+
+std::tuple<Tensor, OptionalTensor> rope_raw(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
+                                            OptionalTensor cu_seqlens, OptionalString layout_name, std::optional<int64_t> rotary_dim,
+                                            int64_t rotary_offset, bool interleaved, OptionalInts mrope_section, bool mrope_interleaved,
+                                            bool per_token_table, bool transposed, OptionalInts tuning) {
+  const Layout layout = layout_of(kOp, q, layout_name);
+  RopeParams p = make_rope_params(q, k, cos, sin,
+                             {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
+                              mrope_interleaved, per_token_table, transposed},
+                             layout);
+  Tensor q_out = empty_heads_like(q);
+  set_output(p.q, q_out, layout);
+  OptionalTensor k_out;
+  if (k) {
+    k_out = empty_heads_like(*k);
+    set_output(p.k, *k_out, layout);
+  }
+  run(p, q, tuning);
+  return {q_out, k_out};
+}
+
+void rope_raw_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens,
+               OptionalString layout_name, std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
+               OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table, bool transposed, OptionalInts tuning) {
+  const Layout layout = layout_of(kOp, q, layout_name);
+  RopeParams p = make_rope_params(q, k, cos, sin,
+                             {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
+                              mrope_interleaved, per_token_table, transposed},
+                             layout);
+  p.in_place = true;
+  check_no_overlap(kOp, q, "q");
+  set_output(p.q, q, layout);
+  if (k) {
+    check_no_overlap(kOp, *k, "k");
+    set_output(p.k, *k, layout);
+  }
+  run(p, q, tuning);
+}
+
+std::tuple<Tensor, OptionalTensor> rope(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
+                                        OptionalTensor cu_seqlens, OptionalString layout, std::optional<int64_t> rotary_dim,
+                                        int64_t rotary_offset, bool interleaved, OptionalInts mrope_section, bool mrope_interleaved,
+                                        bool per_token_table) {
+  return rope_raw(q, k, cos, sin, position_ids, cu_seqlens, layout, rotary_dim, rotary_offset, interleaved, mrope_section,
+                  mrope_interleaved, per_token_table, false, {});
+}
+
+void rope_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens,
+           OptionalString layout, std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
+           OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table) {
+  rope_raw_(q, k, cos, sin, position_ids, cu_seqlens, layout, rotary_dim, rotary_offset, interleaved, mrope_section,
+            mrope_interleaved, per_token_table, false, {});
+}
+
+}  // namespace
+}  // namespace packops
+
+#define PACKOPS_ROPE_IMPLS(m)                          \
+  m.impl("rope", TORCH_BOX(&packops::rope));           \
+  m.impl("_rope", TORCH_BOX(&packops::rope_raw));      \
+  m.impl("rope_", TORCH_BOX(&packops::rope_));         \
+  m.impl("_rope_", TORCH_BOX(&packops::rope_raw_));
+
+PACKOPS_LIBRARY_IMPL(CPU, m) { PACKOPS_ROPE_IMPLS(m) }
+#ifdef PACKOPS_WITH_CUDA
+PACKOPS_LIBRARY_IMPL(CUDA, m) { PACKOPS_ROPE_IMPLS(m) }
+#endif

@@ -1,0 +1,245 @@
+// What the glue of rope and of qk_norm_rope share: shapes and strides of their common arguments into RopeParams, with every check.
+#pragma once
+
+#include <algorithm>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "rope.h"
+#include "torch/check.h"
+#include "torch/dispatch.h"
+#include "torch/string.h"
+
+namespace packops {
+
+using OptionalTensor = std::optional<Tensor>;
+using OptionalInts = std::optional<std::vector<int64_t>>;
+using OptionalString = std::optional<StringArgument>;
+
+// The dimensions of q and k.
+struct Layout {
+  bool has_batch;
+  int token, head;
+};
+
+inline Layout layout_of(const char* op, const Tensor& q, const OptionalString& name) {
+  const std::string text = name ? std::string(*name) : q.dim() == 3 ? "thd" : "bshd";
+  PACKOPS_CHECK(text == "thd" || text == "bshd" || text == "bhsd", ValueError, op,
+                ": layout must be 'thd', 'bshd' or 'bhsd', got '", text, "'");
+  const int64_t dim = text == "thd" ? 3 : 4;
+  PACKOPS_CHECK(q.dim() == dim, ValueError, op, ": q must be (T, heads, head_dim) or a 4-D tensor, with layout '", text, "' ", dim,
+                "-D, got shape ", shape_of(q));
+  if (text == "thd") return {false, 0, 1};
+  return text == "bshd" ? Layout{true, 1, 2} : Layout{true, 2, 1};
+}
+
+inline void check_device(const char* op, const Tensor& q, const Tensor& other, const char* name) {
+  const bool same = q.is_cuda() ? other.is_cuda() && q.get_device_index() == other.get_device_index() : other.is_cpu();
+  PACKOPS_CHECK(same, ValueError, op, ": ", name, " must be on the device of q (", device_of(q), ", index ", q.get_device_index(),
+                "), got ", device_of(other), ", index ", other.get_device_index());
+}
+
+inline RopeHeads heads_of(const char* op, const Tensor& tensor, const Layout& layout, const char* name) {
+  const int64_t head_dim = tensor.size(tensor.dim() - 1);
+  PACKOPS_CHECK(head_dim <= 1 || tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, ValueError, op, ": the last dimension of ", name,
+                " must be contiguous, got stride ", tensor.stride(tensor.dim() - 1));
+  RopeHeads heads;
+  heads.in = tensor.data_ptr();
+  heads.heads = tensor.size(layout.head);
+  heads.in_batch = layout.has_batch ? tensor.stride(0) : 0;
+  heads.in_token = tensor.stride(layout.token);
+  heads.in_head = tensor.stride(layout.head);
+  return heads;
+}
+
+inline void set_output(RopeHeads& heads, const Tensor& out, const Layout& layout) {
+  heads.out = out.data_ptr();
+  heads.out_batch = layout.has_batch ? out.stride(0) : 0;
+  heads.out_token = out.stride(layout.token);
+  heads.out_head = out.stride(layout.head);
+}
+
+// In place, two features at one address would be turned twice, in any order.
+inline void check_no_overlap(const char* op, const Tensor& tensor, const char* name) {
+  for (int64_t i = 0; i < tensor.dim(); i++)
+    PACKOPS_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, ValueError, op, ": ", name,
+                  " is expanded (stride 0), so it cannot be rotated in place: clone it, or use inplace=False");
+}
+
+// Makes (batch, token) strides of an index or table whose leading dimensions are (T,), (B, S) or (1, S). skip: leading dimensions
+// before those; trailing: dimensions after them.
+inline void token_strides(const char* op, const Tensor& tensor, int skip, int trailing, const RopeParams& p, const char* name, int64_t* batch_stride,
+                   int64_t* token_stride) {
+  const int64_t dim = tensor.dim() - skip - trailing, total = p.batch * p.tokens;
+  if (dim == 1 && tensor.size(skip) == total) {
+    *token_stride = tensor.stride(skip);
+    *batch_stride = p.tokens * *token_stride;
+    return;
+  }
+  const bool broadcast = dim == 2 && tensor.size(skip) == 1;
+  PACKOPS_CHECK(dim == 2 && (broadcast || tensor.size(skip) == p.batch) && tensor.size(skip + 1) == p.tokens, ValueError, op, ": ", name,
+                " must have one entry per token, (", total, ") or (", p.batch, ", ", p.tokens, ") or (1, ", p.tokens, ")",
+                skip ? " after the 3 axes" : "", trailing ? " before the features" : "", ", got shape ", shape_of(tensor));
+  *token_stride = tensor.stride(skip + 1);
+  *batch_stride = broadcast ? 0 : tensor.stride(skip);
+}
+
+// The arguments that rope ops share, in the order of their schemas.
+struct RopeOptions {
+  const char* op;
+  const OptionalTensor &position_ids, &cu_seqlens;
+  const OptionalString& layout;
+  const std::optional<int64_t>& rotary_dim;
+  int64_t rotary_offset;
+  bool interleaved;
+  const OptionalInts& mrope_section;
+  bool mrope_interleaved, per_token_table, transposed;
+};
+
+// Everything but the outputs.
+inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, const Tensor& cos, const Tensor& sin,
+                                   const RopeOptions& options, const Layout& layout) {
+  const char* op = options.op;
+  RopeParams p;
+  p.dtype = kernel_dtype(q, op, "q");
+  PACKOPS_CHECK(!is_index(p.dtype) && (p.dtype != DType::f64 || q.is_cpu()), TypeError, op,
+                ": q must be float32, float16 or bfloat16 (float64 on the CPU), got ", dtype_of(q));
+  p.batch = layout.has_batch ? q.size(0) : 1;
+  p.tokens = q.size(layout.token);
+  const int64_t head_dim = q.size(q.dim() - 1);
+  p.q = heads_of(op, q, layout, "q");
+  if (k) {
+    PACKOPS_CHECK(k->scalar_type() == q.scalar_type(), TypeError, op, ": k must have the dtype of q, ", dtype_of(q), ", got ", dtype_of(*k));
+    check_device(op, q, *k, "k");
+    PACKOPS_CHECK(k->dim() == q.dim() && (!layout.has_batch || k->size(0) == q.size(0)) && k->size(layout.token) == p.tokens &&
+                      k->size(q.dim() - 1) == head_dim,
+                  ValueError, op, ": k must have the shape of q except for the number of heads, ", shape_of(q), ", got ", shape_of(*k));
+    p.k = heads_of(op, *k, layout, "k");
+  }
+
+  check_device(op, q, cos, "cos");
+  check_device(op, q, sin, "sin");
+  p.table_dtype = kernel_dtype(cos, op, "cos");
+  PACKOPS_CHECK(!is_index(p.table_dtype) && sin.scalar_type() == cos.scalar_type(), TypeError, op,
+                ": cos and sin must have one floating dtype, got ", dtype_of(cos), " and ", dtype_of(sin));
+  p.per_token_table = options.per_token_table;
+  const int64_t table_dim = cos.dim();
+  PACKOPS_CHECK(table_dim == 2 || (table_dim == 3 && p.per_token_table), ValueError, op, ": cos must be (positions, width)",
+                p.per_token_table ? " or (B, S, width)" : "", ", got shape ", shape_of(cos),
+                table_dim == 3 && !p.per_token_table ? " (one row per token? then pass per_token_table=True)" : "");
+  bool same = sin.dim() == table_dim;
+  for (int64_t i = 0; same && i < table_dim; i++) same = sin.size(i) == cos.size(i);
+  PACKOPS_CHECK(same, ValueError, op, ": sin must have the shape of cos, ", shape_of(cos), ", got ", shape_of(sin));
+  const int64_t width = cos.size(table_dim - 1);
+  PACKOPS_CHECK(width <= 1 || (cos.stride(table_dim - 1) == 1 && sin.stride(table_dim - 1) == 1), ValueError, op,
+                ": the last dimension of cos and sin must be contiguous");
+  const int64_t rotary_dim = options.rotary_dim ? *options.rotary_dim : 2 * width <= head_dim ? 2 * width : width;
+  PACKOPS_CHECK(rotary_dim >= 2 && rotary_dim % 2 == 0, ValueError, op, ": the rotary dimension must be even and positive, got ", rotary_dim,
+                options.rotary_dim ? "" : " (the width of cos, wider than half of a head)");
+  PACKOPS_CHECK(width == rotary_dim || width == rotary_dim / 2, ValueError, op, ": cos and sin must have rotary_dim / 2 = ", rotary_dim / 2,
+                " columns, or rotary_dim = ", rotary_dim, " as Hugging Face duplicates them, got ", width);
+  PACKOPS_CHECK(options.rotary_offset >= 0 && options.rotary_offset + rotary_dim <= head_dim, ValueError, op,
+                ": the rotary features [rotary_offset, rotary_offset + rotary_dim) = [", options.rotary_offset, ", ",
+                options.rotary_offset + rotary_dim, ") must lie inside a head of ", head_dim, " features");
+  PACKOPS_CHECK(head_dim <= (1 << 20), ValueError, op, ": head_dim must be at most ", 1 << 20, ", got ", head_dim);
+  p.head_dim = int32_t(head_dim);
+  p.rotary_dim = int32_t(rotary_dim);
+  p.rotary_offset = int32_t(options.rotary_offset);
+  p.interleaved = options.interleaved;
+  p.transposed = options.transposed;
+  p.cos = cos.data_ptr();
+  p.sin = sin.data_ptr();
+  if (p.per_token_table) {
+    PACKOPS_CHECK(!options.position_ids && !options.mrope_section, ValueError, op,
+                  ": per_token_table=True means row t of cos and sin belongs to token t; position_ids and mrope_section must be None then");
+    token_strides(op, cos, 0, 1, p, "cos", &p.cos_batch, &p.cos_row);
+    token_strides(op, sin, 0, 1, p, "sin", &p.sin_batch, &p.sin_row);
+    p.table_rows = p.tokens;
+  } else {
+    p.table_rows = cos.size(0);
+    p.cos_row = cos.stride(0);
+    p.sin_row = sin.stride(0);
+  }
+
+  p.mrope = options.mrope_section.has_value();
+  p.mrope_interleaved = options.mrope_interleaved;
+  PACKOPS_CHECK(p.mrope || !p.mrope_interleaved, ValueError, op, ": mrope_interleaved=True needs mrope_section");
+  if (p.mrope) {
+    const auto& section = *options.mrope_section;
+    PACKOPS_CHECK(section.size() == 3 && section[0] >= 0 && section[1] >= 0 && section[2] >= 0 &&
+                      section[0] + section[1] + section[2] == rotary_dim / 2,
+                  ValueError, op, ": mrope_section must be three widths that add up to rotary_dim / 2 = ", rotary_dim / 2);
+    for (int axis = 0; axis < 3; axis++) p.mrope_section[axis] = int32_t(section[axis]);
+    PACKOPS_CHECK(options.position_ids, ValueError, op, ": mrope_section needs position_ids of shape (3, ...), got None");
+  }
+  if (options.position_ids) {
+    const Tensor& ids = *options.position_ids;
+    check_device(op, q, ids, "position_ids");
+    p.position_dtype = kernel_dtype(ids, op, "position_ids");
+    PACKOPS_CHECK(is_index(p.position_dtype), TypeError, op, ": position_ids must be int32 or int64, got ", dtype_of(ids));
+    PACKOPS_CHECK(!p.mrope || (ids.dim() >= 2 && ids.size(0) == 3), ValueError, op,
+                  ": position_ids must be (3, ...) with mrope_section, got shape ", shape_of(ids));
+    token_strides(op, ids, p.mrope ? 1 : 0, 0, p, "position_ids", &p.position_batch, &p.position_token);
+    p.position_axis = p.mrope ? ids.stride(0) : 0;
+    p.position_ids = ids.data_ptr();
+  }
+  if (options.cu_seqlens) {
+    const Tensor& cu = *options.cu_seqlens;
+    check_device(op, q, cu, "cu_seqlens");
+    p.cu_dtype = kernel_dtype(cu, op, "cu_seqlens");
+    PACKOPS_CHECK(is_index(p.cu_dtype), TypeError, op, ": cu_seqlens must be int32 or int64, got ", dtype_of(cu));
+    PACKOPS_CHECK(cu.dim() == 1 && cu.size(0) >= 1, ValueError, op, ": cu_seqlens must be (documents + 1,), got shape ", shape_of(cu));
+    p.cu_seqlens = cu.data_ptr();
+    p.num_documents = cu.size(0) - 1;
+    p.cu_stride = cu.stride(0);
+  }
+  return p;
+}
+
+// Raises what is wrong with positions or documents; on the host only.
+inline void check_rope_positions(const char* op, const RopeParams& p) {
+  const RopeFault fault = rope_check_cpu(p);
+  switch (fault.kind) {
+    case RopeFault::none: break;
+    case RopeFault::position:
+      raise("IndexError", op, ": position ", fault.value, " of token ", fault.index, " is outside the table of ", p.table_rows, " positions");
+    case RopeFault::cu_start: raise("ValueError", op, ": cu_seqlens must start at 0, got ", fault.value);
+    case RopeFault::cu_order: raise("ValueError", op, ": cu_seqlens must not decrease, but entry ", fault.index, " is ", fault.value);
+    case RopeFault::cu_end:
+      raise("ValueError", op, ": cu_seqlens must end at or before the ", p.batch * p.tokens, " tokens, got ", fault.value);
+  }
+}
+
+// An uninitialised tensor with the sizes and the memory order of q or k, as torch.empty_like chooses it, but always with
+// contiguous features. Dense tensors, the usual case, do without empty_like's trip through the dispatcher.
+inline Tensor empty_heads_like(const Tensor& heads) {
+  const int64_t dim = heads.dim();
+  const auto sizes = heads.sizes(), strides = heads.strides();
+  int order[4] = {0, 1, 2, 3};
+  for (int i = 1; i < dim; i++)
+    for (int j = i; j > 0 && strides[order[j]] < strides[order[j - 1]]; j--) std::swap(order[j], order[j - 1]);
+  int64_t expected = 1;
+  bool dense = true;
+  for (int i = 0; i < dim; i++) {
+    if (sizes[order[i]] == 1) continue;
+    dense &= strides[order[i]] == expected;
+    expected *= sizes[order[i]];
+  }
+  if (dense && expected > 0) {
+    int32_t dtype = 0, device_type = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(heads.get(), &dtype));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(heads.get(), &device_type));
+    AtenTensorHandle out = nullptr;
+    TORCH_ERROR_CODE_CHECK(
+        aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, device_type, heads.get_device_index(), &out));
+    return Tensor(out);
+  }
+  Tensor out = torch::stable::empty_like(heads);
+  if (out.stride(dim - 1) == 1 || out.size(dim - 1) == 1) return out;
+  return torch::stable::new_empty(heads, sizes);
+}
+
+}  // namespace packops

@@ -1,0 +1,1029 @@
+"""RoPE against its fp64 specification: every layout, position kind and option, forward, backward and in place."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import packops
+from packops import reference
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def close(actual, expected, dtype):
+    """One rounding at the end: half an ulp of the result, plus fp32 noise of its two terms."""
+    if expected is None:
+        assert actual is None
+        return
+    eps = torch.finfo(dtype).eps
+    bound = expected.abs() * (eps / 2 if dtype != torch.float32 else 4 * eps) + 4e-7 * expected.abs().amax().clamp(min=1)
+    if dtype == torch.float16:
+        bound = bound + 2**-25  # subnormals
+    error = (actual.double() - expected).abs()
+    assert (error <= bound).all(), f"largest excess {(error - bound).max().item():.3g}"
+
+
+def make_heads(shape, dtype, device, *, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def check(q, k, cos, sin, **options):
+    """Forward and backward, functional, in place and through the op, against the specification."""
+    dtype = q.dtype
+    leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in (q, k) if x is not None]
+    q_leaf, k_leaf = leaves[0], leaves[1] if k is not None else None
+    doubles = [x.detach().double().requires_grad_() for x in leaves]
+    expected = reference.rope(doubles[0], doubles[1] if k is not None else None, cos, sin, **options)
+    outputs = packops.apply_rope(q_leaf, k_leaf, cos, sin, **options)
+    for out, exp, source in zip(outputs, expected, (q, k), strict=True):
+        close(out, exp, dtype)
+        if out is not None:
+            assert out.dtype == dtype
+            assert out.shape == source.shape
+    grads = [make_heads(x.shape, dtype, x.device, seed=7) for x in leaves]
+    torch.autograd.backward([o for o in outputs if o is not None], grads)
+    torch.autograd.backward([e for e in expected if e is not None], [g.double() for g in grads])
+    for leaf, double in zip(leaves, doubles, strict=True):
+        close(leaf.grad, double.grad, dtype)
+
+    with torch.no_grad():
+        plain = packops.apply_rope(q, k, cos, sin, **options)
+        op = torch.ops.packops.rope(q, k, cos, sin, **options)
+        q_copy, k_copy = q.clone(), None if k is None else k.clone()
+        inplace = packops.apply_rope(q_copy, k_copy, cos, sin, inplace=True, **options)
+        assert inplace[0] is q_copy
+        assert inplace[1] is k_copy
+    for a, b, c, d in zip(outputs, plain, op, inplace, strict=True):
+        if a is not None:
+            assert torch.equal(a, b)
+            assert torch.equal(a, c)
+            assert torch.equal(a, d)
+
+
+LAYOUTS = ["thd", "bshd", "bhsd", "bhsd_view", "fused_qkv"]
+
+
+def make_qk(layout, dtype, device, *, batch=2, tokens=13, q_heads=5, k_heads=2, head_dim=64):
+    if layout == "thd":
+        return (
+            make_heads((tokens, q_heads, head_dim), dtype, device),
+            make_heads((tokens, k_heads, head_dim), dtype, device),
+            None,
+        )
+    if layout == "bshd":
+        shape = (batch, tokens)
+        return (
+            make_heads((*shape, q_heads, head_dim), dtype, device),
+            make_heads((*shape, k_heads, head_dim), dtype, device),
+            None,
+        )
+    if layout == "bhsd":
+        q, k = (make_heads((batch, h, tokens, head_dim), dtype, device) for h in (q_heads, k_heads))
+        return q, k, "bhsd"
+    if layout == "bhsd_view":  # what Hugging Face attention holds
+        q, k = (make_heads((batch, tokens, h, head_dim), dtype, device).transpose(1, 2) for h in (q_heads, k_heads))
+        return q, k, "bhsd"
+    qkv = make_heads((batch, tokens, q_heads + 2 * k_heads, head_dim), dtype, device)
+    return qkv[:, :, :q_heads], qkv[:, :, q_heads : q_heads + k_heads], "bshd"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts(device, layout, interleaved, dtype):
+    q, k, name = make_qk(layout, dtype, device)
+    cos, sin = packops.rope_table(64, 13, device=device)
+    check(q, k, cos, sin, layout=name, interleaved=interleaved)
+    check(q, None, cos, sin, layout=name, interleaved=interleaved)
+
+
+# MLA's tail, vectors of 16, 8, 4 and 2 bytes, odd halves, an odd number of vectors that pass through, large heads.
+SIZES = [
+    (64, 32, 0),
+    (192, 64, 128),
+    (80, 80, 0),
+    (96, 20, 4),
+    (72, 36, 36),
+    (7, 6, 1),
+    (2, 2, 0),
+    (256, 64, 0),
+    (512, 512, 0),
+    (88, 64, 8),
+    (96, 64, 4),
+]
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("head_dim, rotary_dim, offset", SIZES)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_partial_rotary(device, dtype, head_dim, rotary_dim, offset, interleaved):
+    q, k, _ = make_qk("thd", dtype, device, head_dim=head_dim, q_heads=3, k_heads=1)
+    cos, sin = packops.rope_table(rotary_dim, 13, device=device)
+    options = {"rotary_dim": rotary_dim, "rotary_offset": offset, "interleaved": interleaved}
+    check(q, k, cos, sin, **options)
+    out, _ = packops.apply_rope(q, k, cos, sin, **options)
+    passing = [i for i in range(head_dim) if not offset <= i < offset + rotary_dim]
+    assert torch.equal(out[..., passing], q[..., passing])
+
+
+@pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("layout", ["thd", "bshd", "bhsd_view"])
+def test_positions(device, layout, index_dtype):
+    q, k, name = make_qk(layout, torch.float32, device)
+    batch, tokens = (1, 13) if layout == "thd" else (2, 13)
+    cos, sin = packops.rope_table(64, 50, device=device)
+    ids = torch.randint(0, 50, (batch, tokens), generator=torch.Generator().manual_seed(1)).to(device, index_dtype)
+    for position_ids in [ids, ids.flatten(), ids[:1], ids.t().contiguous().t()]:
+        if position_ids.numel() == batch * tokens or layout != "thd":
+            check(q, k, cos, sin, layout=name, position_ids=position_ids)
+    for bounds in [[0, 13], [0, 5, 5, 9, 13], [0, 3, 11], [0], [0, 0], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13]]:
+        cu_seqlens = torch.tensor(bounds, device=device, dtype=index_dtype)
+        check(q, k, cos, sin, layout=name, cu_seqlens=cu_seqlens)
+        check(q, k, cos, sin, layout=name, cu_seqlens=cu_seqlens, position_ids=ids)
+
+
+# ---- Tables.
+
+
+@pytest.mark.parametrize("table_dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_table_kinds(device, table_dtype, interleaved):
+    """Half and full width, every dtype, rows that are not aligned, per token in every shape."""
+    q, k, _ = make_qk("bshd", torch.bfloat16, device)
+    cos, sin = (t.to(table_dtype) for t in packops.rope_table(64, 40, device=device))
+    check(q, k, cos, sin, interleaved=interleaved)
+    full = [torch.cat([t, t], -1) for t in (cos, sin)]
+    check(q, k, *full, interleaved=interleaved, rotary_dim=64)
+    odd_rows = [torch.cat([t, t[:, :3]], -1)[:, 1:-2] for t in (cos, sin)]
+    assert odd_rows[0].stride(0) == 35
+    check(q, k, *odd_rows, interleaved=interleaved)
+    ids = torch.randint(0, 40, (2, 13), device=device)
+    for rows in (ids, ids[:1], ids.flatten()):
+        check(q, k, cos[rows], sin[rows], per_token_table=True, interleaved=interleaved)
+    gathered = full[0][ids], full[1][ids]
+    check(q, k, *gathered, per_token_table=True, rotary_dim=64, interleaved=interleaved)
+    cu_seqlens = torch.tensor([0, 4, 21], device=device)
+    check(q, k, *gathered, per_token_table=True, rotary_dim=64, interleaved=interleaved, cu_seqlens=cu_seqlens)
+
+
+def test_width_of_the_table_and_of_the_rotation(device):
+    """Half width unless that is more than a head; rotary_dim says otherwise."""
+    q = make_heads((5, 2, 64), torch.float32, device)
+    cos, sin = packops.rope_table(32, 5, device=device)
+    full = [torch.cat([t, t], -1) for t in (cos, sin)]
+    partial = packops.apply_rope(q, None, cos, sin)[0]
+    assert torch.equal(partial[..., 32:], q[..., 32:])
+    assert not torch.equal(partial[1:, :, :32], q[1:, :, :32])
+    assert torch.equal(packops.apply_rope(q, None, *full, rotary_dim=32)[0], partial)
+    assert not torch.equal(packops.apply_rope(q, None, *full)[0], partial)
+    wide = packops.rope_table(64, 5, device=device)
+    duplicated = [torch.cat([t, t], -1) for t in wide]
+    assert torch.equal(packops.apply_rope(q, None, *duplicated)[0], packops.apply_rope(q, None, *wide)[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_equals_transformers(device, dtype):
+    """Hugging Face's own function on the strides its attention has, to the rounding of its three steps."""
+    llama = pytest.importorskip("transformers.models.llama.modeling_llama")
+    q, k, _ = make_qk("bhsd_view", dtype, device, batch=2, tokens=33)
+    cos, sin = packops.rope_table(64, 100, device=device)
+    ids = torch.randint(0, 100, (2, 33), device=device)
+    cos, sin = (torch.cat([t, t], -1)[ids].to(dtype) for t in (cos, sin))
+    ours = packops.apply_rope(q, k, cos, sin, layout="bhsd", per_token_table=True)
+    theirs = llama.apply_rotary_pos_emb(q, k, cos, sin)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.stride() == b.stride() or a.transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(a.float(), b.float(), rtol=0, atol=4 * torch.finfo(dtype).eps * b.abs().max().item())
+    exact = llama.apply_rotary_pos_emb(q.double(), k.double(), cos.double(), sin.double())
+    for a, b in zip(ours, exact, strict=True):
+        close(a, b, dtype)
+
+
+@pytest.mark.parametrize("mrope_interleaved", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("section", [(8, 12, 12), (5, 24, 3), (32, 0, 0), (0, 1, 31), (12, 10, 10)])
+def test_mrope(device, section, interleaved, mrope_interleaved):
+    options = {"mrope_section": section, "mrope_interleaved": mrope_interleaved, "interleaved": interleaved}
+    cos, sin = packops.rope_table(64, 50, device=device)
+    for layout in ("thd", "bhsd_view"):
+        q, k, name = make_qk(layout, torch.bfloat16, device)
+        batch = 1 if layout == "thd" else 2
+        ids = torch.randint(0, 50, (3, batch, 13), device=device)
+        for position_ids in [ids, ids.flatten(1).int(), ids[:, :1], ids.permute(1, 2, 0).contiguous().permute(2, 0, 1)]:
+            if position_ids.numel() == ids.numel() or layout != "thd":
+                check(q, k, cos, sin, layout=name, position_ids=position_ids, **options)
+        cu_seqlens = torch.tensor([0, 4, 9], device=device)
+        check(q, k, cos, sin, layout=name, position_ids=ids, cu_seqlens=cu_seqlens, **options)
+
+
+@pytest.mark.parametrize("model, section", [("qwen2_vl", (8, 12, 12)), ("qwen3_vl", (12, 10, 10))])
+def test_mrope_equals_transformers(device, model, section):
+    """The tables of Qwen's vision models, made by their own recomposition of frequencies."""
+    transformers = pytest.importorskip("transformers")
+    if model == "qwen2_vl":
+        from transformers.models.qwen2_vl.modeling_qwen2_vl import Qwen2VLRotaryEmbedding as Embedding
+
+        config = transformers.Qwen2VLConfig().get_text_config()
+    else:
+        from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbedding as Embedding
+
+        config = transformers.Qwen3VLConfig().get_text_config()
+    config.head_dim = 64
+    config.hidden_size, config.num_attention_heads = 256, 4
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": list(section)}
+    q, k, _ = make_qk("bhsd_view", torch.float32, device)
+    ids = torch.randint(0, 50, (3, 2, 13), device=device)
+    embedding = Embedding(config).to(device)
+    cos, sin = embedding(q, ids)
+    expected = [x.double() * cos[:, None].double() + rotate_half(x.double()) * sin[:, None].double() for x in (q, k)]
+    table = packops.rope_table(64, 50, device=device)
+    actual = packops.apply_rope(
+        q, k, *table, layout="bhsd", position_ids=ids, mrope_section=section, mrope_interleaved=model == "qwen3_vl"
+    )
+    for a, b in zip(actual, expected, strict=True):
+        assert (a - b).abs().max() < 1e-4  # their fp32 angles
+
+
+def rotate_half(x):
+    first, second = x.chunk(2, -1)
+    return torch.cat([-second, first], -1)
+
+
+# ---- Identities.
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rotation_keeps_norms_and_relative_positions(device, interleaved):
+    q, k, _ = make_qk("thd", torch.float32, device, q_heads=2, k_heads=2)
+    cos, sin = packops.rope_table(64, 200_000, device=device)
+    ids = torch.randint(0, 1000, (13,), device=device)
+    near = packops.apply_rope(q, k, cos, sin, position_ids=ids, interleaved=interleaved)
+    far = packops.apply_rope(q, k, cos, sin, position_ids=ids + 131072, interleaved=interleaved)
+    assert not torch.equal(near[0], far[0])
+    for x, y in zip((q, k), far, strict=True):
+        torch.testing.assert_close(x.norm(dim=-1), y.norm(dim=-1), rtol=1e-6, atol=0)
+    scores = [torch.einsum("thd,shd->hts", *(x.double() for x in pair)) for pair in (near, far)]
+    torch.testing.assert_close(scores[0], scores[1], rtol=0, atol=2e-5)
+
+
+def test_a_document_does_not_know_where_it_lies(device):
+    q, k, _ = make_qk("thd", torch.bfloat16, device, tokens=30)
+    cos, sin = packops.rope_table(64, 30, device=device)
+    packed = packops.apply_rope(q, k, cos, sin, cu_seqlens=torch.tensor([0, 11, 24, 30], device=device))
+    for begin, end in [(0, 11), (11, 24), (24, 30)]:
+        alone = packops.apply_rope(q[begin:end], k[begin:end], cos, sin)
+        assert all(torch.equal(p[begin:end], a) for p, a in zip(packed, alone, strict=True))
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_backward_is_the_transpose_also_with_attention_factor(device, interleaved):
+    """<R x, g> = <x, R' g>, where cos² + sin² is 1.7²."""
+    q, k, _ = make_qk("thd", torch.float32, device)
+    cos, sin = (1.7 * t for t in packops.rope_table(64, 13, device=device))
+    q.requires_grad_()
+    out, _ = packops.apply_rope(q, k, cos, sin, interleaved=interleaved)
+    grad = make_heads(out.shape, torch.float32, device, seed=5)
+    out.backward(grad)
+    left, right = (out.double() * grad.double()).sum(), (q.double() * q.grad.double()).sum()
+    torch.testing.assert_close(left, right, rtol=1e-6, atol=1e-4)
+    torch.testing.assert_close(out.norm(), 1.7 * q.norm(), rtol=1e-5, atol=0)
+
+
+# ---- Bits that must pass through.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_does_not_turn_keeps_its_bits(device, dtype, inplace):
+    """NaNs with payloads and infinities, in features outside the rotary part and in tokens outside the documents."""
+    integer = torch.int32 if dtype == torch.float32 else torch.int16
+    info = torch.iinfo(integer)
+    bits = torch.randint(info.min, info.max, (20, 3, 96), device=device).to(integer)
+    q = bits.clone().view(dtype)
+    cos, sin = packops.rope_table(32, 20, device=device)
+    cu_seqlens = torch.tensor([0, 6, 13], device=device, dtype=torch.int32)
+    out, _ = packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens, rotary_offset=40, inplace=inplace)
+    out = out.view(integer)
+    assert torch.equal(out[13:], bits[13:])
+    assert torch.equal(out[..., :40], bits[..., :40])
+    assert torch.equal(out[..., 72:], bits[..., 72:])
+    assert not torch.equal(out[1:6, :, 40:72], bits[1:6, :, 40:72])
+
+
+# ---- Positions and documents that cannot be.
+
+BAD_POSITIONS = [-1, 9, 2**31 - 1, -(2**31), 2**32 + 1, -(2**63), 2**63 - 1]
+
+
+@pytest.mark.parametrize("bad", BAD_POSITIONS)
+def test_position_outside_the_table_on_the_cpu(bad):
+    q = make_heads((4, 2, 16), torch.float32, "cpu")
+    kept, ids = q.clone(), torch.tensor([0, 8, bad, 3])
+    cos, sin = packops.rope_table(16, 9)
+    with pytest.raises(IndexError, match=rf"packops.rope: position {bad} of token 2 is outside the table of 9 positions"):
+        packops.apply_rope(q, None, cos, sin, position_ids=ids, inplace=True)
+    assert torch.equal(q, kept)
+    with pytest.raises(IndexError, match="position 9 of token 9"):
+        packops.apply_rope(make_heads((10, 2, 16), torch.float32, "cpu"), None, cos, sin)
+    with pytest.raises(IndexError, match="position 9 of token 11"):
+        packops.apply_rope(make_heads((12, 2, 16), torch.float32, "cpu"), None, cos, sin, cu_seqlens=torch.tensor([0, 2, 12]))
+    axes = torch.zeros(3, 4, dtype=torch.int64)
+    axes[1, 3] = bad
+    with pytest.raises(IndexError, match=f"position {bad} of token 3"):
+        packops.apply_rope(q, None, cos, sin, position_ids=axes, mrope_section=[3, 3, 2])
+    # Padding may hold anything.
+    packops.apply_rope(q, None, cos, sin, position_ids=ids, cu_seqlens=torch.tensor([0, 2]))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", BAD_POSITIONS)
+@pytest.mark.parametrize("mrope", [False, True])
+def test_position_outside_the_table_on_cuda(bad, mrope):
+    device = torch.device("cuda")
+    q = make_heads((4, 2, 24), torch.bfloat16, device)
+    cos, sin = packops.rope_table(16, 9, device=device)
+    ids = torch.tensor([0, 8, bad, 3], device=device)
+    options = (
+        {"position_ids": torch.stack([ids * 0, ids, ids * 0]), "mrope_section": [3, 3, 2]} if mrope else {"position_ids": ids}
+    )
+    leaf = q.clone().requires_grad_()
+    out, _ = packops.apply_rope(leaf, None, cos, sin, **options)
+    out.backward(torch.ones_like(out))
+    assert out[2, :, :16].isnan().all()
+    assert torch.equal(out[2, :, 16:], q[2, :, 16:])
+    assert (leaf.grad[2, :, :16] == 0).all()
+    assert (leaf.grad[2, :, 16:] == 1).all()
+    good = [0, 1, 3]
+    assert out[good].isfinite().all()
+    assert leaf.grad[good].isfinite().all()
+    packops.checks(True)
+    try:
+        with pytest.raises(IndexError, match=f"= {bad} is outside the table of 9 positions"):
+            packops.apply_rope(q, None, cos, sin, **options)
+    finally:
+        packops.checks(False)
+
+
+def test_the_checks_of_positions():
+    """What packops.checks adds on CUDA, on tensors of any device."""
+    q, ids = torch.zeros(2, 4, 3, 16), torch.tensor([[0, 1, 2, 3], [0, 1, 9, 3]])
+    cos, _ = packops.rope_table(16, 9)
+    check = packops._checks.raise_bad_positions
+    for position_ids in (ids, ids[1:], torch.stack([ids * 0, ids, ids]), ids.flatten()):
+        with pytest.raises(IndexError, match=r"packops.rope: position_ids\[[\d, ]+\] = 9 is outside the table of 9 positions"):
+            check("rope", q, cos, position_ids, None, None, False)
+    check("rope", q, cos, ids, torch.tensor([0, 6]), None, False)  # in the padding
+    with pytest.raises(IndexError, match="4 tokens has positions outside the table of 3"):
+        check("rope", q.transpose(1, 2), cos[:3], None, None, "bhsd", False)
+    with pytest.raises(IndexError, match="5 tokens has positions outside the table of 4"):
+        check("rope", q, cos[:4], None, torch.tensor([0, 3, 8]), None, False)
+    check("rope", q, cos[:4], None, torch.tensor([0, 4, 8]), None, False)
+    check("rope", q, cos[:1], None, torch.tensor([0]), None, False)
+    check("rope", q, cos[:1], None, None, None, True)
+
+
+@pytest.mark.parametrize(
+    "bounds, message", [([1, 5], "start at 0"), ([0, 5, 3], "decrease"), ([0, 3, 11], "10"), ([-2, 4], "start at 0")]
+)
+def test_malformed_cu_seqlens(device, bounds, message):
+    q = make_heads((10, 2, 16), torch.float32, device)
+    cos, sin = packops.rope_table(16, 10, device=device)
+    cu_seqlens = torch.tensor(bounds, device=device)
+    packops.checks(True)
+    try:
+        with pytest.raises(ValueError, match=f"packops.rope: cu_seqlens .*{message}"):
+            packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens)
+    finally:
+        packops.checks(False)
+
+
+@pytest.mark.gpu
+def test_malformed_cu_seqlens_are_memory_safe_on_cuda():
+    device = torch.device("cuda")
+    q = make_heads((300, 2, 64), torch.bfloat16, device)
+    cos, sin = packops.rope_table(64, 300, device=device)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(30):
+        count = int(torch.randint(1, 200, (1,), generator=generator))
+        cu_seqlens = torch.randint(-(2**62), 2**62, (count,), generator=generator) >> int(
+            torch.randint(0, 62, (1,), generator=generator)
+        )
+        packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens.to(device))
+        packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens.int().to(device))
+    torch.cuda.synchronize()
+    assert packops.apply_rope(q, None, cos, sin)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("count", [1, 2, 31, 32, 33, 100, 1025, 3000])
+def test_many_documents(device, count):
+    """Every depth of the search for a token's document, empty documents included."""
+    generator = torch.Generator().manual_seed(count)
+    lengths = torch.randint(0, 5, (count,), generator=generator)
+    cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int().to(device)
+    tokens = int(lengths.sum()) + 3
+    q = make_heads((tokens, 1, 16), torch.float32, device)
+    cos, sin = packops.rope_table(16, 5, device=device)
+    ours, _ = packops.apply_rope(q, None, cos, sin, cu_seqlens=cu_seqlens)
+    close(ours, reference.rope(q, None, cos, sin, cu_seqlens=cu_seqlens)[0], torch.float32)
+
+
+# ---- Memory: strides in, strides out.
+
+
+def test_outputs_are_dense_in_the_memory_order_of_their_inputs(device):
+    cos, sin = packops.rope_table(16, 8, device=device)
+    base = torch.randn(3, 8, 5, 16, device=device)
+    cases = {
+        "contiguous": (base, "bshd", base.stride()),
+        "transposed": (base.transpose(1, 2), "bhsd", base.transpose(1, 2).stride()),
+        "slice": (torch.randn(3, 8, 9, 16, device=device)[:, :, 2:7], "bshd", base.stride()),
+        "expanded": (base[:1].expand(3, 8, 5, 16), "bshd", None),
+        "batch inside": (torch.randn(8, 3, 5, 16, device=device).transpose(0, 1), "bshd", (80, 240, 16, 1)),
+        "overlapping heads": (torch.randn(400, device=device).as_strided((3, 8, 5, 16), (100, 20, 1, 1)), "bshd", None),
+    }
+    for name, (q, layout, stride) in cases.items():
+        out, _ = packops.apply_rope(q, None, cos, sin, layout=layout)
+        assert stride is None or out.stride() == stride, name
+        assert out.stride(-1) == 1
+        close(out, reference.rope(q, None, cos, sin, layout=layout)[0], torch.float32)
+
+
+@pytest.mark.parametrize("shift", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_any_address(device, dtype, shift):
+    """Rows that start at any element: the kernel takes narrower vectors and gives the same bits."""
+    q = make_heads((7, 3, 64), dtype, device)
+    storage = torch.zeros(7 * 3 * 64 + 16, dtype=dtype, device=device)
+    shifted = storage[shift : shift + q.numel()].view_as(q).copy_(q)
+    cos, sin = packops.rope_table(48, 7, device=device)
+    expected = packops.apply_rope(q, None, cos, sin, rotary_offset=8)[0]
+    assert torch.equal(packops.apply_rope(shifted, None, cos, sin, rotary_offset=8)[0], expected)
+    packops.apply_rope(shifted, None, cos, sin, rotary_offset=8, inplace=True)
+    assert torch.equal(shifted, expected)
+    assert (storage[:shift] == 0).all()
+    assert (storage[shift + q.numel() :] == 0).all()
+
+
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    half=st.integers(1, 20),
+    extra=st.integers(0, 9),
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 7)),
+    interleaved=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape_and_stride(data, half, extra, heads, shape, interleaved, dtype):
+    """Every dimension cut out of a larger tensor, in any memory order. CUDA's turn is in test_any_shape_and_stride_on_cuda."""
+    run_shape_and_stride(data.draw, "cpu", half, extra, heads, shape, interleaved, dtype)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60)
+@given(
+    data=st.data(),
+    half=st.integers(1, 20),
+    extra=st.integers(0, 9),
+    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 7)),
+    interleaved=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_any_shape_and_stride_on_cuda(data, half, extra, heads, shape, interleaved, dtype):
+    run_shape_and_stride(data.draw, "cuda", half, extra, heads, shape, interleaved, dtype)
+
+
+def run_shape_and_stride(draw, device, half, extra, heads, shape, interleaved, dtype):
+    head_dim, (batch, tokens) = 2 * half + extra, shape
+    offset = draw(st.integers(0, extra))
+    order = draw(st.permutations([0, 1, 2]))
+    layout = draw(st.sampled_from(["bshd", "bhsd"]))
+
+    def make(count, seed):
+        sizes = (batch, tokens, count) if layout == "bshd" else (batch, count, tokens)
+        margins = [draw(st.integers(0, 2)) for _ in range(4)]
+        step = draw(st.integers(1, 2))
+        storage = make_heads([sizes[i] * step + margins[i] for i in order] + [head_dim + margins[3]], dtype, device, seed=seed)
+        view = storage.permute(*[order.index(i) for i in range(3)], 3)
+        return view[tuple(slice(m, m + n * step, step) for m, n in zip(margins, sizes, strict=False))][..., margins[3] :]
+
+    q, k = make(heads[0], 1), make(heads[1], 2)
+    cos, sin = packops.rope_table(2 * half, tokens, device=device)
+    check(q, k, cos, sin, layout=layout, interleaved=interleaved, rotary_offset=offset, rotary_dim=2 * half)
+
+
+@pytest.mark.parametrize("shape", [(0, 2, 16), (0, 3, 2, 16), (3, 0, 2, 16), (3, 0, 16), (2, 3, 0, 16)])
+def test_empty(device, shape):
+    q = torch.empty(shape, device=device, requires_grad=True)
+    cos, sin = packops.rope_table(16, 4, device=device)
+    out, k = packops.apply_rope(q, q.detach(), cos, sin)
+    assert out.shape == k.shape == shape
+    out.sum().backward()
+    assert q.grad.shape == shape
+    if len(shape) == 3:
+        packops.apply_rope(q, None, cos, sin, cu_seqlens=torch.zeros(1, dtype=torch.int32, device=device))
+
+
+# ---- Autograd.
+
+
+@pytest.mark.parametrize("layout", ["thd", "bhsd_view"])
+def test_gradients_of_every_stride(device, layout):
+    q, k, name = make_qk(layout, torch.float32, device)
+    cos, sin = packops.rope_table(64, 13, device=device)
+    dense = make_heads(q.shape, torch.float32, device, seed=3)
+    variants = {
+        "expanded": torch.ones((), device=device).expand(q.shape),
+        "expanded heads": dense.select(1, 0).unsqueeze(1).expand(q.shape),
+        "strided features": torch.stack([dense, dense], -1)[..., 0],
+        "transposed": dense.transpose(0, -1).contiguous().transpose(0, -1),
+        "sliced": torch.cat([dense, dense], 1)[:, q.shape[1] :],
+    }
+    for grad in variants.values():
+        for call in (packops.apply_rope, torch.ops.packops.rope):
+            leaf, double = q.detach().clone().requires_grad_(), q.detach().double().requires_grad_()
+            kept = grad.clone()
+            call(leaf, k, cos, sin, layout=name)[0].backward(grad)
+            reference.rope(double, k, cos, sin, layout=name)[0].backward(grad.double())
+            close(leaf.grad, double.grad, torch.float32)
+            assert torch.equal(grad, kept)
+
+
+@pytest.mark.parametrize("call", [packops.apply_rope, torch.ops.packops.rope])
+def test_gradient_reaches_only_what_needs_it(device, call):
+    q, k, _ = make_qk("thd", torch.float32, device)
+    cos, sin = packops.rope_table(64, 13, device=device)
+    k.requires_grad_()
+    q_out, k_out = call(q, k, cos, sin)
+    assert not q_out.requires_grad
+    assert k_out.requires_grad
+    k_out.sum().backward()
+    assert k.grad is not None
+    assert q.grad is None
+    q.requires_grad_()
+    q_out, k_out = call(q, k, cos, sin)
+    k.grad = None
+    q_out.sum().backward()  # no gradient for k_out at all
+    assert q.grad is not None
+    assert k.grad is None
+    with pytest.raises(ValueError, match="cos and sin need a gradient"):
+        call(q, k, cos.requires_grad_(), sin)
+
+
+def test_gradcheck_any_order():
+    q = torch.randn(5, 2, 6, dtype=torch.float64, requires_grad=True)
+    k = torch.randn(5, 1, 6, dtype=torch.float64, requires_grad=True)
+    cos, sin = packops.rope_table(4, 5, dtype=torch.float64)
+    cu_seqlens = torch.tensor([0, 2, 4])
+
+    def function(q, k):
+        return packops.apply_rope(q, k, 1.3 * cos, 1.3 * sin, cu_seqlens=cu_seqlens, rotary_offset=1, interleaved=True)
+
+    assert torch.autograd.gradcheck(function, (q, k), fast_mode=False)
+    assert torch.autograd.gradgradcheck(function, (q, k))
+    assert torch.autograd.gradcheck(lambda q, k: torch.ops.packops.rope(q, k, cos, sin), (q, k))
+
+
+def test_fp64_on_the_cpu_is_fp64():
+    q, k, _ = make_qk("thd", torch.float64, "cpu")
+    cos, sin = packops.rope_table(64, 13, dtype=torch.float64)
+    out = packops.apply_rope(q, k, cos, sin, interleaved=True)
+    for a, b in zip(out, reference.rope(q, k, cos, sin, interleaved=True), strict=True):
+        assert (a - b).abs().max() < 1e-14
+
+
+def test_in_place_under_autograd(device):
+    """Views and non-leaves get the gradients of the functional form; nobody's saved tensor is changed unseen."""
+    q, k, _ = make_qk("thd", torch.float32, device)
+    cos, sin = packops.rope_table(64, 13, device=device)
+    options = {"cu_seqlens": torch.tensor([0, 4, 11], device=device), "rotary_offset": 0}
+    grads = [make_heads(x.shape, torch.float32, device, seed=9) for x in (q, k)]
+
+    def gradients(function):
+        leaves = [x.clone().requires_grad_() for x in (q, k)]
+        torch.autograd.backward(function(*leaves), grads)
+        return [x.grad for x in leaves]
+
+    expected = gradients(lambda q, k: packops.apply_rope(q * 2, k * 2, cos, sin, **options))
+
+    def non_leaves(q, k):
+        a, b = q * 2, k * 2
+        out = packops.apply_rope(a, b, cos, sin, inplace=True, **options)
+        assert out[0] is a
+        assert out[1] is b
+        return out
+
+    def views(q, k):
+        fused = torch.cat([q, k], 1) * 2
+        a, b = fused[:, : q.shape[1]], fused[:, q.shape[1] :]
+        packops.apply_rope(a, b, cos, sin, inplace=True, **options)
+        return fused[:, : q.shape[1]], fused[:, q.shape[1] :]
+
+    def operator(q, k):
+        a, b = q * 2, k * 2
+        torch.ops.packops.rope_(a, b, cos, sin, **options)
+        return a, b
+
+    for function in (non_leaves, views, operator):
+        for actual, wanted in zip(gradients(function), expected, strict=True):
+            assert torch.equal(actual, wanted), function.__name__
+
+    leaf = q.clone().requires_grad_()
+    for call in (
+        lambda: packops.apply_rope(leaf, None, cos, sin, inplace=True),
+        lambda: torch.ops.packops.rope_(leaf, None, cos, sin),
+    ):
+        with pytest.raises(ValueError, match="q is a leaf that needs a gradient"):
+            call()
+    with torch.no_grad():
+        packops.apply_rope(leaf, None, cos, sin, inplace=True)
+    assert torch.equal(leaf, packops.apply_rope(q, None, cos, sin)[0])
+
+    # exp saves its output for its gradient: rotating that output must not pass unnoticed.
+    for no_grad in (False, True):
+        x = q.clone().requires_grad_()
+        y = x.exp()
+        with torch.set_grad_enabled(not no_grad):
+            packops.apply_rope(y, None, cos, sin, inplace=True)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            y.sum().backward()
+    x = q.clone()
+    version = x._version
+    torch.ops.packops.rope_(x, None, cos, sin)
+    assert x._version == version + 1
+    with pytest.raises(ValueError, match="q is expanded"):
+        packops.apply_rope(q[:1].expand(13, -1, -1), None, cos, sin, inplace=True)
+
+
+def test_checkpoint_and_retain_graph(device):
+    from torch.utils.checkpoint import checkpoint
+
+    q, k, _ = make_qk("thd", torch.float32, device)
+    cos, sin = packops.rope_table(64, 13, device=device)
+    q.requires_grad_()
+    out = checkpoint(lambda q: packops.apply_rope(q, k, cos, sin)[0], q, use_reentrant=False)
+    out.sum().backward(retain_graph=True)
+    first = q.grad.clone()
+    out.sum().backward()
+    assert torch.equal(q.grad, 2 * first)
+
+
+# ---- torch.compile, opcheck, export.
+
+OPTION_SETS = {
+    "plain": {},
+    "positions": {"position_ids": "ids"},
+    "documents": {"cu_seqlens": "cu"},
+    "layout": {"layout": "bhsd", "position_ids": "ids"},
+    "partial": {"rotary_dim": 16, "rotary_offset": 8, "interleaved": True},
+    "per token": {"per_token_table": True},
+    "mrope": {"position_ids": "axes", "mrope_section": [3, 3, 2], "mrope_interleaved": True},
+}
+
+
+def option_case(name, device, dtype=torch.float32):
+    options = dict(OPTION_SETS[name])
+    q, k = (make_heads((2, 4, h, 32), dtype, device) for h in (3, 1))
+    if options.get("layout") == "bhsd":
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+    cos, sin = packops.rope_table(16, 8, device=device)
+    ids = torch.randint(0, 8, (2, 4), device=device)
+    values = {"ids": ids, "cu": torch.tensor([0, 3, 7], device=device), "axes": torch.stack([ids, ids, ids])}
+    options = {key: values.get(value, value) if isinstance(value, str) else value for key, value in options.items()}
+    return q, k, *((cos[ids], sin[ids]) if name == "per token" else (cos, sin)), options
+
+
+@pytest.mark.parametrize("name", OPTION_SETS)
+def test_opcheck(device, name):
+    q, k, cos, sin, options = option_case(name, device)
+    ops = torch.ops.packops
+    torch.library.opcheck(ops.rope.default, (q, k, cos, sin), options)
+    torch.library.opcheck(ops.rope.default, (q.clone().requires_grad_(), k.clone().requires_grad_(), cos, sin), options)
+    torch.library.opcheck(ops.rope.default, (q.clone().requires_grad_(), None, cos, sin), options)
+    torch.library.opcheck(ops._rope.default, (q, k, cos, sin), {**options, "transposed": True})
+    torch.library.opcheck(ops.rope_.default, (q.clone(), k.clone(), cos, sin), options)
+    torch.library.opcheck(ops._rope_.default, (q.clone(), None, cos, sin), options)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("name", OPTION_SETS)
+def test_compile(device, name, inplace):
+    q, k, cos, sin, options = option_case(name, device)
+
+    def function(q, k):
+        a, b = q * 1.5, k * 1.5
+        a, b = packops.apply_rope(a, b, cos, sin, inplace=inplace, **options)
+        return a * 2, b * 2
+
+    torch._dynamo.reset()  # every case compiles the same code, which has a limit
+    compiled = torch.compile(function, fullgraph=True)
+    for grad in (False, True):
+        leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_(grad) for x in (q, k, q, k)]
+        expected, actual = function(*leaves[:2]), compiled(*leaves[2:])
+        for a, e in zip(actual, expected, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-6, atol=1e-6)
+        if grad:
+            sum(x.square().sum() for x in expected).backward()
+            sum(x.square().sum() for x in actual).backward()
+            for a, e in zip(leaves[2:], leaves[:2], strict=True):
+                torch.testing.assert_close(a.grad, e.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_compile_once_for_all_lengths(device):
+    cos, sin = packops.rope_table(32, 100, device=device)
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(
+        lambda q, k, cu: packops.apply_rope(q, k, cos, sin, cu_seqlens=cu), fullgraph=True, dynamic=True, backend=counter
+    )
+    for tokens, documents in [(10, 4), (17, 5), (33, 7), (64, 4)]:
+        q, k = torch.randn(tokens, 3, 32, device=device, requires_grad=True), torch.randn(tokens, 2, 32, device=device)
+        cu_seqlens = torch.linspace(0, tokens, documents + 1, device=device).int()
+        out = compiled(q, k, cu_seqlens)
+        out[0].sum().backward()
+        assert torch.equal(out[0], packops.apply_rope(q, k, cos, sin, cu_seqlens=cu_seqlens)[0])
+    assert counter.frame_count == 1
+
+
+def test_export(device):
+    class Rotate(torch.nn.Module):
+        def forward(self, q, k, ids):
+            cos, sin = torch.ones(9, 8, device=q.device), torch.zeros(9, 8, device=q.device)
+            return packops.apply_rope(q, k, cos, sin, position_ids=ids)
+
+    q, ids = torch.randn(5, 2, 16, device=device), torch.arange(5, device=device)
+    program = torch.export.export(Rotate(), (q, q, ids))
+    assert any("packops.rope" in str(node.target) for node in program.graph.nodes)
+    assert torch.equal(program.module()(q, q, ids)[0], q)
+
+
+# ---- Errors.
+
+
+def test_errors(device):
+    def raises(kind, message, *arguments, **options):
+        for inplace in (False, True):
+            with pytest.raises(kind, match="packops.rope: .*" + message):
+                packops.apply_rope(*arguments, inplace=inplace, **options)
+
+    q = torch.randn(6, 2, 16, device=device)
+    four = torch.randn(2, 3, 2, 16, device=device)
+    cos, sin = packops.rope_table(16, 8, device=device)
+    ids = torch.arange(6, device=device)
+    raises(TypeError, "q must be float32, float16 or bfloat16 .*got Long", q.long(), None, cos, sin)
+    raises(TypeError, "k must have the dtype of q, Float, got Half", q, q.half(), cos, sin)
+    raises(TypeError, "cos and sin must have one floating dtype, got Int", q, None, cos.int(), sin.int())
+    raises(TypeError, "got Float and BFloat16", q, None, cos, sin.bfloat16())
+    raises(TypeError, "position_ids must be int32 or int64, got Float", q, None, cos, sin, position_ids=ids.float())
+    raises(TypeError, "cu_seqlens must be int32 or int64, got Float", q, None, cos, sin, cu_seqlens=ids.float())
+    raises(ValueError, "layout must be 'thd', 'bshd' or 'bhsd', got 'sbhd'", four, None, cos, sin, layout="sbhd")
+    raises(ValueError, r"with layout 'thd' 3-D, got shape \(2, 3, 2, 16\)", four, None, cos, sin, layout="thd")
+    raises(ValueError, r"got shape \(6, 16\)", q[:, 0], None, cos, sin)
+    raises(
+        ValueError,
+        "last dimension of q must be contiguous, got stride 2",
+        torch.randn(6, 2, 32, device=device)[..., ::2],
+        None,
+        cos,
+        sin,
+    )
+    raises(ValueError, r"k must have the shape of q .*got \(5, 2, 16\)", q, q[:5], cos, sin)
+    raises(ValueError, "k must have the shape of q", q, q[..., :8], cos, sin)
+    raises(ValueError, r"cos must be \(positions, width\), got shape \(8,\)", q, None, cos[:, 0], sin[:, 0])
+    raises(ValueError, "pass per_token_table=True", four, None, cos[None], sin[None])
+    raises(ValueError, r"sin must have the shape of cos, \(8, 8\), got \(7, 8\)", q, None, cos, sin[1:])
+    raises(ValueError, "last dimension of cos and sin must be contiguous", q, None, cos.t(), sin.t())
+    raises(
+        ValueError, "rotary dimension must be even and positive, got 9", q, None, cos[:, :3].repeat(1, 3), sin[:, :3].repeat(1, 3)
+    )
+    raises(ValueError, "even and positive, got 7", q, None, cos, sin, rotary_dim=7)
+    raises(ValueError, "rotary_dim / 2 = 6 columns, or rotary_dim = 12 .*got 8", q, None, cos, sin, rotary_dim=12)
+    raises(ValueError, r"= \[4, 20\) must lie inside a head of 16 features", q, None, cos, sin, rotary_offset=4)
+    raises(ValueError, "must lie inside", q, None, cos, sin, rotary_offset=-2)
+    raises(
+        ValueError,
+        r"position_ids must have one entry per token, \(6\) or \(1, 6\) .*got shape \(5,\)",
+        q,
+        None,
+        cos,
+        sin,
+        position_ids=ids[:5],
+    )
+    raises(ValueError, r"got shape \(3,\)", four, None, cos, sin, position_ids=ids[:3])
+    raises(ValueError, r"cos must have one entry per token", q, None, cos[:5], sin[:5], per_token_table=True)
+    raises(
+        ValueError,
+        "position_ids and mrope_section must be None",
+        q,
+        None,
+        cos[:6],
+        sin[:6],
+        per_token_table=True,
+        position_ids=ids,
+    )
+    raises(
+        ValueError, "three widths that add up to rotary_dim / 2 = 8", q, None, cos, sin, mrope_section=[4, 4, 4], position_ids=ids
+    )
+    raises(ValueError, "three widths", q, None, cos, sin, mrope_section=[4, 4], position_ids=ids)
+    raises(ValueError, r"mrope_section needs position_ids of shape \(3, ...\)", q, None, cos, sin, mrope_section=[4, 2, 2])
+    raises(
+        ValueError,
+        r"position_ids must be \(3, ...\) with mrope_section",
+        q,
+        None,
+        cos,
+        sin,
+        mrope_section=[4, 2, 2],
+        position_ids=ids,
+    )
+    raises(ValueError, "mrope_interleaved=True needs mrope_section", q, None, cos, sin, mrope_interleaved=True)
+    raises(ValueError, r"cu_seqlens must be \(documents \+ 1,\), got shape \(0,\)", q, None, cos, sin, cu_seqlens=ids[:0])
+
+
+@pytest.mark.gpu
+def test_errors_of_devices():
+    q = torch.randn(6, 2, 16, device="cuda")
+    cos, sin = packops.rope_table(16, 8, device="cuda")
+    for arguments, options in [
+        ((q, q.cpu(), cos, sin), {}),
+        ((q, None, cos.cpu(), sin), {}),
+        ((q, None, cos, sin.cpu()), {}),
+        ((q, None, cos, sin), {"position_ids": torch.arange(6)}),
+        ((q, None, cos, sin), {"cu_seqlens": torch.tensor([0, 6])}),
+        ((q.cpu(), None, cos, sin), {}),
+    ]:
+        with pytest.raises(ValueError, match="must be on the device of q"):
+            packops.apply_rope(*arguments, **options)
+    with pytest.raises(TypeError, match=r"float64 on the CPU"):
+        packops.apply_rope(q.double(), None, cos, sin)
+
+
+# ---- How the work is cut up.
+
+
+def launches():
+    for tokens, heads, dims, element_size, address, in_place, outer in itertools.product(
+        [0, 1, 5, 4096, 70000],
+        [(32, 8), (1, 0), (3, 1), (128, 128), (16, 16)],
+        [
+            (128, 128, 0),
+            (256, 64, 0),
+            (192, 64, 128),
+            (96, 64, 4),
+            (80, 80, 0),
+            (7, 6, 1),
+            (2, 2, 0),
+            (512, 512, 0),
+            (4096, 4096, 0),
+        ],
+        [2, 4],
+        [0, 2 * 8, 4, 2],
+        [False, True],
+        [False, True],
+    ):
+        if address % element_size == 0:
+            yield tokens, heads, dims, element_size, address, in_place, outer
+
+
+def test_launch_covers_every_item_once():
+    """The arithmetic of csrc/rope_launch.h, without a GPU."""
+    for tokens, heads, (head_dim, rotary, offset), size, address, in_place, outer in launches():
+        c = packops._C.rope_launch(tokens, *heads, head_dim, rotary, offset, size, address, in_place, outer, 132)
+        width, lanes = c["width"], c["lanes"]
+        assert width * size <= 16
+        assert (address or 16) % (width * size) == 0
+        assert rotary // 2 % width == 0
+        assert offset % width == 0
+        passing = 0 if in_place else head_dim - rotary
+        assert passing % width == 0
+        assert 2 * lanes - 1 <= (rotary + passing) // width <= 2 * lanes  # every vector of a head, at most one lane half empty
+        items = -(-sum(heads) // c["unroll"]) * lanes
+        assert c["items_per_block"] * c["chunks"] >= items > c["items_per_block"] * (c["chunks"] - 1)
+        assert c["items_per_block"] * c["tokens_per_block"] <= c["threads"] <= 512
+        assert c["threads"] % 32 == 0
+        assert c["blocks"] == -(-tokens // c["tokens_per_block"]) * c["chunks"]
+        if c["token_inner"]:
+            assert outer
+            assert c["items_per_block"] % lanes == 0
+
+
+def test_launch_takes_wide_vectors_where_it_can():
+    shape = {
+        "tokens": 16384,
+        "q_heads": 32,
+        "k_heads": 8,
+        "head_dim": 128,
+        "rotary_dim": 128,
+        "rotary_offset": 0,
+        "in_place": False,
+        "heads_outer": False,
+        "multiprocessors": 132,
+    }
+    assert packops._C.rope_launch(**shape, element_size=2, address=0)["width"] == 8
+    assert packops._C.rope_launch(**shape, element_size=4, address=0)["width"] == 4
+    assert packops._C.rope_launch(**shape, element_size=2, address=6)["width"] == 1
+    few, many = (packops._C.rope_launch(**{**shape, "tokens": t}, element_size=2, address=0) for t in (16, 16384))
+    assert few["unroll"] == 1
+    assert many["unroll"] == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_configuration_gives_the_same_bits(layout):
+    q, k, name = make_qk(layout, torch.bfloat16, "cuda", tokens=50, head_dim=192)
+    cos, sin = packops.rope_table(128, 100, device="cuda")
+    cu_seqlens = torch.tensor([0, 3, 3, 40], device="cuda")
+    raw, raw_ = torch.ops.packops._rope.default, torch.ops.packops._rope_.default
+    options = {"cu_seqlens": cu_seqlens, "layout": name, "rotary_dim": 128, "rotary_offset": 32}
+    expected = raw(q, k, cos, sin, **options)
+    for unroll, threads, inner in itertools.product([1, 2, 4], [32, 64, 128, 256, 512], [0, 1]):
+        out = raw(q, k, cos, sin, **options, tuning=[unroll, threads, inner])
+        assert all(torch.equal(a, b) for a, b in zip(out, expected, strict=True)), (unroll, threads, inner)
+        a, b = q.clone(), k.clone()
+        raw_(a, b, cos, sin, **options, tuning=[unroll, threads, inner])
+        assert all(torch.equal(x, y) for x, y in zip((a, b), expected, strict=True)), (unroll, threads, inner)
+
+
+# ---- What a training loop needs of a CUDA op.
+
+
+@pytest.mark.gpu
+def test_no_host_sync_and_graph_capture():
+    q, k, _ = make_qk("thd", torch.bfloat16, "cuda", tokens=200)
+    q.requires_grad_()
+    k.requires_grad_()
+    cos, sin = packops.rope_table(64, 300, device="cuda")
+    ids = torch.arange(200, device="cuda")
+    cu_seqlens = torch.tensor([0, 50, 120, 180], device="cuda", dtype=torch.int32)
+    grads = torch.randn_like(q), torch.randn_like(k)
+
+    def step(position_ids, cu_seqlens):
+        q.grad = k.grad = None
+        out = packops.apply_rope(q, k, cos, sin, position_ids=position_ids, cu_seqlens=cu_seqlens)
+        torch.autograd.backward(out, grads)
+        return *out, q.grad, k.grad
+
+    step(ids, None)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(ids, None)
+        step(None, cu_seqlens)
+        with torch.no_grad():
+            packops.apply_rope(q, k, cos, sin, cu_seqlens=cu_seqlens, inplace=True)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(None, cu_seqlens)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(None, cu_seqlens)
+    cu_seqlens.copy_(torch.tensor([0, 10, 11, 199], device="cuda"))
+    graph.replay()
+    replayed = [x.clone() for x in captured]
+    assert all(torch.equal(a, b) for a, b in zip(replayed, step(None, cu_seqlens), strict=True))
+
+
+@pytest.mark.gpu
+def test_the_same_bits_every_time_on_any_stream():
+    q, k, _ = make_qk("bhsd_view", torch.bfloat16, "cuda", tokens=500)
+    cos, sin = packops.rope_table(64, 500, device="cuda")
+    expected = packops.apply_rope(q, k, cos, sin, layout="bhsd")
+    stream = torch.cuda.Stream()
+    for _ in range(20):
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(1_000_000)
+            late = q * 1
+            out = packops.apply_rope(late, k, cos, sin, layout="bhsd")
+        stream.synchronize()
+        assert torch.equal(out[0], expected[0])
+        assert torch.equal(out[1], expected[1])
+
+
+@pytest.mark.gpu
+@pytest.mark.large(gib=24)
+def test_more_than_two_to_the_31_elements():
+    tokens, heads, dim = 2**17 + 3, 129, 128  # 2.16e9 elements
+    q = torch.zeros(tokens, heads, dim, device="cuda", dtype=torch.bfloat16)
+    last = torch.randn(5, heads, dim, device="cuda", dtype=torch.bfloat16)
+    q[-5:] = last
+    cos, sin = packops.rope_table(dim, tokens, device="cuda")
+    out, _ = packops.apply_rope(q, None, cos, sin)
+    expected, _ = packops.apply_rope(last, None, cos[-5:].contiguous(), sin[-5:].contiguous())
+    assert torch.equal(out[-5:], expected)
+    assert (out[:-5] == 0).all()
+    # A stride beyond 2^31: one token's heads lie that far apart.
+    far = torch.as_strided(q, (3, 2, dim), (dim, 2**31, 1))
+    near, _ = packops.apply_rope(far.contiguous(), None, cos, sin)
+    assert torch.equal(packops.apply_rope(far, None, cos, sin)[0], near)
