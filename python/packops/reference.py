@@ -187,7 +187,8 @@ def rope(
             axis = torch.where(pair < 3 * torch.tensor(mrope_section, device=q.device)[axis], axis, 0)
         else:
             axis = torch.repeat_interleave(torch.arange(3, device=q.device), torch.tensor(mrope_section, device=q.device))
-        assert position_ids is not None
+        if position_ids is None:
+            raise ValueError("packops.reference.rope: mrope_section needs position_ids of shape (3, ...)")
         ids = torch.where(inside.view(batch, tokens), per_token(position_ids, (3,)).long(), 0)
         c, s = cos[ids[axis].movedim(0, -1), pair], sin[ids[axis].movedim(0, -1), pair]
 
