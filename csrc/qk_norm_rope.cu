@@ -24,8 +24,10 @@ struct Job {
 };
 
 __device__ inline Job job_of(const QkNormRopeParams& p, const QkNormRopeLaunch& launch) {
-  if (blockIdx.x < launch.q_blocks) return {p.rope.q, p.q_grad, p.q_weight, static_cast<float*>(p.q_partial), blockIdx.x, launch.q_blocks};
-  return {p.rope.k, p.k_grad, p.k_weight, static_cast<float*>(p.k_partial), int64_t(blockIdx.x) - launch.q_blocks, launch.k_blocks};
+  if (blockIdx.x < launch.q_blocks)
+    return {p.rope.q, p.q_grad, p.q_weight, static_cast<float*>(p.q_partial), blockIdx.x, launch.q_blocks};
+  return {p.rope.k,       p.k_grad, p.k_weight, static_cast<float*>(p.k_partial), int64_t(blockIdx.x) - launch.q_blocks,
+          launch.k_blocks};
 }
 
 template <typename T>
@@ -62,8 +64,8 @@ __device__ inline float group_sum(float x, int group) {
 // ---- Narrow: one head in the registers of one group of threads.
 
 template <typename T, bool kInterleaved, bool kBackward, int kUnroll>
-__global__ void __launch_bounds__(128, 5) QkNormRopeNarrowKernel(const __grid_constant__ QkNormRopeParams p,
-                                                                 const __grid_constant__ QkNormRopeLaunch launch) {
+__global__ void __launch_bounds__(128, 5)
+    QkNormRopeNarrowKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   constexpr int W = 4;
   extern __shared__ int64_t start_of[];
   const Job job = job_of(p, launch);
@@ -215,8 +217,8 @@ __device__ inline float2 block_sum(float x, float y, float* scratch) {
 }
 
 template <typename T, int W, bool kInterleaved, bool kBackward>
-__global__ void __launch_bounds__(256) QkNormRopeWideKernel(const __grid_constant__ QkNormRopeParams p,
-                                                            const __grid_constant__ QkNormRopeLaunch launch) {
+__global__ void __launch_bounds__(256)
+    QkNormRopeWideKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   __shared__ float scratch[64];
   __shared__ int64_t start_of[1];
   const Job job = job_of(p, launch);
@@ -410,7 +412,8 @@ cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStre
   }
   if (backward) {
     const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
-    const dim3 grid(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns), p.k_weight ? 2 : 1), block(kSumColumns * kSumRows);
+    const dim3 grid(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns), p.k_weight ? 2 : 1),
+        block(kSumColumns * kSumRows);
     WeightGradientKernel<<<grid, block, 0, stream>>>(p);
   }
   return cudaGetLastError();

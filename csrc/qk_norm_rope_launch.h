@@ -17,8 +17,8 @@ namespace packops {
 struct QkNormRopeLaunch {
   int width = 1, lanes = 1;
   bool narrow = true;
-  int unroll = 1;            // narrow: heads per thread
-  int group = 1;             // narrow: threads per head, a power of two
+  int unroll = 1;  // narrow: heads per thread
+  int group = 1;   // narrow: threads per head, a power of two
   int threads = 128;
   int64_t q_blocks = 0, k_blocks = 0;
 
@@ -29,13 +29,16 @@ struct QkNormRopeLaunch {
   int tokens_per_block(int64_t heads) const { return threads / group / slots_per_block(heads); }
 };
 
-inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, int element_size, int multiprocessors, bool backward) {
+inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, int element_size, int multiprocessors,
+                                                   bool backward) {
   QkNormRopeLaunch launch;
   RopeParams rope = p.rope;
   launch.width = rope_vector_width(rope, element_size);
   if (backward) {
-    rope.q.in = p.q_grad.in, rope.q.in_batch = p.q_grad.in_batch, rope.q.in_token = p.q_grad.in_token, rope.q.in_head = p.q_grad.in_head;
-    rope.k.in = p.k_grad.in, rope.k.in_batch = p.k_grad.in_batch, rope.k.in_token = p.k_grad.in_token, rope.k.in_head = p.k_grad.in_head;
+    rope.q.in = p.q_grad.in, rope.q.in_batch = p.q_grad.in_batch, rope.q.in_token = p.q_grad.in_token,
+    rope.q.in_head = p.q_grad.in_head;
+    rope.k.in = p.k_grad.in, rope.k.in_batch = p.k_grad.in_batch, rope.k.in_token = p.k_grad.in_token,
+    rope.k.in_head = p.k_grad.in_head;
     launch.width = std::min(launch.width, rope_vector_width(rope, element_size));
   }
   // Four elements whatever the dtype: sines, cosines, weights and their gradients are floats in registers, eight of each per

@@ -37,10 +37,10 @@ static inline S dot_row(const S* a, const S* b, int n) {
 
 // side: x -> y, or x and grad -> dx. weight: w of one domain. weight_grad: its running sums. buffer: 2 heads * head_dim states.
 template <typename T>
-static void qk_norm_rope_token(const QkNormRopeParams& p, const RopeHeads& side, const RopeHeads& grad, bool backward, int64_t batch,
-                               int64_t token, const typename RopeLane<T>::State* cos, const typename RopeLane<T>::State* sin,
-                               const typename RopeLane<T>::State* weight, typename RopeLane<T>::State* weight_grad,
-                               typename RopeLane<T>::State* buffer) {
+static void qk_norm_rope_token(const QkNormRopeParams& p, const RopeHeads& side, const RopeHeads& grad, bool backward,
+                               int64_t batch, int64_t token, const typename RopeLane<T>::State* cos,
+                               const typename RopeLane<T>::State* sin, const typename RopeLane<T>::State* weight,
+                               typename RopeLane<T>::State* weight_grad, typename RopeLane<T>::State* buffer) {
   using S = typename RopeLane<T>::State;
   const RopeParams& rope = p.rope;
   const int dim = rope.head_dim;
@@ -89,12 +89,12 @@ static void qk_norm_rope_token(const QkNormRopeParams& p, const RopeHeads& side,
   }
 }
 
-static void qk_norm_rope_token_any(const QkNormRopeParams& p, const RopeHeads& side, const RopeHeads& grad, bool backward, int64_t batch,
-                                   int64_t token, const void* cos, const void* sin, const void* weight, void* weight_grad,
-                                   void* buffer) {
-#define PACKOPS_TOKEN(T, S)                                                                                                      \
-  return qk_norm_rope_token<T>(p, side, grad, backward, batch, token, (const S*)cos, (const S*)sin, (const S*)weight, (S*)weight_grad, \
-                               (S*)buffer)
+static void qk_norm_rope_token_any(const QkNormRopeParams& p, const RopeHeads& side, const RopeHeads& grad, bool backward,
+                                   int64_t batch, int64_t token, const void* cos, const void* sin, const void* weight,
+                                   void* weight_grad, void* buffer) {
+#define PACKOPS_TOKEN(T, S)                                                                                           \
+  return qk_norm_rope_token<T>(p, side, grad, backward, batch, token, (const S*)cos, (const S*)sin, (const S*)weight, \
+                               (S*)weight_grad, (S*)buffer)
   switch (p.rope.dtype) {
     case DType::f32: PACKOPS_TOKEN(float, float);
     case DType::f16: PACKOPS_TOKEN(half_t, float);

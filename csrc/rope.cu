@@ -20,7 +20,8 @@ namespace packops {
 namespace {
 
 template <typename T, int W, bool kInterleaved, int kUnroll>
-__global__ void __launch_bounds__(512) RopeKernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch) {
+__global__ void __launch_bounds__(512)
+    RopeKernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch) {
   extern __shared__ int64_t start_of[];  // of each token of the block, with cu_seqlens
 
   const int64_t first = int64_t(blockIdx.x / launch.chunks) * launch.tokens_per_block;

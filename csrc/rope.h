@@ -28,7 +28,7 @@ struct RopeHeads {
 
 struct RopeParams {
   RopeHeads q, k;
-  DType dtype = DType::f32;  // of q and k
+  DType dtype = DType::f32;       // of q and k
   int64_t batch = 1, tokens = 0;  // tokens: of one batch row
   int32_t head_dim = 0, rotary_dim = 0, rotary_offset = 0;
   bool interleaved = false, transposed = false, in_place = false;

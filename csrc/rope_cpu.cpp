@@ -27,8 +27,8 @@ void rope_tokens(const RopeParams& p, int64_t begin, int64_t end) {
     if (!at.outside) fill_coefficients(p, at, cos.data(), sin.data());
     const void* cosines = at.outside ? nullptr : cos.data();
     for (const RopeHeads* side : {&p.q, &p.k})
-      turn(p, *side, at.batch * side->in_batch + at.token * side->in_token, at.batch * side->out_batch + at.token * side->out_token,
-           cosines, sin.data());
+      turn(p, *side, at.batch * side->in_batch + at.token * side->in_token,
+           at.batch * side->out_batch + at.token * side->out_token, cosines, sin.data());
   }
 }
 
@@ -53,7 +53,8 @@ RopeFault rope_check_cpu(const RopeParams& p) {
         }
   } else if (p.cu_seqlens) {
     for (int64_t d = 0; d < p.num_documents; d++)
-      if (bound_at(p, d + 1) - bound_at(p, d) > p.table_rows) return {RopeFault::position, bound_at(p, d) + p.table_rows, p.table_rows};
+      if (bound_at(p, d + 1) - bound_at(p, d) > p.table_rows)
+        return {RopeFault::position, bound_at(p, d) + p.table_rows, p.table_rows};
   } else if (p.tokens > p.table_rows && p.batch > 0) {
     return {RopeFault::position, p.table_rows, p.table_rows};
   }

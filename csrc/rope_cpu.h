@@ -34,7 +34,8 @@ inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
 }
 inline int64_t bound_at(const RopeParams& p, int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); }
 inline int64_t position_at(const RopeParams& p, int axis, int64_t batch, int64_t token) {
-  return integer_at(p.position_ids, p.position_dtype, axis * p.position_axis + batch * p.position_batch + token * p.position_token);
+  return integer_at(p.position_ids, p.position_dtype,
+                    axis * p.position_axis + batch * p.position_batch + token * p.position_token);
 }
 
 template <typename State>

@@ -104,8 +104,8 @@ __device__ inline int64_t rope_position(const RopeParams& p, int64_t t, RopeToke
 // vectors, taken from the same places, so that both kinds touch memory alike; only W = 1 takes its pair from neighbours.
 
 struct RopeLane {
-  int a, b;            // where the vectors start
-  bool turns, has_b;   // a lane that only passes features through may have one vector
+  int a, b;           // where the vectors start
+  bool turns, has_b;  // a lane that only passes features through may have one vector
 };
 
 template <int W, bool kInterleaved>
@@ -152,7 +152,8 @@ struct RopeCoefficients {
       }
     } else if (!bad) {
       const int64_t batch = p.per_token_table ? at.batch : 0;
-      const int64_t cos_at = batch * p.cos_batch + position * p.cos_row + pair, sin_at = batch * p.sin_batch + position * p.sin_row + pair;
+      const int64_t cos_at = batch * p.cos_batch + position * p.cos_row + pair,
+                    sin_at = batch * p.sin_batch + position * p.sin_row + pair;
       float run[kRun];
 #pragma unroll
       for (int r = 0; r < W / kRun; r++) {

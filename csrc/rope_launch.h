@@ -14,9 +14,9 @@
 namespace packops {
 
 struct RopeLaunch {
-  int width = 1;             // elements per vector: 16 bytes' worth, or what alignment and sizes allow
-  int unroll = 1;            // heads per thread: 1, 2 or 4
-  int lanes = 1;             // per head: pairs of vectors that turn, then pairs that only pass through
+  int width = 1;   // elements per vector: 16 bytes' worth, or what alignment and sizes allow
+  int unroll = 1;  // heads per thread: 1, 2 or 4
+  int lanes = 1;   // per head: pairs of vectors that turn, then pairs that only pass through
   int items_per_block = 1;
   int chunks = 1;
   int tokens_per_block = 1;

@@ -239,6 +239,62 @@ def run_cases(device: torch.device) -> int:
     return 0 if count else 1
 
 
+@cases
+def rope_misaligned(device: torch.device) -> Iterator[str]:
+    """Rows that start at any element, every kind of position, and blocks of every kernel configuration."""
+    cos, sin = packops.rope_table(24, 30, device=device)
+    ids = torch.randint(0, 30, (23,), device=device)
+    kinds = {
+        "ids": {"position_ids": ids},
+        "documents": {"cu_seqlens": torch.tensor([0, 4, 4, 19], dtype=torch.int32, device=device)},
+        "mrope": {"position_ids": torch.stack([ids, ids, ids]), "mrope_section": [4, 5, 3]},
+    }
+    for dtype in FLOATS:
+        for shift in (1, 2, 4):
+            q = (
+                torch.randn(23 * 3 * 36 + 8, device=device)
+                .to(dtype)[shift : shift + 23 * 3 * 36]
+                .view(23, 3, 36)
+                .requires_grad_()
+            )
+            for name, options in kinds.items():
+                for interleaved in (False, True):
+                    backward(packops.apply_rope(q, None, cos, sin, rotary_offset=6, interleaved=interleaved, **options)[0], q)
+                yield f"{dtype} shifted by {shift}, {name}"
+    q = torch.randn(2, 5, 11, 64, device=device).to(torch.bfloat16)
+    table = packops.rope_table(64, 11, device=device)
+    for unroll in (1, 2, 4):
+        for inner in (0, 1):
+            torch.ops.packops._rope(q, q, *table, layout="bhsd", tuning=[unroll, 128, inner])
+            yield f"unroll {unroll}, tokens inner {inner}"
+
+
+@cases
+def qk_norm_rope(device: torch.device) -> Iterator[str]:
+    """A norm in the registers of a few threads, by a whole block, and across heads; weight gradients."""
+    cu_seqlens = torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=device)
+    for dtype in FLOATS:
+        for head_dim, rotary_dim in ((64, 64), (80, 32), (36, 12), (30, 10), (512, 512)):
+            q, k, cos, sin = rope_problem(device, dtype, head_dim, rotary_dim)
+            for heads in ((1, 1), (5, 2)):
+                weights = [torch.rand(h * head_dim, device=device, requires_grad=True) for h in heads]
+                for interleaved in (False, True):
+                    out = packops.apply_qk_norm_rope(
+                        q, k, *weights, cos, sin, eps=1e-6, rotary_dim=rotary_dim, cu_seqlens=cu_seqlens, interleaved=interleaved
+                    )
+                    backward(torch.cat([x.flatten() for x in out]), q, k, *weights)
+                yield f"{dtype} head_dim {head_dim} rotary_dim {rotary_dim}, weights of {heads} heads"
+    for position in (-1, 50, 2**31, -(2**62)):
+        q, k, cos, sin = rope_problem(device, torch.bfloat16, 64, 64)
+        weight = torch.rand(64, device=device, requires_grad=True)
+        position_ids = torch.arange(13, device=device)
+        position_ids[6] = position
+        with bad_ids(device):
+            out, _ = packops.apply_qk_norm_rope(q, k, weight, weight, cos, sin, eps=1e-6, position_ids=position_ids)
+            backward(out, q, weight)
+        yield f"position {position}"
+
+
 # --------------------------------------------------------------------------------------------------------------------------------
 # The driver.
 

@@ -12,13 +12,15 @@ namespace {
 constexpr const char* kOp = "qk_norm_rope";
 
 // Checks the weights, and decides whether the mean runs over a head or over all heads of a token.
-void set_weights(QkNormRopeParams& p, const Tensor& q, const Tensor& q_weight, const OptionalTensor& k_weight, double eps, bool zero_centered) {
+void set_weights(QkNormRopeParams& p, const Tensor& q, const Tensor& q_weight, const OptionalTensor& k_weight, double eps,
+                 bool zero_centered) {
   const RopeParams& rope = p.rope;
-  PACKOPS_CHECK((rope.k.heads > 0 || rope.k.in) == k_weight.has_value(), ValueError, kOp, ": k and k_weight must be given together");
+  PACKOPS_CHECK((rope.k.heads > 0 || rope.k.in) == k_weight.has_value(), ValueError, kOp,
+                ": k and k_weight must be given together");
   auto check = [&](const Tensor& weight, const char* name) {
     check_device(kOp, q, weight, name);
-    PACKOPS_CHECK(!is_index(kernel_dtype(weight, kOp, name)) && weight.scalar_type() == q_weight.scalar_type(), TypeError, kOp, ": ", name,
-                  " must be floating, in the dtype of q_weight, got ", dtype_of(weight));
+    PACKOPS_CHECK(!is_index(kernel_dtype(weight, kOp, name)) && weight.scalar_type() == q_weight.scalar_type(), TypeError, kOp,
+                  ": ", name, " must be floating, in the dtype of q_weight, got ", dtype_of(weight));
     PACKOPS_CHECK(weight.dim() == 1 && weight.is_contiguous(), ValueError, kOp, ": ", name,
                   " must be a contiguous vector, got shape ", shape_of(weight));
   };
@@ -80,14 +82,15 @@ std::tuple<Tensor, OptionalTensor> qk_norm_rope(Tensor q, OptionalTensor k, Tens
 void check_gradient(const Tensor& grad, const Tensor& like, const char* name) {
   bool same = grad.dim() == like.dim() && grad.scalar_type() == like.scalar_type();
   for (int64_t i = 0; same && i < like.dim(); i++) same = grad.size(i) == like.size(i);
-  PACKOPS_CHECK(same, ValueError, kOp, ": ", name, " must have the shape and dtype of its output, ", shape_of(like), ", got ", shape_of(grad));
+  PACKOPS_CHECK(same, ValueError, kOp, ": ", name, " must have the shape and dtype of its output, ", shape_of(like), ", got ",
+                shape_of(grad));
 }
 
 std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward(
-    Tensor q_grad, OptionalTensor k_grad, Tensor q, OptionalTensor k, Tensor q_weight, OptionalTensor k_weight, Tensor cos, Tensor sin,
-    OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps, bool zero_centered, OptionalString layout_name,
-    std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved, OptionalInts mrope_section, bool mrope_interleaved,
-    bool per_token_table) {
+    Tensor q_grad, OptionalTensor k_grad, Tensor q, OptionalTensor k, Tensor q_weight, OptionalTensor k_weight, Tensor cos,
+    Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps, bool zero_centered,
+    OptionalString layout_name, std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
+    OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table) {
   const Layout layout = layout_of(kOp, q, layout_name);
   QkNormRopeParams p;
   p.rope = make_rope_params(q, k, cos, sin,
@@ -123,7 +126,8 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward
   }
 #endif
   const auto sums = p.rope.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
-  const int64_t q_shape[2] = {p.q_partials, qk_norm_weight_size(p, p.rope.q)}, k_shape[2] = {p.k_partials, qk_norm_weight_size(p, p.rope.k)};
+  const int64_t q_shape[2] = {p.q_partials, qk_norm_weight_size(p, p.rope.q)},
+                k_shape[2] = {p.k_partials, qk_norm_weight_size(p, p.rope.k)};
   q_partial = torch::stable::new_empty(q, {q_shape, 2}, sums);
   p.q_partial = q_partial.data_ptr();
   if (k) {
@@ -137,12 +141,14 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward
 }  // namespace
 }  // namespace packops
 
-#define PACKOPS_QK_NORM_ROPE_IMPLS(m)                                \
-  m.impl("qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));         \
-  m.impl("_qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));        \
+#define PACKOPS_QK_NORM_ROPE_IMPLS(m)                         \
+  m.impl("qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));  \
+  m.impl("_qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope)); \
   m.impl("_qk_norm_rope_backward", TORCH_BOX(&packops::qk_norm_rope_backward));
 
-PACKOPS_LIBRARY_IMPL(CPU, m) { PACKOPS_QK_NORM_ROPE_IMPLS(m) }
+PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_QK_NORM_ROPE_IMPLS(m)}
 #ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) { PACKOPS_QK_NORM_ROPE_IMPLS(m) }
+PACKOPS_LIBRARY_IMPL(CUDA, m) {
+  PACKOPS_QK_NORM_ROPE_IMPLS(m)
+}
 #endif

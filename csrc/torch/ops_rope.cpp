@@ -32,14 +32,15 @@ void run(const RopeParams& p, const Tensor& q, const OptionalInts& tuning) {
 }
 
 std::tuple<Tensor, OptionalTensor> rope_raw(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
-                                            OptionalTensor cu_seqlens, OptionalString layout_name, std::optional<int64_t> rotary_dim,
-                                            int64_t rotary_offset, bool interleaved, OptionalInts mrope_section, bool mrope_interleaved,
-                                            bool per_token_table, bool transposed, OptionalInts tuning) {
+                                            OptionalTensor cu_seqlens, OptionalString layout_name,
+                                            std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
+                                            OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table,
+                                            bool transposed, OptionalInts tuning) {
   const Layout layout = layout_of(kOp, q, layout_name);
   RopeParams p = make_rope_params(q, k, cos, sin,
-                             {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
-                              mrope_interleaved, per_token_table, transposed},
-                             layout);
+                                  {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved,
+                                   mrope_section, mrope_interleaved, per_token_table, transposed},
+                                  layout);
   Tensor q_out = empty_heads_like(q);
   set_output(p.q, q_out, layout);
   OptionalTensor k_out;
@@ -56,9 +57,9 @@ void rope_raw_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTenso
                OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table, bool transposed, OptionalInts tuning) {
   const Layout layout = layout_of(kOp, q, layout_name);
   RopeParams p = make_rope_params(q, k, cos, sin,
-                             {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
-                              mrope_interleaved, per_token_table, transposed},
-                             layout);
+                                  {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved,
+                                   mrope_section, mrope_interleaved, per_token_table, transposed},
+                                  layout);
   p.in_place = true;
   check_no_overlap(kOp, q, "q");
   set_output(p.q, q, layout);
@@ -71,8 +72,8 @@ void rope_raw_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTenso
 
 std::tuple<Tensor, OptionalTensor> rope(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
                                         OptionalTensor cu_seqlens, OptionalString layout, std::optional<int64_t> rotary_dim,
-                                        int64_t rotary_offset, bool interleaved, OptionalInts mrope_section, bool mrope_interleaved,
-                                        bool per_token_table) {
+                                        int64_t rotary_offset, bool interleaved, OptionalInts mrope_section,
+                                        bool mrope_interleaved, bool per_token_table) {
   return rope_raw(q, k, cos, sin, position_ids, cu_seqlens, layout, rotary_dim, rotary_offset, interleaved, mrope_section,
                   mrope_interleaved, per_token_table, false, {});
 }
@@ -87,13 +88,15 @@ void rope_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor po
 }  // namespace
 }  // namespace packops
 
-#define PACKOPS_ROPE_IMPLS(m)                          \
-  m.impl("rope", TORCH_BOX(&packops::rope));           \
-  m.impl("_rope", TORCH_BOX(&packops::rope_raw));      \
-  m.impl("rope_", TORCH_BOX(&packops::rope_));         \
+#define PACKOPS_ROPE_IMPLS(m)                     \
+  m.impl("rope", TORCH_BOX(&packops::rope));      \
+  m.impl("_rope", TORCH_BOX(&packops::rope_raw)); \
+  m.impl("rope_", TORCH_BOX(&packops::rope_));    \
   m.impl("_rope_", TORCH_BOX(&packops::rope_raw_));
 
-PACKOPS_LIBRARY_IMPL(CPU, m) { PACKOPS_ROPE_IMPLS(m) }
+PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_ROPE_IMPLS(m)}
 #ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) { PACKOPS_ROPE_IMPLS(m) }
+PACKOPS_LIBRARY_IMPL(CUDA, m) {
+  PACKOPS_ROPE_IMPLS(m)
+}
 #endif

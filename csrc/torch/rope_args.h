@@ -30,8 +30,8 @@ inline Layout layout_of(const char* op, const Tensor& q, const OptionalString& n
   PACKOPS_CHECK(text == "thd" || text == "bshd" || text == "bhsd", ValueError, op,
                 ": layout must be 'thd', 'bshd' or 'bhsd', got '", text, "'");
   const int64_t dim = text == "thd" ? 3 : 4;
-  PACKOPS_CHECK(q.dim() == dim, ValueError, op, ": q must be (T, heads, head_dim) or a 4-D tensor, with layout '", text, "' ", dim,
-                "-D, got shape ", shape_of(q));
+  PACKOPS_CHECK(q.dim() == dim, ValueError, op, ": q must be (T, heads, head_dim) or a 4-D tensor, with layout '", text, "' ",
+                dim, "-D, got shape ", shape_of(q));
   if (text == "thd") return {false, 0, 1};
   return text == "bshd" ? Layout{true, 1, 2} : Layout{true, 2, 1};
 }
@@ -44,8 +44,8 @@ inline void check_device(const char* op, const Tensor& q, const Tensor& other, c
 
 inline RopeHeads heads_of(const char* op, const Tensor& tensor, const Layout& layout, const char* name) {
   const int64_t head_dim = tensor.size(tensor.dim() - 1);
-  PACKOPS_CHECK(head_dim <= 1 || tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, ValueError, op, ": the last dimension of ", name,
-                " must be contiguous, got stride ", tensor.stride(tensor.dim() - 1));
+  PACKOPS_CHECK(head_dim <= 1 || tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, ValueError, op,
+                ": the last dimension of ", name, " must be contiguous, got stride ", tensor.stride(tensor.dim() - 1));
   RopeHeads heads;
   heads.in = tensor.data_ptr();
   heads.heads = tensor.size(layout.head);
@@ -71,8 +71,8 @@ inline void check_no_overlap(const char* op, const Tensor& tensor, const char* n
 
 // Makes (batch, token) strides of an index or table whose leading dimensions are (T,), (B, S) or (1, S). skip: leading dimensions
 // before those; trailing: dimensions after them.
-inline void token_strides(const char* op, const Tensor& tensor, int skip, int trailing, const RopeParams& p, const char* name, int64_t* batch_stride,
-                   int64_t* token_stride) {
+inline void token_strides(const char* op, const Tensor& tensor, int skip, int trailing, const RopeParams& p, const char* name,
+                          int64_t* batch_stride, int64_t* token_stride) {
   const int64_t dim = tensor.dim() - skip - trailing, total = p.batch * p.tokens;
   if (dim == 1 && tensor.size(skip) == total) {
     *token_stride = tensor.stride(skip);
@@ -80,9 +80,9 @@ inline void token_strides(const char* op, const Tensor& tensor, int skip, int tr
     return;
   }
   const bool broadcast = dim == 2 && tensor.size(skip) == 1;
-  PACKOPS_CHECK(dim == 2 && (broadcast || tensor.size(skip) == p.batch) && tensor.size(skip + 1) == p.tokens, ValueError, op, ": ", name,
-                " must have one entry per token, (", total, ") or (", p.batch, ", ", p.tokens, ") or (1, ", p.tokens, ")",
-                skip ? " after the 3 axes" : "", trailing ? " before the features" : "", ", got shape ", shape_of(tensor));
+  PACKOPS_CHECK(dim == 2 && (broadcast || tensor.size(skip) == p.batch) && tensor.size(skip + 1) == p.tokens, ValueError, op,
+                ": ", name, " must have one entry per token, (", total, ") or (", p.batch, ", ", p.tokens, ") or (1, ", p.tokens,
+                ")", skip ? " after the 3 axes" : "", trailing ? " before the features" : "", ", got shape ", shape_of(tensor));
   *token_stride = tensor.stride(skip + 1);
   *batch_stride = broadcast ? 0 : tensor.stride(skip);
 }
@@ -112,11 +112,13 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   const int64_t head_dim = q.size(q.dim() - 1);
   p.q = heads_of(op, q, layout, "q");
   if (k) {
-    PACKOPS_CHECK(k->scalar_type() == q.scalar_type(), TypeError, op, ": k must have the dtype of q, ", dtype_of(q), ", got ", dtype_of(*k));
+    PACKOPS_CHECK(k->scalar_type() == q.scalar_type(), TypeError, op, ": k must have the dtype of q, ", dtype_of(q), ", got ",
+                  dtype_of(*k));
     check_device(op, q, *k, "k");
     PACKOPS_CHECK(k->dim() == q.dim() && (!layout.has_batch || k->size(0) == q.size(0)) && k->size(layout.token) == p.tokens &&
                       k->size(q.dim() - 1) == head_dim,
-                  ValueError, op, ": k must have the shape of q except for the number of heads, ", shape_of(q), ", got ", shape_of(*k));
+                  ValueError, op, ": k must have the shape of q except for the number of heads, ", shape_of(q), ", got ",
+                  shape_of(*k));
     p.k = heads_of(op, *k, layout, "k");
   }
 
@@ -137,10 +139,11 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   PACKOPS_CHECK(width <= 1 || (cos.stride(table_dim - 1) == 1 && sin.stride(table_dim - 1) == 1), ValueError, op,
                 ": the last dimension of cos and sin must be contiguous");
   const int64_t rotary_dim = options.rotary_dim ? *options.rotary_dim : 2 * width <= head_dim ? 2 * width : width;
-  PACKOPS_CHECK(rotary_dim >= 2 && rotary_dim % 2 == 0, ValueError, op, ": the rotary dimension must be even and positive, got ", rotary_dim,
-                options.rotary_dim ? "" : " (the width of cos, wider than half of a head)");
-  PACKOPS_CHECK(width == rotary_dim || width == rotary_dim / 2, ValueError, op, ": cos and sin must have rotary_dim / 2 = ", rotary_dim / 2,
-                " columns, or rotary_dim = ", rotary_dim, " as Hugging Face duplicates them, got ", width);
+  PACKOPS_CHECK(rotary_dim >= 2 && rotary_dim % 2 == 0, ValueError, op, ": the rotary dimension must be even and positive, got ",
+                rotary_dim, options.rotary_dim ? "" : " (the width of cos, wider than half of a head)");
+  PACKOPS_CHECK(width == rotary_dim || width == rotary_dim / 2, ValueError, op,
+                ": cos and sin must have rotary_dim / 2 = ", rotary_dim / 2, " columns, or rotary_dim = ", rotary_dim,
+                " as Hugging Face duplicates them, got ", width);
   PACKOPS_CHECK(options.rotary_offset >= 0 && options.rotary_offset + rotary_dim <= head_dim, ValueError, op,
                 ": the rotary features [rotary_offset, rotary_offset + rotary_dim) = [", options.rotary_offset, ", ",
                 options.rotary_offset + rotary_dim, ") must lie inside a head of ", head_dim, " features");
@@ -153,8 +156,9 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   p.cos = cos.data_ptr();
   p.sin = sin.data_ptr();
   if (p.per_token_table) {
-    PACKOPS_CHECK(!options.position_ids && !options.mrope_section, ValueError, op,
-                  ": per_token_table=True means row t of cos and sin belongs to token t; position_ids and mrope_section must be None then");
+    PACKOPS_CHECK(
+        !options.position_ids && !options.mrope_section, ValueError, op,
+        ": per_token_table=True means row t of cos and sin belongs to token t; position_ids and mrope_section must be None then");
     token_strides(op, cos, 0, 1, p, "cos", &p.cos_batch, &p.cos_row);
     token_strides(op, sin, 0, 1, p, "sin", &p.sin_batch, &p.sin_row);
     p.table_rows = p.tokens;
@@ -191,7 +195,8 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
     check_device(op, q, cu, "cu_seqlens");
     p.cu_dtype = kernel_dtype(cu, op, "cu_seqlens");
     PACKOPS_CHECK(is_index(p.cu_dtype), TypeError, op, ": cu_seqlens must be int32 or int64, got ", dtype_of(cu));
-    PACKOPS_CHECK(cu.dim() == 1 && cu.size(0) >= 1, ValueError, op, ": cu_seqlens must be (documents + 1,), got shape ", shape_of(cu));
+    PACKOPS_CHECK(cu.dim() == 1 && cu.size(0) >= 1, ValueError, op, ": cu_seqlens must be (documents + 1,), got shape ",
+                  shape_of(cu));
     p.cu_seqlens = cu.data_ptr();
     p.num_documents = cu.size(0) - 1;
     p.cu_stride = cu.stride(0);
@@ -205,9 +210,11 @@ inline void check_rope_positions(const char* op, const RopeParams& p) {
   switch (fault.kind) {
     case RopeFault::none: break;
     case RopeFault::position:
-      raise("IndexError", op, ": position ", fault.value, " of token ", fault.index, " is outside the table of ", p.table_rows, " positions");
+      raise("IndexError", op, ": position ", fault.value, " of token ", fault.index, " is outside the table of ", p.table_rows,
+            " positions");
     case RopeFault::cu_start: raise("ValueError", op, ": cu_seqlens must start at 0, got ", fault.value);
-    case RopeFault::cu_order: raise("ValueError", op, ": cu_seqlens must not decrease, but entry ", fault.index, " is ", fault.value);
+    case RopeFault::cu_order:
+      raise("ValueError", op, ": cu_seqlens must not decrease, but entry ", fault.index, " is ", fault.value);
     case RopeFault::cu_end:
       raise("ValueError", op, ": cu_seqlens must end at or before the ", p.batch * p.tokens, " tokens, got ", fault.value);
   }

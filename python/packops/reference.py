@@ -187,12 +187,12 @@ def rope(
             axis = torch.where(pair < 3 * torch.tensor(mrope_section, device=q.device)[axis], axis, 0)
         else:
             axis = torch.repeat_interleave(torch.arange(3, device=q.device), torch.tensor(mrope_section, device=q.device))
+        if position_ids is None:
+            raise ValueError("packops.reference.rope: mrope_section needs position_ids of shape (3, ...)")
         ids = torch.where(inside.view(batch, tokens), per_token(position_ids, (3,)).long(), 0)
         c, s = cos[ids[axis].movedim(0, -1), pair], sin[ids[axis].movedim(0, -1), pair]
 
-    def turn(heads: Tensor | None) -> Tensor | None:
-        if heads is None:
-            return None
+    def turn(heads: Tensor) -> Tensor:
         x = heads.double()
         x = {"thd": x[None], "bshd": x, "bhsd": x.transpose(1, 2)}[layout]
         before, turning, after = x.split([rotary_offset, rotary_dim, head_dim - rotary_offset - rotary_dim], dim=-1)
@@ -203,7 +203,7 @@ def rope(
         out = torch.cat([before, torch.where(inside.view(batch, tokens, 1, 1), turned, turning), after], dim=-1)
         return {"thd": out[0], "bshd": out, "bhsd": out.transpose(1, 2)}[layout]
 
-    return turn(q), turn(k)
+    return turn(q), None if k is None else turn(k)
 
 
 def qk_norm_rope(
@@ -223,9 +223,7 @@ def qk_norm_rope(
     """What :func:`packops.apply_qk_norm_rope` computes, in fp64 and differentiable by autograd."""
     layout = layout or ("thd" if q.dim() == 3 else "bshd")
 
-    def normalise(heads: Tensor | None, weight: Tensor | None) -> Tensor | None:
-        if heads is None or weight is None:
-            return None
+    def normalise(heads: Tensor, weight: Tensor) -> Tensor:
         x, w = heads.double(), weight.double() + (1 if zero_centered else 0)
         x = x.transpose(1, 2) if layout == "bhsd" else x
         shape = x.shape
@@ -238,4 +236,5 @@ def qk_norm_rope(
             n = torch.where(inside, n, x)
         return n.transpose(1, 2) if layout == "bhsd" else n
 
-    return rope(normalise(q, q_weight), normalise(k, k_weight), cos, sin, cu_seqlens=cu_seqlens, layout=layout, **options)
+    k_normal = None if k is None or k_weight is None else normalise(k, k_weight)
+    return rope(normalise(q, q_weight), k_normal, cos, sin, cu_seqlens=cu_seqlens, layout=layout, **options)

@@ -35,7 +35,7 @@ def rope_inverse_frequencies(
     if not base > 0:
         raise ValueError(f"packops.rope_table: base must be positive, got {base}")
 
-    def need(*keys: str) -> float:
+    def need(*keys: str) -> Any:
         for key in keys:
             if scaling.get(key) is not None:
                 return scaling[key]
@@ -179,7 +179,7 @@ class RotaryEmbedding(nn.Module):
     ):
         super().__init__()
         self.rotary_dim, self.base, self.scaling = rotary_dim, base, scaling
-        self.options = {
+        self.options: dict[str, Any] = {
             "rotary_dim": rotary_dim,
             "interleaved": interleaved,
             "rotary_offset": rotary_offset,
