@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib as _importlib
+from types import ModuleType as _ModuleType
+
 from . import _loader, _register
 
 _C = _loader.load()
@@ -40,3 +43,12 @@ __all__ = [
     "packed_metadata",
     "verify",
 ]
+
+_MODULES = ("distributed", "hf", "jit", "reference", "testing")
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """``packops.jit`` and its like are imported when they are first used."""
+    if name in _MODULES:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
