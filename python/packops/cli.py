@@ -22,7 +22,7 @@ from . import _build
 # name -> (module with add_parser(subparsers) and main(arguments) -> exit status, one line of help, the extra it needs)
 COMMANDS = {
     "demo": ("packops.demo", "train the same small Llama padded, packed carelessly, and packed with packops", "demo"),
-    "bench": ("packops.bench", "measure the ops of this installation against the peers that are installed", "bench"),
+    "bench": ("packops.cli_bench", "measure the ops of this checkout against the peers that are installed", ""),
     "pack": ("packops.cli_pack", "pack a list of document lengths and say how full the packs are", ""),
     "verify": ("packops.cli_verify", "prove for a model that packed equals unpacked", "hf"),
 }
