@@ -47,7 +47,8 @@ def loss_normalizer(
             of processes, to make up for it. ``"sum"``: N itself.
 
     Returns:
-        A float64 tensor without dimensions, where the labels are (for counts on the host, where the group communicates). Nothing waits for the device.
+        A float64 tensor without dimensions, where the labels are (for counts on the host, where the group communicates).
+        Nothing waits for the device.
 
     Raises:
         ValueError: another ``reduction`` or ``gradients``, or labels whose documents are not known.

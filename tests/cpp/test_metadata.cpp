@@ -1,83 +1,76 @@
-// Metadata of a packed axis on the CPU against its definition, token by token; and the lookup that the CUDA kernels share, on
-// boundaries that no caller should pass.
+// Position ids, document ids and masked labels of a packed axis, on the CPU.
 #include "metadata.h"
 
-#include "check.h"
 #include "common/documents.h"
+
+#include "check.h"
 
 using namespace packops;
 
 namespace {
 
-constexpr int64_t kGuard = -77;
+template <typename Index>
+PackedAxis axis_of(const std::vector<Index>& cu_seqlens, int64_t tokens) {
+  return {cu_seqlens.data(), sizeof(Index) == 4 ? DType::i32 : DType::i64, int64_t(cu_seqlens.size()) - 1, tokens};
+}
 
-struct Layout {
-  std::vector<int32_t> cu_seqlens{0};
-  int64_t tokens;
+template <typename Index>
+void check_documents() {
+  const std::vector<Index> cu_seqlens = {0, 3, 3, 5};  // documents of 3, 0 and 2 tokens, then 2 tokens of padding
+  MetadataParams p{axis_of(cu_seqlens, 7), nullptr, nullptr};
+  std::vector<int64_t> positions(7, -7);
+  std::vector<int32_t> documents(7, -7);
+  p.position_ids = positions.data();
+  p.seq_idx = documents.data();
+  packed_metadata_cpu(p, 0, 2);  // as two threads would
+  packed_metadata_cpu(p, 2, 4);
+  CHECK((positions == std::vector<int64_t>{0, 1, 2, 0, 1, 0, 1}));
+  CHECK((documents == std::vector<int32_t>{0, 0, 0, 2, 2, -1, -1}));
+}
 
-  explicit Layout(check::Random& random) {
-    for (int64_t documents = random.below(12); documents > 0; documents--) {
-      cu_seqlens.push_back(cu_seqlens.back() + static_cast<int32_t>(random.below(9)));
-    }
-    tokens = cu_seqlens.back() + random.below(5);
+template <typename Index, typename Label>
+void check_labels() {
+  const std::vector<Index> cu_seqlens = {0, 3, 3, 5};
+  const std::vector<Label> labels = {10, 0, 11, 0, -100, 0, 13, 0, 14, 0, 15, 0, 16, 0};  // every other one: a stride of 2
+  for (bool shift : {true, false}) {
+    LabelsParams p;
+    p.axis = axis_of(cu_seqlens, 7);
+    p.labels = labels.data();
+    p.label_dtype = sizeof(Label) == 4 ? DType::i32 : DType::i64;
+    p.label_stride = 2;
+    p.shift = shift;
+    std::vector<Label> target(7, 99);
+    std::vector<int64_t> counts(3, 99);
+    p.target = target.data();
+    p.counts = counts.data();
+    packed_labels_cpu(p, 0, 4);
+    const std::vector<Label> shifted = {11, -100, -100, 14, -100, -100, -100}, kept = {-100, 11, -100, -100, 14, -100, -100};
+    CHECK((target == (shift ? shifted : kept)));
+    CHECK((counts == std::vector<int64_t>{1, 0, 1}));  // the same either way
   }
-  int64_t documents() const { return static_cast<int64_t>(cu_seqlens.size()) - 1; }
-  PackedAxis axis() const { return {cu_seqlens.data(), DType::i32, documents(), tokens}; }
-  Documents<int32_t> lookup() const { return {cu_seqlens.data(), documents()}; }
-};
+}
 
 }  // namespace
 
-CASE(positions_and_documents) {
-  check::Random random(2);
-  for (int round = 0; round < 500; round++) {
-    const Layout layout(random);
-    std::vector<int64_t> positions(layout.tokens + 1, kGuard);
-    std::vector<int32_t> seq_idx(layout.tokens + 1, kGuard);
-    CHECK_EQ(first_malformed_boundary(layout.axis()), -1);
-    // in two ranges, as two threads would
-    const MetadataParams params{layout.axis(), positions.data(), seq_idx.data()};
-    const int64_t middle = random.below(layout.documents() + 2);
-    packed_metadata_cpu(params, 0, middle);
-    packed_metadata_cpu(params, middle, layout.documents() + 1);
-    for (int64_t t = 0; t < layout.tokens; t++) {
-      const int64_t document = layout.lookup().find(t);
-      CHECK_EQ(seq_idx[t], document < layout.documents() ? document : -1);
-      CHECK_EQ(positions[t], t - layout.lookup().begin(document, t));
-      CHECK(document == layout.documents() ? t >= layout.cu_seqlens.back()
-                                           : layout.cu_seqlens[document] <= t && t < layout.cu_seqlens[document + 1]);
-    }
-    CHECK_EQ(positions.back(), kGuard);
-    CHECK_EQ(seq_idx.back(), kGuard);
-  }
+CASE(documents_and_padding) {
+  check_documents<int32_t>();
+  check_documents<int64_t>();
 }
 
-CASE(targets_and_counts) {
-  check::Random random(3);
-  for (int round = 0; round < 500; round++) {
-    const Layout layout(random);
-    const int64_t stride = 1 + random.below(3), ignored = -100;
-    std::vector<int64_t> labels(layout.tokens * stride + 1), counts(layout.documents());
-    for (int64_t& label : labels) label = random.below(4) ? random.below(50) : ignored;
-    for (const bool shift : {true, false}) {
-      std::vector<int64_t> target(layout.tokens + 1, kGuard);
-      LabelsParams params{layout.axis(), labels.data(), DType::i64, stride, ignored, shift, target.data(), counts.data()};
-      packed_labels_cpu(params, 0, layout.documents() + 1);
-      std::vector<int64_t> expected(layout.documents(), 0);
-      for (int64_t t = 0; t < layout.tokens; t++) {
-        const int64_t document = layout.lookup().find(t), other = shift ? t + 1 : t - 1;
-        const bool scored =
-            document < layout.documents() && other >= 0 && other < layout.tokens && layout.lookup().find(other) == document;
-        const int64_t want = scored ? labels[(shift ? other : t) * stride] : ignored;
-        CHECK_EQ(target[t], want);
-        if (want != ignored) expected[document]++;
-      }
-      CHECK(counts == expected);
-      CHECK_EQ(target.back(), kGuard);
-    }
-  }
+CASE(labels_end_with_their_document) {
+  check_labels<int32_t, int32_t>();
+  check_labels<int32_t, int64_t>();
+  check_labels<int64_t, int32_t>();
+  check_labels<int64_t, int64_t>();
 }
 
+CASE(malformed_boundaries_are_found) {
+  const std::pair<std::vector<int64_t>, int64_t> cases[] = {{{0, 3, 3, 7}, -1}, {{0}, -1},   {{1, 3}, 0},    {{-1, 3}, 0},
+                                                            {{0, 4, 3}, 2},     {{0, 8}, 1}, {{0, 3, -1}, 2}};
+  for (const auto& [cu_seqlens, want] : cases) CHECK_EQ(first_malformed_boundary(axis_of(cu_seqlens, 7)), want);
+}
+
+// The CUDA kernels look documents up in boundaries that nobody has checked.
 CASE(lookup_stays_inside_whatever_the_boundaries_hold) {
   check::Random random(4);
   for (int round = 0; round < 2000; round++) {
@@ -90,16 +83,4 @@ CASE(lookup_stays_inside_whatever_the_boundaries_hold) {
       CHECK(begin >= 0 && begin <= token);
     }
   }
-}
-
-CASE(malformed_boundaries_are_found) {
-  const auto first = [](std::vector<int32_t> values, int64_t tokens) {
-    return first_malformed_boundary({values.data(), DType::i32, static_cast<int64_t>(values.size()) - 1, tokens});
-  };
-  CHECK_EQ(first({0, 3, 3, 5}, 5), -1);
-  CHECK_EQ(first({0}, 0), -1);
-  CHECK_EQ(first({1, 3}, 5), 0);
-  CHECK_EQ(first({-1, 3}, 5), 0);
-  CHECK_EQ(first({0, 3, 2}, 5), 2);
-  CHECK_EQ(first({0, 3, 6}, 5), 2);
 }
