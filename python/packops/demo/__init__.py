@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +33,16 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_arguments(parser)
-    parser.set_defaults(main=main)
     return parser
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 100; 200 on a GPU, with a larger model)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 60; 200 on a GPU, with a larger model)")
     parser.add_argument("--seed", type=int, default=0, help="chooses weights, documents and their order (default: 0)")
-    parser.add_argument("--out", type=Path, default=Path("demo_out"), help="folder for demo.png and demo.json (default: demo_out)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_out"), help="folder for demo.png and demo.json (default: demo_out)"
+    )
 
 
 def missing_packages() -> list[str]:
@@ -51,7 +53,7 @@ def missing_packages() -> list[str]:
 def main(args: argparse.Namespace) -> int:
     """Run the demo; returns the exit status."""
     if missing := missing_packages():
-        print(f"packops demo needs {', '.join(missing)}: pip install packops[demo]")
+        print(f"packops demo needs {', '.join(missing)}: pip install 'packops[demo]'", file=sys.stderr)
         return 1
     from . import report, train
 

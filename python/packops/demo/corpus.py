@@ -44,7 +44,9 @@ def read_documents(packages: Sequence[str] = PACKAGES) -> list[str]:
     for package in packages:
         spec = importlib.util.find_spec(package)
         if spec is None or spec.origin is None:
-            raise ModuleNotFoundError(f"packops demo reads the docstrings of {package}, which is not installed: pip install {package}")
+            raise ModuleNotFoundError(
+                f"packops demo reads the docstrings of {package}, which is not installed: pip install {package}"
+            )
         root = Path(spec.origin).parent
         files += sorted(path for path in root.rglob("*.py") if "tests" not in path.relative_to(root).parts)
     documents: dict[str, None] = {}
@@ -60,14 +62,16 @@ def read_documents(packages: Sequence[str] = PACKAGES) -> list[str]:
     return list(documents)
 
 
-def load(*, vocab_size: int, max_tokens: int, num_training: int, num_held_out: int, seed: int) -> Corpus:
+def load(
+    *, vocab_size: int, max_tokens: int, num_training: int, num_held_out: int, seed: int, packages: Sequence[str] = PACKAGES
+) -> Corpus:
     """Documents shuffled by ``seed``, and a byte-level BPE vocabulary learnt from those that are not held out.
 
     A longer document keeps its first ``max_tokens`` tokens. There are ``num_training`` documents, or all there are.
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    documents = read_documents()
+    documents = read_documents(packages)
     order = np.random.default_rng(seed).permutation(len(documents))
     texts = [documents[i] for i in order]
     tokenizer = Tokenizer(models.BPE())
@@ -86,7 +90,7 @@ def load(*, vocab_size: int, max_tokens: int, num_training: int, num_held_out: i
     lengths = np.array([len(document) for document in tokens])
     digest = hashlib.sha256("\0".join(documents).encode()).hexdigest()[:8]
     description = (
-        f"{len(documents)} docstrings of {', '.join(f'{name} {version(name)}' for name in PACKAGES)} (sha256 {digest}); "
+        f"{len(documents)} docstrings of {', '.join(f'{name} {version(name)}' for name in packages)} (sha256 {digest}); "
         f"byte-level BPE of {tokenizer.get_vocab_size()} tokens learnt from them; used: {len(used)} documents, "
         f"median {int(np.median(lengths))}, mean {lengths.mean():.0f} tokens, cut at {max_tokens}"
     )

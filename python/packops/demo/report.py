@@ -85,80 +85,80 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    runs, steps = shown["runs"], shown["checkpoints"]
-    figure = Figure(figsize=(12, 4.4), dpi=160, layout="constrained")
+    runs = shown["runs"]
+    figure = Figure(figsize=(13, 4.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3, width_ratios=(1.35, 1.1, 0.95))
-    figure.suptitle(
-        "Packed with packops, a Llama trains as if it had been padded, only faster", fontsize=14, fontweight="bold", x=0.01, ha="left"
-    )
-    draw_losses(axes[0], runs, steps)
-    draw_differences(axes[1], runs, steps)
+    axes = figure.subplots(1, 3, width_ratios=(1.6, 1.15, 0.95))
+    title = "Packed with packops, a Llama trains exactly as if its documents had been padded, only faster"
+    figure.suptitle(title, fontsize=14, fontweight="bold", x=0.008, ha="left")
+    draw_losses(axes[0], runs)
+    draw_differences(axes[1], runs, shown["checkpoints"])
     draw_speed(axes[2], runs)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
-        each.set_title(each.get_title(loc="left"), loc="left", fontsize=11)
     figure.savefig(path)
 
 
-def draw_losses(axes: Any, runs: dict[str, Any], steps: list[int]) -> None:
+def draw_losses(axes: Any, runs: dict[str, Any]) -> None:
+    """Every step after the first steep ones, so that the curves fill the panel."""
+    losses = {name: run["training_loss"] for name, run in runs.items()}
+    total = len(losses["padded"])
+    first = total // 6
+    steps = range(first, total)
     looks = {
-        "padded": {"linewidth": 7, "alpha": 0.55, "solid_capstyle": "round"},
-        "careless": {"linewidth": 2, "marker": "s", "markersize": 4},
-        "packops": {"linewidth": 1.8, "marker": "o", "markersize": 4},
+        "padded": {"linewidth": 7, "alpha": 0.6, "solid_capstyle": "round", "solid_joinstyle": "round"},
+        "careless": {"linewidth": 1.4, "marker": "s", "markersize": 3.5},
+        "packops": {"linewidth": 1.4, "marker": "o", "markersize": 3.5},
     }
     for name, look in looks.items():
-        axes.plot(steps, runs[name]["held_out_loss"], color=COLOURS[name], **look)
-    axes.set_title("Loss on held-out documents", loc="left")
+        label = f"{TITLES[name]}: {losses[name][-1]:.4f} at the last step"
+        axes.plot(steps, losses[name][first:], color=COLOURS[name], label=label, **look)
+    axes.set_title("Training loss, as each run logs it", loc="left", fontsize=11)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("mean over documents, nats per token")
-    middle = len(steps) * 6 // 10
-    careless, padded = runs["careless"]["held_out_loss"], runs["padded"]["held_out_loss"]
-    axes.annotate(
-        f"packed carelessly: {careless[-1]:.2f}",
-        (steps[middle], careless[middle]), (6, 34), textcoords="offset points",
-        color=COLOURS["careless"], fontweight="bold", arrowprops={"arrowstyle": "-", "color": COLOURS["careless"]},
-    )  # fmt: skip
-    axes.annotate(
-        f"packops ({runs['packops']['held_out_loss'][-1]:.2f})\non padded ({padded[-1]:.2f})",
-        (steps[middle], padded[middle]), (-78, -48), textcoords="offset points",
-        color=COLOURS["packops"], fontweight="bold", arrowprops={"arrowstyle": "-", "color": COLOURS["packops"]},
-    )  # fmt: skip
+    axes.set_ylabel("nats per token")
+    axes.legend(frameon=False, labelcolor="linecolor", loc="upper right", prop={"weight": "bold", "size": 9.5})
 
 
 def draw_differences(axes: Any, runs: dict[str, Any], steps: list[int]) -> None:
     padded = runs["padded"]["held_out_loss"]
-    floor = 2.0**-24 * max(padded)  # half a unit in the last place of a loss of this size, at most
+    rounding = 2.0**-23 * max(padded)
     for name in ("careless", "packops"):
-        values = [max(abs(own - other), floor / 4) for own, other in zip(runs[name]["held_out_loss"], padded, strict=True)]
-        axes.plot(steps[1:], values[1:], color=COLOURS[name], marker="s" if name == "careless" else "o", markersize=4)
-        axes.annotate(
-            TITLES[name], (steps[-1], values[-1]), (0, 9), textcoords="offset points",
-            color=COLOURS[name], fontweight="bold", ha="right",
-        )  # fmt: skip
+        values = [abs(own - other) for own, other in zip(runs[name]["held_out_loss"], padded, strict=True)]
+        shown = [max(value, rounding / 16) for value in values[1:]]  # zero has no place on a logarithmic axis
+        axes.plot(steps[1:], shown, color=COLOURS[name], marker="s" if name == "careless" else "o", markersize=4)
+        place = {"xytext": (0, 10), "textcoords": "offset points", "ha": "right", "va": "bottom", "fontweight": "bold"}
+        label = f"{TITLES[name]}: weights differ by {runs[name]['largest_weight_difference']:.0e}"
+        axes.annotate(label, (steps[-1], max(shown)), color=COLOURS[name], fontsize=9.5, **place)
     axes.set_yscale("log")
-    axes.set_title("Its distance from the padded run", loc="left")
+    axes.set_ylim(rounding / 64, 10)
+    axes.axhspan(rounding / 64, rounding * 4, color="0.92", zorder=0)
+    axes.text(steps[-1], rounding / 48, "fp32 rounding", color="0.4", ha="right", va="bottom", fontsize=9)
+    axes.set_title("Held-out loss: distance from the padded run", loc="left", fontsize=11)
     axes.set_xlabel("optimizer step")
-    axes.set_ylim(floor / 8, 3)
-    axes.axhspan(floor / 8, floor * 8, color="0.9", zorder=0)
-    axes.text(steps[-1], floor / 6.5, "fp32 rounding of the loss", color="0.4", ha="right", va="bottom", fontsize=9)
 
 
 def draw_speed(axes: Any, runs: dict[str, Any]) -> None:
     names = list(runs)
     speeds = [runs[name]["useful_tokens_per_second"] for name in names]
-    bars = axes.barh(range(len(names)), speeds, color=[COLOURS[name] for name in names], height=0.62)
+    bars = axes.barh(range(len(names)), speeds, color=[COLOURS[name] for name in names], height=0.55)
     axes.set_yticks([])
     axes.invert_yaxis()
-    axes.set_title("Useful tokens per second", loc="left")
-    axes.set_xlim(0, max(speeds) * 1.02)
+    axes.set_ylim(len(names) - 0.6, -0.6)
+    axes.set_title("Useful tokens per second", loc="left", fontsize=11)
+    axes.xaxis.set_major_locator(_few_ticks())
+    axes.xaxis.set_major_formatter("{x:,.0f}")
     for bar, name, speed in zip(bars, names, speeds, strict=True):
-        factor = "" if name == "padded" else f"  ({speed / speeds[0]:.1f}×)"
+        middle, factor = bar.get_y() + bar.get_height() / 2, "" if name == "padded" else f"  ({speed / speeds[0]:.1f}×)"
         axes.annotate(
-            f"{TITLES[name]}", (0, bar.get_y()), (2, 3), textcoords="offset points",
-            color=COLOURS[name], fontweight="bold", va="bottom",
-        )  # fmt: skip
+            TITLES[name], (0, bar.get_y()), xytext=(2, 3), textcoords="offset points", color=COLOURS[name], fontweight="bold"
+        )
         axes.annotate(
-            f"{speed:,.0f}{factor}", (0, bar.get_y() + bar.get_height() / 2), (6, 0), textcoords="offset points",
-            color="white", fontweight="bold", va="center",
+            f"{speed:,.0f}{factor}", (0, middle), xytext=(6, 0), textcoords="offset points", va="center", fontweight="bold",
+            color="white" if name == "packops" else "black",
         )  # fmt: skip
+
+
+def _few_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)

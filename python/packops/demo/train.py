@@ -29,17 +29,19 @@ class Settings:
     """Sizes of a run. The optimizer is Llama 2's: AdamW with betas (0.9, 0.95) and eps 1e-5, gradients clipped at norm 1,
     a linear warm-up and a cosine down to a tenth (https://arxiv.org/abs/2307.09288, section 2.2), without weight decay.
 
-    The defaults are for a CPU. eps matters where weights are compared: Adam divides a gradient by its size, so that with torch's
-    default of 1e-8 an entry whose gradient is no more than rounding noise moves by a noticeable part of a step.
+    The defaults are for a CPU. Where weights are compared, two choices keep rounding from growing into something else. eps: Adam
+    divides a gradient by its size, so that with torch's default of 1e-8 an entry whose gradient is no more than rounding noise
+    moves by a noticeable part of a step. And embeddings start from N(0, 1), as torch's and torchtitan's do: some of those that
+    start from N(0, 0.02^2) pass close to zero, where RMSNorm has a singularity.
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    steps: int = 100
+    steps: int = 60
     seed: int = 0
     documents_per_step: int = 24
     padded_batch: int = 8
-    pack_length: int = 1024
-    max_tokens: int = 256
+    pack_length: int = 2048
+    max_tokens: int = 512
     vocab_size: int = 2048
     hidden_size: int = 64
     layers: int = 2
@@ -56,7 +58,7 @@ class Settings:
         chosen = torch.device(device)
         sizes: dict[str, Any] = {"device": chosen, "seed": seed}
         if chosen.type == "cuda":
-            sizes |= {"steps": 200, "documents_per_step": 128, "padded_batch": 32, "pack_length": 8192, "max_tokens": 512}
+            sizes |= {"steps": 200, "documents_per_step": 128, "padded_batch": 32, "pack_length": 8192}
             sizes |= {"vocab_size": 8192, "hidden_size": 512, "layers": 8, "heads": 8, "learning_rate": 1e-3, "held_out": 512}
         if steps is not None:
             sizes["steps"] = steps
@@ -124,7 +126,9 @@ def build_model(settings: Settings, vocab_size: int, attention: str = "sdpa") ->
         eos_token_id=0,
     )
     torch.manual_seed(settings.seed)
-    return LlamaForCausalLM._from_config(config, attn_implementation=attention).to(settings.device)
+    model = LlamaForCausalLM._from_config(config, attn_implementation=attention)
+    nn.init.normal_(model.get_input_embeddings().weight)
+    return model.to(settings.device)
 
 
 def build_runs(settings: Settings, vocab_size: int) -> dict[str, Run]:

@@ -92,9 +92,7 @@ def make_packs(documents: Documents, pack_length: int, *, seed: int, step: int, 
         cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
         position_ids, seq_idx = packops.packed_metadata(cu_seqlens, len(input_ids))
         slots = seq_idx * max(lengths) + position_ids
-        packs.append(
-            Pack(input_ids[None], cu_seqlens, position_ids[None], slots, lengths, plan.num_packs, len(documents))
-        )
+        packs.append(Pack(input_ids[None], cu_seqlens, position_ids[None], slots, lengths, plan.num_packs, len(documents)))
     return packs
 
 
