@@ -30,16 +30,16 @@ class TinyLM(nn.Module):
         return self.head(x + self.out(attended.transpose(0, 1).flatten(1)))
 
 
-def main(steps: int = 30, vocab_size: int = 100, documents_per_step: int = 64) -> list[float]:
+def main(steps: int = 30, vocab_size: int = 100, documents_per_step: int = 16) -> list[float]:
     torch.manual_seed(0)
     model = TinyLM(vocab_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     history = []
     for step in range(steps):
-        lengths = torch.randint(2, 200, (documents_per_step,))
+        lengths = torch.randint(2, 100, (documents_per_step,))
         documents = [(torch.arange(n) + torch.randint(vocab_size, ())) % vocab_size for n in lengths]
         total = 0.0
-        for chosen in packops.pack(lengths, 2048, epoch=step):  # every pack is a micro-batch
+        for chosen in packops.pack(lengths, 512, epoch=step):  # every pack is a micro-batch
             ids = torch.cat([documents[i] for i in chosen])
             cu_seqlens = F.pad(lengths[chosen].cumsum(0), (1, 0)).int()
             position_ids, seq_idx = packops.packed_metadata(cu_seqlens, len(ids))

@@ -25,7 +25,7 @@ def figures(result: Result) -> dict[str, Any]:
             "held_out_loss": run.held_out,
             "training_loss": run.losses,
             "largest_held_out_difference": result.loss_difference(name),
-            "largest_weight_difference": result.weight_difference(name),
+            "largest_weight_difference": run.distances,
         }
         for name, run in result.runs.items()
     }
@@ -36,6 +36,7 @@ def figures(result: Result) -> dict[str, Any]:
         "useful_tokens": result.useful_tokens,
         "checkpoints": result.checkpoints,
         "largest_weight_change": result.weight_change(),
+        "largest_weight": max(weight.abs().max().item() for weight in result.runs["padded"].model.state_dict().values()),
         "runs": runs,
     }
 
@@ -50,10 +51,10 @@ def table(result: Result) -> str:
         ["useful share of tokens", *(f"{shown[name]['useful_share']:.1%}" for name in names)],
     ]
     for index, step in enumerate(result.checkpoints):
-        rows.append([f"held-out loss, step {step}", *(f"{shown[name]['held_out_loss'][index]:.6f}" for name in names)])
+        rows.append([f"held-out loss after step {step}", *(f"{shown[name]['held_out_loss'][index]:.6f}" for name in names)])
     rows += [
-        ["largest loss difference", "-", *(f"{shown[name]['largest_held_out_difference']:.1e}" for name in names[1:])],
-        ["largest weight difference", "-", *(f"{shown[name]['largest_weight_difference']:.1e}" for name in names[1:])],
+        ["largest held-out difference", "-", *(f"{shown[name]['largest_held_out_difference']:.1e}" for name in names[1:])],
+        ["largest weight difference", "-", *(f"{shown[name]['largest_weight_difference'][-1]:.1e}" for name in names[1:])],
     ]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
@@ -89,10 +90,11 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 4.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(1, 3, width_ratios=(1.6, 1.15, 0.95))
-    title = "Packed with packops, a Llama trains exactly as if its documents had been padded, only faster"
+    factor = runs["packops"]["useful_tokens_per_second"] / runs["padded"]["useful_tokens_per_second"]
+    title = f"Packed with packops, a Llama trains as if its documents had been padded, at {factor:.1f} times the speed"
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.008, ha="left")
     draw_losses(axes[0], runs)
-    draw_differences(axes[1], runs, shown["checkpoints"])
+    draw_distances(axes[1], shown)
     draw_speed(axes[2], runs)
     for each in axes:
         each.spines[["top", "right"]].set_visible(False)
@@ -119,21 +121,24 @@ def draw_losses(axes: Any, runs: dict[str, Any]) -> None:
     axes.legend(frameon=False, labelcolor="linecolor", loc="upper right", prop={"weight": "bold", "size": 9.5})
 
 
-def draw_differences(axes: Any, runs: dict[str, Any], steps: list[int]) -> None:
-    padded = runs["padded"]["held_out_loss"]
-    rounding = 2.0**-23 * max(padded)
-    for name in ("careless", "packops"):
-        values = [abs(own - other) for own, other in zip(runs[name]["held_out_loss"], padded, strict=True)]
-        shown = [max(value, rounding / 16) for value in values[1:]]  # zero has no place on a logarithmic axis
-        axes.plot(steps[1:], shown, color=COLOURS[name], marker="s" if name == "careless" else "o", markersize=4)
-        place = {"xytext": (0, 10), "textcoords": "offset points", "ha": "right", "va": "bottom", "fontweight": "bold"}
-        label = f"{TITLES[name]}: weights differ by {runs[name]['largest_weight_difference']:.0e}"
-        axes.annotate(label, (steps[-1], max(shown)), color=COLOURS[name], fontsize=9.5, **place)
+def draw_distances(axes: Any, shown: dict[str, Any]) -> None:
+    steps = shown["checkpoints"]
+    rounding = 2.0**-23 * shown["largest_weight"]  # at most one unit in the last place of that weight
+    for name, marker in (("careless", "s"), ("packops", "o")):
+        values = [max(value, rounding / 16) for value in shown["runs"][name]["largest_weight_difference"][1:]]
+        axes.plot(steps[1:], values, color=COLOURS[name], marker=marker, markersize=4)
+        axes.annotate(
+            f"{TITLES[name]}: {values[-1]:.0e}", (steps[-1], max(values)), xytext=(0, 16), textcoords="offset points",
+            ha="right", color=COLOURS[name], fontweight="bold", fontsize=9.5,
+        )  # fmt: skip
+    moved = shown["largest_weight_change"]
+    axes.axhline(moved, color="0.5", linewidth=1, linestyle=":")
+    axes.text(steps[1], moved * 1.25, f"training moved a weight by up to {moved:.2f}", color="0.4", va="bottom", fontsize=9)
+    axes.axhspan(rounding / 32, rounding * 4, color="0.92", zorder=0)
+    axes.text(steps[1], rounding / 24, "fp32 rounding", color="0.4", va="bottom", fontsize=9)
     axes.set_yscale("log")
-    axes.set_ylim(rounding / 64, 10)
-    axes.axhspan(rounding / 64, rounding * 4, color="0.92", zorder=0)
-    axes.text(steps[-1], rounding / 48, "fp32 rounding", color="0.4", ha="right", va="bottom", fontsize=9)
-    axes.set_title("Held-out loss: distance from the padded run", loc="left", fontsize=11)
+    axes.set_ylim(rounding / 32, 20)
+    axes.set_title("Largest difference of a weight to the padded run", loc="left", fontsize=11)
     axes.set_xlabel("optimizer step")
 
 

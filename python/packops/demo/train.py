@@ -48,7 +48,7 @@ class Settings:
     heads: int = 4
     learning_rate: float = 5e-3
     held_out: int = 96
-    checkpoints: int = 10
+    checkpoints: int = 6
 
     @classmethod
     def for_device(cls, device: str | torch.device | None = None, *, steps: int | None = None, seed: int = 0) -> Settings:
@@ -76,6 +76,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     losses: list[float] = field(default_factory=list)  # (steps,) the training loss as this way computes it
     held_out: list[float] = field(default_factory=list)  # (checkpoints,) the same evaluation for all
+    distances: list[float] = field(default_factory=list)  # (checkpoints,) largest difference of a weight to the padded run's
     seconds: float = 0.0  # training, without evaluation
     tokens: int = 0  # tokens the model processed, padding included
 
@@ -93,10 +94,6 @@ class Result:
     initial: dict[str, Tensor]
     corpus: str
     model: str
-
-    def weight_difference(self, name: str) -> float:
-        """Largest difference of a weight to the padded run's, after the last step."""
-        return largest_difference(self.runs[name].model.state_dict(), self.runs["padded"].model.state_dict())
 
     def weight_change(self) -> float:
         """Largest change of a weight over the padded run."""
@@ -241,6 +238,7 @@ def train(settings: Settings, text: corpus.Corpus) -> Result:
                 result.checkpoints.append(step)
                 for each in runs.values():
                     each.held_out.append(evaluate(each.model))
+                    each.distances.append(largest_difference(each.model.state_dict(), padded.state_dict()))
                 progress.set_postfix({name: f"{each.held_out[-1]:.3f}" for name, each in runs.items()})
             if step == settings.steps:
                 break
