@@ -1,5 +1,10 @@
 // The Python module packops._C. Importing it registers the torch ops (static initialisers in torch/library.cpp); its own
 // functions speak numbers, strings and numpy arrays, never tensors, so that the wheel is not tied to one torch.
+#include "common/build_info.h"
+// Some torch releases ship a pybind11 that refuses to be included where a stable-ABI target is named. It is right about tensors,
+// but this file has none.
+#undef TORCH_TARGET_VERSION
+
 #include <array>
 #include <string>
 #include <string_view>
@@ -9,7 +14,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "common/build_info.h"
 #include "packing.h"
 
 namespace py = pybind11;

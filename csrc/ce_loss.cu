@@ -6,9 +6,8 @@
 // 1. prepare: one number per row. Which label it is scored against, what its loss is multiplied by, and an order of the rows in
 //    which those that count come first, so that the work can be dealt out evenly however the ignored ones lie.
 // 2. rows, one of two kernels:
-//    resident (sm_90 and later): persistent clusters of blocks share a row. One warp copies ahead into a ring of shared memory;
-//      the others reduce the row as it arrives, exchange partial results over the cluster, and write the gradient from the ring
-//      while the next row is already on its way.
+//    resident (sm_90 and later): persistent clusters of blocks share a row, which waits in a ring of shared memory between the
+//      pass that reduces it and the pass that writes its gradient.
 //    streaming (every architecture, and rows no cluster can hold): a block per row reads it twice, the second time from the L2
 //      where that is large enough.
 // 3. reduce: the sum of the rows' shares, in a fixed order.
@@ -32,6 +31,7 @@ namespace {
 
 template <typename T>
 __device__ __forceinline__ T* row_of(void* base, const RowLayout& l, int64_t t) {
+  if (t < l.inner) return static_cast<T*>(base) + t * l.step;  // nearly always, and a division costs as much as a vector
   return static_cast<T*>(base) + (t / l.inner) * l.outer + (t % l.inner) * l.step;
 }
 template <typename T>
@@ -52,73 +52,94 @@ struct Span {
   }
 };
 
-// What a thread, a warp or a cluster knows of a row: all relative to its own maximum.
+// What of the maths a kernel is compiled for; z-loss, class weights without smoothing, and the token's scale are a matter of a
+// row's coefficients and cost nothing.
+enum Features : int {
+  kPlain = 0,
+  kTransform = 1,   // softcap or logit_scale
+  kUniform = 2,     // label smoothing
+  kStatistics = 4,  // entropy, argmax
+  kEverything = 7,
+};
+
+// What a thread, a warp or a cluster knows of a row: all relative to its own maximum. Combining two is commutative to the last
+// bit (products are rounded before they are added), so that all lanes of a butterfly agree. `target`, the target's raw logit, is
+// carried along, not combined.
+template <typename T>
 struct PlainPartial {
   float max = -INFINITY;
   float sum = 0;  // sum_c e^(x'_c - max)
-  float pad[2] = {0, 0};
+  float weighted = 0;  // sum_c w_c x'_c
+  float target = 0;
+
+  // Of all lanes, for all lanes.
+  template <int kFeatures>
+  __device__ __forceinline__ void reduce_over_warp() {
+    const float top = warp_max(max);
+    sum = warp_sum(sum * RowExp<T>::ratio(max, top));
+    if constexpr (kFeatures & kUniform) weighted = warp_sum(weighted);
+    max = top;
+  }
+  __device__ __forceinline__ PlainPartial operator+(const PlainPartial& b) const {
+    PlainPartial r;
+    r.max = fmaxf(max, b.max);
+    r.sum = __fadd_rn(__fmul_rn(sum, RowExp<T>::ratio(max, r.max)), __fmul_rn(b.sum, RowExp<T>::ratio(b.max, r.max)));
+    r.weighted = weighted + b.weighted;
+    return r;
+  }
 };
-struct FullPartial {
+template <typename T>
+struct StatisticsPartial {
   float max = -INFINITY;
   float sum = 0;
-  float moment = 0;    // sum_c e^(x'_c - max) (x'_c - max)
-  float weighted = 0;  // sum_c w_c (x'_c - max)
-  float weight = 0;    // sum_c w_c
+  float weighted = 0;
+  float target = 0;
+  float moment = 0;  // sum_c e^(x'_c - max) (x'_c - max)
   int32_t argmax = 0x7fffffff;
   float pad[2] = {0, 0};
-};
 
-// -inf - -inf is NaN: an all -inf part is taken relative to 0, where it adds nothing.
-__device__ __forceinline__ float finite_base(float max) { return max == -INFINITY ? 0.f : max; }
-
-struct MergePlain {
-  __device__ __forceinline__ PlainPartial operator()(const PlainPartial& a, const PlainPartial& b) const {
-    PlainPartial r;
-    r.max = fmaxf(a.max, b.max);
-    const float base = finite_base(r.max);
-    // Rounded products: a fused one would make the sum depend on the order of a and b, and lanes would disagree.
-    r.sum = __fadd_rn(__fmul_rn(a.sum, expf(a.max - base)), __fmul_rn(b.sum, expf(b.max - base)));
+  template <int kFeatures>
+  __device__ __forceinline__ void reduce_over_warp() {
+    *this = warp_reduce(*this, Add<StatisticsPartial>{});
+  }
+  __device__ __forceinline__ StatisticsPartial operator+(const StatisticsPartial& b) const {
+    StatisticsPartial r;
+    r.max = fmaxf(max, b.max);
+    const float ea = RowExp<T>::ratio(max, r.max), eb = RowExp<T>::ratio(b.max, r.max);
+    r.sum = __fadd_rn(__fmul_rn(sum, ea), __fmul_rn(b.sum, eb));
+    r.moment = __fadd_rn(__fmul_rn(ea, __fadd_rn(moment, __fmul_rn(moved(max, r.max), sum))),
+                         __fmul_rn(eb, __fadd_rn(b.moment, __fmul_rn(moved(b.max, r.max), b.sum))));
+    r.weighted = weighted + b.weighted;
+    r.argmax = max == b.max ? min(argmax, b.argmax) : (max > b.max ? argmax : b.argmax);
     return r;
   }
-};
-struct MergeFull {
-  __device__ __forceinline__ FullPartial operator()(const FullPartial& a, const FullPartial& b) const {
-    FullPartial r;
-    r.max = fmaxf(a.max, b.max);
-    const float base = finite_base(r.max);
-    const float ea = expf(a.max - base), eb = expf(b.max - base);
-    const float da = a.max == -INFINITY ? 0.f : a.max - base, db = b.max == -INFINITY ? 0.f : b.max - base;
-    r.sum = __fadd_rn(__fmul_rn(a.sum, ea), __fmul_rn(b.sum, eb));
-    r.moment = __fadd_rn(__fmul_rn(ea, __fadd_rn(a.moment, __fmul_rn(da, a.sum))), __fmul_rn(eb, __fadd_rn(b.moment, __fmul_rn(db, b.sum))));
-    r.weighted = __fadd_rn(__fadd_rn(a.weighted, __fmul_rn(a.weight, da)), __fadd_rn(b.weighted, __fmul_rn(b.weight, db)));
-    r.weight = __fadd_rn(a.weight, b.weight);
-    r.argmax = a.max == b.max ? min(a.argmax, b.argmax) : (a.max > b.max ? a.argmax : b.argmax);
-    return r;
-  }
+  // How far terms relative to `from` go down when they become relative to `to`. Nothing is relative to -inf.
+  __device__ __forceinline__ static float moved(float from, float to) { return from == -INFINITY ? 0.f : from - to; }
 };
 
-// The maths of a row, plain (p.plain() and no statistics) or with everything.
-template <typename T, bool kFull>
+// The maths of a row.
+template <typename T, int kFeatures>
 struct RowMaths {
-  using Partial = std::conditional_t<kFull, FullPartial, PlainPartial>;
-  using Merge = std::conditional_t<kFull, MergeFull, MergePlain>;
+  static constexpr bool kHasTransform = (kFeatures & kTransform) != 0, kHasUniform = (kFeatures & kUniform) != 0,
+                        kHasStatistics = (kFeatures & kStatistics) != 0;
+  using Partial = std::conditional_t<kHasStatistics, StatisticsPartial<T>, PlainPartial<T>>;
 
   const CeLossParams& p;
-  float class_weight_sum;  // sum_c w_c; unused when plain
+  float class_weight_sum;  // sum_c w_c; used with kHasUniform
 
   __device__ __forceinline__ float transform(float x) const {
-    if constexpr (!kFull) return x;
+    if constexpr (!kHasTransform) return x;
     return p.softcap > 0 ? p.softcap * tanhf(x * (p.logit_scale / p.softcap)) : x * p.logit_scale;
   }
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
-    if constexpr (!kFull) return 1.f;
+    if constexpr (!kHasTransform) return 1.f;
     if (!(p.softcap > 0)) return p.logit_scale;
     const float t = transformed / p.softcap;
     return p.logit_scale * (1.f - t * t);
   }
-  __device__ __forceinline__ float class_weight(int64_t c) const { return kFull && p.class_weight ? p.class_weight[c] : 1.f; }
+  __device__ __forceinline__ float class_weight(int64_t c) const { return p.class_weight ? p.class_weight[c] : 1.f; }
 
-  // Adds kCount elements that begin at column c, given raw.
+  // Adds kCount raw elements that begin at column c.
   template <int kCount>
   __device__ __forceinline__ void add(Partial& part, float (&x)[kCount], int64_t c) const {
     float top = part.max;
@@ -127,22 +148,17 @@ struct RowMaths {
       x[i] = transform(x[i]);
       top = fmaxf(top, x[i]);
     }
-    const float base = finite_base(top), shrink = softmax_exp<T>(part.max - base);
+    const RowExp<T> exp(top);
+    const float shrink = RowExp<T>::ratio(part.max, top);
+    if constexpr (kHasStatistics) part.moment = shrink * (part.moment + Partial::moved(part.max, top) * part.sum);
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
-      const float d = x[i] - base, e = softmax_exp<T>(d);
+      const float e = exp(x[i]);
       sum += e;
-      if constexpr (kFull) {
-        if (i == 0) {
-          const float moved = part.max == -INFINITY ? 0.f : part.max - base;
-          part.moment = shrink * (part.moment + moved * part.sum);
-          part.weighted += part.weight * moved;
-        }
-        part.moment += e == 0.f ? 0.f : e * d;
-        const float w = class_weight(c + i);
-        part.weighted += w * d;
-        part.weight += w;
+      if constexpr (kHasUniform) part.weighted += class_weight(c + i) * x[i];
+      if constexpr (kHasStatistics) {
+        part.moment += e == 0.f ? 0.f : e * (x[i] - top);
         if (x[i] == top && (top > part.max || int32_t(c + i) < part.argmax)) {  // the first of equals
           part.argmax = int32_t(c + i);
           part.max = top;
@@ -152,81 +168,105 @@ struct RowMaths {
     part.sum = part.sum * shrink + sum;
     part.max = top;
   }
+  // Adds kCount raw vectors, the first at column c, the next `step` columns on.
+  template <int kCount>
+  __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step) const {
+    float x[kVec<T>];
+    if constexpr (kHasTransform || kHasStatistics) {
+#pragma unroll
+      for (int k = 0; k < kCount; k++) {
+        unpack<T>(raw[k], x);
+        add(part, x, c + int64_t(k) * step);
+      }
+    } else {
+      float top = part.max;
+#pragma unroll
+      for (int k = 0; k < kCount; k++) top = fmaxf(top, max_of<T>(raw[k]));
+      const RowExp<T> exp(top);
+      float sums[4] = {0, 0, 0, 0}, weighted[2] = {0, 0};
+#pragma unroll
+      for (int k = 0; k < kCount; k++) {
+        unpack<T>(raw[k], x);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; i++) {
+          sums[i % 4] += exp(x[i]);
+          if constexpr (kHasUniform) weighted[i % 2] += p.class_weight ? p.class_weight[c + int64_t(k) * step + i] * x[i] : x[i];
+        }
+      }
+      part.sum = part.sum * RowExp<T>::ratio(part.max, top) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+      if constexpr (kHasUniform) part.weighted += weighted[0] + weighted[1];
+      part.max = top;
+    }
+  }
 
   struct Coefficients {
     float alpha, beta, gamma;
   };
   __device__ __forceinline__ Coefficients coefficients(int32_t y, float max, float log_sum) const {
-    if constexpr (!kFull) return {1.f, 0.f, 1.f};
-    const float eps = p.label_smoothing, beta = eps / float(p.vocab), target_weight = class_weight(y);
-    return {(1 - eps) * target_weight + beta * class_weight_sum + 2 * p.z_loss * (max + log_sum), beta, (1 - eps) * target_weight};
+    const float eps = kHasUniform ? p.label_smoothing : 0.f, beta = eps / float(p.vocab), gamma = (1 - eps) * class_weight(y);
+    float alpha = gamma;
+    if constexpr (kHasUniform) alpha += beta * class_weight_sum;
+    if (p.z_loss != 0) alpha += 2 * p.z_loss * (max + log_sum);
+    return {alpha, beta, gamma};
   }
-  __device__ __forceinline__ float loss(const Partial& row, int32_t y, float target_logit) const {
-    const float log_sum = logf(row.sum), gap = log_sum - (transform(target_logit) - row.max);
-    if constexpr (!kFull) {
-      return gap;
-    } else {
-      const Coefficients k = coefficients(y, row.max, log_sum);
-      float loss = k.gamma * gap;
-      if (p.label_smoothing != 0) loss += k.beta * (row.weight * log_sum - row.weighted);
-      if (p.z_loss != 0) loss += p.z_loss * (row.max + log_sum) * (row.max + log_sum);
-      return loss;
-    }
+  __device__ __forceinline__ float loss(const Partial& row, int32_t y) const {
+    const float log_sum = logf(row.sum), lse = row.max + log_sum;
+    const Coefficients k = coefficients(y, row.max, log_sum);
+    float loss = k.gamma * (log_sum + RowExp<T>::below_max(transform(row.target), row.max));
+    if constexpr (kHasUniform) loss += k.beta * (class_weight_sum * lse - row.weighted);
+    if (p.z_loss != 0) loss += p.z_loss * lse * lse;
+    return loss;
   }
 };
 
 // multiplier * d loss / d x for one row, once its maximum and sum are known.
-template <typename T, bool kFull>
+template <typename T, int kFeatures>
 struct RowGradient {
-  const RowMaths<T, kFull>& maths;
-  typename RowMaths<T, kFull>::Coefficients k;
+  using Maths = RowMaths<T, kFeatures>;
+  const Maths& maths;
+  typename Maths::Coefficients k;
   int32_t y;
-  float max, multiplier, over_sum, softmax_factor;
+  RowExp<T> exp;
+  float multiplier, over_sum, softmax_factor;
 
-  __device__ __forceinline__ RowGradient(const RowMaths<T, kFull>& maths, int32_t y, float max, float sum, float multiplier)
-      : maths(maths), k(maths.coefficients(y, max, logf(sum))), y(y), max(max), multiplier(multiplier), over_sum(k.alpha / sum) {
+  __device__ __forceinline__ RowGradient(const Maths& maths, int32_t y, float max, float sum, float multiplier)
+      : maths(maths), k(maths.coefficients(y, max, logf(sum))), y(y), exp(max), multiplier(multiplier), over_sum(k.alpha / sum) {
     softmax_factor = multiplier * over_sum;
   }
   // Of a class that is not the target.
   __device__ __forceinline__ float other(float raw, int64_t c) const {
     const float x = maths.transform(raw);
-    float g = softmax_exp<T>(x - max) * softmax_factor;
-    if constexpr (kFull) {
-      if (k.beta != 0) g -= multiplier * k.beta * maths.class_weight(c);
-      g *= maths.chain(x);
-    }
+    float g = exp(x) * softmax_factor;
+    if constexpr (Maths::kHasUniform) g -= multiplier * k.beta * maths.class_weight(c);
+    if constexpr (Maths::kHasTransform) g *= maths.chain(x);
     return g;
   }
   // Of the target: in one fp32 expression, or a confident row's p - 1 would be the difference of two rounded numbers.
   __device__ __forceinline__ float target(float raw) const {
     const float x = maths.transform(raw);
-    return ((over_sum * expf(x - max) - k.beta * maths.class_weight(y)) - k.gamma) * multiplier * maths.chain(x);
+    const float uniform = Maths::kHasUniform ? k.beta * maths.class_weight(y) : 0.f;
+    return ((over_sum * exp(x) - uniform) - k.gamma) * multiplier * maths.chain(x);
   }
   __device__ __forceinline__ float operator()(float raw, int64_t c) const { return c == y ? target(raw) : other(raw, c); }
-  // In place on a vector of raw logits that begins at column c.
-  __device__ __forceinline__ void vector(float (&x)[kVec<T>], int64_t c) const {
-    const uint32_t place = uint32_t(y - int32_t(c));
-    const bool has_target = place < uint32_t(kVec<T>);
-    float target_gradient = 0;
-    if (has_target) {
+  // Of a vector of raw logits that begins at column c, as if the target were not among them: its owner writes it afterwards,
+  // because choosing an element of a register array by a runtime index would put the array into local memory.
+  __device__ __forceinline__ uint4 others(uint4 raw, int64_t c) const {
+    float x[kVec<T>];
+    unpack<T>(raw, x);
 #pragma unroll
-      for (int i = 0; i < kVec<T>; i++)
-        if (i == int(place)) target_gradient = target(x[i]);
-    }
-#pragma unroll
-    for (int i = 0; i < kVec<T>; i++) {
-      x[i] = other(x[i], c + i);
-      if (has_target && i == int(place)) x[i] = target_gradient;
-    }
+    for (int i = 0; i < kVec<T>; i++) x[i] = other(x[i], c + i);
+    return pack<T>(x);
   }
+  // Whether a vector that begins at column c holds the target.
+  __device__ __forceinline__ bool in_vector(int64_t c) const { return uint32_t(y - int32_t(c)) < uint32_t(kVec<T>); }
 };
 
 // Everything about a row but its gradient. Called by one thread.
-template <bool kFull, typename Partial>
+template <int kFeatures, typename Partial>
 __device__ __forceinline__ void write_row_state(const CeLossParams& p, int64_t t, const Partial& row) {
   state(p.row_max, t) = row.max;
   state(p.row_sum, t) = row.sum;
-  if constexpr (kFull) {
+  if constexpr (kFeatures & kStatistics) {
     if (p.entropy) state(p.entropy, t) = logf(row.sum) - row.moment / row.sum;
     if (p.prediction) p.prediction[t] = row.argmax < p.vocab ? row.argmax : 0;
   }
@@ -520,10 +560,12 @@ __global__ void __launch_bounds__(kTile) sequence_loss_kernel(const __grid_const
 
 constexpr int kStreamThreads = 512;
 constexpr int kStreamUnroll = 4;  // 16-byte loads in flight per thread
+constexpr int kBackwardBlocks = 4;  // per SM
 
-// Calls on_vector(raw vector, column) and on_element(raw, column) for a block's share of a row, loads first.
-template <typename T, typename OnVector, typename OnElement>
-__device__ __forceinline__ void for_row(const T* row, int64_t vocab, OnVector on_vector, OnElement on_element) {
+// Calls on_vectors(raw vectors, column of the first, columns to the next) and on_element(raw, column) for a thread's share of a row.
+template <typename T, typename OnVectors, typename OnElement>
+__device__ __forceinline__ void for_row(const T* row, int64_t vocab, OnVectors on_vectors, OnElement on_element) {
+  constexpr int kStep = kStreamThreads * kVec<T>;
   const Span<T> span(row, vocab);
   const T* body = row + span.head;
   int i = threadIdx.x;
@@ -531,26 +573,30 @@ __device__ __forceinline__ void for_row(const T* row, int64_t vocab, OnVector on
     uint4 raw[kStreamUnroll];
 #pragma unroll
     for (int u = 0; u < kStreamUnroll; u++) raw[u] = load_cached(body + int64_t(i + u * kStreamThreads) * kVec<T>);
-#pragma unroll
-    for (int u = 0; u < kStreamUnroll; u++) on_vector(raw[u], span.head + int64_t(i + u * kStreamThreads) * kVec<T>);
+    on_vectors(raw, span.head + int64_t(i) * kVec<T>, kStep);
   }
-  for (; i < span.vectors; i += kStreamThreads) on_vector(load_cached(body + int64_t(i) * kVec<T>), span.head + int64_t(i) * kVec<T>);
+  for (; i < span.vectors; i += kStreamThreads) {
+    const uint4 raw[1] = {load_cached(body + int64_t(i) * kVec<T>)};
+    on_vectors(raw, span.head + int64_t(i) * kVec<T>, kStep);
+  }
   if (int(threadIdx.x) < span.head) on_element(row[threadIdx.x], int64_t(threadIdx.x));
   if (int(threadIdx.x) < span.tail) on_element(row[vocab - span.tail + threadIdx.x], vocab - span.tail + threadIdx.x);
 }
 
-// Writes a row's gradient. In place, every element is read before the barrier-free write of the same thread.
-template <typename T, bool kFull>
-__device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vocab, const RowGradient<T, kFull>& gradient) {
+// Writes a row's gradient. `out` may be the row: a thread writes only what it has read.
+template <typename T, int kFeatures>
+__device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vocab, const RowGradient<T, kFeatures>& gradient) {
   const bool same_alignment = ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(row)) & 15) == 0;
   if (same_alignment) {
     for_row<T>(
         row, vocab,
-        [&](uint4 raw, int64_t c) {
-          float x[kVec<T>];
-          unpack<T>(raw, x);
-          gradient.vector(x, c);
-          store_streaming(out + c, pack<T>(x));
+        [&](const auto& raw, int64_t c, int step) {
+#pragma unroll
+          for (int k = 0; k < int(std::extent_v<std::remove_reference_t<decltype(raw)>>); k++, c += step) {
+            const float target_raw = gradient.in_vector(c) ? to_float(row[gradient.y]) : 0.f;
+            store_streaming(out + c, gradient.others(raw[k], c));
+            if (gradient.in_vector(c)) out[gradient.y] = from_float<T>(gradient.target(target_raw));
+          }
         },
         [&](T raw, int64_t c) { out[c] = from_float<T>(gradient(to_float(raw), c)); });
   } else {
@@ -558,9 +604,9 @@ __device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vo
   }
 }
 
-template <typename T, bool kFull>
+template <typename T, int kFeatures>
 __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __grid_constant__ CeLossParams p) {
-  using Maths = RowMaths<T, kFull>;
+  using Maths = RowMaths<T, kFeatures>;
   __shared__ typename Maths::Partial scratch[kStreamThreads / 32];
   const int64_t t = blockIdx.x;
   const int32_t y = p.target[t];
@@ -570,37 +616,30 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
     return;
   }
   const T* row = row_of<T>(p.logits, p.logits_layout, t);
-  const Maths maths{p, kFull ? *Workspace(p).class_weight_sum : 0.f};
+  const Maths maths{p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f};
   typename Maths::Partial part;
   for_row<T>(
-      row, p.vocab,
-      [&](uint4 raw, int64_t c) {
-        float x[kVec<T>];
-        unpack<T>(raw, x);
-        maths.add(part, x, c);
-      },
+      row, p.vocab, [&](const auto& raw, int64_t c, int step) { maths.add(part, raw, c, step); },
       [&](T raw, int64_t c) {
         float x[1] = {to_float(raw)};
         maths.add(part, x, c);
       });
-  float target_logit = 0;
-  if (threadIdx.x == 0) target_logit = to_float(row[y]);  // before the gradient may overwrite it
-  part = block_reduce<kStreamThreads>(part, typename Maths::Partial{}, typename Maths::Merge{}, scratch);
+  const float target = threadIdx.x == 0 ? to_float(row[y]) : 0.f;  // before the gradient may overwrite it
+  part = block_reduce<kStreamThreads>(part, typename Maths::Partial{}, Add<typename Maths::Partial>{}, scratch);
   if (threadIdx.x == 0) {
-    write_row_state<kFull>(p, t, part);
-    write_row_loss(p, t, maths.loss(part, y, target_logit));
+    part.target = target;
+    write_row_state<kFeatures>(p, t, part);
+    write_row_loss(p, t, maths.loss(part, y));
   }
   if (p.grad) {
-    const RowGradient<T, kFull> gradient(maths, y, part.max, part.sum, state(p.scale, t));
-    stream_gradient<T, kFull>(row_of<T>(p.grad, p.grad_layout, t), row, p.vocab, gradient);
+    const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, state(p.scale, t));
+    stream_gradient<T, kFeatures>(row_of<T>(p.grad, p.grad_layout, t), row, p.vocab, gradient);
   }
 }
 
-template <typename T, bool kFull>
-__global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const __grid_constant__ CeLossParams p) {
-  const int64_t t = blockIdx.x;
-  const RowLayout& l = p.grad_output_layout;
-  const float incoming = static_cast<const float*>(p.grad_output)[(t / l.inner) * l.outer + (t % l.inner) * l.step];
+// The gradient of one row, by a block.
+template <typename T, int kFeatures>
+__device__ __forceinline__ void backward_row(const CeLossParams& p, int64_t t, float incoming, float class_weight_sum) {
   if (p.grad_holds_gradient && incoming == 1.f) return;
   T* out = row_of<T>(p.grad, p.grad_layout, t);
   const int32_t y = p.target[t];
@@ -608,190 +647,296 @@ __global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const _
   if (!p.logits) {
     for_row<T>(
         out, p.vocab,
-        [&](uint4 raw, int64_t c) {
-          float x[kVec<T>];
-          unpack<T>(raw, x);
+        [&](const auto& raw, int64_t c, int step) {
 #pragma unroll
-          for (int i = 0; i < kVec<T>; i++) x[i] *= incoming;
-          store_streaming(out + c, pack<T>(x));
+          for (int k = 0; k < int(std::extent_v<std::remove_reference_t<decltype(raw)>>); k++, c += step) {
+            float x[kVec<T>];
+            unpack<T>(raw[k], x);
+#pragma unroll
+            for (int i = 0; i < kVec<T>; i++) x[i] *= incoming;
+            store_streaming(out + c, pack<T>(x));
+          }
         },
         [&](T raw, int64_t c) { out[c] = from_float<T>(to_float(raw) * incoming); });
     return;
   }
+  const RowMaths<T, kFeatures> maths{p, class_weight_sum};
+  const RowGradient<T, kFeatures> gradient(maths, y, state(p.row_max, t), state(p.row_sum, t), incoming * state(p.scale, t));
+  stream_gradient<T, kFeatures>(out, row_of<T>(p.logits, p.logits_layout, t), p.vocab, gradient);
+}
+
+// A few blocks per SM that walk over the rows: when grad_output is 1, as after loss.backward(), there is nothing to do, and a
+// block per row would take longer to find that out.
+template <typename T, int kFeatures>
+__global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const __grid_constant__ CeLossParams p) {
+  const RowLayout& l = p.grad_output_layout;
+  const auto* grad_output = static_cast<const float*>(p.grad_output);
+  if (p.grad_holds_gradient && l.outer == 0 && l.step == 0 && *grad_output == 1.f) return;
   float class_weight_sum = float(p.vocab);
-  if constexpr (kFull) {
-    if (p.class_weight && p.label_smoothing != 0) {
+  if constexpr (kFeatures & kUniform) {
+    if (p.class_weight) {
       __shared__ float scratch[kStreamThreads / 32];
       float sum = 0;
       for (int64_t c = threadIdx.x; c < p.vocab; c += kStreamThreads) sum += p.class_weight[c];
       class_weight_sum = block_reduce<kStreamThreads>(sum, 0.f, Add<float>{}, scratch);
     }
   }
-  const RowMaths<T, kFull> maths{p, class_weight_sum};
-  const RowGradient<T, kFull> gradient(maths, y, state(p.row_max, t), state(p.row_sum, t), incoming * state(p.scale, t));
-  stream_gradient<T, kFull>(out, row_of<T>(p.logits, p.logits_layout, t), p.vocab, gradient);
+  for (int64_t t = blockIdx.x; t < p.rows; t += gridDim.x)
+    backward_row<T, kFeatures>(p, t, grad_output[(t / l.inner) * l.outer + (t % l.inner) * l.step], class_weight_sum);
 }
 
 // ------------------------------------------------------------------------------------------------------------ resident
 
-template <typename T, bool kFull, bool kGrad>
-__global__ void __launch_bounds__(kResidentThreads + 32, kResidentBlocks) resident_kernel(const __grid_constant__ CeLossParams p, const int stages) {
+// Three roles, a pipeline: the copier fills the ring, the reducers read each chunk once and send the row's partial result to every
+// block of the cluster, the writers collect the results, write the loss and the gradient, and free the chunks. Nobody waits for
+// the cluster but the writers, and while they do, the next rows are copied and reduced.
+template <bool kGrad, int kFeatures>
+struct Roles {
+  static constexpr int kReducers = kGrad ? kRoleThreads : kForwardThreads;
+  static constexpr int kWriters = kGrad ? kRoleThreads : 32;  // without a gradient, one warp that writes the loss
+  static constexpr int kThreads = kReducers + kWriters + 32;
+  static constexpr int kBlocks = !kGrad && (kFeatures & (kUniform | kStatistics)) ? 2 : resident_blocks(kGrad);  // or registers spill
+};
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// A place in a ring of barriers, and the parity of the phase that they are in.
+struct RingPlace {
+  int stage = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++stage == stages) {
+      stage = 0;
+      phase ^= 1;
+    }
+  }
+};
+
+// The rows that a cluster works on, in order; entries are fetched a row ahead, so that nobody waits for them.
+struct RowWalk {
+  const RowEntry* order;
+  int64_t rows, stride, i;
+  RowEntry next;
+
+  __device__ __forceinline__ RowWalk(const CeLossParams& p, int cluster)
+      : order(Workspace(p).order), rows(p.rows), stride(gridDim.x / cluster), i(blockIdx.x / cluster), next{0, kIgnored} {
+    if (i < rows) next = order[i];
+  }
+  __device__ __forceinline__ bool done() const { return i >= rows; }
+  __device__ __forceinline__ RowEntry take() {
+    const RowEntry entry = next;
+    i += stride;
+    if (i < rows) next = order[i];
+    return entry;
+  }
+};
+
+// A block's part of a row: whole vectors of the row's body. The elements outside the body belong to rank 0.
+template <typename T>
+struct RowPart {
+  const T* row;
+  Span<T> span;
+  int begin, count;  // vectors
+
+  __device__ __forceinline__ RowPart(const CeLossParams& p, int64_t t, int cluster, int rank) : row(row_of<T>(p.logits, p.logits_layout, t)), span(row, p.vocab) {
+    const int share = (span.vectors + cluster - 1) >> (31 - __clz(cluster));  // clusters are powers of two
+    begin = min(rank * share, span.vectors);
+    count = min(share, span.vectors - begin);
+  }
+  __device__ __forceinline__ int64_t column() const { return span.head + int64_t(begin) * kVec<T>; }  // of the first vector
+  // The edge element of a thread of rank 0, or -1: one each for the first threads of two warps.
+  __device__ __forceinline__ int64_t edge(int64_t vocab, int thread) const {
+    if (thread < span.head) return thread;
+    if (thread >= 32 && thread - 32 < span.tail) return vocab - span.tail + thread - 32;
+    return -1;
+  }
+};
+#endif
+
+template <typename T, int kFeatures, bool kGrad>
+__global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad, kFeatures>::kBlocks) resident_kernel(const __grid_constant__ CeLossParams p, const int stages) {
 #if __CUDA_ARCH__ >= 900
-  using Maths = RowMaths<T, kFull>;
+  using Maths = RowMaths<T, kFeatures>;
   using Partial = typename Maths::Partial;
-  constexpr int kWarps = kResidentThreads / 32;
+  using Role = Roles<kGrad, kFeatures>;
+  constexpr int kReducerWarps = Role::kReducers / 32;
   constexpr int kChunkVectors = kChunkBytes / 16;
-  static_assert(sizeof(Partial) % 16 == 0);
+  static_assert(sizeof(Partial) % 16 == 0 && kReducerWarps <= kMaxWarps && kExchanges % 2 == 0);
 
   extern __shared__ __align__(128) unsigned char shared[];
   const int cluster = int(cluster_size()), rank = int(cluster_rank());
-  unsigned char* ring = shared;
-  auto* partials = reinterpret_cast<Partial*>(ring + stages * kChunkBytes);  // [2][cluster * kWarps]
-  auto* full = reinterpret_cast<MBarrier*>(partials + 2 * cluster * kWarps);
-  MBarrier *empty = full + stages, *exchanged = empty + stages;
+  auto* ring = reinterpret_cast<uint4*>(shared);
+  auto* results = reinterpret_cast<Partial*>(shared + stages * kChunkBytes);  // [kExchanges][cluster]
+  Partial* of_warps = results + kExchanges * cluster;                         // [2][kReducerWarps]
+  auto* full = reinterpret_cast<MBarrier*>(of_warps + 2 * kMaxWarps);
+  MBarrier *empty = full + stages, *exchanged = empty + stages, *collected = exchanged + kExchanges;
+  __shared__ float targets[2];
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; s++) {
       barrier_init(full + s, 1);
-      barrier_init(empty + s, kWarps);
+      barrier_init(empty + s, (kGrad ? Role::kWriters : Role::kReducers) / 32);
     }
-    barrier_init(exchanged, 1);
-    barrier_init(exchanged + 1, 1);
+    for (int s = 0; s < kExchanges; s++) {
+      barrier_init(exchanged + s, 1);
+      barrier_init(collected + s, 1);
+    }
     fence_barrier_init();
   }
   cluster_sync();
 
-  const int64_t first = blockIdx.x / cluster, stride = gridDim.x / cluster;
-  const RowEntry* order = Workspace(p).order;  // entries are fetched a row ahead, so that nobody waits for them
-  // This block's vectors of a row.
-  const auto part_of = [&](const Span<T>& span, int& begin, int& count) {
-    const int share = (span.vectors + cluster - 1) / cluster;
-    begin = min(rank * share, span.vectors);
-    count = min(share, span.vectors - begin);
-  };
+  RowWalk walk(p, cluster);
+  RingPlace place, exchange;
+  const int lane = threadIdx.x % 32;
 
-  if (threadIdx.x >= kResidentThreads) {  // the warp that copies
-    if (threadIdx.x == kResidentThreads) {
-      uint32_t issued = 0;
-      RowEntry next = first < p.rows ? order[first] : RowEntry{0, kIgnored};
-      for (int64_t i = first; i < p.rows; i += stride) {
-        const int64_t t = next.row;
-        const int32_t y = next.target;
-        if (i + stride < p.rows) next = order[i + stride];
-        if (y < 0) continue;
-        const T* row = row_of<T>(p.logits, p.logits_layout, t);
-        const Span<T> span(row, p.vocab);
-        int begin, count;
-        part_of(span, begin, count);
-        const auto* source = reinterpret_cast<const unsigned char*>(row + span.head) + int64_t(begin) * 16;
-        for (int done = 0; done < count; done += kChunkVectors, issued++) {
-          const uint32_t stage = issued % stages, bytes = uint32_t(min(kChunkVectors, count - done)) * 16;
-          if (issued >= uint32_t(stages)) barrier_wait(empty + stage, (issued / stages - 1) & 1);
-          barrier_expect(full + stage, bytes);
-          bulk_load(ring + stage * kChunkBytes, source + int64_t(done) * 16, bytes, full + stage);
-        }
-      }
-    }
-  } else {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const Maths maths{p, kFull ? *Workspace(p).class_weight_sum : 0.f};
-    uint32_t taken = 0, exchanges = 0;
-    RowEntry next = first < p.rows ? order[first] : RowEntry{0, kIgnored};
-    for (int64_t i = first; i < p.rows; i += stride) {
-      const int64_t t = next.row;
-      const int32_t y = next.target;
-      if (i + stride < p.rows) next = order[i + stride];
-      if (y < 0) {
-        if (rank == 0 && threadIdx.x == 0) write_ignored_row(p, t, y);
-        if constexpr (kGrad) zero_row(row_of<T>(p.grad, p.grad_layout, t), p.vocab, rank * kResidentThreads + threadIdx.x, cluster * kResidentThreads);
-        continue;
-      }
-      const T* row = row_of<T>(p.logits, p.logits_layout, t);
-      const Span<T> span(row, p.vocab);
-      int begin, count;
-      part_of(span, begin, count);
-
-      // The elements outside the vectors belong to rank 0: one each to the first threads of its first two warps.
-      int64_t edge = -1;
-      if (rank == 0 && int(threadIdx.x) < span.head) edge = threadIdx.x;
-      if (rank == 0 && warp == 1 && lane < span.tail) edge = p.vocab - span.tail + lane;
-      const float edge_raw = edge >= 0 ? to_float(row[edge]) : 0.f;
-
+  if (threadIdx.x < Role::kReducers) {
+    constexpr int kPerThread = kChunkVectors / Role::kReducers;  // vectors of a whole chunk
+    constexpr int kStep = Role::kReducers * kVec<T>;
+    static_assert(kChunkVectors % Role::kReducers == 0);
+    const int warp = threadIdx.x / 32;
+    int sent = 0;
+    const Maths maths{p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f};
+    while (!walk.done()) {
+      const RowEntry entry = walk.take();
+      if (entry.target < 0) continue;
+      const RowPart<T> mine(p, entry.row, cluster, rank);
+      const int64_t edge = rank == 0 ? mine.edge(p.vocab, threadIdx.x) : -1;
+      const float edge_raw = edge >= 0 ? to_float(mine.row[edge]) : 0.f;
+      const int target_element = entry.target - int32_t(mine.column());
+      const int target_vector = target_element >= 0 ? target_element / kVec<T> : -1;
+      // Two sets of places, used in turn: the barrier of the next row keeps this row's from being overwritten too early.
+      const int set = exchange.stage & 1;
+      const auto look_for_target = [&](const uint4* vector, int v) {
+        if (v == target_vector) targets[set] = to_float(reinterpret_cast<const T*>(vector)[target_element % kVec<T>]);
+      };
       Partial part;
-      float target_logit = 0;
-      bool owns_target = edge == y;
-      if (owns_target) target_logit = edge_raw;
-      uint32_t chunk = taken;
-      for (int done = 0; done < count; done += kChunkVectors, chunk++) {
-        const uint32_t stage = chunk % stages;
-        barrier_wait(full + stage, (chunk / stages) & 1);
-        const int here = min(kChunkVectors, count - done);
-        for (int v = threadIdx.x; v < here; v += kResidentThreads) {
-          float x[kVec<T>];
-          unpack<T>(load_cached(ring + stage * kChunkBytes + v * 16), x);
-          const int64_t c = span.head + int64_t(begin + done + v) * kVec<T>;
-          const uint32_t place = uint32_t(y - int32_t(c));
-          if (place < uint32_t(kVec<T>)) {
-            owns_target = true;
+      for (int done = 0; done < mine.count; done += kChunkVectors) {
+        barrier_wait(full + place.stage, place.phase);
+        const uint4* chunk = ring + place.stage * kChunkVectors;
+        if (mine.count - done >= kChunkVectors) {
+          uint4 raw[kPerThread];
 #pragma unroll
-            for (int i = 0; i < kVec<T>; i++)
-              if (i == int(place)) target_logit = x[i];
+          for (int k = 0; k < kPerThread; k++) raw[k] = chunk[threadIdx.x + k * Role::kReducers];
+#pragma unroll
+          for (int k = 0; k < kPerThread; k++) look_for_target(chunk + threadIdx.x + k * Role::kReducers, done + threadIdx.x + k * Role::kReducers);
+          maths.add(part, raw, mine.column() + int64_t(done + threadIdx.x) * kVec<T>, kStep);
+        } else {
+          for (int v = threadIdx.x; v < mine.count - done; v += Role::kReducers) {
+            const uint4 raw[1] = {chunk[v]};
+            look_for_target(chunk + v, done + v);
+            maths.add(part, raw, mine.column() + int64_t(done + v) * kVec<T>, kStep);
           }
-          maths.add(part, x, c);
         }
         if constexpr (!kGrad) {
           __syncwarp();
-          if (lane == 0) barrier_arrive(empty + stage);
+          if (lane == 0) barrier_arrive(empty + place.stage);
         }
+        place.advance(stages);
       }
       if (edge >= 0) {
         float x[1] = {edge_raw};
+        if (edge == entry.target) targets[set] = edge_raw;
         maths.add(part, x, edge);
       }
-
-      // Every warp sends its result to every block of the cluster. Two sets of places, used in turn: a block can be at most one
-      // row ahead of another, because it needs that one's results.
-      part = warp_reduce(part, typename Maths::Merge{});
-      const int set = exchanges & 1;
-      Partial* places = partials + set * cluster * kWarps;
-      if (threadIdx.x == 0) barrier_expect(exchanged + set, cluster * kWarps * sizeof(Partial));
-      if (lane < cluster) {
-        const auto* words = reinterpret_cast<const uint4*>(&part);
-        auto* to = reinterpret_cast<uint4*>(places + rank * kWarps + warp);
+      part.template reduce_over_warp<kFeatures>();
+      Partial* places = of_warps + set * kReducerWarps;
+      if (lane == 0) places[warp] = part;
+      named_barrier(1, Role::kReducers);
+      if (warp == exchange.stage % kReducerWarps) {  // each row another warp, so that none falls behind
+        // With a gradient the ring holds the reducers back; without, they could overtake the writer.
+        if (!kGrad && sent >= kExchanges) barrier_wait(collected + exchange.stage, exchange.phase ^ 1);
+        part = lane < kReducerWarps ? places[lane] : Partial{};
+        part.template reduce_over_warp<kFeatures>();
+        const bool in_vectors = target_vector >= 0 && target_vector < mine.count;
+        const bool on_edge = rank == 0 && (entry.target < mine.span.head || entry.target >= p.vocab - mine.span.tail);
+        part.target = in_vectors || on_edge ? targets[set] : 0.f;
+        if (lane == 0) barrier_expect(exchanged + exchange.stage, cluster * sizeof(Partial));
+        if (lane < cluster) {
+          uint4 words[sizeof(Partial) / 16];
+          memcpy(words, &part, sizeof part);
+          auto* to = reinterpret_cast<uint4*>(results + exchange.stage * cluster + rank);
 #pragma unroll
-        for (int i = 0; i < int(sizeof(Partial) / 16); i++) send16(to + i, words[i], exchanged + set, lane);
-      }
-      barrier_wait_cluster(exchanged + set, (exchanges >> 1) & 1);
-      exchanges++;
-      part = Partial{};
-      for (int i = lane; i < cluster * kWarps; i += 32) part = typename Maths::Merge{}(part, places[i]);
-      part = warp_reduce(part, typename Maths::Merge{});
-
-      if (rank == 0 && threadIdx.x == 0) write_row_state<kFull>(p, t, part);
-      if (owns_target) write_row_loss(p, t, maths.loss(part, y, target_logit));
-
-      if constexpr (kGrad) {
-        const RowGradient<T, kFull> gradient(maths, y, part.max, part.sum, state(p.scale, t));
-        T* out = row_of<T>(p.grad, p.grad_layout, t);
-        chunk = taken;
-        for (int done = 0; done < count; done += kChunkVectors, chunk++) {
-          const uint32_t stage = chunk % stages;
-          const int here = min(kChunkVectors, count - done);
-          for (int v = threadIdx.x; v < here; v += kResidentThreads) {
-            float x[kVec<T>];
-            unpack<T>(load_cached(ring + stage * kChunkBytes + v * 16), x);
-            const int64_t c = span.head + int64_t(begin + done + v) * kVec<T>;
-            gradient.vector(x, c);
-            store_streaming(out + c, pack<T>(x));
-          }
-          __syncwarp();
-          if (lane == 0) barrier_arrive(empty + stage);
+          for (int i = 0; i < int(sizeof(Partial) / 16); i++) send16(to + i, words[i], exchanged + exchange.stage, lane);
         }
-        if (edge >= 0) out[edge] = from_float<T>(gradient(edge_raw, edge));
       }
-      taken = chunk;
+      exchange.advance(kExchanges);
+      sent = min(sent + 1, kExchanges);
+    }
+  } else if (threadIdx.x < Role::kReducers + Role::kWriters) {
+    constexpr int kPerThread = kChunkVectors / Role::kWriters;
+    const int thread = threadIdx.x - Role::kReducers;
+    const Maths maths{p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f};
+    while (!walk.done()) {
+      const RowEntry entry = walk.take();
+      const int64_t t = entry.row;
+      const int32_t y = entry.target;
+      if (y < 0) {
+        if (rank == 0 && thread == 0) write_ignored_row(p, t, y);
+        if constexpr (kGrad) zero_row(row_of<T>(p.grad, p.grad_layout, t), p.vocab, rank * Role::kWriters + thread, cluster * Role::kWriters);
+        continue;
+      }
+      const float scale = state(p.scale, t);
+      const RowPart<T> mine(p, t, cluster, rank);
+      barrier_wait_cluster(exchanged + exchange.stage, exchange.phase);
+      const Partial* arrived = results + exchange.stage * cluster;
+      Partial part = lane < cluster ? arrived[lane] : Partial{};
+      part.template reduce_over_warp<kFeatures>();
+      for (int c = 0; c < cluster; c++) part.target += arrived[c].target;  // 0 but in one block
+      if (!kGrad && lane == 0) barrier_arrive(collected + exchange.stage);
+      exchange.advance(kExchanges);
+      if (rank == 0 && thread == 0) {
+        write_row_state<kFeatures>(p, t, part);
+        write_row_loss(p, t, maths.loss(part, y));
+      }
+      if constexpr (kGrad) {
+        const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, scale);
+        const int64_t column = mine.column();
+        T* out = row_of<T>(p.grad, p.grad_layout, t);
+        T* out_part = out + column;
+        const int target_element = y - int32_t(column);
+        const int target_vector = target_element >= 0 ? target_element / kVec<T> : -1;
+        const auto write = [&](uint4 raw, int v) {
+          store_streaming(out_part + int64_t(v) * kVec<T>, gradient.others(raw, column + int64_t(v) * kVec<T>));
+          if (v == target_vector) out[y] = from_float<T>(gradient.target(part.target));
+        };
+        for (int done = 0; done < mine.count; done += kChunkVectors) {
+          const uint4* chunk = ring + place.stage * kChunkVectors;
+          if (mine.count - done >= kChunkVectors) {
+            uint4 raw[kPerThread];
+#pragma unroll
+            for (int k = 0; k < kPerThread; k++) raw[k] = chunk[thread + k * Role::kWriters];
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + place.stage);
+#pragma unroll
+            for (int k = 0; k < kPerThread; k++) write(raw[k], done + thread + k * Role::kWriters);
+          } else {
+            for (int v = thread; v < mine.count - done; v += Role::kWriters) write(chunk[v], done + v);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(empty + place.stage);
+          }
+          place.advance(stages);
+        }
+        const int64_t edge = rank == 0 ? mine.edge(p.vocab, thread) : -1;
+        if (edge >= 0) out[edge] = from_float<T>(gradient(to_float(mine.row[edge]), edge));
+      }
+    }
+  } else if (lane == 0) {
+    bool wrapped = false;  // nothing to wait for in the first round
+    while (!walk.done()) {
+      const RowEntry entry = walk.take();
+      if (entry.target < 0) continue;
+      const RowPart<T> mine(p, entry.row, cluster, rank);
+      const auto* source = reinterpret_cast<const uint4*>(mine.row + mine.span.head) + mine.begin;
+      for (int done = 0; done < mine.count; done += kChunkVectors) {
+        const uint32_t bytes = uint32_t(min(kChunkVectors, mine.count - done)) * 16;
+        if (wrapped) barrier_wait(empty + place.stage, place.phase ^ 1);
+        barrier_expect(full + place.stage, bytes);
+        bulk_load(ring + place.stage * kChunkVectors, source + done, bytes, full + place.stage);
+        place.advance(stages);
+        if (place.stage == 0) wrapped = true;
+      }
     }
   }
+  __syncwarp();
   cluster_sync();  // no block may leave while another still writes into its shared memory
 #endif
 }
@@ -827,11 +972,11 @@ bool same_alignment(const CeLossParams& p, int element_bytes) {
          offset(p.logits_layout.outer, p.grad_layout.outer) && offset(p.logits_layout.step, p.grad_layout.step);
 }
 
-template <typename T, bool kFull, bool kGrad>
-cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, int device, int sms, cudaStream_t stream) {
-  const auto kernel = resident_kernel<T, kFull, kGrad>;
+template <typename T, int kFeatures, bool kGrad>
+cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, int device, int sms, int shared_per_block, cudaStream_t stream) {
+  const auto kernel = resident_kernel<T, kFeatures, kGrad>;
   cudaLaunchConfig_t launch = {};
-  launch.blockDim = dim3(kResidentThreads + 32);
+  launch.blockDim = dim3(Roles<kGrad, kFeatures>::kThreads);
   launch.dynamicSmemBytes = config.shared_bytes;
   launch.stream = stream;
   cudaLaunchAttribute attribute;
@@ -845,9 +990,9 @@ cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, i
   auto& resident_clusters = cache[device % kMaxDevices][config.cluster];
   int clusters = resident_clusters.load(std::memory_order_acquire);
   if (clusters == 0) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, config.shared_bytes);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_per_block);
     if (error != cudaSuccess) return error;
-    launch.gridDim = dim3(unsigned(sms) * kResidentBlocks / config.cluster * config.cluster);
+    launch.gridDim = dim3(unsigned(sms) * resident_blocks(kGrad) / config.cluster * config.cluster);
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch);
     if (error != cudaSuccess) return error;
     if (clusters == 0) return cudaErrorInvalidConfiguration;
@@ -857,20 +1002,30 @@ cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, i
   return cudaLaunchKernelEx(&launch, kernel, p, config.stages);
 }
 
-template <typename T, bool kFull>
+template <typename T, int kFeatures>
 cudaError_t launch_rows(const CeLossParams& p, cudaStream_t stream) {
   DeviceLimits limits;
   int device, sms;
   cudaError_t error = device_limits(limits, device, sms);
   if (error != cudaSuccess) return error;
   const CeLossConfig config = choose_ce_loss_config(p.vocab, sizeof(T), p.grad != nullptr, p.grad == nullptr || same_alignment(p, sizeof(T)),
-                                                    sizeof(typename RowMaths<T, kFull>::Partial), limits);
-  if (config.resident) return p.grad ? launch_resident<T, kFull, true>(p, config, device, sms, stream) : launch_resident<T, kFull, false>(p, config, device, sms, stream);
-  stream_forward_kernel<T, kFull><<<unsigned(p.rows), kStreamThreads, 0, stream>>>(p);
+                                                    sizeof(typename RowMaths<T, kFeatures>::Partial), limits);
+  if (config.resident) return p.grad ? launch_resident<T, kFeatures, true>(p, config, device, sms, limits.shared_per_block, stream) : launch_resident<T, kFeatures, false>(p, config, device, sms, limits.shared_per_block, stream);
+  stream_forward_kernel<T, kFeatures><<<unsigned(p.rows), kStreamThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
-bool full_maths(const CeLossParams& p) { return !p.plain() || p.entropy || p.prediction; }
+// Calls f(type, features) with the element type and the smallest compiled set of features that covers the problem.
+template <typename F>
+void dispatch(const CeLossParams& p, F&& f) {
+  const bool transform = p.softcap > 0 || p.logit_scale != 1, uniform = p.label_smoothing != 0, statistics = p.entropy || p.prediction;
+  dispatch_float<false>(p.logits_dtype, [&](auto type) {
+    if (statistics || (transform && uniform)) f(type, std::integral_constant<int, kEverything>{});
+    else if (transform) f(type, std::integral_constant<int, kTransform>{});
+    else if (uniform) f(type, std::integral_constant<int, kUniform>{});
+    else f(type, std::integral_constant<int, kPlain>{});
+  });
+}
 
 constexpr int64_t kSmallRows = 2 * kTile;
 
@@ -897,10 +1052,7 @@ int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
   cudaError_t error = prepare(p, stream);
   if (error != cudaSuccess) return error;
   if (p.rows > 0) {
-    dispatch_float<false>(p.logits_dtype, [&](auto type) {
-      using T = decltype(type);
-      error = full_maths(p) ? launch_rows<T, true>(p, stream) : launch_rows<T, false>(p, stream);
-    });
+    dispatch(p, [&](auto type, auto features) { error = launch_rows<decltype(type), features()>(p, stream); });
     if (error != cudaSuccess) return error;
   }
   if (p.reduction != Reduction::none) reduce_kernel<<<1, kTile, 0, stream>>>(p);
@@ -911,11 +1063,12 @@ int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
 int ce_loss_backward_cuda(const CeLossParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.rows == 0) return cudaSuccess;
-  dispatch_float<false>(p.logits_dtype, [&](auto type) {
-    using T = decltype(type);
-    if (full_maths(p)) stream_backward_kernel<T, true><<<unsigned(p.rows), kStreamThreads, 0, stream>>>(p);
-    else stream_backward_kernel<T, false><<<unsigned(p.rows), kStreamThreads, 0, stream>>>(p);
-  });
+  DeviceLimits limits;
+  int device, sms;
+  const cudaError_t error = device_limits(limits, device, sms);
+  if (error != cudaSuccess) return error;
+  const auto blocks = unsigned(std::min<int64_t>(p.rows, int64_t(sms) * kBackwardBlocks));
+  dispatch(p, [&](auto type, auto features) { stream_backward_kernel<decltype(type), features()><<<blocks, kStreamThreads, 0, stream>>>(p); });
   return cudaGetLastError();
 }
 

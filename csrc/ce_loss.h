@@ -59,7 +59,6 @@ struct CeLossParams {
   float z_loss = 0;
   float softcap = 0;  // 0: none
   float logit_scale = 1;
-  bool plain() const { return !class_weight && label_smoothing == 0 && z_loss == 0 && softcap == 0 && logit_scale == 1; }
 
   // Per row, kept for the backward. State is float, double for f64 logits.
   int32_t* target = nullptr;      // (rows,)

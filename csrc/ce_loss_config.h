@@ -12,16 +12,39 @@ struct DeviceLimits {
   int shared_per_block;  // bytes, opt-in
 };
 
-inline constexpr int kResidentThreads = 512;   // that compute; one more warp issues the loads
-inline constexpr int kResidentBlocks = 2;      // per SM, so that one computes while the other waits for its cluster
-inline constexpr int kChunkBytes = 8192;       // of a bulk copy, and of a stage of the ring
-inline constexpr int kMaxStages = 32;
-inline constexpr int kMaxCluster = 8;          // the largest portable cluster
+#ifndef PACKOPS_CE_CHUNK
+#define PACKOPS_CE_CHUNK 8192
+#endif
+#ifndef PACKOPS_CE_DEPTH
+#define PACKOPS_CE_DEPTH 20
+#endif
+#ifndef PACKOPS_CE_ROLE
+#define PACKOPS_CE_ROLE 128
+#endif
+#ifndef PACKOPS_CE_BLOCKS
+#define PACKOPS_CE_BLOCKS 2
+#endif
+#ifndef PACKOPS_CE_FWD
+#define PACKOPS_CE_FWD 256
+#endif
+#ifndef PACKOPS_CE_FWD_BLOCKS
+#define PACKOPS_CE_FWD_BLOCKS 4
+#endif
+inline constexpr int kRoleThreads = PACKOPS_CE_ROLE;     // that reduce, and as many that write
+inline constexpr int kForwardThreads = PACKOPS_CE_FWD;   // that reduce where nothing is written
+constexpr int resident_blocks(bool grad) { return grad ? PACKOPS_CE_BLOCKS : PACKOPS_CE_FWD_BLOCKS; }  // per SM
+inline constexpr int kChunkBytes = PACKOPS_CE_CHUNK;    // of a bulk copy, and of a stage of the ring
+inline constexpr int kRingDepth = PACKOPS_CE_DEPTH;     // tenths of rows that the ring should hold
+inline constexpr int kMaxStages = 16;
+inline constexpr int kMaxCluster = 8;                   // the largest portable cluster
+inline constexpr int kExchanges = 16;                   // rows whose partial results can be on their way at once
+inline constexpr int kMaxWarps = 16;                    // that reduce
+inline constexpr int64_t kMinResidentBytes = 1024;      // of a row; below, a row has too little for the machinery
 
-// Shared memory beside the ring: two barriers a stage, two for the exchange, and two sets of partial results of every warp of
-// the cluster, `partial_bytes` each.
+// Shared memory beside the ring: barriers, a partial result of every block of the cluster for every exchange, and two of every
+// warp, `partial_bytes` each.
 inline int resident_overhead(int cluster, int partial_bytes) {
-  return int(sizeof(uint64_t)) * (2 * kMaxStages + 2) + 2 * cluster * (kResidentThreads / 32) * partial_bytes + 128;
+  return int(sizeof(uint64_t)) * (2 * kMaxStages + 2 * kExchanges) + (kExchanges * cluster + 2 * kMaxWarps) * partial_bytes + 128;
 }
 
 struct CeLossConfig {
@@ -31,20 +54,23 @@ struct CeLossConfig {
   int shared_bytes = 0;
 };
 
-// The smallest cluster whose blocks hold their part of a row in at most about two thirds of the ring: the rest prefetches the
-// next row while this one is reduced. Without a gradient nothing must stay, and one block streams rows of any length.
+// The smallest cluster whose blocks can hold their parts of kRingDepth / 10 rows, so that one row is loaded and reduced while
+// another is written. Without a gradient nothing must stay, and one block streams rows of any length.
 inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool grad, bool same_alignment, int partial_bytes, const DeviceLimits& device) {
   CeLossConfig config;
-  if (device.architecture < 90 || (grad && !same_alignment)) return config;
   const int64_t row_bytes = vocab * element_bytes;
+  if (device.architecture < 90 || (grad && !same_alignment) || row_bytes < kMinResidentBytes) return config;
   for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
     const int overhead = resident_overhead(cluster, partial_bytes);
-    const int per_block = std::min(device.shared_per_sm / kResidentBlocks - 1024, device.shared_per_block);
+    const int per_block = std::min(device.shared_per_sm / resident_blocks(grad) - 1024, device.shared_per_block);
     const int stages = std::min((per_block - overhead) / kChunkBytes, kMaxStages);
-    const int64_t part_chunks = (row_bytes / cluster + kChunkBytes - 1) / kChunkBytes + 1;
-    const bool last = cluster == kMaxCluster;
     if (stages < 4) return config;
-    if (!grad || part_chunks * 3 <= stages * 2 + 2 || (last && part_chunks + 2 <= stages)) {
+    const int64_t part_chunks = (row_bytes / 16 / cluster + 1 + kChunkBytes / 16 - 1) / (kChunkBytes / 16);
+    const bool last = cluster == kMaxCluster;
+    // A block's reducers may run ahead of another's writers by twice the rows that a ring holds: kExchanges must cover that.
+    const bool exchanges_suffice = cluster == 1 || 2 * (stages / part_chunks + 1) < kExchanges;
+    if (!exchanges_suffice) return config;
+    if (!grad || part_chunks * kRingDepth <= stages * 10 || (last && part_chunks < stages)) {
       config.resident = true;
       config.cluster = cluster;
       config.stages = stages;

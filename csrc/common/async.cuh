@@ -26,18 +26,19 @@ __device__ __forceinline__ void barrier_expect(MBarrier* barrier, uint32_t bytes
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)), "r"(bytes)
                : "memory");
 }
+inline constexpr uint32_t kSuspend = 10'000'000;  // ns that a waiting thread may sleep: polling would take issue slots from others
 // Wait until the phase of that parity has completed.
 __device__ __forceinline__ void barrier_wait(MBarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
       "retry:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1, %2;\n"
       "@done bra finished;\n"
       "bra retry;\n"
       "finished:\n"
       "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "r"(parity), "r"(kSuspend)
       : "memory");
 }
 // The same for a phase that writes of other blocks of the cluster complete.
@@ -46,12 +47,12 @@ __device__ __forceinline__ void barrier_wait_cluster(MBarrier* barrier, uint32_t
       "{\n"
       ".reg .pred done;\n"
       "retry:\n"
-      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1;\n"
+      "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 done, [%0], %1, %2;\n"
       "@done bra finished;\n"
       "bra retry;\n"
       "finished:\n"
       "}" ::"r"(shared_address(barrier)),
-      "r"(parity)
+      "r"(parity), "r"(kSuspend)
       : "memory");
 }
 

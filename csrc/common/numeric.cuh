@@ -6,6 +6,7 @@
 namespace packops {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
+inline constexpr float kLn2 = 0.6931471805599453f;
 
 __device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22; flushes subnormals; 0 at -inf
   float y;
@@ -13,11 +14,42 @@ __device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
   return y;
 }
 
-// e^d for d <= 0. 16-bit inputs and outputs hide the last bits, so one multiplication and the hardware's ex2 do; fp32 gets expf.
+// Beyond this, a product with log2(e) may overflow. Neighbouring bf16 numbers lie so far apart there that e^(x - max) is 0 or 1.
+inline constexpr float kExtreme = 1e38f;
+
+// e^(x - max) for the elements of a row with that maximum, as a function object. A row of -inf gives zeros.
+//
+// 16-bit elements: 2^(x log2e - shift) with shift = max log2e rounded once, a fused multiply-add and one ex2. The rounding of
+// shift multiplies every term of a row by the same factor, so it cancels wherever terms are divided by their sum, provided that
+// all of them, and the target's, go through the same shift. fp32 elements get a subtraction, which is exact where it matters,
+// and expf.
 template <typename T>
-__device__ __forceinline__ float softmax_exp(float d) {
-  if constexpr (sizeof(T) == 4) return expf(d);
-  return exp2_approx(d * kLog2E);
-}
+struct RowExp {
+  float scale = kLog2E, shift;
+
+  __device__ __forceinline__ explicit RowExp(float max) {
+    if constexpr (sizeof(T) == 4) {
+      shift = max == -INFINITY ? 0.f : max;
+    } else {
+      if (fabsf(max) > kExtreme) scale = 0x1p-20f;  // any factor that keeps the product finite tells equal from smaller
+      shift = max == -INFINITY ? 0.f : __fmul_rn(max, scale);
+    }
+  }
+  __device__ __forceinline__ float operator()(float x) const {
+    if constexpr (sizeof(T) == 4) return expf(x - shift);
+    return exp2_approx(fmaf(x, scale, -shift));
+  }
+  // The factor that turns a sum relative to `from` into one relative to `to` >= from.
+  __device__ __forceinline__ static float ratio(float from, float to) {
+    if constexpr (sizeof(T) == 4) return from == -INFINITY ? 0.f : expf(from - to);
+    if (fabsf(to) > kExtreme) return from == to && to != -INFINITY ? 1.f : 0.f;
+    return from < -kExtreme ? 0.f : exp2_approx(__fmul_rn(from, kLog2E) - __fmul_rn(to, kLog2E));
+  }
+  // max - x, consistent with the terms: log(sum of terms) + below_max(x) is log-sum-exp - x.
+  __device__ __forceinline__ static float below_max(float x, float max) {
+    if constexpr (sizeof(T) == 4) return max - x;
+    return fabsf(max) > kExtreme ? max - x : -kLn2 * fmaf(x, kLog2E, -__fmul_rn(max, kLog2E));
+  }
+};
 
 }  // namespace packops

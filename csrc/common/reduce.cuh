@@ -33,6 +33,20 @@ __device__ __forceinline__ V warp_reduce(V value, Combine combine) {
   return value;
 }
 
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset >>= 1) x = fmaxf(x, __shfl_xor_sync(kFullWarp, x, offset));
+  return x;
+}
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int offset = 16; offset; offset >>= 1) x += __shfl_xor_sync(kFullWarp, x, offset);
+  return x;
+}
+
+// A barrier for `threads` threads of the block; 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
+
 // Every thread of a block of kThreads gets the combination of all. `scratch`: kThreads / 32 values in shared memory, free again
 // when the block has passed its next barrier.
 template <int kThreads, typename V, typename Combine>

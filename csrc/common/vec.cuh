@@ -76,6 +76,24 @@ __device__ __forceinline__ uint4 pack(const float (&x)[kVec<T>]) {
   return {words[0], words[1], words[2], words[3]};
 }
 
+// The largest element of a vector; NaN only if all are.
+template <typename T>
+__device__ __forceinline__ float max_of(uint4 raw) {
+  if constexpr (std::is_same_v<T, bf16_t>) {
+    const auto two = [](uint32_t w) { return reinterpret_cast<const __nv_bfloat162&>(w); };
+    const __nv_bfloat162 m = __hmax2(__hmax2(two(raw.x), two(raw.y)), __hmax2(two(raw.z), two(raw.w)));
+    return fmaxf(__low2float(m), __high2float(m));
+  } else if constexpr (std::is_same_v<T, half_t>) {
+    const auto two = [](uint32_t w) { return reinterpret_cast<const __half2&>(w); };
+    const __half2 m = __hmax2(__hmax2(two(raw.x), two(raw.y)), __hmax2(two(raw.z), two(raw.w)));
+    return fmaxf(__low2float(m), __high2float(m));
+  } else {
+    float x[kVec<T>];
+    unpack<T>(raw, x);
+    return fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
+  }
+}
+
 // Streaming: the line is not wanted again soon, so it should be the first to leave the cache.
 __device__ __forceinline__ uint4 load_streaming(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
