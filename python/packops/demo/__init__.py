@@ -38,7 +38,7 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 60; 200 on a GPU, with a larger model)")
+    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 50; 200 on a GPU, with a larger model)")
     parser.add_argument("--seed", type=int, default=0, help="chooses weights, documents and their order (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo_out"), help="folder for demo.png and demo.json (default: demo_out)"

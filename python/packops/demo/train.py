@@ -36,7 +36,7 @@ class Settings:
     """
 
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    steps: int = 60
+    steps: int = 50
     seed: int = 0
     documents_per_step: int = 24
     padded_batch: int = 8
@@ -48,7 +48,7 @@ class Settings:
     heads: int = 4
     learning_rate: float = 5e-3
     held_out: int = 96
-    checkpoints: int = 6
+    checkpoints: int = 5
 
     @classmethod
     def for_device(cls, device: str | torch.device | None = None, *, steps: int | None = None, seed: int = 0) -> Settings:
