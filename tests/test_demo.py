@@ -14,6 +14,7 @@ import torch.nn.functional as F
 for _package in ("matplotlib", "tokenizers", "tqdm", "transformers"):
     pytest.importorskip(_package, reason="needs the demo extra")
 
+import packops  # noqa: E402
 from packops import demo  # noqa: E402
 from packops.demo import corpus, report, train, ways  # noqa: E402
 
@@ -137,7 +138,9 @@ def test_no_document_sees_another(device, text):
 
 
 def test_both_forms_of_document_attention_agree(device, text):
-    pack = ways.make_packs(text.training[:7], 96, seed=0, step=1, device=device)[0]
+    documents = [document for document in text.training[:7] if len(document) < 64]
+    (pack,) = ways.make_packs(documents, 96, seed=0, step=1, device=device)
+    assert len(set(pack.lengths)) > 2
     tokens = pack.input_ids.shape[1]
     outputs = []
     for attend in (ways.attend_each, ways.attend_grid):
@@ -148,6 +151,21 @@ def test_both_forms_of_document_attention_agree(device, text):
         outputs.append([output, *gradients])
     for each, grid in zip(*outputs, strict=True):
         torch.testing.assert_close(each, grid, rtol=1e-5, atol=2e-6)
+
+
+def test_positions_restart_in_every_document(device, text, monkeypatch):
+    """Scores depend on differences of positions alone, so no loss would tell; angles do."""
+    run = train.build_runs(train.Settings(device=device, **SIZES), 300)["packops"]
+    seen, apply_rope = [], packops.apply_rope
+    monkeypatch.setattr(
+        packops, "apply_rope", lambda q, k, cos, sin, **rest: seen.append(sin) or apply_rope(q, k, cos, sin, **rest)
+    )
+    for pack in run.way.batches(text.training[:7], 0):
+        seen.clear()
+        run.way.loss(run.model, pack)
+        assert len(seen) == SIZES["layers"]
+        starts = (seen[0][0] == 0).all(-1).nonzero()[:, 0]
+        assert starts.tolist() == pack.cu_seqlens[:-1].tolist()
 
 
 def test_rotation_is_restored(device, text):

@@ -89,7 +89,7 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     runs = shown["runs"]
     figure = Figure(figsize=(13, 4.6), dpi=160, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 3, width_ratios=(1.6, 1.15, 0.95))
+    axes = figure.subplots(1, 3, width_ratios=(1.55, 1.2, 0.95))
     factor = runs["packops"]["useful_tokens_per_second"] / runs["padded"]["useful_tokens_per_second"]
     title = f"Packed with packops, a Llama trains as if its documents had been padded, at {factor:.1f} times the speed"
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.008, ha="left")
@@ -133,12 +133,14 @@ def draw_distances(axes: Any, shown: dict[str, Any]) -> None:
         )  # fmt: skip
     moved = shown["largest_weight_change"]
     axes.axhline(moved, color="0.5", linewidth=1, linestyle=":")
-    axes.text(steps[1], moved * 1.25, f"training moved a weight by up to {moved:.2f}", color="0.4", va="bottom", fontsize=9)
+    axes.text(
+        steps[-1], moved / 2, f"training moved a weight by up to {moved:.2f}", color="0.4", ha="right", va="top", fontsize=9
+    )
     axes.axhspan(rounding / 32, rounding * 4, color="0.92", zorder=0)
     axes.text(steps[1], rounding / 24, "fp32 rounding", color="0.4", va="bottom", fontsize=9)
     axes.set_yscale("log")
     axes.set_ylim(rounding / 32, 20)
-    axes.set_title("Largest difference of a weight to the padded run", loc="left", fontsize=11)
+    axes.set_title("Largest weight difference to the padded run", loc="left", fontsize=11)
     axes.set_xlabel("optimizer step")
 
 

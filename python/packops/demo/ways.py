@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 from unittest import mock
 
 import torch
@@ -28,8 +28,11 @@ Documents = Sequence[NDArray[Any]]
 
 
 class Way(Protocol):
-    name: str
-    attention: str
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def attention(self) -> str: ...
 
     def batches(self, documents: Documents, step: int) -> list[Any]: ...
 
@@ -133,7 +136,7 @@ class Packops:
     def loss(self, model: LlamaForCausalLM, batch: Pack) -> Tensor:
         with mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotate):
             logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, pack=batch).logits
-        return packops.cross_entropy(
+        loss = packops.cross_entropy(
             logits[0],
             batch.input_ids[0],
             cu_seqlens=batch.cu_seqlens,
@@ -141,6 +144,7 @@ class Packops:
             reduction="seq-mean-token-mean",
             num_items=batch.documents_in_step,
         )
+        return cast(Tensor, loss)
 
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
