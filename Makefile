@@ -91,14 +91,14 @@ format: $(VENV_READY)
 
 .PHONY: cpp
 cpp: $(VENV_READY)
-	@cmake -S . -B build/cmake -DPACKOPS_PYTHON=$(PY) -DCMAKE_CUDA_ARCHITECTURES=90
-	@cmake --build build/cmake --parallel
+	@TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' cmake -S . -B build/cmake -DPACKOPS_PYTHON=$(PY)
+	@MAKEFLAGS=--no-print-directory cmake --build build/cmake --parallel $$(nproc)
 	@ctest --test-dir build/cmake --output-on-failure
 
 .PHONY: wheel
-wheel: $(VENV_READY)
+wheel: $(VENV_READY)  # the sdist, and a wheel built from it alone
 	@rm -rf dist && mkdir -p build
-	@$(PY) -m build --no-isolation --sdist --wheel > build/wheel.log || { cat build/wheel.log; exit 1; }
+	@$(PY) -m build --no-isolation > build/wheel.log || { cat build/wheel.log; exit 1; }
 	@ls -l dist
 
 .PHONY: clean

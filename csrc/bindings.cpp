@@ -14,6 +14,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "ce_loss.h"
 #include "packing.h"
 
 namespace py = pybind11;
@@ -93,6 +94,7 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = packops::kCudaVersion;
     info["cuda_archs"] = packops::kCudaArchs;
     info["torch_target"] = packops::kTorchTarget;
+    info["cpu_isa"] = packops::ce_loss_cpu_isa();
     info["compiler"] = packops::kCompiler;
     info["sources"] = packops::kSourceDigest;
     return info;

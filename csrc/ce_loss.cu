@@ -40,12 +40,12 @@ __device__ __forceinline__ const T* row_of(const void* base, const RowLayout& l,
 }
 __device__ __forceinline__ float& state(void* array, int64_t t) { return static_cast<float*>(array)[t]; }
 
-// A row as elements before the first 16-byte boundary, whole vectors, and elements after the last.
-template <typename T>
+// A row as elements before the first boundary (16 bytes, or more), whole vectors, and elements after the last.
+template <typename T, int kBoundary = 16>
 struct Span {
   int head, vectors, tail;
   __device__ __forceinline__ Span(const T* row, int64_t vocab) {
-    const int to_boundary = int((16 - (reinterpret_cast<uintptr_t>(row) & 15)) & 15) / int(sizeof(T));
+    const int to_boundary = int((kBoundary - (reinterpret_cast<uintptr_t>(row) % kBoundary)) % kBoundary) / int(sizeof(T));
     head = int(min(int64_t(to_boundary), vocab));
     vectors = int((vocab - head) / kVec<T>);
     tail = int(vocab) - head - vectors * kVec<T>;
@@ -126,15 +126,19 @@ struct RowMaths {
 
   const CeLossParams& p;
   float class_weight_sum;  // sum_c w_c; used with kHasUniform
+  float into_tanh, inverse_cap;
+
+  __device__ __forceinline__ RowMaths(const CeLossParams& p, float class_weight_sum)
+      : p(p), class_weight_sum(class_weight_sum), into_tanh(p.logit_scale / p.softcap), inverse_cap(1 / p.softcap) {}
 
   __device__ __forceinline__ float transform(float x) const {
     if constexpr (!kHasTransform) return x;
-    return p.softcap > 0 ? p.softcap * tanhf(x * (p.logit_scale / p.softcap)) : x * p.logit_scale;
+    return p.softcap > 0 ? p.softcap * tanh_accurate(x * into_tanh) : x * p.logit_scale;
   }
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
     if constexpr (!kHasTransform) return 1.f;
     if (!(p.softcap > 0)) return p.logit_scale;
-    const float t = transformed / p.softcap;
+    const float t = transformed * inverse_cap;
     return p.logit_scale * (1.f - t * t);
   }
   __device__ __forceinline__ float class_weight(int64_t c) const { return p.class_weight ? p.class_weight[c] : 1.f; }
@@ -616,7 +620,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
     return;
   }
   const T* row = row_of<T>(p.logits, p.logits_layout, t);
-  const Maths maths{p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f};
+  const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
   typename Maths::Partial part;
   for_row<T>(
       row, p.vocab, [&](const auto& raw, int64_t c, int step) { maths.add(part, raw, c, step); },
@@ -660,7 +664,7 @@ __device__ __forceinline__ void backward_row(const CeLossParams& p, int64_t t, f
         [&](T raw, int64_t c) { out[c] = from_float<T>(to_float(raw) * incoming); });
     return;
   }
-  const RowMaths<T, kFeatures> maths{p, class_weight_sum};
+  const RowMaths<T, kFeatures> maths(p, class_weight_sum);
   const RowGradient<T, kFeatures> gradient(maths, y, state(p.row_max, t), state(p.row_sum, t), incoming * state(p.scale, t));
   stream_gradient<T, kFeatures>(out, row_of<T>(p.logits, p.logits_layout, t), p.vocab, gradient);
 }
@@ -730,11 +734,15 @@ struct RowWalk {
   }
 };
 
-// A block's part of a row: whole vectors of the row's body. The elements outside the body belong to rank 0.
+// A block's part of a row: whole vectors of the row's body, which begins at a cache line, so that rows of odd vocabularies are
+// copied and written in whole sectors too. The elements outside the body belong to rank 0.
 template <typename T>
 struct RowPart {
+  static constexpr int kLine = 128;
+  static constexpr int kMostHead = kLine / int(sizeof(T));
+
   const T* row;
-  Span<T> span;
+  Span<T, kLine> span;
   int begin, count;  // vectors
 
   __device__ __forceinline__ RowPart(const CeLossParams& p, int64_t t, int cluster, int rank) : row(row_of<T>(p.logits, p.logits_layout, t)), span(row, p.vocab) {
@@ -743,10 +751,10 @@ struct RowPart {
     count = min(share, span.vectors - begin);
   }
   __device__ __forceinline__ int64_t column() const { return span.head + int64_t(begin) * kVec<T>; }  // of the first vector
-  // The edge element of a thread of rank 0, or -1: one each for the first threads of two warps.
+  // The edge element of a thread of rank 0, or -1: one each.
   __device__ __forceinline__ int64_t edge(int64_t vocab, int thread) const {
     if (thread < span.head) return thread;
-    if (thread >= 32 && thread - 32 < span.tail) return vocab - span.tail + thread - 32;
+    if (thread >= kMostHead && thread - kMostHead < span.tail) return vocab - span.tail + thread - kMostHead;
     return -1;
   }
 };
@@ -769,7 +777,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
   Partial* of_warps = results + kExchanges * cluster;                         // [2][kReducerWarps]
   auto* full = reinterpret_cast<MBarrier*>(of_warps + 2 * kMaxWarps);
   MBarrier *empty = full + stages, *exchanged = empty + stages, *collected = exchanged + kExchanges;
-  __shared__ float targets[2];
+  auto* targets = reinterpret_cast<float*>(collected + kExchanges);  // [2]
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; s++) {
@@ -791,10 +799,10 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
   if (threadIdx.x < Role::kReducers) {
     constexpr int kPerThread = kChunkVectors / Role::kReducers;  // vectors of a whole chunk
     constexpr int kStep = Role::kReducers * kVec<T>;
-    static_assert(kChunkVectors % Role::kReducers == 0);
+    static_assert(kChunkVectors % Role::kReducers == 0 && Role::kReducers >= RowPart<T>::kMostHead + kVec<T>);
     const int warp = threadIdx.x / 32;
     int sent = 0;
-    const Maths maths{p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f};
+    const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
     while (!walk.done()) {
       const RowEntry entry = walk.take();
       if (entry.target < 0) continue;
@@ -864,7 +872,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
   } else if (threadIdx.x < Role::kReducers + Role::kWriters) {
     constexpr int kPerThread = kChunkVectors / Role::kWriters;
     const int thread = threadIdx.x - Role::kReducers;
-    const Maths maths{p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f};
+    const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
     while (!walk.done()) {
       const RowEntry entry = walk.take();
       const int64_t t = entry.row;
@@ -880,6 +888,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
       const Partial* arrived = results + exchange.stage * cluster;
       Partial part = lane < cluster ? arrived[lane] : Partial{};
       part.template reduce_over_warp<kFeatures>();
+      part.target = 0;
       for (int c = 0; c < cluster; c++) part.target += arrived[c].target;  // 0 but in one block
       if (!kGrad && lane == 0) barrier_arrive(collected + exchange.stage);
       exchange.advance(kExchanges);

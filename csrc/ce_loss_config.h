@@ -16,7 +16,7 @@ struct DeviceLimits {
 #define PACKOPS_CE_CHUNK 8192
 #endif
 #ifndef PACKOPS_CE_DEPTH
-#define PACKOPS_CE_DEPTH 20
+#define PACKOPS_CE_DEPTH 13
 #endif
 #ifndef PACKOPS_CE_ROLE
 #define PACKOPS_CE_ROLE 128

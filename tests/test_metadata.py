@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import packops
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+
+import packops
 from packops import reference
 
 INDEX_DTYPES = [torch.int32, torch.int64]
@@ -133,6 +134,14 @@ def test_malformed_boundaries(device, name):
     target, counts = packops.packed_labels(labels, cu_seqlens)
     assert ((target == -100) | ((target >= 0) & (target < 8))).all()
     assert ((counts >= 0) & (counts <= 8)).all()
+    packops.checks(True)
+    try:
+        with pytest.raises(ValueError, match="packed_metadata: cu_seqlens must"):
+            packops.packed_metadata(cu_seqlens, 8)
+        with pytest.raises(ValueError, match="packed_labels: cu_seqlens must"):
+            packops.packed_labels(labels, cu_seqlens)
+    finally:
+        packops.checks(False)
 
 
 def test_bad_arguments(device):

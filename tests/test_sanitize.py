@@ -24,3 +24,8 @@ CLEAN = "case a: x\ncase a: y\n2 cases ran on NVIDIA H200\n========= ERROR SUMMA
 )
 def test_read_log(text, status, errors, cases):
     assert sanitize.read_log(text, status) == {"errors": errors, "cases": cases}
+
+
+def test_every_case_runs(device):
+    """Also where there is no sanitizer, so that a case that breaks is seen before someone waits for a GPU."""
+    assert sanitize.run_cases(device) == 0

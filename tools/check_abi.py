@@ -60,10 +60,8 @@ def main() -> int:
         wrong = audit(Path(folder) / libraries[0])
     for line in wrong:
         print(f"{libraries[0]}: {line}")
-    print(
-        f"{wheel.name}: "
-        + ("NOT portable" if wrong else f"stable ABI, torch >= {MINIMUM_TORCH}, needs nothing but torch and libc")
-    )
+    verdict = "NOT portable" if wrong else f"stable ABI, torch >= {MINIMUM_TORCH}, needs torch and the C++ runtime alone"
+    print(f"{wheel.name}: {verdict}")
     return 1 if wrong else 0
 
 

@@ -17,6 +17,9 @@ import packops
 def main() -> None:
     source = Path(__file__).resolve().parents[1] / "python"
     assert source not in Path(packops.__file__).resolve().parents, f"packops comes from the source tree: {packops.__file__}"
+    sources = packops.jit.installed_csrc()  # what packops.jit compiles
+    digest = packops._C.build_info()["sources"]
+    assert packops._build.source_digest(sources) == digest, f"{sources} is not what the library was built from"
     torch.manual_seed(0)
 
     logits = torch.randn(7, 1003, requires_grad=True)

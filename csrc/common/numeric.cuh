@@ -14,6 +14,19 @@ __device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
   return y;
 }
 
+// tanh without branches: 1 - 2 / (e^2x + 1), and an odd polynomial near 0, where that would lose digits.
+__device__ __forceinline__ float tanh_accurate(float x) {
+  const float large = 1.f - __fdividef(2.f, exp2_approx(x * (2 * kLog2E)) + 1.f);
+  const float z = x * x;
+  float p = fmaf(-5.70498872745e-3f, z, 2.06390887954e-2f);
+  p = fmaf(p, z, -5.37397155531e-2f);
+  p = fmaf(p, z, 1.33314422036e-1f);
+  p = fmaf(p, z, -3.33332819422e-1f);
+  const float small = fmaf(p * z, x, x);
+  // e^2x beyond 2^126 makes the quotient 0 or, in fast division, flushes it to 0: the limit either way.
+  return fabsf(x) < 0.625f ? small : large;
+}
+
 // Beyond this, a product with log2(e) may overflow. Neighbouring bf16 numbers lie so far apart there that e^(x - max) is 0 or 1.
 inline constexpr float kExtreme = 1e38f;
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib as _importlib
+from types import ModuleType as _ModuleType
+
 from . import _loader, _register
 
 _C = _loader.load()
@@ -9,22 +12,43 @@ _register.register("packops")
 
 # The ops must be registered before the modules that use them.
 from ._checks import checks  # noqa: E402
+from .batch import PackedBatch  # noqa: E402
+from .collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
+from .distributed import loss_normalizer  # noqa: E402
 from .documents import SlicedDataset  # noqa: E402
 from .functional import CrossEntropyStats, cross_entropy, packed_labels, packed_metadata  # noqa: E402
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
+from .verify import VerifyReport, verify  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
     "CrossEntropyStats",
     "DocumentSlice",
+    "PackedBatch",
+    "PackedBatchSampler",
+    "PackingCollator",
     "PackingPlan",
     "SlicedDataset",
     "StreamPacker",
+    "VerifyReport",
     "__version__",
     "checks",
     "cross_entropy",
+    "loss_normalizer",
+    "max_docs_for_flash_attention",
     "pack",
     "packed_labels",
     "packed_metadata",
+    "verify",
 ]
+
+_MODULES = ("distributed", "hf", "jit", "reference", "testing")
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """``packops.jit`` and its like are imported when they are first used."""
+    if name in _MODULES:
+        return _importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

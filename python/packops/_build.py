@@ -145,7 +145,12 @@ def make_extension(
     root: Path | None = None,
 ):
     """One ``CppExtension`` out of ``csrc/build.json``. ``root``: make source paths relative to it, as setuptools wants."""
-    from torch.utils import cpp_extension
+    try:
+        from torch.utils import cpp_extension
+    except ModuleNotFoundError as error:
+        raise SystemExit(
+            f"packops: building needs torch ({error}). Install it first, or leave out --no-build-isolation"
+        ) from None
 
     config = read_config(csrc)
     sources = config["kernels"] + config["torch_glue"]

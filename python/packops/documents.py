@@ -46,7 +46,7 @@ class SlicedDataset:
     """A map-style dataset for plans that cut documents (``overlong="truncate"``, ``"split"``, strategy ``"wrapped"``).
 
     A sampler over such a plan asks for :class:`packops.DocumentSlice` instead of an index, and this answers with that part of
-    ``dataset[index]``. Plain indices pass through.
+    ``dataset[document]``. Plain indices pass through.
     """
 
     def __init__(self, dataset: Any):
@@ -57,5 +57,5 @@ class SlicedDataset:
 
     def __getitem__(self, key: int | DocumentSlice) -> Any:
         if isinstance(key, DocumentSlice):
-            return slice_document(self.dataset[key.index], key.start, key.length)
+            return slice_document(self.dataset[key.document], key.start, key.length)
         return self.dataset[key]

@@ -143,6 +143,11 @@ def _stats(shape: torch.Size, floats: Tensor, ints: Tensor, counts: Tensor, sequ
     )
 
 
+def _check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int) -> None:
+    if cu_seqlens.is_cuda and not torch.compiler.is_compiling() and _checks.enabled():
+        _checks.raise_bad_cu_seqlens(op, cu_seqlens, tokens)
+
+
 def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """Position ids and document ids of a packed axis, on the device of ``cu_seqlens`` and without a host sync.
 
@@ -159,8 +164,10 @@ def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tens
     Raises:
         TypeError: ``cu_seqlens`` is not int32 or int64.
         ValueError: it is not one-dimensional or empty, or ``total_tokens`` is negative; on the CPU also if it does not start at
-            0, decreases or exceeds ``total_tokens``. On CUDA such values give unspecified ids, never a bad memory access.
+            0, decreases or exceeds ``total_tokens``. On CUDA such values give unspecified ids, never a bad memory access, and
+            the error only if :func:`packops.checks` is on.
     """
+    _check_cu_seqlens("packed_metadata", cu_seqlens, total_tokens)
     try:
         return torch.ops.packops.packed_metadata(cu_seqlens, total_tokens)
     except RuntimeError as error:
@@ -185,6 +192,7 @@ def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ign
     Raises:
         TypeError, ValueError: as :func:`packed_metadata`, and where ``labels`` and ``cu_seqlens`` are on two devices.
     """
+    _check_cu_seqlens("packed_labels", cu_seqlens, labels.numel())
     try:
         target, counts = torch.ops.packops.packed_labels(labels.reshape(-1), cu_seqlens, shift=shift, ignore_index=ignore_index)
     except RuntimeError as error:

@@ -87,6 +87,11 @@ def load(
     return getattr(torch.ops, namespace)
 
 
+def installed_csrc() -> Path:
+    """The sources that came with this installation: copy them, change the copy, :func:`load` it."""
+    return _build.find_csrc()
+
+
 def _need_extras() -> None:
     missing = [name for name in ("filelock", "platformdirs", "setuptools") if importlib.util.find_spec(name) is None]
     if missing:

@@ -27,9 +27,9 @@ STRATEGIES: tuple[str, ...] = ("best_fit", "bfd", "ffd", "next_fit", "sequential
 
 
 class DocumentSlice(NamedTuple):
-    """Tokens ``[start, start + length)`` of document ``index``."""
+    """Tokens ``[start, start + length)`` of document number ``document``."""
 
-    index: int
+    document: int
     start: int
     length: int
 
@@ -121,6 +121,10 @@ class PackingPlan:
 
     def hash(self) -> str:
         """128 bits in hexadecimal over every pack: equal on all ranks if and only if their plans are equal."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.blake2b(f"{self.max_length} {self.pad_doc_to_multiple_of}".encode(), digest_size=16)
         for array in (self.indices, self.offsets, self.starts, self.lengths):
             digest.update(np.ascontiguousarray(array).astype("<i8", copy=False).tobytes())

@@ -17,9 +17,9 @@ REDUCTIONS = ("none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum"
 class Documents(NamedTuple):
     """Which document each of T rows belongs to (-1: padding), and whether it is its document's last row."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]
     is_last: Tensor
-    count: int
+    count: int  # type: ignore[assignment]
 
 
 def documents_of(batch_shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Documents:

@@ -20,7 +20,7 @@ struct Problem {
   std::vector<int64_t> labels;
   std::vector<int32_t> cu_seqlens;
   std::vector<int32_t> target;
-  std::vector<float> scale, row_max, row_sum, row_loss, entropy, workspace;
+  std::vector<float> scale, row_max, row_sum, row_loss, entropy;
   std::vector<int32_t> prediction;
   std::vector<float> loss;
   int64_t counts[2] = {-1, -1};
@@ -63,7 +63,6 @@ struct Problem {
       p.documents = 1;
       p.doc_length = rows;
     }
-    workspace.resize(ce_loss_workspace(p));
     p.target = target.data();
     p.scale = scale.data();
     p.row_max = row_max.data();
@@ -74,7 +73,6 @@ struct Problem {
     p.loss = loss.data();
     p.counts = counts;
     p.grad = grad.data();
-    p.workspace = workspace.data();
     status = ce_loss_prepare_cpu(p);
     if (status.error != CeLossError::ok) return;
     ce_loss_rows_cpu(p, 0, rows / 2);  // as two threads would

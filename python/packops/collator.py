@@ -1,0 +1,173 @@
+"""Documents -> :class:`packops.PackedBatch`: the ``collate_fn`` of a packed ``DataLoader``."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from .batch import PackedBatch
+from .documents import tokens_of
+
+# So many documents in one row are worth a warning, whatever the model.
+MANY_DOCUMENTS = 1024
+
+# Columns that say which tokens of a document are scored (TRL's names).
+SCORED_MASKS = ("completion_mask", "assistant_masks")
+
+
+def max_docs_for_flash_attention(total_tokens: int, num_heads: int, head_dim: int) -> int:
+    """Most documents a packed row may have before FlashAttention-2's variable-length backward overflows 32 bits.
+
+    It needs ``(total_tokens + 128 * documents) * num_heads * head_dim < 2^31``, head_dim rounded up to a multiple of 32; beyond
+    that it writes out of bounds. Pass the result to :func:`packops.pack` as ``max_docs_per_pack``.
+    """
+    per_token = num_heads * (-(-head_dim // 32) * 32)
+    return max(0, ((2**31 - 1) // per_token - total_tokens) // 128)
+
+
+class PackingCollator:
+    """Concatenates documents into one :class:`packops.PackedBatch`.
+
+    A document is a sequence of token ids, or a mapping with ``input_ids`` and, optionally, ``labels`` (its ids, ``ignore_index``
+    where not scored), ``completion_mask`` or ``assistant_masks`` (true where scored), and the columns asked for. Without labels
+    and masks every token is scored but a document's first. No document at all is legal and gives a row of nothing but padding,
+    which costs a rank that has run out of documents a step without a gradient.
+
+    Args:
+        pad_token_id: fills the padding.
+        ignore_index: label of a token that is not scored.
+        pad_to_multiple_of: the row's length is rounded up to this, its padding one trailing document.
+        pad_to_length: the row has exactly this length, for static shapes.
+        pad_doc_to_multiple_of: every document is padded to a multiple of this, inside its own boundaries (context parallelism).
+        num_documents: ``cu_seqlens`` always has this many documents, padding included, the last ones empty: static shapes again.
+        shift_labels: also make ``shift_labels``.
+        columns: further per-token columns to pack, with the value that pads each: ``{"token_weight": 0.0}``.
+        names: ``"packops"`` gives a :class:`packops.PackedBatch`, ``"hf"`` the keyword arguments of a Hugging Face model
+            (:meth:`packops.PackedBatch.to_hf`).
+        attention_shape: (num_heads, head_dim) of the model, if it uses FlashAttention-2: a row of so many documents that its
+            backward would overflow raises instead.
+    """
+
+    def __init__(
+        self,
+        *,
+        pad_token_id: int = 0,
+        ignore_index: int = -100,
+        pad_to_multiple_of: int | None = None,
+        pad_to_length: int | None = None,
+        pad_doc_to_multiple_of: int = 1,
+        num_documents: int | None = None,
+        shift_labels: bool = False,
+        columns: Mapping[str, float] | None = None,
+        names: Literal["packops", "hf"] = "packops",
+        attention_shape: tuple[int, int] | None = None,
+    ):
+        if names not in ("packops", "hf"):
+            raise ValueError(f"names must be 'packops' or 'hf', got {names!r}")
+        for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("pad_doc_to_multiple_of", pad_doc_to_multiple_of)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
+        self.pad_token_id = pad_token_id
+        self.ignore_index = ignore_index
+        self.pad_to_multiple_of = pad_to_multiple_of
+        self.pad_to_length = pad_to_length
+        self.pad_doc_to_multiple_of = pad_doc_to_multiple_of
+        self.num_documents = num_documents
+        self.shift_labels = shift_labels
+        self.columns = dict(columns or {})
+        self.names = names
+        self.attention_shape = attention_shape
+
+    def __call__(self, documents: Sequence[Any]) -> PackedBatch | dict[str, Any]:
+        tokens = [_ids(tokens_of(document), "input_ids", number) for number, document in enumerate(documents)]
+        numbered = list(zip(documents, tokens, range(len(tokens)), strict=True))
+        labels = [self._labels(*entry) for entry in numbered]
+        lengths = [len(ids) for ids in tokens if len(ids)]
+        multiple = self.pad_doc_to_multiple_of
+        padded = [-(-len(ids) // multiple) * multiple for ids in tokens]
+        boundaries = [0, *itertools.accumulate(size for size in padded if size)]
+        total = self._total(boundaries[-1])
+        self._check_attention(len(lengths) + (total > boundaries[-1]), total)
+
+        def packed(parts, fill, dtype):
+            row = np.full(total, fill, dtype)
+            begin = 0
+            for part, size in zip(parts, padded, strict=True):
+                row[begin : begin + len(part)] = part
+                begin += size
+            return torch.from_numpy(row)
+
+        columns = {}
+        for name, fill in self.columns.items():
+            parts = [self._column(name, *entry) for entry in numbered]
+            dtype = np.result_type(*{part.dtype for part in parts}) if parts else np.asarray(fill).dtype
+            columns[name] = packed(parts, fill, np.float32 if dtype.kind == "f" else dtype)
+        batch = PackedBatch.build(
+            packed(tokens, self.pad_token_id, np.int64),
+            packed(labels, self.ignore_index, np.int64),
+            boundaries if boundaries[-1] == total else [*boundaries, total],
+            lengths=lengths,
+            capacity=self.num_documents,
+            shift_labels=self.shift_labels,
+            columns=columns,
+            ignore_index=self.ignore_index,
+        )
+        return batch.to_hf() if self.names == "hf" else batch
+
+    def _labels(self, document: Any, ids: np.ndarray, number: int) -> np.ndarray:
+        labels = ids
+        if isinstance(document, Mapping):
+            if document.get("labels") is not None:
+                labels = _same_length(_ids(document["labels"], "labels", number), "labels", ids, number)
+            for name in SCORED_MASKS:
+                if document.get(name) is not None:
+                    scored = _same_length(np.asarray(document[name]), name, ids, number).astype(bool)
+                    labels = np.where(scored, labels, self.ignore_index)
+        return labels
+
+    def _column(self, name: str, document: Any, ids: np.ndarray, number: int) -> np.ndarray:
+        if not isinstance(document, Mapping) or name not in document:
+            raise KeyError(f"document {number} has no column {name!r}")
+        return _same_length(np.asarray(document[name]), name, ids, number)
+
+    def _total(self, tokens: int) -> int:
+        if self.pad_to_length is not None:
+            if tokens > self.pad_to_length:
+                raise ValueError(f"the documents have {tokens} tokens, more than pad_to_length = {self.pad_to_length}")
+            return self.pad_to_length
+        multiple = self.pad_to_multiple_of or 1
+        return max(1, -(-tokens // multiple)) * multiple
+
+    def _check_attention(self, documents: int, total: int) -> None:
+        num_heads, head_dim = self.attention_shape or (64, 128)
+        most = max_docs_for_flash_attention(total, num_heads, head_dim)
+        if documents <= most:
+            return
+        message = (
+            f"a packed row of {documents} documents and {total} tokens overflows FlashAttention-2's backward in a model with "
+            f"{num_heads} heads of {head_dim}: at most {most} documents; pack with max_docs_per_pack={most}"
+        )
+        if self.attention_shape:
+            raise ValueError(message)
+        if documents >= MANY_DOCUMENTS:
+            warnings.warn(message + ", or name your model's attention_shape=(num_heads, head_dim)", stacklevel=3)
+
+
+def _ids(values: Any, name: str, number: int) -> np.ndarray:
+    array = np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"{name} of document {number} must be a list of integers, got shape {array.shape} of {array.dtype}")
+    return array
+
+
+def _same_length(values: np.ndarray, name: str, ids: np.ndarray, number: int) -> np.ndarray:
+    if values.shape != ids.shape:
+        raise ValueError(f"{name} of document {number} must have one entry per token ({len(ids)}), got shape {values.shape}")
+    return values

@@ -1,0 +1,264 @@
+"""Which documents each rank trains on at each step: :class:`PackedBatchSampler`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from .packing import _C, DocumentSlice, IntArray, Overlong, PackingPlan, Strategy, as_lengths, pack
+
+Balance = Literal["none", "tokens", "attention"]
+
+# Steps whose packs are exchanged to even out the ranks: large enough to find packs of equal cost, small enough that a step's
+# cost says little about when in the epoch it comes.
+BALANCE_WINDOW = 64
+
+
+class Spans(NamedTuple):
+    """Packs as ranges of a plan's pieces: cutting a pack in two, or adding an empty one, moves no piece."""
+
+    begin: IntArray
+    end: IntArray
+
+    def take(self, which: IntArray) -> Spans:
+        return Spans(self.begin[which], self.end[which])
+
+
+class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
+    """Batches of whole packs for ``DataLoader(dataset, batch_sampler=...)``, split over data-parallel ranks.
+
+    Every rank computes the same plan from the same arguments, without communication, and takes its part: in one epoch every
+    document goes to exactly one rank at exactly one step, and all ranks have the same number of steps. Where the packs do not
+    divide evenly, a few are cut in two; if there are fewer documents than that takes, the last step of some ranks is an empty
+    batch, which :class:`packops.PackingCollator` turns into a row of padding.
+
+        sampler = PackedBatchSampler(lengths, 8192)
+        loader = DataLoader(dataset, batch_sampler=sampler, collate_fn=PackingCollator(), num_workers=4)
+        for epoch in range(epochs):
+            sampler.set_epoch(epoch)
+            for step, batch in enumerate(loader): ...
+
+    A batch is a list of document numbers, or of :class:`packops.DocumentSlice` where the plan cuts documents; then wrap the
+    dataset in :class:`packops.SlicedDataset`.
+
+    Args:
+        lengths, max_length, strategy, seed, max_docs_per_pack, overlong, pad_doc_to_multiple_of: as :func:`packops.pack`. The
+            packs' order is random too, unless ``seed`` is None or the strategy ``"sequential"``.
+        packs_per_batch: packs a rank takes at each step; they become one row of up to ``packs_per_batch * max_length`` tokens.
+        rank, world_size: this process and how many there are; by default those of ``torch.distributed``, or one process.
+        balance: which packs the ranks take at the same step, where the slowest holds up the others. ``"tokens"`` evens out the
+            tokens, ``"attention"`` the cost ``a * tokens + b * sum of document length^2``, ``"none"`` nothing.
+        cost: (a, b). The default is of a 7B transformer (24 h^2 / 4 h with h = 4096).
+        drop_last: leave out the packs of an incomplete last step instead of sharing them out: documents are lost.
+    """
+
+    def __init__(
+        self,
+        lengths: ArrayLike,
+        max_length: int,
+        *,
+        packs_per_batch: int = 1,
+        rank: int | None = None,
+        world_size: int | None = None,
+        strategy: Strategy = "best_fit",
+        seed: int | None = 0,
+        balance: Balance = "attention",
+        cost: tuple[float, float] = (24576.0, 1.0),
+        drop_last: bool = False,
+        max_docs_per_pack: int | None = None,
+        overlong: Overlong = "error",
+        pad_doc_to_multiple_of: int = 1,
+    ):
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        self.world_size = world_size if world_size is not None else torch.distributed.get_world_size() if distributed else 1
+        self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be in [0, world_size = {self.world_size}), got {self.rank}")
+        if packs_per_batch < 1:
+            raise ValueError(f"packs_per_batch must be positive, got {packs_per_batch}")
+        if balance not in ("none", "tokens", "attention"):
+            raise ValueError(f"balance must be 'none', 'tokens' or 'attention', got {balance!r}")
+        self.packs_per_batch = packs_per_batch
+        self.balance = balance
+        self.cost = cost
+        self.drop_last = drop_last
+        self.seed = None if strategy == "sequential" else seed
+        self.epoch = 0
+        self._lengths = as_lengths(lengths)
+        self._max_length = max_length
+        self._options: dict[str, Any] = {
+            "strategy": strategy,
+            "seed": seed,
+            "max_docs_per_pack": max_docs_per_pack,
+            "overlong": overlong,
+            "pad_doc_to_multiple_of": pad_doc_to_multiple_of,
+        }
+        self._past: list[tuple[int, int, int]] = []  # (world_size, packs_per_batch, steps) of this epoch under other settings
+        self._start = 0  # batches of these settings done before this process began
+        self._step = 0  # ... and handed out by now
+        self._cached: tuple[Any, PackingPlan, IntArray, Spans] | None = None
+        _ = self.plan  # a bad argument is an error here, not in the training loop
+
+    # ---- an epoch ------------------------------------------------------------------------------------------------------
+
+    @property
+    def plan(self) -> PackingPlan:
+        """This epoch's packs, before they are shared out."""
+        return self._prepare()[0]
+
+    def set_epoch(self, epoch: int) -> None:
+        """Pack and order anew. Setting the current epoch changes nothing, so that a resumed epoch goes on where it stopped."""
+        if epoch != self.epoch:
+            self.epoch, self._past, self._start, self._step = epoch, [], 0, 0
+
+    def __len__(self) -> int:
+        """Steps in this epoch, the same for every rank; other epochs have a few more or fewer, as their packs differ."""
+        return sum(steps for *_, steps in self._past) + len(self._prepare()[1])
+
+    def __iter__(self) -> Iterator[list[Any]]:
+        plan, steps, spans = self._prepare()
+        for step in range(self._start, len(steps)):
+            packs = steps[step, self.rank]
+            self._step = step + 1
+            yield self._documents(plan, spans.take(packs[packs >= 0]))
+        self._past, self._start, self._step = [], 0, 0
+
+    def costs(self) -> np.ndarray:
+        """(steps, world_size): ``a * tokens + b * sum of document length^2`` of each rank's batch, whatever is balanced.
+
+        The slowest rank of a step holds up the others: ``costs.mean(1).sum() / costs.max(1).sum()`` is the share of time worked.
+        """
+        plan, steps, spans = self._prepare()
+        per_pack = np.append(self._span_costs(plan, spans, *self.cost), 0.0)  # -1, no pack, costs nothing
+        return per_pack[steps].sum(2)
+
+    # ---- resuming ------------------------------------------------------------------------------------------------------
+
+    def state_dict(self, step: int | None = None) -> dict[str, Any]:
+        """Where in the epoch this is, the same on every rank.
+
+        Args:
+            step: batches of this epoch already trained on. By default those handed out, which is more where a ``DataLoader``
+                with workers fetches ahead.
+        """
+        done = sum(steps for *_, steps in self._past)
+        current = self._step if step is None else step - done
+        if not 0 <= current <= len(self._prepare()[1]):
+            raise ValueError(f"step must be between {done} and {len(self)}, got {step}")
+        return {
+            "epoch": self.epoch,
+            "segments": [*self._past, (self.world_size, self.packs_per_batch, current)],
+            "plan": self.plan.hash(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from ``state``, exactly once still, even on another number of ranks or packs per batch."""
+        *past, (world_size, packs_per_batch, step) = [tuple(segment) for segment in state["segments"]]
+        if (world_size, packs_per_batch) != (self.world_size, self.packs_per_batch):
+            past, step = [*past, (world_size, packs_per_batch, step)], 0
+        self.epoch, self._past, self._start, self._step = state["epoch"], past, step, step
+        if self.plan.hash() != state["plan"]:
+            raise ValueError("the state belongs to other lengths or packing arguments: its plan is not this sampler's")
+
+    # ---- sharing out ---------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> tuple[PackingPlan, IntArray, Spans]:
+        """The plan, the packs of each (step, rank, place) or -1, and the packs as ranges of the plan's pieces."""
+        key = (self.epoch, tuple(self._past), self.world_size, self.packs_per_batch)
+        if self._cached is None or self._cached[0] != key:
+            plan = pack(self._lengths, self._max_length, epoch=self.epoch, **self._options)
+            spans = Spans(plan.offsets[:-1].copy(), plan.offsets[1:].copy())
+            for world_size, packs_per_batch, steps in self._past:
+                spans, order = self._share_out(plan, spans, world_size, packs_per_batch)
+                left = order[steps:].ravel()
+                spans = spans.take(left[left >= 0])
+                spans = spans.take(np.flatnonzero(spans.end > spans.begin))
+            spans, order = self._share_out(plan, spans, self.world_size, self.packs_per_batch)
+            self._cached = (key, plan, order, spans)
+        return self._cached[1:]
+
+    def _share_out(self, plan: PackingPlan, spans: Spans, world_size: int, packs_per_batch: int) -> tuple[Spans, IntArray]:
+        per_step = world_size * packs_per_batch
+        if not self.drop_last:
+            spans = _make_divisible(spans, np.concatenate([[0], np.cumsum(plan.padded_lengths)]), world_size)
+        count = len(spans.begin)
+        order = np.arange(count) if self.seed is None else _C.permutation(count, self.seed, self.epoch)
+        full, rest = count // per_step, count % per_step
+        if self.balance != "none":
+            cost = self._span_costs(plan, spans, *(self.cost if self.balance == "attention" else (1.0, 0.0)))
+            order[: full * per_step] = self._even_out(order[: full * per_step], cost, per_step)
+            tail = order[full * per_step :]
+            order[full * per_step :] = tail[np.argsort(-cost[tail], kind="stable")]
+        steps = _deal(order[: full * per_step].reshape(full, packs_per_batch, world_size))
+        if rest and not self.drop_last:
+            last = np.full((1, world_size, packs_per_batch), -1)
+            last[:, :, : rest // world_size] = _deal(order[full * per_step :].reshape(1, rest // world_size, world_size))
+            steps = np.concatenate([steps, last])
+        return spans, steps
+
+    def _even_out(self, order: IntArray, cost: np.ndarray, per_step: int) -> IntArray:
+        """Within windows of steps, put packs of like cost into one step, the most costly first, and shuffle the steps."""
+        result = order.copy()
+        window = BALANCE_WINDOW * per_step
+        for number, begin in enumerate(range(0, len(order), window)):
+            packs = order[begin : begin + window]
+            steps = packs[np.argsort(-cost[packs], kind="stable")].reshape(-1, per_step)
+            if self.seed is not None:
+                steps = steps[_C.permutation(len(steps), self.seed, number)]
+            result[begin : begin + window] = steps.ravel()
+        return result
+
+    @staticmethod
+    def _span_costs(plan: PackingPlan, spans: Spans, a: float, b: float) -> np.ndarray:
+        size = plan.padded_lengths.astype(np.float64)
+        running = np.concatenate([[0.0], np.cumsum(a * size + b * size * size)])
+        return running[spans.end] - running[spans.begin]
+
+    @staticmethod
+    def _documents(plan: PackingPlan, spans: Spans) -> list[Any]:
+        pieces = np.concatenate([np.arange(b, e) for b, e in zip(*spans, strict=True)]) if len(spans.begin) else np.zeros(0, int)
+        documents = plan.indices[pieces].tolist()
+        if not plan.is_cut:
+            return documents
+        parts = zip(documents, plan.starts[pieces].tolist(), plan.lengths[pieces].tolist(), strict=True)
+        return [DocumentSlice(*part) for part in parts]
+
+
+def _deal(packs: IntArray) -> IntArray:
+    """(steps, places, ranks), most costly first -> (steps, ranks, places): every other round is dealt in reverse."""
+    dealt = packs.copy()
+    dealt[:, 1::2] = packs[:, 1::2, ::-1]
+    return dealt.transpose(0, 2, 1)
+
+
+def _make_divisible(spans: Spans, tokens: IntArray, divisor: int) -> Spans:
+    """As many packs as a multiple of ``divisor``: cut those with most pieces where their tokens halve, then add empty ones."""
+    begin, end = spans.begin.tolist(), spans.end.tolist()
+    missing = -len(begin) % divisor
+    if not missing:
+        return spans
+    pieces = np.array(end) - np.array(begin)
+    # Enough candidates to cut `missing` times even if each cut takes the largest that is left.
+    candidates = np.argsort(-pieces, kind="stable")[:missing].tolist()
+    for _ in range(missing):
+        if not candidates:
+            begin.append(0)
+            end.append(0)
+            continue
+        largest = max(candidates, key=lambda p: end[p] - begin[p])
+        if end[largest] - begin[largest] < 2:
+            begin.append(0)
+            end.append(0)
+            continue
+        middle = (tokens[begin[largest]] + tokens[end[largest]]) / 2
+        inner = tokens[begin[largest] + 1 : end[largest]]
+        cut = begin[largest] + 1 + int(np.abs(inner - middle).argmin())
+        begin.append(cut)
+        end.append(end[largest])
+        end[largest] = cut
+        candidates.append(len(begin) - 1)
+    return Spans(np.array(begin, np.int64), np.array(end, np.int64))

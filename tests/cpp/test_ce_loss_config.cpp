@@ -1,0 +1,48 @@
+// The choice of a cross-entropy kernel, for devices that this machine need not have.
+#include "ce_loss_config.h"
+
+#include "check.h"
+
+using namespace packops;
+
+namespace {
+constexpr DeviceLimits kA100 = {80, 167936, 166912}, kH100 = {90, 233472, 232448}, kRtx5090 = {120, 102400, 101376};
+constexpr int kPartial = 16;  // bytes of a warp's partial result
+}  // namespace
+
+CASE(a_chosen_kernel_fits_the_device) {
+  for (const DeviceLimits& device : {kA100, kH100, kRtx5090}) {
+    for (int64_t vocab : {1, 127, 1000, 32000, 50257, 65536, 128256, 151936, 262144, 1000000, 100000000}) {
+      for (int bytes : {2, 4}) {
+        for (bool grad : {false, true}) {
+          const CeLossConfig config = choose_ce_loss_config(vocab, bytes, grad, true, kPartial, device);
+          if (!config.resident) continue;
+          CHECK(device.architecture >= 90);  // older ones have neither clusters nor bulk copies
+          CHECK(config.cluster >= 1 && config.cluster <= kMaxCluster && (config.cluster & (config.cluster - 1)) == 0);
+          CHECK(config.stages >= 1 && config.stages <= kMaxStages);
+          CHECK(config.shared_bytes <= device.shared_per_block);
+          CHECK(kResidentBlocks * (config.shared_bytes + 1024) <= device.shared_per_sm);  // 1 KiB of a block is the driver's
+          CHECK(config.shared_bytes >= config.stages * kChunkBytes + resident_overhead(config.cluster, kPartial));
+          // What has to stay until the gradient is written fits into the ring, ends of a chunk included.
+          if (grad) CHECK(vocab * bytes <= int64_t(config.cluster) * config.stages * kChunkBytes);
+        }
+      }
+    }
+  }
+}
+
+CASE(common_vocabularies_are_read_once_on_h100) {
+  int cluster = 1;
+  for (int64_t vocab : {32000, 50304, 128256, 151936}) {
+    const CeLossConfig config = choose_ce_loss_config(vocab, 2, true, true, kPartial, kH100);
+    CHECK(config.resident);
+    CHECK(config.cluster >= cluster);  // never fewer blocks for a longer row
+    cluster = config.cluster;
+  }
+}
+
+CASE(what_cannot_be_resident_streams) {
+  CHECK(!choose_ce_loss_config(128256, 2, true, true, kPartial, kA100).resident);
+  CHECK(!choose_ce_loss_config(128256, 2, true, false, kPartial, kH100).resident);  // gradient rows start elsewhere in 16 bytes
+  CHECK(!choose_ce_loss_config(100000000, 2, true, true, kPartial, kH100).resident);
+}

@@ -1,0 +1,242 @@
+"""PackedBatch and PackingCollator: what a model, its attention and its loss are handed."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from packops import PackedBatch, PackingCollator, max_docs_for_flash_attention
+
+DOCUMENTS = [[11, 12, 13], [21], [31, 32, 33, 34]]
+
+
+def test_by_hand():
+    batch = PackingCollator(pad_token_id=9, pad_to_multiple_of=6, shift_labels=True)(DOCUMENTS)
+    n = -100
+    assert batch.input_ids.tolist() == [[11, 12, 13, 21, 31, 32, 33, 34, 9, 9, 9, 9]]
+    assert batch.labels.tolist() == [[n, 12, 13, n, n, 32, 33, 34, n, n, n, n]]
+    assert batch.shift_labels.tolist() == [[12, 13, n, n, 32, 33, 34, n, n, n, n, n]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 3]]
+    assert batch.seq_idx.tolist() == [[0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3]]
+    assert batch.cu_seqlens.tolist() == list(batch.boundaries) == [0, 3, 4, 8, 12]
+    assert (batch.cu_seqlens.dtype, batch.seq_idx.dtype, batch.input_ids.dtype) == (torch.int32, torch.int32, torch.int64)
+    assert (batch.max_seqlen, batch.num_items, batch.num_valid, batch.num_sequences) == (4, 5, 5, 2)
+    assert (batch.num_documents, batch.lengths, batch.num_tokens) == (3, (3, 1, 4), 12)
+    assert repr(batch) == "PackedBatch(3 documents, 12 tokens (4 padding), 5 scored, longest 4, on cpu)"
+
+
+def test_labels_and_masks_are_kept():
+    documents = [
+        {"input_ids": [1, 2, 3, 4], "labels": [-100, -100, 3, 4]},
+        {"input_ids": [5, 6, 7], "completion_mask": [1, 0, 1]},
+        {"input_ids": [8, 9], "assistant_masks": [0, 1], "labels": None},
+    ]
+    batch = PackingCollator()(documents)
+    n = -100
+    assert batch.labels.tolist() == [[n, n, 3, 4, n, n, 7, n, 9]]
+    assert (batch.num_items, batch.num_sequences) == (4, 3)
+    assert PackingCollator(ignore_index=-1)(documents[1:]).labels.tolist() == [[-1, -1, 7, -1, 9]]
+
+
+def test_a_document_without_a_scored_token_is_no_sequence():
+    batch = PackingCollator()([{"input_ids": [1, 2, 3], "completion_mask": [1, 0, 0]}, [4, 5]])
+    assert (batch.num_items, batch.num_sequences, batch.num_documents) == (1, 1, 2)
+
+
+def test_padding_inside_documents():
+    batch = PackingCollator(pad_doc_to_multiple_of=4, pad_token_id=9)([[1, 2, 3, 4, 5], [6, 7]])
+    n = -100
+    assert batch.input_ids.tolist() == [[1, 2, 3, 4, 5, 9, 9, 9, 6, 7, 9, 9]]
+    assert batch.labels.tolist() == [[n, 2, 3, 4, 5, n, n, n, n, 7, n, n]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 3]]
+    assert batch.boundaries == (0, 8, 12)
+    assert [part.tolist() for part in batch.unpack(batch.input_ids)] == [[1, 2, 3, 4, 5], [6, 7]]
+
+
+def test_static_shapes():
+    collate = PackingCollator(pad_to_length=16, num_documents=6)
+    shapes = set()
+    for documents in ([[1] * 16], DOCUMENTS, [[1], [2], [3], [4], [5]]):
+        batch = collate(documents)
+        shapes.add((batch.input_ids.shape, batch.cu_seqlens.shape))
+        assert batch.cu_seqlens[-1] == 16
+        assert batch.num_documents == len(documents)
+    assert shapes == {(torch.Size([1, 16]), torch.Size([7]))}
+    with pytest.raises(ValueError, match="the documents have 17 tokens, more than pad_to_length = 16"):
+        collate([[1] * 17])
+    with pytest.raises(ValueError, match=r"7 documents \(padding is one\) do not fit a cu_seqlens for 6"):
+        collate([[1]] * 6)
+
+
+def test_nothing_to_collate():
+    batch = PackingCollator(pad_to_multiple_of=4)([])
+    assert batch.input_ids.shape == (1, 4)
+    assert (batch.num_items, batch.num_sequences, batch.num_documents) == (0, 0, 0)
+    assert (batch.labels == -100).all()
+    assert batch.unpack(batch.input_ids) == []
+    with_empty = PackingCollator()([[], [1, 2], []])
+    assert with_empty.boundaries == (0, 2)
+
+
+def test_columns():
+    documents = [{"input_ids": [1, 2], "w": [0.5, 1.0]}, {"input_ids": [3], "w": [2]}]
+    batch = PackingCollator(columns={"w": 0.0}, pad_to_multiple_of=4)(documents)
+    assert batch.columns["w"].tolist() == [[0.5, 1.0, 2.0, 0.0]]
+    assert batch.columns["w"].dtype == torch.float32
+    with pytest.raises(KeyError, match="document 1 has no column 'w'"):
+        PackingCollator(columns={"w": 0.0})([documents[0], {"input_ids": [3]}])
+
+
+def test_tensors_and_arrays_are_documents_too():
+    expected = PackingCollator()(DOCUMENTS)
+    for kind in (torch.tensor, np.array, tuple):
+        batch = PackingCollator()([{"input_ids": kind(ids)} for ids in DOCUMENTS])
+        assert torch.equal(batch.input_ids, expected.input_ids)
+        assert torch.equal(batch.labels, expected.labels)
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=8), st.integers(1, 7), st.sampled_from([1, 2, 4]))
+def test_unpack_is_the_inverse(documents, multiple, doc_multiple):
+    collate = PackingCollator(pad_to_multiple_of=multiple, pad_doc_to_multiple_of=doc_multiple)
+    batch = collate(documents)
+    assert batch.num_tokens % multiple == 0
+    assert [part.tolist() for part in batch.unpack(batch.input_ids)] == [d for d in documents if d]
+    assert [part.shape for part in batch.unpack(torch.zeros(batch.num_tokens, 3))] == [(len(d), 3) for d in documents if d]
+    assert batch.num_items == sum(max(0, len(d) - 1) for d in documents)
+    assert batch.num_items == int((batch.labels != -100).sum())
+
+
+def test_unpack_wants_this_rows_values():
+    with pytest.raises(ValueError, match=r"values must have shape \(1, 8, ...\) or \(8, ...\), got \(1, 7\)"):
+        PackingCollator()(DOCUMENTS).unpack(torch.zeros(1, 7))
+
+
+# ---- other ways to come by one ---------------------------------------------------------------------------------------------
+
+
+def same(a: PackedBatch, b: PackedBatch):
+    for name in ("input_ids", "labels", "position_ids", "cu_seqlens", "seq_idx"):
+        assert torch.equal(getattr(a, name), getattr(b, name)), name
+    for name in ("max_seqlen", "num_items", "num_valid", "num_sequences", "boundaries", "lengths"):
+        assert getattr(a, name) == getattr(b, name), name
+
+
+def test_other_constructors(device):
+    expected = PackingCollator()(DOCUMENTS).to(device)
+    ids = torch.tensor(list(itertools.chain(*DOCUMENTS)), device=device)
+    same(PackedBatch.from_cu_seqlens(ids, torch.tensor([0, 3, 4, 8], device=device)), expected)
+    same(PackedBatch.from_cu_seqlens(ids[None], torch.tensor([0, 3, 4, 8]), labels=ids[None]), expected)
+    same(PackedBatch.from_position_ids(ids, expected.position_ids), expected)
+    left = torch.tensor([[0, 11, 12, 13], [0, 0, 0, 21], [31, 32, 33, 34]], device=device)
+    right = torch.tensor([[11, 12, 13, 0], [21, 0, 0, 0], [31, 32, 33, 34]], device=device)
+    same(PackedBatch.from_padded(left, left > 0), expected)
+    same(PackedBatch.from_padded(right, (right > 0).long()), expected)
+
+
+def test_tokens_past_the_last_boundary_are_padding():
+    padded = PackingCollator(pad_to_length=10, pad_token_id=7)(DOCUMENTS)
+    same(PackedBatch.from_cu_seqlens(padded.input_ids, torch.tensor([0, 3, 4, 8])), padded)
+
+
+def test_positions_that_do_not_start_at_zero():
+    """[[3, 4, 5, 0, 1]]: transformers' two detectors disagree here; a document begins wherever positions do not go up by one."""
+    batch = PackedBatch.from_position_ids(torch.arange(7), torch.tensor([3, 4, 5, 0, 1, 1, 2]))
+    assert batch.boundaries == (0, 3, 5, 7)
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+
+
+def test_bad_rows():
+    with pytest.raises(ValueError, match=r"cu_seqlens must rise from 0 to at most the 4 tokens, got \[0, 5\]"):
+        PackedBatch.from_cu_seqlens(torch.arange(4), torch.tensor([0, 5]))
+    with pytest.raises(ValueError, match=r"input_ids must be one packed row, \(T,\) or \(1, T\), got \(2, 4\)"):
+        PackedBatch.from_cu_seqlens(torch.zeros(2, 4), torch.tensor([0, 4]))
+    with pytest.raises(ValueError, match=r"share one shape \(batch, length\), got \(2, 4\) and \(2, 3\)"):
+        PackedBatch.from_padded(torch.zeros(2, 4), torch.zeros(2, 3))
+    with pytest.raises(TypeError, match="input_ids of document 1 must be a list of integers"):
+        PackingCollator()([[1], [0.5]])
+    with pytest.raises(ValueError, match=r"labels of document 0 must have one entry per token \(2\), got shape \(3,\)"):
+        PackingCollator()([{"input_ids": [1, 2], "labels": [1, 2, 3]}])
+    with pytest.raises(ValueError, match="names must be 'packops' or 'hf', got 'trl'"):
+        PackingCollator(names="trl")
+
+
+# ---- masks -----------------------------------------------------------------------------------------------------------------
+
+
+def mask_by_hand(boundaries):
+    total = boundaries[-1]
+    mask = torch.zeros(total, total, dtype=torch.bool)
+    for begin, end in itertools.pairwise(boundaries):
+        mask[begin:end, begin:end] = torch.ones(end - begin, end - begin).tril().bool()
+    return mask
+
+
+def test_attention_masks(device):
+    batch = PackingCollator(pad_to_multiple_of=6)(DOCUMENTS).to(device)
+    expected = mask_by_hand(batch.boundaries)
+    mask = batch.attention_mask("4d")
+    assert mask.shape == (1, 1, 12, 12)
+    assert torch.equal(mask[0, 0].cpu(), expected)
+    additive = batch.attention_mask("4d", dtype=torch.bfloat16)
+    assert torch.equal(additive[0, 0].cpu() == 0, expected)
+    assert additive.min() == torch.finfo(torch.bfloat16).min
+    blocks = batch.block_mask()
+    index = torch.arange(12, device=device)
+    from_blocks = blocks.mask_mod(0, 0, index[:, None], index[None, :])
+    assert torch.equal(from_blocks.cpu(), expected)
+    assert blocks.shape == (1, 1, 12, 12)
+    with pytest.raises(ValueError, match="kind must be '4d', got '2d'"):
+        batch.attention_mask("2d")
+
+
+def test_moving(device):
+    batch = PackingCollator(shift_labels=True, columns={"w": 0.0})([{"input_ids": [1, 2], "w": [1.0, 2.0]}])
+    moved = batch.to(device, non_blocking=True)
+    for tensor in (moved.input_ids, moved.labels, moved.cu_seqlens, moved.seq_idx, moved.shift_labels, moved.columns["w"]):
+        assert tensor.device.type == device.type
+    assert moved.num_items == 1
+    assert batch.input_ids.device.type == "cpu"
+
+
+@pytest.mark.gpu
+def test_pinning():
+    batch = PackingCollator()([[1, 2]]).pin_memory()
+    assert batch.input_ids.is_pinned()
+    assert batch.cu_seqlens.is_pinned()
+
+
+# ---- Hugging Face's names, FlashAttention's bound --------------------------------------------------------------------------
+
+
+def test_names_of_hugging_face():
+    batch = PackingCollator(shift_labels=True)(DOCUMENTS)
+    inputs = PackingCollator(names="hf", shift_labels=True)(DOCUMENTS)
+    assert torch.equal(inputs["cu_seq_lens_q"], batch.cu_seqlens)
+    assert torch.equal(inputs["cu_seq_lens_k"], batch.cu_seqlens)
+    assert inputs["max_length_q"] == inputs["max_length_k"] == 4
+    assert inputs["use_cache"] is False
+    assert "attention_mask" not in inputs
+    assert torch.equal(inputs["shift_labels"], batch.shift_labels)
+    assert torch.equal(batch.to_hf(seq_idx=True)["seq_idx"], batch.seq_idx)
+
+
+@pytest.mark.parametrize("num_heads, head_dim, tokens", [(32, 128, 32768), (64, 128, 32768), (48, 80, 8192)])
+def test_flash_attention_bound(num_heads, head_dim, tokens):
+    most = max_docs_for_flash_attention(tokens, num_heads, head_dim)
+    rounded = {128: 128, 80: 96}[head_dim]
+    assert (tokens + 128 * most) * num_heads * rounded < 2**31 <= (tokens + 128 * (most + 1)) * num_heads * rounded
+    assert max_docs_for_flash_attention(10**7, 64, 128) == 0
+
+
+def test_rows_of_very_many_documents():
+    documents = [[1, 2]] * 2100
+    with pytest.warns(UserWarning, match="2100 documents and 4200 tokens overflows .* max_docs_per_pack=2015"):
+        PackingCollator()(documents)
+    with pytest.raises(ValueError, match="overflows FlashAttention-2's backward in a model with 128 heads of 128"):
+        PackingCollator(attention_shape=(128, 128))(documents)
+    PackingCollator(attention_shape=(16, 64))(documents)

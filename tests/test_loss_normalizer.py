@@ -1,0 +1,149 @@
+"""loss_normalizer: accumulation and data parallel give the gradient of one big batch."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+
+import packops
+from packops import PackedBatch, PackedBatchSampler, PackingCollator
+
+REDUCTIONS = ["mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+
+def test_by_hand():
+    documents = [[1, 2, 3, 4], [5], [6, 7, 8]]
+    first, second = PackingCollator()(documents), PackingCollator()([[1, 2], []])
+    assert packops.loss_normalizer(first) == 5
+    assert packops.loss_normalizer([first, second]) == 6
+    for reduction in REDUCTIONS[1:]:
+        assert packops.loss_normalizer([first, second], reduction=reduction) == 3  # [5] has nothing to predict
+    assert packops.loss_normalizer([3, 2.5, torch.tensor(4)]) == 9.5
+    assert packops.loss_normalizer(7) == 7
+    assert packops.loss_normalizer([]) == 0
+    assert packops.loss_normalizer(batch for batch in [first, second]) == 6
+
+
+def test_labels_of_every_form(device):
+    n = -100
+    labels = torch.tensor([[1, 2, n, 4], [n, n, n, 4], [7, n, n, n]], device=device)
+    count = packops.loss_normalizer
+    assert count(labels) == 5
+    assert count(labels, shift=True) == 3
+    assert count(labels, reduction="seq-mean-token-mean") == 3
+    assert count(labels, reduction="seq-mean-token-mean", shift=True) == 2
+    flat, cu_seqlens = labels.view(-1), torch.tensor([0, 4, 4, 8, 11], device=device)  # the last label is padding
+    for shift, tokens, documents in ((False, 5, 3), (True, 3, 2)):
+        assert count(flat, cu_seqlens=cu_seqlens, shift=shift) == tokens
+        assert count(flat, cu_seqlens=cu_seqlens, shift=shift, reduction="seq-mean-token-sum") == documents
+    flat = torch.tensor([1, 2, 3, 4, 5], device=device)
+    assert count(flat, cu_seqlens=torch.tensor([0, 2, 3], device=device)) == 3
+    assert count(torch.full((2, 3), -1, device=device), ignore_index=-1) == 0
+    result = count(labels)
+    assert (result.dtype, result.shape, result.device.type) == (torch.float64, (), device.type)
+
+
+def test_agrees_with_the_loss_itself(device):
+    """Given as num_items, the count of the batch itself changes nothing."""
+    labels = torch.randint(0, 9, (5, 6), device=device)
+    labels[torch.rand(5, 6, device=device) < 0.6] = -100
+    labels[2] = -100
+    logits = torch.randn(5, 6, 9, device=device)
+    for reduction, shift in itertools.product(REDUCTIONS, [False, True]):
+        expected = packops.cross_entropy(logits, labels, reduction=reduction, shift=shift)
+        num_items = packops.loss_normalizer(labels, reduction=reduction, shift=shift)
+        loss = packops.cross_entropy(logits, labels, reduction=reduction, shift=shift, num_items=num_items)
+        torch.testing.assert_close(loss, expected)
+
+
+def test_bad_arguments():
+    for reduction in ("sum", "none"):
+        with pytest.raises(ValueError, match=f"reduction must be one of 'mean', .* got '{reduction}'"):
+            packops.loss_normalizer(3, reduction=reduction)
+    with pytest.raises(ValueError, match="gradients must be 'mean' or 'sum', got 'avg'"):
+        packops.loss_normalizer(3, gradients="avg")
+    with pytest.raises(ValueError, match=r"labels of shape \(4,\) need cu_seqlens"):
+        packops.loss_normalizer(torch.arange(4), reduction="seq-mean-token-mean")
+
+
+@pytest.mark.gpu
+def test_no_host_sync():
+    labels = torch.randint(0, 9, (5, 6), device="cuda")
+    cu_seqlens = torch.tensor([0, 10, 30], device="cuda")
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for reduction in REDUCTIONS:
+            packops.loss_normalizer([labels, labels], reduction=reduction, shift=True)
+            packops.loss_normalizer(labels.view(-1), reduction=reduction, cu_seqlens=cu_seqlens)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# ---- several processes -----------------------------------------------------------------------------------------------------
+
+LENGTHS = [3, 17, 1, 9, 30, 2, 2, 25, 11, 6, 1, 14, 8, 5, 21]
+VOCABULARY = 13
+
+
+def make_documents():
+    rng = np.random.default_rng(0)
+    documents = [{"input_ids": rng.integers(0, VOCABULARY, n).tolist()} for n in LENGTHS]
+    documents[4]["labels"] = [-100] * 25 + documents[4]["input_ids"][25:]
+    return documents
+
+
+def make_model():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Embedding(VOCABULARY, 8), torch.nn.Tanh(), torch.nn.Linear(8, VOCABULARY)).double()
+
+
+def loss_of(model, batch: PackedBatch, reduction, num_items=None):
+    return packops.cross_entropy(
+        model(batch.input_ids), batch.labels, cu_seqlens=batch.cu_seqlens, shift=True, reduction=reduction, num_items=num_items
+    )
+
+
+def train_one_step(rank, world_size, store, reduction_grads):
+    """Every pack of the epoch is one micro-batch of one step, on ranks whose token counts differ."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
+    try:
+        documents = make_documents()
+        sampler = PackedBatchSampler(LENGTHS, 32, balance="none")
+        assert (sampler.rank, sampler.world_size) == (rank, world_size)
+        batches = [PackingCollator(pad_to_multiple_of=8)([documents[i] for i in batch]) for batch in sampler]
+        for gradients, reduction in itertools.product(["mean", "sum"], REDUCTIONS):
+            model = make_model()
+            parallel = torch.nn.parallel.DistributedDataParallel(model)
+            num_items = packops.loss_normalizer(batches, reduction=reduction, gradients=gradients)
+            for number, batch in enumerate(batches):
+                is_last = number == len(batches) - 1
+                parallel.require_backward_grad_sync = is_last
+                loss_of(parallel, batch, reduction, num_items).backward()
+            for parameter, expected in zip(model.parameters(), reduction_grads[reduction], strict=True):
+                grad = parameter.grad if gradients == "mean" else parameter.grad * world_size  # DDP took the mean
+                torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+        counts = [None] * world_size
+        dist.all_gather_object(counts, sum(batch.num_items for batch in batches))
+        assert len(set(counts)) > 1, "the ranks must differ for this test to mean something"
+        alone = dist.new_group([0])
+        if rank == 0:
+            assert packops.loss_normalizer(batches, group=alone) == counts[0]
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_data_parallel_gives_the_gradient_of_one_process(world_size, tmp_path):
+    grads = {}
+    everything = PackingCollator()(make_documents())
+    for reduction in REDUCTIONS:
+        model = make_model()
+        loss_of(model, everything, reduction).backward()
+        grads[reduction] = [parameter.grad for parameter in model.parameters()]
+    store = f"file://{tmp_path}/store"
+    torch.multiprocessing.spawn(train_one_step, (world_size, store, grads), nprocs=world_size)

@@ -1,0 +1,212 @@
+"""PackedBatchSampler: exactly once over the ranks, resumable, balanced."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from packops import DocumentSlice, PackedBatchSampler, PackingCollator, SlicedDataset
+
+options = st.fixed_dictionaries(
+    {
+        "strategy": st.sampled_from(["best_fit", "bfd", "next_fit", "sequential"]),
+        "packs_per_batch": st.integers(1, 3),
+        "seed": st.one_of(st.none(), st.integers(0, 99)),
+        "balance": st.sampled_from(["none", "tokens", "attention"]),
+    }
+)
+documents = st.lists(st.integers(0, 20), max_size=60)
+
+
+def ranks(lengths, max_length, world_size, **kwargs):
+    return [PackedBatchSampler(lengths, max_length, rank=r, world_size=world_size, **kwargs) for r in range(world_size)]
+
+
+def check_epoch(batches_of_ranks, lengths, capacity):
+    """Exactly once, equally often, within capacity."""
+    assert len({len(batches) for batches in batches_of_ranks}) == 1
+    seen = Counter(i for batches in batches_of_ranks for batch in batches for i in batch)
+    assert seen == Counter(i for i, n in enumerate(lengths) if n)
+    for batches in batches_of_ranks:
+        assert all(sum(lengths[i] for i in batch) <= capacity for batch in batches)
+
+
+@settings(max_examples=300)
+@given(documents, st.integers(1, 5), options, st.integers(0, 2))
+def test_exactly_once_over_ranks(lengths, world_size, kwargs, epoch):
+    samplers = ranks(lengths, 20, world_size, **kwargs)
+    for sampler in samplers:
+        sampler.set_epoch(epoch)
+    batches = [list(sampler) for sampler in samplers]
+    assert [len(b) for b in batches] == [len(s) for s in samplers]
+    check_epoch(batches, lengths, 20 * kwargs["packs_per_batch"])
+    assert [list(sampler) for sampler in samplers] == batches  # a second pass over the epoch is the same
+
+
+@settings(max_examples=300)
+@given(documents, st.integers(1, 4), options, st.integers(0, 12), st.integers(1, 4), st.integers(1, 2), st.integers(0, 5))
+def test_resume_on_any_number_of_ranks(lengths, world_size, kwargs, stop, new_world_size, new_packs, stop_again):
+    """Stop, go on with other ranks and batch sizes, stop, go on: every document once."""
+    samplers = ranks(lengths, 20, world_size, **kwargs)
+    done: list[list] = [[], [], []]
+
+    def take(samplers, steps, into):
+        iterators = [iter(s) for s in samplers]
+        steps = min(steps, *(len(s) - sum(n for *_, n in s._past) - s._start for s in samplers))
+        for iterator in iterators:
+            into += [next(iterator) for _ in range(steps)]
+        return json.loads(json.dumps(samplers[0].state_dict()))
+
+    state = take(samplers, stop, done[0])
+    middle = ranks(lengths, 20, new_world_size, **{**kwargs, "packs_per_batch": new_packs})
+    for sampler in middle:
+        sampler.load_state_dict(state)
+        sampler.set_epoch(sampler.epoch)
+    state = take(middle, stop_again, done[1])
+    last = ranks(lengths, 20, world_size, **kwargs)
+    for sampler in last:
+        sampler.load_state_dict(state)
+    for sampler in last:
+        done[2] += list(sampler)
+    check_epoch([[b for part in done for b in part]], lengths, 20 * max(kwargs["packs_per_batch"], new_packs))
+
+
+@given(documents, st.integers(1, 3), options, st.integers(0, 20))
+def test_resume_gives_the_same_batches(lengths, world_size, kwargs, stop):
+    for rank in range(world_size):
+        expected = list(PackedBatchSampler(lengths, 20, rank=rank, world_size=world_size, **kwargs))
+        first = PackedBatchSampler(lengths, 20, rank=rank, world_size=world_size, **kwargs)
+        stop = min(stop, len(expected))
+        second = PackedBatchSampler(lengths, 20, rank=rank, world_size=world_size, **kwargs)
+        second.load_state_dict(first.state_dict(step=stop))
+        assert list(second) == expected[stop:]
+        assert list(second) == expected  # and the epoch after that is whole again
+
+
+def test_fetching_ahead_does_not_move_the_state():
+    lengths = np.arange(1, 200)
+    sampler = PackedBatchSampler(lengths, 250)
+    dataset = [[1] * n for n in lengths]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=PackingCollator(), num_workers=2)
+    iterator = iter(loader)
+    for _ in range(3):
+        next(iterator)
+    assert sampler.state_dict()["segments"][-1][2] > 3  # the workers are ahead
+    resumed = PackedBatchSampler(lengths, 250)
+    resumed.load_state_dict(sampler.state_dict(step=3))
+    assert list(resumed) == list(PackedBatchSampler(lengths, 250))[3:]
+
+
+def test_an_abandoned_pass_loses_nothing():
+    sampler = PackedBatchSampler(range(1, 50), 60)
+    expected = list(sampler)
+    next(iter(sampler))
+    assert list(sampler) == expected
+
+
+def test_epochs_differ_and_ranks_agree():
+    lengths = np.random.default_rng(0).integers(1, 100, 500)
+    samplers = ranks(lengths, 128, 4)
+    orders = []
+    for epoch in range(3):
+        for sampler in samplers:
+            sampler.set_epoch(epoch)
+        assert len({sampler.plan.hash() for sampler in samplers}) == 1
+        orders.append(list(samplers[0]))
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_sequential_keeps_the_order():
+    batches = list(PackedBatchSampler([4, 4, 4, 4, 4, 4], 8, strategy="sequential", balance="none"))
+    assert batches == [[0, 1], [2, 3], [4, 5]]
+
+
+def test_packs_are_cut_in_two_rather_than_dropped():
+    # two packs, three ranks: the pack of [1, 1, 2] is cut where its tokens halve
+    samplers = ranks([4, 1, 1, 2], 4, 3, seed=None, balance="none")
+    assert [list(s) for s in samplers] == [[[0]], [[1, 2]], [[3]]]
+    # one document for three ranks: two of them get an empty batch
+    samplers = ranks([4], 4, 3, seed=None)
+    assert sorted(batch for s in samplers for batch in s) == [[], [], [0]]
+    assert len(ranks([4, 4, 4], 4, 2, drop_last=True)[0]) == 1
+
+
+def utilisation(costs):
+    return costs.mean(1).sum() / costs.max(1).sum()
+
+
+def test_balance_evens_out_the_ranks():
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.6, 0.9, 60_000), 8, 8192).astype(int)
+    values = {}
+    for balance in ("none", "tokens", "attention"):
+        sampler = PackedBatchSampler(lengths, 8192, rank=0, world_size=8, balance=balance)
+        tokens = np.array([[sum(lengths[i] for i in b) for b in s] for s in ranks(lengths, 8192, 8, balance=balance)]).T
+        values[balance] = utilisation(sampler.costs()), utilisation(tokens)
+    assert values["attention"][0] > 0.995 > values["none"][0]
+    assert values["tokens"][1] >= values["none"][1]
+    # several packs a rank and step are dealt so that their sums agree
+    assert (
+        utilisation(PackedBatchSampler(lengths, 2048, rank=0, world_size=8, packs_per_batch=4, overlong="drop").costs()) > 0.995
+    )
+
+
+def test_packs_of_a_step_are_dealt_in_turns():
+    """Costs 8 7 6 5 4 3 2 1 over two ranks of four packs: 8+5+4+1 against 7+6+3+2."""
+    sampler = PackedBatchSampler([8, 7, 6, 5, 4, 3, 2, 1], 8, max_docs_per_pack=1, packs_per_batch=4, rank=0, world_size=2)
+    assert sampler.costs().shape == (1, 2)
+    assert sampler.cost[0] * 36 + 204 == sampler.costs().sum()
+    assert sorted(len(b) for b in sampler) == [4]
+    assert [8 - i for i in next(iter(sampler))] == [8, 5, 4, 1]
+
+
+def test_empty_packs_are_not_resumed():
+    three = ranks([4], 4, 3)
+    one = PackedBatchSampler([4], 4)
+    one.load_state_dict(three[0].state_dict(step=0))
+    assert list(one) == [[0]]
+
+
+def test_costs_are_those_of_the_batches():
+    lengths = np.random.default_rng(1).integers(1, 50, 100)
+    samplers = ranks(lengths, 64, 3, cost=(10.0, 2.0), packs_per_batch=2)
+    by_hand = [[sum(10 * lengths[i] + 2 * lengths[i] ** 2 for i in batch) for batch in s] for s in samplers]
+    assert np.allclose(samplers[0].costs(), np.array(by_hand).T)
+
+
+@pytest.mark.parametrize("strategy, overlong", [("best_fit", "truncate"), ("best_fit", "split"), ("wrapped", "error")])
+def test_cut_documents_through_a_loader(strategy, overlong):
+    lengths = [30, 5, 7, 100, 3]
+    dataset = [{"input_ids": [10 * i + j % 10 for j in range(n)], "name": str(i)} for i, n in enumerate(lengths)]
+    sampler = PackedBatchSampler(lengths, 16, strategy=strategy, overlong=overlong)
+    assert all(isinstance(part, DocumentSlice) for batch in sampler for part in batch)
+    loader = torch.utils.data.DataLoader(SlicedDataset(dataset), batch_sampler=sampler, collate_fn=PackingCollator())
+    seen = Counter()
+    for batch in loader:
+        assert batch.num_tokens <= 16
+        seen += Counter(batch.input_ids[0].tolist())
+    kept = [n if overlong != "truncate" else min(n, 16) for n in lengths]
+    assert seen == Counter(t for d, n in zip(dataset, kept, strict=True) for t in d["input_ids"][:n])
+
+
+def test_stale_lengths_are_found_out():
+    with pytest.raises(ValueError, match=r"tokens \[0, 16\) of a document of 4: the lengths packed were not its lengths"):
+        SlicedDataset([[1, 2, 3, 4]])[DocumentSlice(0, 0, 16)]
+
+
+def test_bad_arguments():
+    with pytest.raises(ValueError, match=r"rank must be in \[0, world_size = 2\), got 2"):
+        PackedBatchSampler([1], 4, rank=2, world_size=2)
+    with pytest.raises(ValueError, match="balance must be 'none', 'tokens' or 'attention', got 'cost'"):
+        PackedBatchSampler([1], 4, balance="cost")
+    with pytest.raises(ValueError, match=r"lengths\[0\] = 9 is longer"):
+        PackedBatchSampler([9], 4)
+    with pytest.raises(ValueError, match="the state belongs to other lengths"):
+        PackedBatchSampler([1, 2], 4).load_state_dict(PackedBatchSampler([3, 2], 4).state_dict())
+    with pytest.raises(ValueError, match="step must be between 0 and 1, got 2"):
+        PackedBatchSampler([1, 2], 4).state_dict(step=2)

@@ -1,0 +1,286 @@
+"""verify says yes to what is right and catches, and names, each known way to be wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import packops
+from packops import PackingCollator, verify
+from packops.verify import hf_forward
+
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY = 61
+LENGTHS = (13, 5, 1, 22, 8, 17)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Models this small only lose by sharing their work."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def documents():
+    generator = torch.Generator().manual_seed(0)
+    documents = [{"input_ids": torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()} for n in LENGTHS]
+    documents[3]["completion_mask"] = [0] * 15 + [1] * 7
+    return documents
+
+
+def llama(attention="sdpa", dtype=torch.float32):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=64,  # heads of 16: FlexAttention on a GPU wants no less
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    return transformers.LlamaForCausalLM._from_config(config, attn_implementation=attention, dtype=dtype)
+
+
+# ---- right -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_llama_packed_equals_one_by_one(documents, attention, device):
+    model = llama(attention).to(device)
+    report = verify(model, documents)
+    assert report.ok, report
+    assert report.findings == []
+    assert report.loss_difference < 1e-6
+    assert len(report.gradient_differences) == len(list(model.parameters()))
+    assert report.worst_gradient[1] < 1e-5
+    assert report.worst_leak == 0
+    assert (report.leaks.diagonal() > 1e-3).all(), "changing a document must change itself"
+    assert report.packs == [[0, 1, 2], [3, 4], [5]]
+    assert "packed EQUALS one by one: 6 documents in 3 packs" in str(report)
+    json.dumps(report.to_dict())
+
+
+def test_flex_attention(documents, device):
+    """FlexAttention has no backward on the CPU, so gradients are compared on a GPU only."""
+    stance = "default" if device.type == "cuda" else "force_eager"  # transformers compiles it, which takes a minute on the CPU
+    with torch.compiler.set_stance(stance):
+        report = verify(llama("flex_attention").to(device), documents, gradients=device.type == "cuda")
+    assert report.ok, report
+    assert report.worst_leak == 0
+
+
+def test_flex_attention_with_our_block_mask(documents):
+    """PackedBatch.block_mask() is the mask that transformers would make."""
+
+    def forward(model, batch):
+        return model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=batch.block_mask()).logits
+
+    with torch.compiler.set_stance("force_eager"):
+        report = verify(llama("flex_attention"), documents, forward=forward, gradients=False)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_precisions(documents, dtype):
+    report = verify(llama(dtype=dtype), documents)
+    assert report.ok, report
+    assert report.worst_gradient[1] > 0, (
+        "packing changes the order of additions, so an exact zero would mean nothing was compared"
+    )
+    assert report.tolerance == {torch.float64: 1e-6, torch.bfloat16: 4e-2}[dtype]
+
+
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_packops_losses_are_what_they_say(documents, reduction):
+    report = verify(llama(), documents, forward=hf_forward, reduction=reduction)
+    assert report.ok, report
+
+
+def test_padding_does_not_matter(documents):
+    collator = PackingCollator(pad_to_multiple_of=16, pad_doc_to_multiple_of=4)
+    report = verify(llama(), documents, collator=collator)
+    assert report.ok, report
+
+
+def test_padded_equals_packed_for_every_gradient(documents):
+    """The batch that packing replaces, right-padded with an attention mask, through transformers' own loss."""
+    model = llama()
+    longest = max(LENGTHS)
+    rows = [d["input_ids"] + [0] * (longest - len(d["input_ids"])) for d in documents]
+    masked = [d["input_ids"] if "completion_mask" not in d else [-100] * 15 + d["input_ids"][15:] for d in documents]
+    labels = torch.tensor([ids + [-100] * (longest - len(ids)) for ids in masked])
+    mask = torch.tensor([[1] * n + [0] * (longest - n) for n in LENGTHS])
+    padded = model(input_ids=torch.tensor(rows), attention_mask=mask, labels=labels).loss
+    padded.backward()
+    expected = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad()
+    packed = model(**PackingCollator(names="hf")(documents)).loss
+    packed.backward()
+    torch.testing.assert_close(packed, padded, rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+    # and with the loss of packops on the same logits
+    model.zero_grad()
+    batch = PackingCollator()(documents)
+    loss = packops.cross_entropy(hf_forward(model, batch), batch.labels, cu_seqlens=batch.cu_seqlens, shift=True)
+    loss.backward()
+    torch.testing.assert_close(loss, padded, rtol=1e-6, atol=0)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_the_model_gets_everything_back(documents):
+    model = llama().train()
+    model.model.layers[0].eval()
+    before = torch.ones_like(model.lm_head.weight)
+    model.lm_head.weight.grad = before
+    verify(model, documents)
+    assert model.training
+    assert not model.model.layers[0].training
+    assert model.lm_head.weight.grad is before
+    assert (before == 1).all()
+    assert model.model.norm.weight.grad is None
+
+
+# ---- wrong: the negative controls ------------------------------------------------------------------------------------------
+
+
+def finding(report):
+    assert not report.ok, report
+    assert "DOES NOT EQUAL" in str(report)
+    assert len(report.findings) == 1, report
+    return report.findings[0]
+
+
+def test_catches_the_cache_of_transformers(documents):
+    """use_cache=True is transformers' default, and with it sdpa and eager models do not see that a row is packed."""
+    report = verify(llama(), documents, forward=lambda model, b: model(input_ids=b.input_ids, position_ids=b.position_ids).logits)
+    assert "documents see each other" in finding(report)
+    assert report.leaks[0, 1] > 1e-4
+    assert report.leaks[1, 0] == 0, "causal attention leaks forward only"
+    assert report.leaks[0, 3].isnan(), "of another pack"
+    assert "0 \\##" in str(report)
+
+
+def test_catches_a_mask_of_ones(documents):
+    def forward(model, batch):
+        inputs = batch.to_hf() | {"attention_mask": torch.ones_like(batch.input_ids)}
+        for name in ("labels", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
+            del inputs[name]
+        return model(**inputs).logits
+
+    assert "documents see each other" in finding(verify(llama(), documents, forward=forward))
+
+
+def gpt2():
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, n_positions=128, n_embd=32, n_layer=2, n_head=4)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def test_catches_positions_that_do_not_restart(documents):
+    """A learned table of positions, attention blocked correctly: only the positions are wrong."""
+
+    def forward(model, batch, **positions):
+        mask = batch.attention_mask("4d", dtype=torch.float32)
+        return model(input_ids=batch.input_ids, attention_mask=mask, use_cache=False, **positions).logits
+
+    report = verify(gpt2(), documents, forward=forward)
+    assert "positions do not restart" in finding(report)
+    assert report.worst_leak == 0
+    assert (report.logit_differences[[0, 3, 5]] < 1e-5).all(), "the first document of a pack is right"
+    right = verify(gpt2(), documents, forward=lambda model, b: forward(model, b, position_ids=b.position_ids))
+    assert right.ok, right
+
+
+def test_catches_boundary_labels(documents):
+    for d in documents:
+        d.pop("completion_mask", None)
+
+    def loss(model, batch, num_items):
+        return model(**(batch.to_hf() | {"labels": batch.input_ids}), num_items_in_batch=num_items).loss
+
+    report = verify(llama(), documents, loss=loss)
+    assert "first of the next: mask the boundary labels" in finding(report)
+    # padding that is scored as well is still the same mistake in the documents
+    assert report.worst_leak == 0
+
+
+def test_catches_means_of_micro_batches(documents):
+    for scale in (1, 1 / 3):  # added, or averaged over the three micro-batches
+        report = verify(llama(), documents, loss=lambda model, b, n, scale=scale: model(**b.to_hf()).loss * scale)
+        assert "each micro-batch is divided by its own count" in finding(report)
+
+
+def test_catches_the_mean_that_was_not_meant(documents):
+    report = verify(llama(), documents, reduction="seq-mean-token-mean")
+    assert "weighs every token alike, which is not 'seq-mean-token-mean'" in finding(report)
+
+
+class WrongBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * 1.01
+
+
+def test_catches_a_wrong_backward(documents):
+    """Loss and logits are right, one gradient is off by a percent. The truth is computed without the patched loss."""
+
+    def loss(model, batch, num_items):
+        logits = WrongBackward.apply(hf_forward(model, batch))
+        return packops.cross_entropy(logits, batch.labels, cu_seqlens=batch.cu_seqlens, shift=True, num_items=num_items)
+
+    assert "the loss is right but the gradient of" in finding(verify(llama(), documents, loss=loss))
+
+
+def test_catches_values_that_are_no_numbers(documents):
+    def forward(model, batch):
+        logits = hf_forward(model, batch)
+        return logits * torch.where(batch.seq_idx == 1, torch.nan, 1.0)[..., None]
+
+    report = verify(llama(), documents, forward=forward)
+    assert not report.ok
+    assert report.logit_differences[1] == torch.inf
+
+
+def test_a_recurrent_layer_leaks(documents):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.cell, self.head = (
+                nn.Embedding(VOCABULARY, 8),
+                nn.GRU(8, 8, batch_first=True),
+                nn.Linear(8, VOCABULARY),
+            )
+
+        def forward(self, ids):
+            return self.head(self.cell(self.embed(ids))[0])
+
+    torch.manual_seed(0)
+    report = verify(Recurrent(), documents, forward=lambda model, batch: model(batch.input_ids))
+    assert "documents see each other" in finding(report)
+
+
+def test_bad_arguments(documents):
+    with pytest.raises(ValueError, match="Linear is no Hugging Face model"):
+        verify(nn.Linear(2, 2), documents)
+    with pytest.raises(ValueError, match="at least two that have a token, got 1"):
+        verify(llama(), [[1, 2], []])
+    with pytest.raises(ValueError, match="max_length = 22 leaves every document in a pack of its own"):
+        verify(llama(), [[1] * 22] * 3, max_length=22)
+    with pytest.raises(ValueError, match="at least two different tokens"):
+        verify(llama(), [[0] * 5] * 3)
+    with pytest.raises(ValueError, match=r"reduction must be one of 'mean', .* got 'sum'"):
+        verify(llama(), documents, reduction="sum")
