@@ -241,7 +241,7 @@ def test_command(monkeypatch, capsys, tmp_path, text):
     monkeypatch.setattr(corpus, "load", lambda **sizes: text)
     args = parser.parse_args(["demo", "--device", "cpu", "--steps", "2", "--seed", "4", "--out", str(tmp_path)])
     assert demo.main(args) == 0
-    assert asked == {"device": "cpu", "steps": 2, "seed": 4}
+    assert asked == {"device": torch.device("cpu"), "steps": 2, "seed": 4}
     shown = capsys.readouterr().out
     assert "largest weight difference" in shown
     assert f"wrote {tmp_path / 'demo.png'}" in shown
@@ -251,6 +251,24 @@ def test_a_missing_package_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "REQUIRED", ("tqdm", "surely_not_installed"))
     assert demo.main(argparse.Namespace(device=None, steps=1, seed=0, out=tmp_path)) == 1
     assert "needs surely_not_installed: pip install 'packops[demo]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--steps", "0"], "must be a positive integer, got 0"),
+        (["--steps", "-3"], "must be a positive integer, got -3"),
+        (["--device", "tpu"], "'tpu' is no device"),
+        (["--device", "meta"], "not on meta"),
+        (["--device", "cuda:99"], "no cuda:99 here"),
+    ],
+)
+def test_bad_arguments_end_in_one_line(words, says, capsys):
+    parser = argparse.ArgumentParser()
+    demo.add_arguments(parser)
+    with pytest.raises(SystemExit):
+        parser.parse_args(words)
+    assert says in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("steps", [0, -3])

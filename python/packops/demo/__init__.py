@@ -12,6 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import _C
+
 DESCRIPTION = """\
 Trains the same small Llama three times, from the same weights, on the same documents in the same steps:
 
@@ -37,12 +41,35 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else cpu)")
-    parser.add_argument("--steps", type=int, help="optimizer steps of each run (default: 50; 200 on a GPU, with a larger model)")
+    parser.add_argument("--device", type=device_name, help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else cpu)")
+    parser.add_argument(
+        "--steps", type=positive, help="optimizer steps of each run (default: 50; 200 on a GPU, with a larger model)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="chooses weights, documents and their order (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo_out"), help="folder for demo.png and demo.json (default: demo_out)"
     )
+
+
+def device_name(text: str) -> torch.device:
+    """A device that packops can use here; what argparse calls for ``--device``."""
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device; cpu or cuda are") from None
+    if device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"packops runs on cpu and cuda, not on {device.type}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"no {text} here: this torch sees {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda" and not _C.build_info()["cuda"]:
+        raise argparse.ArgumentTypeError("this packops was built without CUDA kernels")
+    return device
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a positive integer, got {text}")
+    return int(text)
 
 
 def missing_packages() -> list[str]:
