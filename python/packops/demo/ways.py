@@ -149,7 +149,7 @@ class Packops:
 
 def rotate(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     """What ``apply_rotary_pos_emb`` of transformers does; ``cos`` and ``sin`` are already those of ``position_ids``."""
-    return packops.apply_rope(q, k, cos, sin, layout="bhsd", per_token_table=True)
+    return cast("tuple[Tensor, Tensor]", packops.apply_rope(q, k, cos, sin, layout="bhsd", per_token_table=True))
 
 
 def attend_each(query: Tensor, key: Tensor, value: Tensor, pack: Pack, scale: float | None) -> Tensor:
