@@ -87,8 +87,8 @@ py::array permutation(uint32_t count, uint64_t seed, uint64_t epoch) {
 }
 
 // csrc/rope_launch.h for dense (tokens, heads, head_dim) tensors whose first element lies at `address`.
-py::dict rope_launch(int64_t tokens, int64_t q_heads, int64_t k_heads, int head_dim, int rotary_dim, int rotary_offset, int element_size,
-                     int64_t address, bool in_place, bool heads_outer, int multiprocessors) {
+py::dict rope_launch(int64_t tokens, int64_t q_heads, int64_t k_heads, int head_dim, int rotary_dim, int rotary_offset,
+                     int element_size, int64_t address, bool in_place, bool heads_outer, int multiprocessors) {
   packops::RopeParams p;
   p.tokens = tokens;
   p.head_dim = head_dim;
@@ -134,7 +134,7 @@ PYBIND11_MODULE(_C, m) {
         "(indices, offsets, starts, lengths, empty, overlong, dropped_tokens) of csrc/packing.h");
   m.def("permutation", &permutation, py::arg("count"), py::arg("seed"), py::arg("epoch"),
         "A permutation of 0..count-1 that depends on (seed, epoch) alone, the same on every machine");
-  m.def("rope_launch", &rope_launch, py::arg("tokens"), py::arg("q_heads"), py::arg("k_heads"), py::arg("head_dim"), py::arg("rotary_dim"),
-        py::arg("rotary_offset"), py::arg("element_size"), py::arg("address"), py::arg("in_place"), py::arg("heads_outer"),
-        py::arg("multiprocessors"), "The configuration of csrc/rope_launch.h");
+  m.def("rope_launch", &rope_launch, py::arg("tokens"), py::arg("q_heads"), py::arg("k_heads"), py::arg("head_dim"),
+        py::arg("rotary_dim"), py::arg("rotary_offset"), py::arg("element_size"), py::arg("address"), py::arg("in_place"),
+        py::arg("heads_outer"), py::arg("multiprocessors"), "The configuration of csrc/rope_launch.h");
 }

@@ -68,7 +68,7 @@ enum Features : int {
 template <typename T>
 struct PlainPartial {
   float max = -INFINITY;
-  float sum = 0;  // sum_c e^(x'_c - max)
+  float sum = 0;       // sum_c e^(x'_c - max)
   float weighted = 0;  // sum_c w_c x'_c
   float target = 0;
 
@@ -293,7 +293,8 @@ template <typename T>
 __device__ __forceinline__ void zero_row(T* out, int64_t vocab, int thread, int threads) {
   const Span<T> span(out, vocab);
   for (int i = thread; i < span.head; i += threads) out[i] = from_float<T>(0.f);
-  for (int i = thread; i < span.vectors; i += threads) store_streaming(out + span.head + int64_t(i) * kVec<T>, make_uint4(0, 0, 0, 0));
+  for (int i = thread; i < span.vectors; i += threads)
+    store_streaming(out + span.head + int64_t(i) * kVec<T>, make_uint4(0, 0, 0, 0));
   for (int i = thread; i < span.tail; i += threads) out[vocab - span.tail + i] = from_float<T>(0.f);
 }
 
@@ -358,7 +359,9 @@ __device__ int64_t document_of(const CeLossParams& p, int64_t t) {
   return low == 0 || low > p.documents ? -1 : low - 1;
 }
 
-__device__ __forceinline__ float token_weight(const CeLossParams& p, int64_t t) { return p.token_weight ? p.token_weight[t] : 1.f; }
+__device__ __forceinline__ float token_weight(const CeLossParams& p, int64_t t) {
+  return p.token_weight ? p.token_weight[t] : 1.f;
+}
 __device__ __forceinline__ float inverse_or_zero(float x) { return x != 0 ? 1 / x : 0.f; }
 
 struct WeightAndCount {
@@ -366,7 +369,9 @@ struct WeightAndCount {
   int32_t count;
 };
 struct AddWeightAndCount {
-  __device__ __forceinline__ WeightAndCount operator()(WeightAndCount a, WeightAndCount b) const { return {a.weight + b.weight, a.count + b.count}; }
+  __device__ __forceinline__ WeightAndCount operator()(WeightAndCount a, WeightAndCount b) const {
+    return {a.weight + b.weight, a.count + b.count};
+  }
 };
 using Scratch = WeightAndCount[kTile / 32];
 
@@ -401,7 +406,8 @@ __device__ void prepare_documents(const CeLossParams& p, int64_t first, int64_t 
   for (int64_t d = first; d < p.documents; d += stride) {
     WeightAndCount part{0, 0};
     const int64_t end = bound(p, d + 1);
-    for (int64_t t = bound(p, d) + lane; t < end; t += kGroup) part = AddWeightAndCount{}(part, {w.weight[t], p.target[t] != kIgnored});
+    for (int64_t t = bound(p, d) + lane; t < end; t += kGroup)
+      part = AddWeightAndCount{}(part, {w.weight[t], p.target[t] != kIgnored});
     if constexpr (kGroup == 32) {
       part = warp_reduce(part, AddWeightAndCount{});
     } else {
@@ -540,7 +546,8 @@ __global__ void __launch_bounds__(kTile) prepare_scales_kernel(const __grid_cons
 __global__ void __launch_bounds__(kTile) reduce_kernel(const __grid_constant__ CeLossParams p) {
   __shared__ float scratch[kTile / 32];
   float sum = 0;
-  for (int64_t t = threadIdx.x; t < p.rows; t += kTile) sum += p.target[t] == kIgnored ? 0.f : state(p.scale, t) * state(p.row_loss, t);
+  for (int64_t t = threadIdx.x; t < p.rows; t += kTile)
+    sum += p.target[t] == kIgnored ? 0.f : state(p.scale, t) * state(p.row_loss, t);
   sum = block_reduce<kTile>(sum, 0.f, Add<float>{}, scratch);
   if (threadIdx.x == 0) state(p.loss, 0) = sum;
 }
@@ -563,7 +570,7 @@ __global__ void __launch_bounds__(kTile) sequence_loss_kernel(const __grid_const
 // ----------------------------------------------------------------------------------------------------------- streaming
 
 constexpr int kStreamThreads = 512;
-constexpr int kStreamUnroll = 4;  // 16-byte loads in flight per thread
+constexpr int kStreamUnroll = 4;    // 16-byte loads in flight per thread
 constexpr int kBackwardBlocks = 4;  // per SM
 
 // Calls on_vectors(raw vectors, column of the first, columns to the next) and on_element(raw, column) for a thread's share of a row.
@@ -699,7 +706,8 @@ struct Roles {
   static constexpr int kReducers = kGrad ? kRoleThreads : kForwardThreads;
   static constexpr int kWriters = kGrad ? kRoleThreads : 32;  // without a gradient, one warp that writes the loss
   static constexpr int kThreads = kReducers + kWriters + 32;
-  static constexpr int kBlocks = !kGrad && (kFeatures & (kUniform | kStatistics)) ? 2 : resident_blocks(kGrad);  // or registers spill
+  static constexpr int kBlocks =
+      !kGrad && (kFeatures & (kUniform | kStatistics)) ? 2 : resident_blocks(kGrad);  // or registers spill
 };
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
@@ -745,7 +753,8 @@ struct RowPart {
   Span<T, kLine> span;
   int begin, count;  // vectors
 
-  __device__ __forceinline__ RowPart(const CeLossParams& p, int64_t t, int cluster, int rank) : row(row_of<T>(p.logits, p.logits_layout, t)), span(row, p.vocab) {
+  __device__ __forceinline__ RowPart(const CeLossParams& p, int64_t t, int cluster, int rank)
+      : row(row_of<T>(p.logits, p.logits_layout, t)), span(row, p.vocab) {
     const int share = (span.vectors + cluster - 1) >> (31 - __clz(cluster));  // clusters are powers of two
     begin = min(rank * share, span.vectors);
     count = min(share, span.vectors - begin);
@@ -761,7 +770,8 @@ struct RowPart {
 #endif
 
 template <typename T, int kFeatures, bool kGrad>
-__global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad, kFeatures>::kBlocks) resident_kernel(const __grid_constant__ CeLossParams p, const int stages) {
+__global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad, kFeatures>::kBlocks)
+    resident_kernel(const __grid_constant__ CeLossParams p, const int stages) {
 #if __CUDA_ARCH__ >= 900
   using Maths = RowMaths<T, kFeatures>;
   using Partial = typename Maths::Partial;
@@ -825,7 +835,8 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
 #pragma unroll
           for (int k = 0; k < kPerThread; k++) raw[k] = chunk[threadIdx.x + k * Role::kReducers];
 #pragma unroll
-          for (int k = 0; k < kPerThread; k++) look_for_target(chunk + threadIdx.x + k * Role::kReducers, done + threadIdx.x + k * Role::kReducers);
+          for (int k = 0; k < kPerThread; k++)
+            look_for_target(chunk + threadIdx.x + k * Role::kReducers, done + threadIdx.x + k * Role::kReducers);
           maths.add(part, raw, mine.column() + int64_t(done + threadIdx.x) * kVec<T>, kStep);
         } else {
           for (int v = threadIdx.x; v < mine.count - done; v += Role::kReducers) {
@@ -879,7 +890,8 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
       const int32_t y = entry.target;
       if (y < 0) {
         if (rank == 0 && thread == 0) write_ignored_row(p, t, y);
-        if constexpr (kGrad) zero_row(row_of<T>(p.grad, p.grad_layout, t), p.vocab, rank * Role::kWriters + thread, cluster * Role::kWriters);
+        if constexpr (kGrad)
+          zero_row(row_of<T>(p.grad, p.grad_layout, t), p.vocab, rank * Role::kWriters + thread, cluster * Role::kWriters);
         continue;
       }
       const float scale = state(p.scale, t);
@@ -963,8 +975,10 @@ cudaError_t device_limits(DeviceLimits& limits, int& device, int& sms) {
     int major, minor, values[3];
     if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) != cudaSuccess) return error;
     if ((error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) != cudaSuccess) return error;
-    if ((error = cudaDeviceGetAttribute(&values[0], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) != cudaSuccess) return error;
-    if ((error = cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) != cudaSuccess) return error;
+    if ((error = cudaDeviceGetAttribute(&values[0], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) != cudaSuccess)
+      return error;
+    if ((error = cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) != cudaSuccess)
+      return error;
     if ((error = cudaDeviceGetAttribute(&values[2], cudaDevAttrMultiProcessorCount, device)) != cudaSuccess) return error;
     for (int i = 0; i < 3; i++) c[i + 1].store(values[i], std::memory_order_relaxed);
     c[0].store(major * 10 + minor, std::memory_order_release);
@@ -977,12 +991,14 @@ cudaError_t device_limits(DeviceLimits& limits, int& device, int& sms) {
 // Whether a gradient row starts at the same place modulo 16 bytes as its row of logits, for every row.
 bool same_alignment(const CeLossParams& p, int element_bytes) {
   const auto offset = [&](int64_t a, int64_t b) { return ((a - b) * element_bytes) % 16 == 0; };
-  return (reinterpret_cast<uintptr_t>(p.logits) - reinterpret_cast<uintptr_t>(p.grad)) % 16 == 0 && p.logits_layout.inner == p.grad_layout.inner &&
-         offset(p.logits_layout.outer, p.grad_layout.outer) && offset(p.logits_layout.step, p.grad_layout.step);
+  return (reinterpret_cast<uintptr_t>(p.logits) - reinterpret_cast<uintptr_t>(p.grad)) % 16 == 0 &&
+         p.logits_layout.inner == p.grad_layout.inner && offset(p.logits_layout.outer, p.grad_layout.outer) &&
+         offset(p.logits_layout.step, p.grad_layout.step);
 }
 
 template <typename T, int kFeatures, bool kGrad>
-cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, int device, int sms, int shared_per_block, cudaStream_t stream) {
+cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, int device, int sms, int shared_per_block,
+                            cudaStream_t stream) {
   const auto kernel = resident_kernel<T, kFeatures, kGrad>;
   cudaLaunchConfig_t launch = {};
   launch.blockDim = dim3(Roles<kGrad, kFeatures>::kThreads);
@@ -1017,9 +1033,12 @@ cudaError_t launch_rows(const CeLossParams& p, cudaStream_t stream) {
   int device, sms;
   cudaError_t error = device_limits(limits, device, sms);
   if (error != cudaSuccess) return error;
-  const CeLossConfig config = choose_ce_loss_config(p.vocab, sizeof(T), p.grad != nullptr, p.grad == nullptr || same_alignment(p, sizeof(T)),
-                                                    sizeof(typename RowMaths<T, kFeatures>::Partial), limits);
-  if (config.resident) return p.grad ? launch_resident<T, kFeatures, true>(p, config, device, sms, limits.shared_per_block, stream) : launch_resident<T, kFeatures, false>(p, config, device, sms, limits.shared_per_block, stream);
+  const CeLossConfig config =
+      choose_ce_loss_config(p.vocab, sizeof(T), p.grad != nullptr, p.grad == nullptr || same_alignment(p, sizeof(T)),
+                            sizeof(typename RowMaths<T, kFeatures>::Partial), limits);
+  if (config.resident)
+    return p.grad ? launch_resident<T, kFeatures, true>(p, config, device, sms, limits.shared_per_block, stream)
+                  : launch_resident<T, kFeatures, false>(p, config, device, sms, limits.shared_per_block, stream);
   stream_forward_kernel<T, kFeatures><<<unsigned(p.rows), kStreamThreads, 0, stream>>>(p);
   return cudaGetLastError();
 }
@@ -1027,7 +1046,8 @@ cudaError_t launch_rows(const CeLossParams& p, cudaStream_t stream) {
 // Calls f(type, features) with the element type and the smallest compiled set of features that covers the problem.
 template <typename F>
 void dispatch(const CeLossParams& p, F&& f) {
-  const bool transform = p.softcap > 0 || p.logit_scale != 1, uniform = p.label_smoothing != 0, statistics = p.entropy || p.prediction;
+  const bool transform = p.softcap > 0 || p.logit_scale != 1, uniform = p.label_smoothing != 0,
+             statistics = p.entropy || p.prediction;
   dispatch_float<false>(p.logits_dtype, [&](auto type) {
     if (statistics || (transform && uniform)) f(type, std::integral_constant<int, kEverything>{});
     else if (transform) f(type, std::integral_constant<int, kTransform>{});
@@ -1065,7 +1085,8 @@ int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
     if (error != cudaSuccess) return error;
   }
   if (p.reduction != Reduction::none) reduce_kernel<<<1, kTile, 0, stream>>>(p);
-  if (p.sequence_loss && p.documents > 0) sequence_loss_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream>>>(p);
+  if (p.sequence_loss && p.documents > 0)
+    sequence_loss_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream>>>(p);
   return cudaGetLastError();
 }
 
@@ -1077,7 +1098,9 @@ int ce_loss_backward_cuda(const CeLossParams& p, void* stream_handle) {
   const cudaError_t error = device_limits(limits, device, sms);
   if (error != cudaSuccess) return error;
   const auto blocks = unsigned(std::min<int64_t>(p.rows, int64_t(sms) * kBackwardBlocks));
-  dispatch(p, [&](auto type, auto features) { stream_backward_kernel<decltype(type), features()><<<blocks, kStreamThreads, 0, stream>>>(p); });
+  dispatch(p, [&](auto type, auto features) {
+    stream_backward_kernel<decltype(type), features()><<<blocks, kStreamThreads, 0, stream>>>(p);
+  });
   return cudaGetLastError();
 }
 

@@ -48,7 +48,7 @@ struct CeLossParams {
   int64_t doc_length = 0;
 
   Reduction reduction = Reduction::mean;
-  bool has_num_items = false;  // replaces the local count of tokens or documents
+  bool has_num_items = false;       // replaces the local count of tokens or documents
   const void* num_items = nullptr;  // one number where the kernel runs, or null: num_items_value
   DType num_items_dtype = DType::f32;
   double num_items_value = 0;
@@ -69,7 +69,7 @@ struct CeLossParams {
   void* entropy = nullptr;        // (rows,) or null
   int32_t* prediction = nullptr;  // (rows,) argmax, first index on ties, or null
 
-  void* loss = nullptr;      // one number; (rows,) for Reduction::none
+  void* loss = nullptr;           // one number; (rows,) for Reduction::none
   int64_t* counts = nullptr;      // {tokens, documents} that counted, or null where nobody wants them
   void* sequence_loss = nullptr;  // (documents,) or null: each document's mean (its sum for seq_mean_token_sum)
 
@@ -94,11 +94,11 @@ struct CeLossStatus {
   int64_t index = 0;  // into labels or cu_seqlens
   int64_t value = 0;
 };
-CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p);                      // target, scale, counts
-void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end);     // row_*, and grad if wanted
-void ce_loss_reduce_cpu(const CeLossParams& p);                               // loss
+CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p);                       // target, scale, counts
+void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end);      // row_*, and grad if wanted
+void ce_loss_reduce_cpu(const CeLossParams& p);                                // loss
 void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end);  // grad from row_* and grad_output
-const char* ce_loss_cpu_isa();                                                // "avx512", "avx2" or "baseline"
+const char* ce_loss_cpu_isa();                                                 // "avx512", "avx2" or "baseline"
 
 // ---- CUDA (ce_loss.cu). Asynchronous on the stream (a cudaStream_t); the result is a cudaError_t.
 

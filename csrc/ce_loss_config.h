@@ -30,16 +30,16 @@ struct DeviceLimits {
 #ifndef PACKOPS_CE_FWD_BLOCKS
 #define PACKOPS_CE_FWD_BLOCKS 4
 #endif
-inline constexpr int kRoleThreads = PACKOPS_CE_ROLE;     // that reduce, and as many that write
-inline constexpr int kForwardThreads = PACKOPS_CE_FWD;   // that reduce where nothing is written
+inline constexpr int kRoleThreads = PACKOPS_CE_ROLE;    // that reduce, and as many that write
+inline constexpr int kForwardThreads = PACKOPS_CE_FWD;  // that reduce where nothing is written
 constexpr int resident_blocks(bool grad) { return grad ? PACKOPS_CE_BLOCKS : PACKOPS_CE_FWD_BLOCKS; }  // per SM
-inline constexpr int kChunkBytes = PACKOPS_CE_CHUNK;    // of a bulk copy, and of a stage of the ring
-inline constexpr int kRingDepth = PACKOPS_CE_DEPTH;     // tenths of rows that the ring should hold
+inline constexpr int kChunkBytes = PACKOPS_CE_CHUNK;  // of a bulk copy, and of a stage of the ring
+inline constexpr int kRingDepth = PACKOPS_CE_DEPTH;   // tenths of rows that the ring should hold
 inline constexpr int kMaxStages = 16;
-inline constexpr int kMaxCluster = 8;                   // the largest portable cluster
-inline constexpr int kExchanges = 16;                   // rows whose partial results can be on their way at once
-inline constexpr int kMaxWarps = 16;                    // that reduce
-inline constexpr int64_t kMinResidentBytes = 1024;      // of a row; below, a row has too little for the machinery
+inline constexpr int kMaxCluster = 8;               // the largest portable cluster
+inline constexpr int kExchanges = 16;               // rows whose partial results can be on their way at once
+inline constexpr int kMaxWarps = 16;                // that reduce
+inline constexpr int64_t kMinResidentBytes = 1024;  // of a row; below, a row has too little for the machinery
 
 // Shared memory beside the ring: barriers, a partial result of every block of the cluster for every exchange, and two of every
 // warp, `partial_bytes` each.
@@ -48,15 +48,17 @@ inline int resident_overhead(int cluster, int partial_bytes) {
 }
 
 struct CeLossConfig {
-  bool resident = false;  // read once, the row waits in shared memory; otherwise read twice, the second time from the L2 with luck
-  int cluster = 1;        // blocks that share a row
+  bool resident =
+      false;        // read once, the row waits in shared memory; otherwise read twice, the second time from the L2 with luck
+  int cluster = 1;  // blocks that share a row
   int stages = 0;
   int shared_bytes = 0;
 };
 
 // The smallest cluster whose blocks can hold their parts of kRingDepth / 10 rows, so that one row is loaded and reduced while
 // another is written. Without a gradient nothing must stay, and one block streams rows of any length.
-inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool grad, bool same_alignment, int partial_bytes, const DeviceLimits& device) {
+inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool grad, bool same_alignment, int partial_bytes,
+                                          const DeviceLimits& device) {
   CeLossConfig config;
   const int64_t row_bytes = vocab * element_bytes;
   if (device.architecture < 90 || (grad && !same_alignment) || row_bytes < kMinResidentBytes) return config;

@@ -187,8 +187,9 @@ struct CeRow {
     const bool smoothing = k.beta != 0;
 
     const V target = transform(L::fill(L::read1(x + y)));
-    const V target_gradient = (L::fill(k.alpha / sum) * L::exp(target - base) - L::fill(k.beta * (p.class_weight ? p.class_weight[y] : 1)) -
-                               L::fill(k.gamma)) * L::fill(multiplier) * chain(target);
+    const V target_gradient = (L::fill(k.alpha / sum) * L::exp(target - base) -
+                               L::fill(k.beta * (p.class_weight ? p.class_weight[y] : 1)) - L::fill(k.gamma)) *
+                              L::fill(multiplier) * chain(target);
     S target_lanes[kLanes];
     memcpy(target_lanes, &target_gradient, sizeof target_gradient);
 

@@ -201,45 +201,6 @@ def rope_bad_ids(device: torch.device) -> Iterator[str]:
 
 
 @cases
-def qk_norm_rope(device: torch.device) -> Iterator[str]:
-    """Head sizes of a warp and of a block, unaligned storage, a norm per head and across heads."""
-    documents = torch.tensor([0, 4, 4, 19], dtype=torch.int32, device=device)
-    tokens = 23
-    cos, sin = packops.rope_table(24, tokens, device=device)
-    for dtype in (torch.bfloat16, torch.float32):
-        for shift in (0, 1, 3):
-            storage = torch.randn(tokens * 4 * 36 + 8, device=device).to(dtype)
-            both = storage[shift : shift + tokens * 4 * 36].view(tokens, 4, 36)
-            q, k = (x.detach().requires_grad_() for x in (both[:, :3], both[:, 3:]))
-            for heads in ((1, 1), (3, 1)):
-                weights = [torch.ones(36 * h, device=device, dtype=dtype, requires_grad=True) for h in heads]
-                out = packops.apply_qk_norm_rope(q, k, *weights, cos, sin, eps=1e-6, rotary_offset=6, cu_seqlens=documents)
-                torch.autograd.backward(out, [torch.ones_like(o) for o in out])
-            yield f"{dtype}, offset {shift}"
-    for dim in (64, 512):  # aligned rows: the widest vectors; 512 is normalised by a whole block
-        q = torch.randn(tokens, 5, dim, device=device).bfloat16().requires_grad_()
-        weight = torch.ones(dim, device=device, dtype=torch.bfloat16, requires_grad=True)
-        table = packops.rope_table(dim, tokens, device=device)
-        packops.apply_qk_norm_rope(q, None, weight, None, *table, eps=1e-6, cu_seqlens=documents)[0].sum().backward()
-        yield f"head_dim {dim}"
-
-
-def run_cases(device: torch.device) -> int:
-    """Run them all; the exit status."""
-    torch.manual_seed(0)
-    count = 0
-    for function in CASES:
-        for name in function(device):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            print(f"case {function.__name__}: {name}", flush=True)
-            count += 1
-    where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
-    print(f"{count} cases ran on {where}", flush=True)
-    return 0 if count else 1
-
-
-@cases
 def rope_misaligned(device: torch.device) -> Iterator[str]:
     """Rows that start at any element, every kind of position, and blocks of every kernel configuration."""
     cos, sin = packops.rope_table(24, 30, device=device)

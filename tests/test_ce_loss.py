@@ -102,7 +102,9 @@ def test_shift_equals_masked_labels(device):
     torch.testing.assert_close(shifted, packops.cross_entropy(logits, targets), rtol=0, atol=0)
     first_masked = ids.clone()
     first_masked[[0, 5, 6]] = -100  # a collator's boundary mask changes nothing
-    torch.testing.assert_close(packops.cross_entropy(logits, first_masked, cu_seqlens=cu_seqlens, shift=True), shifted, rtol=0, atol=0)
+    torch.testing.assert_close(
+        packops.cross_entropy(logits, first_masked, cu_seqlens=cu_seqlens, shift=True), shifted, rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("vocab", [1, 2, 7, 8, 257, 1000, 4097, 32777, 50257])
@@ -154,9 +156,13 @@ def strided_views(device):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strided_logits(device, case, dtype):
     _, logits = list(strided_views(device))[case]
-    logits = logits.to(dtype) if dtype == torch.float32 else torch.empty_strided(
-        logits.shape, logits.stride(), dtype=dtype, device=device
-    ).copy_(logits) if case != 6 else logits.to(dtype)
+    logits = (
+        logits.to(dtype)
+        if dtype == torch.float32
+        else torch.empty_strided(logits.shape, logits.stride(), dtype=dtype, device=device).copy_(logits)
+        if case != 6
+        else logits.to(dtype)
+    )
     labels = torch.randint(0, logits.shape[-1], logits.shape[:-1], device=device)
     assert_close(*both(logits, labels, reduction="sum"), dtype)
 
@@ -247,7 +253,9 @@ def test_empty_and_tiny(device, shape, reduction):
     assert loss.shape == (shape[:-1] if reduction == "none" else ())
     assert logits.grad.shape == shape
     if math.prod(shape[:-1]):
-        torch.testing.assert_close(loss.sum(), F.cross_entropy(logits.reshape(-1, shape[-1]), labels.reshape(-1), reduction="sum"))
+        torch.testing.assert_close(
+            loss.sum(), F.cross_entropy(logits.reshape(-1, shape[-1]), labels.reshape(-1), reduction="sum")
+        )
 
 
 def test_no_documents(device):
@@ -316,7 +324,7 @@ def test_double_backward_is_refused(device):
     logits = torch.randn(3, 5, device=device, requires_grad=True)
     loss = packops.cross_entropy(logits, torch.zeros(3, dtype=torch.int64, device=device))
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
         grad.sum().backward()
 
 
@@ -346,8 +354,11 @@ def test_num_items_of_every_type(device, reduction):
     logits, labels = torch.randn(8, 9, device=device), torch.randint(0, 9, (8,), device=device)
     cu_seqlens = torch.tensor([0, 3, 8], device=device)
     expected = reference.cross_entropy(logits, labels, cu_seqlens=cu_seqlens, reduction=reduction, num_items=7).float()
-    tensors = [torch.tensor(7, dtype=t, device=d) for t in (torch.int32, torch.int64, torch.float32, torch.float64, torch.bfloat16, torch.uint8)
-               for d in {torch.device("cpu"), device}]
+    tensors = [
+        torch.tensor(7, dtype=t, device=d)
+        for t in (torch.int32, torch.int64, torch.float32, torch.float64, torch.bfloat16, torch.uint8)
+        for d in {torch.device("cpu"), device}
+    ]
     for num_items in (7, 7.0, *tensors, torch.tensor([7], device=device)):
         loss = packops.cross_entropy(logits, labels, cu_seqlens=cu_seqlens, reduction=reduction, num_items=num_items)
         torch.testing.assert_close(loss, expected)
@@ -380,19 +391,23 @@ def test_statistics(device):
         loss, stats = packops.cross_entropy(logits, labels, **arguments, return_stats=True)
         torch.testing.assert_close(loss, packops.cross_entropy(logits, labels, **arguments))
         counted = (labels != -100) & (torch.arange(10, device=device) < 9)
-        x = (40 * torch.tanh(logits.detach().double() / 40))
+        x = 40 * torch.tanh(logits.detach().double() / 40)
         p = x.softmax(-1)
         token = F.cross_entropy(x, labels, reduction="none")
         assert stats.num_tokens == 8
         assert stats.num_sequences == 2
         torch.testing.assert_close(stats.lse.double(), torch.where(counted, x.logsumexp(-1), 0.0))
-        torch.testing.assert_close(stats.entropy.double(), torch.where(counted, -(p * p.log()).nan_to_num().sum(-1), 0.0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            stats.entropy.double(), torch.where(counted, -(p * p.log()).nan_to_num().sum(-1), 0.0), rtol=1e-5, atol=1e-5
+        )
         assert stats.prediction.tolist() == torch.where(counted, x.argmax(-1), -1).tolist()
         assert stats.prediction[4] == 30
         assert stats.correct.tolist() == (counted & (x.argmax(-1) == labels)).tolist()
         expected = [token[[0, 1]], token[:0], token[3:9]]
         combine = (lambda t: t.sum()) if reduction == "seq-mean-token-sum" else (lambda t: t.mean() if t.numel() else t.sum())
-        torch.testing.assert_close(stats.sequence_loss.double(), torch.stack([combine(t) for t in expected]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            stats.sequence_loss.double(), torch.stack([combine(t) for t in expected]), rtol=1e-5, atol=1e-5
+        )
         assert not any(s.requires_grad for s in stats)
     loss.sum().backward()
     assert logits.grad.isfinite().all()
@@ -473,7 +488,9 @@ def test_bad_label(device):
         finally:
             packops.checks(False)
     ignored = torch.tensor([1, 5, 5, 3], device=device)
-    torch.testing.assert_close(packops.cross_entropy(logits, ignored, ignore_index=5), F.cross_entropy(logits, ignored, ignore_index=5))
+    torch.testing.assert_close(
+        packops.cross_entropy(logits, ignored, ignore_index=5), F.cross_entropy(logits, ignored, ignore_index=5)
+    )
 
 
 def test_bad_cu_seqlens(device):
@@ -519,7 +536,7 @@ def bad_arguments(device):
 @pytest.mark.parametrize("case", range(18))
 @pytest.mark.parametrize("entry", ["function", "op"])
 def test_bad_arguments_are_named(device, case, entry):
-    for (args, kwargs, error, message) in itertools.islice(bad_arguments(device), case, None, 18):
+    for args, kwargs, error, message in itertools.islice(bad_arguments(device), case, None, 18):
         call = packops.cross_entropy if entry == "function" else torch.ops.packops.cross_entropy
         with pytest.raises(error, match=message):
             call(*args, **kwargs)
@@ -546,7 +563,9 @@ def test_opcheck(device, options):
     torch.library.opcheck(ops.cross_entropy.default, (logits.clone().requires_grad_(), labels), arguments)
     torch.library.opcheck(ops.cross_entropy_stats.default, (logits.clone().requires_grad_(), labels), arguments)
     for stats in (False, True):
-        torch.library.opcheck(ops._cross_entropy_forward.default, (logits, labels), {**arguments, "with_grad": True, "with_stats": stats})
+        torch.library.opcheck(
+            ops._cross_entropy_forward.default, (logits, labels), {**arguments, "with_grad": True, "with_stats": stats}
+        )
         torch.library.opcheck(ops._cross_entropy_forward_.default, (logits.clone(), labels), {**arguments, "with_stats": stats})
     loss, grad, floats, ints, *_ = ops._cross_entropy_forward(logits, labels, **arguments, with_grad=True)
     maths = {k: v for k, v in arguments.items() if k in ("class_weight", "label_smoothing", "z_loss", "softcap")}
@@ -569,7 +588,9 @@ def test_gradcheck(options, reduction):
 def test_compiles_whole_with_dynamic_shapes(device, reduction):
     def model(hidden, weight, labels, cu_seqlens):
         logits = hidden @ weight.t()
-        loss, stats = packops.cross_entropy(logits, labels, cu_seqlens=cu_seqlens, shift=True, reduction=reduction, return_stats=True)
+        loss, stats = packops.cross_entropy(
+            logits, labels, cu_seqlens=cu_seqlens, shift=True, reduction=reduction, return_stats=True
+        )
         return packops.cross_entropy(logits, labels).mul(0.5) + loss.sum(), stats.lse
 
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
@@ -628,9 +649,13 @@ def test_bitwise_determinism(device, reduction):
     cu_seqlens = torch.linspace(0, rows, 14, device=device).int()
     results = set()
     for _ in range(10):
-        loss = packops.cross_entropy(logits, labels, ignore_index=-1, cu_seqlens=cu_seqlens, reduction=reduction, token_weight=weight)
+        loss = packops.cross_entropy(
+            logits, labels, ignore_index=-1, cu_seqlens=cu_seqlens, reduction=reduction, token_weight=weight
+        )
         (grad,) = torch.autograd.grad(loss.sum(), logits)
-        results.add((loss.detach().double().sum().item(), grad.double().sum().item(), hash(grad[:50].float().cpu().numpy().tobytes())))
+        results.add(
+            (loss.detach().double().sum().item(), grad.double().sum().item(), hash(grad[:50].float().cpu().numpy().tobytes()))
+        )
     assert len(results) == 1
 
 
@@ -645,7 +670,11 @@ def test_many_rows_take_the_tiled_preparation():
     logits = torch.randn(rows, vocab, device=device)
     labels = torch.randint(0, vocab, (rows,), device=device)
     labels[torch.rand(rows, device=device) < 0.6] = -100
-    bounds = torch.cat([torch.tensor([0]), torch.randint(1, rows - 5, (500,)).sort().values, torch.tensor([rows - 3])]).int().to(device)
+    bounds = (
+        torch.cat([torch.tensor([0]), torch.randint(1, rows - 5, (500,)).sort().values, torch.tensor([rows - 3])])
+        .int()
+        .to(device)
+    )
     for reduction in reference.REDUCTIONS:
         arguments = {"cu_seqlens": bounds, "shift": True, "reduction": reduction, "token_weight": torch.rand(rows, device=device)}
         on_gpu = logits.clone().requires_grad_()
@@ -653,7 +682,10 @@ def test_many_rows_take_the_tiled_preparation():
         loss.sum().backward()
         on_cpu = logits.cpu().requires_grad_()
         expected, cpu_stats = packops.cross_entropy(
-            on_cpu, labels.cpu(), **{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()}, return_stats=True
+            on_cpu,
+            labels.cpu(),
+            **{k: v.cpu() if isinstance(v, torch.Tensor) else v for k, v in arguments.items()},
+            return_stats=True,
         )
         expected.sum().backward()
         torch.testing.assert_close(loss.cpu(), expected, rtol=1e-5, atol=1e-5)
@@ -692,7 +724,9 @@ def test_cuda_graph_replays_with_other_data(vocab):
     num_items = torch.tensor(2.0, device="cuda")
 
     def step():
-        loss = packops.cross_entropy(logits, labels, cu_seqlens=cu_seqlens, shift=True, reduction="seq-mean-token-mean", num_items=num_items)
+        loss = packops.cross_entropy(
+            logits, labels, cu_seqlens=cu_seqlens, shift=True, reduction="seq-mean-token-mean", num_items=num_items
+        )
         return loss, torch.autograd.grad(loss, logits)[0]
 
     stream = torch.cuda.Stream()

@@ -23,10 +23,12 @@ __device__ __forceinline__ void barrier_arrive(MBarrier* barrier) {
 }
 // Arrive, and expect that many more bytes in this phase.
 __device__ __forceinline__ void barrier_expect(MBarrier* barrier, uint32_t bytes) {
-  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)), "r"(bytes)
+  asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
+               "r"(bytes)
                : "memory");
 }
-inline constexpr uint32_t kSuspend = 10'000'000;  // ns that a waiting thread may sleep: polling would take issue slots from others
+inline constexpr uint32_t kSuspend =
+    10'000'000;  // ns that a waiting thread may sleep: polling would take issue slots from others
 // Wait until the phase of that parity has completed.
 __device__ __forceinline__ void barrier_wait(MBarrier* barrier, uint32_t parity) {
   asm volatile(
@@ -58,7 +60,8 @@ __device__ __forceinline__ void barrier_wait_cluster(MBarrier* barrier, uint32_t
 
 // Global to shared; both 16-byte aligned, bytes a multiple of 16. Completion is reported to the barrier.
 __device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, MBarrier* barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared_address(destination)),
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(destination)),
                "l"(source), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }

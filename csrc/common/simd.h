@@ -63,8 +63,8 @@ inline half_t from_float<half_t>(float x) {
   uint32_t u = bits_of(x), sign = (u >> 16) & 0x8000, magnitude = u & 0x7fffffff;
   if (magnitude > 0x7f800000) return half_t{uint16_t(sign | 0x7e00)};
   if (magnitude >= 0x477ff000) return half_t{uint16_t(sign | 0x7c00)};  // 65520 and above round to infinity
-  if (magnitude < 0x38800000) {                                          // below 2^-14: subnormal, rounded by an addition
-    float shifted = float_of(magnitude) + float_of(0x3f000000);          // 0.5 has an ulp of 2^-24
+  if (magnitude < 0x38800000) {                                         // below 2^-14: subnormal, rounded by an addition
+    float shifted = float_of(magnitude) + float_of(0x3f000000);         // 0.5 has an ulp of 2^-24
     return half_t{uint16_t(sign | (bits_of(shifted) - 0x3f000000))};
   }
   uint32_t rebiased = magnitude - 0x38000000;

@@ -32,13 +32,15 @@ inline std::string shape_of(const Tensor& tensor) {
 
 inline std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
 
-inline const char* device_of(const Tensor& tensor) { return tensor.is_cuda() ? "cuda" : tensor.is_cpu() ? "cpu" : "another device"; }
+inline const char* device_of(const Tensor& tensor) {
+  return tensor.is_cuda() ? "cuda" : tensor.is_cpu() ? "cpu" : "another device";
+}
 
 }  // namespace packops
 
 // PACKOPS_CHECK(condition, ValueError, "cross_entropy: labels must ..., got ", x): one line a check. The message says which
 // argument, what it wants, what it got.
-#define PACKOPS_CHECK(condition, python_type, ...)                             \
-  do {                                                                         \
+#define PACKOPS_CHECK(condition, python_type, ...)                                    \
+  do {                                                                                \
     if (__builtin_expect(!(condition), 0)) packops::raise(#python_type, __VA_ARGS__); \
   } while (0)

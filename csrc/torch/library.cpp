@@ -5,10 +5,11 @@
 // Public ops carry plain names; those with a leading underscore are what Python's autograd formulas are made of.
 #include "torch/namespace.h"
 
-#define CE_LABELS                                                                                                    \
-  "Tensor labels, *, Tensor? cu_seqlens=None, bool shift=False, str reduction=\"mean\", Tensor? num_items=None, "    \
+#define CE_LABELS                                                                                                 \
+  "Tensor labels, *, Tensor? cu_seqlens=None, bool shift=False, str reduction=\"mean\", Tensor? num_items=None, " \
   "int ignore_index=-100, Tensor? token_weight=None, "
-#define CE_MATHS "Tensor? class_weight=None, float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, float logit_scale=1.0"
+#define CE_MATHS \
+  "Tensor? class_weight=None, float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, float logit_scale=1.0"
 
 #define CE_STATS "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss)"
 
@@ -19,20 +20,26 @@ PACKOPS_LIBRARY(m) {
         ", bool with_grad=False, bool with_stats=False) -> (Tensor loss, Tensor grad_logits, " CE_STATS);
   m.def("_cross_entropy_forward_(Tensor(a!) logits, " CE_LABELS CE_MATHS ", bool with_stats=False) -> (Tensor loss, " CE_STATS);
   m.def("_cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor floats, Tensor ints, *, " CE_MATHS ") -> Tensor");
-  m.def("_cross_entropy_backward_(Tensor(a!) grad_logits, Tensor grad_output, Tensor? logits, Tensor floats, Tensor ints, *, "
-        "bool holds_gradient=True, " CE_MATHS ") -> ()");
+  m.def(
+      "_cross_entropy_backward_(Tensor(a!) grad_logits, Tensor grad_output, Tensor? logits, Tensor floats, Tensor ints, *, "
+      "bool holds_gradient=True, " CE_MATHS ") -> ()");
 
   m.def("packed_metadata(Tensor cu_seqlens, SymInt total_tokens) -> (Tensor position_ids, Tensor seq_idx)");
-  m.def("packed_labels(Tensor labels, Tensor cu_seqlens, *, bool shift=True, int ignore_index=-100) -> (Tensor target, Tensor counts)");
+  m.def(
+      "packed_labels(Tensor labels, Tensor cu_seqlens, *, bool shift=True, int ignore_index=-100) -> (Tensor target, Tensor "
+      "counts)");
 
   // RoPE. _rope is rope without autograd, plus what the backward pass (transposed) and benchmarks (tuning) need.
   m.def(
-      "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, str? layout=None, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, bool mrope_interleaved=False, "
+      "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, str? "
+      "layout=None, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, bool "
+      "mrope_interleaved=False, "
       "bool per_token_table=False) -> (Tensor, Tensor?)");
   m.def(
       "_rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, str? layout=None, "
-      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, bool mrope_interleaved=False, "
+      "int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, bool "
+      "mrope_interleaved=False, "
       "bool per_token_table=False, bool transposed=False, int[]? tuning=None) -> (Tensor, Tensor?)");
   m.def(
       "rope_(Tensor(a!) q, Tensor(b!)? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, "
@@ -56,7 +63,8 @@ PACKOPS_LIBRARY(m) {
       "bool per_token_table=False) -> (Tensor, Tensor?)");
   m.def(
       "_qk_norm_rope_backward(Tensor q_grad, Tensor? k_grad, Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor cos, "
-      "Tensor sin, Tensor? position_ids, Tensor? cu_seqlens, float eps, bool zero_centered=False, str? layout=None, int? rotary_dim=None, "
+      "Tensor sin, Tensor? position_ids, Tensor? cu_seqlens, float eps, bool zero_centered=False, str? layout=None, int? "
+      "rotary_dim=None, "
       "int rotary_offset=0, bool interleaved=False, int[]? mrope_section=None, bool mrope_interleaved=False, "
       "bool per_token_table=False) -> (Tensor, Tensor?, Tensor, Tensor?)");
 }

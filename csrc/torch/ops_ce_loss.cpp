@@ -63,15 +63,17 @@ struct Options {
 };
 
 void check_same_device(const Tensor& logits, const Tensor& other, const char* name) {
-  PACKOPS_CHECK(other.is_cuda() == logits.is_cuda() && (!logits.is_cuda() || other.get_device_index() == logits.get_device_index()), ValueError, kOp,
-                ": ", name, " must be on the logits' device, got ", device_of(other), ":", other.get_device_index(), " and ", device_of(logits), ":",
-                logits.get_device_index());
+  PACKOPS_CHECK(
+      other.is_cuda() == logits.is_cuda() && (!logits.is_cuda() || other.get_device_index() == logits.get_device_index()),
+      ValueError, kOp, ": ", name, " must be on the logits' device, got ", device_of(other), ":", other.get_device_index(),
+      " and ", device_of(logits), ":", logits.get_device_index());
 }
 
 const float* float_weights(const OptionalTensor& weight, const Tensor& logits, int64_t numel, const char* name, Tensor& holder) {
   if (!weight) return nullptr;
   check_same_device(logits, *weight, name);
-  PACKOPS_CHECK(weight->numel() == numel, ValueError, kOp, ": ", name, " must have ", numel, " elements, got shape ", shape_of(*weight));
+  PACKOPS_CHECK(weight->numel() == numel, ValueError, kOp, ": ", name, " must have ", numel, " elements, got shape ",
+                shape_of(*weight));
   const DType dtype = kernel_dtype(*weight, kOp, name);
   PACKOPS_CHECK(!is_index(dtype), TypeError, kOp, ": ", name, " must be floating point, got ", dtype_of(*weight));
   holder = torch::stable::contiguous(dtype == DType::f32 ? *weight : torch::stable::to(*weight, ScalarType::Float));
@@ -85,17 +87,20 @@ CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor&
   p.vocab = logits.size(logits.dim() - 1);
   p.rows = 1;
   for (int64_t i = 0; i + 1 < logits.dim(); i++) p.rows *= logits.size(i);
-  PACKOPS_CHECK(p.vocab > 0 || p.rows == 0, ValueError, kOp, ": logits must have at least one class, got shape ", shape_of(logits));
+  PACKOPS_CHECK(p.vocab > 0 || p.rows == 0, ValueError, kOp, ": logits must have at least one class, got shape ",
+                shape_of(logits));
   PACKOPS_CHECK(p.vocab < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 classes, got ", p.vocab);
   PACKOPS_CHECK(p.rows < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 rows, got ", p.rows);
   p.logits_dtype = kernel_dtype(logits, kOp, "logits");
   PACKOPS_CHECK(!is_index(p.logits_dtype), TypeError, kOp, ": logits must be floating point, got ", dtype_of(logits));
-  PACKOPS_CHECK(p.logits_dtype != DType::f64 || !logits.is_cuda(), TypeError, kOp, ": float64 logits are supported on the CPU only");
+  PACKOPS_CHECK(p.logits_dtype != DType::f64 || !logits.is_cuda(), TypeError, kOp,
+                ": float64 logits are supported on the CPU only");
 
-  PACKOPS_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, ValueError, kOp, ": label_smoothing must be in [0, 1], got ",
-                options.label_smoothing);
+  PACKOPS_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, ValueError, kOp,
+                ": label_smoothing must be in [0, 1], got ", options.label_smoothing);
   PACKOPS_CHECK(options.z_loss >= 0, ValueError, kOp, ": z_loss must not be negative, got ", options.z_loss);
-  PACKOPS_CHECK(!options.softcap || *options.softcap > 0, ValueError, kOp, ": softcap must be positive or None, got ", options.softcap.value_or(0));
+  PACKOPS_CHECK(!options.softcap || *options.softcap > 0, ValueError, kOp, ": softcap must be positive or None, got ",
+                options.softcap.value_or(0));
   PACKOPS_CHECK(options.logit_scale > 0, ValueError, kOp, ": logit_scale must be positive, got ", options.logit_scale);
   p.label_smoothing = float(options.label_smoothing);
   p.z_loss = float(options.z_loss);
@@ -109,7 +114,9 @@ Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, Scal
   return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
-ScalarType state_type(const Tensor& logits) { return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
+ScalarType state_type(const Tensor& logits) {
+  return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
 
 // Rows of the state tensors; python/packops/_register/ce_loss.py names the same ones.
 enum FloatState { kScale, kMax, kSum, kLoss, kFloatStates, kEntropy = kFloatStates, kFloatStatesWithStats };
@@ -131,7 +138,8 @@ void set_state(CeLossParams& p, const Tensor& floats, const Tensor& ints) {
 // num_items comes in any numeric dtype; the kernels read four of them.
 Tensor as_kernel_number(const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
-  const bool native = type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Int || type == ScalarType::Long;
+  const bool native =
+      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Int || type == ScalarType::Long;
   return native ? tensor : torch::stable::to(tensor, ScalarType::Float);
 }
 double host_number(const Tensor& tensor) {
@@ -147,10 +155,11 @@ double host_number(const Tensor& tensor) {
 // Names what is wrong in Python's terms. Only the CPU looks at the data; CUDA would have to wait for it.
 void raise_bad_data(const CeLossStatus& status, const CeLossParams& p) {
   if (status.error == CeLossError::bad_label)
-    raise("IndexError", kOp, ": label ", status.value, " at position ", status.index, " is outside [0, ", p.vocab, ") and is not ignore_index (", p.ignore_index, ")");
+    raise("IndexError", kOp, ": label ", status.value, " at position ", status.index, " is outside [0, ", p.vocab,
+          ") and is not ignore_index (", p.ignore_index, ")");
   if (status.error == CeLossError::bad_cu_seqlens)
-    raise("ValueError", kOp, ": cu_seqlens must start at 0, not decrease, and end at or before the number of rows (", p.rows, "), got cu_seqlens[", status.index,
-          "] = ", status.value);
+    raise("ValueError", kOp, ": cu_seqlens must start at 0, not decrease, and end at or before the number of rows (", p.rows,
+          "), got cu_seqlens[", status.index, "] = ", status.value);
 }
 
 void run_forward(CeLossParams& p, const Tensor& logits) {
@@ -171,8 +180,10 @@ void run_forward(CeLossParams& p, const Tensor& logits) {
 // Rows of a gradient must be written where they are; a copy would be lost.
 void set_grad(CeLossParams& p, const Tensor& grad) {
   const Tensor laid_out = with_layout(grad, grad.dim() - 1, true, p.grad_layout);
-  PACKOPS_CHECK(laid_out.data_ptr() == grad.data_ptr(), ValueError, kOp,
-                ": a gradient written in place needs a contiguous last dimension and at most two strided leading ones, got shape ", shape_of(grad));
+  PACKOPS_CHECK(
+      laid_out.data_ptr() == grad.data_ptr(), ValueError, kOp,
+      ": a gradient written in place needs a contiguous last dimension and at most two strided leading ones, got shape ",
+      shape_of(grad));
   p.grad = grad.data_ptr();
 }
 
@@ -188,17 +199,18 @@ struct ForwardInputs {
 };
 
 // loss, float state, int state, counts, sequence losses (the last two empty without statistics). grad: where the gradient goes (may be the logits), or nothing.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in, const OptionalTensor& grad, bool with_stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in,
+                                                                const OptionalTensor& grad, bool with_stats) {
   Tensor class_weight, token_weight;
   CeLossParams p = matrix_params(logits, in.options, class_weight);
   p.reduction = reduction_of(in.reduction);
 
   check_same_device(logits, in.labels, "labels");
-  PACKOPS_CHECK(in.labels.dim() == logits.dim() - 1 && in.labels.numel() == p.rows, ValueError, kOp, ": labels must have the logits' leading shape, got ",
-                shape_of(in.labels), " for logits ", shape_of(logits));
+  PACKOPS_CHECK(in.labels.dim() == logits.dim() - 1 && in.labels.numel() == p.rows, ValueError, kOp,
+                ": labels must have the logits' leading shape, got ", shape_of(in.labels), " for logits ", shape_of(logits));
   for (int64_t i = 0; i < in.labels.dim(); i++)
-    PACKOPS_CHECK(in.labels.size(i) == logits.size(i), ValueError, kOp, ": labels must have the logits' leading shape, got ", shape_of(in.labels),
-                  " for logits ", shape_of(logits));
+    PACKOPS_CHECK(in.labels.size(i) == logits.size(i), ValueError, kOp, ": labels must have the logits' leading shape, got ",
+                  shape_of(in.labels), " for logits ", shape_of(logits));
   p.labels_dtype = kernel_dtype(in.labels, kOp, "labels");
   PACKOPS_CHECK(is_index(p.labels_dtype), TypeError, kOp, ": labels must be int32 or int64, got ", dtype_of(in.labels));
   const Tensor labels = torch::stable::contiguous(in.labels);
@@ -211,9 +223,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   if (in.cu_seqlens) {
     check_same_device(logits, *in.cu_seqlens, "cu_seqlens");
     p.cu_seqlens_dtype = kernel_dtype(*in.cu_seqlens, kOp, "cu_seqlens");
-    PACKOPS_CHECK(is_index(p.cu_seqlens_dtype), TypeError, kOp, ": cu_seqlens must be int32 or int64, got ", dtype_of(*in.cu_seqlens));
-    PACKOPS_CHECK(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1, ValueError, kOp, ": cu_seqlens must have shape (documents + 1,), got ",
-                  shape_of(*in.cu_seqlens));
+    PACKOPS_CHECK(is_index(p.cu_seqlens_dtype), TypeError, kOp, ": cu_seqlens must be int32 or int64, got ",
+                  dtype_of(*in.cu_seqlens));
+    PACKOPS_CHECK(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1, ValueError, kOp,
+                  ": cu_seqlens must have shape (documents + 1,), got ", shape_of(*in.cu_seqlens));
     cu_seqlens = torch::stable::contiguous(*in.cu_seqlens);
     p.cu_seqlens = cu_seqlens.data_ptr();
     p.documents = cu_seqlens.numel() - 1;
@@ -224,9 +237,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
 
   Tensor num_items;
   if (in.num_items) {
-    PACKOPS_CHECK(p.reduction != Reduction::none && p.reduction != Reduction::sum, ValueError, kOp, ": num_items replaces the denominator of a mean, but reduction is '",
-                  in.reduction, "'");
-    PACKOPS_CHECK(in.num_items->numel() == 1, ValueError, kOp, ": num_items must hold one number, got shape ", shape_of(*in.num_items));
+    PACKOPS_CHECK(p.reduction != Reduction::none && p.reduction != Reduction::sum, ValueError, kOp,
+                  ": num_items replaces the denominator of a mean, but reduction is '", in.reduction, "'");
+    PACKOPS_CHECK(in.num_items->numel() == 1, ValueError, kOp, ": num_items must hold one number, got shape ",
+                  shape_of(*in.num_items));
     p.has_num_items = true;
     if (in.num_items->is_cpu()) {
       p.num_items_value = host_number(*in.num_items);
@@ -243,8 +257,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   Tensor ints = new_tensor(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
   Tensor counts = new_tensor(logits, {with_stats ? 2 : 0}, ScalarType::Long);
   Tensor sequence_loss = new_tensor(logits, {with_stats ? p.documents : 0}, state);
-  Tensor loss = p.reduction == Reduction::none ? torch::stable::new_empty(logits, in.labels.sizes(), state)
-                                               : torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef{}, state);
+  Tensor loss = p.reduction == Reduction::none
+                    ? torch::stable::new_empty(logits, in.labels.sizes(), state)
+                    : torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef{}, state);
   set_state(p, floats, ints);
   if (with_stats) {
     p.counts = static_cast<int64_t*>(counts.data_ptr());
@@ -259,45 +274,71 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   return {loss, floats, ints, counts, sequence_loss};
 }
 
-Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction, OptionalTensor num_items,
-                     int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing, double z_loss,
-                     std::optional<double> softcap, double logit_scale) {
+Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+                     OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
+                     double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
   return std::get<0>(forward_into(logits,
-                                  {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                                  {labels,
+                                   cu_seqlens,
+                                   shift,
+                                   reduction,
+                                   num_items,
+                                   ignore_index,
+                                   token_weight,
                                    {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
                                   std::nullopt, false));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
-                                                                       std::string reduction, OptionalTensor num_items, int64_t ignore_index,
-                                                                       OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
-                                                                       double z_loss, std::optional<double> softcap, double logit_scale) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(
+    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+    OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
+    double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
   return forward_into(logits,
-                      {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                      {labels,
+                       cu_seqlens,
+                       shift,
+                       reduction,
+                       num_items,
+                       ignore_index,
+                       token_weight,
                        {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
                       std::nullopt, true);
 }
 
 // The gradient's strides are the logits' where those are dense (as torch's own operations do), else contiguous.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
-                                                           std::string reduction, OptionalTensor num_items, int64_t ignore_index,
-                                                           OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing, double z_loss,
-                                                           std::optional<double> softcap, double logit_scale, bool with_grad, bool with_stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+    OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
+    double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale, bool with_grad, bool with_stats) {
   OptionalTensor grad;
   if (with_grad) grad = torch::stable::empty_like(logits);
   auto [loss, floats, ints, counts, sequence_loss] = forward_into(logits,
-                                                   {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
-                                                    {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
-                                                   grad, with_stats);
+                                                                  {labels,
+                                                                   cu_seqlens,
+                                                                   shift,
+                                                                   reduction,
+                                                                   num_items,
+                                                                   ignore_index,
+                                                                   token_weight,
+                                                                   {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
+                                                                  grad, with_stats);
   return {loss, grad ? *grad : new_tensor(logits, {0}, logits.scalar_type()), floats, ints, counts, sequence_loss};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
-                                                           OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight,
-                                                           OptionalTensor class_weight, double label_smoothing, double z_loss,
-                                                           std::optional<double> softcap, double logit_scale, bool with_stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& labels, OptionalTensor cu_seqlens,
+                                                                   bool shift, std::string reduction, OptionalTensor num_items,
+                                                                   int64_t ignore_index, OptionalTensor token_weight,
+                                                                   OptionalTensor class_weight, double label_smoothing,
+                                                                   double z_loss, std::optional<double> softcap,
+                                                                   double logit_scale, bool with_stats) {
   return forward_into(logits,
-                      {labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight,
+                      {labels,
+                       cu_seqlens,
+                       shift,
+                       reduction,
+                       num_items,
+                       ignore_index,
+                       token_weight,
                        {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
                       logits, with_stats);
 }
@@ -305,9 +346,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits
 void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output, const Tensor& floats, const Tensor& ints) {
   set_grad(p, grad);
   set_state(p, floats, ints);
-  PACKOPS_CHECK(grad_output.scalar_type() == state_type(grad), TypeError, kOp, ": grad_output must have the loss's dtype, got ", dtype_of(grad_output));
-  PACKOPS_CHECK(grad_output.numel() == 1 || grad_output.numel() == p.rows, ValueError, kOp, ": grad_output must have the loss's shape, got ",
-                shape_of(grad_output));
+  PACKOPS_CHECK(grad_output.scalar_type() == state_type(grad), TypeError, kOp, ": grad_output must have the loss's dtype, got ",
+                dtype_of(grad_output));
+  PACKOPS_CHECK(grad_output.numel() == 1 || grad_output.numel() == p.rows, ValueError, kOp,
+                ": grad_output must have the loss's shape, got ", shape_of(grad_output));
   const Tensor incoming = with_layout(grad_output, grad_output.dim(), false, p.grad_output_layout);
   p.grad_output = incoming.data_ptr();
   if (grad.is_cuda()) {
@@ -320,8 +362,9 @@ void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output
   torch::stable::parallel_for(0, p.rows, 1, [&](int64_t begin, int64_t end) { ce_loss_backward_cpu(p, begin, end); });
 }
 
-Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints, OptionalTensor class_weight,
-                double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
+Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints,
+                OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap,
+                double logit_scale) {
   Tensor grad = torch::stable::empty_like(logits), weights;
   CeLossParams p = matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
   const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
@@ -332,8 +375,9 @@ Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& f
 
 // `grad` holds the gradient for grad_output = 1 and becomes that for grad_output: recomputed from the logits, or scaled where
 // they are gone. With holds_gradient = false it holds the logits, and they are overwritten.
-void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor logits, const Tensor& floats, const Tensor& ints, bool holds_gradient,
-                      OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
+void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor logits, const Tensor& floats, const Tensor& ints,
+                      bool holds_gradient, OptionalTensor class_weight, double label_smoothing, double z_loss,
+                      std::optional<double> softcap, double logit_scale) {
   Tensor weights;
   CeLossParams p = matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
   p.grad_holds_gradient = holds_gradient;

@@ -19,7 +19,8 @@ class CudaScope {
  public:
   explicit CudaScope(const Tensor& tensor) : guard_(tensor.get_device_index()) {
     void* stream = nullptr;
-    PACKOPS_CHECK(aoti_torch_get_current_cuda_stream != nullptr && aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
+    PACKOPS_CHECK(aoti_torch_get_current_cuda_stream != nullptr &&
+                      aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == 0,
                   RuntimeError, "no current CUDA stream for device ", tensor.get_device_index());
     stream_ = static_cast<cudaStream_t>(stream);
   }

@@ -45,7 +45,9 @@ def raise_bad_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int) -> None:
         )
 
 
-def raise_bad_rows(labels: Tensor, cu_seqlens: Tensor | None, target: Tensor, *, shift: bool, ignore_index: int, vocab: int) -> None:
+def raise_bad_rows(
+    labels: Tensor, cu_seqlens: Tensor | None, target: Tensor, *, shift: bool, ignore_index: int, vocab: int
+) -> None:
     """IndexError for a label that the cross-entropy kernel found outside [0, vocab)."""
     if cu_seqlens is not None:
         raise_bad_cu_seqlens("cross_entropy", cu_seqlens, labels.numel())

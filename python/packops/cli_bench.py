@@ -1,4 +1,7 @@
-"""``packops bench NAME``: runs ``bench/NAME.py`` of a checkout. Benchmarks and their peers are no part of an installed package."""
+"""``packops bench NAME``: runs ``bench/NAME.py`` of a checkout.
+
+Benchmarks and their peers are no part of an installed package.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ def benchmarks() -> dict[str, Path]:
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser("bench", help="measure the ops of this checkout against the peers that are installed", add_help=False)
+    parser = subparsers.add_parser(
+        "bench", help="measure the ops of this checkout against the peers that are installed", add_help=False
+    )
     parser.add_argument("name", nargs="?", choices=[*benchmarks()] or None, metavar="NAME", help=", ".join(benchmarks()))
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try: packops bench NAME --help")
     return parser
@@ -26,7 +31,9 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
 def main(arguments: argparse.Namespace) -> int:
     found = benchmarks()
     if not found:
-        print(f"packops bench: there is no {FOLDER}: benchmarks run from a checkout of packops, not from a wheel", file=sys.stderr)
+        print(
+            f"packops bench: there is no {FOLDER}: benchmarks run from a checkout of packops, not from a wheel", file=sys.stderr
+        )
         return 2
     if not arguments.name:
         print("usage: packops bench NAME [arguments]\n\n" + "\n".join(f"  {name}" for name in found))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ def documents_of(batch_shape: torch.Size, cu_seqlens: Tensor | None, device: tor
         bounds = list(range(0, rows + 1, length)) if length else [0]
     else:
         bounds = cu_seqlens.tolist()
-    for document, (begin, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for document, (begin, end) in enumerate(pairwise(bounds)):
         index[begin:end] = document
         if end > begin:
             is_last[end - 1] = True

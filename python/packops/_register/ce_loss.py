@@ -48,7 +48,9 @@ class CrossEntropyFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, ops: SimpleNamespace, logits: Tensor, labels: Tensor, options: dict[str, Any], with_stats: bool, inplace: bool):
+    def forward(
+        ctx: Any, ops: SimpleNamespace, logits: Tensor, labels: Tensor, options: dict[str, Any], with_stats: bool, inplace: bool
+    ):
         early = options["reduction"] != "none" and logits.dtype != torch.float16
         ctx.ops, ctx.early, ctx.inplace = ops, early, inplace
         ctx.maths = {name: options[name] for name in MATHS if name != "class_weight"}
