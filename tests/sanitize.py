@@ -260,6 +260,25 @@ def qk_norm_rope(device: torch.device) -> Iterator[str]:
 # The driver.
 
 
+def run_cases(device: torch.device) -> int:
+    """Run them all; the exit status."""
+    torch.manual_seed(0)
+    count = 0
+    for function in CASES:
+        for name in function(device):
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            print(f"case {function.__name__}: {name}", flush=True)
+            count += 1
+    where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
+    print(f"{count} cases ran on {where}", flush=True)
+    return 0 if count else 1
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# The driver.
+
+
 def run_tool(tool: str, log: Path) -> dict[str, int | float]:
     sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", "--print-limit=20"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
