@@ -21,7 +21,7 @@ CASE(a_chosen_kernel_fits_the_device) {
           CHECK(config.cluster >= 1 && config.cluster <= kMaxCluster && (config.cluster & (config.cluster - 1)) == 0);
           CHECK(config.stages >= 1 && config.stages <= kMaxStages);
           CHECK(config.shared_bytes <= device.shared_per_block);
-          CHECK(kResidentBlocks * (config.shared_bytes + 1024) <= device.shared_per_sm);  // 1 KiB of a block is the driver's
+          CHECK(resident_blocks(grad) * (config.shared_bytes + 1024) <= device.shared_per_sm);  // 1 KiB of a block is the driver's
           CHECK(config.shared_bytes >= config.stages * kChunkBytes + resident_overhead(config.cluster, kPartial));
           // What has to stay until the gradient is written fits into the ring, ends of a chunk included.
           if (grad) CHECK(vocab * bytes <= int64_t(config.cluster) * config.stages * kChunkBytes);
@@ -33,7 +33,7 @@ CASE(a_chosen_kernel_fits_the_device) {
 
 CASE(common_vocabularies_are_read_once_on_h100) {
   int cluster = 1;
-  for (int64_t vocab : {32000, 50304, 128256, 151936}) {
+  for (int64_t vocab : {32000, 50304, 128256, 151936, 262144}) {
     const CeLossConfig config = choose_ce_loss_config(vocab, 2, true, true, kPartial, kH100);
     CHECK(config.resident);
     CHECK(config.cluster >= cluster);  // never fewer blocks for a longer row
