@@ -198,7 +198,8 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
             num_items=num_items,
             ignore_index=batch.ignore_index,
         )
-        assert isinstance(value, Tensor)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"packops.verify: expected a tensor, got {type(value).__name__}")
         return value
 
     return loss
