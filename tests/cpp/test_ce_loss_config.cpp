@@ -21,7 +21,8 @@ CASE(a_chosen_kernel_fits_the_device) {
           CHECK(config.cluster >= 1 && config.cluster <= kMaxCluster && (config.cluster & (config.cluster - 1)) == 0);
           CHECK(config.stages >= 1 && config.stages <= kMaxStages);
           CHECK(config.shared_bytes <= device.shared_per_block);
-          CHECK(resident_blocks(grad) * (config.shared_bytes + 1024) <= device.shared_per_sm);  // 1 KiB of a block is the driver's
+          CHECK(resident_blocks(grad) * (config.shared_bytes + 1024) <=
+                device.shared_per_sm);  // 1 KiB of a block is the driver's
           CHECK(config.shared_bytes >= config.stages * kChunkBytes + resident_overhead(config.cluster, kPartial));
           // What has to stay until the gradient is written fits into the ring, ends of a chunk included.
           if (grad) CHECK(vocab * bytes <= int64_t(config.cluster) * config.stages * kChunkBytes);
