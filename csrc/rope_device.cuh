@@ -173,9 +173,10 @@ struct RopeCoefficients {
 
   // Turns the pairs of both vectors. Where the table has no row: NaN, or a gradient of 0.
   __device__ void turn(const RopeParams& p, float (&a)[W], float (&b)[W]) const {
+    // Spelled out, so that vectors of every width fuse the same product and give the same bits.
     auto pair = [&](float& x, float& y, int j) {
-      const float turned = x * cos[j] - y * sin[j];
-      y = y * cos[j] + x * sin[j];
+      const float turned = __fmaf_rn(x, cos[j], -__fmul_rn(y, sin[j]));
+      y = __fmaf_rn(y, cos[j], __fmul_rn(x, sin[j]));
       x = turned;
     };
     if (bad) {

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 import packops
 from packops import PackedBatch, PackedBatchSampler, PackingCollator
+from ranks import run_ranks
 
 REDUCTIONS = ["mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
@@ -107,34 +108,29 @@ def loss_of(model, batch: PackedBatch, reduction, num_items=None):
     )
 
 
-def train_one_step(rank, world_size, store, reduction_grads):
+def train_one_step(rank, world_size, reduction_grads):
     """Every pack of the epoch is one micro-batch of one step, on ranks whose token counts differ."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world_size)
-    try:
-        documents = make_documents()
-        sampler = PackedBatchSampler(LENGTHS, 32, balance="none")
-        assert (sampler.rank, sampler.world_size) == (rank, world_size)
-        batches = [PackingCollator(pad_to_multiple_of=8)([documents[i] for i in batch]) for batch in sampler]
-        for gradients, reduction in itertools.product(["mean", "sum"], REDUCTIONS):
-            model = make_model()
-            parallel = torch.nn.parallel.DistributedDataParallel(model)
-            num_items = packops.loss_normalizer(batches, reduction=reduction, gradients=gradients)
-            for number, batch in enumerate(batches):
-                is_last = number == len(batches) - 1
-                parallel.require_backward_grad_sync = is_last
-                loss_of(parallel, batch, reduction, num_items).backward()
-            for parameter, expected in zip(model.parameters(), reduction_grads[reduction], strict=True):
-                grad = parameter.grad if gradients == "mean" else parameter.grad * world_size  # DDP took the mean
-                torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
-        counts = [None] * world_size
-        dist.all_gather_object(counts, sum(batch.num_items for batch in batches))
-        assert len(set(counts)) > 1, "the ranks must differ for this test to mean something"
-        alone = dist.new_group([0])
-        if rank == 0:
-            assert packops.loss_normalizer(batches, group=alone) == counts[0]
-    finally:
-        dist.destroy_process_group()
+    documents = make_documents()
+    sampler = PackedBatchSampler(LENGTHS, 32, balance="none")
+    assert (sampler.rank, sampler.world_size) == (rank, world_size)
+    batches = [PackingCollator(pad_to_multiple_of=8)([documents[i] for i in batch]) for batch in sampler]
+    for gradients, reduction in itertools.product(["mean", "sum"], REDUCTIONS):
+        model = make_model()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        num_items = packops.loss_normalizer(batches, reduction=reduction, gradients=gradients)
+        for number, batch in enumerate(batches):
+            is_last = number == len(batches) - 1
+            parallel.require_backward_grad_sync = is_last
+            loss_of(parallel, batch, reduction, num_items).backward()
+        for parameter, expected in zip(model.parameters(), reduction_grads[reduction], strict=True):
+            grad = parameter.grad if gradients == "mean" else parameter.grad * world_size  # DDP took the mean
+            torch.testing.assert_close(grad, expected, rtol=1e-10, atol=1e-12)
+    counts = [None] * world_size
+    dist.all_gather_object(counts, sum(batch.num_items for batch in batches))
+    assert len(set(counts)) > 1, "the ranks must differ for this test to mean something"
+    alone = dist.new_group([0])
+    if rank == 0:
+        assert packops.loss_normalizer(batches, group=alone) == counts[0]
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
@@ -145,5 +141,4 @@ def test_data_parallel_gives_the_gradient_of_one_process(world_size, tmp_path):
         model = make_model()
         loss_of(model, everything, reduction).backward()
         grads[reduction] = [parameter.grad for parameter in model.parameters()]
-    store = f"file://{tmp_path}/store"
-    torch.multiprocessing.spawn(train_one_step, (world_size, store, grads), nprocs=world_size)
+    run_ranks(world_size, tmp_path, train_one_step, world_size, grads)
