@@ -106,12 +106,14 @@ py::dict rope_launch(int64_t tokens, int64_t q_heads, int64_t k_heads, int head_
   result["width"] = launch.width;
   result["unroll"] = launch.unroll;
   result["lanes"] = launch.lanes;
-  result["items_per_block"] = launch.items_per_block;
-  result["chunks"] = launch.chunks;
+  result["slots"] = launch.slots;
+  result["lanes_per_block"] = launch.lanes_per_block;
+  result["lane_chunks"] = launch.lane_chunks;
+  result["slots_per_block"] = launch.slots_per_block;
+  result["slot_chunks"] = launch.slot_chunks;
   result["tokens_per_block"] = launch.tokens_per_block;
   result["token_inner"] = launch.token_inner;
-  result["threads"] = launch.threads;
-  result["blocks"] = launch.blocks;
+  result["token_blocks"] = launch.token_blocks;
   return result;
 }
 

@@ -5,7 +5,7 @@
 // than stored. Weight gradients: each block keeps fp32 sums of its tokens and leaves them as one row of partials; a second, tiny
 // kernel adds the rows in a fixed order. No atomics, so the same bits at every run.
 //
-// Layout: see qk_norm_rope_launch.h.
+// Layout: see qk_norm_rope_launch.h. The forward kernel is the one of rope.cu with a sum over the threads of a head in the middle.
 #include "qk_norm_rope.h"
 
 #include "common/device.cuh"
@@ -30,15 +30,6 @@ __device__ inline Job job_of(const QkNormRopeParams& p, const QkNormRopeLaunch& 
           launch.k_blocks};
 }
 
-template <typename T>
-__device__ inline const T* head_in(const RopeHeads& side, RopeToken at, int head) {
-  return static_cast<const T*>(side.in) + at.batch * side.in_batch + at.token * side.in_token + head * side.in_head;
-}
-template <typename T>
-__device__ inline T* head_out(const RopeHeads& side, RopeToken at, int head) {
-  return static_cast<T*>(side.out) + at.batch * side.out_batch + at.token * side.out_token + head * side.out_head;
-}
-
 template <int W>
 __device__ inline void load_weight(const QkNormRopeParams& p, const void* weight, int64_t i, float (&w)[W]) {
   load_row(weight, p.weight_dtype, i, w);
@@ -61,11 +52,83 @@ __device__ inline float group_sum(float x, int group) {
   return x;
 }
 
-// ---- Narrow: one head in the registers of one group of threads.
+// ---- Narrow: one head in the registers of one group of threads of a warp.
 
-template <typename T, bool kInterleaved, bool kBackward, int kUnroll>
+template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
+__global__ void __launch_bounds__(kRopeMostThreads)
+    QkNormRopeForwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RopeLaunch launch,
+                            const int64_t first_batch) {
+  extern __shared__ int64_t start_of[];  // of each token of the block, with cu_seqlens
+  const RopeParams& rope = p.rope;
+  const int lane = threadIdx.x, group = launch.lanes_per_block;
+  const int local = launch.token_inner ? threadIdx.y : threadIdx.z;
+  const int slot = blockIdx.y * launch.slots_per_block + (launch.token_inner ? threadIdx.z : threadIdx.y);
+  const int64_t first = int64_t(blockIdx.x) * launch.tokens_per_block;
+  const RopeToken at{first_batch + blockIdx.z, first + local};
+  const bool active = at.token < rope.tokens && slot < launch.slots && lane < launch.lanes;
+  RopePositionId<kMrope> id;
+  if (active) id.ask(rope, at);
+  const RopeLane place = rope_lane<W, kInterleaved>(rope, min(lane, launch.lanes - 1), launch.lanes);
+  const int q_heads = int(rope.q.heads), heads = q_heads + int(rope.k.heads);
+  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);
+
+  Vec<T, W> xa[kUnroll], xb[kUnroll];
+#pragma unroll
+  for (int u = 0; u < kUnroll; u++) {
+    xa[u].fill(0.f);
+    xb[u].fill(0.f);
+    const int head = slot + u * launch.slots;
+    if (active && head < heads) {
+      const T* x = head < q_heads ? head_in<T>(rope.q, at, head) : head_in<T>(rope.k, at, head - q_heads);
+      xa[u].load_streaming(x + place.a);
+      if (place.has_b) xb[u].load_streaming(x + place.b);
+    }
+  }
+  if (rope.cu_seqlens) {
+    const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
+    find_documents(rope, at.batch * rope.tokens + first, launch.tokens_per_block, start_of, thread, launch.threads());
+    __syncthreads();
+  }
+  const int64_t position = active ? rope_position(rope, id, at, rope.cu_seqlens ? start_of[local] : 0) : kOutside;
+  const bool turns = place.turns && position != kOutside;
+  RopeCoefficients<W, kInterleaved, kMrope> coefficients;
+  if (turns) coefficients.load(rope, at, id, position, lane);
+
+#pragma unroll
+  for (int u = 0; u < kUnroll; u++) {
+    float a[W], b[W];
+    xa[u].to_floats(a);
+    xb[u].to_floats(b);
+    const float square = group_sum(dot(a, a) + dot(b, b), group) * inverse_dim;
+    const int head = slot + u * launch.slots;
+    if (active && head < heads) {
+      const bool is_q = head < q_heads;
+      T* y = is_q ? head_out<T>(rope.q, at, head) : head_out<T>(rope.k, at, head - q_heads);
+      if (position != kOutside) {
+        const float r = 1.f / sqrtf(square + eps);
+        const void* weight = is_q ? p.q_weight : p.k_weight;
+        float w[W];
+        load_weight(p, weight, place.a, w);
+#pragma unroll
+        for (int j = 0; j < W; j++) a[j] *= r * w[j];
+        if (place.has_b) {
+          load_weight(p, weight, place.b, w);
+#pragma unroll
+          for (int j = 0; j < W; j++) b[j] *= r * w[j];
+        }
+        if (turns) coefficients.turn(rope, a, b);
+        xa[u].from_floats(a);
+        xb[u].from_floats(b);
+      }
+      xa[u].store_streaming(y + place.a);
+      if (place.has_b) xb[u].store_streaming(y + place.b);
+    }
+  }
+}
+
+template <typename T, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(128, 5)
-    QkNormRopeNarrowKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
+    QkNormRopeBackwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   constexpr int W = 4;
   extern __shared__ int64_t start_of[];
   const Job job = job_of(p, launch);
@@ -90,6 +153,8 @@ __global__ void __launch_bounds__(128, 5)
     const int slot = int(unit % chunks) * slots_per_block + slot_in_chunk;
     const bool active = has_lane && local < tokens_per_block && t < tokens && slot < slots;
     const RopeToken at = active ? rope_token(rope, t) : RopeToken{0, 0};
+    RopePositionId<kMrope> id;
+    if (active) id.ask(rope, at);
 
     Vec<T, W> xa[kUnroll], xb[kUnroll], ga[kUnroll], gb[kUnroll];
 #pragma unroll
@@ -100,72 +165,61 @@ __global__ void __launch_bounds__(128, 5)
       gb[u].fill(0.f);
       const int head = slot + u * slots;
       if (active && head < heads) {
-        const T* x = head_in<T>(job.x, at, head);
+        const T *x = head_in<T>(job.x, at, head), *g = head_in<T>(job.grad, at, head);
         xa[u].load_streaming(x + place.a);
-        if (has_b) xb[u].load_streaming(x + place.b);
-        if constexpr (kBackward) {
-          const T* g = head_in<T>(job.grad, at, head);
-          ga[u].load_streaming(g + place.a);
-          if (has_b) gb[u].load_streaming(g + place.b);
+        ga[u].load_streaming(g + place.a);
+        if (has_b) {
+          xb[u].load_streaming(x + place.b);
+          gb[u].load_streaming(g + place.b);
         }
       }
     }
 
     if (rope.cu_seqlens) {
       __syncthreads();  // the previous unit's starts have been read
-      find_documents(rope, first, tokens_per_block, start_of);
+      find_documents(rope, first, tokens_per_block, start_of, threadIdx.x, launch.threads);
       __syncthreads();
     }
-    RopeCoefficients<W, kInterleaved> coefficients;
-    const int64_t position = active ? rope_position(rope, t, at, rope.cu_seqlens ? start_of[local] : 0) : kOutside;
+    RopeCoefficients<W, kInterleaved, kMrope> coefficients;
+    const int64_t position = active ? rope_position(rope, id, at, rope.cu_seqlens ? start_of[local] : 0) : kOutside;
     const bool turns = place.turns && position != kOutside;
-    if (turns) coefficients.load(rope, at, position, lane);
+    if (turns) coefficients.load(rope, at, id, position, lane);
 
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-      float a[W], b[W];
+      float a[W], b[W], ha[W], hb[W];
       xa[u].to_floats(a);
       xb[u].to_floats(b);
+      ga[u].to_floats(ha);
+      gb[u].to_floats(hb);
       const float square = group_sum(dot(a, a) + dot(b, b), launch.group) * inverse_dim;
       const int head = slot + u * slots;
       // Of what is no head of a document nothing may reach the weight's gradient, NaN and eps = 0 included.
       const bool counts = position != kOutside && head < heads;
       const float r = counts ? 1.f / sqrtf(square + eps) : 0.f;
-      if constexpr (kBackward) {
-        float ha[W], hb[W];
-        ga[u].to_floats(ha);
-        gb[u].to_floats(hb);
-        if (turns) coefficients.turn(rope, ha, hb);
-        // Here h becomes h w, after the weight's gradient h n has been taken.
+      if (turns) coefficients.turn(rope, ha, hb);
+      // Here h becomes h w, after the weight's gradient h n has been taken.
 #pragma unroll
-        for (int j = 0; j < W; j++) {
-          a[j] *= r;
-          b[j] *= r;
-          sum_a[j] += counts ? ha[j] * a[j] : 0.f;
-          sum_b[j] += counts ? hb[j] * b[j] : 0.f;
-          ha[j] *= weight_a[j];
-          hb[j] *= weight_b[j];
-        }
-        const float mean = group_sum(dot(ha, a) + dot(hb, b), launch.group) * inverse_dim;
+      for (int j = 0; j < W; j++) {
+        a[j] *= r;
+        b[j] *= r;
+        sum_a[j] += counts ? ha[j] * a[j] : 0.f;
+        sum_b[j] += counts ? hb[j] * b[j] : 0.f;
+        ha[j] *= weight_a[j];
+        hb[j] *= weight_b[j];
+      }
+      const float mean = group_sum(dot(ha, a) + dot(hb, b), launch.group) * inverse_dim;
 #pragma unroll
-        for (int j = 0; j < W; j++) {
-          a[j] = r * (ha[j] - a[j] * mean);
-          b[j] = r * (hb[j] - b[j] * mean);
-        }
-      } else {
-#pragma unroll
-        for (int j = 0; j < W; j++) {
-          a[j] *= r * weight_a[j];
-          b[j] *= r * weight_b[j];
-        }
-        if (turns) coefficients.turn(rope, a, b);
+      for (int j = 0; j < W; j++) {
+        a[j] = r * (ha[j] - a[j] * mean);
+        b[j] = r * (hb[j] - b[j] * mean);
       }
       if (active && head < heads) {
         T* y = head_out<T>(job.x, at, head);
         if (counts) {
           xa[u].from_floats(a);
           xb[u].from_floats(b);
-        } else if constexpr (kBackward) {
+        } else {
           xa[u] = ga[u];
           xb[u] = gb[u];
         }
@@ -175,24 +229,22 @@ __global__ void __launch_bounds__(128, 5)
     }
   }
 
-  if constexpr (kBackward) {
-    // The groups' sums, added in the order of the groups.
-    float* sums = reinterpret_cast<float*>(start_of);
-    __syncthreads();
-    if (has_lane) {
-      float* mine = sums + in_block * rope.head_dim;
+  // The groups' sums, added in the order of the groups.
+  float* sums = reinterpret_cast<float*>(start_of);
+  __syncthreads();
+  if (has_lane) {
+    float* mine = sums + in_block * rope.head_dim;
 #pragma unroll
-      for (int j = 0; j < W; j++) {
-        mine[place.a + j] = sum_a[j];
-        if (has_b) mine[place.b + j] = sum_b[j];
-      }
+    for (int j = 0; j < W; j++) {
+      mine[place.a + j] = sum_a[j];
+      if (has_b) mine[place.b + j] = sum_b[j];
     }
-    __syncthreads();
-    for (int i = threadIdx.x; i < rope.head_dim; i += blockDim.x) {
-      float total = 0.f;
-      for (int g = 0; g < groups; g++) total += sums[g * rope.head_dim + i];
-      job.partial[job.block * rope.head_dim + i] = total;
-    }
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < rope.head_dim; i += blockDim.x) {
+    float total = 0.f;
+    for (int g = 0; g < groups; g++) total += sums[g * rope.head_dim + i];
+    job.partial[job.block * rope.head_dim + i] = total;
   }
 }
 
@@ -216,7 +268,7 @@ __device__ inline float2 block_sum(float x, float y, float* scratch) {
   return {x, y};
 }
 
-template <typename T, int W, bool kInterleaved, bool kBackward>
+template <typename T, int W, bool kInterleaved, bool kMrope, bool kBackward>
 __global__ void __launch_bounds__(256)
     QkNormRopeWideKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   __shared__ float scratch[64];
@@ -245,12 +297,14 @@ __global__ void __launch_bounds__(256)
     const int64_t t = unit / domains;
     const int first_head = int(unit % domains) * domain_heads;
     const RopeToken at = rope_token(rope, t);
+    RopePositionId<kMrope> id;
+    id.ask(rope, at);
     if (rope.cu_seqlens) {
       __syncthreads();
-      find_documents(rope, t, 1, start_of);
+      find_documents(rope, t, 1, start_of, threadIdx.x, launch.threads);
       __syncthreads();
     }
-    const int64_t position = rope_position(rope, t, at, rope.cu_seqlens ? start_of[0] : 0);
+    const int64_t position = rope_position(rope, id, at, rope.cu_seqlens ? start_of[0] : 0);
     if (position == kOutside) {
       for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
         const int head = first_head + int(i / rope.head_dim), feature = int(i % rope.head_dim);
@@ -261,14 +315,14 @@ __global__ void __launch_bounds__(256)
 
     // One lane: x, the weight, and the turned-back gradient.
     RopeLane place;
-    RopeCoefficients<W, kInterleaved> coefficients;
+    RopeCoefficients<W, kInterleaved, kMrope> coefficients;
     float a[W], b[W], weight_a[W], weight_b[W], ha[W], hb[W];
     bool turns;
     auto load = [&](int item) {
       const int head = item / launch.lanes, lane = item % launch.lanes;
       place = rope_lane<W, kInterleaved>(rope, lane, launch.lanes);
       turns = place.turns;
-      if (turns) coefficients.load(rope, at, position, lane);
+      if (turns) coefficients.load(rope, at, id, position, lane);
       Vec<T, W> va, vb;
       vb.fill(0.f);
       const T* x = head_in<T>(job.x, at, first_head + head);
@@ -364,34 +418,47 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) WeightGradientKernel(co
 
 // ---- Launchers.
 
-template <typename T, int W, bool kInterleaved, bool kBackward>
-void launch_kernel(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
-  const dim3 grid(static_cast<unsigned>(launch.q_blocks + launch.k_blocks)), block(launch.threads);
-  if constexpr (W == 4) {
-    if (launch.narrow) {
-      const int groups = launch.threads / launch.group;
-      const int shared = kBackward ? groups * p.rope.head_dim * int(sizeof(float)) : groups * int(sizeof(int64_t));
-      const int needed = std::max(shared, groups * int(sizeof(int64_t)));
-      QkNormRopeNarrowKernel<T, kInterleaved, kBackward, kBackward ? 2 : 4><<<grid, block, needed, stream>>>(p, launch);
-      return;
-    }
+template <typename T, int W, bool kInterleaved, bool kMrope>
+void launch_forward(const QkNormRopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
+  if (launch.unroll == 2) launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 2>>(p, p.rope, launch, stream);
+  else launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 1>>(p, p.rope, launch, stream);
+}
+
+template <typename T, int W, bool kInterleaved, bool kMrope>
+void launch_wide(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
+  const unsigned blocks = unsigned(launch.q_blocks + launch.k_blocks);
+  if (backward) QkNormRopeWideKernel<T, W, kInterleaved, kMrope, true><<<blocks, launch.threads, 0, stream>>>(p, launch);
+  else QkNormRopeWideKernel<T, W, kInterleaved, kMrope, false><<<blocks, launch.threads, 0, stream>>>(p, launch);
+}
+
+template <typename T, bool kInterleaved, bool kMrope>
+void launch_backward(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
+  const int groups = launch.threads / launch.group;
+  const int shared = std::max(groups * p.rope.head_dim * int(sizeof(float)), groups * int(sizeof(int64_t)));
+  QkNormRopeBackwardKernel<T, kInterleaved, kMrope, 2>
+      <<<unsigned(launch.q_blocks + launch.k_blocks), launch.threads, shared, stream>>>(p, launch);
+}
+
+template <typename T, bool kInterleaved, bool kMrope>
+void launch_kernel(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
+  if (!launch.narrow) {
+    if (launch.width == 1) return launch_wide<T, 1, kInterleaved, kMrope>(p, launch, backward, stream);
+    return launch_wide<T, 4, kInterleaved, kMrope>(p, launch, backward, stream);
   }
-  QkNormRopeWideKernel<T, W, kInterleaved, kBackward><<<grid, block, 0, stream>>>(p, launch);
+  if (backward) return launch_backward<T, kInterleaved, kMrope>(p, launch, stream);
+  if constexpr (sizeof(T) == 2)
+    if (launch.forward.width == 8) return launch_forward<T, 8, kInterleaved, kMrope>(p, launch.forward, stream);
+  launch_forward<T, 4, kInterleaved, kMrope>(p, launch.forward, stream);
 }
 
-template <typename T, bool kInterleaved, bool kBackward>
-void launch_width(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
-  if (launch.width == 4) return launch_kernel<T, 4, kInterleaved, kBackward>(p, launch, stream);
-  return launch_kernel<T, 1, kInterleaved, kBackward>(p, launch, stream);
-}
-
-template <bool kBackward>
-void launch_dtype(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
-  dispatch_float<false>(p.rope.dtype, [&](auto type) {
-    using T = decltype(type);
-    if (p.rope.interleaved) launch_width<T, true, kBackward>(p, launch, stream);
-    else launch_width<T, false, kBackward>(p, launch, stream);
-  });
+template <typename T>
+void launch_pairs(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
+  const bool mrope = p.rope.mrope;
+  if (p.rope.interleaved)
+    return mrope ? launch_kernel<T, true, true>(p, launch, backward, stream)
+                 : launch_kernel<T, true, false>(p, launch, backward, stream);
+  return mrope ? launch_kernel<T, false, true>(p, launch, backward, stream)
+               : launch_kernel<T, false, false>(p, launch, backward, stream);
 }
 
 int element_size(const QkNormRopeParams& p) { return p.rope.dtype == DType::f32 ? 4 : 2; }
@@ -406,10 +473,8 @@ void qk_norm_rope_cuda_partials(QkNormRopeParams& p) {
 
 cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStream_t stream) {
   const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), multiprocessors(), backward);
-  if (launch.q_blocks + launch.k_blocks > 0) {
-    if (backward) launch_dtype<true>(p, launch, stream);
-    else launch_dtype<false>(p, launch, stream);
-  }
+  if (launch.q_blocks + launch.k_blocks > 0)
+    dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, backward, stream); });
   if (backward) {
     const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
     const dim3 grid(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns), p.k_weight ? 2 : 1),

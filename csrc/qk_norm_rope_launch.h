@@ -1,9 +1,10 @@
 // How qk_norm_rope.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
 //
-// q and k are two jobs of one launch: the first `q_blocks` blocks take q, the others k. Narrow: a head is at most 32 lanes (see
-// rope_launch.h), normalised by a `group` of threads of one warp with shuffles, everything in registers. Wide (longer or
-// misaligned heads, or a norm across heads): a block normalises one domain at a time, reading it twice, the second time from the
-// first-level cache.
+// Narrow: a head is at most 32 lanes (see rope_launch.h), normalised by a `group` of threads of one warp with shuffles, everything
+// in registers; forward on the grid of rope_launch.h, backward, which sums the weights' gradients, by blocks that stay. Wide
+// (longer or misaligned heads, or a norm across heads): a block normalises one domain at a time, reading it twice, the second time
+// from the first-level cache. But for narrow forward, q and k are two jobs of one launch: the first `q_blocks` blocks take q, the
+// others k.
 #pragma once
 
 #include <algorithm>
@@ -17,17 +18,32 @@ namespace packops {
 struct QkNormRopeLaunch {
   int width = 1, lanes = 1;
   bool narrow = true;
-  int unroll = 1;  // narrow: heads per thread
-  int group = 1;   // narrow: threads per head, a power of two
+  RopeLaunch forward;  // narrow
+  int unroll = 2;      // narrow backward: heads per thread
+  int group = 1;       // narrow backward: threads per head, a power of two
   int threads = 128;
   int64_t q_blocks = 0, k_blocks = 0;
 
-  // narrow, of one job
+  // narrow backward, of one job
   int slots(int64_t heads) const { return int((heads + unroll - 1) / unroll); }
   int slots_per_block(int64_t heads) const { return std::max(1, std::min(slots(heads), threads / group)); }
   int chunks(int64_t heads) const { return (slots(heads) + slots_per_block(heads) - 1) / slots_per_block(heads); }
   int tokens_per_block(int64_t heads) const { return threads / group / slots_per_block(heads); }
 };
+
+// As rope_launch.h would, but for whole warps of whole heads.
+inline RopeLaunch choose_norm_launch(const RopeParams& p, int element_size, int multiprocessors) {
+  RopeLaunch launch = choose_rope_launch(p, element_size, multiprocessors, 0, 256);
+  launch.unroll = std::min(launch.unroll, 2);
+  launch.slots = std::max(int((p.q.heads + p.k.heads + launch.unroll - 1) / launch.unroll), 1);
+  const auto power_of_two = [](int x) { return (x & (x - 1)) == 0; };
+  while (!power_of_two(launch.lanes_per_block)) launch.lanes_per_block++;
+  while (!power_of_two(launch.tokens_per_block)) launch.tokens_per_block--;
+  while (launch.threads() % 32) launch.slots_per_block++;
+  launch.token_blocks = (p.tokens + launch.tokens_per_block - 1) / launch.tokens_per_block;
+  launch.slot_chunks = (launch.slots + launch.slots_per_block - 1) / launch.slots_per_block;
+  return launch;
+}
 
 inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, int element_size, int multiprocessors,
                                                    bool backward) {
@@ -41,14 +57,14 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
     rope.k.in_head = p.k_grad.in_head;
     launch.width = std::min(launch.width, rope_vector_width(rope, element_size));
   }
-  // Four elements whatever the dtype: sines, cosines, weights and their gradients are floats in registers, eight of each per
-  // thread; with sixteen too few threads fit on a multiprocessor.
+  // Backward, four elements whatever the dtype: sines, cosines, weights and their gradients are floats in registers, eight of each
+  // per thread; with sixteen too few threads fit on a multiprocessor.
   launch.width = launch.width >= 4 ? 4 : 1;
   launch.lanes = rope.rotary_dim / 2 / launch.width + ((rope.head_dim - rope.rotary_dim) / launch.width + 1) / 2;
   launch.narrow = !p.across_heads && launch.lanes <= 32 && launch.width == 4;
   launch.threads = launch.narrow ? 128 : 256;
   while (launch.group < launch.lanes && launch.group < 32) launch.group *= 2;
-  launch.unroll = backward ? 2 : 4;
+  if (launch.narrow && !backward) launch.forward = choose_norm_launch(rope, element_size, multiprocessors);
 
   const int64_t tokens = rope.batch * rope.tokens;
   auto blocks = [&](int64_t heads) -> int64_t {

@@ -1,8 +1,11 @@
-// What rope.cu and qk_norm_rope.cu share on the device: positions, table rows, and the turning itself.
+// What rope.cu and qk_norm_rope.cu share on the device: positions, heads, table rows, the turning itself, and the launch.
 #pragma once
+
+#include <algorithm>
 
 #include "common/vec.cuh"
 #include "rope.h"
+#include "rope_launch.h"
 
 namespace packops {
 
@@ -62,8 +65,7 @@ constexpr int64_t kOutside = -1, kBad = -2;
 
 // The start of the document of token t, or kOutside. All lanes of a warp ask together about one t, and look in 32 places at a
 // time. Keeps cu[low] <= t < cu[high]; whatever cu_seqlens holds, only its entries are read.
-__device__ inline int64_t document_start(const RopeParams& p, int64_t t) {
-  const int lane = threadIdx.x % 32;
+__device__ inline int64_t document_start(const RopeParams& p, int64_t t, int lane) {
   auto bound = [&](int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); };
   if (t >= bound(p.num_documents) || t < bound(0)) return kOutside;
   int64_t low = 0, high = p.num_documents;
@@ -77,12 +79,14 @@ __device__ inline int64_t document_start(const RopeParams& p, int64_t t) {
   return bound(low);
 }
 
-// Fills start_of[0, count) for the tokens from `first` on; every thread of the block takes part. A barrier must follow.
-__device__ inline void find_documents(const RopeParams& p, int64_t first, int count, int64_t* start_of) {
+// Fills start_of[0, count) for the tokens from `first` on; all `threads` of the block take part. A barrier must follow.
+__device__ inline void find_documents(const RopeParams& p, int64_t first, int count, int64_t* start_of, int thread, int threads) {
   const int64_t last = p.batch * p.tokens - 1;
-  for (int i = threadIdx.x / 32; i < count; i += blockDim.x / 32) {
-    const int64_t start = document_start(p, first + i < last ? first + i : last);
-    if (threadIdx.x % 32 == 0) start_of[i] = start;
+  const int warps = threads / 32, warp = thread / 32, lane = thread % 32;
+  if (warp == warps) return;  // not a whole one
+  for (int i = warp; i < count; i += warps) {
+    const int64_t start = document_start(p, min(first + i, last), lane);
+    if (lane == 0) start_of[i] = start;
   }
 }
 
@@ -90,14 +94,38 @@ __device__ inline int64_t checked(const RopeParams& p, int64_t position) {
   return position >= 0 && position < p.table_rows ? position : kBad;
 }
 
-// The table row of token t (of the first axis for M-RoPE), kOutside or kBad. start: of its document, where there is cu_seqlens.
-__device__ inline int64_t rope_position(const RopeParams& p, int64_t t, RopeToken at, int64_t start) {
+// What position_ids say of a token, on each axis; asked for early and looked at late.
+template <bool kMrope>
+struct RopePositionId {
+  int64_t axis[kMrope ? 3 : 1];
+
+  __device__ void ask(const RopeParams& p, RopeToken at) {
+    if (!p.position_ids) return;
+    const int64_t i = at.batch * p.position_batch + at.token * p.position_token;
+    axis[0] = integer_at(p.position_ids, p.position_dtype, i);
+    if constexpr (kMrope) {
+      axis[1] = integer_at(p.position_ids, p.position_dtype, i + p.position_axis);
+      axis[2] = integer_at(p.position_ids, p.position_dtype, i + 2 * p.position_axis);
+    }
+  }
+};
+
+// The table row of a token (of the first axis for M-RoPE), kOutside or kBad. start: of its document, where there is cu_seqlens.
+template <bool kMrope>
+__device__ inline int64_t rope_position(const RopeParams& p, const RopePositionId<kMrope>& id, RopeToken at, int64_t start) {
   if (p.cu_seqlens && start == kOutside) return kOutside;
   if (p.per_token_table) return at.token;
-  if (p.mrope) return 0;  // read per axis
-  if (p.position_ids)
-    return checked(p, integer_at(p.position_ids, p.position_dtype, at.batch * p.position_batch + at.token * p.position_token));
-  return checked(p, p.cu_seqlens ? t - start : at.token);
+  if (p.position_ids) return checked(p, id.axis[0]);
+  return checked(p, p.cu_seqlens ? at.batch * p.tokens + at.token - start : at.token);
+}
+
+template <typename T>
+__device__ inline const T* head_in(const RopeHeads& side, RopeToken at, int head) {
+  return static_cast<const T*>(side.in) + at.batch * side.in_batch + at.token * side.in_token + head * side.in_head;
+}
+template <typename T>
+__device__ inline T* head_out(const RopeHeads& side, RopeToken at, int head) {
+  return static_cast<T*>(side.out) + at.batch * side.out_batch + at.token * side.out_token + head * side.out_head;
 }
 
 // ---- Lanes. A lane of a head is two vectors of W features. Half pairs are vectors R / 2 apart. Interleaved pairs lie inside
@@ -120,35 +148,37 @@ __device__ inline RopeLane rope_lane(const RopeParams& p, int lane, int lanes) {
   return {place(first), place(second), false, second < passing};
 }
 
-template <int W, bool kInterleaved>
+template <int W, bool kInterleaved, bool kMrope>
 struct RopeCoefficients {
   static constexpr int kRun = kInterleaved && W > 1 ? W / 2 : W;  // consecutive pairs
   float cos[W], sin[W];
   bool bad;
 
-  // position: neither kOutside nor, but for M-RoPE, a row that is not there.
-  __device__ void load(const RopeParams& p, RopeToken at, int64_t position, int lane) {
+  // position: not kOutside.
+  __device__ void load(const RopeParams& p, RopeToken at, const RopePositionId<kMrope>& id, int64_t position, int lane) {
     const int half = p.rotary_dim / 2, pair = lane * kRun;
     bad = position == kBad;
-    if (p.mrope) {
-      int64_t row[3];
-#pragma unroll
-      for (int axis = 0; axis < 3; axis++) {
-        const int64_t i = axis * p.position_axis + at.batch * p.position_batch + at.token * p.position_token;
-        row[axis] = checked(p, integer_at(p.position_ids, p.position_dtype, i));
-        bad |= row[axis] == kBad;
-      }
+    if constexpr (kMrope) {
+      const int64_t row[3] = {position, checked(p, id.axis[1]), checked(p, id.axis[2])};
+      bad |= row[1] == kBad || row[2] == kBad;
       if (bad) return;
+      // A vector of every axis, and of each pair what its axis says: cheaper than looking pairs up one by one.
 #pragma unroll
-      for (int j = 0; j < W; j++) {
-        const int i = j < kRun ? pair + j : half / 2 + pair + j - kRun;
-        const int axis = rope_mrope_axis(p, i);
-        const int64_t r = axis == 0 ? row[0] : axis == 1 ? row[1] : row[2];
-        float c[1], s[1];
-        load_row(p.cos, p.table_dtype, r * p.cos_row + i, c);
-        load_row(p.sin, p.table_dtype, r * p.sin_row + i, s);
-        cos[j] = c[0];
-        sin[j] = s[0];
+      for (int r = 0; r < W / kRun; r++) {
+        const int first = pair + r * (half / 2);
+#pragma unroll
+        for (int axis = 0; axis < 3; axis++) {
+          float c[kRun], s[kRun];
+          load_row(p.cos, p.table_dtype, row[axis] * p.cos_row + first, c);
+          load_row(p.sin, p.table_dtype, row[axis] * p.sin_row + first, s);
+#pragma unroll
+          for (int j = 0; j < kRun; j++) {
+            if (rope_mrope_axis(p, first + j) == axis) {
+              cos[r * kRun + j] = c[j];
+              sin[r * kRun + j] = s[j];
+            }
+          }
+        }
       }
     } else if (!bad) {
       const int64_t batch = p.per_token_table ? at.batch : 0;
@@ -195,5 +225,20 @@ struct RopeCoefficients {
     }
   }
 };
+
+// ---- Launching a kernel(params, launch, first batch row) over the grid of rope_launch.h.
+
+template <auto kKernel, typename Params>
+void launch_rope(const Params& params, const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
+  const int tokens = launch.tokens_per_block, slots = launch.slots_per_block;
+  const dim3 block(launch.lanes_per_block, launch.token_inner ? tokens : slots, launch.token_inner ? slots : tokens);
+  const int shared = p.cu_seqlens ? tokens * int(sizeof(int64_t)) : 0;
+  constexpr int64_t kMostBatch = 65535;
+  for (int64_t first = 0; first < p.batch; first += kMostBatch) {
+    const dim3 grid(unsigned(launch.token_blocks), launch.lane_chunks * launch.slot_chunks,
+                    unsigned(std::min(kMostBatch, p.batch - first)));
+    kKernel<<<grid, block, shared, stream>>>(params, launch, first);
+  }
+}
 
 }  // namespace packops

@@ -1,9 +1,9 @@
 // How rope.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
 //
-// A head is cut into `lanes` of two vectors of `width` elements. An item is one lane of `unroll` heads: one thread loads both
-// vectors of all of them at once, and its sines and cosines once for all of them. Consecutive items take consecutive lanes, then
-// consecutive heads. A block holds `items_per_block` items of each of `tokens_per_block` tokens; where one token needs more than
-// a block, `chunks` blocks share it.
+// A head is cut into `lanes` of two vectors of `width` elements. A slot is `unroll` heads: one thread loads both vectors of one
+// lane of all of them at once, and its sines and cosines once for all of them. The dimensions of a block are lanes, slots and
+// tokens, the grid's are blocks of tokens of a batch row, chunks of a token too large for one block, and batch rows: a thread
+// reads off its place, since dividing for it would keep every load waiting.
 #pragma once
 
 #include <algorithm>
@@ -17,13 +17,17 @@ struct RopeLaunch {
   int width = 1;   // elements per vector: 16 bytes' worth, or what alignment and sizes allow
   int unroll = 1;  // heads per thread: 1, 2 or 4
   int lanes = 1;   // per head: pairs of vectors that turn, then pairs that only pass through
-  int items_per_block = 1;
-  int chunks = 1;
+  int slots = 1;   // per token
+  int lanes_per_block = 1, lane_chunks = 1;
+  int slots_per_block = 1, slot_chunks = 1;
   int tokens_per_block = 1;
-  bool token_inner = false;  // consecutive threads walk lanes, tokens, heads: where tokens lie closer together than heads
-  int threads = 32;
-  int64_t blocks = 0;
+  bool token_inner = false;  // consecutive threads walk lanes, tokens, slots: where tokens lie closer together than heads
+  int64_t token_blocks = 0;  // per batch row
+
+  PACKOPS_HOST_DEVICE int threads() const { return lanes_per_block * slots_per_block * tokens_per_block; }
 };
+
+inline constexpr int kRopeMostThreads = 512;
 
 // The largest power of two, at most 16, that divides the address of every row of features.
 inline int rope_alignment(const RopeHeads& heads, int element_size) {
@@ -43,39 +47,43 @@ inline int rope_vector_width(const RopeParams& p, int element_size) {
   return width;
 }
 
-// Heads per thread the kernel is compiled for: fewer where vectors are narrow, which is rare.
-constexpr int rope_max_unroll(int vector_bytes) { return vector_bytes == 16 ? 4 : vector_bytes == 8 ? 2 : 1; }
+// Heads per thread the kernel is compiled for: fewer where vectors are narrow, which is rare, and for M-RoPE, which needs registers.
+constexpr int rope_max_unroll(int vector_bytes, bool mrope) {
+  return vector_bytes == 16 ? (mrope ? 2 : 4) : vector_bytes == 8 ? 2 : 1;
+}
 
 // unroll, block_threads: 0 lets the function choose. token_inner: -1 likewise.
 inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int multiprocessors, int unroll = 0,
                                      int block_threads = 0, int token_inner = -1) {
+  const auto parts = [](int64_t all, int64_t part) { return int((all + part - 1) / part); };
   RopeLaunch launch;
   launch.width = rope_vector_width(p, element_size);
   const int passing = p.in_place ? 0 : (p.head_dim - p.rotary_dim) / launch.width;
   launch.lanes = p.rotary_dim / 2 / launch.width + (passing + 1) / 2;
-  const int64_t heads = p.q.heads + p.k.heads, tokens = p.batch * p.tokens;
+  const int64_t heads = p.q.heads + p.k.heads;
 
   // Two heads per thread keep enough bytes in flight; with little work, more threads count for more.
-  const bool plenty = tokens * heads * launch.lanes >= int64_t(multiprocessors) * 2048 * 2;
-  launch.unroll = std::min(unroll ? unroll : plenty ? 2 : 1, rope_max_unroll(launch.width * element_size));
-  if (block_threads == 0) block_threads = 256;
-  const int64_t slots = std::max<int64_t>((heads + launch.unroll - 1) / launch.unroll, 1);
-  const int64_t items = slots * launch.lanes;
+  const bool plenty = p.batch * p.tokens * heads * launch.lanes >= int64_t(multiprocessors) * 2048 * 2;
+  launch.unroll = std::min(unroll ? unroll : plenty ? 2 : 1, rope_max_unroll(launch.width * element_size, p.mrope));
+  launch.slots = std::max(parts(heads, launch.unroll), 1);
+  const int most = block_threads ? block_threads : 256;
 
-  launch.token_inner = token_inner < 0 ? p.tokens > 1 && p.q.heads > 1 && p.q.in_token < p.q.in_head : token_inner != 0;
+  launch.lane_chunks = parts(launch.lanes, most);
+  launch.lanes_per_block = parts(launch.lanes, launch.lane_chunks);
   constexpr int kInnerTokens = 8;
-  if (launch.token_inner && launch.lanes * kInnerTokens <= block_threads) {
-    const int64_t slots_per_block = std::min<int64_t>(slots, block_threads / (launch.lanes * kInnerTokens));
-    launch.chunks = int((slots + slots_per_block - 1) / slots_per_block);
-    launch.items_per_block = int(slots_per_block) * launch.lanes;
-  } else {
-    launch.token_inner = false;
-    launch.chunks = int((items + block_threads - 1) / block_threads);
-    launch.items_per_block = int((items + launch.chunks - 1) / launch.chunks);
-  }
-  launch.tokens_per_block = int(std::clamp<int64_t>(tokens, 1, std::max(block_threads / launch.items_per_block, 1)));
-  launch.threads = (launch.items_per_block * launch.tokens_per_block + 31) / 32 * 32;
-  launch.blocks = (tokens + launch.tokens_per_block - 1) / launch.tokens_per_block * launch.chunks;
+  launch.token_inner = token_inner < 0 ? p.tokens > 1 && p.q.heads > 1 && p.q.in_token < p.q.in_head : token_inner != 0;
+  launch.token_inner &= launch.lanes_per_block * kInnerTokens <= most;
+  const int tokens = launch.token_inner ? kInnerTokens : 1;
+  // Slots are a block's second or third dimension, and the third ends at 64.
+  const int slots = std::clamp(most / (launch.lanes_per_block * tokens), 1, 64);
+  launch.slot_chunks = parts(launch.slots, slots);
+  launch.slots_per_block = parts(launch.slots, launch.slot_chunks);
+  // At least a warp, which documents are looked up with.
+  const int threads = launch.lanes_per_block * launch.slots_per_block;
+  launch.tokens_per_block = std::min(std::max(most / threads, 1), 64);
+  launch.tokens_per_block = int(std::min<int64_t>(launch.tokens_per_block, std::max<int64_t>(p.tokens, 1)));
+  launch.tokens_per_block = std::max(launch.tokens_per_block, parts(32, threads));
+  launch.token_blocks = (p.tokens + launch.tokens_per_block - 1) / launch.tokens_per_block;
   return launch;
 }
 

@@ -905,14 +905,17 @@ def test_launch_covers_every_item_once():
         passing = 0 if in_place else head_dim - rotary
         assert passing % width == 0
         assert 2 * lanes - 1 <= (rotary + passing) // width <= 2 * lanes  # every vector of a head, at most one lane half empty
-        items = -(-sum(heads) // c["unroll"]) * lanes
-        assert c["items_per_block"] * c["chunks"] >= items > c["items_per_block"] * (c["chunks"] - 1)
-        assert c["items_per_block"] * c["tokens_per_block"] <= c["threads"] <= 512
-        assert c["threads"] % 32 == 0
-        assert c["blocks"] == -(-tokens // c["tokens_per_block"]) * c["chunks"]
-        if c["token_inner"]:
-            assert outer
-            assert c["items_per_block"] % lanes == 0
+        assert c["slots"] == max(-(-sum(heads) // c["unroll"]), 1)
+        tokens_per_block = c["tokens_per_block"]
+        for all_, part, parts in [
+            (lanes, c["lanes_per_block"], c["lane_chunks"]),
+            (c["slots"], c["slots_per_block"], c["slot_chunks"]),
+            (tokens, tokens_per_block, c["token_blocks"]),
+        ]:
+            assert part * (parts - 1) < all_ <= part * parts
+        assert 32 <= c["lanes_per_block"] * c["slots_per_block"] * tokens_per_block <= 512
+        assert max(c["slots_per_block"], tokens_per_block) <= 64
+        assert not c["token_inner"] or outer
 
 
 def test_launch_takes_wide_vectors_where_it_can():
