@@ -126,14 +126,22 @@ struct RowMaths {
 
   const CeLossParams& p;
   float class_weight_sum;  // sum_c w_c; used with kHasUniform
-  float into_tanh, inverse_cap;
+  float twice_into_tanh, inverse_cap;
 
   __device__ __forceinline__ RowMaths(const CeLossParams& p, float class_weight_sum)
-      : p(p), class_weight_sum(class_weight_sum), into_tanh(p.logit_scale / p.softcap), inverse_cap(1 / p.softcap) {}
+      : p(p), class_weight_sum(class_weight_sum), twice_into_tanh(2 * p.logit_scale / p.softcap), inverse_cap(1 / p.softcap) {}
 
+  // r = 1 / (e^2u + 1), of which tanh u = 1 - 2r.
+  __device__ __forceinline__ float fall(float x) const {
+    return reciprocal_approx(exp2_approx(x * (twice_into_tanh * kLog2E)) + 1.f);
+  }
+  // Absolute error of a capped logit: for 16-bit logits 2^-22 softcap, a tenth of what their rounding is worth near 0.
+  __device__ __forceinline__ float capped(float r) const { return fmaf(-2 * p.softcap, r, p.softcap); }
   __device__ __forceinline__ float transform(float x) const {
     if constexpr (!kHasTransform) return x;
-    return p.softcap > 0 ? p.softcap * tanh_accurate(x * into_tanh) : x * p.logit_scale;
+    if (!(p.softcap > 0)) return x * p.logit_scale;
+    if constexpr (sizeof(T) == 2) return capped(fall(x));
+    return p.softcap * tanh_accurate(x * (0.5f * twice_into_tanh));
   }
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
     if constexpr (!kHasTransform) return 1.f;
@@ -176,31 +184,34 @@ struct RowMaths {
   template <int kCount>
   __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step) const {
     float x[kVec<T>];
-    if constexpr (kHasTransform || kHasStatistics) {
+    // A rising transform moves the largest logit to the largest; only then is one transform per element enough.
+    const bool rising = !kHasTransform || (sizeof(T) == 2 && p.logit_scale > 0);
+    if (kHasStatistics || !rising) {
 #pragma unroll
       for (int k = 0; k < kCount; k++) {
         unpack<T>(raw[k], x);
         add(part, x, c + int64_t(k) * step);
       }
-    } else {
-      float top = part.max;
-#pragma unroll
-      for (int k = 0; k < kCount; k++) top = fmaxf(top, max_of<T>(raw[k]));
-      const RowExp<T> exp(top);
-      float sums[4] = {0, 0, 0, 0}, weighted[2] = {0, 0};
-#pragma unroll
-      for (int k = 0; k < kCount; k++) {
-        unpack<T>(raw[k], x);
-#pragma unroll
-        for (int i = 0; i < kVec<T>; i++) {
-          sums[i % 4] += exp(x[i]);
-          if constexpr (kHasUniform) weighted[i % 2] += p.class_weight ? p.class_weight[c + int64_t(k) * step + i] * x[i] : x[i];
-        }
-      }
-      part.sum = part.sum * RowExp<T>::ratio(part.max, top) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
-      if constexpr (kHasUniform) part.weighted += weighted[0] + weighted[1];
-      part.max = top;
+      return;
     }
+    float top = max_of<T>(raw[0]);
+#pragma unroll
+    for (int k = 1; k < kCount; k++) top = fmaxf(top, max_of<T>(raw[k]));
+    top = fmaxf(part.max, transform(top));
+    const RowExp<T> exp(top);
+    float sums[4] = {0, 0, 0, 0}, weighted[2] = {0, 0};
+#pragma unroll
+    for (int k = 0; k < kCount; k++) {
+      unpack<T>(raw[k], x);
+#pragma unroll
+      for (int i = 0; i < kVec<T>; i++) {
+        sums[i % 4] += exp(transform(x[i]));
+        if constexpr (kHasUniform) weighted[i % 2] += p.class_weight ? p.class_weight[c + int64_t(k) * step + i] * x[i] : x[i];
+      }
+    }
+    part.sum = part.sum * RowExp<T>::ratio(part.max, top) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    if constexpr (kHasUniform) part.weighted += weighted[0] + weighted[1];
+    part.max = top;
   }
 
   struct Coefficients {
@@ -257,6 +268,17 @@ struct RowGradient {
   __device__ __forceinline__ uint4 others(uint4 raw, int64_t c) const {
     float x[kVec<T>];
     unpack<T>(raw, x);
+    if constexpr (kFeatures == kTransform && sizeof(T) == 2) {
+      if (maths.p.softcap > 0) {
+        const float factor = softmax_factor * 4 * maths.p.logit_scale;  // 1 - tanh^2 = 4 r (1 - r)
+#pragma unroll
+        for (int i = 0; i < kVec<T>; i++) {
+          const float r = maths.fall(x[i]);
+          x[i] = exp(maths.capped(r)) * factor * fmaf(-r, r, r);
+        }
+        return pack<T>(x);
+      }
+    }
 #pragma unroll
     for (int i = 0; i < kVec<T>; i++) x[i] = other(x[i], c + i);
     return pack<T>(x);

@@ -275,10 +275,6 @@ def run_cases(device: torch.device) -> int:
     return 0 if count else 1
 
 
-# --------------------------------------------------------------------------------------------------------------------------------
-# The driver.
-
-
 def run_tool(tool: str, log: Path) -> dict[str, int | float]:
     sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", "--print-limit=20"]
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
@@ -298,6 +294,16 @@ def read_log(text: str, status: int) -> dict[str, int]:
     if errors == 0 and (status != 0 or ran is None):
         errors = -1
     return {"errors": errors, "cases": int(ran[1]) if ran else len(re.findall(r"^case ", text, re.MULTILINE))}
+
+
+def findings(text: str, most: int = 6000) -> str:
+    """What the tool says first, which is what happened; the rest follows from it. With the last case that had passed."""
+    lines = text.splitlines()
+    first = next((i for i, line in enumerate(lines) if line.startswith("=========") and "COMPUTE-SANITIZER" not in line), 0)
+    passed = [line for line in lines[:first] if line.startswith("case ")][-1:]
+    # The host's frames are always the same: Python calling an op.
+    told = [line for line in lines[first:] if line.startswith("=========") and "Host Frame" not in line]
+    return "\n".join(passed + (told or lines[-40:]))[:most]
 
 
 def main() -> int:
@@ -323,7 +329,7 @@ def main() -> int:
         result = results[tool] = run_tool(tool, log)
         print(f"{result['errors']} errors in {result['cases']} cases, {result['seconds']} s ({log})", flush=True)
         if result["errors"]:
-            print(log.read_text()[-6000:])
+            print(findings(log.read_text()))
     if set(results) == set(TOOLS):
         gpu_record.merge_sanitizer(gpu_record.PATH, results)
     return 1 if any(result["errors"] for result in results.values()) else 0

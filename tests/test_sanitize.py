@@ -26,6 +26,17 @@ def test_read_log(text, status, errors, cases):
     assert sanitize.read_log(text, status) == {"errors": errors, "cases": cases}
 
 
+def test_findings_begin_with_the_first():
+    text = "========= COMPUTE-SANITIZER\ncase a: x\n" + "========= Invalid __global__ read\n=========  Host Frame: main\n"
+    text += "terminate called\n" + "========= ERROR SUMMARY: 1 error\n"
+    assert sanitize.findings(text).splitlines() == [
+        "case a: x",
+        "========= Invalid __global__ read",
+        "========= ERROR SUMMARY: 1 error",
+    ]
+    assert sanitize.findings("no tool ran") == "no tool ran"
+
+
 def test_every_case_runs(device):
     """Also where there is no sanitizer, so that a case that breaks is seen before someone waits for a GPU."""
     assert sanitize.run_cases(device) == 0

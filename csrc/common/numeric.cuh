@@ -14,6 +14,12 @@ __device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22
   return y;
 }
 
+__device__ __forceinline__ float reciprocal_approx(float x) {  // relative error 2^-23; flushes subnormals; 0 at inf
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // tanh without branches: 1 - 2 / (e^2x + 1), and an odd polynomial near 0, where that would lose digits.
 __device__ __forceinline__ float tanh_accurate(float x) {
   const float large = 1.f - __fdividef(2.f, exp2_approx(x * (2 * kLog2E)) + 1.f);
