@@ -34,6 +34,7 @@ import numpy as np
 
 import packops
 
+NAME = "packing"
 RANKS = 8
 COST = (24576.0, 1.0)  # of a 7B transformer: a * tokens + b * sum of document length^2
 Packs = list[Any]  # one array or list of document numbers a pack

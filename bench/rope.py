@@ -27,6 +27,8 @@ import torch
 
 import packops
 
+NAME = "rope"
+
 
 @dataclass
 class Result:
