@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib.metadata
 import json
 import math
+import os
 import platform
 import re
 import statistics
@@ -34,6 +34,7 @@ from typing import Any
 import torch
 
 import packops
+from peers import Peer
 
 RESULTS = Path(__file__).parent / "results"
 COPY = "copy"
@@ -83,24 +84,6 @@ class Case:
         return 100 if self.host else self.buffers
 
 
-@dataclass
-class Peer:
-    """Another library: what ``pip install`` calls it, and the version this was written for."""
-
-    distribution: str
-    pinned: str = ""
-
-    @property
-    def requirement(self) -> str:
-        return self.distribution + (f"=={self.pinned}" if self.pinned else "")
-
-    def version(self) -> str | None:
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
-
-
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` for the shapes at hand. Beyond its limit of recompilations it would quietly run eagerly."""
     torch._dynamo.reset()
@@ -134,7 +117,7 @@ def summary(case: Case, samples: dict[str, list[float]]) -> list[dict[str, Any]]
     """Rows of the result: one per candidate that ran."""
     rows = []
     for name, values in samples.items():
-        row: dict[str, Any] = {"case": case.name, **case.facts, "system": name, "microseconds": statistics.median(values)}
+        row: dict[str, Any] = {"system": name, "microseconds": statistics.median(values)}
         row["spread"] = [percentile(values, 0.1), percentile(values, 0.9)]
         row["rounds"] = len(values)
         if case.bytes:
@@ -264,8 +247,8 @@ def prepare(name: str, make: Callable[[], Candidate], device: str) -> tuple[Cand
     return candidate, facts
 
 
-def measure(case: Case, device: str, rounds: int, seconds: float) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows of a case, and why each candidate that did not run did not. Our own candidates must run."""
+def measure(case: Case, device: str, rounds: int, seconds: float) -> dict[str, Any]:
+    """A case of the result: its rows, and why each candidate that did not run did not. Our own candidates must run."""
     candidates: dict[str, Candidate] = {}
     seen: dict[str, dict[str, Any]] = {}
     absent: dict[str, str] = {}
@@ -291,7 +274,7 @@ def measure(case: Case, device: str, rounds: int, seconds: float) -> tuple[list[
     rows = summary(case, samples)
     for row in rows:
         row.update(seen.get(row["system"], {}))
-    return rows, absent
+    return {"name": case.name, "facts": case.facts, "rows": rows, "absent": absent}
 
 
 # ---- what it ran on --------------------------------------------------------------------------------------------------------
@@ -325,6 +308,7 @@ def environment(device: str, peers: dict[str, Peer]) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # others at work when this began
         "cpu_isa": build["cpu_isa"],
         "peers": {name: version for name, peer in peers.items() if (version := peer.version())},
     }
@@ -349,35 +333,35 @@ def time_text(microseconds: float) -> str:
     return f"{microseconds:,.1f} us" if microseconds < 1000 else f"{microseconds / 1000:,.3f} ms"
 
 
+def spread_text(row: dict[str, Any]) -> str:
+    unit, digits = (1, 1) if row["microseconds"] < 1000 else (1000, 3)
+    low, high = (value / unit for value in row["spread"])
+    return f"{low:.{digits}f} to {high:.{digits}f}"
+
+
 def speed_text(row: dict[str, Any]) -> str:
     speed = row["bytes"] / row["microseconds"] * 1e6
     return f"{speed / 1e12:.2f} TB/s" if speed >= 1e12 else f"{speed / 1e9:.1f} GB/s"
 
 
 def target_text(target: dict[str, Any]) -> str:
-    verdict = "met" if target["met"] else "MISSED"
-    wanted = Target(target["against"], target["limit"])
-    value = target["value"]
-    return (
-        f"{value:.4g} of at most {wanted}: {verdict}"
-        if target["against"] == "us"
-        else f"{value:.3f}, at most {wanted}: {verdict}"
-    )
+    """``1.18, wanted at most 1.1 x copy: MISSED``"""
+    value = f"{target['value']:.1f}" if target["against"] == "us" else f"{target['value']:.3f}"
+    return f"{value}, wanted at most {Target(target['against'], target['limit'])}: {'met' if target['met'] else 'MISSED'}"
 
 
-def format_case(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
-    """A case as text, the fastest peer first after our own rows."""
-    lines = [rows[0]["case"]]
-    order = {COPY: -2e18}
-    ordered = sorted(
-        rows, key=lambda row: order.get(row["system"], -1e18 if row["system"].startswith(OURS) else row["microseconds"])
-    )
-    width = max(20, *(len(name) + 2 for name in [*absent, *(row["system"] for row in rows)]))
-    for row in ordered:
-        low, high = row["spread"]
-        half = 50 * (high - low) / row["microseconds"]
-        line = f"  {row['system']:<{width}}{time_text(row['microseconds']):>12} ±{half:>4.1f} %"
-        line += f"{speed_text(row):>12}" if row.get("bytes") else " " * 12
+def format_case(case: dict[str, Any]) -> str:
+    """A case as text: the copy, ours, and the peers by their time."""
+
+    def place(row: dict[str, Any]) -> tuple[int, float]:
+        group = 0 if row["system"] == COPY else 1 if row["system"].startswith(OURS) else 2
+        return group, row["microseconds"] if group == 2 else 0
+
+    width = max(20, *(len(name) + 2 for name in [*case["absent"], *(row["system"] for row in case["rows"])]))
+    lines = [case["name"]]
+    for row in sorted(case["rows"], key=place):
+        line = f"  {row['system']:<{width}}{time_text(row['microseconds']):>12}  {spread_text(row):<18}"
+        line += f"{speed_text(row):>10}" if row.get("bytes") else " " * 10
         for base in (COPY, OURS):
             line += f"{row['of'][base]:>8.2f} x {base:<7}" if base in row["of"] else " " * 18
         if "peak_bytes" in row:
@@ -386,7 +370,7 @@ def format_case(rows: list[dict[str, Any]], absent: dict[str, str]) -> str:
         if row.get("wrong"):
             notes.insert(0, f"WRONG RESULT: {row['wrong']}")
         lines.append(f"{line}  {'; '.join(notes)}".rstrip())
-    lines += [f"  {name:<{width}}{reason:>12}" for name, reason in absent.items()]
+    lines += [f"  {name:<{width}}{reason:>12}" for name, reason in case["absent"].items()]
     return "\n".join(lines)
 
 
@@ -405,8 +389,7 @@ def format_environment(data: dict[str, Any]) -> str:
 def format_data(data: dict[str, Any]) -> str:
     """Everything of a result file as text."""
     parts = [format_environment(data)]
-    for case in data["cases"]:
-        parts.append(format_case(case["rows"], case["absent"]))
+    parts += [format_case(case) for case in data["cases"]]
     return "\n\n".join([*parts, format_verdict(data)])
 
 
@@ -512,8 +495,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     return parser
 
 
-def chosen(peers: dict[str, Peer], wanted: str) -> dict[str, Peer]:
-    """The peers that ``--peers`` names."""
+def chosen(peers: dict[str, Peer], wanted: str, device: str) -> dict[str, Peer]:
+    """The peers that ``--peers`` names, of those that run on the device."""
+    peers = {name: peer for name, peer in peers.items() if device == "cuda" or not peer.cuda_only}
     if wanted in ("all", "none"):
         return dict(peers) if wanted == "all" else {}
     known = {name.lower(): name for name in peers}
@@ -558,7 +542,7 @@ def main(
         parser.error("no CUDA device here: --device cpu")
     if args.threads:
         torch.set_num_threads(args.threads)
-    args.peers = chosen(peers, args.peers)
+    args.peers = chosen(peers, args.peers, args.device)
     rounds, seconds = args.rounds or (7 if args.quick else 25), args.seconds or (1 if args.quick else 4)
     data: dict[str, Any] = {
         "benchmark": benchmark,
@@ -576,12 +560,11 @@ def main(
         for case in cases(args):
             if args.only and not re.search(args.only, case.name):
                 continue
-            rows, absent = measure(case, args.device, rounds, seconds)
-            data["cases"].append({"name": case.name, "rows": rows, "absent": absent, **case.facts})
-            print("\n" + format_case(rows, absent), flush=True)
+            data["cases"].append(measure(case, args.device, rounds, seconds))
+            print("\n" + format_case(data["cases"][-1]), flush=True)
             if args.out:  # after every case: a run that is cut short keeps what it measured
                 write(data, args.out.with_suffix(".json"))
-            del case, rows
+            del case
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()
