@@ -53,18 +53,6 @@ CHECK_ROWS = 128
 LossOf = Callable[..., Tensor]  # (logits, labels) -> scalar
 
 
-class Overwritable(torch.autograd.Function):
-    """The same memory as a computed tensor, as a model's head would hand it over: ``inplace=True`` refuses leaves."""
-
-    @staticmethod
-    def forward(ctx: Any, logits: Tensor) -> Tensor:
-        return logits.data
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad
-
-
 @dataclass
 class Problem:
     """Logits, labels, and what the loss is meant to be: Σ weight · ℓ over rows, ℓ with the options ``maths``."""
@@ -129,7 +117,7 @@ class Problem:
         def forward_and_gradient(i: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 leaf = buffers[i].detach().requires_grad_()
-                loss = loss_of(Overwritable.apply(leaf) if computed else leaf, labels)
+                loss = loss_of(harness.Overwritable.apply(leaf) if computed else leaf, labels)
                 return loss, *torch.autograd.grad(loss, leaf)
 
         return Candidate(

@@ -84,6 +84,18 @@ class Case:
         return 100 if self.host else self.buffers
 
 
+class Overwritable(torch.autograd.Function):
+    """``Overwritable.apply(leaf)``: the leaf's memory as a computed tensor, since ops that work in place refuse leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """``torch.compile`` for the shapes at hand. Beyond its limit of recompilations it would quietly run eagerly."""
     torch._dynamo.reset()

@@ -3,8 +3,8 @@
     pip install liger-kernel==0.8.5 quack-kernels==0.6.5 cut-cross-entropy==25.1.1
     pip install --no-deps unsloth==2026.10.9 flash-attn==2.8.3.post2
 
-``import unsloth`` patches torch and transformers in the whole process, ``import flash_attn`` wants its CUDA extension, and neither
-is needed for the kernels measured here: these packages are entered without running what they do on import.
+``import unsloth`` patches torch and transformers in the whole process, and ``import flash_attn`` wants its CUDA extension. The
+kernels measured here need neither, so these packages are entered without running what they do on import.
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def unsloth(module: str) -> Any:
             triton_cast=triton.language.cast,
             torch_gpu_device=torch.cuda.device if torch.cuda.device_count() > 1 else lambda device: contextlib.nullcontext(),
             torch_device_stream=torch.cuda.current_stream,
+            DEVICE_TYPE="cuda",
             long_indexing=indexing.long_indexing,
             is_cdna=lambda: False,
             norm_num_warps=lambda *_: 4,  # of the RMS norm, which is not called
