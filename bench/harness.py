@@ -495,16 +495,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--peers", default="all", help="all (default), none, or names separated by commas")
     parser.add_argument("--rounds", type=int, help="rounds of a case (default 25, quick 7)")
     parser.add_argument("--seconds", type=float, help="begin no further round of a case after this long (default 4, quick 1)")
+    return parser
+
+
+def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--out`` is None, ``Path()`` for the default, or a path without its suffix."""
     parser.add_argument(
         "--out",
         type=Path,
         nargs="?",
         const=Path(),
         metavar="STEM",
-        help="write STEM.json and STEM.png; without STEM bench/results/<op>_<device>",
+        help=f"write STEM.json and STEM.png; without STEM bench/results/{default}",
     )
     parser.add_argument("--draw", type=Path, nargs="*", metavar="JSON", help="measure nothing: table and picture of result files")
-    return parser
 
 
 def chosen(peers: dict[str, Peer], wanted: str, device: str) -> dict[str, Peer]:
@@ -547,6 +551,7 @@ def main(
         prog=f"packops bench {benchmark}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     extend(add_arguments(parser))
+    add_output(parser, f"{stem}_<device>")
     args = parser.parse_args(arguments)
     if args.draw is not None:
         return redraw(args.draw or sorted(RESULTS.glob(f"{stem}_*.json")), draw)
@@ -603,13 +608,17 @@ def write(data: dict[str, Any], path: Path) -> None:
     path.write_text(json.dumps(rounded(data), indent=1) + "\n")
 
 
-def redraw(paths: Sequence[Path], draw: Callable[[dict[str, Any], Path], None]) -> int:
+def redraw(
+    paths: Sequence[Path],
+    draw: Callable[[dict[str, Any], Path], None],
+    text: Callable[[dict[str, Any]], str] = format_data,
+) -> int:
     if not paths:
         print("there is no result to draw: run with --out first", file=sys.stderr)
         return 1
     for path in paths:
         data = json.loads(path.read_text())
-        print(format_data(data) + "\n")
+        print(text(data) + "\n")
         draw(data, path.with_suffix(".png"))
         print(f"drawn: {path.with_suffix('.png')}")
     return 0

@@ -1,4 +1,4 @@
-"""RoPE of q and k in every layout, with and without the norm of the heads, against Hugging Face's formula and other kernels.
+"""RoPE of q and k in every layout, alone and after the norm of heads, against Hugging Face's formula and other kernels.
 
     packops bench rope                      # everything; about two minutes on an H200
     packops bench rope --only forward       # some cases
