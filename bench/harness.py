@@ -487,12 +487,14 @@ def finish(figure: Any, data: dict[str, Any], path: Path) -> None:
 # ---- the command -----------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+def add_arguments(parser: argparse.ArgumentParser, peers: dict[str, Peer]) -> argparse.ArgumentParser:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own number; results/*_cpu.json used 2)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
     parser.add_argument("--quick", action="store_true", help="few shapes, few rounds: a first look")
     parser.add_argument("--only", metavar="REGEX", help="cases whose name this matches")
-    parser.add_argument("--peers", default="all", help="all (default), none, or names separated by commas")
+    parser.add_argument(
+        "--peers", default="all", help=f"all (default), none, or some of: {', '.join(dict.fromkeys(map(base, peers)))}"
+    )
     parser.add_argument("--rounds", type=int, help="rounds of a case (default 25, quick 7)")
     parser.add_argument("--seconds", type=float, help="begin no further round of a case after this long (default 4, quick 1)")
     return parser
@@ -516,12 +518,18 @@ def chosen(peers: dict[str, Peer], wanted: str, device: str) -> dict[str, Peer]:
     peers = {name: peer for name, peer in peers.items() if device == "cuda" or not peer.cuda_only}
     if wanted in ("all", "none"):
         return dict(peers) if wanted == "all" else {}
-    known = {name.lower(): name for name in peers}
-    names = [name.strip() for name in wanted.split(",") if name.strip()]
-    unknown = [name for name in names if name.lower() not in known]
-    if unknown:
-        raise SystemExit(f"--peers: no {', '.join(unknown)} here; there are {', '.join(peers)}")
-    return {known[name.lower()]: peers[known[name.lower()]] for name in names}
+    found: dict[str, Peer] = {}
+    for word in filter(None, map(str.strip, wanted.split(","))):
+        named = {name: peer for name, peer in peers.items() if base(name).lower() == word.lower()}
+        if not named:
+            raise SystemExit(f"--peers: no {word} here; there are {', '.join(dict.fromkeys(map(base, peers)))}")
+        found |= named
+    return found
+
+
+def base(name: str) -> str:
+    """``QuACK, in place`` is a way to call QuACK."""
+    return name.partition(",")[0]
 
 
 def main(
@@ -550,7 +558,7 @@ def main(
     parser = argparse.ArgumentParser(
         prog=f"packops bench {benchmark}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    extend(add_arguments(parser))
+    extend(add_arguments(parser, peers))
     add_output(parser, f"{stem}_<device>")
     args = parser.parse_args(arguments)
     if args.draw is not None:

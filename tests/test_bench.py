@@ -283,11 +283,11 @@ def test_device_in_the_file_name(name, expected):
 
 
 def test_choice_of_peers():
-    known = {"eager": peers.TORCH, "Liger": peers.LIGER}
-    assert list(harness.chosen(known, "all", "cuda")) == ["eager", "Liger"]
+    known = {"eager": peers.TORCH, "Liger": peers.LIGER, "Liger, in place": peers.LIGER}
+    assert list(harness.chosen(known, "all", "cuda")) == [*known]
     assert list(harness.chosen(known, "all", "cpu")) == ["eager"]
     assert harness.chosen(known, "none", "cuda") == {}
-    assert list(harness.chosen(known, "liger, EAGER", "cuda")) == ["Liger", "eager"]
+    assert list(harness.chosen(known, "liger, EAGER", "cuda")) == ["Liger", "Liger, in place", "eager"]
     with pytest.raises(SystemExit, match="no ligre here; there are eager, Liger"):
         harness.chosen(known, "ligre", "cuda")
 
@@ -338,7 +338,7 @@ def test_pins_say_what_to_install():
 
 # ---- cross entropy ---------------------------------------------------------------------------------------------------------
 
-TINY = ["--device", "cpu", "--rounds", "1", "--peers", "eager", "--threads", "2"]
+TINY = ["--device", "cpu", "--rounds", "1", "--peers", "eager", "--threads", "1"]
 
 
 def run(stem, tmp_path, *arguments):
@@ -351,7 +351,10 @@ def run(stem, tmp_path, *arguments):
 
 @pytest.fixture
 def small_buffers(monkeypatch):
+    threads = torch.get_num_threads()
     monkeypatch.setattr(harness, "buffers_for", lambda bytes_per_call, device: 2)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_cross_entropy_runs(tmp_path, small_buffers, capsys):
@@ -544,7 +547,7 @@ def test_as_a_program(tmp_path):
     """Through the command line, in a process of its own: the path to bench/, the program's name, an error."""
     command = [sys.executable, "-m", "packops", "bench", "rope", "--device", "cpu"]
     good = subprocess.run(
-        [*command, "--only", "host", "--rounds", "1", "--shape", "8", "2", "1", "16"],
+        [*command, "--only", "host", "--rounds", "1", "--threads", "1", "--shape", "8", "2", "1", "16"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

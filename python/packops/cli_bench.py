@@ -31,7 +31,8 @@ def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "bench", help="measure the ops of this checkout against the peers that are installed", add_help=False
     )
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)
+    parser.add_argument("-h", "--help", action="store_true", dest="wants_list")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)  # of the benchmark, --help among them
     return parser
 
 
@@ -58,10 +59,10 @@ def main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    name, *rest = arguments.arguments or [""]
-    if name in ("", "-h", "--help"):
+    if arguments.wants_list or not arguments.arguments:
         print(listing(found))
         return 0
+    name, *rest = arguments.arguments
     if name not in found:
         near = difflib.get_close_matches(name, found, 1, 0.4)
         guess = f" Did you mean {near[0]}?" if near else ""
