@@ -376,7 +376,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     """Over the vocabularies where there are several; else one panel of bars for each case with a gradient."""
     sweep = [case for case in data["cases"] if case["facts"].get("dtype") == "bf16" and case["facts"].get("rows") == ROWS]
     if len({case["facts"]["vocab"] for case in sweep}) < 3:
-        harness.draw_bars(data, path, only=lambda case: case["facts"].get("work") in (FORWARD, GRADIENT))
+        harness.draw_bars(data, path, only=lambda case: case["facts"].get("work") in (FORWARD, GRADIENT), columns=2)
         return
     plot = harness.pyplot()
     figure, axes = plot.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)

@@ -320,7 +320,7 @@ def environment(device: str, peers: dict[str, Peer]) -> dict[str, Any]:
         "python": platform.python_version(),
         "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,  # others at work when this began
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,  # others at work when this began
         "cpu_isa": build["cpu_isa"],
         "peers": {name: version for name, peer in peers.items() if (version := peer.version())},
     }
@@ -389,7 +389,11 @@ def format_case(case: dict[str, Any]) -> str:
 def format_environment(data: dict[str, Any]) -> str:
     e = data["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in e["peers"].items())
-    where = f"CUDA {e['cuda']}, driver {e['driver']}" if "cuda" in e else f"{e['threads']} threads, {e['cpu_isa']}"
+    where = (
+        f"CUDA {e['cuda']}, driver {e['driver']}"
+        if "cuda" in e
+        else f"{e['threads']} threads, {e['cpu_isa']}, load {e['load']:.1f}"
+    )
     return (
         f"{data['benchmark']}: {e['device']}, {where}, torch {e['torch']}, packops {e['packops']}"
         + (f" ({e['commit']})" if e["commit"] else "")
@@ -449,7 +453,8 @@ def bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
     axis.barh(places, [row["microseconds"] / unit for row in rows], color=[colour(row) for row in rows])
     axis.set_yticks(places, [row["system"] for row in rows])
     for place, row in enumerate(rows):
-        label = f" {row['microseconds'] / unit:.3g}" + (" (wrong result)" if row.get("wrong") else "")
+        value = row["microseconds"] / unit
+        label = (f" {value:,.0f}" if value >= 100 else f" {value:.3g}") + (" (wrong result)" if row.get("wrong") else "")
         axis.text(row["microseconds"] / unit, place, label, va="center", fontsize=8)
     axis.set(xlim=(0, 1.2 * max(row["microseconds"] for row in rows) / unit), xlabel=name)
     axis.set_title(title, fontsize=9)
@@ -457,13 +462,15 @@ def bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
     axis.tick_params(labelsize=8)
 
 
-def draw_bars(data: dict[str, Any], path: Path, *, only: Callable[[dict[str, Any]], bool] = lambda case: True) -> None:
-    """One panel for each case that ``only`` takes, three in a row."""
+def draw_bars(
+    data: dict[str, Any], path: Path, *, only: Callable[[dict[str, Any]], bool] = lambda case: True, columns: int = 3
+) -> None:
+    """One panel for each case that ``only`` takes."""
     cases = [case for case in data["cases"] if case["rows"] and only(case)]
     if not cases:
         return
     plot = pyplot()
-    columns = min(3, len(cases))
+    columns = min(columns, len(cases))
     lines = math.ceil(len(cases) / columns)
     deepest = max(len(case["rows"]) for case in cases)
     figure, axes = plot.subplots(
