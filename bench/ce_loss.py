@@ -37,6 +37,7 @@ PEERS = {
     "Liger": peers.LIGER,
     "QuACK": peers.QUACK,
     "QuACK, in place": peers.QUACK,
+    "QuACK, one pass": peers.QUACK,
     "flash-attn": peers.FLASH_ATTENTION,
     "flash-attn, in place": peers.FLASH_ATTENTION,
     "Unsloth": peers.UNSLOTH,
@@ -203,6 +204,20 @@ def peer_candidates(
         loss = functools.partial(cross_entropy, inplace_backward=inplace)
         return candidate(scaled(loss, functools.partial(loss, reduction="sum")), overwrites=inplace)
 
+    def quack_one_pass() -> Candidate:
+        """What its linear cross entropy is made of: the gradient of the sum, from the forward pass. Not differentiable itself."""
+        from quack.cross_entropy import cross_entropy_fwd
+
+        counted = (labels if labels is not None else problem.labels) != IGNORED
+        one = candidate(eager, weight=counted.double())
+
+        def call(i: int) -> tuple[Tensor, ...]:
+            losses, gradient = cross_entropy_fwd(problem.logits[i], problem.labels if labels is None else labels, return_dx=True)
+            return losses.sum(), gradient
+
+        one.call = call
+        return one
+
     def flash_attention(inplace: bool) -> Candidate:
         function = peers.flash_attention("ops.triton.cross_entropy").cross_entropy_loss
 
@@ -224,6 +239,8 @@ def peer_candidates(
     }
     if problem.gradient:
         cuda |= {"QuACK, in place": lambda: quack(True), "flash-attn, in place": lambda: flash_attention(True)}
+        if num_items is None:
+            cuda["QuACK, one pass"] = quack_one_pass
     return {name: make for name, make in (makers | cuda).items() if name in wanted}
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import contextlib
 import importlib
+import importlib.machinery
 import importlib.metadata
 import importlib.util
 import sys
@@ -73,8 +74,9 @@ def enter(name: str, folder: Path | None = None, **contents: Any) -> None:
     """Put a module into ``sys.modules`` that has these contents and, as a package, this folder; an imported one stays."""
     if name not in sys.modules:
         module = types.ModuleType(name)
+        module.__spec__ = importlib.machinery.ModuleSpec(name, None, is_package=folder is not None)
         if folder:
-            module.__path__ = [str(folder)]
+            module.__path__ = module.__spec__.submodule_search_locations = [str(folder)]
         vars(module).update(contents)
         sys.modules[name] = module
 

@@ -318,6 +318,7 @@ def foreign(tmp_path, monkeypatch):
 def test_peers_are_entered_without_their_init(foreign):
     assert peers.flash_attention("ops.thing").value == 3
     assert peers.flash_attention("ops.thing").value == 3  # again
+    assert peers.folder_of("flash_attn").name == "flash_attn"  # also once it is entered
     with pytest.raises(ModuleNotFoundError):
         peers.folder_of("surely_not_installed")
 
