@@ -488,7 +488,7 @@ def sweep_cases(args: argparse.Namespace, shapes: list[Any]) -> Iterator[Case]:
 def draw(data: dict[str, Any], path: Path) -> None:
     """The forward pass of each shape and, where there are few, forward + backward; bars of time, the copy among them."""
     shapes = [case for case in data["cases"] if case["facts"].get("work") == "forward"]
-    works = ("forward",) if len(shapes) > 3 else ("forward", "forward + backward")
+    works = ("forward",) if len(shapes) > 4 else ("forward", "forward + backward")
     columns = 3 if len(works) == 1 else 2
     harness.draw_bars(data, path, only=lambda case: case["facts"].get("work") in works, columns=columns)
 
