@@ -199,6 +199,7 @@ CASE(weight_gradients_do_not_depend_on_the_number_of_threads) {
   many.run(true, 7);
   CHECK(one.weight_grad == many.weight_grad);
   CHECK(one.dx == many.dx);
+  one.check_backward();
   CHECK_EQ(qk_norm_rope_cpu_shares(one.p), 64);
 }
 
@@ -257,7 +258,7 @@ QkNormRopeParams dense(int64_t tokens, int64_t q_heads, int64_t k_heads, int dim
 CASE(a_launch_covers_every_head_once) {
   constexpr int kMultiprocessors = 132;
   for (int64_t tokens : {0, 1, 7, 4096})
-    for (auto [q_heads, k_heads] : {std::pair{32, 8}, {1, 0}, {3, 1}, {128, 128}})
+    for (auto [q_heads, k_heads] : {std::pair{32, 8}, {1, 0}, {3, 1}, {24, 20}, {128, 128}})
       for (auto [dim, rotary] : {std::pair{128, 128}, {256, 64}, {96, 64}, {7, 6}, {2, 2}, {512, 512}, {260, 260}})
         for (int size : {2, 4})
           for (bool across : {false, true})
