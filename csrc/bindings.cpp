@@ -16,7 +16,6 @@
 
 #include "ce_loss.h"
 #include "packing.h"
-#include "rope_launch.h"
 
 namespace py = pybind11;
 
@@ -86,37 +85,6 @@ py::array permutation(uint32_t count, uint64_t seed, uint64_t epoch) {
   return to_numpy(std::move(items));
 }
 
-// csrc/rope_launch.h for dense (tokens, heads, head_dim) tensors whose first element lies at `address`.
-py::dict rope_launch(int64_t tokens, int64_t q_heads, int64_t k_heads, int head_dim, int rotary_dim, int rotary_offset,
-                     int element_size, int64_t address, bool in_place, bool heads_outer, int multiprocessors) {
-  packops::RopeParams p;
-  p.tokens = tokens;
-  p.head_dim = head_dim;
-  p.rotary_dim = rotary_dim;
-  p.rotary_offset = rotary_offset;
-  p.in_place = in_place;
-  for (auto [side, heads] : {std::pair{&p.q, q_heads}, std::pair{&p.k, k_heads}}) {
-    side->heads = heads;
-    side->in = reinterpret_cast<void*>(address);
-    side->in_token = side->out_token = heads_outer ? head_dim : heads * head_dim;
-    side->in_head = side->out_head = heads_outer ? tokens * head_dim : head_dim;
-  }
-  const packops::RopeLaunch launch = packops::choose_rope_launch(p, element_size, multiprocessors);
-  py::dict result;
-  result["width"] = launch.width;
-  result["unroll"] = launch.unroll;
-  result["lanes"] = launch.lanes;
-  result["slots"] = launch.slots;
-  result["lanes_per_block"] = launch.lanes_per_block;
-  result["lane_chunks"] = launch.lane_chunks;
-  result["slots_per_block"] = launch.slots_per_block;
-  result["slot_chunks"] = launch.slot_chunks;
-  result["tokens_per_block"] = launch.tokens_per_block;
-  result["token_inner"] = launch.token_inner;
-  result["token_blocks"] = launch.token_blocks;
-  return result;
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -136,7 +104,4 @@ PYBIND11_MODULE(_C, m) {
         "(indices, offsets, starts, lengths, empty, overlong, dropped_tokens) of csrc/packing.h");
   m.def("permutation", &permutation, py::arg("count"), py::arg("seed"), py::arg("epoch"),
         "A permutation of 0..count-1 that depends on (seed, epoch) alone, the same on every machine");
-  m.def("rope_launch", &rope_launch, py::arg("tokens"), py::arg("q_heads"), py::arg("k_heads"), py::arg("head_dim"),
-        py::arg("rotary_dim"), py::arg("rotary_offset"), py::arg("element_size"), py::arg("address"), py::arg("in_place"),
-        py::arg("heads_outer"), py::arg("multiprocessors"), "The configuration of csrc/rope_launch.h");
 }

@@ -11,9 +11,6 @@
 namespace packops {
 namespace {
 
-int64_t integer_at(const void* data, DType dtype, int64_t i) {
-  return dtype == DType::i32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
-}
 int64_t bound(const CeLossParams& p, int64_t d) {
   return p.cu_seqlens ? integer_at(p.cu_seqlens, p.cu_seqlens_dtype, d) : d * p.doc_length;
 }

@@ -68,7 +68,7 @@ void finish(const QkNormRopeParams& p) {
       dispatch_float<true>(p.weight_dtype, [&](auto type) {
         using T = decltype(type);
         if constexpr (std::is_same_v<T, double>) static_cast<T*>(out)[i] = double(total);
-        else static_cast<T*>(out)[i] = baseline::from_float<T>(float(total));
+        else static_cast<T*>(out)[i] = from_float<T>(float(total));
       });
     }
   };

@@ -1,37 +1,13 @@
 // Positions and coefficients of tokens on the CPU: what rope_cpu.cpp and qk_norm_rope_cpu.cpp share.
 #pragma once
 
-#include <cstring>
 #include <type_traits>
 
+#include "common/convert.h"
 #include "rope.h"
 
 namespace packops {
 
-inline float widen(float x) { return x; }
-inline float widen(bf16_t x) {
-  const uint32_t bits = uint32_t(x.bits) << 16;
-  float wide;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-inline float widen(half_t x) {
-  // Scaling by 2^112 puts a half's exponent, subnormals included, right once its bits lie at a float's place.
-  const uint32_t magnitude = uint32_t(x.bits & 0x7fff) << 13, sign = uint32_t(x.bits & 0x8000) << 16;
-  float wide;
-  std::memcpy(&wide, &magnitude, 4);
-  if (magnitude < 0x0f800000) wide *= 0x1p112f;
-  uint32_t bits;
-  std::memcpy(&bits, &wide, 4);
-  if (magnitude >= 0x0f800000) bits = magnitude | 0x7f800000;
-  bits |= sign;
-  std::memcpy(&wide, &bits, 4);
-  return wide;
-}
-
-inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
-  return dtype == DType::i32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
-}
 inline int64_t bound_at(const RopeParams& p, int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); }
 inline int64_t position_at(const RopeParams& p, int axis, int64_t batch, int64_t token) {
   return integer_at(p.position_ids, p.position_dtype,
@@ -45,7 +21,7 @@ State table_at(const void* table, DType dtype, int64_t i) {
     using T = decltype(type);
     const T value = static_cast<const T*>(table)[i];
     if constexpr (std::is_same_v<T, double>) x = State(value);
-    else x = State(widen(value));
+    else x = State(to_float(value));
   });
   return x;
 }

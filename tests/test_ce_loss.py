@@ -19,6 +19,7 @@ OPTIONS = {
     "softcap": {"softcap": 30.0},
     "class_weight+smoothing": {"class_weight": "random", "label_smoothing": 0.2},
     "class_weight": {"class_weight": "random"},
+    "z_loss+class_weight+smoothing": {"z_loss": 1e-2, "class_weight": "random", "label_smoothing": 0.2},
 }
 
 
@@ -148,7 +149,7 @@ def strided_views(device):
     yield "transposed (S, B, V)", base.transpose(0, 1)
     yield "every second row", base[:, ::2]
     yield "strided last dimension", base[..., ::2]
-    yield "three strides", torch.randn(3, 8, 4, 12, device=device)[:, ::2, ::2]
+    yield "three strides", torch.randn(3, 8, 4, 12, device=device)[:, :6:2, ::2]
     yield "expanded rows", base[:, :1].expand(4, 5, 40)
 
 
@@ -367,6 +368,43 @@ def test_num_items_of_every_type(device, reduction):
             packops.cross_entropy(logits, labels, reduction=other, num_items=7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_num_items_may_be_fractional(device, dtype):
+    """Token weights make fractional counts; 7.5 is exact in every dtype."""
+    logits, labels = torch.randn(8, 9, device=device), torch.randint(0, 9, (8,), device=device)
+    expected = packops.cross_entropy(logits, labels, reduction="sum") / 7.5
+    for num_items in (7.5, torch.tensor(7.5, dtype=dtype), torch.tensor(7.5, dtype=dtype, device=device)):
+        torch.testing.assert_close(packops.cross_entropy(logits, labels, num_items=num_items), expected)
+
+
+def test_weights_and_documents_in_any_layout_and_dtype(device):
+    """Every second element of a longer tensor, in another float dtype, or expanded: as if it were contiguous fp32."""
+    logits, labels = torch.randn(6, 9, device=device), torch.randint(0, 9, (6,), device=device)
+    token_weight, class_weight = torch.rand(6, device=device) + 0.1, torch.rand(9, device=device) + 0.1
+    cu_seqlens = torch.tensor([0, 1, 6], device=device)
+
+    def loss(token_weight=token_weight, class_weight=class_weight, cu_seqlens=cu_seqlens):
+        return packops.cross_entropy(
+            logits,
+            labels,
+            token_weight=token_weight,
+            class_weight=class_weight,
+            cu_seqlens=cu_seqlens,
+            reduction="seq-mean-token-mean",
+        )
+
+    def strided(x):
+        return torch.stack([x, x.flip(0) + 1], dim=-1)[:, 0]
+
+    expected = loss()
+    assert torch.equal(loss(strided(token_weight), strided(class_weight), strided(cu_seqlens)), expected)
+    assert torch.equal(loss(token_weight.double(), class_weight.double(), cu_seqlens.int()), expected)
+    rounded = loss(token_weight.bfloat16().float(), class_weight.half().float())
+    assert torch.equal(loss(token_weight.bfloat16(), class_weight.half()), rounded)
+    one = torch.full((1,), 0.5, device=device)
+    assert torch.equal(loss(one.expand(6), one.expand(9)), loss(one.repeat(6), one.repeat(9)))
+
+
 def test_micro_batches_add_up(device):
     """Token counts differ: with the global count the micro-batches' losses and gradients are the big batch's."""
     logits, labels = torch.randn(16, 21, device=device, requires_grad=True), torch.randint(0, 21, (16,), device=device)
@@ -413,6 +451,19 @@ def test_statistics(device):
     assert logits.grad.isfinite().all()
 
 
+def test_sequence_loss_is_weighted(device):
+    logits, labels = torch.randn(9, 11, device=device), torch.randint(0, 11, (9,), device=device)
+    weight, class_weight = torch.rand(9, device=device) + 0.1, torch.rand(11, device=device) + 0.1
+    cu_seqlens = torch.tensor([0, 2, 9], device=device)
+    options = {"cu_seqlens": cu_seqlens, "token_weight": weight, "class_weight": class_weight}
+    token = packops.cross_entropy(logits, labels, reduction="none", **options)  # weighted already
+    for reduction in ("seq-mean-token-mean", "seq-mean-token-sum"):
+        _, stats = packops.cross_entropy(logits, labels, reduction=reduction, return_stats=True, **options)
+        shares = weight * class_weight[labels] if reduction == "seq-mean-token-mean" else torch.ones_like(weight)
+        expected = [token[a:b].sum() / (shares[a:b].sum() if "token-mean" in reduction else 1) for a, b in ((0, 2), (2, 9))]
+        torch.testing.assert_close(stats.sequence_loss, torch.stack(expected))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_in_place(device, dtype, reduction):
@@ -440,6 +491,56 @@ def test_in_place(device, dtype, reduction):
         kept = source.clone()
         packops.cross_entropy(kept, labels, inplace=True)
         torch.testing.assert_close(kept, source, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_place_writes_strided_rows_where_they_are(device, dtype, reduction):
+    labels = torch.randint(0, 33, (4, 5), device=device)
+    leaf = torch.randn(5, 4, 40, device=device).to(dtype).requires_grad_()
+    wide = leaf * 1
+    logits = wide[..., 2:35].transpose(0, 1)  # a slice of a padded vocabulary, (S, B, V) seen as (B, S, V)
+    beside = wide[..., 35:].detach().clone()
+    loss = packops.cross_entropy(logits * 1, labels, reduction=reduction).sum()
+    (expected,) = torch.autograd.grad(loss, leaf, retain_graph=True)
+    loss = packops.cross_entropy(logits, labels, reduction=reduction, inplace=True).sum()
+    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected, rtol=2 * EPS[dtype], atol=1e-6)
+    torch.testing.assert_close(wide[..., 2:35].detach(), expected[..., 2:35], rtol=2 * EPS[dtype], atol=1e-6)
+    assert torch.equal(wide[..., 35:].detach(), beside)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_in_place_refuses_rows_it_would_have_to_copy(device, dtype, reduction):
+    """The gradient would land in the copy, and the logits would pass for it."""
+    leaf = torch.randn(3, 8, 4, 12, device=device).to(dtype).requires_grad_()
+    logits = (leaf * 1)[:, :6:2, ::2]  # three strides, which do not collapse
+    labels = torch.zeros(3, 3, 2, dtype=torch.int64, device=device)
+    early = dtype != torch.float16 and reduction != "none"  # the others write their gradient in the backward
+    with pytest.raises(ValueError if early else RuntimeError, match="written in place needs a contiguous last dimension"):
+        packops.cross_entropy(logits, labels, reduction=reduction, inplace=True).sum().backward()
+
+
+def test_rows_further_apart_than_32_bits_can_say(device):
+    """Two rows 2^31 elements apart, of which nothing between is touched: on the CPU that costs addresses, not memory."""
+    try:
+        memory = torch.empty(2**31 + 64, dtype=torch.bfloat16, device=device)
+    except RuntimeError as error:
+        if device.type == "cuda":
+            raise
+        pytest.skip(f"no 4 GiB of addresses: {error}")
+    logits, labels = memory.as_strided((2, 40), (2**31, 1)), torch.tensor([3, 39], device=device)
+    logits.copy_(torch.randn(2, 40))
+    near = logits.contiguous()
+    expected, expected_grad = packops.cross_entropy(near, labels), both(near, labels)[3]
+    far = logits.requires_grad_()
+    loss = packops.cross_entropy(far, labels)
+    torch.testing.assert_close(loss, expected, rtol=0, atol=0)
+    torch.testing.assert_close(torch.autograd.grad(loss, far)[0].double(), expected_grad, rtol=2.0**-7, atol=1e-6)
+    with torch.no_grad():
+        _, _, floats, ints, *_ = torch.ops.packops._cross_entropy_forward(far, labels)
+        torch.ops.packops._cross_entropy_backward_(far, torch.ones((), device=device), None, floats, ints, holds_gradient=False)
+    torch.testing.assert_close(far.detach().double(), expected_grad, rtol=2.0**-7, atol=1e-6)
 
 
 def test_in_place_keeps_retained_graphs_right(device):
@@ -572,6 +673,24 @@ def test_opcheck(device, options):
     g = torch.randn_like(loss)
     torch.library.opcheck(ops._cross_entropy_backward.default, (g, logits, floats, ints), maths)
     torch.library.opcheck(ops._cross_entropy_backward_.default, (grad, g, logits, floats, ints), maths)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_fakes_know_dtypes_strides_and_documents(device, dtype):
+    """What opcheck above does not vary: fp32 losses of 16-bit logits, gradients in the order of (S, B, V), no cu_seqlens."""
+    if device.type == "cuda" and dtype == torch.float64:
+        pytest.skip("fp64 is for the CPU")
+    logits = torch.randn(4, 2, 8, device=device).to(dtype).transpose(0, 1)
+    labels = torch.randint(0, 8, (2, 4), device=device)
+    ops, only = torch.ops.packops, {"test_utils": "test_faketensor"}
+    for options in ({"reduction": "none"}, {"reduction": "seq-mean-token-mean"}):
+        torch.library.opcheck(ops.cross_entropy.default, (logits, labels), options, **only)
+        torch.library.opcheck(ops.cross_entropy_stats.default, (logits, labels), options, **only)
+        torch.library.opcheck(
+            ops._cross_entropy_forward.default, (logits, labels), {**options, "with_grad": True, "with_stats": True}, **only
+        )
+        loss, _, floats, ints, *_ = ops._cross_entropy_forward(logits, labels, **options)
+        torch.library.opcheck(ops._cross_entropy_backward.default, (torch.ones_like(loss), logits, floats, ints), **only)
 
 
 @pytest.mark.parametrize("options", OPTIONS)

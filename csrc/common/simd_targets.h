@@ -13,6 +13,7 @@
 #include <cstring>
 #include <limits>
 
+#include "common/convert.h"
 #include "common/dtype.h"
 
 #ifndef PACKOPS_CPU_ISA_DEFINED

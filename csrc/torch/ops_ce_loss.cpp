@@ -11,6 +11,7 @@
 #include "torch/dispatch.h"
 #include "torch/namespace.h"
 #include "torch/stream.h"
+#include "torch/string.h"
 
 namespace packops {
 namespace {
@@ -274,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   return {loss, floats, ints, counts, sequence_loss};
 }
 
-Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, StringArgument reduction,
                      OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
                      double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
   return std::get<0>(forward_into(logits,
@@ -290,7 +291,7 @@ Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor 
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(
-    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, StringArgument reduction,
     OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
     double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
   return forward_into(logits,
@@ -307,7 +308,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(
 
 // The gradient's strides are the logits' where those are dense (as torch's own operations do), else contiguous.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, std::string reduction,
+    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, StringArgument reduction,
     OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
     double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale, bool with_grad, bool with_stats) {
   OptionalTensor grad;
@@ -326,7 +327,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& labels, OptionalTensor cu_seqlens,
-                                                                   bool shift, std::string reduction, OptionalTensor num_items,
+                                                                   bool shift, StringArgument reduction, OptionalTensor num_items,
                                                                    int64_t ignore_index, OptionalTensor token_weight,
                                                                    OptionalTensor class_weight, double label_smoothing,
                                                                    double z_loss, std::optional<double> softcap,

@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include "common/convert.h"
 #include "metadata.h"
 #include "torch/dispatch.h"
 #include "torch/namespace.h"
@@ -27,10 +28,7 @@ CheckedAxis check_axis(const Tensor& cu_seqlens, int64_t tokens, const char* op)
   return {contiguous, {contiguous.const_data_ptr(), dtype, contiguous.size(0) - 1, tokens}};
 }
 
-int64_t boundary_at(const PackedAxis& axis, int64_t i) {
-  return axis.index_dtype == DType::i32 ? static_cast<const int32_t*>(axis.cu_seqlens)[i]
-                                        : static_cast<const int64_t*>(axis.cu_seqlens)[i];
-}
+int64_t boundary_at(const PackedAxis& axis, int64_t i) { return integer_at(axis.cu_seqlens, axis.index_dtype, i); }
 
 void check_boundaries(const PackedAxis& axis, const char* op) {
   const int64_t bad = first_malformed_boundary(axis);

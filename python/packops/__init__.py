@@ -24,14 +24,16 @@ from .functional import (  # noqa: E402
     packed_labels,
     packed_metadata,
 )
+from .modules import CrossEntropyLoss, RotaryEmbedding  # noqa: E402
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
-from .rotary import RotaryEmbedding, rope_table  # noqa: E402
+from .rotary import rope_table  # noqa: E402
 from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
+    "CrossEntropyLoss",
     "CrossEntropyStats",
     "DocumentSlice",
     "PackedBatch",

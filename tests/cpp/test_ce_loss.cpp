@@ -4,7 +4,10 @@
 #include <algorithm>
 #include <limits>
 
-#include "check.h"
+#define PACKOPS_SIMD_FILE "ce_loss_simd.h"
+#include "common/simd_targets.h"
+
+#include "isa.h"
 
 using namespace packops;
 
@@ -210,4 +213,70 @@ CASE(backward_scales_by_grad_output) {
     for (int64_t c = 0; c < 37; c++)
       CHECK_CLOSE(problem.grad[t * problem.stride + c],
                   incoming[t] * (std::exp(problem.logit(t, c) - problem.lse(t)) - (c == problem.labels[t])), 4e-6);
+}
+
+// Every option at once, in every number type, around every vector: only here does a machine with AVX-512 run the other two.
+template <typename T>
+static void check_isa(CpuIsa isa, DType dtype, double tolerance) {
+  for (int64_t vocab : {1, 3, 4, 7, 8, 15, 17, 100, 1030, 2051}) {
+    Problem problem(4, vocab, uint64_t(vocab));
+    problem.labels[2] = kIgnore;
+    std::vector<T> logits(problem.logits.size()), grad(logits.size());
+    for (size_t i = 0; i < logits.size(); i++) {
+      logits[i] = from_float<T>(problem.logits[i]);
+      problem.logits[i] = to_float(logits[i]);
+    }
+    check::Random random(3);
+    std::vector<float> class_weight(vocab);
+    for (float& w : class_weight) w = float(random.uniform() + 0.1);
+    CeLossParams& p = problem.p;
+    p.class_weight = class_weight.data();
+    p.label_smoothing = 0.2f;
+    p.z_loss = 0.01f;
+    p.softcap = 5;
+    p.logit_scale = 0.7f;
+    p.reduction = Reduction::sum;
+    problem.run();  // fills the parameters; the float results are not looked at
+    p.logits = logits.data();
+    p.logits_dtype = dtype;
+    p.grad = grad.data();
+    PACKOPS_OF_ISA(isa, ce_rows_any)(p, 0, 4, false);
+
+    for (int64_t t = 0; t < 4; t++) {
+      if (t == 2) {
+        for (int64_t c = 0; c < vocab; c++) CHECK_EQ(to_float(grad[t * problem.stride + c]), 0.f);
+        continue;
+      }
+      std::vector<double> x(vocab);
+      double sum = 0, weights = 0, smooth = 0, entropy = 0;
+      for (int64_t c = 0; c < vocab; c++) x[c] = 5 * std::tanh(problem.logit(t, c) * double(0.7f) / 5);
+      for (double v : x) sum += std::exp(v);
+      const double lse = std::log(sum), eps = double(0.2f), z = double(0.01f);
+      for (int64_t c = 0; c < vocab; c++) {
+        weights += class_weight[c];
+        smooth += class_weight[c] * (lse - x[c]);
+        entropy -= std::exp(x[c] - lse) * (x[c] - lse);
+      }
+      const int64_t y = problem.labels[t];
+      CHECK_CLOSE(problem.row_loss[t], (1 - eps) * class_weight[y] * (lse - x[y]) + eps / double(vocab) * smooth + z * lse * lse,
+                  3e-6);
+      CHECK_CLOSE(problem.entropy[t], entropy, 3e-6);
+      CHECK(x[problem.prediction[t]] >= *std::max_element(x.begin(), x.end()) - 1e-5);
+      const double alpha = (1 - eps) * class_weight[y] + eps / double(vocab) * weights + 2 * z * lse;
+      for (int64_t c = 0; c < vocab; c++) {
+        const double inner =
+            alpha * std::exp(x[c] - lse) - eps / double(vocab) * class_weight[c] - (c == y ? (1 - eps) * class_weight[y] : 0);
+        const double want = inner * double(0.7f) * (1 - x[c] * x[c] / 25), got = to_float(grad[t * problem.stride + c]);
+        CHECK(std::abs(got - want) <= tolerance * std::abs(want) + 4e-6);
+      }
+    }
+  }
+}
+
+CASE(every_instruction_set_agrees_with_the_formula) {
+  for_each_isa([](CpuIsa isa) {
+    check_isa<float>(isa, DType::f32, 4e-6);
+    check_isa<half_t>(isa, DType::f16, 0x1p-11 + 4e-6);
+    check_isa<bf16_t>(isa, DType::bf16, 0x1p-8 + 4e-6);
+  });
 }
