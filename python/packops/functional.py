@@ -204,12 +204,13 @@ def linear_cross_entropy(
     """
     if hasattr(weight, "full_tensor"):
         raise TypeError(
-            "packops.linear_cross_entropy: weight must be a plain tensor, got a DTensor; pass weight.full_tensor(), through which "
-            "the gradient goes back to the shards"
+            "packops.linear_cross_entropy: weight must be a plain tensor, got a DTensor; pass weight.full_tensor(), through "
+            "which the gradient goes back to the shards"
         )
     if num_valid is not None and isinstance(num_valid, Tensor):
         raise TypeError(
-            "packops.linear_cross_entropy: num_valid must be an int on the host, got a Tensor; reading it would wait for the device"
+            "packops.linear_cross_entropy: num_valid must be an int on the host, got a Tensor; reading it would wait for the "
+            "device"
         )
     return torch.ops.packops.linear_cross_entropy(
         hidden,

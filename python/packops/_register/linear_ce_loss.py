@@ -7,11 +7,11 @@ Per chunk of c rows, with logits (c, V) in one buffer that every chunk uses agai
     grad_hidden  = logits @ weight              2 c V H
     grad_weight += logits.T @ hidden            2 c V H, accumulated in fp32 by the product itself
 
-Gradients are formed for ``grad_output = 1`` while the chunk's logits exist; the backward multiplies them by ``grad_output`` on their
-way from fp32 to the parameters' dtype, so they are rounded once. With ``reduction="none"`` the weight's gradient depends on every
-token's ``grad_output``, which the forward cannot know: then the backward makes the logits anew, a fourth product.
+Gradients are formed for ``grad_output = 1`` while the chunk's logits exist; the backward multiplies them by ``grad_output`` on
+their way from fp32 to the parameters' dtype, so they are rounded once. With ``reduction="none"`` the weight's gradient depends on
+every token's ``grad_output``, which the forward cannot know: then the backward makes the logits anew, a fourth product.
 
-The loop is Python. A chunk costs it about a tenth of a millisecond and the device several, and nothing in it waits for the device.
+The loop is Python: a chunk costs it about a tenth of a millisecond and the device several. Nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid:
     large as ``LOGITS_SHARE`` of the whole logits' memory allows, between ``MIN_ROWS`` and ``MAX_ROWS``, and of even size. (Below
     ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, the lower bound decides and the share is larger.)
 
-    Not in this: the gradients, and their accumulators: ``4 V H`` bytes for the weight, ``4 T H`` for the hidden states, half of it
-    with ``accum_dtype=torch.bfloat16``, nothing beyond the gradients where the parameters are fp32 already.
+    Not in this: the gradients and their accumulators, ``4 V H`` bytes for the weight and ``4 T H`` for the hidden states (half
+    with ``accum_dtype=torch.bfloat16``; where the parameters are fp32 the accumulators become the gradients).
     """
     rows = tokens if num_valid is None else num_valid
     row = vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
@@ -193,7 +193,8 @@ def _multiply(
     grad_bias: Tensor | None,
     first: bool,
 ) -> None:
-    """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += its sum; at first = instead of +=."""
+    """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += grad_logits.sum(0); at `first`, the
+    weight's is set."""
     made = next((g for g in (grad_hidden, grad_weight, grad_bias) if g is not None), None)
     if made is None:
         return
@@ -385,8 +386,9 @@ def prepare(ops: SimpleNamespace, hidden: Tensor, vocab: int, labels: Tensor, op
             vocab=vocab,
             op=OP,
         )
-    if checked and num_valid is not None and int(counts[0]) > num_valid:
-        raise ValueError(f"packops.{OP}: num_valid must be at least the number of rows that count ({int(counts[0])}), got {num_valid}")
+    if checked and num_valid is not None and num_valid < int(counts[0]):
+        counted = int(counts[0])
+        raise ValueError(f"packops.{OP}: num_valid must be at least the number of rows that count ({counted}), got {num_valid}")
     return target, scale, counts
 
 
@@ -411,9 +413,7 @@ def register(namespace: str) -> None:
         f"{maths}, {chunks}, {flags}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
     )
     public = getattr(ops, OP).default
-    raw = SimpleNamespace(
-        forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default
-    )
+    raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default)
 
     def outputs(hidden: Tensor, result: Chunked) -> tuple[Tensor, ...]:
         """Gradients in the parameters' shapes; an op returns tensors, so empty ones stand for what is not wanted."""
