@@ -387,7 +387,9 @@ def chunked(hidden, weight, labels, wanted, **chunks):
     maths = {name: linear_ce_loss.DEFAULTS[name] for name in linear_ce_loss.MATHS}
     recorder = Recorder()
     with torch.no_grad(), recorder:
-        result = linear_ce_loss.run_chunks(ops, hidden, weight, None, target, scale, maths, Wanted(*wanted), **chunks)
+        result, _ = linear_ce_loss.losses_and_gradients(
+            ops, hidden, weight, None, target, scale, maths, Wanted(*wanted), **chunks
+        )
     return result, recorder
 
 
