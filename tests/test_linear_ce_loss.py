@@ -240,7 +240,7 @@ def test_fp16_under_a_loss_scale(device, reduction):
     assert rms(hidden.grad) > 0
 
 
-@pytest.mark.parametrize("num_valid", [None, 5])
+@pytest.mark.parametrize("num_valid", [None, 6, 7])  # exact, and with a row that does not count
 def test_rows_that_do_not_count_may_hold_anything(device, num_valid):
     hidden, weight, bias, labels = problem(device, shape=(9,), ignored=(1, 6))
     cu_seqlens = torch.tensor([0, 4, 8], device=device)  # row 8 is padding
@@ -249,7 +249,7 @@ def test_rows_that_do_not_count_may_hold_anything(device, num_valid):
     with torch.no_grad():
         hidden[1], hidden[6], hidden[8] = math.nan, math.inf, -math.inf
     loss = packops.linear_cross_entropy(
-        hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, chunk_tokens=4, num_valid=None if num_valid is None else 6
+        hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, chunk_tokens=4, num_valid=num_valid
     )
     torch.testing.assert_close(loss, expected)
     for a, b in zip(gradients(loss, None, hidden, weight, bias), expected_grads, strict=True):
