@@ -15,6 +15,7 @@ import packops
 from packops import reference
 from packops._register import linear_ce_loss
 from packops._register.linear_ce_loss import MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
+from ranks import run_ranks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -552,7 +553,7 @@ def test_what_must_be_plain_and_on_the_host(device):
     hidden, weight, _, labels = problem(device, bias=False)
     with pytest.raises(TypeError, match="num_valid must be an int on the host"):
         packops.linear_cross_entropy(hidden, weight, labels, num_valid=torch.tensor(3, device=device))
-    with pytest.raises(TypeError, match=r"got a DTensor; pass weight.full_tensor\(\)"):
+    with pytest.raises(TypeError, match=r"weight must be a plain tensor, got a DTensor"):
         packops.linear_cross_entropy(hidden, SimpleNamespace(full_tensor=lambda: weight), labels)
 
 
@@ -683,6 +684,41 @@ def test_autocast(device, reduction):
         assert torch.equal(a, b.float())
 
 
+class Head(torch.nn.Linear):
+    """The lm_head as a module whose forward is the loss: where FSDP has its weight gathered."""
+
+    def forward(self, hidden, labels, num_items):
+        return packops.linear_cross_entropy(hidden, self.weight, labels, bias=self.bias, num_items=num_items, chunk_tokens=3)
+
+
+def train_sharded(rank, hidden, labels, weight, bias, expected):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, init_device_mesh
+
+    head = Head(8, 11)
+    with torch.no_grad():
+        head.weight.copy_(weight)
+        head.bias.copy_(bias)
+    fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+    counted = 17 / 2  # FSDP averages gradients over the ranks
+    loss = head(hidden[rank * 10 : rank * 10 + 10], labels[rank * 10 : rank * 10 + 10], num_items=counted)
+    loss.backward()
+    assert isinstance(head.weight, DTensor)
+    for parameter, grad in zip((head.weight, head.bias), expected, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), grad)
+    with pytest.raises(TypeError, match="weight must be a plain tensor"):
+        packops.linear_cross_entropy(hidden, head.weight, labels)
+
+
+@pytest.mark.slow
+def test_fully_sharded_weight(tmp_path):
+    """FSDP2 over two ranks with different token counts: the gradients of the whole batch."""
+    hidden, weight, bias, labels = problem("cpu", shape=(20,), hidden_size=8, vocab=11, ignored=(1, 2, 15))
+    loss = packops.linear_cross_entropy(hidden, weight, labels, bias=bias)
+    expected = gradients(loss, None, weight, bias)
+    run_ranks(2, tmp_path, train_sharded, *(x.detach() for x in (hidden, labels, weight, bias)), expected)
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing(device, use_reentrant):
     hidden, weight, bias, labels = problem(device)
@@ -766,8 +802,11 @@ def test_cuda_graph_replays_with_other_data():
         with torch.no_grad():
             hidden.copy_(torch.randn_like(hidden))
         graph.replay()
-        for a, b in zip(captured, step(), strict=True):
-            assert torch.equal(a, b) or (end - begin > 128 and a.dim() == 0 and a.isnan() and b.isnan())
+        (loss, *grads), (expected, *expected_grads) = captured, step()
+        torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+        assert loss.isnan() == (end - begin > 128)
+        for a, b in zip(grads, expected_grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=2.0**-7, atol=1e-6)
 
 
 @pytest.mark.gpu
@@ -804,7 +843,7 @@ def test_peak_memory(tokens, hidden_size, vocab, valid):
     )
     with torch.no_grad():
         alone = peak(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
-    slack = 8 * 2**20
+    slack = 40 * 2**20  # a workspace of the product library
     assert forward <= accumulators + 0.35 * logits + slack
     assert backward <= accumulators + max(0.35 * logits, gradients_size) + slack
     assert alone <= 0.35 * logits + slack
@@ -829,7 +868,6 @@ def test_real_shapes(tokens, hidden_size, vocab):
     ):
         loss = call()
         results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
-    exact_hidden = torch.empty(tokens, 0, device=device)
     sample = torch.arange(0, vocab, vocab // 37, device=device)
     exact_rows = torch.zeros(len(sample), hidden_size, dtype=torch.float64, device=device)
     for begin in range(0, tokens, 1024):
@@ -837,10 +875,9 @@ def test_real_shapes(tokens, hidden_size, vocab):
         p = (h.float() @ weight.detach().float().t()).softmax(-1)[:, sample].double()
         p = (p - (y[:, None] == sample)) * (y != -100)[:, None] / count
         exact_rows += p.t() @ h
-    del exact_hidden
     errors = [rms(result[2][sample].double() - exact_rows) for result in results]
     assert max(errors[:2]) <= 1.05 * errors[2], errors
     for result in results[:2]:
         torch.testing.assert_close(result[0], results[2][0], rtol=1e-4, atol=1e-5)
         assert (result[1][labels == -100] == 0).all()
-        torch.testing.assert_close(result[1].float(), results[2][1].float(), rtol=2e-2, atol=1e-8)
+        assert rms(result[1].double() - results[2][1]) <= 0.01 * rms(results[2][1])
