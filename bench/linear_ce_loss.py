@@ -1,7 +1,7 @@
-"""The lm_head and the loss, with both gradients, against eager, torch.compile, Liger, Apple CCE, QuACK and torch's own loop.
+"""lm_head and loss with both gradients, against eager, torch.compile, Liger, Apple CCE, QuACK and torch's own loop.
 
     packops bench linear-cross-entropy                          # everything; about four minutes on an H200
-    packops bench linear-cross-entropy --shape 8192x4096x128256 # tokens x hidden size x vocabulary
+    packops bench linear-cross-entropy --shape 8192 4096 128256 # tokens, hidden size, vocabulary
     packops bench linear-cross-entropy --chunks 1024 2048 4096  # ours with these chunks too
     packops bench linear-cross-entropy --device cpu --threads 2
 
@@ -286,13 +286,8 @@ def memory(axis: Any, case: dict[str, Any]) -> None:
     axis.tick_params(labelsize=8)
 
 
-def shape_of(text: str) -> tuple[int, int, int]:
-    tokens, hidden_size, vocab = map(int, text.split("x"))
-    return tokens, hidden_size, vocab
-
-
 def extend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shape", type=shape_of, action="append", metavar="TxHxV", help="may be repeated")
+    parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("T", "H", "V"), help="may be repeated")
     parser.add_argument("--chunks", type=int, nargs="+", default=[], metavar="C", help="ours with these chunk_tokens too")
 
 

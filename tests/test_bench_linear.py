@@ -31,8 +31,8 @@ def bench():
     return importlib.import_module("linear_ce_loss")
 
 
-def run(bench, tmp_path, *arguments, shape="70x16x203"):
-    out = ["--device", "cpu", "--rounds", "1", "--seconds", "0", "--shape", shape, "--out", str(tmp_path / "result")]
+def run(bench, tmp_path, *arguments, device="cpu", shape=("70", "16", "203")):
+    out = ["--device", device, "--rounds", "1", "--seconds", "0", "--shape", *shape, "--out", str(tmp_path / "result")]
     code = bench.main([*out, *arguments])
     return code, json.loads((tmp_path / "result.json").read_text())
 
@@ -92,3 +92,13 @@ def test_a_wrong_loss_of_ours_fails_the_benchmark(bench, tmp_path, monkeypatch, 
     assert code == 1
     assert "wrong results" in capsys.readouterr().out
     assert all("wrong" in row for row in data["cases"][0]["rows"] if row["system"].startswith("packops"))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(bench, tmp_path):
+    """Every peer that is installed, peak memory of ours below that of all logits."""
+    code, data = run(bench, tmp_path, device="cuda", shape=("4096", "256", "32000"))
+    assert code == 0
+    rows = {row["system"]: row for row in data["cases"][0]["rows"]}
+    assert rows["packops"]["peak_bytes"] < 4096 * 32000 * 2 < rows["eager"]["peak_bytes"]
+    assert rows["packops"]["targets"][0]["against"] == bench.PRODUCTS

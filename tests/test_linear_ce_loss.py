@@ -341,7 +341,9 @@ def test_bf16_accumulation_is_scaled_in_fp32(device):
 SHAPES = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 896, 151936)]
 
 
-@pytest.mark.parametrize("tokens, hidden_size, vocab", [*SHAPES, (4096, 2048, 32000), (1 << 20, 8192, 128256)])
+@pytest.mark.parametrize(
+    "tokens, hidden_size, vocab", [*SHAPES, (4096, 2048, 32000), (4096, 4096, 128256), (1 << 20, 8192, 128256)]
+)
 @pytest.mark.parametrize("valid", [1.0, 0.5, 0.03])
 def test_chunk_sizes(tokens, hidden_size, vocab, valid):
     num_valid = None if valid == 1 else int(tokens * valid)
@@ -352,6 +354,7 @@ def test_chunk_sizes(tokens, hidden_size, vocab, valid):
     assert c * (vocab + copies * hidden_size) <= max(0.35 * tokens * vocab, MIN_ROWS * (vocab + copies * hidden_size))
     chunks = -(-rows // c)
     assert rows - (chunks - 1) * c > 0.9 * c or chunks == 1  # no small rest at the end, which would leave the matrix units idle
+    assert c % 8 == 0
 
 
 def test_chunk_sizes_of_the_smallest():
@@ -620,17 +623,17 @@ def test_prepared_rows(device):
 @pytest.mark.slow
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_compiles_whole_with_dynamic_shapes(device, reduction):
-    def model(hidden, weight, bias, labels, cu_seqlens):
+    def model(hidden, weight, bias, labels, cu_seqlens, num_valid):
         loss = packops.linear_cross_entropy(
             hidden.tanh(), weight, labels, bias=bias, cu_seqlens=cu_seqlens, shift=True, reduction=reduction, chunk_tokens=4
         )
-        return (packops.linear_cross_entropy(hidden, weight, labels, num_items=7) * 0.5 + loss).sum()
+        return (packops.linear_cross_entropy(hidden, weight, labels, num_items=7, num_valid=num_valid) * 0.5 + loss).sum()
 
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="inductor" if reduction == "mean" else "aot_eager")
     for tokens in (6, 11):
-        hidden, weight, bias, labels = problem(device, shape=(tokens,))
-        arguments = hidden, weight, bias, labels, torch.tensor([0, 4, tokens], device=device)
+        hidden, weight, bias, labels = problem(device, shape=(tokens,), ignored=(2,))
+        arguments = hidden, weight, bias, labels, torch.tensor([0, 4, tokens], device=device), tokens - 1
         results = []
         for f in (compiled, model):
             loss = f(*arguments)

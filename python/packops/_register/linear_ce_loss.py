@@ -53,8 +53,13 @@ def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid:
     row = vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
     most = min(max(int(LOGITS_SHARE * tokens * vocab / max(row, 1)), MIN_ROWS), MAX_ROWS)
     chunks = max(-(-rows // most), 1)
-    even = -(-rows // chunks)
-    return max(min(-(-even // ROW_MULTIPLE) * ROW_MULTIPLE, most), 1)
+    even = max(-(-rows // chunks), 1)
+    rounded = (_round_up(even, multiple) for multiple in (ROW_MULTIPLE, 8))
+    return next((c for c in rounded if c <= most), even)
+
+
+def _round_up(x: int, multiple: int) -> int:
+    return -(-x // multiple) * multiple
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:
@@ -125,7 +130,7 @@ def run_chunks(
     grad_bias = torch.zeros((vocab,), dtype=dtype, device=device) if wanted.bias else None
 
     # Rows of an odd vocabulary would begin anywhere; the buffer is ours, so they begin where vector loads and products want them.
-    width = vocab if vocab % 8 == 0 else -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE
+    width = vocab if vocab % 8 == 0 else _round_up(vocab, ROW_MULTIPLE)
     buffer = hidden.new_empty((min(chunk_tokens, rows), width))[:, :vocab]
     for begin in range(0, rows, chunk_tokens):
         here = slice(begin, min(begin + chunk_tokens, rows))
@@ -255,8 +260,9 @@ def _multiply_widened(
     """The same on the CPU, whose products cannot write a wider dtype than they read: a block of the vocabulary at a time."""
     hidden = hidden.to(wide)
     vocab = weight.shape[0]
-    for begin in range(0, vocab, -(-vocab // CPU_BLOCKS)):
-        block = slice(begin, min(begin - (-vocab // CPU_BLOCKS), vocab))
+    columns = -(-vocab // CPU_BLOCKS)
+    for begin in range(0, vocab, columns):
+        block = slice(begin, min(begin + columns, vocab))
         g = grad_logits[:, block].to(wide)
         if grad_hidden is not None:
             _product(grad_hidden, g, weight[block].to(wide), add=begin > 0)
