@@ -306,6 +306,23 @@ def test_micro_batches_add_up(device, kind):
         torch.testing.assert_close(a, b)
 
 
+def test_num_valid_of_a_packed_batch(device):
+    """The count that a PackedBatch carries is exact: one row less is refused, and the losses are the documents' own."""
+    ids = torch.randint(0, 67, (26,), device=device)
+    labels = ids.clone()
+    labels[[0, 3, 9, 10, 25]] = -100  # the first token of a document is never scored, masked or not
+    batch = packops.PackedBatch.build(ids, labels, (0, 9, 10, 22, 26))
+    hidden, weight, bias, _ = problem(device, shape=(1, 26))
+    options = {"bias": bias, "cu_seqlens": batch.cu_seqlens, "shift": True, "reduction": "none"}
+    token = packops.linear_cross_entropy(hidden, weight, batch.labels, num_valid=batch.num_valid, **options)
+    assert batch.num_valid == int((token != 0).sum())
+    alone = [
+        reference.linear_cross_entropy(hidden[0, a:b], weight, labels[a:b], bias=bias, shift=True, reduction="none")
+        for a, b in itertools.pairwise((0, 9, 10, 22, 26))
+    ]
+    torch.testing.assert_close(token[0].double(), torch.cat(alone), rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- accumulation, memory, work
 
 
@@ -840,7 +857,8 @@ def test_peak_memory(tokens, hidden_size, vocab, valid):
         del result
         return torch.cuda.max_memory_allocated() - before
 
-    peak(lambda: hidden.detach()[:128] @ weight.detach().t())  # the product library's workspace
+    packops.linear_cross_entropy(hidden[:64], weight, labels[:64]).backward()  # the product library's workspaces
+    hidden.grad = weight.grad = None
     forward = peak(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
     backward = peak(
         lambda: torch.autograd.grad(packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid), (hidden, weight))

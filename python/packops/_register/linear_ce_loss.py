@@ -206,7 +206,7 @@ def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
     divided by. A power of two, so that it rounds nothing."""
     if not target.numel():
         return scale.new_ones(())
-    largest = torch.where(target >= 0, scale.abs(), 0).amax() * max(maths["logit_scale"], 1.0)
+    largest = scale.abs().masked_fill(target < 0, 0).amax() * max(maths["logit_scale"], 1.0)
     if maths["class_weight"] is not None:
         largest = largest * maths["class_weight"].amax().clamp(min=1)
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
@@ -311,6 +311,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         if ctx.early:
             target, unit, *grads = ctx.saved_tensors
             keep = _graph_is_kept()  # then what is saved must survive
+            factor = grad_output * unit if ctx.dtype == torch.float16 else grad_output
+            if ctx.per_token:  # only the hidden states' gradient is wanted, and it has a row for each
+                factor = factor.masked_fill(target.view(factor.shape) < 0, 0).unsqueeze(-1)
         else:
             target, scale, hidden, weight, bias, class_weight = ctx.saved_tensors
             flags = {f"grad_{name}": want for name, want in ctx.wanted._asdict().items()}
@@ -318,11 +321,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 grad_output, hidden, weight, target, scale, bias=bias, class_weight=class_weight, **ctx.options, **flags
             )
             keep = False
-        factor = unit if not ctx.early else grad_output * unit if ctx.dtype == torch.float16 else grad_output
-        if ctx.early and ctx.per_token:  # only the hidden states' gradient is wanted, and it has a row for each
-            factor = torch.where(target.view(factor.shape) >= 0, factor, 0).unsqueeze(-1)
-        if not ctx.early and ctx.dtype != torch.float16:
-            factor = None
+            factor = unit if ctx.dtype == torch.float16 else None
         made = [
             _finish(grad, factor, ctx.dtype, keep, blocks=CPU_BLOCKS if name == "weight" else 1) if want else None
             for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=True)
@@ -469,7 +468,7 @@ def register(namespace: str) -> None:
         else:
             loss = losses.sum(dtype=torch.float64).to(losses.dtype)
         if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
-            loss = torch.where(counts[0] <= given["num_valid"], loss, torch.nan)
+            loss = loss.masked_fill(counts[0] > given["num_valid"], torch.nan)
         return loss, *grads, target, scale
 
     @torch.no_grad()
