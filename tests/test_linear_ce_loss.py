@@ -307,7 +307,7 @@ def test_micro_batches_add_up(device, kind):
 
 
 def test_num_valid_of_a_packed_batch(device):
-    """The count that a PackedBatch carries is exact: one row less is refused, and the losses are the documents' own."""
+    """The count that a PackedBatch carries is exact, and the losses are those of its documents alone."""
     ids = torch.randint(0, 67, (26,), device=device)
     labels = ids.clone()
     labels[[0, 3, 9, 10, 25]] = -100  # the first token of a document is never scored, masked or not
