@@ -11,6 +11,7 @@
 #include "torch/dispatch.h"
 #include "torch/namespace.h"
 #include "torch/stream.h"
+#include "torch/string.h"
 
 namespace packops {
 namespace {
@@ -404,7 +405,7 @@ void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor log
 // What every row is scored against and what its loss is multiplied by, before there are any logits: for losses that make theirs
 // piece by piece. target (rows,): a class, kIgnored or kBadLabel; scale (rows,); counts {tokens, documents}.
 std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
-                                           std::string reduction, OptionalTensor num_items, int64_t ignore_index,
+                                           StringArgument reduction, OptionalTensor num_items, int64_t ignore_index,
                                            OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
                                            double z_loss, std::optional<double> softcap, double logit_scale,
                                            bool double_precision) {
