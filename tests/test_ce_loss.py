@@ -557,7 +557,9 @@ def test_calls_leak_nothing():
     """torch's own conversion of a string argument leaks a heap string, 80 bytes, per call: csrc/torch/string.h does not."""
 
     class Mallinfo2(ctypes.Structure):
-        _fields_ = [(name, ctypes.c_size_t) for name in "arena a b c d e f uordblks fordblks keepcost".split()]
+        _fields_ = [
+            (name, ctypes.c_size_t) for name in ["arena", "a", "b", "c", "d", "e", "f", "uordblks", "fordblks", "keepcost"]
+        ]
 
     mallinfo2 = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if mallinfo2 is None:
