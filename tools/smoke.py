@@ -1,4 +1,4 @@
-"""Does an installed packops work? Every public op once on the CPU, forward and backward, against plain torch.
+"""Does an installed packops work? Every op once on the CPU, forward and backward, against plain torch.
 
 Run by tools/check_wheel.sh and tools/check_abi_range.sh outside the source tree; prints where packops came from.
 """
@@ -10,8 +10,104 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing import assert_close
 
 import packops
+from packops import reference
+
+ops = torch.ops.packops
+CU_SEQLENS = torch.tensor([0, 3, 3, 9], dtype=torch.int32)  # documents of 3, 0 and 6 tokens, then a token of padding
+TOKENS = 10
+
+
+def gradients(outputs, inputs, retain_graph=False):
+    """Of a weighted sum of all outputs, with the same weights whatever the dtype."""
+    outputs = [x for x in (outputs if isinstance(outputs, tuple) else (outputs,)) if x.requires_grad]
+    weights = [torch.linspace(-1, 1, x.numel()).reshape(x.shape).to(x.dtype) for x in outputs]
+    return torch.autograd.grad(outputs, inputs, weights, retain_graph=retain_graph)
+
+
+def same(got, want, inputs) -> None:
+    """Values and gradients of an operation and of its specification in fp64."""
+    for ours, theirs in zip(gradients(got, inputs), gradients(want, inputs, retain_graph=True), strict=True):
+        assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*(x if isinstance(x, tuple) else (x,) for x in (got, want)), strict=True):
+        assert_close(ours.double(), theirs.double(), rtol=1e-5, atol=1e-5)
+
+
+def check_cross_entropy() -> None:
+    logits, labels = torch.randn(TOKENS, 1003, requires_grad=True), torch.randint(0, 1003, (TOKENS,))
+    labels[4] = -100
+    options = {"cu_seqlens": CU_SEQLENS, "shift": True, "label_smoothing": 0.1, "z_loss": 0.01, "softcap": 20.0}
+    for reduction in reference.REDUCTIONS:
+        want = reference.cross_entropy(logits, labels, reduction=reduction, **options)
+        same(packops.cross_entropy(logits, labels, reduction=reduction, **options), want, [logits])
+        same(ops.cross_entropy(logits, labels, reduction=reduction, **options), want, [logits])
+        same(ops.cross_entropy_stats(logits, labels, reduction=reduction, **options)[0], want, [logits])
+        same(packops.CrossEntropyLoss(reduction=reduction, shift=True)(logits[None], labels[None]),
+             reference.cross_entropy(logits[None], labels[None], reduction=reduction, shift=True), [logits])  # fmt: skip
+        same(packops.cross_entropy(logits * 1, labels, reduction=reduction, inplace=True, **options), want, [logits])
+    same(packops.cross_entropy(logits, labels), F.cross_entropy(logits, labels), [logits])
+    _, stats = packops.cross_entropy(logits, labels, return_stats=True)
+    assert stats.num_tokens == TOKENS - 1
+    assert_close(stats.lse[0], logits[0].logsumexp(-1))
+    try:
+        packops.cross_entropy(logits, labels + 2000)
+    except IndexError:
+        pass
+    else:
+        raise AssertionError("a label outside the vocabulary must raise IndexError")
+
+
+def check_rope() -> None:
+    cos, sin = packops.rope_table(16, TOKENS)
+    q, k = torch.randn(TOKENS, 4, 24, requires_grad=True), torch.randn(TOKENS, 2, 24, requires_grad=True)
+    options = {"cu_seqlens": CU_SEQLENS, "rotary_offset": 4, "rotary_dim": 16}
+    for interleaved in (False, True):
+        want = reference.rope(q, k, cos, sin, interleaved=interleaved, **options)
+        same(packops.apply_rope(q, k, cos, sin, interleaved=interleaved, **options), want, [q, k])
+        same(ops.rope(q, k, cos, sin, interleaved=interleaved, **options), want, [q, k])
+        same(packops.apply_rope(q * 1, k * 1, cos, sin, interleaved=interleaved, inplace=True, **options), want, [q, k])
+        changed = q * 1, k * 1
+        ops.rope_(*changed, cos, sin, interleaved=interleaved, **options)
+        same(changed, want, [q, k])
+
+    weights = [torch.rand(24, requires_grad=True) for _ in "qk"]
+    want = reference.qk_norm_rope(q, k, *weights, cos, sin, eps=1e-6, **options)
+    same(packops.apply_qk_norm_rope(q, k, *weights, cos, sin, eps=1e-6, **options), want, [q, k, *weights])
+    same(ops.qk_norm_rope(q, k, *weights, cos, sin, eps=1e-6, **options), want, [q, k, *weights])
+
+
+def check_metadata_and_packing() -> None:
+    labels = torch.randint(0, 9, (TOKENS,))
+    for function in (packops, ops):
+        for got, want in (
+            (function.packed_metadata(CU_SEQLENS, TOKENS), reference.packed_metadata(CU_SEQLENS, TOKENS)),
+            (function.packed_labels(labels, CU_SEQLENS), reference.packed_labels(labels, CU_SEQLENS)),
+        ):
+            assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (got, want)
+    lengths = torch.randint(1, 700, (500,)).tolist()
+    for strategy in ("best_fit", "bfd", "ffd", "next_fit", "sequential"):
+        plan = packops.pack(lengths, 1024, strategy=strategy)
+        assert sorted(i for pack in plan for i in pack) == list(range(500)), strategy
+        assert all(sum(lengths[i] for i in pack) <= 1024 for pack in plan), strategy
+    batch = packops.PackingCollator()([torch.arange(n) for n in (7, 2, 12)])
+    assert batch.cu_seqlens.tolist() == [0, 7, 9, 21]
+    assert packops.loss_normalizer([batch, batch]) == 2 * batch.num_items
+    assert sum(len(step) for step in packops.PackedBatchSampler(lengths, 1024)) == 500
+
+
+def check_fakes() -> None:
+    """What torch.compile and export use, registered through another torch than the one of the build."""
+    with FakeTensorMode():
+        logits, labels = torch.empty(TOKENS, 50, dtype=torch.bfloat16), torch.empty(TOKENS, dtype=torch.int64)
+        loss = ops.cross_entropy(logits, labels, reduction="none")
+        assert (loss.shape, loss.dtype) == ((TOKENS,), torch.float32)
+        q, table = torch.empty(TOKENS, 4, 16), torch.empty(TOKENS, 8)
+        assert ops.rope(q, None, table, table)[0].shape == q.shape
+        assert ops.qk_norm_rope(q, None, torch.empty(16), None, table, table, eps=1e-6)[0].shape == q.shape
+        assert ops.packed_metadata(torch.empty(4, dtype=torch.int32), TOKENS)[0].shape == (TOKENS,)
 
 
 def main() -> None:
@@ -22,41 +118,14 @@ def main() -> None:
     assert packops._build.source_digest(sources) == digest, f"{sources} is not what the library was built from"
     torch.manual_seed(0)
 
-    logits = torch.randn(7, 1003, requires_grad=True)
-    labels = torch.randint(0, 1003, (7,))
-    labels[3] = -100
-    want = F.cross_entropy(logits, labels)
-    (want_grad,) = torch.autograd.grad(want, logits)
-    for cross_entropy in (packops.cross_entropy, torch.ops.packops.cross_entropy):
-        got = cross_entropy(logits, labels)
-        (got_grad,) = torch.autograd.grad(got, logits)
-        torch.testing.assert_close(got, want)
-        torch.testing.assert_close(got_grad, want_grad)
-
-    try:
-        packops.cross_entropy(logits, labels + 2000)
-    except IndexError:
-        pass
-    else:
-        raise AssertionError("a label outside the vocabulary must raise IndexError")
-
-    if hasattr(packops, "apply_rope"):
-        cos, sin = packops.rope_table(64, 100)
-        q, k = torch.randn(10, 4, 64, requires_grad=True), torch.randn(10, 2, 64)
-        rotated, _ = packops.apply_rope(q, k, cos, sin, cu_seqlens=torch.tensor([0, 6, 10]))
-        torch.testing.assert_close(rotated.norm(dim=-1), q.norm(dim=-1))  # a rotation
-        torch.testing.assert_close(rotated[6], q[6])  # position 0 again
-        (gradient,) = torch.autograd.grad(rotated.square().sum(), q)
-        torch.testing.assert_close(gradient, 2 * q)
-
-    if hasattr(packops, "packed_metadata"):
-        position_ids, seq_idx = packops.packed_metadata(torch.tensor([0, 3, 5], dtype=torch.int32), 6)
-        assert position_ids.tolist() == [0, 1, 2, 0, 1, 0], position_ids
-        assert seq_idx.tolist() == [0, 0, 0, 1, 1, -1], seq_idx
-
-    if hasattr(packops, "pack"):
-        plan = packops.pack([700, 300, 1024, 24, 1000], 1024)
-        assert plan is not None
+    tried = {"cross_entropy", "cross_entropy_stats", "rope", "rope_", "qk_norm_rope", "packed_metadata", "packed_labels"}
+    schemas = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("packops::")}
+    public = {name.removeprefix("packops::") for name in schemas if not name.startswith("packops::_")}
+    assert public == tried, f"this script does not try {sorted(public - tried)}"
+    check_cross_entropy()
+    check_rope()
+    check_metadata_and_packing()
+    check_fakes()
 
     python = sys.version.split()[0]
     print(f"packops {packops.__version__} works under torch {torch.__version__}, Python {python}: {packops.__file__}")
