@@ -14,7 +14,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # as it is for a benchmark run as a program
 
 
-pytestmark = pytest.mark.skipif(not (BENCH / "harness.py").exists(), reason="bench/harness.py is not there yet")
 
 
 @pytest.fixture(autouse=True, scope="module")
