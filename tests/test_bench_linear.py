@@ -14,8 +14,6 @@ BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # as it is for a benchmark run as a program
 
 
-
-
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
     """The problems are so small that handing them to other threads takes longer than solving them."""
