@@ -29,6 +29,7 @@ from .rotary import RotaryEmbedding, rope_table  # noqa: E402
 from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
+from .vocab_parallel import vocab_parallel_cross_entropy  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "packed_metadata",
     "rope_table",
     "verify",
+    "vocab_parallel_cross_entropy",
 ]
 
 _MODULES = ("distributed", "hf", "jit", "reference", "testing")
