@@ -2,6 +2,8 @@
 // python/packops/_register/. Loading two libraries of one namespace would end the process, so experiments build this file with
 // another PACKOPS_NAMESPACE (python/packops/jit.py).
 //
+// (linear_cross_entropy is a loop over these ops and torch's products: python/packops/_register/linear_ce_loss.py defines it.)
+//
 // Public ops carry plain names; those with a leading underscore are what Python's autograd formulas are made of.
 #include "torch/namespace.h"
 
@@ -19,6 +21,8 @@
 PACKOPS_LIBRARY(m) {
   m.def("cross_entropy(Tensor logits, " CE_LABELS CE_MATHS ") -> Tensor");
   m.def("cross_entropy_stats(Tensor logits, " CE_LABELS CE_MATHS ") -> (Tensor loss, " CE_STATS);
+  m.def("_cross_entropy_prepare(SymInt vocab, " CE_LABELS CE_MATHS
+        ", bool double_precision=False) -> (Tensor target, Tensor scale, Tensor counts)");
   m.def("_cross_entropy_forward(Tensor logits, " CE_LABELS CE_MATHS
         ", bool with_grad=False, bool with_stats=False) -> (Tensor loss, Tensor grad_logits, " CE_STATS);
   m.def("_cross_entropy_forward_(Tensor(a!) logits, " CE_LABELS CE_MATHS ", bool with_stats=False) -> (Tensor loss, " CE_STATS);

@@ -86,6 +86,22 @@ const float* float_weights(const OptionalTensor& weight, const Tensor& logits, i
   return static_cast<const float*>(holder.data_ptr());
 }
 
+// `holder` keeps a converted class_weight alive.
+void set_maths(CeLossParams& p, const Options& options, const Tensor& like, Tensor& holder) {
+  PACKOPS_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, ValueError, kOp,
+                ": label_smoothing must be in [0, 1], got ", options.label_smoothing);
+  PACKOPS_CHECK(options.z_loss >= 0, ValueError, kOp, ": z_loss must not be negative, got ", options.z_loss);
+  PACKOPS_CHECK(!options.softcap || *options.softcap > 0, ValueError, kOp, ": softcap must be positive or None, got ",
+                options.softcap.value_or(0));
+  PACKOPS_CHECK(options.logit_scale > 0, ValueError, kOp, ": logit_scale must be positive, got ", options.logit_scale);
+  p.label_smoothing = float(options.label_smoothing);
+  p.z_loss = float(options.z_loss);
+  p.softcap = float(options.softcap.value_or(0));
+  p.logit_scale = float(options.logit_scale);
+  p.class_weight = float_weights(options.class_weight, like, class_count(p), "class_weight", holder);
+  if (p.class_weight) p.class_weight += p.first_class;
+}
+
 // What forward and backward share: the matrix and the maths options. `holder` keeps a converted class_weight alive.
 CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor& holder, const Shard& shard = {}) {
   CeLossParams p;
@@ -108,18 +124,7 @@ CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor&
   PACKOPS_CHECK(p.logits_dtype != DType::f64 || !logits.is_cuda(), TypeError, kOp,
                 ": float64 logits are supported on the CPU only");
 
-  PACKOPS_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, ValueError, kOp,
-                ": label_smoothing must be in [0, 1], got ", options.label_smoothing);
-  PACKOPS_CHECK(options.z_loss >= 0, ValueError, kOp, ": z_loss must not be negative, got ", options.z_loss);
-  PACKOPS_CHECK(!options.softcap || *options.softcap > 0, ValueError, kOp, ": softcap must be positive or None, got ",
-                options.softcap.value_or(0));
-  PACKOPS_CHECK(options.logit_scale > 0, ValueError, kOp, ": logit_scale must be positive, got ", options.logit_scale);
-  p.label_smoothing = float(options.label_smoothing);
-  p.z_loss = float(options.z_loss);
-  p.softcap = float(options.softcap.value_or(0));
-  p.logit_scale = float(options.logit_scale);
-  p.class_weight = float_weights(options.class_weight, logits, p.classes, "class_weight", holder);
-  if (p.class_weight) p.class_weight += p.first_class;
+  set_maths(p, options, logits, holder);
   return p;
 }
 
@@ -216,45 +221,36 @@ struct ForwardInputs {
   Shard shard = {};
 };
 
-// loss (of a shard: its partial state), float state, int state, counts, sequence losses (the last two empty without statistics).
-// grad: where the gradient goes (may be the logits), or nothing.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in,
-                                                                const OptionalTensor& grad, bool with_stats) {
-  Tensor class_weight, token_weight;
-  CeLossParams p = matrix_params(logits, in.options, class_weight, in.shard);
+// What the labels say: targets, documents, denominators. Keeps alive what `params` points to.
+struct Rows {
+  Tensor labels, token_weight, cu_seqlens, num_items;
+};
+Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
+  Rows rows;
   p.reduction = reduction_of(in.reduction);
-
-  check_same_device(logits, in.labels, "labels");
-  PACKOPS_CHECK(in.labels.dim() == logits.dim() - 1 && in.labels.numel() == p.rows, ValueError, kOp,
-                ": labels must have the logits' leading shape, got ", shape_of(in.labels), " for logits ", shape_of(logits));
-  for (int64_t i = 0; i < in.labels.dim(); i++)
-    PACKOPS_CHECK(in.labels.size(i) == logits.size(i), ValueError, kOp, ": labels must have the logits' leading shape, got ",
-                  shape_of(in.labels), " for logits ", shape_of(logits));
   p.labels_dtype = kernel_dtype(in.labels, kOp, "labels");
   PACKOPS_CHECK(is_index(p.labels_dtype), TypeError, kOp, ": labels must be int32 or int64, got ", dtype_of(in.labels));
-  const Tensor labels = torch::stable::contiguous(in.labels);
-  p.labels = labels.data_ptr();
+  rows.labels = torch::stable::contiguous(in.labels);
+  p.labels = rows.labels.data_ptr();
   p.ignore_index = in.ignore_index;
   p.shift = in.shift;
-  p.token_weight = float_weights(in.token_weight, logits, p.rows, "token_weight", token_weight);
+  p.token_weight = float_weights(in.token_weight, in.labels, p.rows, "token_weight", rows.token_weight);
 
-  Tensor cu_seqlens;
   if (in.cu_seqlens) {
-    check_same_device(logits, *in.cu_seqlens, "cu_seqlens");
+    check_same_device(in.labels, *in.cu_seqlens, "cu_seqlens");
     p.cu_seqlens_dtype = kernel_dtype(*in.cu_seqlens, kOp, "cu_seqlens");
     PACKOPS_CHECK(is_index(p.cu_seqlens_dtype), TypeError, kOp, ": cu_seqlens must be int32 or int64, got ",
                   dtype_of(*in.cu_seqlens));
     PACKOPS_CHECK(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1, ValueError, kOp,
                   ": cu_seqlens must have shape (documents + 1,), got ", shape_of(*in.cu_seqlens));
-    cu_seqlens = torch::stable::contiguous(*in.cu_seqlens);
-    p.cu_seqlens = cu_seqlens.data_ptr();
-    p.documents = cu_seqlens.numel() - 1;
+    rows.cu_seqlens = torch::stable::contiguous(*in.cu_seqlens);
+    p.cu_seqlens = rows.cu_seqlens.data_ptr();
+    p.documents = rows.cu_seqlens.numel() - 1;
   } else {
-    p.doc_length = logits.dim() >= 2 ? logits.size(logits.dim() - 2) : 1;
+    p.doc_length = in.labels.dim() >= 1 ? in.labels.size(in.labels.dim() - 1) : 1;
     p.documents = p.doc_length ? p.rows / p.doc_length : 0;
   }
 
-  Tensor num_items;
   if (in.num_items) {
     PACKOPS_CHECK(p.reduction != Reduction::none && p.reduction != Reduction::sum, ValueError, kOp,
                   ": num_items replaces the denominator of a mean, but reduction is '", in.reduction, "'");
@@ -264,12 +260,28 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
     if (in.num_items->is_cpu()) {
       p.num_items_value = host_number(*in.num_items);
     } else {
-      check_same_device(logits, *in.num_items, "num_items");
-      num_items = as_kernel_number(*in.num_items);
-      p.num_items = num_items.data_ptr();
-      p.num_items_dtype = kernel_dtype(num_items, kOp, "num_items");
+      check_same_device(in.labels, *in.num_items, "num_items");
+      rows.num_items = as_kernel_number(*in.num_items);
+      p.num_items = rows.num_items.data_ptr();
+      p.num_items_dtype = kernel_dtype(rows.num_items, kOp, "num_items");
     }
   }
+  return rows;
+}
+
+// loss (of a shard: its partial state), float state, int state, counts, sequence losses (the last two empty without statistics).
+// grad: where the gradient goes (may be the logits), or nothing.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in,
+                                                                const OptionalTensor& grad, bool with_stats) {
+  Tensor class_weight;
+  CeLossParams p = matrix_params(logits, in.options, class_weight, in.shard);
+  check_same_device(logits, in.labels, "labels");
+  PACKOPS_CHECK(in.labels.dim() == logits.dim() - 1 && in.labels.numel() == p.rows, ValueError, kOp,
+                ": labels must have the logits' leading shape, got ", shape_of(in.labels), " for logits ", shape_of(logits));
+  for (int64_t i = 0; i < in.labels.dim(); i++)
+    PACKOPS_CHECK(in.labels.size(i) == logits.size(i), ValueError, kOp, ": labels must have the logits' leading shape, got ",
+                  shape_of(in.labels), " for logits ", shape_of(logits));
+  const Rows rows = set_rows(p, in);
 
   const ScalarType state = state_type(logits);
   Tensor floats = new_tensor(logits, {with_stats ? kFloatStatesWithStats : kFloatStates, p.rows}, state);
@@ -465,10 +477,53 @@ void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor log
   run_backward(p, grad, grad_output, floats, ints);
 }
 
+// What every row is scored against and what its loss is multiplied by, before there are any logits: for losses that make theirs
+// piece by piece. target (rows,): a class, kIgnored or kBadLabel; scale (rows,); counts {tokens, documents}.
+std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
+                                           std::string reduction, OptionalTensor num_items, int64_t ignore_index,
+                                           OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
+                                           double z_loss, std::optional<double> softcap, double logit_scale,
+                                           bool double_precision) {
+  PACKOPS_CHECK(vocab < (int64_t(1) << 31), ValueError, kOp, ": there may be at most 2^31 - 1 classes, got ", vocab);
+  PACKOPS_CHECK(labels.numel() < (int64_t(1) << 31), ValueError, kOp, ": there may be at most 2^31 - 1 rows, got ",
+                labels.numel());
+  PACKOPS_CHECK(!double_precision || !labels.is_cuda(), TypeError, kOp, ": float64 is supported on the CPU only");
+  CeLossParams p;
+  p.rows = labels.numel();
+  p.vocab = vocab;
+  const Options options{class_weight, label_smoothing, z_loss, softcap, logit_scale};
+  Tensor class_weight_holder;
+  set_maths(p, options, labels, class_weight_holder);
+  const ForwardInputs in{labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, options};
+  const Rows rows = set_rows(p, in);
+  const ScalarType state = double_precision ? ScalarType::Double : ScalarType::Float;
+  Tensor target = new_tensor(labels, {p.rows}, ScalarType::Int);
+  Tensor scale = new_tensor(labels, {p.rows}, state);
+  Tensor counts = new_tensor(labels, {2}, ScalarType::Long);
+  p.target = static_cast<int32_t*>(target.data_ptr());
+  p.scale = scale.data_ptr();
+  p.counts = static_cast<int64_t*>(counts.data_ptr());
+  if (labels.is_cuda()) {
+#ifdef PACKOPS_WITH_CUDA
+    // Logits of no floating dtype: ce_loss_forward_cuda prepares the rows, launches nothing for them, and sums these zeros.
+    p.logits_dtype = DType::i32;
+    Tensor row_loss = torch::stable::new_zeros(labels, {p.rows}, state), loss = new_tensor(labels, {1}, state);
+    p.row_loss = row_loss.data_ptr();
+    p.loss = loss.data_ptr();
+    run_forward(p, labels);
+#endif
+  } else {
+    p.logits_dtype = double_precision ? DType::f64 : DType::f32;
+    raise_bad_data(ce_loss_prepare_cpu(p), p);
+  }
+  return {target, scale, counts};
+}
+
 template <typename Library>
 void implement(Library& m) {
   m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
   m.impl("cross_entropy_stats", TORCH_BOX(&cross_entropy_stats));
+  m.impl("_cross_entropy_prepare", TORCH_BOX(&prepare));
   m.impl("_cross_entropy_forward", TORCH_BOX(&forward));
   m.impl("_cross_entropy_forward_", TORCH_BOX(&forward_inplace));
   m.impl("_cross_entropy_partial", TORCH_BOX(&partial));

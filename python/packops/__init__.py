@@ -21,6 +21,7 @@ from .functional import (  # noqa: E402
     apply_qk_norm_rope,
     apply_rope,
     cross_entropy,
+    linear_cross_entropy,
     packed_labels,
     packed_metadata,
 )
@@ -48,6 +49,7 @@ __all__ = [
     "apply_rope",
     "checks",
     "cross_entropy",
+    "linear_cross_entropy",
     "loss_normalizer",
     "max_docs_for_flash_attention",
     "pack",

@@ -46,16 +46,23 @@ def raise_bad_cu_seqlens(op: str, cu_seqlens: Tensor, rows: int) -> None:
 
 
 def raise_bad_rows(
-    labels: Tensor, cu_seqlens: Tensor | None, target: Tensor, *, shift: bool, ignore_index: int, vocab: int
+    labels: Tensor,
+    cu_seqlens: Tensor | None,
+    target: Tensor,
+    *,
+    shift: bool,
+    ignore_index: int,
+    vocab: int,
+    op: str = "cross_entropy",
 ) -> None:
     """IndexError for a label that the cross-entropy kernel found outside [0, vocab)."""
     if cu_seqlens is not None:
-        raise_bad_cu_seqlens("cross_entropy", cu_seqlens, labels.numel())
+        raise_bad_cu_seqlens(op, cu_seqlens, labels.numel())
     bad = (target == BAD_LABEL).nonzero()
     if bad.numel():
         place = int(bad[0]) + int(shift)
         raise IndexError(
-            f"packops.cross_entropy: label {int(labels.reshape(-1)[place])} at position {place} is outside [0, {vocab}) "
+            f"packops.{op}: label {int(labels.reshape(-1)[place])} at position {place} is outside [0, {vocab}) "
             f"and is not ignore_index ({ignore_index})"
         )
 

@@ -107,6 +107,12 @@ def cross_entropy(
     return total / (count if num_items is None else torch.as_tensor(num_items, device=x.device).double())
 
 
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options) -> Tensor:
+    """What :func:`packops.linear_cross_entropy` computes, in fp64 and differentiable by autograd: with all logits."""
+    logits = hidden.double() @ weight.double().t()
+    return cross_entropy(logits if bias is None else logits + bias.double(), labels, **options)
+
+
 def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """Positions that restart in every document, and document ids; padding is one trailing document with id -1."""
     bounds = cu_seqlens.tolist()

@@ -36,7 +36,7 @@ def raw_ops(namespace: str) -> SimpleNamespace:
     )
 
 
-def graph_is_kept() -> bool:
+def _graph_is_kept() -> bool:
     """Whether the running backward keeps its graph, so that it may run again."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
@@ -71,7 +71,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         grad_logits = None
         if grad_output is not None:
             logits, grad, floats, ints, class_weight = ctx.saved_tensors
-            if graph_is_kept():  # what is saved must survive, and what is handed out must be the caller's alone
+            if _graph_is_kept():  # what is saved must survive, and what is handed out must be the caller's alone
                 if ctx.early and ctx.inplace:
                     grad_logits = grad * grad_output
                 else:

@@ -1,0 +1,527 @@
+"""Linear cross entropy: the lm_head and the loss, one chunk of rows at a time, so that the logits never exist as a whole.
+
+Per chunk of c rows, with logits (c, V) in one buffer that every chunk uses again::
+
+    logits  = hidden @ weight.T + bias          2 c V H flops
+    loss, logits <- its gradient, in place      the cross-entropy kernel, which reads and writes them once
+    grad_hidden  = logits @ weight              2 c V H
+    grad_weight += logits.T @ hidden            2 c V H, accumulated in fp32 by the product itself
+
+Gradients are formed for ``grad_output = 1`` while the chunk's logits exist; the backward multiplies them by ``grad_output`` on their
+way from fp32 to the parameters' dtype, so they are rounded once. With ``reduction="none"`` the weight's gradient depends on every
+token's ``grad_output``, which the forward cannot know: then the backward makes the logits anew, a fourth product.
+
+The loop is Python. A chunk costs it about a tenth of a millisecond and the device several, and nothing in it waits for the device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+from .._errors import raise_typed
+from .ce_loss import DEFAULTS as CE_DEFAULTS
+from .ce_loss import MATHS, _graph_is_kept
+
+OP = "linear_cross_entropy"
+IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 0 is a row without a gradient.
+
+LOGITS_SHARE = 0.35  # of the memory that all logits would take
+MIN_ROWS = 1024  # below, a product of a chunk is bound by reading and writing the (V, H) matrices, not by the matrix units
+MAX_ROWS = 4096  # above, a larger chunk saves next to nothing
+ROW_MULTIPLE = 64  # of the tiles of matrix products
+CPU_BLOCKS = 32  # pieces of the vocabulary in which the CPU widens 16-bit operands
+
+
+def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid: int | None = None) -> int:
+    """Rows of a chunk.
+
+    A chunk of c rows takes ``c (V + H)`` elements of the hidden states' dtype: its logits, which become their own gradient, and a
+    copy of its hidden rows without what does not count. Compacted rows (``num_valid``) take another c H in fp32. Chunks are as
+    large as ``LOGITS_SHARE`` of the whole logits' memory allows, between ``MIN_ROWS`` and ``MAX_ROWS``, and of even size. (Below
+    ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, the lower bound decides and the share is larger.)
+
+    Not in this: the gradients, and their accumulators: ``4 V H`` bytes for the weight, ``4 T H`` for the hidden states, half of it
+    with ``accum_dtype=torch.bfloat16``, nothing beyond the gradients where the parameters are fp32 already.
+    """
+    rows = tokens if num_valid is None else num_valid
+    row = vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
+    most = min(max(int(LOGITS_SHARE * tokens * vocab / max(row, 1)), MIN_ROWS), MAX_ROWS)
+    chunks = max(-(-rows // most), 1)
+    even = -(-rows // chunks)
+    return max(min(-(-even // ROW_MULTIPLE) * ROW_MULTIPLE, most), 1)
+
+
+def raw_ops(namespace: str) -> SimpleNamespace:
+    """The overloads that a chunk is made of, looked up once."""
+    ops = getattr(torch.ops, namespace)
+    return SimpleNamespace(
+        prepare=ops._cross_entropy_prepare.default,
+        loss=ops._cross_entropy_forward.default,
+        loss_and_gradient_=ops._cross_entropy_forward_.default,
+    )
+
+
+class Wanted(NamedTuple):
+    """Which gradients to make."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class Chunked(NamedTuple):
+    losses: Tensor  #: (T,) scaled losses of the rows, 0 where ignored
+    grad_hidden: Tensor | None  #: (T, H), all three in the accumulators' dtype and to be multiplied by `unit`
+    grad_weight: Tensor | None  #: (V, H)
+    grad_bias: Tensor | None  #: (V,)
+    unit: Tensor | None  #: () a power of two; None: 1
+
+
+def accumulator_dtype(dtype: torch.dtype, accum_dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else accum_dtype
+
+
+def run_chunks(
+    ops: SimpleNamespace,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: Tensor,
+    maths: dict[str, Any],
+    wanted: Wanted,
+    *,
+    num_valid: int | None = None,
+    chunk_tokens: int | None = None,
+    accum_dtype: torch.dtype = torch.float32,
+) -> Chunked:
+    """Losses of all rows, each times its scale, and the gradients of their sum.
+
+    hidden (T, H), weight (V, H), bias (V,) or None; target (T,) and scale (T,) as ``_cross_entropy_prepare`` makes them.
+    """
+    (tokens, hidden_size), vocab = hidden.shape, weight.shape[0]
+    order = None
+    if num_valid is not None and num_valid < tokens:  # the rows that count come first; the rest is never touched
+        order = (target == IGNORED).to(torch.uint8).argsort(stable=True)[:num_valid]
+    rows = tokens if order is None else order.shape[0]
+    if chunk_tokens is None:
+        chunk_tokens = choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=None if order is None else rows)
+
+    accumulate = accumulator_dtype(hidden.dtype, accum_dtype)
+    new = torch.empty if rows and order is None else torch.zeros
+
+    def accumulator(shape: tuple[int, ...], want: bool, make: Callable[..., Tensor]) -> Tensor | None:
+        return make(shape, dtype=accumulate, device=hidden.device) if want else None
+
+    losses = new((tokens,), dtype=scale.dtype, device=hidden.device)
+    grad_hidden = accumulator((tokens, hidden_size), wanted.hidden, new)
+    grad_weight = accumulator((vocab, hidden_size), wanted.weight, torch.empty if rows else torch.zeros)
+    grad_bias = accumulator((vocab,), wanted.bias, torch.zeros)
+
+    unit = None
+    if any(wanted) and hidden.dtype == torch.float16:
+        unit = _unit(target, scale, maths)
+        scale = scale / unit
+
+    logits_of_chunks = hidden.new_empty((min(chunk_tokens, rows), vocab))
+    for begin in range(0, rows, chunk_tokens):
+        here = slice(begin, min(begin + chunk_tokens, rows))
+        logits = logits_of_chunks[: here.stop - begin]
+        if order is None:
+            y, s, h = target[here], scale[here], hidden[here]
+        else:
+            at = order[here]
+            y, s, h = (x.index_select(0, at) for x in (target, scale, hidden))
+        # A row without a gradient may hold anything, and 0 * NaN in the weight's gradient would be NaN.
+        h = h.masked_fill((y < 0)[:, None], 0)
+        if bias is None:
+            torch.mm(h, weight.t(), out=logits)
+        else:
+            torch.addmm(bias, h, weight.t(), out=logits)
+        loss = _chunk_loss(ops, logits, y, s, maths, any(wanted))
+        if order is None:
+            losses[here] = loss
+        else:
+            losses.index_copy_(0, at, loss)
+
+        part = None
+        if grad_hidden is not None:
+            part = grad_hidden[here] if order is None else torch.empty_like(h, dtype=accumulate)
+        _multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
+        if order is not None and grad_hidden is not None and part is not None:
+            grad_hidden.index_copy_(0, at, part)
+    if unit is not None:
+        losses *= unit
+    return Chunked(losses, grad_hidden, grad_weight, grad_bias, unit)
+
+
+def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
+    """What fp16 gradients are measured in: the largest is about 2^8 units, far from both of fp16's ends, whatever the loss is
+    divided by. A power of two, so that it rounds nothing."""
+    if not target.numel():
+        return scale.new_ones(())
+    largest = torch.where(target >= 0, scale.abs(), 0).amax() * max(maths["logit_scale"], 1.0)
+    if maths["class_weight"] is not None:
+        largest = largest * maths["class_weight"].amax().clamp(min=1)
+    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
+
+
+def _chunk_loss(ops: SimpleNamespace, logits: Tensor, y: Tensor, s: Tensor, maths: dict[str, Any], with_gradient: bool) -> Tensor:
+    """(c,) the rows' losses times `s`; `logits` become their gradient, or stay."""
+    options = {"reduction": "none", "ignore_index": IGNORED, "token_weight": s, **maths}
+    if s.dtype == torch.float64:  # the kernel's token weights are fp32
+        options["token_weight"], s = None, s.masked_fill(y < 0, 0)
+    loss = (ops.loss_and_gradient_ if with_gradient else ops.loss)(logits, y, **options)[0]
+    if s.dtype == torch.float64:
+        loss *= s
+        logits *= s[:, None]
+    return loss
+
+
+def _multiply(
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    first: bool,
+) -> None:
+    """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += its sum; at first = instead of +=."""
+    made = next((g for g in (grad_hidden, grad_weight, grad_bias) if g is not None), None)
+    if made is None:
+        return
+    wide = made.dtype
+    if wide != hidden.dtype and not hidden.is_cuda:
+        return _multiply_widened(grad_logits, hidden, weight, grad_hidden, grad_weight, grad_bias, wide, first)
+    if grad_hidden is not None:
+        _product(grad_hidden, grad_logits, weight, add=False)
+    if grad_weight is not None:
+        _product(grad_weight, grad_logits.t(), hidden, add=not first)
+    if grad_bias is not None:
+        grad_bias += grad_logits.sum(0, dtype=wide)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (+)= a @ b, accumulated in the dtype of `out` by the product itself."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+def _multiply_widened(
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    wide: torch.dtype,
+    first: bool,
+) -> None:
+    """The same on the CPU, whose products cannot write a wider dtype than they read: a block of the vocabulary at a time."""
+    hidden = hidden.to(wide)
+    vocab = weight.shape[0]
+    for begin in range(0, vocab, -(-vocab // CPU_BLOCKS)):
+        block = slice(begin, min(begin - (-vocab // CPU_BLOCKS), vocab))
+        g = grad_logits[:, block].to(wide)
+        if grad_hidden is not None:
+            _product(grad_hidden, g, weight[block].to(wide), add=begin > 0)
+        if grad_weight is not None:
+            _product(grad_weight[block], g.t(), hidden, add=not first)
+        if grad_bias is not None:
+            grad_bias[block] += g.sum(0)
+
+
+class LinearCrossEntropyFunction(torch.autograd.Function):
+    """``loss = apply(ops, hidden, weight, bias, labels, options)``."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        ops: SimpleNamespace,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: dict[str, Any],
+    ):
+        wanted = Wanted(*ctx.needs_input_grad[1:4])
+        # Each row of the hidden states' gradient belongs to one token: its grad_output can be multiplied on later.
+        early = options["reduction"] != "none" or not (wanted.weight or wanted.bias)
+        flags = wanted._asdict() if early else {}
+        loss, *grads, unit, target, scale = ops.forward(
+            hidden, weight, labels, bias=bias, **options, **{f"grad_{name}": want for name, want in flags.items()}
+        )
+        ctx.ops, ctx.wanted, ctx.early, ctx.dtype = ops, wanted, early, hidden.dtype
+        ctx.per_token = options["reduction"] == "none"
+        if early:
+            ctx.save_for_backward(target, unit, *grads)
+        else:
+            ctx.save_for_backward(target, scale, hidden, weight, bias, options["class_weight"])
+            names = (*MATHS, "num_valid", "chunk_tokens", "accum_dtype")
+            ctx.options = {name: options[name] for name in names if name != "class_weight"}
+        ctx.set_materialize_grads(False)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None):
+        if grad_output is None:
+            return (None,) * 6
+        if ctx.early:
+            target, unit, *grads = ctx.saved_tensors
+            keep = _graph_is_kept()  # then what is saved must survive
+        else:
+            target, scale, hidden, weight, bias, class_weight = ctx.saved_tensors
+            flags = {f"grad_{name}": want for name, want in ctx.wanted._asdict().items()}
+            *grads, unit = ctx.ops.backward(
+                grad_output, hidden, weight, target, scale, bias=bias, class_weight=class_weight, **ctx.options, **flags
+            )
+            keep = False
+        factor = unit if not ctx.early else grad_output * unit if ctx.dtype == torch.float16 else grad_output
+        if ctx.early and ctx.per_token:  # only the hidden states' gradient is wanted, and it has a row for each
+            factor = torch.where(target.view(factor.shape) >= 0, factor, 0).unsqueeze(-1)
+        if not ctx.early and ctx.dtype != torch.float16:
+            factor = None
+        made = [
+            _finish(grad, factor, ctx.dtype, keep, blocks=CPU_BLOCKS if name == "weight" else 1) if want else None
+            for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=True)
+        ]
+        return None, *made, None, None
+
+
+def _finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool, blocks: int) -> Tensor:
+    """`grad` times `factor` in `dtype`, computed in the wider of their dtypes and rounded once."""
+    if factor is None:
+        return grad.to(dtype)
+    if factor.dim() == 0:
+        factor = factor.reshape((1,) * grad.dim())  # a 0-d factor would be rounded to the dtype of a 16-bit gradient first
+    out = grad if grad.dtype == dtype and not keep else torch.empty_like(grad, dtype=dtype)
+    if blocks == 1 or grad.is_cuda or torch.compiler.is_compiling():
+        return torch.mul(grad, factor, out=out)
+    for piece, source in zip(out.tensor_split(blocks), grad.tensor_split(blocks), strict=True):  # the CPU converts in temporaries
+        torch.mul(source, factor, out=piece)
+    return out
+
+
+DEFAULTS: dict[str, Any] = {**CE_DEFAULTS, "num_valid": None, "chunk_tokens": None, "accum_dtype": torch.float32}
+
+
+def check_arguments(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    num_valid: int | None,
+    chunk_tokens: int | None,
+    accum_dtype: torch.dtype,
+) -> None:
+    """TypeError or ValueError for what the ops that do the work would not name as the caller does."""
+
+    def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+        if not condition:
+            raise error(f"packops.{OP}: {message}")
+
+    def show(x: Tensor) -> str:
+        return str(tuple(x.shape))
+
+    floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+    require(hidden.dim() >= 1, "hidden must have shape (..., hidden_size), got a 0-d tensor")
+    require(hidden.dtype in floats, f"hidden must be bfloat16, float16 or float32, got {hidden.dtype}", TypeError)
+    require(weight.dim() == 2, f"weight must have shape (vocab, hidden_size), got {show(weight)}")
+    require(
+        weight.shape[1] == hidden.shape[-1],
+        f"weight must have shape (vocab, {hidden.shape[-1]}) for hidden {show(hidden)}, got {show(weight)}",
+    )
+    require(weight.shape[0] > 0 or hidden.numel() == 0, "weight must have at least one class, got none")
+    require(weight.dtype == hidden.dtype, f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}", TypeError)
+    require(weight.device == hidden.device, f"weight must be on hidden's device {hidden.device}, got {weight.device}")
+    if bias is not None:
+        require(bias.shape == weight.shape[:1], f"bias must have shape ({weight.shape[0]},), got {show(bias)}")
+        require(bias.dtype == hidden.dtype, f"bias must have hidden's dtype {hidden.dtype}, got {bias.dtype}", TypeError)
+        require(bias.device == hidden.device, f"bias must be on hidden's device {hidden.device}, got {bias.device}")
+    require(
+        labels.shape == hidden.shape[:-1],
+        f"labels must have hidden's leading shape {tuple(hidden.shape[:-1])}, got {show(labels)}",
+    )
+    require(labels.device == hidden.device, f"labels must be on hidden's device {hidden.device}, got {labels.device}")
+    tokens = labels.numel()
+    if num_valid is not None:
+        require(0 <= num_valid <= tokens, f"num_valid must be between 0 and the {tokens} rows, got {num_valid}")
+    if chunk_tokens is not None:
+        require(chunk_tokens >= 1, f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    require(
+        accum_dtype == torch.float32 or accum_dtype == hidden.dtype != torch.float16,
+        f"accum_dtype must be torch.float32, or torch.bfloat16 for bfloat16 parameters, got {accum_dtype} for {hidden.dtype}",
+    )
+
+
+def prepare(ops: SimpleNamespace, hidden: Tensor, vocab: int, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
+    """target, scale and counts of the rows; data that is wrong raises here on the CPU, and on CUDA with checks on."""
+    num_valid = options["num_valid"]
+    options = {name: options[name] for name in CE_DEFAULTS}
+    try:
+        target, scale, counts = ops.prepare(vocab, labels, **options, double_precision=hidden.dtype == torch.float64)
+    except RuntimeError as error:
+        raise_typed(error, op=OP)
+    checked = not hidden.is_cuda or _checks.enabled()
+    if checked and hidden.is_cuda:
+        _checks.raise_bad_rows(
+            labels,
+            options["cu_seqlens"],
+            target,
+            shift=options["shift"],
+            ignore_index=options["ignore_index"],
+            vocab=vocab,
+            op=OP,
+        )
+    if checked and num_valid is not None and int(counts[0]) > num_valid:
+        raise ValueError(f"packops.{OP}: num_valid must be at least the number of rows that count ({int(counts[0])}), got {num_valid}")
+    return target, scale, counts
+
+
+def register(namespace: str) -> None:
+    """Define ``linear_cross_entropy`` and the ops its autograd formula is made of, with the options of ``cross_entropy``."""
+    ops = getattr(torch.ops, namespace)
+    ce = raw_ops(namespace)
+    library = torch.library.Library(namespace, "FRAGMENT")
+
+    options = str(ops.cross_entropy.default._schema).split("Tensor labels, *, ")[1].split(") ->")[0]
+    maths = options[options.index("Tensor? class_weight") :]
+    chunks = "SymInt? num_valid=None, SymInt? chunk_tokens=None, ScalarType accum_dtype=float"
+    flags = "bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False"
+    inputs = "Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None"
+    library.define(f"{OP}({inputs}, {options}, {chunks}) -> Tensor")
+    library.define(
+        f"_{OP}_forward({inputs}, {options}, {chunks}, {flags}) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, "
+        "Tensor grad_bias, Tensor unit, Tensor target, Tensor scale)"
+    )
+    library.define(
+        f"_{OP}_backward(Tensor grad_output, Tensor hidden, Tensor weight, Tensor target, Tensor scale, *, Tensor? bias=None, "
+        f"{maths}, {chunks}, {flags}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
+    )
+    public = getattr(ops, OP).default
+    raw = SimpleNamespace(
+        forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default
+    )
+
+    def outputs(hidden: Tensor, result: Chunked) -> tuple[Tensor, ...]:
+        """Gradients in the parameters' shapes; an op returns tensors, so empty ones stand for what is not wanted."""
+        accumulate = result.losses.new_empty((0,))
+        grad_hidden = accumulate if result.grad_hidden is None else result.grad_hidden.view(hidden.shape)
+        grads = (grad_hidden, result.grad_weight, result.grad_bias, result.unit)
+        return tuple(result.losses.new_empty((0,)) if grad is None else grad for grad in grads)
+
+    def maths_of(given: dict[str, Any]) -> dict[str, Any]:
+        maths = {name: given[name] for name in MATHS}
+        if maths["class_weight"] is not None:
+            maths["class_weight"] = maths["class_weight"].float()  # once, not in every chunk
+        return maths
+
+    def wanted_of(given: dict[str, Any]) -> Wanted:
+        return Wanted(*(given.get(f"grad_{name}", False) for name in Wanted._fields))
+
+    def chunks_of(given: dict[str, Any]) -> dict[str, Any]:
+        return {name: given[name] for name in ("num_valid", "chunk_tokens", "accum_dtype")}
+
+    @torch.no_grad()
+    def forward(hidden, weight, labels, *, bias=None, **given):
+        given = {**DEFAULTS, **given}
+        check_arguments(hidden, weight, bias, labels, **chunks_of(given))
+        target, scale, counts = prepare(ce, hidden, weight.shape[0], labels, given)
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        result = run_chunks(ce, flat, weight, bias, target, scale, maths_of(given), wanted_of(given), **chunks_of(given))
+        if given["reduction"] == "none":
+            loss = result.losses.view(labels.shape)
+        else:
+            loss = result.losses.sum(dtype=torch.float64).to(result.losses.dtype)
+        if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
+            loss = torch.where(counts[0] <= given["num_valid"], loss, torch.nan)
+        return loss, *outputs(hidden, result), target, scale
+
+    @torch.no_grad()
+    def backward(grad_output, hidden, weight, target, scale, *, bias=None, **given):
+        given = {**DEFAULTS, **given}
+        flat = hidden.reshape(-1, hidden.shape[-1])
+        scale = scale * grad_output.reshape(-1)
+        result = run_chunks(ce, flat, weight, bias, target, scale, maths_of(given), wanted_of(given), **chunks_of(given))
+        return outputs(hidden, result)
+
+    def loss_only(hidden, weight, labels, **given):
+        return forward(hidden, weight, labels, **given)[0]
+
+    for key in ("CPU", "CUDA"):
+        library.impl(OP, loss_only, key)
+        library.impl(f"_{OP}_forward", forward, key)
+        library.impl(f"_{OP}_backward", backward, key)
+
+    def state_like(hidden: Tensor) -> Tensor:
+        return hidden.new_empty((0,), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+
+    def loss_like(hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
+        return state_like(hidden).new_empty(labels.shape if reduction == "none" else ())
+
+    def grads_like(hidden: Tensor, weight: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
+        wanted = wanted_of(given)
+        dtype = accumulator_dtype(hidden.dtype, given.get("accum_dtype", torch.float32))
+        shapes = (hidden.shape, weight.shape, weight.shape[:1])
+        made = (
+            hidden.new_empty(shape, dtype=dtype) if want else state_like(hidden)
+            for want, shape in zip(wanted, shapes, strict=True)
+        )
+        unit = state_like(hidden)
+        if any(wanted) and hidden.dtype == torch.float16:
+            unit = unit.new_empty(())
+        return *made, unit
+
+    @torch.library.register_fake(f"{namespace}::{OP}")
+    def _(hidden, weight, labels, *, reduction="mean", **given):
+        return loss_like(hidden, labels, reduction)
+
+    @torch.library.register_fake(f"{namespace}::_{OP}_forward")
+    def _(hidden, weight, labels, *, reduction="mean", **given):
+        target = labels.new_empty((labels.numel(),), dtype=torch.int32)
+        scale = state_like(hidden).new_empty((labels.numel(),))
+        return loss_like(hidden, labels, reduction), *grads_like(hidden, weight, given), target, scale
+
+    @torch.library.register_fake(f"{namespace}::_{OP}_backward")
+    def _(grad_output, hidden, weight, target, scale, **given):
+        return grads_like(hidden, weight, given)
+
+    def autograd(hidden, weight, labels, *, bias=None, **given):
+        needs = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+        if torch.is_grad_enabled() and needs:
+            return LinearCrossEntropyFunction.apply(raw, hidden, weight, bias, labels, {**DEFAULTS, **given})
+        with torch._C._AutoDispatchBelowAutograd():
+            return public(hidden, weight, labels, bias=bias, **given)
+
+    library.impl(OP, autograd, "Autograd")
+
+    def autocast(device_type: str, key: str):
+        # As autocast treats a linear layer; labels, weights of tokens and classes, and num_items keep their dtypes.
+        def cast(x: Tensor | None) -> Tensor | None:
+            castable = x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type
+            return x.to(torch.get_autocast_dtype(device_type)) if x is not None and castable else x
+
+        def call(hidden, weight, labels, *, bias=None, **given):
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+                return public(cast(hidden), cast(weight), labels, bias=cast(bias), **given)
+
+        library.impl(OP, call, key)
+
+    autocast("cpu", "AutocastCPU")
+    autocast("cuda", "AutocastCUDA")
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected

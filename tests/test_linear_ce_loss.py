@@ -1,0 +1,825 @@
+"""Linear cross entropy against the fp64 specification and ``cross_entropy(hidden @ weight.T + bias)``, and its promises about memory,
+products that are not made, precision of what is accumulated, and torch's own machinery."""
+
+import itertools
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+import packops
+from packops import reference
+from packops._register import linear_ce_loss
+from packops._register.linear_ce_loss import MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
+OPTIONS = {
+    "plain": {},
+    "smoothing": {"label_smoothing": 0.1},
+    "z_loss+softcap+scale": {"z_loss": 1e-3, "softcap": 5.0, "logit_scale": 0.7},
+    "class_weight+smoothing": {"class_weight": "random", "label_smoothing": 0.2},
+    "class_weight": {"class_weight": "random"},
+}
+CHUNKS = [1, 7, 1000]  # one row each, an odd number that leaves a rest, all rows at once
+
+
+def options_on(name, vocab, device):
+    options = dict(OPTIONS[name])
+    if options.get("class_weight") == "random":
+        options["class_weight"] = torch.rand(vocab, device=device) * 3 + 0.1
+    return options
+
+
+def problem(device, dtype=torch.float32, shape=(26,), hidden_size=24, vocab=67, bias=True, ignored=()):
+    """hidden, weight, bias as leaves, and labels. Logits have a standard deviation of about 2."""
+    hidden = torch.randn(*shape, hidden_size, device=device).to(dtype).requires_grad_()
+    weight = (torch.randn(vocab, hidden_size, device=device) * 2 / hidden_size**0.5).to(dtype).requires_grad_()
+    bias = torch.randn(vocab, device=device).to(dtype).requires_grad_() if bias else None
+    labels = torch.randint(0, vocab, shape, device=device)
+    labels.view(-1)[list(ignored)] = -100
+    return hidden, weight, bias, labels
+
+
+def gradients(loss, grad_output, *leaves):
+    return torch.autograd.grad(loss, [x for x in leaves if x is not None], grad_output)
+
+
+def unchunked(hidden, weight, labels, *, bias=None, **options):
+    options = {k: v for k, v in options.items() if k not in ("num_valid", "chunk_tokens", "accum_dtype")}
+    return packops.cross_entropy(F.linear(hidden, weight, bias), labels, **options)
+
+
+def rms(x):
+    return x.double().square().mean().sqrt().item()
+
+
+def assert_matches(hidden, weight, bias, labels, grad_output=None, **options):
+    """The loss and every gradient: close to fp64, and no further from it than logits, loss and products by torch."""
+    dtype = hidden.dtype
+    chunked_only = ("num_valid", "chunk_tokens", "accum_dtype")
+    loss = packops.linear_cross_entropy(hidden, weight, labels, bias=bias, **options)
+    plain = unchunked(hidden, weight, labels, bias=bias, **options)
+    exact_leaves = [None if x is None else x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    exact = reference.linear_cross_entropy(
+        *exact_leaves[:2], labels, bias=exact_leaves[2], **{k: v for k, v in options.items() if k not in chunked_only}
+    )
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert loss.shape == exact.shape
+    torch.testing.assert_close(loss, plain, rtol=1e-5, atol=1e-5 + 0.2 * EPS[dtype] * (dtype != torch.float32))
+    grad_output = torch.ones_like(loss) if grad_output is None else grad_output
+    ours = gradients(loss, grad_output, hidden, weight, bias)
+    torchs = gradients(plain, grad_output, hidden, weight, bias)
+    exacts = gradients(exact, grad_output.double(), *exact_leaves)
+    for name, a, b, c in zip(("hidden", "weight", "bias"), ours, torchs, exacts, strict=False):
+        assert a.dtype == dtype
+        assert a.shape == c.shape
+        assert a.isfinite().all()
+        allowed = 1.3 * rms(b.double() - c) + (4 * EPS[torch.float32] if dtype != torch.float64 else 1e-12) * rms(c) + 2.0**-25 * (
+            dtype == torch.float16
+        )
+        assert rms(a.double() - c) <= allowed, f"{name}: {rms(a.double() - c):.2e}, torch {rms(b.double() - c):.2e}, size {rms(c):.2e}"
+        assert (a[c == 0] == 0).all()
+    return loss, ours
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_specification(device, dtype, options, reduction):
+    """Documents (an empty one, one of a single token, padding), shift, weights, several chunks and every option at once."""
+    hidden, weight, bias, labels = problem(device, dtype, shape=(2, 13), ignored=(3, 14))
+    arguments = {
+        "cu_seqlens": torch.tensor([0, 4, 4, 5, 12, 21], dtype=torch.int32, device=device),
+        "shift": True,
+        "reduction": reduction,
+        "token_weight": torch.rand(2, 13, device=device) + (0.1 if reduction.startswith(("mean", "seq")) else -0.2),
+        "chunk_tokens": 7,
+        **options_on(options, 67, device),
+    }
+    grad_output = torch.randn((2, 13) if reduction == "none" else (), device=device)
+    assert_matches(hidden, weight, bias, labels, grad_output, **arguments)
+    # 24 rows less boundaries, padding and what is ignored: rows 3, 4, 11 and 20 end documents, 21 and on are padding.
+    counted = int((unchunked(hidden, weight, labels, bias=bias, **{**arguments, "reduction": "none"}) != 0).sum())
+    assert_matches(hidden, weight, bias, labels, grad_output, num_valid=counted, **arguments)
+
+
+@pytest.mark.parametrize("chunk_tokens", [*CHUNKS, None])
+@pytest.mark.parametrize("ignored", [(), (0,), (25,), range(7, 14), range(0, 25), range(1, 26, 2), range(26)])
+def test_chunks_and_ignored_patterns(device, chunk_tokens, ignored):
+    """Whole chunks, first and last rows, every second row and all rows ignored; compacted or not, exactly or up to a bound."""
+    hidden, weight, bias, labels = problem(device, ignored=ignored)
+    counted = 26 - len(ignored)
+    for num_valid in {None, counted, min(counted + 3, 26), 26}:
+        loss, grads = assert_matches(hidden, weight, bias, labels, chunk_tokens=chunk_tokens, num_valid=num_valid)
+        assert (grads[0][list(ignored)] == 0).all()
+        if counted == 0:
+            assert loss == 0
+            assert all((g == 0).all() for g in grads)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "seq-mean-token-mean"])
+def test_fp64(reduction):
+    hidden, weight, bias, labels = problem(torch.device("cpu"), torch.float64, shape=(2, 4), hidden_size=5, vocab=7, ignored=(1,))
+    arguments = {"shift": True, "reduction": reduction, "token_weight": torch.rand(2, 4), "chunk_tokens": 3, "softcap": 4.0}
+    assert_matches(hidden, weight, bias, labels, **arguments)
+    torch.autograd.gradcheck(
+        lambda h, w, b: packops.linear_cross_entropy(h, w, labels, bias=b, **arguments), (hidden, weight, bias), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("value", [0.0, 1.0, 0.37, -3.0, 512.0])
+def test_any_grad_output(device, dtype, value):
+    hidden, weight, bias, labels = problem(device, dtype, ignored=(4,))
+    assert_matches(hidden, weight, bias, labels, torch.tensor(value, device=device), chunk_tokens=7)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_is_rounded_once(device, dtype):
+    """With a grad_output that is no power of two: gradients of the 16-bit inputs in fp32, times it, rounded."""
+    hidden, weight, bias, labels = problem(device, dtype, shape=(300,), hidden_size=64)
+    g = torch.tensor(0.7, device=device)
+    ours = gradients(packops.linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_tokens=100), g, hidden, weight, bias)
+    rounded = [x.detach().float().requires_grad_() for x in (hidden, weight, bias)]
+    logits = F.linear(hidden, weight, bias).detach().float().requires_grad_()  # what both start from
+    grad_logits = torch.autograd.grad(F.cross_entropy(logits, labels), logits)[0].to(dtype).double()
+    if dtype == torch.float16:
+        grad_logits = torch.autograd.grad(F.cross_entropy(logits, labels), logits)[0].double()
+    exact = (grad_logits @ rounded[1].double() * 0.7, grad_logits.t() @ rounded[0].double() * 0.7, grad_logits.sum(0) * 0.7)
+    for a, b in zip(ours, exact, strict=True):
+        best = rms(b.to(dtype).double() - b)  # the error of one rounding
+        slack = 1.1 if dtype == torch.bfloat16 else 1.6  # fp16's logits were rounded in other units; fp32: the products'
+        assert rms(a.double() - b) <= slack * best + 8 * EPS[torch.float32] * rms(b), (rms(a.double() - b), best)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_per_token_gradients_of_every_kind(device, dtype):
+    hidden, weight, bias, labels = problem(device, dtype, shape=(4, 6), ignored=(8,))
+    for grad_output in (
+        torch.randn(4, 6, device=device),
+        torch.randn(6, 8, device=device).t()[:4],
+        torch.randn(1, device=device).expand(4, 6),
+        torch.randn(4, 12, device=device)[:, ::2],
+    ):
+        assert_matches(hidden, weight, bias, labels, grad_output, reduction="none", chunk_tokens=5, num_valid=23)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("frozen", [(), ("weight", "bias"), ("hidden",), ("hidden", "weight"), ("bias",)])
+def test_backward_twice(device, dtype, reduction, frozen):
+    leaves = dict(zip(("hidden", "weight", "bias"), problem(device, dtype)[:3], strict=True))
+    labels = problem(device, ignored=(2,))[3]
+    for name in frozen:
+        leaves[name].requires_grad_(False)
+    wanted = [x for x in leaves.values() if x.requires_grad]
+    loss = packops.linear_cross_entropy(leaves["hidden"], leaves["weight"], labels, bias=leaves["bias"], reduction=reduction, chunk_tokens=9)
+    weights = torch.randn_like(loss)
+    first = torch.autograd.grad(loss, wanted, weights, retain_graph=True)
+    kept = [x.clone() for x in first]
+    scaled = torch.autograd.grad(loss, wanted, 4 * weights, retain_graph=True)
+    last = torch.autograd.grad(loss, wanted, weights)
+    for a, b, c, d in zip(first, kept, scaled, last, strict=True):
+        assert torch.equal(a, b)  # the second backward left the first one's result alone
+        assert torch.equal(a, d)
+        torch.testing.assert_close(c, 4 * a, rtol=2 * EPS[dtype], atol=1e-6)
+        assert a.abs().sum() > 0
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, wanted, weights)
+    if "hidden" in leaves and leaves["hidden"].requires_grad:  # the same as without anything frozen
+        all_leaves = [x.detach().requires_grad_() for x in leaves.values()]
+        whole = packops.linear_cross_entropy(*all_leaves[:2], labels, bias=all_leaves[2], reduction=reduction, chunk_tokens=9)
+        expected = torch.autograd.grad(whole, all_leaves[0], weights)[0]
+        torch.testing.assert_close(first[0], expected, rtol=2 * EPS[dtype], atol=1e-7 + 2.0**-24 * (dtype == torch.float16))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_double_backward_is_refused(device, reduction):
+    hidden, weight, _, labels = problem(device, bias=False)
+    loss = packops.linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+    (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_fp16_under_a_loss_scale(device, reduction):
+    """Gradients far below fp16's smallest number, were they formed before the loss scale is known."""
+    hidden, weight, _, labels = problem(device, torch.float16, shape=(40,), vocab=3000, bias=False)
+    items, scale = 1_000_000, 2.0**16
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    (F.cross_entropy(exact[0] @ exact[1].t(), labels, reduction="sum") * (scale / items)).backward()
+    loss = packops.linear_cross_entropy(
+        hidden, weight, labels, reduction=reduction, chunk_tokens=16, num_items=items if reduction == "mean" else None
+    )
+    (loss.sum() * (scale if reduction == "mean" else scale / items)).backward()
+    assert loss.sum().item() * (1 if reduction == "mean" else 1 / items) * scale > 0
+    for x, e in zip((hidden, weight), exact, strict=True):
+        assert rms(x.grad.double() - e.grad) <= 1.5e-3 * rms(e.grad) + 2.0**-25
+    heavy = {"token_weight": torch.full((40,), 1e4, device=device), "class_weight": torch.full((3000,), 1e3, device=device)}
+    hidden.grad = None
+    (packops.linear_cross_entropy(hidden, weight, labels, reduction="sum", **heavy) * 1e-6).backward()
+    assert hidden.grad.isfinite().all()
+    assert rms(hidden.grad) > 0
+
+
+@pytest.mark.parametrize("num_valid", [None, 5])
+def test_rows_that_do_not_count_may_hold_anything(device, num_valid):
+    hidden, weight, bias, labels = problem(device, shape=(9,), ignored=(1, 6))
+    cu_seqlens = torch.tensor([0, 4, 8], device=device)  # row 8 is padding
+    expected = packops.linear_cross_entropy(hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens)
+    expected_grads = gradients(expected, None, hidden, weight, bias)
+    with torch.no_grad():
+        hidden[1], hidden[6], hidden[8] = math.nan, math.inf, -math.inf
+    loss = packops.linear_cross_entropy(
+        hidden, weight, labels, bias=bias, cu_seqlens=cu_seqlens, chunk_tokens=4, num_valid=None if num_valid is None else 6
+    )
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(gradients(loss, None, hidden, weight, bias), expected_grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_inputs_are_left_alone(device):
+    hidden, weight, bias, labels = problem(device, ignored=(3,))
+    before = [x.detach().clone() for x in (hidden, weight, bias, labels)]
+    packops.linear_cross_entropy(hidden, weight, labels, bias=bias, chunk_tokens=7).backward(torch.tensor(2.0, device=device))
+    for a, b in zip((hidden, weight, bias, labels), before, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_strided_hidden_weight_and_labels(device):
+    hidden = torch.randn(6, 4, 48, device=device)[..., ::2].transpose(0, 1).requires_grad_()
+    weight = torch.randn(24, 67, device=device).t().requires_grad_()
+    labels = torch.randint(0, 67, (6, 4), device=device, dtype=torch.int32).t()
+    assert_matches(hidden, weight, None, labels, chunk_tokens=5)
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (3, 0), (1,), ()])
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+def test_empty_and_tiny(device, shape, reduction):
+    hidden, weight, bias, labels = problem(device, shape=shape)
+    loss = packops.linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction)
+    loss.sum().backward()
+    assert loss.shape == (shape if reduction == "none" else ())
+    assert hidden.grad.shape == hidden.shape
+    expected = F.linear(hidden, weight, bias).reshape(-1, 67)
+    torch.testing.assert_close(loss.sum(), F.cross_entropy(expected, labels.reshape(-1), reduction="sum"))
+    if not math.prod(shape):
+        assert (weight.grad == 0).all()
+
+
+def test_one_class(device):
+    hidden, weight, bias, _ = problem(device, vocab=1)
+    loss = packops.linear_cross_entropy(hidden, weight, torch.zeros(26, dtype=torch.int64, device=device), bias=bias)
+    assert loss == 0
+
+
+@pytest.mark.parametrize("kind", ["number", "host", "device"])
+def test_micro_batches_add_up(device, kind):
+    hidden, weight, bias, labels = problem(device, ignored=range(9))
+    whole = packops.linear_cross_entropy(hidden, weight, labels, bias=bias)
+    num_items = {"number": 17, "host": torch.tensor(17), "device": torch.tensor(17.0, device=device)}[kind]
+    parts = [
+        packops.linear_cross_entropy(hidden[a:b], weight, labels[a:b], bias=bias, num_items=num_items)
+        for a, b in ((0, 10), (10, 13), (13, 26))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    for a, b in zip(gradients(sum(parts), None, weight, bias), gradients(whole, None, weight, bias), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------- accumulation, memory, work
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_many_chunks_lose_nothing(device, dtype):
+    """The weight's gradient over 64 chunks is as near to fp64 as one product's; in bf16 it is not, so fp32 does something."""
+    hidden, weight, _, labels = problem(device, dtype, shape=(2048,), hidden_size=32, bias=False)
+    with torch.no_grad():
+        hidden += 1  # contributions that add up, so that late ones are small beside the sum
+
+    def error(**options):
+        exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+        (expected,) = torch.autograd.grad(reference.linear_cross_entropy(*exact, labels), exact[1])
+        loss = packops.linear_cross_entropy(hidden, weight, labels, **options)
+        return rms(torch.autograd.grad(loss, weight)[0] - expected)
+
+    assert error(chunk_tokens=32) <= 1.02 * error(chunk_tokens=2048)
+    if dtype == torch.bfloat16:
+        coarse = error(chunk_tokens=32, accum_dtype=torch.bfloat16)
+        assert 1.5 * error(chunk_tokens=32) < coarse < 30 * error(chunk_tokens=32)
+
+
+def test_bf16_accumulation_is_scaled_in_fp32(device):
+    hidden, weight, bias, labels = problem(device, torch.bfloat16)
+    options = {"bias": bias, "chunk_tokens": 7, "accum_dtype": torch.bfloat16}
+    one = gradients(packops.linear_cross_entropy(hidden, weight, labels, **options), None, hidden, weight, bias)
+    g = torch.tensor(0.7, device=device)
+    scaled = gradients(packops.linear_cross_entropy(hidden, weight, labels, **options), g, hidden, weight, bias)
+    for a, b in zip(one, scaled, strict=True):
+        torch.testing.assert_close(b, (a.float() * 0.7).bfloat16(), rtol=0, atol=0)
+
+
+SHAPES = [(8192, 4096, 128256), (8192, 2304, 256000), (16384, 896, 151936)]
+
+
+@pytest.mark.parametrize("tokens, hidden_size, vocab", [*SHAPES, (4096, 2048, 32000), (1 << 20, 8192, 128256)])
+@pytest.mark.parametrize("valid", [1.0, 0.5, 0.03])
+def test_chunk_sizes(tokens, hidden_size, vocab, valid):
+    num_valid = None if valid == 1 else int(tokens * valid)
+    rows = tokens if num_valid is None else num_valid
+    c = choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=num_valid)
+    assert MIN_ROWS <= c <= MAX_ROWS or c >= rows
+    copies = 1 if num_valid is None else 3
+    assert c * (vocab + copies * hidden_size) <= max(0.35 * tokens * vocab, MIN_ROWS * (vocab + copies * hidden_size))
+    chunks = -(-rows // c)
+    assert rows - (chunks - 1) * c > 0.9 * c or chunks == 1  # no small rest at the end, which would leave the matrix units idle
+
+
+def test_chunk_sizes_of_the_smallest():
+    for tokens, hidden_size, vocab in itertools.product((0, 1, 63, 64, 65, 1000, 1025, 3000), (0, 1, 64), (1, 100)):
+        c = choose_chunk_tokens(tokens, hidden_size, vocab)
+        assert 1 <= c <= MAX_ROWS
+        assert c >= min(tokens, MIN_ROWS)
+
+
+class Recorder(TorchDispatchMode):
+    """What the loop allocates, at most at once in any tensor, and which matrix products it makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.largest = 0
+        self.products = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.largest = max(self.largest, x.untyped_storage().nbytes())
+        name = func._schema.name.split("::")[1]
+        if name in ("mm", "addmm", "addmm_"):
+            a, b = [x for x in args if isinstance(x, torch.Tensor)][-2:]
+            self.products.append((a.shape[0], a.shape[1], b.shape[1]))
+        return out
+
+
+def chunked(hidden, weight, labels, wanted, **chunks):
+    """The loop itself, whose inner ops a dispatch mode can see."""
+    ops = linear_ce_loss.raw_ops("packops")
+    target, scale, _ = ops.prepare(weight.shape[0], labels)
+    maths = {name: linear_ce_loss.DEFAULTS[name] for name in linear_ce_loss.MATHS}
+    recorder = Recorder()
+    with torch.no_grad(), recorder:
+        result = linear_ce_loss.run_chunks(ops, hidden, weight, None, target, scale, maths, Wanted(*wanted), **chunks)
+    return result, recorder
+
+
+@pytest.mark.parametrize("wanted", itertools.product([False, True], [False, True], [False]))
+@pytest.mark.parametrize("num_valid", [None, 50])
+def test_frozen_sides_and_ignored_rows_cost_no_product(device, wanted, num_valid):
+    hidden, weight, _, labels = problem(device, shape=(200,), hidden_size=8, vocab=1000, bias=False, ignored=range(50, 200))
+    result, recorder = chunked(hidden, weight, labels, wanted, num_valid=num_valid, chunk_tokens=30)
+    flops = sum(2 * m * k * n for m, k, n in recorder.products)
+    assert flops == (1 + sum(wanted)) * 2 * (num_valid or 200) * 1000 * 8
+    assert (result.grad_hidden is None, result.grad_weight is None) == (not wanted[0], not wanted[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wanted", [(False, False, False), (True, True, False)])
+@pytest.mark.parametrize("num_valid", [None, 60])
+def test_no_tensor_is_larger_than_a_chunk_of_logits(dtype, wanted, num_valid):
+    hidden, weight, _, labels = problem("cpu", dtype, shape=(128,), hidden_size=4, vocab=5000, bias=False, ignored=range(0, 128, 2))
+    if num_valid:
+        labels[:8] = -100
+    _, recorder = chunked(hidden, weight, labels, wanted, num_valid=num_valid, chunk_tokens=16)
+    gradient = 4 * weight.numel() if wanted[1] else 0
+    assert recorder.largest == max(16 * 5000 * dtype.itemsize, gradient)
+
+
+def allocated_peak(call):
+    """Bytes that the CPU's allocator handed out at most at once while `call` ran, its result included."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = call()
+    events = profile.profiler.kineto_results.events()
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    del result
+    return max(itertools.accumulate(size for _, size in changes), default=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_peak_memory_on_the_cpu(dtype):
+    """Every allocation counts: chunk, accumulators and gradients, and 1/4 of a chunk for all else; far below the logits."""
+    tokens, hidden_size, vocab, chunk = 1024, 16, 8192, 128
+    hidden, weight, _, labels = problem("cpu", dtype, shape=(tokens,), hidden_size=hidden_size, vocab=vocab, bias=False)
+    size = dtype.itemsize
+    logits, parameters = tokens * vocab * size, (vocab + tokens) * hidden_size
+    kept = parameters * (4 if dtype == torch.float32 else 4 + size)
+    block = -(-vocab // linear_ce_loss.CPU_BLOCKS) * 4 * (chunk + hidden_size) if dtype != torch.float32 else 0
+
+    def step(loss):
+        return lambda: torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
+
+    bound = chunk * (vocab + hidden_size) * size + chunk * hidden_size * 4 + block + kept + tokens * 64
+    ours = allocated_peak(step(lambda *args: packops.linear_cross_entropy(*args, chunk_tokens=chunk)))
+    assert ours <= 1.1 * bound
+    assert ours >= chunk * vocab * size  # the measurement sees the chunk
+    assert allocated_peak(step(unchunked)) > 2 * logits
+    with torch.no_grad():
+        forward = allocated_peak(lambda: packops.linear_cross_entropy(hidden, weight, labels, chunk_tokens=chunk))
+    assert forward <= 1.1 * (chunk * (vocab + hidden_size) * size) + tokens * 64
+
+
+# ------------------------------------------------------------------------------------------------------------------- bad data
+
+
+def test_too_small_num_valid_is_seen(device):
+    hidden, weight, bias, labels = problem(device, ignored=(1,))
+    call = lambda: packops.linear_cross_entropy(hidden, weight, labels, bias=bias, num_valid=24)  # noqa: E731
+    if device.type == "cuda":
+        loss = call()
+        assert loss.isnan()
+        loss.backward()
+        assert hidden.grad.isfinite().all()
+        packops.checks(True)
+    try:
+        with pytest.raises(ValueError, match=r"linear_cross_entropy: num_valid must be at least .* \(25\), got 24"):
+            call()
+    finally:
+        packops.checks(False)
+
+
+def test_bad_label(device):
+    hidden, weight, bias, labels = problem(device)
+    for bad in (67, -1, 2**32 + 3):
+        labels[4] = bad
+        if device.type == "cuda":
+            loss = packops.linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="none", chunk_tokens=3)
+            assert loss[4].isnan()
+            assert loss[[*range(4), *range(5, 26)]].isfinite().all()
+            grads = gradients(loss, torch.ones_like(loss), hidden, weight, bias)
+            assert all(g.isfinite().all() for g in grads)
+            assert (grads[0][4] == 0).all()
+            assert packops.linear_cross_entropy(hidden, weight, labels, bias=bias, num_valid=26).isnan()
+            packops.checks(True)
+        try:
+            for call in (packops.linear_cross_entropy, torch.ops.packops.linear_cross_entropy):
+                with pytest.raises(IndexError, match=rf"linear_cross_entropy: label {bad} at position 4 is outside \[0, 67\)"):
+                    call(hidden, weight, labels, bias=bias)
+        finally:
+            packops.checks(False)
+
+
+def test_bad_cu_seqlens(device):
+    hidden, weight, bias, labels = problem(device)
+    for bad in ([1, 26], [0, 14, 13, 26], [0, 27], [-3, 6], [0, 2**31 - 1], [5, 4, 3, 2, 1]):
+        cu_seqlens = torch.tensor(bad, device=device)
+        arguments = {"bias": bias, "cu_seqlens": cu_seqlens, "shift": True}
+        if device.type == "cuda":
+            for reduction in reference.REDUCTIONS:  # any value, but no access outside and no broken context
+                packops.linear_cross_entropy(hidden, weight, labels, reduction=reduction, num_valid=7, **arguments).sum().item()
+            packops.checks(True)
+        try:
+            with pytest.raises(ValueError, match="linear_cross_entropy: cu_seqlens must start at 0"):
+                packops.linear_cross_entropy(hidden, weight, labels, **arguments)
+        finally:
+            packops.checks(False)
+
+
+def bad_arguments(device):
+    h, w, y = torch.randn(4, 9, device=device), torch.randn(5, 9, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    yield (h, w, y.float()), {}, TypeError, "labels must be int32 or int64, got"
+    yield (h.long(), w, y), {}, TypeError, "hidden must be bfloat16, float16 or float32, got"
+    yield (h, w.bfloat16(), y), {}, TypeError, "weight must have hidden's dtype"
+    yield (h, w[:, :8], y), {}, ValueError, r"weight must have shape \(vocab, 9\) .* got \(5, 8\)"
+    yield (h, w[0], y), {}, ValueError, r"weight must have shape \(vocab, hidden_size\), got \(9,\)"
+    yield (h, w, y[:3]), {}, ValueError, r"labels must have hidden's leading shape \(4,\), got \(3,\)"
+    yield (h[0, 0], w, y[0]), {}, ValueError, "hidden must have shape"
+    yield (h, w[:0], y), {}, ValueError, "at least one class"
+    yield (h, w, y), {"bias": torch.randn(6, device=device)}, ValueError, r"bias must have shape \(5,\), got \(6,\)"
+    yield (h, w, y), {"bias": torch.randn(5, device=device).half()}, TypeError, "bias must have hidden's dtype"
+    yield (h, w, y), {"reduction": "average"}, ValueError, "reduction must be none, sum, mean, .* got 'average'"
+    yield (h, w, y), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in"
+    yield (h, w, y), {"softcap": 0.0}, ValueError, "softcap must be positive"
+    yield (h, w, y), {"logit_scale": -1.0}, ValueError, "logit_scale must be positive"
+    yield (h, w, y), {"class_weight": torch.ones(8, device=device)}, ValueError, "class_weight must have 5 elements"
+    yield (h, w, y), {"token_weight": torch.ones(3, device=device)}, ValueError, "token_weight must have 4 elements"
+    yield (h, w, y), {"cu_seqlens": torch.zeros(2, device=device)}, TypeError, "cu_seqlens must be int32 or int64"
+    yield (h, w, y), {"num_items": torch.tensor([1, 2])}, ValueError, "num_items must hold one number"
+    yield (h, w, y), {"reduction": "sum", "num_items": torch.tensor(3)}, ValueError, "num_items replaces the denominator"
+    yield (h, w, y), {"num_valid": 5}, ValueError, "num_valid must be between 0 and the 4 rows, got 5"
+    yield (h, w, y), {"num_valid": -1}, ValueError, "num_valid must be between 0"
+    yield (h, w, y), {"chunk_tokens": 0}, ValueError, "chunk_tokens must be at least 1, got 0"
+    yield (h, w, y), {"accum_dtype": torch.bfloat16}, ValueError, "accum_dtype must be torch.float32, or"
+    if device.type == "cuda":
+        yield (h, w.cpu(), y), {}, ValueError, "weight must be on hidden's device"
+        yield (h, w, y.cpu()), {}, ValueError, "labels must be on hidden's device"
+        yield (h.double(), w.double(), y), {}, TypeError, "float64"
+
+
+@pytest.mark.parametrize("case", range(23))
+@pytest.mark.parametrize("entry", ["function", "op"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_bad_arguments_are_named(device, case, entry, grad):
+    for args, kwargs, error, message in itertools.islice(bad_arguments(device), case, None, 23):
+        call = packops.linear_cross_entropy if entry == "function" else torch.ops.packops.linear_cross_entropy
+        hidden = args[0].clone().requires_grad_() if grad and args[0].is_floating_point() else args[0]
+        with pytest.raises(error, match="packops.linear_cross_entropy: .*" + message):
+            call(hidden, *args[1:], **kwargs)
+
+
+def test_what_must_be_plain_and_on_the_host(device):
+    hidden, weight, _, labels = problem(device, bias=False)
+    with pytest.raises(TypeError, match="num_valid must be an int on the host"):
+        packops.linear_cross_entropy(hidden, weight, labels, num_valid=torch.tensor(3, device=device))
+    with pytest.raises(TypeError, match=r"got a DTensor; pass weight.full_tensor\(\)"):
+        packops.linear_cross_entropy(hidden, SimpleNamespace(full_tensor=lambda: weight), labels)
+
+
+# ------------------------------------------------------------------------------------------------------ torch's own machinery
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"shift": True, "reduction": "none", "label_smoothing": 0.1, "chunk_tokens": 3},
+        {"reduction": "seq-mean-token-mean", "softcap": 3.0, "z_loss": 0.01, "num_valid": 9},
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_opcheck(device, options, dtype):
+    hidden, weight, bias, labels = problem(device, dtype, shape=(2, 5), hidden_size=4, vocab=9)
+    arguments = {
+        "cu_seqlens": torch.tensor([0, 3, 8], device=device),
+        "class_weight": torch.rand(9, device=device),
+        "bias": bias,
+        **options,
+    }
+    ops = torch.ops.packops
+    exact = {"atol": 1e-2, "rtol": 1e-2} if dtype != torch.float32 else {}
+    torch.library.opcheck(ops.linear_cross_entropy.default, (hidden, weight, labels), arguments, **exact)
+    plain = [x.detach() for x in (hidden, weight)]
+    arguments["bias"] = bias.detach()
+    wants = {"grad_hidden": True, "grad_weight": True, "grad_bias": False}
+    torch.library.opcheck(ops._linear_cross_entropy_forward.default, (*plain, labels), {**arguments, **wants})
+    loss, *_, target, scale = ops._linear_cross_entropy_forward(*plain, labels, **arguments)
+    names = (*linear_ce_loss.MATHS, "bias", "num_valid", "chunk_tokens")
+    if loss.dim():
+        torch.library.opcheck(
+            ops._linear_cross_entropy_backward.default,
+            (torch.randn_like(loss), *plain, target, scale),
+            {**{k: v for k, v in arguments.items() if k in names}, **wants},
+        )
+
+
+def test_prepared_rows(device):
+    """What the loss is made of before there are logits: the specification of targets and scales is the gradient of the loss."""
+    labels = torch.randint(0, 7, (2, 13), device=device)
+    labels[0, 3] = -100
+    arguments = {
+        "cu_seqlens": torch.tensor([0, 4, 4, 5, 12, 21], device=device),
+        "shift": True,
+        "token_weight": torch.rand(2, 13, device=device) + 0.1,
+        "class_weight": torch.rand(7, device=device) + 0.1,
+    }
+    torch.library.opcheck(torch.ops.packops._cross_entropy_prepare.default, (7, labels), arguments)
+    for reduction in reference.REDUCTIONS:
+        target, scale, counts = torch.ops.packops._cross_entropy_prepare(7, labels, reduction=reduction, **arguments)
+        logits = torch.zeros(2, 13, 7, dtype=torch.float64, device=device, requires_grad=True)
+        reference.cross_entropy(logits, labels, reduction=reduction, **arguments).sum().backward()
+        expected = logits.grad.view(26, 7)
+        counted = target >= 0
+        made = F.one_hot(target.clamp(min=0).long(), 7) - 1 / 7
+        made = made * torch.where(counted, scale * arguments["class_weight"][target.clamp(min=0).long()], 0.0)[:, None]
+        torch.testing.assert_close(-made.double(), expected, rtol=1e-5, atol=1e-7)
+        assert counts.tolist() == [int(counted.sum()), 3]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_compiles_whole_with_dynamic_shapes(device, reduction):
+    def model(hidden, weight, bias, labels, cu_seqlens):
+        loss = packops.linear_cross_entropy(
+            hidden.tanh(), weight, labels, bias=bias, cu_seqlens=cu_seqlens, shift=True, reduction=reduction, chunk_tokens=4
+        )
+        return (packops.linear_cross_entropy(hidden, weight, labels, num_items=7) * 0.5 + loss).sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="inductor" if reduction == "mean" else "aot_eager")
+    for tokens in (6, 11):
+        hidden, weight, bias, labels = problem(device, shape=(tokens,))
+        arguments = hidden, weight, bias, labels, torch.tensor([0, 4, tokens], device=device)
+        results = []
+        for f in (compiled, model):
+            loss = f(*arguments)
+            results.append((loss, *torch.autograd.grad(loss, (hidden, weight, bias))))
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_make_fx_sees_an_op_not_a_loop(device):
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    hidden, weight, _, labels = problem(device, bias=False)
+
+    def step(hidden, weight):
+        return torch.autograd.grad(packops.linear_cross_entropy(hidden, weight, labels, chunk_tokens=3), (hidden, weight))
+
+    graph = make_fx(step, tracing_mode="fake")(hidden, weight)
+    names = [str(n.target) for n in graph.graph.nodes if n.op == "call_function"]
+    assert names.count("packops._linear_cross_entropy_forward.default") == 1
+    assert not any("mm" in n for n in names)
+    for a, b in zip(graph(hidden, weight), step(hidden, weight), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_export(device):
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight, labels):
+            return packops.linear_cross_entropy(hidden, weight, labels, shift=True, num_valid=20)
+
+    hidden, weight, _, labels = problem(device, bias=False, ignored=range(6))
+    arguments = hidden.detach(), weight.detach(), labels
+    exported = torch.export.export(Loss(), arguments)
+    torch.testing.assert_close(exported.module()(*arguments), Loss()(*arguments))
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_autocast(device, reduction):
+    """fp32 parameters under bf16 autocast: the loss of their bf16 casts, gradients in fp32; weights of tokens stay fp32."""
+    hidden, weight, bias, labels = problem(device)
+    token_weight = torch.rand(26, device=device) + 0.1
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        loss = packops.linear_cross_entropy(hidden, weight, labels, bias=bias, token_weight=token_weight, reduction=reduction)
+    grads = gradients(loss.sum(), None, hidden, weight, bias)
+    cast = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight, bias)]
+    expected = packops.linear_cross_entropy(*cast[:2], labels, bias=cast[2], token_weight=token_weight, reduction=reduction)
+    assert torch.equal(loss, expected)
+    for a, b in zip(grads, gradients(expected.sum(), None, *cast), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.float())
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing(device, use_reentrant):
+    hidden, weight, bias, labels = problem(device)
+
+    def loss(hidden):
+        return packops.linear_cross_entropy(hidden * 2, weight, labels, bias=bias, chunk_tokens=7)
+
+    expected = gradients(loss(hidden), None, hidden, weight, bias)
+    for x in (hidden, weight, bias):
+        x.grad = None
+    checkpoint(loss, hidden, use_reentrant=use_reentrant).backward()
+    for x, b in zip((hidden, weight, bias), expected, strict=True):
+        assert torch.equal(x.grad, b)
+
+
+def test_determinism(device):
+    hidden, weight, bias, labels = problem(device, torch.bfloat16, shape=(700,), ignored=range(0, 700, 3))
+    for num_valid in (None, 466):
+        first, *others = (
+            gradients(
+                packops.linear_cross_entropy(hidden, weight, labels, bias=bias, num_valid=num_valid, chunk_tokens=100),
+                None, hidden, weight, bias,
+            )
+            for _ in range(4)
+        )
+        assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA only
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("reduction", ["mean", "none", "seq-mean-token-mean"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_synchronisation(reduction, dtype):
+    hidden, weight, bias, labels = problem("cuda", dtype, shape=(200,), vocab=1000, ignored=range(50))
+    arguments = {
+        "bias": bias,
+        "cu_seqlens": torch.tensor([0, 90, 200], device="cuda"),
+        "shift": True,
+        "reduction": reduction,
+        "num_valid": 149,
+        "chunk_tokens": 64,
+        "class_weight": torch.rand(1000, device="cuda"),
+    }
+    packops.linear_cross_entropy(hidden, weight, labels, **arguments).sum().backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        (packops.linear_cross_entropy(hidden, weight, labels, **arguments).sum() * 3).backward()
+        arguments["num_valid"] = None
+        (packops.linear_cross_entropy(hidden, weight, labels, **arguments).sum() * 3).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_cuda_graph_replays_with_other_data():
+    """What counts is data, up to num_valid rows of it."""
+    hidden, weight, _, labels = problem("cuda", torch.bfloat16, shape=(256,), hidden_size=64, vocab=1000, bias=False)
+    labels[100:] = -100
+
+    def step():
+        loss = packops.linear_cross_entropy(hidden, weight, labels, num_valid=128, chunk_tokens=50)
+        return (loss, *torch.autograd.grad(loss, (hidden, weight)))
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for begin, end in ((0, 100), (128, 256), (7, 7), (0, 129)):
+        labels.fill_(-100)
+        labels[begin:end] = torch.randint(0, 1000, (end - begin,), device="cuda")
+        with torch.no_grad():
+            hidden.copy_(torch.randn_like(hidden))
+        graph.replay()
+        for a, b in zip(captured, step(), strict=True):
+            assert torch.equal(a, b) or (end - begin > 128 and a.dim() == 0 and a.isnan() and b.isnan())
+
+
+@pytest.mark.gpu
+@pytest.mark.large(gib=24)
+@pytest.mark.parametrize("tokens, hidden_size, vocab", SHAPES)
+@pytest.mark.parametrize("valid", [1.0, 0.5])
+def test_peak_memory(tokens, hidden_size, vocab, valid):
+    """Beyond the accumulators: at most 0.35 of the logits in bf16, and forward alone no accumulator either."""
+    device = torch.device("cuda")
+    hidden = torch.randn(tokens, hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocab, hidden_size, device=device) / hidden_size**0.5).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,), device=device)
+    num_valid = None
+    if valid < 1:
+        labels[torch.randperm(tokens, device=device)[: int(tokens * (1 - valid))]] = -100
+        num_valid = int(tokens * valid)
+    logits = tokens * vocab * 2
+    accumulators = 4 * hidden_size * (tokens + vocab)
+    gradients_size = 2 * hidden_size * (tokens + vocab)
+
+    def peak(call):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = call()
+        torch.cuda.synchronize()
+        del result
+        return torch.cuda.max_memory_allocated() - before
+
+    peak(lambda: hidden.detach()[:128] @ weight.detach().t())  # the product library's workspace
+    forward = peak(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
+    backward = peak(
+        lambda: torch.autograd.grad(packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid), (hidden, weight))
+    )
+    with torch.no_grad():
+        alone = peak(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
+    slack = 8 * 2**20
+    assert forward <= accumulators + 0.35 * logits + slack
+    assert backward <= accumulators + max(0.35 * logits, gradients_size) + slack
+    assert alone <= 0.35 * logits + slack
+
+
+@pytest.mark.gpu
+@pytest.mark.large(gib=24)
+@pytest.mark.parametrize("tokens, hidden_size, vocab", SHAPES)
+def test_real_shapes(tokens, hidden_size, vocab):
+    """A sample of rows and classes against fp64, where each is a row of the softmax."""
+    device = torch.device("cuda")
+    hidden = torch.randn(tokens, hidden_size, device=device, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(vocab, hidden_size, device=device) / hidden_size**0.5).bfloat16().requires_grad_()
+    labels = torch.randint(0, vocab, (tokens,), device=device)
+    labels[::3] = -100
+    count = int((labels != -100).sum())
+    results = []
+    for call in (
+        lambda: packops.linear_cross_entropy(hidden, weight, labels),
+        lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=count),
+        lambda: unchunked(hidden, weight, labels),
+    ):
+        loss = call()
+        results.append((loss.detach(), *torch.autograd.grad(loss, (hidden, weight))))
+    exact_hidden = torch.empty(tokens, 0, device=device)
+    sample = torch.arange(0, vocab, vocab // 37, device=device)
+    exact_rows = torch.zeros(len(sample), hidden_size, dtype=torch.float64, device=device)
+    for begin in range(0, tokens, 1024):
+        h, y = hidden[begin : begin + 1024].detach().double(), labels[begin : begin + 1024]
+        p = (h.float() @ weight.detach().float().t()).softmax(-1)[:, sample].double()
+        p = (p - (y[:, None] == sample)) * (y != -100)[:, None] / count
+        exact_rows += p.t() @ h
+    del exact_hidden
+    errors = [rms(result[2][sample].double() - exact_rows) for result in results]
+    assert max(errors[:2]) <= 1.05 * errors[2], errors
+    for result in results[:2]:
+        torch.testing.assert_close(result[0], results[2][0], rtol=1e-4, atol=1e-5)
+        assert (result[1][labels == -100] == 0).all()
+        torch.testing.assert_close(result[1].float(), results[2][1].float(), rtol=2e-2, atol=1e-8)
