@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor
 from . import _checks
 from ._errors import raise_typed
 from ._register import ce_loss as _ce
+from ._register import linear_ce_loss as _linear
 from ._register import vocab_parallel as _vp
 from .functional import Reduction, _as_num_items
 
@@ -71,7 +72,10 @@ def vocab_parallel_cross_entropy(
             row's loss is NaN and its gradient 0.
         RuntimeError: ``torch.distributed`` is not initialised.
     """
-    shard = _shard_of(local_logits, group, shard_sizes, "vocab_parallel_cross_entropy")
+    op = "vocab_parallel_cross_entropy"
+    if local_logits.dim() == 0:
+        raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
+    shard = _shard(local_logits.shape[-1], group, shard_sizes, op)[0]
     options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
@@ -86,50 +90,123 @@ def vocab_parallel_cross_entropy(
         "logit_scale": logit_scale,
     }
     if inplace and local_logits.is_leaf and local_logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError(
-            "packops.vocab_parallel_cross_entropy: inplace=True would overwrite a leaf tensor that needs its value; "
-            "pass a computed one"
-        )
+        raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
     try:
-        loss, ints = _apply(shard, local_logits, labels, options, inplace)
+        loss, ints = _apply(_vp.VocabParallelCrossEntropyFunction, _OPS, shard, local_logits, labels, options, inplace)
     except RuntimeError as error:
-        raise_typed(error)
+        raise_typed(error, op)
     if local_logits.is_cuda and _checks.enabled():
         _checks.raise_bad_rows(
-            labels, cu_seqlens, ints[_ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=shard.vocab_size
+            labels, cu_seqlens, ints[_ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=shard.vocab_size, op=op
         )
     return loss
 
 
-class Shard(NamedTuple):
-    """Which classes this process holds, and how to hear of the others."""
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    local_weight: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    local_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_valid: int | None = None,
+    chunk_tokens: int | None = None,
+    accum_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`packops.linear_cross_entropy` with the rows of ``weight`` split over the processes of ``group``.
 
-    first_class: int
-    vocab_size: int
-    gather: Callable[[Tensor], Tensor]
+    Every rank has all hidden states and some classes of the lm_head, and holds one chunk of their logits at a time. A chunk's
+    ranks exchange four fp32 numbers per row (see :func:`vocab_parallel_cross_entropy`); the gradient of ``hidden`` is added up
+    over the group, in ``accum_dtype``, so that every rank gets the whole of it: nothing else has to be reduced.
 
-    @property
-    def classes(self) -> dict[str, int]:
-        return {"first_class": self.first_class, "vocab_size": self.vocab_size}
+    Args:
+        hidden: (..., H), the same on every rank, as are labels, options, and whether it needs a gradient.
+        local_weight: (V_local, H), this rank's classes, which come after those of the ranks before it. At least one.
+        labels: (...) int32 or int64, numbered over the whole vocabulary.
+        group: the processes that share the vocabulary; None: the default group.
+        shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. Ranks whose widths differ must say
+            so: what they exchange depends on it.
+        local_bias: (V_local,) or None.
+        class_weight: (V,) float per class of the whole vocabulary.
+        chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
+        cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, label_smoothing, z_loss, softcap, logit_scale,
+            num_valid, accum_dtype: as in :func:`packops.linear_cross_entropy`.
+
+    Returns:
+        The loss of the whole vocabulary, fp32 (fp64 for fp64), the same bits on every rank. Differentiable once in ``hidden``,
+        ``local_weight`` and ``local_bias``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`packops.linear_cross_entropy` and
+            :func:`vocab_parallel_cross_entropy`.
+    """
+    op = "vocab_parallel_linear_cross_entropy"
+    if hasattr(local_weight, "full_tensor"):
+        raise TypeError(f"packops.{op}: local_weight must be a plain tensor, got a DTensor; pass local_weight.to_local()")
+    if isinstance(num_valid, Tensor):
+        raise TypeError(f"packops.{op}: num_valid must be an int on the host, got a Tensor; reading it would wait for the device")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # as autocast treats a linear layer
+        dtype = torch.get_autocast_dtype(device)
+        hidden, local_weight = hidden.to(dtype), local_weight.to(dtype)
+        local_bias = None if local_bias is None else local_bias.to(dtype)
+    chunks: dict[str, Any] = {"num_valid": num_valid, "chunk_tokens": chunk_tokens, "accum_dtype": accum_dtype}
+    _linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks)
+    shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
+    if min(sizes) == 0:
+        raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
+    tokens = labels.numel()
+    if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
+        compacted = num_valid if num_valid is not None and num_valid < tokens else None
+        chunks["chunk_tokens"] = _linear.choose_chunk_tokens(tokens, hidden.shape[-1], max(sizes), num_valid=compacted)
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "reduction": reduction,
+        "num_items": _as_num_items(num_items),
+        "ignore_index": ignore_index,
+        "token_weight": token_weight,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        **chunks,
+    }
+    try:
+        with torch.autocast(device, enabled=False):
+            ops = _vp.linear_ops(_OPS, shard)
+            return _apply(_linear.LinearCrossEntropyFunction, ops, hidden, local_weight, local_bias, labels, options)
+    except RuntimeError as error:
+        raise_typed(error, op)
 
 
 @torch.compiler.disable(reason="it communicates over a process group")
-def _apply(shard: Shard, local_logits: Tensor, labels: Tensor, options: dict, inplace: bool) -> tuple[Tensor, Tensor]:
-    return _vp.VocabParallelCrossEntropyFunction.apply(
-        _OPS, shard.gather, local_logits, labels, options, shard.classes, inplace
-    )
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)
 
 
-def _shard_of(local: Tensor, group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, op: str) -> Shard:
-    """The shard that this rank's columns (the last dimension of ``local``) are."""
+def _shard(
+    width: int, group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, op: str
+) -> tuple[_vp.Shard, list[int]]:
+    """This rank's shard, ``width`` classes of the vocabulary, and the widths of all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(f"packops.{op}: torch.distributed is not initialised, so there is no group to share a vocabulary")
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"packops.{op}: this process is not in group")
-    if local.dim() == 0:
-        raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
-    width = local.shape[-1]
     sizes = [width] * world_size if shard_sizes is None else [int(size) for size in shard_sizes]
     if len(sizes) != world_size:
         raise ValueError(f"packops.{op}: shard_sizes must have one entry per rank ({world_size}), got {len(sizes)}")
@@ -145,7 +222,10 @@ def _shard_of(local: Tensor, group: dist.ProcessGroup | None, shard_sizes: Seque
             _raise_bad_shards(partials.view(world_size, -1), op, sum(sizes))
         return partials
 
-    return Shard(sum(sizes[:rank]), sum(sizes), gather)
+    def add_up(x: Tensor) -> None:
+        dist.all_reduce(x, group=group)
+
+    return _vp.Shard(sum(sizes[:rank]), sum(sizes), gather, add_up), sizes
 
 
 def _raise_bad_shards(partials: Tensor, op: str, vocab_size: int) -> None:
