@@ -6,6 +6,7 @@ Processes take seconds to start, so that a world is started once and goes throug
 from __future__ import annotations
 
 import itertools
+from unittest import mock
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch.distributed as dist
 
 import packops
 from packops import PackedBatch, PackedBatchSampler, PackingCollator, reference
+from packops._register import linear_ce_loss
 from ranks import fabrics, run_ranks, this_device
 from test_ce_loss import EPS, OPTIONS, assert_close, options_on
 
@@ -80,7 +82,8 @@ def vocab_parallel(rank, world_size):
     world = World(rank, world_size)
     device, sizes = world.device, world.sizes
 
-    for dtype, name, reduction in itertools.product([torch.float32, torch.bfloat16], OPTIONS, reference.REDUCTIONS):
+    fp32 = itertools.product([torch.float32], OPTIONS, reference.REDUCTIONS)
+    for dtype, name, reduction in [*fp32, *itertools.product([torch.bfloat16], OPTIONS, ["mean"])]:
         logits, labels, arguments = problem(dtype, device)
         shape = (2, 13) if reduction == "none" else ()
         options = {"reduction": reduction, **arguments, **options_on(name, VOCAB, device)}
@@ -187,15 +190,18 @@ def bad_input(world):
         packops.checks(True)
         with pytest.raises(IndexError, match=f"label {VOCAB} at position 1"):
             loss(shard, labels, shard_sizes=sizes)
-        with pytest.raises(ValueError, match="do not line up"):
-            loss(shard, labels.clamp(max=4))
         packops.checks(False)
     # Widths that nobody said are unequal: every rank notices.
+    uneven, small = torch.randn(3, 5 + world.rank, device=device), labels.clamp(max=4)
     if device.type == "cpu":
         with pytest.raises(ValueError, match=r"do not line up.*shards that differ in width need shard_sizes"):
-            loss(shard, labels.clamp(max=4))
+            loss(uneven, small)
     else:
-        assert loss(shard, labels.clamp(max=4)).isnan()
+        assert loss(uneven, small).isnan()
+        packops.checks(True)
+        with pytest.raises(ValueError, match="do not line up"):
+            loss(uneven, small)
+        packops.checks(False)
     with pytest.raises(ValueError, match=rf"one entry per rank \({world.world_size}\), got 1"):
         loss(shard, labels, shard_sizes=sizes[:1])
     with pytest.raises(ValueError, match="must hold this rank's width"):
@@ -275,8 +281,12 @@ def linear_form(world):
             theirs = whole[key].grad if key == "hidden" else whole[key].grad[here]
             torch.testing.assert_close(x.grad, theirs, **tolerance)
 
-    # Frozen halves; under autocast; without a gradient.
+    # Ranks of unequal width take turns of equal length, or they would wait for each other. Here their own widths would say 7 and 6.
     hidden, weight = full["hidden"].float(), full["weight"][here].float()
+    with mock.patch.multiple(linear_ce_loss, MIN_ROWS=4, ROW_MULTIPLE=1):
+        packops.vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard_sizes=sizes)
+
+    # Frozen halves; under autocast; without a gradient.
     _, labels, _ = problem(torch.float32, world.device)
     plain = packops.linear_cross_entropy(hidden, full["weight"].float(), labels)
     for frozen in (0, 1, 2):
@@ -347,3 +357,182 @@ def test_vocab_parallel(backend, world_size, tmp_path):
 def test_without_a_group():
     with pytest.raises(RuntimeError, match=r"vocab_parallel_cross_entropy: torch\.distributed is not initialised"):
         packops.vocab_parallel_cross_entropy(torch.randn(3, 5), torch.tensor([1, 2, 3]))
+
+
+# ---- data parallel -----------------------------------------------------------------------------------------------------------
+
+LENGTHS = [3, 17, 1, 9, 30, 2, 2, 25, 11, 6, 1, 14, 8, 5, 21, 32, 4, 19, 7, 28, 12, 1, 16, 3]
+ACCUMULATED = 2  # micro-batches of a step
+TOKENS = 61
+
+
+def make_documents():
+    generator = torch.Generator().manual_seed(0)
+    documents = [{"input_ids": torch.randint(0, TOKENS, (n,), generator=generator).tolist()} for n in LENGTHS]
+    documents[4]["labels"] = [-100] * 25 + documents[4]["input_ids"][25:]
+    return documents
+
+
+def make_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=TOKENS,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    model = LlamaForCausalLM(config).to(this_device())
+    return model.double() if this_device().type == "cpu" else model
+
+
+def loss_of(model, batch: PackedBatch, reduction, num_items=None):
+    mask = batch.attention_mask("4d", dtype=torch.float64 if batch.device.type == "cpu" else torch.float32)
+    logits = model(input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=mask, use_cache=False).logits
+    return packops.cross_entropy(
+        logits, batch.labels, cu_seqlens=batch.cu_seqlens, shift=True, reduction=reduction, num_items=num_items
+    )
+
+
+def steps_of(rank, world_size):
+    """The documents of every micro-batch of every step of a rank."""
+    micro_batches = list(PackedBatchSampler(LENGTHS, 32, balance="none", rank=rank, world_size=world_size))
+    return [micro_batches[i : i + ACCUMULATED] for i in range(0, len(micro_batches), ACCUMULATED)]
+
+
+def collate(micro_batch):
+    documents = make_documents()
+    return PackingCollator()([documents[i] for i in micro_batch]).to(this_device())
+
+
+def optimizer_of(model):
+    # Not Adam: it would forgive gradients of a wrong scale.
+    return torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+
+
+def trained_by_one(world_size, reduction):
+    """Weights after the same steps, each with all documents of all ranks in one pack of one process."""
+    model = make_llama()
+    optimizer = optimizer_of(model)
+    for step in zip(*(steps_of(rank, world_size) for rank in range(world_size)), strict=True):
+        everything = [document for micro_batches in step for micro_batch in micro_batches for document in micro_batch]
+        loss_of(model, collate(everything), reduction).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return dict(model.named_parameters())
+
+
+def trained_by_ranks(rank, world_size, reduction, wrap, set_sync, normalise=True):
+    model = make_llama()
+    parallel = wrap(model)
+    optimizer = optimizer_of(model)
+    for step in steps_of(rank, world_size):
+        batches = [collate(micro_batch) for micro_batch in step]
+        num_items = packops.loss_normalizer(batches, reduction=reduction) if normalise else None
+        for number, batch in enumerate(batches):
+            set_sync(parallel, number == len(batches) - 1)
+            loss = loss_of(parallel, batch, reduction, num_items)
+            (loss if normalise else loss / len(batches)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model
+
+
+def wrap_ddp(model):
+    return torch.nn.parallel.DistributedDataParallel(model)
+
+
+def sync_ddp(parallel, on):
+    parallel.require_backward_grad_sync = on
+
+
+def wrap_fsdp(model):
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = dist.init_device_mesh(this_device().type, (dist.get_world_size(),))
+    for layer in model.model.layers:
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def sync_fsdp(parallel, on):
+    parallel.set_requires_gradient_sync(on)
+
+
+def whole(parameter):
+    return parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter
+
+
+def data_parallel(rank, world_size):
+    scored = torch.tensor([sum(collate(m).num_items for m in step) for step in steps_of(rank, world_size)])
+    of_ranks = [torch.empty_like(scored) for _ in range(world_size)]
+    dist.all_gather_object(of_ranks, scored)
+    assert all((a != b).any() for a, b in itertools.pairwise(of_ranks)), "ranks must differ for this test to mean something"
+    # Llama's norms are fp32 even in a double model.
+    tolerance = {"rtol": 1e-6, "atol": 1e-7} if this_device().type == "cpu" else {"rtol": 1e-4, "atol": 2e-6}
+    for reduction in ("mean", "seq-mean-token-mean"):
+        expected = trained_by_one(world_size, reduction)
+        for wrap, set_sync in ((wrap_ddp, sync_ddp), (wrap_fsdp, sync_fsdp)):
+            model = trained_by_ranks(rank, world_size, reduction, wrap, set_sync)
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(
+                    whole(parameter).detach(), expected[name].detach(), **tolerance, msg=lambda m, n=name: f"{n}: {m}"
+                )
+    careless = trained_by_ranks(rank, world_size, "mean", wrap_ddp, sync_ddp, normalise=False).lm_head.weight
+    difference = (careless - trained_by_one(world_size, "mean")["lm_head.weight"]).abs().max()
+    assert difference > 1e-3, "means of means must show, or the tolerances above mean nothing"
+
+
+@fabrics(2, gpus=(2, 4))
+def test_data_parallel_gives_the_weights_of_one_process(backend, world_size, tmp_path):
+    """DDP and FSDP2 with gradient accumulation, ranks of unequal token counts, and loss_normalizer."""
+    pytest.importorskip("transformers")
+    run_ranks(world_size, tmp_path, data_parallel, world_size, backend=backend)
+
+
+# ---- context parallel --------------------------------------------------------------------------------------------------------
+
+
+def zig_zag(lengths, ranks):
+    """Tokens of a packed axis that each rank has: of every document's 2 * ranks pieces, piece r and the r-th from the end."""
+    tokens = [[] for _ in range(ranks)]
+    begin = 0
+    for length in lengths:
+        pieces = torch.arange(begin, begin + length).chunk(2 * ranks)
+        for rank in range(ranks):
+            tokens[rank] += [pieces[rank], pieces[2 * ranks - 1 - rank]]
+        begin += length
+    return [torch.cat(pieces) for pieces in tokens]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rope_on_zig_zag_slices(device, dtype, ranks):
+    """A rank of a context-parallel group rotates its slices by ``position_ids``: bit for bit what the whole sequence gets."""
+    lengths = [16, 8, 40, 24]
+    total = sum(lengths)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    q, k = torch.randn(total, 4, 32, device=device).to(dtype), torch.randn(total, 2, 32, device=device).to(dtype)
+    cos, sin = packops.rope_table(32, 64, device=device)
+    gq, gk = torch.randn_like(q), torch.randn_like(k)
+
+    def rotate(q, k, gq, gk, **positions):
+        q, k = q.clone().requires_grad_(), k.clone().requires_grad_()
+        rotated = packops.apply_rope(q, k, cos, sin, **positions)
+        return *rotated, *torch.autograd.grad(rotated, (q, k), (gq, gk))
+
+    whole = rotate(q, k, gq, gk, cu_seqlens=cu_seqlens)
+    position_ids, _ = packops.packed_metadata(cu_seqlens, total)
+    slices = zig_zag(lengths, ranks)
+    assert torch.cat(slices).sort().values.equal(torch.arange(total))
+    for tokens in slices:
+        tokens = tokens.to(device)
+        parts = rotate(q[tokens], k[tokens], gq[tokens], gk[tokens], position_ids=position_ids[tokens])
+        for part, of_whole in zip(parts, whole, strict=True):
+            assert torch.equal(part, of_whole[tokens])
