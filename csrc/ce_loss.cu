@@ -211,7 +211,8 @@ struct RowMaths {
     float alpha, beta, gamma;
   };
   __device__ __forceinline__ Coefficients coefficients(int32_t y, float max, float log_sum) const {
-    const float eps = kHasUniform ? p.label_smoothing : 0.f, beta = eps / float(class_count(p)), gamma = (1 - eps) * class_weight(y);
+    const float eps = kHasUniform ? p.label_smoothing : 0.f, beta = eps / float(class_count(p)),
+                gamma = (1 - eps) * class_weight(y);
     float alpha = gamma;
     if constexpr (kHasUniform) alpha += beta * class_weight_sum;
     if (p.z_loss != 0) alpha += 2 * p.z_loss * (max + log_sum);
@@ -410,7 +411,8 @@ __device__ void prepare_targets(const CeLossParams& p, int64_t tile, Scratch& sc
       if (label != p.ignore_index) target = label >= 0 && label < class_count(p) ? int32_t(label) : kBadLabel;
     }
     p.target[t] = target;
-    if (target != kIgnored) mine = {token_weight(p, t) * (p.class_weight && target >= 0 ? p.class_weight[column_of(p, target)] : 1.f), 1};
+    if (target != kIgnored)
+      mine = {token_weight(p, t) * (p.class_weight && target >= 0 ? p.class_weight[column_of(p, target)] : 1.f), 1};
     w.weight[t] = mine.weight;
   }
   mine = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch);

@@ -186,7 +186,8 @@ struct CeRow {
   // A row's state out of its shards', always in their order, so that every process gets the same bits.
   void combine(int64_t t) const {
     const S infinity = std::numeric_limits<S>::infinity(), nan = std::numeric_limits<S>::quiet_NaN();
-    S &row_max = static_cast<S*>(p.row_max)[t], &row_sum = static_cast<S*>(p.row_sum)[t], &row_loss = static_cast<S*>(p.row_loss)[t];
+    S &row_max = static_cast<S*>(p.row_max)[t], &row_sum = static_cast<S*>(p.row_sum)[t],
+      &row_loss = static_cast<S*>(p.row_loss)[t];
     const int32_t target_class = p.target[t];
     if (target_class < 0) {
       row_max = 0;

@@ -288,7 +288,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   Tensor ints = new_tensor(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
   Tensor counts = new_tensor(logits, {with_stats ? 2 : 0}, ScalarType::Long);
   Tensor sequence_loss = new_tensor(logits, {with_stats ? p.documents : 0}, state);
-  Tensor loss = in.shard.vocab_size               ? new_tensor(logits, {partial_size(p)}, state)
+  Tensor loss = in.shard.vocab_size              ? new_tensor(logits, {partial_size(p)}, state)
                 : p.reduction == Reduction::none ? torch::stable::new_empty(logits, in.labels.sizes(), state)
                                                  : new_tensor(logits, {}, state);
   set_state(p, floats, ints);
@@ -400,8 +400,8 @@ Tensor combine(const Tensor& partials, const Tensor& logits, Tensor floats, cons
                OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap,
                double logit_scale, int64_t first_class, int64_t vocab_size) {
   Tensor weights;
-  CeLossParams p = matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights,
-                                 {first_class, vocab_size});
+  CeLossParams p =
+      matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
   p.reduction = reduction_of(reduction);
   const ScalarType state = state_type(logits);
   check_same_device(logits, partials, "partials");
@@ -451,8 +451,8 @@ Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& f
                 OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap,
                 double logit_scale, int64_t first_class, std::optional<int64_t> vocab_size) {
   Tensor grad = torch::stable::empty_like(logits), weights;
-  CeLossParams p = matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights,
-                                 {first_class, vocab_size});
+  CeLossParams p =
+      matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
   const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
   p.logits = matrix.data_ptr();
   run_backward(p, grad, grad_output, floats, ints);
@@ -463,11 +463,10 @@ Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& f
 // they are gone. With holds_gradient = false it holds the logits, and they are overwritten.
 void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor logits, const Tensor& floats, const Tensor& ints,
                       bool holds_gradient, OptionalTensor class_weight, double label_smoothing, double z_loss,
-                      std::optional<double> softcap, double logit_scale, int64_t first_class,
-                      std::optional<int64_t> vocab_size) {
+                      std::optional<double> softcap, double logit_scale, int64_t first_class, std::optional<int64_t> vocab_size) {
   Tensor weights;
-  CeLossParams p = matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights,
-                                 {first_class, vocab_size});
+  CeLossParams p =
+      matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
   p.grad_holds_gradient = holds_gradient;
   Tensor matrix;
   if (logits || !holds_gradient) {
