@@ -119,6 +119,33 @@ def cross_entropy_options(device: torch.device) -> Iterator[str]:
 
 
 @cases
+def linear_cross_entropy(device: torch.device) -> Iterator[str]:
+    """Rows prepared without logits, chunks with a rest, compaction by an exact and by a wrong count, an odd vocabulary."""
+    for dtype in FLOATS:
+        for reduction in ("none", "mean", "seq-mean-token-mean"):
+            hidden, weight = (torch.randn(n, 24, device=device).to(dtype).requires_grad_() for n in (17, 1031))
+            labels = torch.randint(0, 1031, (17,), device=device)
+            labels[5] = -100
+            cu_seqlens = torch.tensor([0, 3, 3, 11, 15], dtype=torch.int32, device=device)
+            options = {"reduction": reduction, "cu_seqlens": cu_seqlens, "shift": True, "chunk_tokens": 4}
+            for num_valid in (None, 11, 14):
+                loss = packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid, **options)
+                backward(loss, hidden, weight)
+            yield f"{dtype} {reduction}"
+    hidden, weight = (torch.randn(n, 24, device=device).requires_grad_() for n in (2500, 33))
+    labels = torch.randint(0, 33, (2500,), device=device)
+    backward(packops.linear_cross_entropy(hidden, weight, labels), hidden, weight)
+    yield "more rows than one block prepares"
+    with bad_ids(device):
+        backward(packops.linear_cross_entropy(hidden, weight, labels, num_valid=100), hidden, weight)
+    for label in (-1, 33, 2**40):
+        labels[7] = label
+        with bad_ids(device):
+            backward(packops.linear_cross_entropy(hidden, weight, labels, reduction="none"), hidden, weight)
+        yield f"label {label}"
+
+
+@cases
 def cross_entropy_bad_ids(device: torch.device) -> Iterator[str]:
     for label in (-1, 129, 2**31, 2**40, -(2**62)):
         logits, labels = loss_problem(device, torch.float32, 5, 129)

@@ -181,7 +181,8 @@ def linear_cross_entropy(
     Args:
         hidden: (..., H) bf16, fp16 or fp32 (fp64 on the CPU): what the lm_head is applied to. Rows that do not count may hold
             anything, NaN included.
-        weight: (V, H), of the same dtype. Under FSDP the gathered one, a plain tensor.
+        weight: (V, H), of the same dtype: a plain tensor. FSDP gathers it for the forward of the module that owns it, so the loss
+            belongs there.
         labels: (...) int32 or int64.
         bias: (V,) or None.
         cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, class_weight, label_smoothing, z_loss, softcap,
@@ -204,12 +205,13 @@ def linear_cross_entropy(
     """
     if hasattr(weight, "full_tensor"):
         raise TypeError(
-            "packops.linear_cross_entropy: weight must be a plain tensor, got a DTensor; pass weight.full_tensor(), through which "
-            "the gradient goes back to the shards"
+            "packops.linear_cross_entropy: weight must be a plain tensor, got a DTensor, a sharded parameter; compute the loss "
+            "within the forward of the module that owns it, where FSDP has gathered it"
         )
     if num_valid is not None and isinstance(num_valid, Tensor):
         raise TypeError(
-            "packops.linear_cross_entropy: num_valid must be an int on the host, got a Tensor; reading it would wait for the device"
+            "packops.linear_cross_entropy: num_valid must be an int on the host, got a Tensor; reading it would wait for the "
+            "device"
         )
     return torch.ops.packops.linear_cross_entropy(
         hidden,

@@ -116,6 +116,12 @@ def register(namespace: str) -> None:
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", **options):
         return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, True)
 
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_prepare")
+    def _(vocab, labels, *, double_precision=False, **options):
+        rows = labels.numel()
+        scale = labels.new_empty((rows,), dtype=torch.float64 if double_precision else torch.float32)
+        return labels.new_empty((rows,), dtype=torch.int32), scale, labels.new_empty((2,), dtype=torch.int64)
+
     @torch.library.register_fake(f"{namespace}::_cross_entropy_forward")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_grad=False, with_stats=False, **options):
         grad = torch.empty_like(logits) if with_grad else logits.new_empty((0,))

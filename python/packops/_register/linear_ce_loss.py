@@ -7,11 +7,11 @@ Per chunk of c rows, with logits (c, V) in one buffer that every chunk uses agai
     grad_hidden  = logits @ weight              2 c V H
     grad_weight += logits.T @ hidden            2 c V H, accumulated in fp32 by the product itself
 
-Gradients are formed for ``grad_output = 1`` while the chunk's logits exist; the backward multiplies them by ``grad_output`` on their
-way from fp32 to the parameters' dtype, so they are rounded once. With ``reduction="none"`` the weight's gradient depends on every
-token's ``grad_output``, which the forward cannot know: then the backward makes the logits anew, a fourth product.
+Gradients are formed for ``grad_output = 1`` while the chunk's logits exist; the backward multiplies them by ``grad_output`` on
+their way from fp32 to the parameters' dtype, so they are rounded once. With ``reduction="none"`` the weight's gradient depends on
+every token's ``grad_output``, which the forward cannot know: then the backward makes the logits anew, a fourth product.
 
-The loop is Python. A chunk costs it about a tenth of a millisecond and the device several, and nothing in it waits for the device.
+The loop is Python: a chunk costs it about a tenth of a millisecond and the device several. Nothing in it waits for the device.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 
 LOGITS_SHARE = 0.35  # of the memory that all logits would take
 MIN_ROWS = 1024  # below, a product of a chunk is bound by reading and writing the (V, H) matrices, not by the matrix units
 MAX_ROWS = 4096  # above, a larger chunk saves next to nothing
-ROW_MULTIPLE = 64  # of the tiles of matrix products
+ROW_MULTIPLE = 64  # of the tiles of matrix products, in rows and in columns
 CPU_BLOCKS = 32  # pieces of the vocabulary in which the CPU widens 16-bit operands
 
 
@@ -46,8 +46,8 @@ def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid:
     large as ``LOGITS_SHARE`` of the whole logits' memory allows, between ``MIN_ROWS`` and ``MAX_ROWS``, and of even size. (Below
     ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, the lower bound decides and the share is larger.)
 
-    Not in this: the gradients, and their accumulators: ``4 V H`` bytes for the weight, ``4 T H`` for the hidden states, half of it
-    with ``accum_dtype=torch.bfloat16``, nothing beyond the gradients where the parameters are fp32 already.
+    Not in this: the gradients and their accumulators, ``4 V H`` bytes for the weight and ``4 T H`` for the hidden states (half
+    with ``accum_dtype=torch.bfloat16``; where the parameters are fp32 the accumulators become the gradients).
     """
     rows = tokens if num_valid is None else num_valid
     row = vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
@@ -76,11 +76,14 @@ class Wanted(NamedTuple):
 
 
 class Chunked(NamedTuple):
-    losses: Tensor  #: (T,) scaled losses of the rows, 0 where ignored
-    grad_hidden: Tensor | None  #: (T, H), all three in the accumulators' dtype and to be multiplied by `unit`
+    losses: Tensor  #: (T,), 0 for rows that were left out
+    grad_hidden: Tensor | None  #: (T, H), all three in the accumulators' dtype; None where not wanted
     grad_weight: Tensor | None  #: (V, H)
     grad_bias: Tensor | None  #: (V,)
-    unit: Tensor | None  #: () a power of two; None: 1
+
+
+#: (logits (c, V), target (c,), scale (c,)) -> (c,) losses times scale; replaces the logits by their gradient if any is wanted.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def accumulator_dtype(dtype: torch.dtype, accum_dtype: torch.dtype) -> torch.dtype:
@@ -88,20 +91,19 @@ def accumulator_dtype(dtype: torch.dtype, accum_dtype: torch.dtype) -> torch.dty
 
 
 def run_chunks(
-    ops: SimpleNamespace,
+    chunk_loss: ChunkLoss,
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
     scale: Tensor,
-    maths: dict[str, Any],
     wanted: Wanted,
     *,
     num_valid: int | None = None,
     chunk_tokens: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
 ) -> Chunked:
-    """Losses of all rows, each times its scale, and the gradients of their sum.
+    """The loop: losses of all rows, each times its scale, and the gradients of their sum.
 
     hidden (T, H), weight (V, H), bias (V,) or None; target (T,) and scale (T,) as ``_cross_entropy_prepare`` makes them.
     """
@@ -113,52 +115,85 @@ def run_chunks(
     if chunk_tokens is None:
         chunk_tokens = choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=None if order is None else rows)
 
-    accumulate = accumulator_dtype(hidden.dtype, accum_dtype)
-    new = torch.empty if rows and order is None else torch.zeros
+    dtype, device = accumulator_dtype(hidden.dtype, accum_dtype), hidden.device
+    per_row = torch.empty if order is None else torch.zeros  # not every row is written
+    losses = per_row((tokens,), dtype=scale.dtype, device=device)
+    grad_hidden = per_row((tokens, hidden_size), dtype=dtype, device=device) if wanted.hidden else None
+    grad_weight = (
+        (torch.empty if rows else torch.zeros)((vocab, hidden_size), dtype=dtype, device=device) if wanted.weight else None
+    )
+    grad_bias = torch.zeros((vocab,), dtype=dtype, device=device) if wanted.bias else None
 
-    def accumulator(shape: tuple[int, ...], want: bool, make: Callable[..., Tensor]) -> Tensor | None:
-        return make(shape, dtype=accumulate, device=hidden.device) if want else None
-
-    losses = new((tokens,), dtype=scale.dtype, device=hidden.device)
-    grad_hidden = accumulator((tokens, hidden_size), wanted.hidden, new)
-    grad_weight = accumulator((vocab, hidden_size), wanted.weight, torch.empty if rows else torch.zeros)
-    grad_bias = accumulator((vocab,), wanted.bias, torch.zeros)
-
-    unit = None
-    if any(wanted) and hidden.dtype == torch.float16:
-        unit = _unit(target, scale, maths)
-        scale = scale / unit
-
-    logits_of_chunks = hidden.new_empty((min(chunk_tokens, rows), vocab))
+    # Rows of an odd vocabulary would begin anywhere; the buffer is ours, so they begin where vector loads and products want them.
+    width = vocab if vocab % 8 == 0 else -(-vocab // ROW_MULTIPLE) * ROW_MULTIPLE
+    buffer = hidden.new_empty((min(chunk_tokens, rows), width))[:, :vocab]
     for begin in range(0, rows, chunk_tokens):
         here = slice(begin, min(begin + chunk_tokens, rows))
-        logits = logits_of_chunks[: here.stop - begin]
+        logits = buffer[: here.stop - begin]
+        # A row without a gradient may hold anything, and 0 * NaN in the weight's gradient would be NaN.
         if order is None:
-            y, s, h = target[here], scale[here], hidden[here]
+            y, s = target[here], scale[here]
+            h = hidden[here].masked_fill((y < 0)[:, None], 0)
         else:
             at = order[here]
-            y, s, h = (x.index_select(0, at) for x in (target, scale, hidden))
-        # A row without a gradient may hold anything, and 0 * NaN in the weight's gradient would be NaN.
-        h = h.masked_fill((y < 0)[:, None], 0)
+            y, s = target.index_select(0, at), scale.index_select(0, at)
+            h = hidden.index_select(0, at).masked_fill_((y < 0)[:, None], 0)
         if bias is None:
             torch.mm(h, weight.t(), out=logits)
         else:
             torch.addmm(bias, h, weight.t(), out=logits)
-        loss = _chunk_loss(ops, logits, y, s, maths, any(wanted))
+        loss = chunk_loss(logits, y, s)
         if order is None:
             losses[here] = loss
+            part = None if grad_hidden is None else grad_hidden[here]
+            _multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
         else:
             losses.index_copy_(0, at, loss)
+            part = None if grad_hidden is None else torch.empty_like(h, dtype=dtype)
+            _multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
+            if grad_hidden is not None and part is not None:
+                grad_hidden.index_copy_(0, at, part)
+        del h, part  # before the next chunk's are made
+    return Chunked(losses, grad_hidden, grad_weight, grad_bias)
 
-        part = None
-        if grad_hidden is not None:
-            part = grad_hidden[here] if order is None else torch.empty_like(h, dtype=accumulate)
-        _multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
-        if order is not None and grad_hidden is not None and part is not None:
-            grad_hidden.index_copy_(0, at, part)
-    if unit is not None:
-        losses *= unit
-    return Chunked(losses, grad_hidden, grad_weight, grad_bias, unit)
+
+def losses_and_gradients(
+    ops: SimpleNamespace,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    scale: Tensor,
+    maths: dict[str, Any],
+    wanted: Wanted,
+    **chunks: Any,
+) -> tuple[Chunked, Tensor | None]:
+    """:func:`run_chunks` with the cross-entropy kernel, and the unit of its gradients (None: 1)."""
+    if maths["class_weight"] is not None:
+        maths = {**maths, "class_weight": maths["class_weight"].float()}  # once, not in every chunk
+    kernel = ops.loss_and_gradient_ if any(wanted) else ops.loss
+
+    def chunk_loss(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        return kernel(logits, y, reduction="none", ignore_index=IGNORED, token_weight=s, **maths)[0]
+
+    def chunk_loss_fp64(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:  # the kernel's token weights are fp32
+        loss = kernel(logits, y, reduction="none", ignore_index=IGNORED, **maths)[0]
+        s = s.masked_fill(y < 0, 0)
+        logits *= s[:, None]
+        return loss * s
+
+    unit = _unit(target, scale, maths) if any(wanted) and hidden.dtype == torch.float16 else None
+    result = run_chunks(
+        chunk_loss_fp64 if hidden.dtype == torch.float64 else chunk_loss,
+        hidden,
+        weight,
+        bias,
+        target,
+        scale if unit is None else scale / unit,
+        wanted,
+        **chunks,
+    )
+    return (result if unit is None else result._replace(losses=result.losses * unit)), unit
 
 
 def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
@@ -172,18 +207,6 @@ def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
 
 
-def _chunk_loss(ops: SimpleNamespace, logits: Tensor, y: Tensor, s: Tensor, maths: dict[str, Any], with_gradient: bool) -> Tensor:
-    """(c,) the rows' losses times `s`; `logits` become their gradient, or stay."""
-    options = {"reduction": "none", "ignore_index": IGNORED, "token_weight": s, **maths}
-    if s.dtype == torch.float64:  # the kernel's token weights are fp32
-        options["token_weight"], s = None, s.masked_fill(y < 0, 0)
-    loss = (ops.loss_and_gradient_ if with_gradient else ops.loss)(logits, y, **options)[0]
-    if s.dtype == torch.float64:
-        loss *= s
-        logits *= s[:, None]
-    return loss
-
-
 def _multiply(
     grad_logits: Tensor,
     hidden: Tensor,
@@ -193,7 +216,8 @@ def _multiply(
     grad_bias: Tensor | None,
     first: bool,
 ) -> None:
-    """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += its sum; at first = instead of +=."""
+    """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += grad_logits.sum(0); at `first`, the
+    weight's is set."""
     made = next((g for g in (grad_hidden, grad_weight, grad_bias) if g is not None), None)
     if made is None:
         return
@@ -385,8 +409,9 @@ def prepare(ops: SimpleNamespace, hidden: Tensor, vocab: int, labels: Tensor, op
             vocab=vocab,
             op=OP,
         )
-    if checked and num_valid is not None and int(counts[0]) > num_valid:
-        raise ValueError(f"packops.{OP}: num_valid must be at least the number of rows that count ({int(counts[0])}), got {num_valid}")
+    if checked and num_valid is not None and num_valid < int(counts[0]):
+        counted = int(counts[0])
+        raise ValueError(f"packops.{OP}: num_valid must be at least the number of rows that count ({counted}), got {num_valid}")
     return target, scale, counts
 
 
@@ -411,22 +436,15 @@ def register(namespace: str) -> None:
         f"{maths}, {chunks}, {flags}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
     )
     public = getattr(ops, OP).default
-    raw = SimpleNamespace(
-        forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default
-    )
+    raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default)
 
-    def outputs(hidden: Tensor, result: Chunked) -> tuple[Tensor, ...]:
-        """Gradients in the parameters' shapes; an op returns tensors, so empty ones stand for what is not wanted."""
-        accumulate = result.losses.new_empty((0,))
-        grad_hidden = accumulate if result.grad_hidden is None else result.grad_hidden.view(hidden.shape)
-        grads = (grad_hidden, result.grad_weight, result.grad_bias, result.unit)
-        return tuple(result.losses.new_empty((0,)) if grad is None else grad for grad in grads)
-
-    def maths_of(given: dict[str, Any]) -> dict[str, Any]:
-        maths = {name: given[name] for name in MATHS}
-        if maths["class_weight"] is not None:
-            maths["class_weight"] = maths["class_weight"].float()  # once, not in every chunk
-        return maths
+    def run(hidden, weight, bias, target, scale, given):
+        """losses, then gradients and unit as an op returns them: in the parameters' shapes, empty ones where there is none."""
+        flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
+        result, unit = losses_and_gradients(ce, flat, weight, bias, target, scale, maths, wanted_of(given), **chunks_of(given))
+        grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(hidden.shape)
+        grads = (grad_hidden, result.grad_weight, result.grad_bias, unit)
+        return result.losses, *(scale.new_empty((0,)) if grad is None else grad for grad in grads)
 
     def wanted_of(given: dict[str, Any]) -> Wanted:
         return Wanted(*(given.get(f"grad_{name}", False) for name in Wanted._fields))
@@ -439,23 +457,19 @@ def register(namespace: str) -> None:
         given = {**DEFAULTS, **given}
         check_arguments(hidden, weight, bias, labels, **chunks_of(given))
         target, scale, counts = prepare(ce, hidden, weight.shape[0], labels, given)
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        result = run_chunks(ce, flat, weight, bias, target, scale, maths_of(given), wanted_of(given), **chunks_of(given))
+        losses, *grads = run(hidden, weight, bias, target, scale, given)
         if given["reduction"] == "none":
-            loss = result.losses.view(labels.shape)
+            loss = losses.view(labels.shape)
         else:
-            loss = result.losses.sum(dtype=torch.float64).to(result.losses.dtype)
+            loss = losses.sum(dtype=torch.float64).to(losses.dtype)
         if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
             loss = torch.where(counts[0] <= given["num_valid"], loss, torch.nan)
-        return loss, *outputs(hidden, result), target, scale
+        return loss, *grads, target, scale
 
     @torch.no_grad()
     def backward(grad_output, hidden, weight, target, scale, *, bias=None, **given):
         given = {**DEFAULTS, **given}
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        scale = scale * grad_output.reshape(-1)
-        result = run_chunks(ce, flat, weight, bias, target, scale, maths_of(given), wanted_of(given), **chunks_of(given))
-        return outputs(hidden, result)
+        return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1:]
 
     def loss_only(hidden, weight, labels, **given):
         return forward(hidden, weight, labels, **given)[0]
