@@ -281,7 +281,8 @@ def linear_form(world):
             theirs = whole[key].grad if key == "hidden" else whole[key].grad[here]
             torch.testing.assert_close(x.grad, theirs, **tolerance)
 
-    # Ranks of unequal width take turns of equal length, or they would wait for each other. Here their own widths would say 7 and 6.
+    # Ranks of unequal width go through chunks of equal length, or they would wait for each other: not of 7 and 6 rows, as here their
+    # own widths would have it.
     hidden, weight = full["hidden"].float(), full["weight"][here].float()
     with mock.patch.multiple(linear_ce_loss, MIN_ROWS=4, ROW_MULTIPLE=1):
         packops.vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard_sizes=sizes)

@@ -101,18 +101,15 @@ def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:
     )
 
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, given: dict[str, Any]):
-        maths = {name: given[name] for name in MATHS}
-        if maths["class_weight"] is not None:
-            maths["class_weight"] = maths["class_weight"].float()  # once, not in every chunk
         wanted = linear.Wanted(*(given.get(f"grad_{name}", False) for name in linear.Wanted._fields))
         chunks = {name: given[name] for name in ("num_valid", "chunk_tokens", "accum_dtype")}
-        flat = hidden.reshape(-1, hidden.shape[-1])
-        result = linear.run_chunks(of_chunk, flat, weight, bias, target, scale, maths, wanted, **chunks)
+        flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
+        result, unit = linear.losses_and_gradients(of_chunk, flat, weight, bias, target, scale, maths, wanted, **chunks)
         grad_hidden = result.grad_hidden
         if grad_hidden is not None:
             shard.add_up(grad_hidden)
             grad_hidden = grad_hidden.view(hidden.shape)
-        return result.losses, (grad_hidden, result.grad_weight, result.grad_bias, result.unit)
+        return result.losses, (grad_hidden, result.grad_weight, result.grad_bias, unit)
 
     def forward(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, **given: Any):
         target, scale, counts = linear.prepare(of_chunk, hidden, shard.vocab_size, labels, given)
