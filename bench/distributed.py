@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import os
 import platform
@@ -314,10 +315,12 @@ class Block(torch.nn.Module):
     def forward(self, x: torch.Tensor, batch: packops.PackedBatch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
+        # Newer torch has a window where older has a flag.
+        has_flag = "is_causal" in inspect.signature(varlen_attn).parameters
+        causal: dict[str, Any] = {"is_causal": True} if has_flag else {"window_size": (-1, 0)}
         q, k, v = self.qkv(self.attention_norm(x)).view(len(x), 3, self.heads, -1).unbind(1)
         q, k = packops.apply_rope(q, k, cos, sin, position_ids=batch.position_ids[0])
         bounds, longest = batch.cu_seqlens, batch.max_seqlen
-        causal = {"window_size": (-1, 0)}
         x = x + self.out(varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal).flatten(1))
         gate, up = self.up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)

@@ -281,8 +281,8 @@ def linear_form(world):
             theirs = whole[key].grad if key == "hidden" else whole[key].grad[here]
             torch.testing.assert_close(x.grad, theirs, **tolerance)
 
-    # Ranks of unequal width go through chunks of equal length, or they would wait for each other: not of 7 and 6 rows, as here their
-    # own widths would have it.
+    # Ranks of unequal width go through chunks of equal length, or they would wait for each other: their own widths would make
+    # these chunks of 7 and of 6 rows.
     hidden, weight = full["hidden"].float(), full["weight"][here].float()
     with mock.patch.multiple(linear_ce_loss, MIN_ROWS=4, ROW_MULTIPLE=1):
         packops.vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard_sizes=sizes)
@@ -326,7 +326,7 @@ def capture(world):
     step()
     torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks for events meanwhile
         captured = step()
     with torch.no_grad():
         shard.copy_(torch.randn_like(shard))
