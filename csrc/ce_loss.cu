@@ -40,6 +40,10 @@ __device__ __forceinline__ const T* row_of(const void* base, const RowLayout& l,
 }
 __device__ __forceinline__ float& state(void* array, int64_t t) { return static_cast<float*>(array)[t]; }
 
+// The column of a counted row's class; one that does not exist if the class is another shard's.
+__device__ __forceinline__ int32_t column_of(const CeLossParams& p, int32_t target) { return int32_t(target - p.first_class); }
+__device__ __forceinline__ bool is_here(const CeLossParams& p, int32_t y) { return uint32_t(y) < uint32_t(p.vocab); }
+
 // A row as elements before the first boundary (16 bytes, or more), whole vectors, and elements after the last.
 template <typename T, int kBoundary = 16>
 struct Span {
@@ -218,7 +222,8 @@ struct RowMaths {
     float alpha, beta, gamma;
   };
   __device__ __forceinline__ Coefficients coefficients(int32_t y, float max, float log_sum) const {
-    const float eps = kHasUniform ? p.label_smoothing : 0.f, beta = eps / float(p.vocab), gamma = (1 - eps) * class_weight(y);
+    const float eps = kHasUniform ? p.label_smoothing : 0.f, beta = eps / float(class_count(p)),
+                gamma = (1 - eps) * class_weight(y);
     float alpha = gamma;
     if constexpr (kHasUniform) alpha += beta * class_weight_sum;
     if (p.z_loss != 0) alpha += 2 * p.z_loss * (max + log_sum);
@@ -301,7 +306,25 @@ __device__ __forceinline__ void write_row_loss(const CeLossParams& p, int64_t t,
   state(p.row_loss, t) = loss;
   if (p.reduction == Reduction::none) state(p.loss, t) = loss * state(p.scale, t);
 }
+// A counted row: all of the above or, of a shard, what the other shards need of it.
+template <int kFeatures, typename Maths>
+__device__ __forceinline__ void write_row(const CeLossParams& p, const Maths& maths, int64_t t, typename Maths::Partial row,
+                                          int32_t y) {
+  if (p.partial) {
+    state(p.partial, kPartialMax * p.rows + t) = row.max;
+    state(p.partial, kPartialSum * p.rows + t) = row.sum;
+    state(p.partial, kPartialTarget * p.rows + t) = is_here(p, y) ? maths.transform(row.target) : 0.f;
+    state(p.partial, kPartialWeighted * p.rows + t) = row.weighted;
+  } else {
+    write_row_state<kFeatures>(p, t, row);
+    write_row_loss(p, t, maths.loss(row, y));
+  }
+}
 __device__ __forceinline__ void write_ignored_row(const CeLossParams& p, int64_t t, int32_t target) {
+  if (p.partial) {
+    for (int which = 0; which < kPartialStates; which++) state(p.partial, which * p.rows + t) = 0;
+    return;
+  }
   state(p.row_max, t) = 0;
   state(p.row_sum, t) = 1;
   if (p.entropy) state(p.entropy, t) = 0;
@@ -330,7 +353,7 @@ struct RowEntry {
 
 // The pieces of CeLossParams::workspace; `size` is in floats.
 struct Workspace {
-  RowEntry* order;          // (rows) the rows that count in ascending order, then the others in descending order
+  RowEntry* order;          // (rows) the rows that count in ascending order, then the others in descending order; with columns
   float* weight;            // (rows) a counted row's part in the denominator
   float* document_inverse;  // (documents) what a row's scale owes to its document
   int32_t* document_counted;
@@ -407,10 +430,11 @@ __device__ void prepare_targets(const CeLossParams& p, int64_t tile, Scratch& sc
     const int64_t d = p.cu_seqlens || p.shift ? document_of(p, t) : 0;
     if (d >= 0 && !(p.shift && t + 1 >= bound(p, d + 1))) {
       const int64_t label = integer_at(p.labels, p.labels_dtype, t + (p.shift ? 1 : 0));
-      if (label != p.ignore_index) target = label >= 0 && label < p.vocab ? int32_t(label) : kBadLabel;
+      if (label != p.ignore_index) target = label >= 0 && label < class_count(p) ? int32_t(label) : kBadLabel;
     }
     p.target[t] = target;
-    if (target != kIgnored) mine = {token_weight(p, t) * (p.class_weight && target >= 0 ? p.class_weight[target] : 1.f), 1};
+    if (target != kIgnored)
+      mine = {token_weight(p, t) * (p.class_weight && target >= 0 ? p.class_weight[column_of(p, target)] : 1.f), 1};
     w.weight[t] = mine.weight;
   }
   mine = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch);
@@ -485,10 +509,10 @@ __device__ void prepare_totals(const CeLossParams& p, Scratch& scratch) {
     documents = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch).count;
     __syncthreads();
   }
-  float class_weight_sum = float(p.vocab);
+  float class_weight_sum = float(class_count(p));
   if (p.class_weight) {
     WeightAndCount mine{0, 0};
-    for (int64_t c = threadIdx.x; c < p.vocab; c += kTile) mine.weight += p.class_weight[c];
+    for (int64_t c = threadIdx.x; c < class_count(p); c += kTile) mine.weight += p.class_weight[c - p.first_class];
     class_weight_sum = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch).weight;
   }
   if (threadIdx.x == 0) {
@@ -501,6 +525,10 @@ __device__ void prepare_totals(const CeLossParams& p, Scratch& scratch) {
     if (p.counts) {
       p.counts[0] = total.count;
       p.counts[1] = documents;
+    }
+    if (p.partial) {
+      state(p.partial, kPartialStates * p.rows) = float(p.first_class);
+      state(p.partial, kPartialStates * p.rows + 1) = float(p.vocab);
     }
   }
 }
@@ -519,12 +547,14 @@ __device__ void prepare_scales(const CeLossParams& p, int64_t tile, Scratch& scr
     }
     state(p.scale, t) = scale;
   }
+  // Columns of shards before this one's become the last of shards after it: the codes below 0 must stay what they are.
+  const int32_t column = target < 0 ? target : column_of(p, target) < 0 ? 0x7fffffff : column_of(p, target);
   const unsigned counted = __ballot_sync(kFullWarp, target != kIgnored);
   if (lane == 0) scratch[warp].count = __popc(counted);
   __syncthreads();
   int32_t before = w.tile_offset[tile] + __popc(counted & ((1u << lane) - 1));
   for (int i = 0; i < warp; i++) before += scratch[i].count;
-  if (t < p.rows) w.order[target != kIgnored ? before : p.rows - 1 - (t - before)] = {int32_t(t), target};
+  if (t < p.rows) w.order[target != kIgnored ? before : p.rows - 1 - (t - before)] = {int32_t(t), column};
   __syncthreads();
 }
 
@@ -589,6 +619,50 @@ __global__ void __launch_bounds__(kTile) sequence_loss_kernel(const __grid_const
   }
 }
 
+// -------------------------------------------------------------------------------------------------------------- shards
+
+// sum_c w_c over the classes of all shards, for every thread of the block.
+template <int kThreads>
+__device__ __forceinline__ float sum_class_weights(const CeLossParams& p, float (&scratch)[kThreads / 32]) {
+  if (!p.class_weight) return float(class_count(p));
+  float sum = 0;
+  for (int64_t c = threadIdx.x; c < class_count(p); c += kThreads) sum += p.class_weight[c - p.first_class];
+  return block_reduce<kThreads>(sum, 0.f, Add<float>{}, scratch);
+}
+
+constexpr int kCombineThreads = 128;
+
+// Rows' states and losses out of their shards', a thread a row, always in the order of the shards: every process gets the same
+// bits.
+template <typename T, int kFeatures>
+__global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_constant__ CeLossParams p) {
+  __shared__ float scratch[kCombineThreads / 32];
+  const RowMaths<T, kFeatures> maths(p, kFeatures & kUniform ? sum_class_weights<kCombineThreads>(p, scratch) : 0.f);
+  const int64_t t = int64_t(blockIdx.x) * kCombineThreads + threadIdx.x;
+  if (t >= p.rows) return;
+  const int32_t target = p.target[t];
+  if (target < 0) return write_ignored_row(p, t, target);
+  const auto* shards = static_cast<const float*>(p.partials);
+  const int64_t size = partial_size(p);
+  PlainPartial<T> row;
+  float end = 0;
+  bool in_order = true;
+  for (int64_t s = 0; s < p.shards; s++) {
+    const float* shard = shards + s * size;
+    row.max = fmaxf(row.max, shard[kPartialMax * p.rows + t]);
+    row.weighted += shard[kPartialWeighted * p.rows + t];
+    row.target += shard[kPartialTarget * p.rows + t];  // 0 but in one shard
+    in_order = in_order && shard[size - 2] == end;
+    end += shard[size - 1];
+  }
+  for (int64_t s = 0; s < p.shards; s++) {
+    const float* shard = shards + s * size;
+    row.sum += shard[kPartialSum * p.rows + t] * RowExp<T>::ratio(shard[kPartialMax * p.rows + t], row.max);
+  }
+  if (!in_order || end != float(class_count(p))) row.sum = NAN;
+  write_row<kFeatures>(p, maths, t, row, column_of(p, target));
+}
+
 // ----------------------------------------------------------------------------------------------------------- streaming
 
 constexpr int kStreamThreads = 512;
@@ -642,9 +716,9 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
   using Maths = RowMaths<T, kFeatures>;
   __shared__ typename Maths::Partial scratch[kStreamThreads / 32];
   const int64_t t = blockIdx.x;
-  const int32_t y = p.target[t];
-  if (y < 0) {
-    if (threadIdx.x == 0) write_ignored_row(p, t, y);
+  const int32_t target_class = p.target[t], y = column_of(p, target_class);
+  if (target_class < 0) {
+    if (threadIdx.x == 0) write_ignored_row(p, t, target_class);
     if (p.grad) zero_row(row_of<T>(p.grad, p.grad_layout, t), p.vocab, threadIdx.x, kStreamThreads);
     return;
   }
@@ -657,12 +731,11 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
         float x[1] = {to_float(raw)};
         maths.add(part, x, c);
       });
-  const float target = threadIdx.x == 0 ? to_float(row[y]) : 0.f;  // before the gradient may overwrite it
+  const float target = threadIdx.x == 0 && is_here(p, y) ? to_float(row[y]) : 0.f;  // before the gradient may overwrite it
   part = block_reduce<kStreamThreads>(part, typename Maths::Partial{}, Add<typename Maths::Partial>{}, scratch);
   if (threadIdx.x == 0) {
     part.target = target;
-    write_row_state<kFeatures>(p, t, part);
-    write_row_loss(p, t, maths.loss(part, y));
+    write_row<kFeatures>(p, maths, t, part, y);
   }
   if (p.grad) {
     const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, state(p.scale, t));
@@ -675,8 +748,8 @@ template <typename T, int kFeatures>
 __device__ __forceinline__ void backward_row(const CeLossParams& p, int64_t t, float incoming, float class_weight_sum) {
   if (p.grad_holds_gradient && incoming == 1.f) return;
   T* out = row_of<T>(p.grad, p.grad_layout, t);
-  const int32_t y = p.target[t];
-  if (y < 0) return zero_row(out, p.vocab, threadIdx.x, kStreamThreads);
+  const int32_t y = column_of(p, p.target[t]);
+  if (p.target[t] < 0) return zero_row(out, p.vocab, threadIdx.x, kStreamThreads);
   if (!p.logits) {
     for_row<T>(
         out, p.vocab,
@@ -705,15 +778,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const _
   const RowLayout& l = p.grad_output_layout;
   const auto* grad_output = static_cast<const float*>(p.grad_output);
   if (p.grad_holds_gradient && l.outer == 0 && l.step == 0 && *grad_output == 1.f) return;
-  float class_weight_sum = float(p.vocab);
-  if constexpr (kFeatures & kUniform) {
-    if (p.class_weight) {
-      __shared__ float scratch[kStreamThreads / 32];
-      float sum = 0;
-      for (int64_t c = threadIdx.x; c < p.vocab; c += kStreamThreads) sum += p.class_weight[c];
-      class_weight_sum = block_reduce<kStreamThreads>(sum, 0.f, Add<float>{}, scratch);
-    }
-  }
+  __shared__ float scratch[kStreamThreads / 32];
+  const float class_weight_sum = kFeatures & kUniform ? sum_class_weights<kStreamThreads>(p, scratch) : 0.f;
   for (int64_t t = blockIdx.x; t < p.rows; t += gridDim.x)
     backward_row<T, kFeatures>(p, t, grad_output[(t / l.inner) * l.outer + (t % l.inner) * l.step], class_weight_sum);
 }
@@ -926,10 +992,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
       for (int c = 0; c < cluster; c++) part.target += arrived[c].target;  // 0 but in one block
       if (!kGrad && lane == 0) barrier_arrive(collected + exchange.stage);
       exchange.advance(kExchanges);
-      if (rank == 0 && thread == 0) {
-        write_row_state<kFeatures>(p, t, part);
-        write_row_loss(p, t, maths.loss(part, y));
-      }
+      if (rank == 0 && thread == 0) write_row<kFeatures>(p, maths, t, part, y);
       if constexpr (kGrad) {
         const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, scale);
         const int64_t column = mine.column();
@@ -1106,9 +1169,23 @@ int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
     dispatch(p, [&](auto type, auto features) { error = launch_rows<decltype(type), features()>(p, stream); });
     if (error != cudaSuccess) return error;
   }
+  if (p.partial) return cudaGetLastError();
   if (p.reduction != Reduction::none) reduce_kernel<<<1, kTile, 0, stream>>>(p);
   if (p.sequence_loss && p.documents > 0)
     sequence_loss_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream>>>(p);
+  return cudaGetLastError();
+}
+
+int ce_loss_combine_cuda(const CeLossParams& p, void* stream_handle) {
+  const auto stream = static_cast<cudaStream_t>(stream_handle);
+  if (p.rows > 0) {
+    const auto blocks = unsigned((p.rows + kCombineThreads - 1) / kCombineThreads);
+    dispatch_float<false>(p.logits_dtype, [&](auto type) {  // softcap and scale are in the partials already
+      if (p.label_smoothing != 0) combine_kernel<decltype(type), kUniform><<<blocks, kCombineThreads, 0, stream>>>(p);
+      else combine_kernel<decltype(type), kPlain><<<blocks, kCombineThreads, 0, stream>>>(p);
+    });
+  }
+  if (p.reduction != Reduction::none) reduce_kernel<<<1, kTile, 0, stream>>>(p);
   return cudaGetLastError();
 }
 

@@ -29,9 +29,16 @@ struct RowLayout {
   int64_t step = 0;
 };
 
+// A vocabulary may be split over processes. Each runs the forward on its shard, which leaves `partial` in the place of a loss; all
+// of them see all partials, combine these into the loss and the global maximum and sum, and run the backward on their shard.
+// kPartialStates arrays of `rows` numbers, then the shard's first class and its width:
+enum PartialState : int32_t { kPartialMax, kPartialSum, kPartialTarget, kPartialWeighted, kPartialStates };
+
 struct CeLossParams {
   int64_t rows = 0;
-  int64_t vocab = 0;
+  int64_t vocab = 0;        // columns of the logits
+  int64_t first_class = 0;  // that column 0 is
+  int64_t classes = 0;      // of all shards; 0: vocab
 
   const void* logits = nullptr;  // (rows, vocab), last dimension contiguous
   DType logits_dtype = DType::f32;
@@ -54,20 +61,24 @@ struct CeLossParams {
   double num_items_value = 0;
 
   const float* token_weight = nullptr;  // (rows,) or null: 1
-  const float* class_weight = nullptr;  // (vocab,) or null: 1
+  const float* class_weight = nullptr;  // column 0's, those of other shards lie before and after it; or null: 1
   float label_smoothing = 0;
   float z_loss = 0;
   float softcap = 0;  // 0: none
   float logit_scale = 1;
 
   // Per row, kept for the backward. State is float, double for f64 logits.
-  int32_t* target = nullptr;      // (rows,)
+  int32_t* target = nullptr;      // (rows,) a class, kIgnored or kBadLabel
   void* scale = nullptr;          // (rows,) d(reduced loss) / d(row loss)
   void* row_max = nullptr;        // (rows,) max_c x'_c
   void* row_sum = nullptr;        // (rows,) sum_c exp(x'_c - max); max and sum stay apart, or confident rows lose digits
   void* row_loss = nullptr;       // (rows,) unscaled
   void* entropy = nullptr;        // (rows,) or null
   int32_t* prediction = nullptr;  // (rows,) argmax, first index on ties, or null
+
+  void* partial = nullptr;         // forward of a shard: partial_size(p) numbers, instead of row_* and loss
+  const void* partials = nullptr;  // combine: those of `shards` shards, in the order of their classes
+  int64_t shards = 0;
 
   void* loss = nullptr;           // one number; (rows,) for Reduction::none
   int64_t* counts = nullptr;      // {tokens, documents} that counted, or null where nobody wants them
@@ -86,16 +97,22 @@ struct CeLossParams {
   void* workspace = nullptr;  // CUDA forward: ce_loss_workspace(p) floats, 8-byte aligned
 };
 
+constexpr int64_t class_count(const CeLossParams& p) { return p.classes ? p.classes : p.vocab; }
+constexpr int64_t partial_size(const CeLossParams& p) { return kPartialStates * p.rows + 2; }
+
 // ---- CPU (ce_loss_cpu.cpp). The range functions may run on several threads; ranges of rows must not overlap.
 
-enum class CeLossError { ok, bad_label, bad_cu_seqlens };
+enum class CePass { forward, combine, backward };  // over a range of rows
+
+enum class CeLossError { ok, bad_label, bad_cu_seqlens, bad_shards };
 struct CeLossStatus {
   CeLossError error = CeLossError::ok;
-  int64_t index = 0;  // into labels or cu_seqlens
+  int64_t index = 0;  // into labels, cu_seqlens or shards
   int64_t value = 0;
 };
 CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p);                       // target, scale, counts
 void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end);      // row_*, and grad if wanted
+CeLossStatus ce_loss_combine_cpu(const CeLossParams& p);                       // row_* from partials
 void ce_loss_reduce_cpu(const CeLossParams& p);                                // loss
 void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end);  // grad from row_* and grad_output
 const char* ce_loss_cpu_isa();                                                 // "avx512", "avx2" or "baseline"
@@ -104,6 +121,7 @@ const char* ce_loss_cpu_isa();                                                 /
 
 int64_t ce_loss_workspace(const CeLossParams& p);
 int ce_loss_forward_cuda(const CeLossParams& p, void* stream);
+int ce_loss_combine_cuda(const CeLossParams& p, void* stream);  // row_* and loss; NaN if the shards are not all of the classes
 int ce_loss_backward_cuda(const CeLossParams& p, void* stream);
 
 }  // namespace packops

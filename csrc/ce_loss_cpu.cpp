@@ -17,7 +17,7 @@ int64_t bound(const CeLossParams& p, int64_t d) {
 double token_weight(const CeLossParams& p, int64_t t) { return p.token_weight ? double(p.token_weight[t]) : 1.0; }
 // A counted row's part in a denominator.
 double norm_weight(const CeLossParams& p, int64_t t) {
-  return token_weight(p, t) * (p.class_weight && p.target[t] >= 0 ? double(p.class_weight[p.target[t]]) : 1.0);
+  return token_weight(p, t) * (p.class_weight && p.target[t] >= 0 ? double(p.class_weight[p.target[t] - p.first_class]) : 1.0);
 }
 double inverse_or_zero(double x) { return x != 0 ? 1 / x : 0.0; }
 
@@ -93,12 +93,31 @@ void reduce(const CeLossParams& p) {
   }
 }
 
-void rows(const CeLossParams& p, int64_t begin, int64_t end, bool backward) {
+void rows(const CeLossParams& p, int64_t begin, int64_t end, CePass pass) {
   switch (cpu_isa()) {
-    case CpuIsa::avx512: return avx512::ce_rows_any(p, begin, end, backward);
-    case CpuIsa::avx2: return avx2::ce_rows_any(p, begin, end, backward);
-    case CpuIsa::baseline: return baseline::ce_rows_any(p, begin, end, backward);
+    case CpuIsa::avx512: return avx512::ce_rows_any(p, begin, end, pass);
+    case CpuIsa::avx2: return avx2::ce_rows_any(p, begin, end, pass);
+    case CpuIsa::baseline: return baseline::ce_rows_any(p, begin, end, pass);
   }
+}
+
+template <typename S>
+void set_range(const CeLossParams& p) {
+  S* range = static_cast<S*>(p.partial) + partial_size(p) - 2;
+  range[0] = S(p.first_class);
+  range[1] = S(p.vocab);
+}
+
+// Where each shard begins and how wide it is, as the processes believe it themselves.
+template <typename S>
+CeLossStatus check_shards(const CeLossParams& p) {
+  S end = 0;
+  for (int64_t s = 0; s < p.shards; s++) {
+    const S* range = static_cast<const S*>(p.partials) + (s + 1) * partial_size(p) - 2;
+    if (range[0] != end) return {CeLossError::bad_shards, s, int64_t(range[0])};
+    end += range[1];
+  }
+  return end == S(class_count(p)) ? CeLossStatus{} : CeLossStatus{CeLossError::bad_shards, p.shards, int64_t(end)};
 }
 
 }  // namespace
@@ -115,18 +134,25 @@ CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p) {
     for (int64_t t = bound(p, d); t + ahead < bound(p, d + 1); t++) {
       const int64_t label = integer_at(p.labels, p.labels_dtype, t + ahead);
       if (label == p.ignore_index) continue;
-      const bool valid = label >= 0 && label < p.vocab;
+      const bool valid = label >= 0 && label < class_count(p);
       p.target[t] = valid ? int32_t(label) : kBadLabel;
       if (!valid && status.error == CeLossError::ok) status = {CeLossError::bad_label, t + ahead, label};
     }
   }
   p.logits_dtype == DType::f64 ? set_scales<double>(p) : set_scales<float>(p);
+  if (p.partial) p.logits_dtype == DType::f64 ? set_range<double>(p) : set_range<float>(p);
   return status;
 }
 
-void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(p, begin, end, false); }
+CeLossStatus ce_loss_combine_cpu(const CeLossParams& p) {
+  const CeLossStatus status = p.logits_dtype == DType::f64 ? check_shards<double>(p) : check_shards<float>(p);
+  if (status.error == CeLossError::ok) rows(p, 0, p.rows, CePass::combine);
+  return status;
+}
 
-void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(p, begin, end, true); }
+void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(p, begin, end, CePass::forward); }
+
+void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(p, begin, end, CePass::backward); }
 
 void ce_loss_reduce_cpu(const CeLossParams& p) { p.logits_dtype == DType::f64 ? reduce<double>(p) : reduce<float>(p); }
 

@@ -93,11 +93,16 @@ struct CeRow {
     return lanes[0];
   }
 
+  // The column of a counted row's class; one that does not exist if the class is another shard's.
+  int32_t column_of(int32_t target) const { return int32_t(target - p.first_class); }
+  bool is_here(int32_t y) const { return y >= 0 && y < p.vocab; }
+  S& partial(PartialState which, int64_t t) const { return static_cast<S*>(p.partial)[which * p.rows + t]; }
+
   struct Coefficients {  // d loss / d x'_c = alpha p_c - beta w_c - gamma [c = y]
     S alpha, beta, gamma;
   };
   Coefficients coefficients(int32_t y, S lse) const {
-    const S eps = p.label_smoothing, target_weight = p.class_weight ? S(p.class_weight[y]) : S(1), beta = eps / S(p.vocab);
+    const S eps = p.label_smoothing, target_weight = p.class_weight ? S(p.class_weight[y]) : S(1), beta = eps / S(class_count(p));
     return {(1 - eps) * target_weight + beta * class_weight_sum + 2 * S(p.z_loss) * lse, beta, (1 - eps) * target_weight};
   }
 
@@ -105,11 +110,15 @@ struct CeRow {
     const S infinity = std::numeric_limits<S>::infinity(), nan = std::numeric_limits<S>::quiet_NaN();
     S *scale = static_cast<S*>(p.scale), *row_max = static_cast<S*>(p.row_max), *row_sum = static_cast<S*>(p.row_sum);
     S *row_loss = static_cast<S*>(p.row_loss), *entropy = static_cast<S*>(p.entropy);
-    const int32_t y = p.target[t];
-    if (y < 0) {
+    const int32_t target_class = p.target[t], y = column_of(target_class);
+    if (target_class < 0) {
+      if (p.partial) {
+        for (const auto which : {kPartialMax, kPartialSum, kPartialTarget, kPartialWeighted}) partial(which, t) = 0;
+        return;
+      }
       row_max[t] = 0;
       row_sum[t] = 1;
-      row_loss[t] = y == kIgnored ? S(0) : nan;
+      row_loss[t] = target_class == kIgnored ? S(0) : nan;
       if (entropy) entropy[t] = 0;
       if (p.prediction) p.prediction[t] = -1;
       if (p.grad) zero_gradient(t);
@@ -117,8 +126,8 @@ struct CeRow {
     }
     const T* x = row_of(p.logits, p.logits_layout, t);
     const bool smoothing = p.label_smoothing != 0;
-    const S target_logit = transform1(L::read1(x + y));
-    const S reference = std::isfinite(target_logit) ? target_logit : S(0);
+    const S target_logit = is_here(y) ? transform1(L::read1(x + y)) : S(0);
+    const S reference = std::isfinite(target_logit) && !p.partial ? target_logit : S(0);  // of a shard: what all shards share
     S maximum = -infinity;
     double sum = 0, weighted = 0, moment = 0;
     for (int64_t begin = 0; begin < p.vocab; begin += kBlock) {
@@ -154,6 +163,13 @@ struct CeRow {
         for (int64_t c = begin + (end - begin) / kLanes * kLanes; c < end; c++)
           weighted += (p.class_weight ? p.class_weight[c] : 1.f) * (transform1(L::read1(x + c)) - reference);
     }
+    if (p.partial) {
+      partial(kPartialMax, t) = maximum;
+      partial(kPartialSum, t) = S(sum);
+      partial(kPartialTarget, t) = target_logit;
+      partial(kPartialWeighted, t) = S(weighted);
+      return;
+    }
     const S log_sum = S(::log(sum)), lse = maximum + log_sum, gap = log_sum - (target_logit - maximum);  // gap = lse - x'_y
     const Coefficients k = coefficients(y, lse);
     S loss = k.gamma * gap;
@@ -167,6 +183,43 @@ struct CeRow {
     if (p.grad) gradient(t, scale[t]);
   }
 
+  // A row's state out of its shards', always in their order, so that every process gets the same bits.
+  void combine(int64_t t) const {
+    const S infinity = std::numeric_limits<S>::infinity(), nan = std::numeric_limits<S>::quiet_NaN();
+    S &row_max = static_cast<S*>(p.row_max)[t], &row_sum = static_cast<S*>(p.row_sum)[t],
+      &row_loss = static_cast<S*>(p.row_loss)[t];
+    const int32_t target_class = p.target[t];
+    if (target_class < 0) {
+      row_max = 0;
+      row_sum = 1;
+      row_loss = target_class == kIgnored ? S(0) : nan;
+      return;
+    }
+    const auto state = [&](int64_t shard, PartialState which) {
+      return static_cast<const S*>(p.partials)[shard * partial_size(p) + which * p.rows + t];
+    };
+    S maximum = -infinity, target_logit = 0;
+    for (int64_t s = 0; s < p.shards; s++) {
+      const S top = state(s, kPartialMax);
+      if (top > maximum) maximum = top;
+      target_logit += state(s, kPartialTarget);  // 0 but in one shard
+    }
+    double sum = 0, weighted = 0;
+    for (int64_t s = 0; s < p.shards; s++) {
+      const S top = state(s, kPartialMax);
+      if (top != -infinity) sum += double(state(s, kPartialSum)) * ::exp(double(top) - double(maximum));
+      weighted += double(state(s, kPartialWeighted));
+    }
+    const S log_sum = S(::log(sum)), lse = maximum + log_sum;
+    const Coefficients k = coefficients(column_of(target_class), lse);
+    S loss = k.gamma * (log_sum - (target_logit - maximum));
+    if (p.label_smoothing != 0) loss += k.beta * (class_weight_sum * lse - S(weighted));
+    if (p.z_loss != 0) loss += S(p.z_loss) * lse * lse;
+    row_max = maximum;
+    row_sum = S(sum);
+    row_loss = loss;
+  }
+
   int32_t argmax(const T* x, S maximum) const {
     for (int64_t c = 0; c < p.vocab; c++)
       if (transform1(L::read1(x + c)) == maximum) return int32_t(c);
@@ -178,7 +231,7 @@ struct CeRow {
 
   // Writes multiplier * d loss / d x for a counted row.
   void gradient(int64_t t, S multiplier) const {
-    const int32_t y = p.target[t];
+    const int32_t y = column_of(p.target[t]);
     const T* x = row_of(p.logits, p.logits_layout, t);
     T* out = grad_row(t);
     const S maximum = static_cast<const S*>(p.row_max)[t], sum = static_cast<const S*>(p.row_sum)[t];
@@ -186,7 +239,7 @@ struct CeRow {
     const V base = L::fill(maximum), softmax_factor = L::fill(multiplier * k.alpha / sum), uniform = L::fill(multiplier * k.beta);
     const bool smoothing = k.beta != 0;
 
-    const V target = transform(L::fill(L::read1(x + y)));
+    const V target = transform(L::fill(is_here(y) ? L::read1(x + y) : S(0)));
     const V target_gradient = (L::fill(k.alpha / sum) * L::exp(target - base) -
                                L::fill(k.beta * (p.class_weight ? p.class_weight[y] : 1)) - L::fill(k.gamma)) *
                               L::fill(multiplier) * chain(target);
@@ -206,7 +259,7 @@ struct CeRow {
         for (int i = 0; c + i < p.vocab; i++) L::write1(out + c + i, lanes[i]);
       }
     }
-    L::write1(out + y, target_lanes[0]);
+    if (is_here(y)) L::write1(out + y, target_lanes[0]);
   }
 
   void backward(int64_t t) const {
@@ -224,16 +277,22 @@ struct CeRow {
 };
 
 template <typename T>
-static void ce_rows(const CeLossParams& p, int64_t begin, int64_t end, bool backward) {
-  double class_weight_sum = double(p.vocab);
+static void ce_rows(const CeLossParams& p, int64_t begin, int64_t end, CePass pass) {
+  double class_weight_sum = double(class_count(p));
   if (p.class_weight) {
     class_weight_sum = 0;
-    for (int64_t c = 0; c < p.vocab; c++) class_weight_sum += p.class_weight[c];
+    for (int64_t c = 0; c < class_count(p); c++) class_weight_sum += p.class_weight[c - p.first_class];
   }
   const CeRow<T> row{p, typename CeRow<T>::S(class_weight_sum)};
-  for (int64_t t = begin; t < end; t++) backward ? row.backward(t) : row.forward(t);
+  for (int64_t t = begin; t < end; t++) {
+    switch (pass) {
+      case CePass::forward: row.forward(t); break;
+      case CePass::combine: row.combine(t); break;
+      case CePass::backward: row.backward(t); break;
+    }
+  }
 }
 
-static void ce_rows_any(const CeLossParams& p, int64_t begin, int64_t end, bool backward) {
-  dispatch_float<true>(p.logits_dtype, [&](auto type) { ce_rows<decltype(type)>(p, begin, end, backward); });
+static void ce_rows_any(const CeLossParams& p, int64_t begin, int64_t end, CePass pass) {
+  dispatch_float<true>(p.logits_dtype, [&](auto type) { ce_rows<decltype(type)>(p, begin, end, pass); });
 }

@@ -63,6 +63,13 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(skip)
+        return
+    found = torch.cuda.device_count()
+    for item in items:
+        marker = item.get_closest_marker("multigpu")
+        needed = marker.kwargs.get("count", 2) if marker else 0
+        if needed > found:
+            item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs: found {found}"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

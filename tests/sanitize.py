@@ -146,6 +146,39 @@ def linear_cross_entropy(device: torch.device) -> Iterator[str]:
 
 
 @cases
+def vocab_parallel(device: torch.device) -> Iterator[str]:
+    """Shards that are empty, of one class, streamed and resident; targets before, in and after each."""
+    from packops._errors import raise_typed
+    from test_vocab_parallel import sharded
+
+    for dtype in FLOATS:
+        for sizes in ([0, 1, 40], [1000, 5003, 7], [32000, 257]):
+            logits, labels = loss_problem(device, dtype, 5, sum(sizes), offset=3)
+            logits = logits.detach()
+            for options in (
+                {},
+                {"label_smoothing": 0.1, "class_weight": torch.rand(sum(sizes), device=device)},
+                {"softcap": 5.0},
+            ):
+                sharded(logits, labels, sizes, **options)
+                sharded(logits, labels, sizes, inplace=True, reduction="none", **options)
+            yield f"{dtype} {sizes}"
+    logits, labels = loss_problem(device, torch.bfloat16, 2, 2 * 128256)
+    sharded(logits.detach(), labels, [128256, 128256])
+    yield "clusters"
+    sharded(logits.detach()[:0], labels[:0], [128256, 128256])
+    yield "no rows"
+    for label in (-1, 2 * 128256, 2**40):
+        labels[0] = label
+        with bad_ids(device):
+            try:
+                sharded(logits.detach(), labels, [128256, 128256])
+            except RuntimeError as error:  # a raw op's
+                raise_typed(error)
+        yield f"label {label}"
+
+
+@cases
 def cross_entropy_bad_ids(device: torch.device) -> Iterator[str]:
     for label in (-1, 129, 2**31, 2**40, -(2**62)):
         logits, labels = loss_problem(device, torch.float32, 5, 129)

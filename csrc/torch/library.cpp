@@ -13,6 +13,9 @@
 #define CE_MATHS \
   "Tensor? class_weight=None, float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, float logit_scale=1.0"
 
+// A shard of the vocabulary: its first class, and the classes of all shards.
+#define CE_SHARD ", int first_class=0, int? vocab_size=None"
+
 #define CE_STATS "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss)"
 
 PACKOPS_LIBRARY(m) {
@@ -23,10 +26,16 @@ PACKOPS_LIBRARY(m) {
   m.def("_cross_entropy_forward(Tensor logits, " CE_LABELS CE_MATHS
         ", bool with_grad=False, bool with_stats=False) -> (Tensor loss, Tensor grad_logits, " CE_STATS);
   m.def("_cross_entropy_forward_(Tensor(a!) logits, " CE_LABELS CE_MATHS ", bool with_stats=False) -> (Tensor loss, " CE_STATS);
-  m.def("_cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor floats, Tensor ints, *, " CE_MATHS ") -> Tensor");
+  m.def("_cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor floats, Tensor ints, *, " CE_MATHS CE_SHARD
+        ") -> Tensor");
   m.def(
       "_cross_entropy_backward_(Tensor(a!) grad_logits, Tensor grad_output, Tensor? logits, Tensor floats, Tensor ints, *, "
-      "bool holds_gradient=True, " CE_MATHS ") -> ()");
+      "bool holds_gradient=True, " CE_MATHS CE_SHARD ") -> ()");
+  m.def("_cross_entropy_partial(Tensor logits, " CE_LABELS CE_MATHS
+        ", int first_class, int vocab_size) -> (Tensor partial, Tensor floats, Tensor ints)");
+  m.def(
+      "_cross_entropy_combine(Tensor partials, Tensor logits, Tensor(a!) floats, Tensor ints, *, str "
+      "reduction=\"mean\", " CE_MATHS ", int first_class, int vocab_size) -> Tensor");
 
   m.def("packed_metadata(Tensor cu_seqlens, SymInt total_tokens) -> (Tensor position_ids, Tensor seq_idx)");
   m.def(

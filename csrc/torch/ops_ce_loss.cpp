@@ -63,6 +63,12 @@ struct Options {
   double logit_scale;
 };
 
+// Which part of a vocabulary the logits' columns are; without a size, all of it.
+struct Shard {
+  int64_t first_class = 0;
+  std::optional<int64_t> vocab_size;
+};
+
 void check_same_device(const Tensor& logits, const Tensor& other, const char* name) {
   PACKOPS_CHECK(
       other.is_cuda() == logits.is_cuda() && (!logits.is_cuda() || other.get_device_index() == logits.get_device_index()),
@@ -93,17 +99,24 @@ void set_maths(CeLossParams& p, const Options& options, const Tensor& like, Tens
   p.z_loss = float(options.z_loss);
   p.softcap = float(options.softcap.value_or(0));
   p.logit_scale = float(options.logit_scale);
-  p.class_weight = float_weights(options.class_weight, like, p.vocab, "class_weight", holder);
+  p.class_weight = float_weights(options.class_weight, like, class_count(p), "class_weight", holder);
+  if (p.class_weight) p.class_weight += p.first_class;
 }
 
 // What forward and backward share: the matrix and the maths options. `holder` keeps a converted class_weight alive.
-CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor& holder) {
+CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor& holder, const Shard& shard = {}) {
   CeLossParams p;
   PACKOPS_CHECK(logits.dim() >= 1, ValueError, kOp, ": logits must have shape (..., vocab), got a 0-d tensor");
   p.vocab = logits.size(logits.dim() - 1);
   p.rows = 1;
   for (int64_t i = 0; i + 1 < logits.dim(); i++) p.rows *= logits.size(i);
-  PACKOPS_CHECK(p.vocab > 0 || p.rows == 0, ValueError, kOp, ": logits must have at least one class, got shape ",
+  p.first_class = shard.first_class;
+  p.classes = shard.vocab_size.value_or(p.vocab);
+  PACKOPS_CHECK(p.first_class >= 0 && p.first_class + p.vocab <= p.classes, ValueError, kOp, ": logits of ", p.vocab,
+                " classes from ", p.first_class, " on do not fit into a vocabulary of ", p.classes);
+  PACKOPS_CHECK(!shard.vocab_size || p.classes <= int64_t(1) << 24, ValueError, kOp,
+                ": a vocabulary over several processes may have at most 2^24 classes, got ", p.classes);
+  PACKOPS_CHECK(p.classes > 0 || p.rows == 0, ValueError, kOp, ": logits must have at least one class, got shape ",
                 shape_of(logits));
   PACKOPS_CHECK(p.vocab < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 classes, got ", p.vocab);
   PACKOPS_CHECK(p.rows < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 rows, got ", p.rows);
@@ -161,11 +174,15 @@ double host_number(const Tensor& tensor) {
 // Names what is wrong in Python's terms. Only the CPU looks at the data; CUDA would have to wait for it.
 void raise_bad_data(const CeLossStatus& status, const CeLossParams& p) {
   if (status.error == CeLossError::bad_label)
-    raise("IndexError", kOp, ": label ", status.value, " at position ", status.index, " is outside [0, ", p.vocab,
+    raise("IndexError", kOp, ": label ", status.value, " at position ", status.index, " is outside [0, ", class_count(p),
           ") and is not ignore_index (", p.ignore_index, ")");
   if (status.error == CeLossError::bad_cu_seqlens)
     raise("ValueError", kOp, ": cu_seqlens must start at 0, not decrease, and end at or before the number of rows (", p.rows,
           "), got cu_seqlens[", status.index, "] = ", status.value);
+  if (status.error == CeLossError::bad_shards)
+    raise("ValueError", kOp, ": the shards of the vocabulary do not line up: ",
+          status.index < p.shards ? "rank " + std::to_string(status.index) + " begins at class " : "they end at class ",
+          status.value, ", in a vocabulary of ", class_count(p), "; shards that differ in width need shard_sizes");
 }
 
 void run_forward(CeLossParams& p, const Tensor& logits) {
@@ -180,7 +197,7 @@ void run_forward(CeLossParams& p, const Tensor& logits) {
   }
   raise_bad_data(ce_loss_prepare_cpu(p), p);
   torch::stable::parallel_for(0, p.rows, 1, [&](int64_t begin, int64_t end) { ce_loss_rows_cpu(p, begin, end); });
-  ce_loss_reduce_cpu(p);
+  if (!p.partial) ce_loss_reduce_cpu(p);
 }
 
 // Rows of a gradient must be written where they are; a copy would be lost.
@@ -202,6 +219,7 @@ struct ForwardInputs {
   int64_t ignore_index;
   OptionalTensor token_weight;
   Options options;
+  Shard shard = {};
 };
 
 // What the labels say: targets, documents, denominators. Keeps alive what `params` points to.
@@ -252,11 +270,12 @@ Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
   return rows;
 }
 
-// loss, float state, int state, counts, sequence losses (the last two empty without statistics). grad: where the gradient goes (may be the logits), or nothing.
+// loss (of a shard: its partial state), float state, int state, counts, sequence losses (the last two empty without statistics).
+// grad: where the gradient goes (may be the logits), or nothing.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& logits, const ForwardInputs& in,
                                                                 const OptionalTensor& grad, bool with_stats) {
   Tensor class_weight;
-  CeLossParams p = matrix_params(logits, in.options, class_weight);
+  CeLossParams p = matrix_params(logits, in.options, class_weight, in.shard);
   check_same_device(logits, in.labels, "labels");
   PACKOPS_CHECK(in.labels.dim() == logits.dim() - 1 && in.labels.numel() == p.rows, ValueError, kOp,
                 ": labels must have the logits' leading shape, got ", shape_of(in.labels), " for logits ", shape_of(logits));
@@ -270,15 +289,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   Tensor ints = new_tensor(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
   Tensor counts = new_tensor(logits, {with_stats ? 2 : 0}, ScalarType::Long);
   Tensor sequence_loss = new_tensor(logits, {with_stats ? p.documents : 0}, state);
-  Tensor loss = p.reduction == Reduction::none
-                    ? torch::stable::new_empty(logits, in.labels.sizes(), state)
-                    : torch::stable::new_empty(logits, torch::headeronly::IntHeaderOnlyArrayRef{}, state);
+  Tensor loss = in.shard.vocab_size              ? new_tensor(logits, {partial_size(p)}, state)
+                : p.reduction == Reduction::none ? torch::stable::new_empty(logits, in.labels.sizes(), state)
+                                                 : new_tensor(logits, {}, state);
   set_state(p, floats, ints);
   if (with_stats) {
     p.counts = static_cast<int64_t*>(counts.data_ptr());
     p.sequence_loss = sequence_loss.data_ptr();
   }
-  p.loss = loss.data_ptr();
+  (in.shard.vocab_size ? p.partial : p.loss) = loss.data_ptr();
 
   const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
   p.logits = matrix.data_ptr();
@@ -356,6 +375,60 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits
                       logits, with_stats);
 }
 
+// One process's shard of a vocabulary: what the others must know of it, to go through all of them in the order of their shards.
+std::tuple<Tensor, Tensor, Tensor> partial(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
+                                           std::string reduction, OptionalTensor num_items, int64_t ignore_index,
+                                           OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
+                                           double z_loss, std::optional<double> softcap, double logit_scale, int64_t first_class,
+                                           int64_t vocab_size) {
+  auto [partial, floats, ints, counts, sequence_loss] =
+      forward_into(logits,
+                   {labels,
+                    cu_seqlens,
+                    shift,
+                    reduction,
+                    num_items,
+                    ignore_index,
+                    token_weight,
+                    {class_weight, label_smoothing, z_loss, softcap, logit_scale},
+                    {first_class, vocab_size}},
+                   std::nullopt, false);
+  return {partial, floats, ints};
+}
+
+// The loss from the partial states of all shards; `floats` becomes what the backward needs.
+Tensor combine(const Tensor& partials, const Tensor& logits, Tensor floats, const Tensor& ints, std::string reduction,
+               OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap,
+               double logit_scale, int64_t first_class, int64_t vocab_size) {
+  Tensor weights;
+  CeLossParams p =
+      matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
+  p.reduction = reduction_of(reduction);
+  const ScalarType state = state_type(logits);
+  check_same_device(logits, partials, "partials");
+  PACKOPS_CHECK(partials.scalar_type() == state && partials.numel() % partial_size(p) == 0 && partials.numel() > 0, ValueError,
+                kOp, ": partials must hold ", partial_size(p), " numbers of the loss's dtype for every shard, got shape ",
+                shape_of(partials), " of ", dtype_of(partials));
+  const Tensor contiguous = torch::stable::contiguous(partials);
+  p.partials = contiguous.data_ptr();
+  p.shards = partials.numel() / partial_size(p);
+  set_state(p, floats, ints);
+  Tensor loss = p.reduction == Reduction::none
+                    ? torch::stable::new_empty(logits, logits.sizes().slice(0, logits.dim() - 1), state)
+                    : new_tensor(logits, {}, state);
+  p.loss = loss.data_ptr();
+  if (logits.is_cuda()) {
+#ifdef PACKOPS_WITH_CUDA
+    CudaScope scope(logits);
+    check_cuda(cudaError_t(ce_loss_combine_cuda(p, scope.stream())), kOp);
+#endif
+    return loss;
+  }
+  raise_bad_data(ce_loss_combine_cpu(p), p);
+  ce_loss_reduce_cpu(p);
+  return loss;
+}
+
 void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output, const Tensor& floats, const Tensor& ints) {
   set_grad(p, grad);
   set_state(p, floats, ints);
@@ -377,9 +450,10 @@ void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output
 
 Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints,
                 OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap,
-                double logit_scale) {
+                double logit_scale, int64_t first_class, std::optional<int64_t> vocab_size) {
   Tensor grad = torch::stable::empty_like(logits), weights;
-  CeLossParams p = matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
+  CeLossParams p =
+      matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
   const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
   p.logits = matrix.data_ptr();
   run_backward(p, grad, grad_output, floats, ints);
@@ -390,9 +464,10 @@ Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& f
 // they are gone. With holds_gradient = false it holds the logits, and they are overwritten.
 void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor logits, const Tensor& floats, const Tensor& ints,
                       bool holds_gradient, OptionalTensor class_weight, double label_smoothing, double z_loss,
-                      std::optional<double> softcap, double logit_scale) {
+                      std::optional<double> softcap, double logit_scale, int64_t first_class, std::optional<int64_t> vocab_size) {
   Tensor weights;
-  CeLossParams p = matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights);
+  CeLossParams p =
+      matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
   p.grad_holds_gradient = holds_gradient;
   Tensor matrix;
   if (logits || !holds_gradient) {
@@ -451,6 +526,8 @@ void implement(Library& m) {
   m.impl("_cross_entropy_prepare", TORCH_BOX(&prepare));
   m.impl("_cross_entropy_forward", TORCH_BOX(&forward));
   m.impl("_cross_entropy_forward_", TORCH_BOX(&forward_inplace));
+  m.impl("_cross_entropy_partial", TORCH_BOX(&partial));
+  m.impl("_cross_entropy_combine", TORCH_BOX(&combine));
   m.impl("_cross_entropy_backward", TORCH_BOX(&backward));
   m.impl("_cross_entropy_backward_", TORCH_BOX(&backward_inplace));
 }

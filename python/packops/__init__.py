@@ -31,6 +31,7 @@ from .rotary import rope_table  # noqa: E402
 from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
+from .vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -58,6 +59,8 @@ __all__ = [
     "packed_metadata",
     "rope_table",
     "verify",
+    "vocab_parallel_cross_entropy",
+    "vocab_parallel_linear_cross_entropy",
 ]
 
 _MODULES = ("distributed", "hf", "jit", "reference", "testing")

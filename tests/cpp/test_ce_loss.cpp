@@ -240,7 +240,7 @@ static void check_isa(CpuIsa isa, DType dtype, double tolerance) {
     p.logits = logits.data();
     p.logits_dtype = dtype;
     p.grad = grad.data();
-    PACKOPS_OF_ISA(isa, ce_rows_any)(p, 0, 4, false);
+    PACKOPS_OF_ISA(isa, ce_rows_any)(p, 0, 4, CePass::forward);
 
     for (int64_t t = 0; t < 4; t++) {
       if (t == 2) {
@@ -279,4 +279,57 @@ CASE(every_instruction_set_agrees_with_the_formula) {
     check_isa<half_t>(isa, DType::f16, 0x1p-11 + 4e-6);
     check_isa<bf16_t>(isa, DType::bf16, 0x1p-8 + 4e-6);
   });
+}
+
+CASE(shards_of_the_vocabulary_make_the_whole) {
+  constexpr int64_t kRows = 6, kVocab = 37, kBegin[] = {0, 20, 20, 37};  // three shards, one of them empty
+  Problem whole(kRows, kVocab, 12);
+  whole.labels = {0, 19, 20, 36, kIgnore, 5};
+  whole.p.z_loss = 0.01f;
+  whole.run();
+  Problem parts[] = {Problem(kRows, kVocab, 12), Problem(kRows, kVocab, 12), Problem(kRows, kVocab, 12)};
+  const int64_t size = kPartialStates * kRows + 2;
+  std::vector<float> partials(3 * size, NAN);
+  for (int64_t s = 0; s < 3; s++) {
+    Problem& part = parts[s];
+    part.labels = whole.labels;
+    part.run();  // everything but the columns is as in the whole
+    part.p.z_loss = 0.01f;
+    part.p.vocab = kBegin[s + 1] - kBegin[s];
+    part.p.first_class = kBegin[s];
+    part.p.classes = kVocab;
+    part.p.logits = part.logits.data() + kBegin[s];
+    part.p.grad = nullptr;
+    part.p.entropy = nullptr;
+    part.p.prediction = nullptr;
+    part.p.partial = partials.data() + s * size;
+    CHECK_EQ(partial_size(part.p), size);
+    CHECK(ce_loss_prepare_cpu(part.p).error == CeLossError::ok);
+    ce_loss_rows_cpu(part.p, 0, kRows);
+  }
+  const float one = 1;
+  for (int64_t s = 0; s < 3; s++) {
+    Problem& part = parts[s];
+    part.p.partial = nullptr;
+    part.p.partials = partials.data();
+    part.p.shards = 3;
+    CHECK(ce_loss_combine_cpu(part.p).error == CeLossError::ok);
+    ce_loss_reduce_cpu(part.p);
+    CHECK_CLOSE(part.loss[0], whole.loss[0], 1e-6);
+    CHECK_EQ(part.loss[0], parts[0].loss[0]);
+    std::fill(part.grad.begin(), part.grad.end(), 77.0f);
+    part.p.grad = part.grad.data() + kBegin[s];
+    part.p.grad_output = &one;
+    part.p.grad_output_layout = {};
+    ce_loss_backward_cpu(part.p, 0, kRows);
+    for (int64_t t = 0; t < kRows; t++)
+      for (int64_t c = 0; c < kVocab; c++) {
+        const bool here = kBegin[s] <= c && c < kBegin[s + 1];
+        CHECK_CLOSE(part.grad[t * part.stride + c], here ? whole.grad[t * whole.stride + c] : 77.0f, 1e-6);
+      }
+  }
+  partials[size - 1] += 1;  // the first shard says that it is wider
+  const CeLossStatus status = ce_loss_combine_cpu(parts[1].p);
+  CHECK(status.error == CeLossError::bad_shards);
+  CHECK_EQ(status.index, 1);
 }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from . import ce_loss, linear_ce_loss, metadata, qk_norm_rope, rope
+from . import ce_loss, linear_ce_loss, metadata, qk_norm_rope, rope, vocab_parallel
 
 
 def register(namespace: str) -> None:
     """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
     ce_loss.register(namespace)
     linear_ce_loss.register(namespace)
+    vocab_parallel.register(namespace)
     metadata.register(namespace)
     rope.register(namespace)
     qk_norm_rope.register(namespace)

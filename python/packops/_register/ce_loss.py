@@ -86,23 +86,27 @@ class CrossEntropyFunction(torch.autograd.Function):
         return None, grad_logits, None, None, None, None
 
 
+def loss_like(logits: Tensor, reduction: str) -> Tensor:
+    """What a fake kernel returns as the loss."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
+
+
+def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
+    """What a fake kernel returns beside the loss."""
+    batch = logits.shape[:-1]
+    rows = batch.numel()
+    documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch[:-1].numel()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
+    ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
+    counts = logits.new_empty((2 if with_stats else 0,), dtype=torch.int64)
+    return floats, ints, counts, logits.new_empty((documents if with_stats else 0,), dtype=dtype)
+
+
 def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     raw = raw_ops(namespace)
-
-    def loss_like(logits: Tensor, reduction: str) -> Tensor:
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
-
-    def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
-        batch = logits.shape[:-1]
-        rows = batch.numel()
-        documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch[:-1].numel()
-        dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-        floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
-        ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
-        counts = logits.new_empty((2 if with_stats else 0,), dtype=torch.int64)
-        return floats, ints, counts, logits.new_empty((documents if with_stats else 0,), dtype=dtype)
 
     @torch.library.register_fake(f"{namespace}::cross_entropy")
     def _(logits, labels, *, reduction="mean", **options):

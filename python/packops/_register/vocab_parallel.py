@@ -1,0 +1,139 @@
+"""Cross entropy of a vocabulary that is split over processes: fake kernels, and the autograd of one process's shard.
+
+The forward reads the shard once and leaves four numbers per row. Every process gathers those of all processes and combines them
+in the order of the shards, so that all of them have the same loss to the last bit, whatever the collective does. The backward
+reads the shard again: the gradient needs the sum over all shards, which the forward's one read cannot know yet.
+
+The linear form does both for every chunk of rows of ``linear_ce_loss.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import linear_ce_loss as linear
+from .ce_loss import MATHS, _graph_is_kept, loss_like, stats_like
+
+PARTIAL_STATES = 4  # numbers per row of a partial state; two more follow: csrc/ce_loss.h
+
+
+def raw_ops(namespace: str) -> SimpleNamespace:
+    """The overloads that the autograd formula is made of, looked up once."""
+    ops = getattr(torch.ops, namespace)
+    return SimpleNamespace(
+        prepare=ops._cross_entropy_prepare.default,
+        partial=ops._cross_entropy_partial.default,
+        combine=ops._cross_entropy_combine.default,
+        backward=ops._cross_entropy_backward.default,
+        backward_=ops._cross_entropy_backward_.default,
+    )
+
+
+class Shard(NamedTuple):
+    """Which classes this process holds, and how to hear of the others."""
+
+    first_class: int
+    vocab_size: int
+    gather: Callable[[Tensor], Tensor]  #: this process's partial state -> those of all processes, in the order of their classes
+    add_up: Callable[[Tensor], None]  #: a tensor, in place, over all processes
+
+    @property
+    def classes(self) -> dict[str, int]:
+        return {"first_class": self.first_class, "vocab_size": self.vocab_size}
+
+
+class VocabParallelCrossEntropyFunction(torch.autograd.Function):
+    """``loss, ints = apply(ops, shard, local_logits, labels, options, inplace)``; only the loss is differentiable."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, ops: SimpleNamespace, shard: Shard, local_logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: bool
+    ):
+        ctx.ops, ctx.inplace = ops, inplace
+        ctx.maths = {**{name: options[name] for name in MATHS if name != "class_weight"}, **shard.classes}
+        class_weight = options["class_weight"]
+        partial, floats, ints = ops.partial(local_logits, labels, **options, **shard.classes)
+        maths = {"class_weight": class_weight, "reduction": options["reduction"], **ctx.maths}
+        loss = ops.combine(shard.gather(partial), local_logits, floats, ints, **maths)
+        ctx.save_for_backward(local_logits, floats, ints, class_weight)
+        ctx.mark_non_differentiable(ints)
+        ctx.set_materialize_grads(False)
+        return loss, ints
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, unused: Any):
+        grad_logits = None
+        if grad_output is not None:
+            local_logits, floats, ints, class_weight = ctx.saved_tensors
+            maths = {"class_weight": class_weight, **ctx.maths}
+            if ctx.inplace and not _graph_is_kept():
+                ctx.ops.backward_(local_logits, grad_output, None, floats, ints, holds_gradient=False, **maths)
+                grad_logits = local_logits
+            else:
+                grad_logits = ctx.ops.backward(grad_output, local_logits, floats, ints, **maths)
+        return None, None, grad_logits, None, None, None
+
+
+def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:
+    """What :class:`LinearCrossEntropyFunction` is made of, where ``weight`` is this process's shard.
+
+    Gradients of the hidden states leave with the parts of all shards added up.
+    """
+
+    def loss_of(logits: Tensor, target: Tensor, with_gradient: bool, options: dict[str, Any]) -> tuple[Tensor]:
+        maths = {**{name: options[name] for name in MATHS}, **shard.classes}
+        partial, floats, ints = ops.partial(logits, target, **options, **shard.classes)
+        loss = ops.combine(shard.gather(partial), logits, floats, ints, reduction=options["reduction"], **maths)
+        if with_gradient:
+            ops.backward_(logits, loss.new_ones(()), None, floats, ints, holds_gradient=False, **maths)
+        return (loss,)
+
+    of_chunk = SimpleNamespace(
+        prepare=ops.prepare,
+        loss=lambda logits, target, **options: loss_of(logits, target, False, options),
+        loss_and_gradient_=lambda logits, target, **options: loss_of(logits, target, True, options),
+    )
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, given: dict[str, Any]):
+        wanted = linear.Wanted(*(given.get(f"grad_{name}", False) for name in linear.Wanted._fields))
+        chunks = {name: given[name] for name in ("num_valid", "chunk_tokens", "accum_dtype")}
+        flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
+        result, unit = linear.losses_and_gradients(of_chunk, flat, weight, bias, target, scale, maths, wanted, **chunks)
+        grad_hidden = result.grad_hidden
+        if grad_hidden is not None:
+            shard.add_up(grad_hidden)
+            grad_hidden = grad_hidden.view(hidden.shape)
+        return result.losses, (grad_hidden, result.grad_weight, result.grad_bias, unit)
+
+    def forward(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, **given: Any):
+        target, scale, counts = linear.prepare(of_chunk, hidden, shard.vocab_size, labels, given)
+        losses, grads = run(hidden, weight, bias, target, scale, given)
+        if given["reduction"] == "none":
+            loss = losses.view(labels.shape)
+        else:
+            loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+        if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
+            loss = torch.where(counts[0] <= given["num_valid"], loss, torch.nan)
+        return loss, *grads, target, scale
+
+    def backward(grad_output: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, *, bias: Any, **given: Any):
+        return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1]
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+def register(namespace: str) -> None:
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_partial")
+    def _(logits, labels, *, cu_seqlens=None, **options):
+        floats, ints, *_ = stats_like(logits, cu_seqlens, False)
+        return floats.new_empty((PARTIAL_STATES * logits.shape[:-1].numel() + 2,)), floats, ints
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_combine")
+    def _(partials, logits, floats, ints, *, reduction="mean", **options):
+        return loss_like(logits, reduction)

@@ -1,0 +1,239 @@
+"""The loss where each process of a tensor-parallel group holds some of the classes: nobody ever sees a whole row of logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from . import _checks
+from ._errors import raise_typed
+from ._register import ce_loss as _ce
+from ._register import linear_ce_loss as _linear
+from ._register import vocab_parallel as _vp
+from .functional import Reduction, _as_num_items
+
+_OPS = _vp.raw_ops("packops")
+
+
+def vocab_parallel_cross_entropy(
+    local_logits: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+) -> Tensor:
+    """:func:`packops.cross_entropy` of logits whose classes are split over the processes of ``group``.
+
+    Rank r of the group holds the classes after those of ranks 0 .. r-1. All ranks pass the same labels and options, and get the
+    same loss, bit for bit; each gets the gradient of its own logits. What travels is one all-gather of four fp32 numbers per
+    row: the shard's maximum, its sum of exponentials, the label's logit where the shard has it, and the sum that label smoothing
+    needs. Nothing waits for the device, and on NCCL the whole can be captured in a CUDA graph.
+
+    The logits are read once in the forward and once in the backward, which writes the gradient.
+
+    Args:
+        local_logits: (..., V_local), this rank's columns; bf16, fp16 or fp32 (fp64 on the CPU). Rows may be strided, so that the
+            last rank's padding columns are sliced off without a copy: ``logits[..., :real]``. V_local may be 0.
+        labels: (...) int32 or int64, numbered over the whole vocabulary; the same on every rank.
+        group: the processes that share the vocabulary; None: the default group.
+        shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. The loss is NaN on CUDA, and on the
+            CPU a ValueError, if that is not so.
+        class_weight: (V,) float per class of the whole vocabulary, the same on every rank.
+        num_items: as in :func:`packops.cross_entropy`. Count tokens once per data-parallel rank, not once per rank of ``group``:
+            ``loss_normalizer(..., group=data_parallel_group)``.
+        inplace: the backward overwrites the logits with their gradient. The logits must not be a leaf.
+        cu_seqlens, shift, reduction, ignore_index, token_weight, label_smoothing, z_loss, softcap, logit_scale: as in
+            :func:`packops.cross_entropy`; label smoothing spreads over the whole vocabulary.
+
+    Returns:
+        The loss of the whole vocabulary, fp32 (fp64 for fp64 logits), the same on every rank. Its gradient is that of
+        ``local_logits`` alone; where hidden states are replicated, the layer before must add up theirs over ``group``, as
+        tensor-parallel output layers do.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range; it is named.
+        IndexError: a label outside [0, V) that is not ``ignore_index``, on the CPU and under :func:`packops.checks`; else that
+            row's loss is NaN and its gradient 0.
+        RuntimeError: ``torch.distributed`` is not initialised.
+    """
+    op = "vocab_parallel_cross_entropy"
+    if local_logits.dim() == 0:
+        raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
+    shard = _shard(local_logits.shape[-1], group, shard_sizes, op)[0]
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "reduction": reduction,
+        "num_items": _as_num_items(num_items),
+        "ignore_index": ignore_index,
+        "token_weight": token_weight,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    if inplace and local_logits.is_leaf and local_logits.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
+    try:
+        loss, ints = _apply(_vp.VocabParallelCrossEntropyFunction, _OPS, shard, local_logits, labels, options, inplace)
+    except RuntimeError as error:
+        raise_typed(error, op)
+    if local_logits.is_cuda and _checks.enabled():
+        _checks.raise_bad_rows(
+            labels, cu_seqlens, ints[_ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=shard.vocab_size, op=op
+        )
+    return loss
+
+
+def vocab_parallel_linear_cross_entropy(
+    hidden: Tensor,
+    local_weight: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    local_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_valid: int | None = None,
+    chunk_tokens: int | None = None,
+    accum_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """:func:`packops.linear_cross_entropy` with the rows of ``weight`` split over the processes of ``group``.
+
+    Every rank has all hidden states and some classes of the lm_head, and holds one chunk of their logits at a time. A chunk's
+    ranks exchange four fp32 numbers per row (see :func:`vocab_parallel_cross_entropy`); the gradient of ``hidden`` is added up
+    over the group, in ``accum_dtype``, so that every rank gets the whole of it: nothing else has to be reduced.
+
+    Args:
+        hidden: (..., H), the same on every rank, as are labels, options, and whether it needs a gradient.
+        local_weight: (V_local, H), this rank's classes, which come after those of the ranks before it. At least one.
+        labels: (...) int32 or int64, numbered over the whole vocabulary.
+        group: the processes that share the vocabulary; None: the default group.
+        shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. Ranks whose widths differ must say
+            so: what they exchange depends on it.
+        local_bias: (V_local,) or None.
+        class_weight: (V,) float per class of the whole vocabulary.
+        chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
+        cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, label_smoothing, z_loss, softcap, logit_scale,
+            num_valid, accum_dtype: as in :func:`packops.linear_cross_entropy`.
+
+    Returns:
+        The loss of the whole vocabulary, fp32 (fp64 for fp64), the same bits on every rank. Differentiable once in ``hidden``,
+        ``local_weight`` and ``local_bias``.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`packops.linear_cross_entropy` and
+            :func:`vocab_parallel_cross_entropy`.
+    """
+    op = "vocab_parallel_linear_cross_entropy"
+    if hasattr(local_weight, "full_tensor"):
+        raise TypeError(f"packops.{op}: local_weight must be a plain tensor, got a DTensor; pass local_weight.to_local()")
+    if isinstance(num_valid, Tensor):
+        raise TypeError(f"packops.{op}: num_valid must be an int on the host, got a Tensor; reading it would wait for the device")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # as autocast treats a linear layer
+        dtype = torch.get_autocast_dtype(device)
+        hidden, local_weight = hidden.to(dtype), local_weight.to(dtype)
+        local_bias = None if local_bias is None else local_bias.to(dtype)
+    chunks: dict[str, Any] = {"num_valid": num_valid, "chunk_tokens": chunk_tokens, "accum_dtype": accum_dtype}
+    _linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks)
+    shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
+    if min(sizes) == 0:
+        raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
+    tokens = labels.numel()
+    if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
+        compacted = num_valid if num_valid is not None and num_valid < tokens else None
+        chunks["chunk_tokens"] = _linear.choose_chunk_tokens(tokens, hidden.shape[-1], max(sizes), num_valid=compacted)
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "reduction": reduction,
+        "num_items": _as_num_items(num_items),
+        "ignore_index": ignore_index,
+        "token_weight": token_weight,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        **chunks,
+    }
+    try:
+        with torch.autocast(device, enabled=False):
+            ops = _vp.linear_ops(_OPS, shard)
+            return _apply(_linear.LinearCrossEntropyFunction, ops, hidden, local_weight, local_bias, labels, options)
+    except RuntimeError as error:
+        raise_typed(error, op)
+
+
+@torch.compiler.disable(reason="it communicates over a process group")
+def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
+    return function.apply(*arguments)
+
+
+def _shard(
+    width: int, group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, op: str
+) -> tuple[_vp.Shard, list[int]]:
+    """This rank's shard, ``width`` classes of the vocabulary, and the widths of all ranks."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(f"packops.{op}: torch.distributed is not initialised, so there is no group to share a vocabulary")
+    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
+    if rank < 0:
+        raise ValueError(f"packops.{op}: this process is not in group")
+    sizes = [width] * world_size if shard_sizes is None else [int(size) for size in shard_sizes]
+    if len(sizes) != world_size:
+        raise ValueError(f"packops.{op}: shard_sizes must have one entry per rank ({world_size}), got {len(sizes)}")
+    if min(sizes) < 0 or sizes[rank] != width:
+        raise ValueError(f"packops.{op}: shard_sizes must hold this rank's width, {width}, at place {rank}, got {sizes}")
+
+    def gather(partial: Tensor) -> Tensor:
+        partials = partial.new_empty(world_size * partial.numel())
+        # torch 2.13 renamed it, and warns of the old name.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(partials, partial, group=group)
+        if partials.is_cuda and _checks.enabled():
+            _raise_bad_shards(partials.view(world_size, -1), op, sum(sizes))
+        return partials
+
+    def add_up(x: Tensor) -> None:
+        dist.all_reduce(x, group=group)
+
+    return _vp.Shard(sum(sizes[:rank]), sum(sizes), gather, add_up), sizes
+
+
+def _raise_bad_shards(partials: Tensor, op: str, vocab_size: int) -> None:
+    """ValueError unless the shards, as their owners describe them, follow each other and make up the vocabulary."""
+    begins, widths = partials[:, -2:].long().T.tolist()
+    ends = [sum(widths[: r + 1]) for r in range(len(widths))]
+    if begins != [0, *ends[:-1]] or ends[-1] != vocab_size:
+        raise ValueError(
+            f"packops.{op}: the shards of the vocabulary do not line up: their widths are {widths}, they begin at {begins}, in a "
+            f"vocabulary of {vocab_size}; shards that differ in width need shard_sizes"
+        )
