@@ -206,8 +206,7 @@ struct CeRow {
     }
     double sum = 0, weighted = 0;
     for (int64_t s = 0; s < p.shards; s++) {
-      const S top = state(s, kPartialMax);
-      if (top != -infinity) sum += double(state(s, kPartialSum)) * ::exp(double(top) - double(maximum));
+      sum += double(state(s, kPartialSum)) * ::exp(double(state(s, kPartialMax)) - double(maximum));
       weighted += double(state(s, kPartialWeighted));
     }
     const S log_sum = S(::log(sum)), lse = maximum + log_sum;

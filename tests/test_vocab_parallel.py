@@ -184,6 +184,8 @@ def test_rows_that_do_not_count(device):
     logits, labels = torch.randn(5, 30, device=device), torch.tensor([-100, 3, -100, 29, -100], device=device)
     logits[0], logits[2, 3] = torch.nan, torch.inf
     loss, grad = sharded(logits, labels, [12, 18])
+    partial, *_ = OPS.partial(logits, labels, first_class=0, vocab_size=30)
+    assert (partial[:-2].view(raw.PARTIAL_STATES, 5)[:, [0, 2, 4]] == 0).all()  # nothing undefined travels
     assert loss.isfinite()
     assert (grad[[0, 2, 4]] == 0).all()
     assert (grad[[1, 3]] != 0).all()
@@ -217,7 +219,7 @@ def test_bad_labels(device):
     assert sharded(logits, labels, [12, 18])[0].isnan()
 
 
-@pytest.mark.parametrize("widths, begins", [([12, 18], [0, 15]), ([12, 18], [12, 0]), ([12, 17], [0, 12]), ([12], [0])])
+@pytest.mark.parametrize("widths, begins", [([17, 18], [0, 16]), ([17, 18], [18, 0]), ([12, 17], [0, 12]), ([12], [0])])
 def test_shards_that_do_not_line_up(device, widths, begins):
     """Overlapping, in another order, or not the whole vocabulary: an error, on CUDA a NaN, and never a plausible loss."""
     labels = torch.tensor([3, 20, 4], device=device)
