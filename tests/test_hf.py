@@ -1,4 +1,4 @@
-"""packops.hf: every family packed equals padded, patched equals stock; one instance changes and nothing else; the undo is exact."""
+"""packops.hf: every family packed equals padded, patched equals stock; one instance changes, nothing else; the undo is exact."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from torch import nn
 
 import packops
 import packops.hf
-from packops import PackedBatch, PackingCollator
+from packops import PackingCollator
 from packops.hf import families, record, rewrite
 from packops.hf import loss as hf_loss
 from packops.hf import rope as hf_rope
@@ -56,7 +56,7 @@ def linear_cross_entropy(hidden, weight, labels, *, bias=None, num_valid=None, *
     return packops.cross_entropy(logits, labels, **options)
 
 
-# ---- tiny models of every family ---------------------------------------------------------------------------------------------
+# ---- tiny models of every family --------------------------------------------------------------------------------------------
 
 # (class prefix, further configuration). hidden 32, two layers, heads of 8 unless it says otherwise.
 FAMILIES = {
@@ -65,7 +65,16 @@ FAMILIES = {
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {"head_dim": 8}),
     "gemma": ("Gemma", {"head_dim": 8}),
-    "gemma2": ("Gemma2", {"head_dim": 8, "sliding_window": 7, "final_logit_softcapping": 1.5, "query_pre_attn_scalar": 8, "attn_implementation": "eager"}),
+    "gemma2": (
+        "Gemma2",
+        {
+            "head_dim": 8,
+            "sliding_window": 7,
+            "final_logit_softcapping": 1.5,
+            "query_pre_attn_scalar": 8,
+            "attn_implementation": "eager",
+        },
+    ),
     "gemma3_text": ("Gemma3", {"head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
     "phi3": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.5}),
     "olmo2": ("Olmo2", {}),
@@ -150,7 +159,7 @@ def difference(ours, theirs):
     return worst
 
 
-# ---- exact -------------------------------------------------------------------------------------------------------------------
+# ---- exact ------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -173,7 +182,7 @@ def test_every_family_is_tested():
     assert set(FAMILIES) == set(families.TESTED)
 
 
-# ---- verify, and what it must catch ------------------------------------------------------------------------------------------
+# ---- verify, and what it must catch -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
@@ -252,7 +261,7 @@ def test_a_wrong_rotation_is_caught(change, monkeypatch):
     assert difference(run(packops.hf.apply(model), packed(texts)), stock) > 2e-4
 
 
-# ---- one instance, and back ----------------------------------------------------------------------------------------------------
+# ---- one instance, and back -------------------------------------------------------------------------------------------------
 
 
 def attributes(model):
@@ -406,7 +415,9 @@ def test_something_else_in_the_way():
     model = make("llama")
     layer = model.model.layers[1].self_attn
     layer.forward = functools.partial(type(layer).forward, layer)  # as accelerate's hooks do
-    with pytest.raises(ValueError, match=r"forward of model\.layers\.1\.self_attn \(LlamaAttention\) was already replaced.*functools"):
+    with pytest.raises(
+        ValueError, match=r"forward of model\.layers\.1\.self_attn \(LlamaAttention\) was already replaced.*functools"
+    ):
         packops.hf.apply(model)
     assert "forward" not in vars(model.model.layers[0].self_attn), "a refusal changes nothing"
     del layer.forward
@@ -420,7 +431,7 @@ def test_something_else_in_the_way():
     packops.hf.revert(model)
 
 
-# ---- ways to run a model -------------------------------------------------------------------------------------------------------
+# ---- ways to run a model ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -428,7 +439,7 @@ def test_gradient_checkpointing(use_reentrant, fused):
     model, texts = make("qwen3"), documents()
     stock = run(model, packed(texts))
     packops.hf.apply(model)
-    model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
+    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
     model.enable_input_require_grads()
     assert difference(run(model, packed(texts)), stock) < 1e-5
 
@@ -517,7 +528,7 @@ def test_signature_and_traceback():
     assert "outputs: BaseModelOutputWithPast = self.model(" in shown
 
 
-# ---- the loss ------------------------------------------------------------------------------------------------------------------
+# ---- the loss ---------------------------------------------------------------------------------------------------------------
 
 
 def mean_of_documents(model, texts, reduction):
@@ -535,13 +546,13 @@ def test_documents_are_found(reduction, fused):
     packops.hf.apply(model, reduction=reduction)
     collated = transformers.DataCollatorWithFlattening()([{"input_ids": text} for text in texts])
     for inputs in (packed(texts), packed(texts, cu_seq_lens_q=None), {**collated, "use_cache": False}, padded(texts)):
-        assert float(model(**inputs).loss) == pytest.approx(float(want), rel=1e-5)
+        assert model(**inputs).loss.item() == pytest.approx(want.item(), rel=1e-5)
     right = padded(texts)
     left = {name: value if isinstance(value, bool) else value.flip(1) for name, value in right.items()}
     for row, text in enumerate(texts):
         left["input_ids"][row, -len(text) :] = left["labels"][row, -len(text) :] = torch.tensor(text)
     left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    assert float(model(**left).loss) == pytest.approx(float(want), rel=1e-5), "padded on the left, positions given"
+    assert model(**left).loss.item() == pytest.approx(want.item(), rel=1e-5), "padded on the left, positions given"
 
 
 def test_documents_of():
@@ -698,7 +709,7 @@ def test_compute_loss_func():
         packops.hf.compute_loss_func({"logits": None}, labels)
 
 
-# ---- rotary tables ---------------------------------------------------------------------------------------------------------------
+# ---- rotary tables ----------------------------------------------------------------------------------------------------------
 
 ROPE_TYPES = {
     "default": {},
@@ -765,7 +776,7 @@ def test_own_tables_are_kept_where_they_are_not_understood(monkeypatch):
         assert difference(run(model, packed(texts)), stock) < 1e-5, family
 
 
-# ---- what is not known is refused ------------------------------------------------------------------------------------------------
+# ---- what is not known is refused -------------------------------------------------------------------------------------------
 
 
 def test_conventions():
@@ -792,7 +803,13 @@ def test_conventions():
 )
 def test_unknown_families_are_refused(config, reason):
     prefix, options = config
-    base = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 32}
+    base = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
     config = getattr(transformers, f"{prefix}Config")(**({} if prefix == "GPT2" else base), **options)
     name = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
     model = getattr(transformers, name)(config)
@@ -834,23 +851,63 @@ def test_an_ending_that_is_not_known_keeps_its_logits():
     assert "logits are always made" in packops.hf.report(model).notes[0]
 
 
+def test_norms_that_are_absorbed():
+    from transformers.models import cohere, exaone4, gemma3, olmo2, olmoe, qwen3
+
+    between = hf_rope._norms_before_rope
+    for module in (
+        qwen3.modeling_qwen3.Qwen3Attention,
+        gemma3.modeling_gemma3.Gemma3Attention,
+        olmo2.modeling_olmo2.Olmo2Attention,
+    ):
+        assert between(module) == ("q_norm", "k_norm")
+    assert between(cohere.modeling_cohere.CohereAttention) is None, "the norms are in an if"
+    assert between(exaone4.modeling_exaone4.Exaone4Attention) is None, "RoPE is in an if"
+    assert between(olmoe.modeling_olmoe.OlmoeAttention) is None, "values are clamped between the norms and RoPE"
+    assert between(transformers.models.llama.modeling_llama.LlamaAttention) is None
+
+    def norms(family):
+        layer = make(family).model.layers[0].self_attn
+        found = hf_rope._norms(layer)
+        assert found.kind is type(layer.q_norm)
+        return found._replace(kind=None)
+
+    assert norms("qwen3") == ("q_norm", "k_norm", None, "variance_epsilon", False, False)
+    assert norms("gemma3_text") == ("q_norm", "k_norm", None, "eps", True, False)
+    assert norms("olmo2") == ("q_norm", "k_norm", None, "variance_epsilon", False, True)
+
+
 def test_norms_that_are_not_rms_are_left():
-    """Cohere's are layer norms inside an if; a norm that does anything else beside is not absorbed either."""
-    model = make("qwen3")
-    layer = model.model.layers[0].self_attn
-    assert hf_rope._norms(layer) == ("q_norm", "k_norm", "variance_epsilon", False)
-    assert hf_rope._norms(make("gemma3_text").model.layers[0].self_attn) == ("q_norm", "k_norm", "eps", True)
-    layer.q_norm = nn.LayerNorm(8)
-    assert hf_rope._norms(layer) is None
-    model = make("qwen3")
-    layer = model.model.layers[0].self_attn
-    layer.q_norm.register_forward_hook(lambda module, inputs, output: 2 * output)
-    assert hf_rope._norms(layer) is None
-    texts = documents()
+    model, texts = make("qwen3"), documents()
+    layers = [layer.self_attn for layer in model.model.layers]
+    layers[0].q_norm = nn.LayerNorm(8)
     stock = run(model, packed(texts))
     packops.hf.apply(model)
     assert "(1 of them)" in packops.hf.report(model).replaced["rope"]
     assert difference(run(model, packed(texts)), stock) < 1e-5
+    layers[1].k_norm.variance_epsilon = 0.5  # the kernel has one epsilon for both
+    ours = run(model, packed(texts))
+    packops.hf.revert(model)
+    assert difference(ours, run(model, packed(texts))) < 1e-5
+    packops.hf.apply(model)
+    assert "packops.apply_rope" in packops.hf.report(model).replaced["rope"]
+    assert difference(run(model, packed(texts)), ours) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["qwen3", "olmo2"])
+@pytest.mark.parametrize("first", ["hook", "apply"])
+def test_norms_with_hooks_are_called(family, first):
+    """DeepSpeed gathers sharded weights in hooks, tensor parallelism reduces gradients in them."""
+    model, texts = make(family), documents()
+    if first == "apply":
+        packops.hf.apply(model)
+    model.model.layers[0].self_attn.k_norm.register_forward_pre_hook(lambda module, inputs: (inputs[0] + 0.1,))
+    ours = run(model, packed(texts))
+    packops.hf.revert(model)
+    stock = run(model, packed(texts))
+    if first == "hook":
+        ours = run(packops.hf.apply(model), packed(texts))
+    assert 0 < difference(ours, stock) < 1e-5
 
 
 def test_rewrite_refuses():
@@ -868,10 +925,8 @@ def test_rewrite_refuses():
         rewrite.parse(scope["forward"])
 
 
-def test_attention(monkeypatch):
-    """Any of transformers' implementations by name; packops' own registers itself first."""
-    import types
-
+def test_attention():
+    """Any of transformers' implementations by name."""
     model, texts = make("llama"), documents()
     stock = run(model, packed(texts))
     packops.hf.apply(model, attention="eager")
@@ -888,13 +943,15 @@ def test_attention(monkeypatch):
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="reduction must be one of 'mean', 'seq-mean-token-mean', 'seq-mean-token-sum', got 'sum'"):
+    with pytest.raises(
+        ValueError, match="reduction must be one of 'mean', 'seq-mean-token-mean', 'seq-mean-token-sum', got 'sum'"
+    ):
         packops.hf.apply(make("llama"), reduction="sum")
     with pytest.raises(ValueError, match="needs labels or shift_labels"):
         packops.hf.CausalLMLoss()(torch.zeros(1, 2, 3), None)
 
 
-# ---- versions --------------------------------------------------------------------------------------------------------------------
+# ---- versions ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -942,7 +999,7 @@ def test_apply_is_silent(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-# ---- on a GPU --------------------------------------------------------------------------------------------------------------------
+# ---- on a GPU ---------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -950,12 +1007,10 @@ def test_apply_is_silent(capfd):
 def test_patched_equals_stock_on_a_gpu(family):
     device = torch.device("cuda")
     model, texts = make(family).to(device), documents((130, 50, 1, 220, 80))
-    inputs = PackedBatch.build(
-        torch.tensor(sum(texts, [])), torch.tensor(sum(texts, [])), [0, 130, 180, 181, 401, 481]
-    ).to(device)
-    stock = run(model, inputs.to_hf())
+    inputs = PackingCollator()(texts).to(device).to_hf()
+    stock = run(model, inputs)
     packops.hf.apply(model)
-    assert difference(run(model, inputs.to_hf()), stock) < 1e-4
+    assert difference(run(model, inputs), stock) < 1e-4
 
 
 @pytest.mark.gpu

@@ -1,7 +1,8 @@
 """Which models of transformers packops.hf knows: the versions, the tested families, and how a family rotates its heads.
 
-A family shares its modelling file. Sharing the signature of ``apply_rotary_pos_emb`` is not enough to be replaced (NanoChat's turns
-the other way), so the function itself is asked: it rotates a few numbers, and the convention that gives the same is the family's.
+A family shares its modelling file. Sharing the signature of ``apply_rotary_pos_emb`` is not enough to be replaced (NanoChat's
+turns the other way), so the function itself is asked: it rotates a few numbers, and the convention that gives the same is the
+family's.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import itertools
 import re
 import warnings
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -52,7 +53,7 @@ def _version(text: str) -> tuple[int, int]:
     return int(numbers[0]), int(numbers[1]) if len(numbers) > 1 else 0
 
 
-@lru_cache(maxsize=None)
+@cache
 def require_transformers() -> None:
     """Raise unless transformers is installed in a version that packops knows; warn, once, where it is newer than tested."""
     tested = f"{_dotted(OLDEST)}" if OLDEST == NEWEST else f"{_dotted(OLDEST)} to {_dotted(NEWEST)}"
@@ -65,7 +66,7 @@ def require_transformers() -> None:
         warnings.warn(
             f"packops.hf is tested with transformers {tested}, found {found}. What it does not recognise it refuses; "
             "packops.verify(model, documents) shows whether what it replaced is right",
-            stacklevel=4,
+            stacklevel=3,
         )
 
 
@@ -98,7 +99,7 @@ CONVENTIONS = tuple(
 )
 
 
-@lru_cache(maxsize=None)
+@cache
 def convention_of(apply_rotary_pos_emb: Callable) -> Convention | None:
     """The convention under which packops gives what ``apply_rotary_pos_emb(q, k, cos, sin)`` gives; None if there is none."""
     from ..functional import apply_rope
@@ -120,6 +121,13 @@ def convention_of(apply_rotary_pos_emb: Callable) -> Convention | None:
             ours = apply_rope(
                 q, k, cos, sin, layout="bhsd", interleaved=convention.interleaved, rotary_dim=width, per_token_table=True
             )
-            if len(theirs) == 2 and all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours)):
+            if all(
+                b is not None and a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
+                for a, b in zip(theirs, ours, strict=True)
+            ):
                 return convention
     return None
+
+
+def _alike(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and a.shape == b.shape and torch.allclose(a, b, atol=1e-5)

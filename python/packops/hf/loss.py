@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any
 
@@ -36,7 +36,8 @@ class CausalLMLoss:
     """``model.loss_function`` of a causal language model, called as transformers calls it.
 
     Attributes:
-        reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``; as :func:`packops.cross_entropy`.
+        reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``, as in
+            :func:`packops.cross_entropy`.
     """
 
     reduction: str = "mean"
@@ -84,7 +85,7 @@ class CausalLMLoss:
     ) -> Tensor:
         """The same of the (B, S, H) hidden states below the lm_head, whose logits are never all there."""
         options = self._options(hidden.shape[:-1], labels, num_items_in_batch, ignore_index, shift_labels, hidden.device, kwargs)
-        return packops.linear_cross_entropy(  # type: ignore[attr-defined]
+        return packops.linear_cross_entropy(  # type: ignore[attr-defined,operator]
             hidden,
             head.weight,
             bias=head.bias,
@@ -126,9 +127,9 @@ class CausalLMLoss:
             return num_items
         if self.reduction != "mean" and not num_items.is_floating_point():
             raise ValueError(
-                f"packops.hf: reduction={self.reduction!r} divides by the number of documents, and num_items_in_batch is an integer "
-                "tensor, which is how transformers.Trainer counts tokens: call packops.hf.count_documents(trainer) before "
-                "training, or pass num_items_in_batch=packops.loss_normalizer(..., reduction=...) or a number"
+                f"packops.hf: reduction={self.reduction!r} divides by the number of documents, and num_items_in_batch is an "
+                "integer tensor, which is how transformers.Trainer counts tokens: call packops.hf.count_documents(trainer) "
+                "before training, or pass num_items_in_batch=packops.loss_normalizer(..., reduction=...) or a number"
             )
         return num_items if num_items.is_cpu else num_items.to(device)
 
@@ -173,8 +174,8 @@ def compute_loss_func(
 ) -> Tensor:
     """``compute_loss_func`` of ``transformers.Trainer`` and TRL: packops' loss of a model's logits.
 
-    A model that went through :func:`packops.hf.apply` needs no such function under ``Trainer``, and keeps its logits out of memory
-    without it. For other reductions: ``functools.partial(compute_loss_func, reduction="seq-mean-token-mean")``.
+    A model that went through :func:`packops.hf.apply` needs no such function under ``Trainer``, and without it keeps its logits
+    out of memory. For other reductions: ``functools.partial(compute_loss_func, reduction="seq-mean-token-mean")``.
 
     Args:
         outputs: what the model returned; its ``logits`` (B, S, V), scaled and capped as the model does.
@@ -186,13 +187,13 @@ def compute_loss_func(
     logits = outputs["logits"] if isinstance(outputs, dict) else getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
-            "packops.hf.compute_loss_func: the model returned no logits; a model patched by packops.hf.apply computes this loss itself: "
-            "leave compute_loss_func out, or use packops.hf.apply(model, cross_entropy=False)"
+            "packops.hf.compute_loss_func: the model returned no logits; a model patched by packops.hf.apply computes this loss "
+            "itself: leave compute_loss_func out, or use packops.hf.apply(model, cross_entropy=False)"
         )
     if reduction != "mean" and logits.shape[0] == 1:
         raise ValueError(
-            f"packops.hf.compute_loss_func: reduction={reduction!r} cannot tell which documents are in a single row, since Trainer passes "
-            "it outputs and labels alone: use packops.hf.apply(model, reduction=...) in its place"
+            f"packops.hf.compute_loss_func: reduction={reduction!r} cannot tell which documents are in a single row, since "
+            "Trainer passes it outputs and labels alone: use packops.hf.apply(model, reduction=...) in its place"
         )
     return CausalLMLoss(reduction)(logits, labels, num_items_in_batch=num_items_in_batch)
 
@@ -201,8 +202,8 @@ def count_documents(trainer: Any) -> None:
     """Have a ``transformers.Trainer`` count documents, not tokens, for the two sequence reductions.
 
     ``Trainer`` counts the scored tokens of all micro-batches and processes of a step and passes that as ``num_items_in_batch``.
-    After this it counts the documents that have a scored token, in the same way: by ``cu_seq_lens_q`` of each batch, without it by
-    ``position_ids`` that do not go up by one, without these each row is a document.
+    After this it counts the documents that have a scored token, in the same way: by ``cu_seq_lens_q`` of each batch, without it
+    by ``position_ids`` that do not go up by one, without these each row is a document.
     """
     count_tokens = trainer._get_num_items_in_batch
 
@@ -233,7 +234,7 @@ def _documents_as_labels(batch: Any) -> Tensor:
     return torch.where(counts > 0, 0, -100)
 
 
-# ---- the model's forward ---------------------------------------------------------------------------------------------------------
+# ---- the model's forward ------------------------------------------------------------------------------------------------------
 
 _WANTED, _SKIP = "__packops_skip_logits__", "__packops_skip__"
 
@@ -244,14 +245,14 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
         raise ValueError(f"packops.hf cannot replace the loss of {type(model).__name__}: it has no loss_function")
     if getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
         raise ValueError(
-            f"packops.hf cannot replace the loss of {type(model).__name__}: it is no causal language model but {model.loss_type!r}. "
-            "cross_entropy=False leaves it alone"
+            f"packops.hf cannot replace the loss of {type(model).__name__}: it is no causal language model but "
+            f"{model.loss_type!r}. cross_entropy=False leaves it alone"
         )
     record.set("the model", model, "_loss_function", AppliedLoss(reduction))
     record.say("loss", f"packops.cross_entropy, reduction {reduction!r}")
     fused = hasattr(packops, "linear_cross_entropy")
     try:
-        head, forward = _model_forward(type(model), fused)
+        head, forward = _model_forward(rewrite.class_of(model), fused)
     except CannotRewriteError as error:
         record.note(f"logits are always made: {error}")
         return
@@ -283,7 +284,7 @@ def _is_plain_linear(head: nn.Module) -> bool:
     )
 
 
-@lru_cache(maxsize=None)
+@cache
 def _model_forward(cls: type, fused: bool) -> tuple[str, FunctionType]:
     """The name of the lm_head and the forward of ``cls`` with a branch that skips the logits."""
     definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
@@ -312,8 +313,8 @@ def _model_forward(cls: type, fused: bool) -> tuple[str, FunctionType]:
 class _Tail:
     """The end of a causal language model's forward, from the lm_head to the loss.
 
-    ``statements[begin:end]`` make the logits and the loss; ``hidden`` is what goes into ``self.<head>``, ``scale`` and ``cap`` are
-    the source of what happens to the logits, ``call`` is the call of the loss function.
+    Statements ``begin`` to ``end`` make the logits and the loss; ``hidden`` is what goes into ``self.<head>``, ``scale`` and
+    ``cap`` are the source of what happens to the logits, ``call`` is the call of the loss function.
     """
 
     def __init__(self, definition: ast.FunctionDef):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from importlib import import_module
 
 from torch import nn
 
@@ -24,17 +25,18 @@ def apply(
 ) -> nn.Module:
     """Make a Hugging Face causal language model compute with packops; :func:`revert` undoes it.
 
-    Changes this instance and nothing else: no class, no module of transformers or torch, no other model. Parameters, state dict and
-    configuration stay as they are. Call it before the model is wrapped (accelerate, DDP, FSDP, torch.compile) or after PEFT wrapped
-    it; once more to change the options.
+    Changes this instance and nothing else: no class, no module of transformers or torch, no other model. Parameters and state
+    dict stay as they are. Call it before the model is wrapped (accelerate, DDP, FSDP, torch.compile), before or after PEFT wraps
+    it, and once more to change the options.
 
     Args:
         model: a ``PreTrainedModel``, or a wrapper around one (PEFT).
-        rope: rotate q and k with :func:`packops.apply_rope`, by fp32 tables from fp64 angles; where q and k pass through RMS norms
-            first (Qwen3, Gemma 3, OLMo 2), with :func:`packops.apply_qk_norm_rope`.
-        cross_entropy: compute the loss with :func:`packops.cross_entropy`, which reads ``num_items_in_batch``, ``cu_seq_lens_q`` and
-            ``shift_labels``; and, in training, with :func:`packops.linear_cross_entropy`, which makes no logits: ``outputs.logits`` is
-            then None. ``model(..., skip_logits=False)`` gives them; without gradients or in evaluation mode they are always there.
+        rope: rotate q and k with :func:`packops.apply_rope`, by fp32 tables from fp64 angles; where q and k pass through RMS
+            norms first (Qwen3, Gemma 3, OLMo 2), with :func:`packops.apply_qk_norm_rope`.
+        cross_entropy: compute the loss with :func:`packops.cross_entropy`, which reads ``num_items_in_batch``,
+            ``cu_seq_lens_q`` and ``shift_labels``; and, in training, with :func:`packops.linear_cross_entropy`, which makes no
+            logits: ``outputs.logits`` is then None. ``model(..., skip_logits=False)`` gives them; without gradients or in
+            evaluation mode they are there anyway.
         attention: name of an attention implementation to switch to, ``"packops_varlen"`` or any of transformers; None: as it is.
         reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
 
@@ -75,6 +77,7 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         RuntimeError: something else replaced the same attributes since (accelerate's mixed precision wraps ``model.forward``).
     """
+    families.require_transformers()
     target = pretrained(model)
     with _LOCK:
         if (record := _record(target)) is not None:
@@ -87,6 +90,7 @@ def revert(model: nn.Module) -> nn.Module:
 
 def report(model: nn.Module) -> Report:
     """What :func:`apply` replaced in ``model``; print it."""
+    families.require_transformers()
     target = pretrained(model)
     record = _record(target)
     return _blank(target) if record is None else record.report
@@ -94,7 +98,6 @@ def report(model: nn.Module) -> Report:
 
 def pretrained(model: nn.Module) -> nn.Module:
     """The transformers model in a wrapper."""
-    families.require_transformers()
     from transformers import PreTrainedModel
 
     found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
@@ -114,9 +117,7 @@ def _blank(model: nn.Module) -> Report:
 
 def _attend(model: nn.Module, name: str, record: Record) -> None:
     if name == "packops_varlen":
-        from . import attention
-
-        attention.register()
+        import_module("packops.hf.attention").register()
     configs = _configs(model)
     before = [config._attn_implementation for config in configs]
     model.set_attn_implementation(name)  # type: ignore[operator]

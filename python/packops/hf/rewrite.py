@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Callable, Mapping
-from functools import lru_cache
+from functools import cache
 from types import FunctionType
 from typing import Any
 
@@ -23,7 +23,12 @@ class CannotRewriteError(Exception):
     """Why a method cannot be rewritten, in words."""
 
 
-@lru_cache(maxsize=None)
+def class_of(instance: object) -> Any:
+    """The type; as ``Any``, since mypy takes no class of nn.Module for hashable."""
+    return type(instance)
+
+
+@cache
 def _source(function: FunctionType) -> str:
     try:
         return "".join(inspect.getsourcelines(function)[0])

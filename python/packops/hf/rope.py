@@ -12,7 +12,7 @@ import ast
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from functools import lru_cache
+from functools import cache
 from types import FunctionType, MethodType
 from typing import Any, NamedTuple
 
@@ -32,12 +32,12 @@ _SHAPING = ("view", "reshape", "transpose", "contiguous")
 
 def patch(model: nn.Module, record: Record) -> None:
     """Replace RoPE in every attention layer of ``model``, or raise ValueError saying what is in the way."""
-    attention = [(name, module) for name, module in model.named_modules() if _calls_rope(type(module))]
+    attention = [(name, module) for name, module in model.named_modules() if _calls_rope(rewrite.class_of(module))]
     if not attention:
         raise _refusal(model, f"no layer of it calls {ROPE}(q, k, cos, sin)")
     files = {type(module).__module__ for _, module in attention}
     rotary = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding") and type(m).__module__ in files]
-    conventions = {_convention(model, type(module)) for _, module in attention}
+    conventions = {_convention(model, rewrite.class_of(module)) for _, module in attention}
     if len(conventions) != 1:
         raise _refusal(model, "its layers rotate in different ways")
     (convention,) = conventions
@@ -46,7 +46,7 @@ def patch(model: nn.Module, record: Record) -> None:
     for name, module in attention:
         norms = _norms(module)
         try:
-            forward = _attention_forward(type(module), convention, own_tables, norms)
+            forward = _attention_forward(rewrite.class_of(module), convention, own_tables, norms)
         except CannotRewriteError as error:
             raise _refusal(model, str(error)) from None
         record.set_forward(name, module, MethodType(forward, module))
@@ -83,13 +83,13 @@ def _refusal(model: nn.Module, reason: str) -> ValueError:
 # ---- attention layers ----------------------------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=None)
+@cache
 def _calls_rope(cls: type) -> bool:
     function = inspect.unwrap(getattr(cls, "forward", None) or object)
     return isinstance(function, FunctionType) and ROPE in function.__code__.co_names
 
 
-@lru_cache(maxsize=None)
+@cache
 def _definition(cls: type) -> ast.FunctionDef:
     return rewrite.parse(cls.forward)  # type: ignore[attr-defined]
 
@@ -106,15 +106,34 @@ def _convention(model: nn.Module, cls: type) -> Convention:
 
 
 class Norms(NamedTuple):
-    """The RMS norms of q and k, by the names of attributes: of the layer's two norms, and of a norm's epsilon."""
+    """The RMS norms of q and k, and how they compute."""
 
-    q: str
+    q: str  # attribute of the layer
     k: str
-    eps: str
+    kind: type
+    eps: str  # attribute of a norm
     zero_centered: bool
+    across_heads: bool
+
+    def can_be_absorbed(self, norm: nn.Module) -> bool:
+        """Whether the weight alone says what the module does now: nothing wraps it, no hook gathers a sharded weight first."""
+        return (
+            type(norm) is self.kind
+            and "forward" not in vars(norm)
+            and not (norm._forward_pre_hooks or norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        )
+
+    def apply(self, norm: nn.Module, heads: Tensor, unsqueeze_dim: int) -> Tensor:
+        """The module itself on heads that are as RoPE takes them."""
+        if not self.across_heads:
+            return norm(heads)
+        if unsqueeze_dim == 1:
+            heads = heads.transpose(1, 2)
+        out = norm(heads.flatten(2)).view(heads.shape)
+        return out.transpose(1, 2) if unsqueeze_dim == 1 else out
 
 
-@lru_cache(maxsize=None)
+@cache
 def make_rope(convention: Convention, own_tables: bool, norms: Norms | None) -> Callable:
     """What an attention layer calls; one object for equal arguments, so that torch.compile compiles equal layers once."""
     interleaved = convention.interleaved
@@ -139,12 +158,16 @@ def make_rope(convention: Convention, own_tables: bool, norms: Norms | None) -> 
 
     def qk_norm_rope(layer: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
         q_norm, k_norm = getattr(layer, norms.q), getattr(layer, norms.k)
+        eps = getattr(q_norm, norms.eps)
+        if not (norms.can_be_absorbed(q_norm) and norms.can_be_absorbed(k_norm) and eps == getattr(k_norm, norms.eps)):
+            q, k = norms.apply(q_norm, q, unsqueeze_dim), norms.apply(k_norm, k, unsqueeze_dim)
+            return rope(layer, q, k, cos, sin, unsqueeze_dim)
         return apply_qk_norm_rope(
             q,
             k,
             q_norm.weight,
             k_norm.weight,
-            eps=getattr(q_norm, norms.eps),
+            eps=eps,
             zero_centered=norms.zero_centered,
             **arguments(cos, sin, unsqueeze_dim),
         )
@@ -152,7 +175,7 @@ def make_rope(convention: Convention, own_tables: bool, norms: Norms | None) -> 
     return qk_norm_rope
 
 
-@lru_cache(maxsize=None)
+@cache
 def _attention_forward(cls: type, convention: Convention, own_tables: bool, norms: Norms | None) -> FunctionType:
     definition = copy.deepcopy(_definition(cls))
     this = rewrite.self_name(definition)
@@ -181,17 +204,17 @@ class _Without(ast.NodeTransformer):
 
 def _norms(layer: nn.Module) -> Norms | None:
     """The norms that RoPE can absorb: RMS norms with nothing but changes of shape between them and RoPE, run at every call."""
-    names = _norms_before_rope(type(layer))
+    names = _norms_before_rope(rewrite.class_of(layer))
     if names is None:
         return None
-    kinds = [_kind_of_norm(getattr(layer, name, None), getattr(layer, "head_dim", None)) for name in names]
-    if None in kinds or kinds[0] != kinds[1]:
+    found = [_norm_of(layer, name) for name in names]
+    if found[0] is None or found[0] != found[1]:
         return None
-    eps, zero_centered, value = kinds[0]  # type: ignore[misc]
-    return Norms(*names, eps, zero_centered)
+    kind, eps, _, zero_centered, across_heads = found[0]
+    return Norms(*names, kind, eps, zero_centered, across_heads)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _norms_before_rope(cls: type) -> tuple[str, str] | None:
     """("q_norm", "k_norm") if the layer's forward, from the norms to RoPE, only changes shapes."""
     definition = _definition(cls)
@@ -231,39 +254,38 @@ def _norm_on_the_way(definition: ast.FunctionDef, before: list[ast.stmt], name: 
     return norms[0] if len(norms) == len(everywhere) == 1 else None
 
 
-def _kind_of_norm(norm: Any, head_dim: int | None) -> tuple[str, bool, float] | None:
-    """(attribute of epsilon, zero_centered, epsilon) of an RMS norm, found by asking a copy of it; None if it is anything else."""
+def _norm_of(layer: nn.Module, name: str) -> tuple[type, str, float, bool, bool] | None:
+    """(class, attribute of epsilon, epsilon, zero_centered, across_heads) of an RMS norm, found by asking it; else None."""
+    norm, head_dim = getattr(layer, name, None), getattr(layer, "head_dim", None)
     weight = getattr(norm, "weight", None)
     if not isinstance(norm, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 1 or not head_dim:
         return None
-    eps = next((name for name in ("variance_epsilon", "eps") if isinstance(getattr(norm, name, None), float)), None)
-    if eps is None or weight.shape[0] % head_dim or len(list(norm.parameters())) != 1 or "forward" in vars(norm):
+    eps = next((e for e in ("variance_epsilon", "eps") if isinstance(getattr(norm, e, None), float)), None)
+    if eps is None or weight.shape[0] % head_dim or len(list(norm.parameters())) != 1:
         return None
-    if any((norm._forward_hooks, norm._forward_pre_hooks, norm._backward_hooks)):
-        return None
-    value = getattr(norm, eps)
     for zero_centered in (False, True):
-        if _is_rms_norm(type(norm), weight.shape[0], eps, value, zero_centered, norm):
-            return eps, zero_centered, value
+        if _is_rms_norm(type(norm), weight.shape[0], eps, getattr(norm, eps), zero_centered, norm):
+            return type(norm), eps, getattr(norm, eps), zero_centered, weight.shape[0] != head_dim
     return None
 
 
-_PROBED: dict[tuple, bool] = {}
+_ASKED: dict[tuple, bool] = {}
 
 
 def _is_rms_norm(cls: type, width: int, eps: str, value: float, zero_centered: bool, norm: nn.Module) -> bool:
     key = (cls, width, eps, value, zero_centered)
-    if key not in _PROBED:
+    if key not in _ASKED:
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(width, generator=generator, dtype=torch.float32, device="cpu")
         x = 1e-3 * torch.randn(4, width, generator=generator, dtype=torch.float32, device="cpu")  # small: epsilon must matter
         twin = copy.copy(norm)  # its own dictionary of parameters, so that nothing is copied to or from a device
         twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        twin._forward_hooks, twin._forward_pre_hooks = {}, {}  # type: ignore[assignment]
         with torch.no_grad():
             gain = weight + 1 if zero_centered else weight
             want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + value) * gain
-            _PROBED[key] = torch.allclose(twin(x), want, rtol=1e-4, atol=1e-5)
-    return _PROBED[key]
+            _ASKED[key] = torch.allclose(twin(x), want, rtol=1e-4, atol=1e-5)
+    return _ASKED[key]
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------------------
@@ -275,7 +297,7 @@ _TABLE_NAMES = {
 }  # fmt: skip
 
 
-@lru_cache(maxsize=None)
+@cache
 def _table_forward() -> FunctionType:
     from transformers.modeling_rope_utils import dynamic_rope_update
 
