@@ -730,13 +730,12 @@ ROPE_TYPES = {
 def test_rope_types(kind):
     """Every scaling, on both sides of the trained length, where "dynamic" and "longrope" change their frequencies."""
     parameters = {"rope_type": kind, "rope_theta": 100.0, **ROPE_TYPES[kind]}
-    for lengths in ((9, 4), (30, 3), (9, 4), (70, 9)):
-        texts = documents(lengths)
-        model = make("llama", rope_parameters=dict(parameters))
-        stock = run(model, packed(texts))
-        packops.hf.apply(model)
-        assert packops.hf.report(model).replaced["tables"].startswith("fp32")
-        assert difference(run(model, packed(texts)), stock) < 3e-5, lengths
+    stock, ours = (make("llama", rope_parameters=dict(parameters)) for _ in range(2))
+    packops.hf.apply(ours)
+    assert packops.hf.report(ours).replaced["tables"].startswith("fp32")
+    for lengths in ((9, 4), (30, 3), (9, 4), (70, 9), (5, 2)):
+        inputs = packed(documents(lengths))
+        assert difference(run(ours, inputs), run(stock, inputs)) < 3e-5, lengths
 
 
 def test_tables_are_more_accurate_than_stock():
@@ -763,6 +762,29 @@ def test_rounded_frequencies_are_told():
     (note,) = packops.hf.report(model).notes
     assert "inv_freq" in note
     assert "note: the rotary frequencies" in repr(packops.hf.report(model))
+
+
+def test_another_table_is_noticed():
+    """By its numbers, and where it depends on more than a few numbers could tell, by the names it uses."""
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+    from transformers.models.phimoe.modeling_phimoe import PhimoeRotaryEmbedding
+
+    class Swapped(LlamaRotaryEmbedding):
+        def forward(self, x, position_ids):
+            angles = position_ids[..., None].float() * self.inv_freq
+            table = torch.cat((angles, angles), dim=-1)
+            return table.sin().to(x.dtype), table.cos().to(x.dtype)
+
+    Swapped.__module__ = LlamaRotaryEmbedding.__module__
+    model, texts = make("llama"), documents()
+    assert hf_rope._same_tables(model.model.rotary_emb, families.Convention(False, "cat"))
+    assert not hf_rope._same_tables(model.model.rotary_emb, families.Convention(False, "repeat"))
+    assert not hf_rope._same_tables(PhimoeRotaryEmbedding(model.config), families.Convention(False, "cat"))
+    model.model.rotary_emb = Swapped(model.config)
+    stock = run(model, packed(texts))
+    packops.hf.apply(model)
+    assert packops.hf.report(model).replaced["tables"].startswith("the model's own")
+    assert difference(run(model, packed(texts)), stock) < 1e-5
 
 
 def test_own_tables_are_kept_where_they_are_not_understood(monkeypatch):
