@@ -85,7 +85,8 @@ class CausalLMLoss:
     ) -> Tensor:
         """The same of the (B, S, H) hidden states below the lm_head, whose logits are never all there."""
         options = self._options(hidden.shape[:-1], labels, num_items_in_batch, ignore_index, shift_labels, hidden.device, kwargs)
-        weight, bias = head.weight, head.bias
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         if torch.is_autocast_enabled(hidden.device.type):  # as the head itself would compute
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
