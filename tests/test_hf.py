@@ -60,6 +60,9 @@ def linear_cross_entropy(hidden, weight, labels, *, bias=None, num_valid=None, *
 
 # ---- tiny models of every family --------------------------------------------------------------------------------------------
 
+MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
+GROUPS = {"n_routed_experts": 3, "n_group": 1, "topk_group": 1}
+
 # (class prefix, further configuration). hidden 32, two layers, heads of 8 unless it says otherwise.
 FAMILIES = {
     "llama": ("Llama", {}),
@@ -78,18 +81,41 @@ FAMILIES = {
         },
     ),
     "gemma3_text": ("Gemma3", {"head_dim": 8, "sliding_window": 7, "layer_types": ["sliding_attention", "full_attention"]}),
-    "phi3": ("Phi3", {"pad_token_id": 0, "partial_rotary_factor": 0.5}),
+    "phi3": ("Phi3", {"partial_rotary_factor": 0.5}),
     "olmo2": ("Olmo2", {}),
     "olmo3": ("Olmo3", {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 7}),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0], "pad_token_id": 0}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 0]}),
     "granite": ("Granite", {"logits_scaling": 3.0, "attention_multiplier": 0.4}),
     "cohere": ("Cohere", {"logit_scale": 0.3, "use_qk_norm": True}),
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5}),
-    "glm4": ("Glm4", {"head_dim": 8, "pad_token_id": 0}),
+    "glm4": ("Glm4", {"head_dim": 8}),
     "mixtral": ("Mixtral", {"num_local_experts": 3}),
-    "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 3, "moe_intermediate_size": 16, "num_experts_per_tok": 2}),
+    "qwen3_moe": ("Qwen3Moe", {"head_dim": 8, "num_experts": 3, **MOE}),
+    "olmo": ("Olmo", {}),
+    "olmoe": ("Olmoe", {"num_experts": 3, "num_experts_per_tok": 2}),
+    "stablelm": ("StableLm", {}),
+    "starcoder2": ("Starcoder2", {}),
+    "phi": ("Phi", {}),
+    "cohere2": ("Cohere2", {}),
+    "ernie4_5": ("Ernie4_5", {}),
+    "glm": ("Glm", {"head_dim": 8}),
+    "glm4_moe": ("Glm4Moe", {"head_dim": 8, **MOE, **GROUPS}),
+    "helium": ("Helium", {"head_dim": 8}),
+    "exaone4": ("Exaone4", {}),
+    "seed_oss": ("SeedOss", {"head_dim": 8, "attention_dropout": 0.0, "residual_dropout": 0.0}),
+    "nemotron": ("Nemotron", {}),
+    "persimmon": ("Persimmon", {}),
+    "apertus": ("Apertus", {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}),
+    "hunyuan_v1_dense": ("HunYuanDenseV1", {"head_dim": 8}),
+    "qwen2_moe": ("Qwen2Moe", {"num_experts": 3, "shared_expert_intermediate_size": 16, **MOE}),
+    "granitemoe": ("GraniteMoe", {"num_local_experts": 3, "num_experts_per_tok": 2}),
+    "dots1": ("Dots1", {"head_dim": 8, "first_k_dense_replace": 2, **MOE, **GROUPS}),
+    "ministral": ("Ministral", {"head_dim": 8}),
+    "arcee": ("Arcee", {}),
 }
-FUSED_NORMS = {"qwen3", "gemma3_text", "olmo2", "olmo3", "qwen3_moe"}
+# The first ones run with and without logits.
+BOTH = list(FAMILIES)[: list(FAMILIES).index("olmo")]
+FUSED_NORMS = {"qwen3", "gemma3_text", "olmo2", "olmo3", "qwen3_moe", "apertus", "dots1"}
 
 
 def make(family, dtype=torch.float32, attention="sdpa", **more):
@@ -104,6 +130,7 @@ def make(family, dtype=torch.float32, attention="sdpa", **more):
         "max_position_embeddings": 64,
         "tie_word_embeddings": False,
         "bos_token_id": None,
+        "pad_token_id": None,
         "eos_token_id": None,
     }
     if family != "gpt_neox":
@@ -164,7 +191,7 @@ def difference(ours, theirs):
 # ---- exact ------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family, fused", [(f, True) for f in FAMILIES] + [(f, False) for f in BOTH], indirect=["fused"])
 def test_patched_and_packed_equals_stock_and_padded(family, fused):
     model, texts = make(family), documents()
     stock = run(model, padded(texts))
@@ -564,6 +591,10 @@ def test_documents_of():
     ids = torch.tensor([[0, 1, 2, 0, 1, 0], [5, 6, 0, 1, 2, 3]])
     assert hf_loss.documents_of(ids, ids.shape).tolist() == [0, 3, 5, 6, 8] + [12] * 8
     assert hf_loss.documents_of(torch.arange(4)[None], torch.Size((2, 4))).tolist() == [0, 4] + [8] * 7
+    jumps = torch.tensor([4, 5, 5, 7, 8, 3])
+    assert hf_loss.documents_of(jumps, torch.Size((1, 6))).tolist() == [0, 2, 3, 5, 6, 6, 6]
+    with pytest.raises(ValueError, match=r"of shape \(3, 1, 6\) do not say where documents begin: pass cu_seq_lens_q"):
+        hf_loss.documents_of(jumps.expand(3, 1, 6), torch.Size((1, 6)))
 
 
 @pytest.mark.parametrize("num_items", [29, 29.0, torch.tensor(29), torch.tensor(29.0, dtype=torch.float64), torch.tensor([29])])
@@ -869,8 +900,11 @@ def test_unknown_families_are_refused(config, reason):
 def test_other_tasks_are_refused():
     config = make("llama").config
     model = transformers.LlamaForSequenceClassification(config)
-    with pytest.raises(ValueError, match="no causal language model but 'ForSequenceClassification'"):
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification \('ForSequenceClassification'\): it does not score"):
         packops.hf.apply(model)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    with pytest.raises(ValueError, match="does not score each token's successor"):
+        packops.hf.apply(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), rope=False)
     packops.hf.apply(model, cross_entropy=False)
     assert "rope" in packops.hf.report(model).replaced
 

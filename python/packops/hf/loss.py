@@ -164,8 +164,12 @@ def documents_of(position_ids: Tensor, rows: torch.Size) -> Tensor:
         rows: (B, S).
 
     Returns:
-        (B·S + 1,) int32: the number of documents is not known on the host, so the last ones are empty.
+        cu_seqlens (B·S + 1,) int32: the number of documents is not known on the host, so the last ones are empty.
     """
+    if position_ids.dim() > 2:
+        raise ValueError(
+            f"packops.hf: position_ids of shape {tuple(position_ids.shape)} do not say where documents begin: pass cu_seq_lens_q"
+        )
     ids = position_ids.expand(rows)
     begins = torch.ones_like(ids, dtype=torch.bool)
     begins[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
@@ -249,10 +253,10 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
     """Replace the loss of ``model`` and, where its forward ends as expected, let it skip the logits in training."""
     if not hasattr(type(model), "loss_function"):
         raise ValueError(f"packops.hf cannot replace the loss of {type(model).__name__}: it has no loss_function")
-    if getattr(model, "loss_type", None) not in (None, "ForCausalLM"):
+    if not _scores_the_next_token(model):
         raise ValueError(
-            f"packops.hf cannot replace the loss of {type(model).__name__}: it is no causal language model but "
-            f"{model.loss_type!r}. cross_entropy=False leaves it alone"
+            f"packops.hf cannot replace the loss of {type(model).__name__} ({model.loss_type!r}): it does not score each token's "
+            "successor. cross_entropy=False leaves it alone"
         )
     record.set("the model", model, "_loss_function", AppliedLoss(reduction))
     record.say("loss", f"packops.cross_entropy, reduction {reduction!r}")
@@ -268,6 +272,13 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
     record.set_forward("the model", model, MethodType(forward, model))
     if fused:
         record.say("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
+
+
+def _scores_the_next_token(model: nn.Module) -> bool:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    kind = getattr(model, "loss_type", None) or "ForCausalLM"  # which is also what transformers takes None for
+    return LOSS_MAPPING.get(kind) is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
 
 
 def skip_logits(model: nn.Module, head: str, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
