@@ -605,29 +605,40 @@ def test_num_items_in_batch(num_items, fused):
     assert difference(run(model, packed(texts, num_items_in_batch=num_items)), stock) < 1e-5
 
 
-def test_tokens_are_not_taken_for_documents(fused):
-    """What Trainer counts, unless it is told otherwise, is refused rather than divided by."""
-    model, texts = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean"), documents()
-    with pytest.raises(ValueError, match=r"num_items_in_batch is an integer tensor.*packops\.hf\.count_documents\(trainer\)"):
-        model(**packed(texts, num_items_in_batch=torch.tensor(29)))
-    model(**packed(texts, num_items_in_batch=torch.tensor(4.0)))
-
-
-def test_count_documents():
-    """Trainer's own count, of documents: of every micro-batch, with each way to tell documents apart."""
+def counting_trainer(model):
+    """What of a Trainer counts the items of a step, as transformers has it."""
     from types import SimpleNamespace
 
     trainer = SimpleNamespace(
+        model=model,
         model_accepts_loss_kwargs=True,
         compute_loss_func=None,
         _loss_shifts_labels=True,
         args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=1),
-        accelerator=SimpleNamespace(parallelism_config=None),
         get_tp_size=lambda: 1,
         get_cp_size=lambda: 1,
         get_sp_size=lambda: 1,
     )
     trainer._get_num_items_in_batch = functools.partial(transformers.Trainer._get_num_items_in_batch, trainer)
+    return trainer
+
+
+def test_tokens_are_not_taken_for_documents(fused):
+    """What Trainer counts, unless it is told otherwise, is refused rather than divided by."""
+    model, texts = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean"), documents()
+    tokens = counting_trainer(model)._get_num_items_in_batch([packed(texts)], torch.device("cpu"))
+    assert float(tokens) == sum(LENGTHS) - len(LENGTHS)
+    for count in (tokens, torch.tensor(4)):
+        with pytest.raises(
+            ValueError, match=r"num_items_in_batch is a torch\.\w+ tensor.*packops\.hf\.count_documents\(trainer\)"
+        ):
+            model(**packed(texts, num_items_in_batch=count))
+    model(**packed(texts, num_items_in_batch=torch.tensor(4.0, dtype=torch.float64)))
+    model(**packed(texts, num_items_in_batch=4))
+
+
+def test_count_documents():
+    """Trainer's own count, of documents: of every micro-batch, with each way to tell documents apart."""
     texts = documents()  # one of them has a single token, so nothing to score
     batches = [
         packed(texts),
@@ -636,17 +647,18 @@ def test_count_documents():
         dict(PackingCollator(names="hf", shift_labels=True)(texts)),
         {**PackingCollator(names="hf", shift_labels=True)(texts), "cu_seq_lens_q": None},
     ]
-    assert float(trainer._get_num_items_in_batch(batches[:1], torch.device("cpu"))) == sum(LENGTHS) - len(LENGTHS)
+    model = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean").eval()
+    trainer = counting_trainer(model)
     packops.hf.count_documents(trainer)
     for batch in batches:
         assert float(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == 4
     count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     assert float(count) == 20
-    model = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean").eval()
     alone = [model(**batch).loss for batch in batches[:3]]
-    assert float(sum(model(**batch, num_items_in_batch=count).loss for batch in batches[:3])) == pytest.approx(
-        float(sum(alone)) * 4 / 20, rel=1e-5
-    )
+    together = [model(**batch, num_items_in_batch=count).loss for batch in batches[:3]]
+    assert sum(together).item() == pytest.approx(sum(alone).item() * 4 / 20, rel=1e-5)
+    with pytest.raises(ValueError, match=r"reduction='mean', which divides by tokens"):
+        packops.hf.count_documents(counting_trainer(packops.hf.apply(model)))
 
 
 def test_shift_labels_and_token_weight(fused):

@@ -61,7 +61,8 @@ class CausalLMLoss:
             labels: (B, S), each token's own id: they are shifted here.
             vocab_size: not needed; transformers passes it.
             num_items_in_batch: what the sum is divided by: tokens, or documents for the two sequence reductions; the count of all
-                micro-batches and processes of a step. None: what there is in this batch.
+                micro-batches and processes of a step. None: what there is in this batch. For the sequence reductions a number or
+                a float64 tensor, as :func:`packops.loss_normalizer` and :func:`count_documents` give it.
             shift_labels: (B, S), used in place of ``labels`` and not shifted.
             cu_seq_lens_q: where documents begin in the flattened rows. Without it, the sequence reductions find documents by
                 ``position_ids`` that do not go up by one, and without these a row is a document.
@@ -131,11 +132,13 @@ class CausalLMLoss:
     def _denominator(self, num_items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
         if not isinstance(num_items, Tensor):
             return num_items
-        if self.reduction != "mean" and not num_items.is_floating_point():
+        # Trainer's count of tokens is a float32 tensor (and was int64 once); counts of documents come in float64 or as numbers.
+        if self.reduction != "mean" and num_items.dtype != torch.float64:
             raise ValueError(
-                f"packops.hf: reduction={self.reduction!r} divides by the number of documents, and num_items_in_batch is an "
-                "integer tensor, which is how transformers.Trainer counts tokens: call packops.hf.count_documents(trainer) "
-                "before training, or pass num_items_in_batch=packops.loss_normalizer(..., reduction=...) or a number"
+                f"packops.hf: reduction={self.reduction!r} divides by the number of documents, and num_items_in_batch is a "
+                f"{num_items.dtype} tensor, which is how transformers.Trainer passes its count of tokens: call "
+                "packops.hf.count_documents(trainer) before training, or pass packops.loss_normalizer(..., reduction=...), another "
+                "float64 tensor or a number"
             )
         return num_items if num_items.is_cpu else num_items.to(device)
 
