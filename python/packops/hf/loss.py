@@ -137,8 +137,8 @@ class CausalLMLoss:
             raise ValueError(
                 f"packops.hf: reduction={self.reduction!r} divides by the number of documents, and num_items_in_batch is a "
                 f"{num_items.dtype} tensor, which is how transformers.Trainer passes its count of tokens: call "
-                "packops.hf.count_documents(trainer) before training, or pass packops.loss_normalizer(..., reduction=...), another "
-                "float64 tensor or a number"
+                "packops.hf.count_documents(trainer) before training, or pass packops.loss_normalizer(..., reduction=...), "
+                "another float64 tensor or a number"
             )
         return num_items if num_items.is_cpu else num_items.to(device)
 
@@ -217,7 +217,18 @@ def count_documents(trainer: Any) -> None:
     ``Trainer`` counts the scored tokens of all micro-batches and processes of a step and passes that as ``num_items_in_batch``.
     After this it counts the documents that have a scored token, in the same way: by ``cu_seq_lens_q`` of each batch, without it
     by ``position_ids`` that do not go up by one, without these each row is a document.
+
+    Raises:
+        ValueError: the trainer's model has a loss of packops with reduction ``"mean"``, whose denominator is tokens.
     """
+    from .patch import pretrained
+
+    loss = getattr(pretrained(trainer.model), "loss_function", None)
+    if isinstance(loss, CausalLMLoss) and loss.reduction == "mean":
+        raise ValueError(
+            "packops.hf.count_documents: this model's loss has reduction='mean', which divides by tokens, as Trainer counts; "
+            "packops.hf.apply(model, reduction=...) chooses another"
+        )
     count_tokens = trainer._get_num_items_in_batch
 
     def count(batch_samples: list, device: torch.device) -> Any:
