@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-OLDEST, NEWEST = (5, 23), (5, 23)
+OLDEST, NEWEST = (5, 20), (5, 23)
 
 # config.model_type -> the name people know. Each is in tests/test_hf.py: packed against padded, stock against patched.
 TESTED = {
@@ -77,7 +77,7 @@ def _version(text: str) -> tuple[int, int]:
 @cache
 def require_transformers() -> None:
     """Raise unless transformers is installed in a version that packops knows; warn, once, where it is newer than tested."""
-    tested = f"{_dotted(OLDEST)}" if OLDEST == NEWEST else f"{_dotted(OLDEST)} to {_dotted(NEWEST)}"
+    tested = f"{_dotted(OLDEST)} to {_dotted(NEWEST)}"
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("packops.hf needs transformers, which is not installed: pip install 'packops[hf]'")
     found = importlib.metadata.version("transformers")
