@@ -96,14 +96,14 @@ class Record:
     def undo(self) -> None:
         """Put everything back, or, where somebody changed it since, raise RuntimeError and put nothing back."""
         for change in self.changes:
-            if vars(change.owner).get(change.attribute, _ABSENT) != change.after:
+            if vars(change.owner).get(change.attribute, _ABSENT) not in (change.after, _ABSENT):
                 raise RuntimeError(
-                    f"packops.hf.revert: {change.attribute} of {change.path} was replaced again after packops.hf.apply; undo "
-                    "that first (accelerate: unwrap_model(model, keep_fp32_wrapper=False))"
+                    f"packops.hf.revert: {change.attribute} of {change.path} was replaced again after packops.hf.apply (mixed "
+                    f"precision of accelerate does that); undo that first, or delete the attribute: `del model.{change.attribute}`"
                 )
         for change in reversed(self.changes):
             if change.before == _ABSENT:
-                del vars(change.owner)[change.attribute]
+                vars(change.owner).pop(change.attribute, None)
             else:
                 vars(change.owner)[change.attribute] = change.before
         self.changes.clear()
