@@ -99,7 +99,7 @@ class Record:
             if vars(change.owner).get(change.attribute, _ABSENT) not in (change.after, _ABSENT):
                 raise RuntimeError(
                     f"packops.hf.revert: {change.attribute} of {change.path} was replaced again after packops.hf.apply (mixed "
-                    f"precision of accelerate does that); undo that first, or delete the attribute: `del model.{change.attribute}`"
+                    f"precision of accelerate does it); undo that first, or delete the attribute: `del model.{change.attribute}`"
                 )
         for change in reversed(self.changes):
             if change.before == _ABSENT:
