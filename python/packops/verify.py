@@ -117,7 +117,10 @@ def hf_forward(model: nn.Module, batch: PackedBatch) -> Tensor:
 
 def hf_loss(model: nn.Module, batch: PackedBatch, num_items: Tensor) -> Tensor:
     """The loss such a model computes itself, as ``transformers.Trainer`` asks for it."""
-    return model(**batch.to_hf(), num_items_in_batch=num_items.to(batch.device)).loss
+    inputs = batch.to_hf() | {"num_items_in_batch": num_items.to(batch.device)}
+    if getattr(model, "_packops_hf", None) is not None:  # the way that training takes, although the model is in evaluation mode
+        inputs["skip_logits"] = True
+    return model(**inputs).loss
 
 
 def verify(

@@ -1,0 +1,12 @@
+"""Hugging Face models with packops: ``packops.hf.apply(model)``, and its undo.
+
+Importing this imports no transformers; the first call does. See docs/hugging_face.md.
+"""
+
+from __future__ import annotations
+
+from .loss import CausalLMLoss, compute_loss_func, count_documents
+from .patch import apply, report, revert
+from .record import Report
+
+__all__ = ["CausalLMLoss", "Report", "apply", "compute_loss_func", "count_documents", "report", "revert"]

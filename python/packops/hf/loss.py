@@ -1,0 +1,415 @@
+"""The loss of one model: ``model.loss_function`` is packops', and in training the lm_head is part of it.
+
+Hugging Face's causal language models end alike: ``logits = self.lm_head(hidden)``, perhaps a scale or a soft cap, then
+``self.loss_function(logits, labels, ...)``. The model's forward keeps every line, and gets one branch before these: where nobody
+wants the logits, :func:`packops.linear_cross_entropy` takes the hidden states, with the scale and the cap that stand there.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+from collections.abc import Callable
+from functools import cache
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import packops
+
+from ..distributed import DENOMINATORS
+from ..functional import cross_entropy
+from . import rewrite
+from .record import Record
+from .rewrite import CannotRewriteError
+
+
+def check_reduction(reduction: str) -> None:
+    if reduction not in DENOMINATORS:
+        raise ValueError(f"packops.hf: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class CausalLMLoss:
+    """``model.loss_function`` of a causal language model, called as transformers calls it.
+
+    Attributes:
+        reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``, as in
+            :func:`packops.cross_entropy`.
+    """
+
+    reduction: str = "mean"
+
+    def __post_init__(self) -> None:
+        check_reduction(self.reduction)
+
+    def __call__(
+        self,
+        logits: Tensor,
+        labels: Tensor | None,
+        vocab_size: int | None = None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The loss of (B, S, V) logits.
+
+        Args:
+            labels: (B, S), each token's own id: they are shifted here.
+            vocab_size: not needed; transformers passes it.
+            num_items_in_batch: what the sum is divided by: tokens, or documents for the two sequence reductions; the count of all
+                micro-batches and processes of a step. None: what there is in this batch. For the sequence reductions a number or
+                a float64 tensor, as :func:`packops.loss_normalizer` and :func:`count_documents` give it.
+            shift_labels: (B, S), used in place of ``labels`` and not shifted.
+            cu_seq_lens_q: where documents begin in the flattened rows. Without it, the sequence reductions find documents by
+                ``position_ids`` that do not go up by one, and without these a row is a document.
+            token_weight: (B, S) weight of each token.
+        """
+        options = self._options(logits.shape[:-1], labels, num_items_in_batch, ignore_index, shift_labels, logits.device, kwargs)
+        return cross_entropy(logits, **options)  # type: ignore[return-value]
+
+    def of_hidden(
+        self,
+        head: nn.Linear,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        logit_scale: float,
+        softcap: float | None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """The same of the (B, S, H) hidden states below the lm_head, whose logits are never all there."""
+        options = self._options(hidden.shape[:-1], labels, num_items_in_batch, ignore_index, shift_labels, hidden.device, kwargs)
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if torch.is_autocast_enabled(hidden.device.type):  # as the head itself would compute
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        return packops.linear_cross_entropy(  # type: ignore[attr-defined,operator]
+            hidden,
+            weight,
+            bias=bias,
+            logit_scale=logit_scale,
+            softcap=softcap,
+            num_valid=kwargs.get("num_valid"),
+            **options,
+        )
+
+    def _options(
+        self,
+        rows: torch.Size,
+        labels: Tensor | None,
+        num_items: Tensor | float | None,
+        ignore_index: int,
+        shift_labels: Tensor | None,
+        device: torch.device,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        targets = labels if shift_labels is None else shift_labels
+        if targets is None:
+            raise ValueError("packops.hf: the loss needs labels or shift_labels")
+        cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if cu_seqlens is None and self.reduction != "mean" and kwargs.get("position_ids") is not None:
+            cu_seqlens = documents_of(kwargs["position_ids"], rows)
+        weight = kwargs.get("token_weight")
+        return {
+            "labels": targets.to(device),
+            "shift": shift_labels is None,
+            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(device),
+            "reduction": self.reduction,
+            "num_items": self._denominator(num_items, device),
+            "ignore_index": ignore_index,
+            "token_weight": None if weight is None else weight.to(device),
+        }
+
+    def _denominator(self, num_items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
+        if not isinstance(num_items, Tensor):
+            return num_items
+        # Trainer's count of tokens is a float32 tensor (and was int64 once); counts of documents come in float64 or as numbers.
+        if self.reduction != "mean" and num_items.dtype != torch.float64:
+            raise ValueError(
+                f"packops.hf: reduction={self.reduction!r} divides by the number of documents, and num_items_in_batch is a "
+                f"{num_items.dtype} tensor, which is how transformers.Trainer passes its count of tokens: call "
+                "packops.hf.count_documents(trainer) before training, or pass packops.loss_normalizer(..., reduction=...), "
+                "another float64 tensor or a number"
+            )
+        return num_items if num_items.is_cpu else num_items.to(device)
+
+
+class AppliedLoss(CausalLMLoss):
+    """The loss that :func:`packops.hf.apply` put into a model. A pickled model comes back stock, so this becomes stock, too."""
+
+    def __reduce__(self) -> tuple:
+        return _stock_loss, ()
+
+    def __deepcopy__(self, memo: dict) -> AppliedLoss:
+        return self
+
+
+def _stock_loss() -> Callable:
+    from transformers.loss.loss_utils import ForCausalLMLoss
+
+    return ForCausalLMLoss
+
+
+def documents_of(position_ids: Tensor, rows: torch.Size) -> Tensor:
+    """``cu_seqlens`` of the flattened rows, from position ids that go up by one within a document. No host sync.
+
+    Args:
+        position_ids: (S,), (B, S) or, the same in every row, (1, S).
+        rows: (B, S).
+
+    Returns:
+        cu_seqlens (B·S + 1,) int32: the number of documents is not known on the host, so the last ones are empty.
+    """
+    if position_ids.dim() > 2:
+        raise ValueError(
+            f"packops.hf: position_ids of shape {tuple(position_ids.shape)} do not say where documents begin: pass cu_seq_lens_q"
+        )
+    ids = position_ids.expand(rows)
+    begins = torch.ones_like(ids, dtype=torch.bool)
+    begins[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
+    tokens = ids.numel()
+    index = torch.arange(tokens, device=ids.device, dtype=torch.int32)
+    starts = torch.where(begins.reshape(-1), index, tokens).to(torch.int32).sort().values
+    return torch.cat((starts, starts.new_full((1,), tokens)))
+
+
+def compute_loss_func(
+    outputs: Any, labels: Tensor, num_items_in_batch: Tensor | float | None = None, *, reduction: str = "mean"
+) -> Tensor:
+    """``compute_loss_func`` of ``transformers.Trainer`` and TRL: packops' loss of a model's logits.
+
+    A model that went through :func:`packops.hf.apply` needs no such function under ``Trainer``, and without it keeps its logits
+    out of memory. For other reductions: ``functools.partial(compute_loss_func, reduction="seq-mean-token-mean")``.
+
+    Args:
+        outputs: what the model returned; its ``logits`` (B, S, V), scaled and capped as the model does.
+        labels: (B, S), each token's own id, -100 where it is not scored, as at the first token of packed documents.
+        num_items_in_batch: as :class:`CausalLMLoss`.
+        reduction: the sequence reductions take each row for a document, so they refuse a single row, which is how documents come
+            packed: that needs :func:`packops.hf.apply`, which is told where documents begin.
+    """
+    logits = outputs["logits"] if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+    if logits is None:
+        raise ValueError(
+            "packops.hf.compute_loss_func: the model returned no logits; a model patched by packops.hf.apply computes this loss "
+            "itself: leave compute_loss_func out, or use packops.hf.apply(model, cross_entropy=False)"
+        )
+    if reduction != "mean" and logits.shape[0] == 1:
+        raise ValueError(
+            f"packops.hf.compute_loss_func: reduction={reduction!r} cannot tell which documents are in a single row, since "
+            "Trainer passes it outputs and labels alone: use packops.hf.apply(model, reduction=...) in its place"
+        )
+    return CausalLMLoss(reduction)(logits, labels, num_items_in_batch=num_items_in_batch)
+
+
+def count_documents(trainer: Any) -> None:
+    """Have a ``transformers.Trainer`` count documents, not tokens, for the two sequence reductions.
+
+    ``Trainer`` counts the scored tokens of all micro-batches and processes of a step and passes that as ``num_items_in_batch``.
+    After this it counts the documents that have a scored token, in the same way: by ``cu_seq_lens_q`` of each batch, without it
+    by ``position_ids`` that do not go up by one, without these each row is a document.
+
+    Raises:
+        ValueError: the trainer's model has a loss of packops with reduction ``"mean"``, whose denominator is tokens.
+    """
+    from .patch import pretrained
+
+    loss = getattr(pretrained(trainer.model), "loss_function", None)
+    if isinstance(loss, CausalLMLoss) and loss.reduction == "mean":
+        raise ValueError(
+            "packops.hf.count_documents: this model's loss has reduction='mean', which divides by tokens, as Trainer counts; "
+            "packops.hf.apply(model, reduction=...) chooses another"
+        )
+    count_tokens = trainer._get_num_items_in_batch
+
+    def count(batch_samples: list, device: torch.device) -> Any:
+        # A label for each document, of which Trainer then counts those that are not ignored, and knows what to do with the count.
+        labels = [_documents_as_labels(batch) for batch in batch_samples if "labels" in batch]
+        counted = count_tokens([{"labels": row, "shift_labels": row} for row in labels], device)
+        return counted.double() if isinstance(counted, Tensor) else counted
+
+    trainer._get_num_items_in_batch = count
+
+
+def _documents_as_labels(batch: Any) -> Tensor:
+    from ..functional import packed_labels
+
+    shifted = batch.get("shift_labels")
+    labels = batch["labels"] if shifted is None else shifted
+    cu_seqlens = batch.get("cu_seq_lens_q")
+    if cu_seqlens is None and batch.get("position_ids") is not None:
+        cu_seqlens = documents_of(batch["position_ids"], labels.shape)
+    if cu_seqlens is None:
+        cu_seqlens = torch.arange(0, labels.numel() + 1, labels.shape[-1], device=labels.device, dtype=torch.int32)
+    if shifted is None:
+        counts = packed_labels(labels, cu_seqlens.to(labels.device))[1]
+    else:
+        scored = torch.nn.functional.pad((shifted.reshape(-1) != -100).long().cumsum(0), (1, 0))
+        counts = scored[cu_seqlens.long().to(labels.device)].diff()
+    return torch.where(counts > 0, 0, -100)
+
+
+# ---- the model's forward ------------------------------------------------------------------------------------------------------
+
+_WANTED, _SKIP = "__packops_skip_logits__", "__packops_skip__"
+
+
+def patch(model: nn.Module, reduction: str, record: Record) -> None:
+    """Replace the loss of ``model`` and, where its forward ends as expected, let it skip the logits in training."""
+    if not hasattr(type(model), "loss_function"):
+        raise ValueError(f"packops.hf cannot replace the loss of {type(model).__name__}: it has no loss_function")
+    if not _scores_the_next_token(model):
+        raise ValueError(
+            f"packops.hf cannot replace the loss of {type(model).__name__} ({model.loss_type!r}): it does not score each token's "
+            "successor. cross_entropy=False leaves it alone"
+        )
+    record.set("the model", model, "_loss_function", AppliedLoss(reduction))
+    record.say("loss", f"packops.cross_entropy, reduction {reduction!r}")
+    fused = hasattr(packops, "linear_cross_entropy")
+    try:
+        head, forward = _model_forward(rewrite.class_of(model), fused)
+    except CannotRewriteError as error:
+        record.note(f"logits are always made: {error}")
+        return
+    if getattr(model, head, None) is not model.get_output_embeddings():  # type: ignore[operator]
+        record.note(f"logits are always made: {head} is not the model's output embedding")
+        return
+    record.set_forward("the model", model, MethodType(forward, model))
+    if fused:
+        record.say("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
+
+
+def _scores_the_next_token(model: nn.Module) -> bool:
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    kind = getattr(model, "loss_type", None) or "ForCausalLM"  # which is also what transformers takes None for
+    return LOSS_MAPPING.get(kind) is ForCausalLMLoss and not getattr(model.config, "is_encoder_decoder", False)
+
+
+def skip_logits(model: nn.Module, head: str, labels: Tensor | None, kwargs: dict[str, Any]) -> bool:
+    """Whether this call shall return the loss without logits; takes ``skip_logits`` out of its keyword arguments."""
+    wanted = kwargs.pop("skip_logits", None)
+    if labels is None:
+        return False
+    if wanted is None:
+        wanted = model.training and torch.is_grad_enabled()
+    return bool(wanted) and isinstance(model.loss_function, CausalLMLoss) and _is_plain_linear(getattr(model, head))
+
+
+def _is_plain_linear(head: nn.Module) -> bool:
+    """Whether the weight alone says what the module does: no LoRA, no hooks that gather a sharded weight first."""
+    return (
+        type(head) is nn.Linear
+        and type(head.weight) is nn.Parameter
+        and "forward" not in vars(head)
+        and not (head._forward_pre_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks)
+    )
+
+
+@cache
+def _model_forward(cls: type, fused: bool) -> tuple[str, FunctionType]:
+    """The name of the lm_head and the forward of ``cls`` with a branch that skips the logits."""
+    definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
+    tail = _Tail(definition)
+    this, body = rewrite.self_name(definition), definition.body
+    if not definition.args.kwarg or not {"labels", "position_ids"} <= rewrite.parameter_names(definition):
+        raise CannotRewriteError(f"{cls.__name__}.forward does not take labels, position_ids and **kwargs")
+    kwargs = definition.args.kwarg.arg
+    # Only the sequence reductions look at them, but these must.
+    tail.call.keywords.insert(0, ast.keyword("position_ids", ast.Name("position_ids", ast.Load())))
+    if not fused:
+        return tail.head, rewrite.build(cls.forward, definition, {})  # type: ignore[attr-defined]
+    first = body[tail.begin]  # a traceback shows the line of the lm_head
+    ask = rewrite.statements(f"{_SKIP} = {_WANTED}({this}, {tail.head!r}, labels, {kwargs})", at=first)
+    skipping = rewrite.statements(
+        f"{tail.logits} = None\n"
+        f"{tail.loss} = {this}.loss_function.of_hidden({this}.{tail.head}, {ast.unparse(tail.hidden)}, labels, "
+        f"logit_scale={tail.scale}, softcap={tail.cap}, position_ids=position_ids, **{kwargs})",
+        at=first,
+    )
+    branch = ast.copy_location(ast.If(ast.Name(_SKIP, ast.Load()), skipping, body[tail.begin : tail.end]), first)
+    definition.body = [*ask, *body[: tail.begin], branch, *body[tail.end :]]
+    return tail.head, rewrite.build(cls.forward, definition, {_WANTED: skip_logits})  # type: ignore[attr-defined]
+
+
+class _Tail:
+    """The end of a causal language model's forward, from the lm_head to the loss.
+
+    Statements ``begin`` to ``end`` make the logits and the loss; ``hidden`` is what goes into ``self.<head>``, ``scale`` and
+    ``cap`` are the source of what happens to the logits, ``call`` is the call of the loss function.
+    """
+
+    def __init__(self, definition: ast.FunctionDef):
+        body, this = definition.body, rewrite.self_name(definition)
+        name = f"{definition.name} ends in a way of its own"
+        found = [(i, call) for i, statement in enumerate(body) if (call := self._head_call(statement, this))]
+        if len(found) != 1:
+            raise CannotRewriteError(name)
+        self.begin, head_call = found[0]
+        self.logits = rewrite.assigned_name(body[self.begin]) or ""
+        self.head, self.hidden = rewrite.attribute_of(head_call.func, this) or "", head_call.args[0]
+        self.scale, self.cap = "1.0", "None"
+        at = self.begin + 1
+        while at < len(body) and self._shapes_logits(body[at], this):
+            at += 1
+        if at + 1 >= len(body) or ast.unparse(body[at]) != "loss = None":
+            raise CannotRewriteError(name)
+        self.loss, self.end = "loss", at + 2
+        branch = body[at + 1]
+        call = self._loss_call(branch, this)
+        if call is None:
+            raise CannotRewriteError(name)
+        self.call = call
+        returns = [statement for statement in body[self.end :] if not isinstance(statement, ast.Return)]
+        if any(rewrite.mentions(statement, self.logits) for statement in returns):
+            raise CannotRewriteError(f"{name}, and uses its logits after the loss")
+
+    @staticmethod
+    def _head_call(statement: ast.stmt, this: str) -> ast.Call | None:
+        if rewrite.assigned_name(statement) is None:
+            return None
+        call = statement.value  # type: ignore[attr-defined]
+        if not isinstance(call, ast.Call) or len(call.args) != 1 or call.keywords:
+            return None
+        return call if rewrite.attribute_of(call.func, this) in ("lm_head", "embed_out", "output") else None
+
+    def _shapes_logits(self, statement: ast.stmt, this: str) -> bool:
+        """Whether it scales the logits, or caps them, by a number of the model or its configuration."""
+        x = self.logits
+        if isinstance(statement, ast.If) and isinstance(statement.test, ast.Compare):
+            cap = ast.unparse(statement.test.left)
+            known = f"if {cap} is not None:\n    {x} = {x} / {cap}\n    {x} = torch.tanh({x})\n    {x} = {x} * {cap}"
+            if self.cap == "None" and cap.startswith(f"{this}.config.") and ast.unparse(statement) == known:
+                self.cap = cap
+                return True
+            return False
+        if rewrite.assigned_name(statement) != x or self.cap != "None":  # a scale after a cap is not ours
+            return False
+        value = statement.value  # type: ignore[attr-defined]
+        if not isinstance(value, ast.BinOp) or not isinstance(value.left, ast.Name) or value.left.id != x:
+            return False
+        factor, operator = ast.unparse(value.right), {ast.Mult: "*", ast.Div: "/"}.get(type(value.op))
+        if operator is None or not isinstance(value.right, ast.Attribute) or not factor.startswith(f"{this}."):
+            return False
+        self.scale = f"{self.scale} {operator} {factor}"
+        return True
+
+    def _loss_call(self, branch: ast.stmt, this: str) -> ast.Call | None:
+        if not isinstance(branch, ast.If) or ast.unparse(branch.test) != "labels is not None" or branch.orelse:
+            return None
+        if len(branch.body) != 1 or rewrite.assigned_name(branch.body[0]) != "loss":
+            return None
+        call = branch.body[0].value  # type: ignore[attr-defined]
+        if not isinstance(call, ast.Call) or rewrite.attribute_of(call.func, this) != "loss_function":
+            return None
+        given = call.args[0] if call.args else next((k.value for k in call.keywords if k.arg == "logits"), None)
+        return call if isinstance(given, ast.Name) and given.id == self.logits else None

@@ -1,0 +1,124 @@
+"""A method with a few calls in it exchanged, for one instance.
+
+Hugging Face's layers call module globals such as ``apply_rotary_pos_emb``. To exchange such a call for one model and no other of
+its family, neither the global nor the class may change. So the method's own source is parsed, the call is redirected to a name
+that only the new function knows (a cell of a closure), and the result is compiled against the module it came from: every other
+name in it means what it meant, tracebacks show the original lines, and torch.compile sees a plain function.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Callable, Mapping
+from functools import cache
+from types import FunctionType
+from typing import Any
+
+# Decorators that only write documentation, from the class they stand in.
+_DOCUMENTATION = ("auto_docstring",)
+
+
+class CannotRewriteError(Exception):
+    """Why a method cannot be rewritten, in words."""
+
+
+def class_of(instance: object) -> Any:
+    """The type; as ``Any``, since mypy takes no class of nn.Module for hashable."""
+    return type(instance)
+
+
+@cache
+def _source(function: FunctionType) -> str:
+    try:
+        return "".join(inspect.getsourcelines(function)[0])
+    except OSError as error:
+        raise CannotRewriteError(f"the source of {function.__qualname__} is not installed ({error})") from None
+
+
+def parse(method: Callable) -> ast.FunctionDef:
+    """The definition of a method of a class, as it stands in its file; decorators are looked through. A fresh tree every time."""
+    function = inspect.unwrap(method)
+    if not isinstance(function, FunctionType):
+        raise CannotRewriteError(f"{function!r} is not a Python function")
+    # Under an "if", so that an indented method parses and columns in tracebacks stay right.
+    tree = ast.parse("if True:\n" + _source(function))
+    block = tree.body[0]
+    definition = block.body[0] if isinstance(block, ast.If) else None
+    if not isinstance(definition, ast.FunctionDef):
+        raise CannotRewriteError(f"{function.__qualname__} is not a plain method")
+    return definition
+
+
+def build(method: Callable, definition: ast.FunctionDef, bindings: Mapping[str, Any]) -> FunctionType:
+    """Compile ``definition``, a changed :func:`parse` of ``method``, with ``bindings`` for the names that only it knows."""
+    function = inspect.unwrap(method)
+    if function.__code__.co_freevars:  # super(), __class__, or a function made by another
+        raise CannotRewriteError(f"{function.__qualname__} is a closure over {', '.join(function.__code__.co_freevars)}")
+    definition.decorator_list = [d for d in definition.decorator_list if not _is_documentation(d)]
+    if definition.body and isinstance(definition.body[0], ast.Expr) and isinstance(definition.body[0].value, ast.Constant):
+        definition.body = definition.body[1:] or [ast.Pass()]
+    factory = ast.FunctionDef(
+        name="factory",
+        args=ast.arguments(posonlyargs=[], args=[ast.arg(name) for name in bindings], kwonlyargs=[], kw_defaults=[], defaults=[]),
+        body=[definition, ast.Return(ast.Name(definition.name, ast.Load()))],
+        decorator_list=[],
+    )
+    module = ast.fix_missing_locations(ast.Module([factory], type_ignores=[]))
+    ast.increment_lineno(module, inspect.getsourcelines(function)[1] - 2)
+    code = compile(module, inspect.getsourcefile(function) or "<unknown>", "exec", dont_inherit=True)
+    scope: dict[str, Any] = {}
+    exec(code, function.__globals__, scope)
+    rewritten = scope["factory"](**bindings)
+    rewritten.__qualname__ = function.__qualname__
+    rewritten.__doc__ = function.__doc__
+    return rewritten
+
+
+def _is_documentation(decorator: ast.expr) -> bool:
+    name = decorator.func if isinstance(decorator, ast.Call) else decorator
+    return isinstance(name, ast.Name) and name.id in _DOCUMENTATION
+
+
+# ---- looking at trees ----------------------------------------------------------------------------------------------------------
+
+
+def self_name(definition: ast.FunctionDef) -> str:
+    return definition.args.args[0].arg
+
+
+def parameter_names(definition: ast.FunctionDef) -> set[str]:
+    arguments = definition.args
+    return {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+
+
+def calls_of(tree: ast.AST, name: str) -> list[ast.Call]:
+    """Every ``name(...)``."""
+    return [n for n in ast.walk(tree) if isinstance(n, ast.Call) and isinstance(n.func, ast.Name) and n.func.id == name]
+
+
+def mentions(tree: ast.AST, name: str) -> bool:
+    return any(isinstance(node, ast.Name) and node.id == name for node in ast.walk(tree))
+
+
+def assigned_name(statement: ast.stmt) -> str | None:
+    """x of ``x = ...``."""
+    if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
+        return statement.targets[0].id
+    return None
+
+
+def attribute_of(node: ast.AST, owner: str) -> str | None:
+    """``a`` of ``owner.a``."""
+    if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == owner:
+        return node.attr
+    return None
+
+
+def statements(text: str, at: ast.stmt) -> list[ast.stmt]:
+    """New statements that pass for the line of ``at``."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.stmt, ast.expr, ast.keyword)):
+            ast.copy_location(node, at)
+    return tree.body

@@ -1,0 +1,345 @@
+"""RoPE of one model: its attention layers call packops, its tables come in fp32.
+
+Two things are exchanged, both on the instances. The attention layers' ``forward`` keeps every line but calls packops where it
+called ``apply_rotary_pos_emb``, and where RMS norms of q and k lie directly before that call, one kernel does both. The rotary
+embedding returns half as wide a table, in fp32 from angles in fp64, where Hugging Face rounds it to the model's dtype: 2.7e-3 of
+rotated bf16 heads becomes 1.7e-3, which is what rounding them once costs.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from functools import cache
+from types import FunctionType, MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..functional import apply_qk_norm_rope, apply_rope
+from . import families, rewrite
+from .families import Convention
+from .record import Record
+from .rewrite import CannotRewriteError
+
+ROPE = "apply_rotary_pos_emb"
+_BOUND = "__packops_rope__"
+_SHAPING = ("view", "reshape", "transpose", "contiguous")
+
+
+def patch(model: nn.Module, record: Record) -> None:
+    """Replace RoPE in every attention layer of ``model``, or raise ValueError saying what is in the way."""
+    attention = [(name, module) for name, module in model.named_modules() if _calls_rope(rewrite.class_of(module))]
+    if not attention:
+        raise _refusal(model, f"no layer of it calls {ROPE}(q, k, cos, sin)")
+    files = {type(module).__module__ for _, module in attention}
+    rotary = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding") and type(m).__module__ in files]
+    conventions = {_convention(model, rewrite.class_of(module)) for _, module in attention}
+    if len(conventions) != 1:
+        raise _refusal(model, "its layers rotate in different ways")
+    (convention,) = conventions
+    own_tables = bool(rotary) and all(_same_tables(module, convention) for module in rotary)
+    fused = 0
+    for name, module in attention:
+        norms = _norms(module)
+        try:
+            forward = _attention_forward(rewrite.class_of(module), convention, own_tables, norms)
+        except CannotRewriteError as error:
+            raise _refusal(model, str(error)) from None
+        record.set_forward(name, module, MethodType(forward, module))
+        fused += norms is not None
+    if own_tables:
+        for module in rotary:
+            record.set_forward("rotary_emb", module, MethodType(_table_forward(), module))
+    record.say("rope", _describe(len(attention), fused, convention))
+    record.say("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
+    for module in rotary:
+        if any(b.dtype in (torch.float16, torch.bfloat16) for n, b in module.named_buffers(recurse=False) if "inv_freq" in n):
+            record.note(
+                "the rotary frequencies (inv_freq) were rounded to half precision when the whole model was cast, which turns far "
+                "positions by wrong angles: load with dtype=..., rather than .half() or .bfloat16()"
+            )
+            break
+
+
+def _describe(layers: int, fused: int, convention: Convention) -> str:
+    pairs = "(2i, 2i + 1)" if convention.interleaved else "(i, i + R/2)"
+    op = "packops.apply_rope" if not fused else "packops.apply_qk_norm_rope"
+    partly = f" ({fused} of them)" if 0 < fused < layers else ""
+    return f"{op} in {layers} attention layers{partly}, pairs {pairs}"
+
+
+def _refusal(model: nn.Module, reason: str) -> ValueError:
+    family = getattr(getattr(model, "config", None), "model_type", "unknown")
+    return ValueError(
+        f"packops.hf cannot replace RoPE in {type(model).__name__} (model type {family!r}): {reason}. Tested families: "
+        f"{families.supported()}; others work if their layers look alike. rope=False leaves RoPE alone"
+    )
+
+
+# ---- attention layers ----------------------------------------------------------------------------------------------------------
+
+
+@cache
+def _calls_rope(cls: type) -> bool:
+    function = inspect.unwrap(getattr(cls, "forward", None) or object)
+    return isinstance(function, FunctionType) and ROPE in function.__code__.co_names
+
+
+@cache
+def _definition(cls: type) -> ast.FunctionDef:
+    return rewrite.parse(cls.forward)  # type: ignore[attr-defined]
+
+
+def _convention(model: nn.Module, cls: type) -> Convention:
+    function = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
+    others = sorted(n for n in function.__code__.co_names if n.startswith("apply_") and "rotary" in n and n != ROPE)
+    if others:
+        raise _refusal(model, f"{cls.__name__} also calls {', '.join(others)}")
+    convention = families.convention_of(function.__globals__[ROPE])
+    if convention is None:
+        raise _refusal(model, f"its {ROPE} turns heads in a way of its own")
+    return convention
+
+
+class Norms(NamedTuple):
+    """The RMS norms of q and k, and how they compute."""
+
+    q: str  # attribute of the layer
+    k: str
+    kind: type
+    eps: str  # attribute of a norm
+    zero_centered: bool
+    across_heads: bool
+
+    def can_be_absorbed(self, norm: nn.Module) -> bool:
+        """Whether the weight alone says what the module does now: nothing wraps it, no hook gathers a sharded weight first."""
+        return (
+            type(norm) is self.kind
+            and "forward" not in vars(norm)
+            and not (norm._forward_pre_hooks or norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks)
+        )
+
+    def apply(self, norm: nn.Module, heads: Tensor, unsqueeze_dim: int) -> Tensor:
+        """The module itself on heads that are as RoPE takes them."""
+        if not self.across_heads:
+            return norm(heads)
+        if unsqueeze_dim == 1:
+            heads = heads.transpose(1, 2)
+        out = norm(heads.flatten(2)).view(heads.shape)
+        return out.transpose(1, 2) if unsqueeze_dim == 1 else out
+
+
+@cache
+def make_rope(convention: Convention, own_tables: bool, norms: Norms | None) -> Callable:
+    """What an attention layer calls; one object for equal arguments, so that torch.compile compiles equal layers once."""
+    interleaved = convention.interleaved
+
+    def arguments(cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> dict[str, Any]:
+        if not own_tables:
+            cos, sin = convention.gather(cos), convention.gather(sin)
+        return {
+            "cos": cos,
+            "sin": sin,
+            "layout": "bhsd" if unsqueeze_dim == 1 else "bshd",
+            "rotary_dim": 2 * cos.shape[-1],
+            "interleaved": interleaved,
+            "per_token_table": True,
+        }
+
+    def rope(layer: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
+        return apply_rope(q, k, **arguments(cos, sin, unsqueeze_dim))
+
+    if norms is None:
+        return rope
+
+    def qk_norm_rope(layer: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
+        q_norm, k_norm = getattr(layer, norms.q), getattr(layer, norms.k)
+        eps = getattr(q_norm, norms.eps)
+        if not (norms.can_be_absorbed(q_norm) and norms.can_be_absorbed(k_norm) and eps == getattr(k_norm, norms.eps)):
+            q, k = norms.apply(q_norm, q, unsqueeze_dim), norms.apply(k_norm, k, unsqueeze_dim)
+            return rope(layer, q, k, cos, sin, unsqueeze_dim)
+        return apply_qk_norm_rope(
+            q,
+            k,
+            q_norm.weight,
+            k_norm.weight,
+            eps=eps,
+            zero_centered=norms.zero_centered,
+            **arguments(cos, sin, unsqueeze_dim),
+        )
+
+    return qk_norm_rope
+
+
+@cache
+def _attention_forward(cls: type, convention: Convention, own_tables: bool, norms: Norms | None) -> FunctionType:
+    definition = copy.deepcopy(_definition(cls))
+    this = rewrite.self_name(definition)
+    if norms is not None:
+        _Without(this, (norms.q, norms.k)).visit(definition)
+    for call in rewrite.calls_of(definition, ROPE):
+        call.func = ast.Name(_BOUND, ast.Load())
+        call.args.insert(0, ast.Name(this, ast.Load()))
+    bindings = {_BOUND: make_rope(convention, own_tables, norms)}
+    return rewrite.build(cls.forward, definition, bindings)  # type: ignore[attr-defined]
+
+
+class _Without(ast.NodeTransformer):
+    """``self.norm(x)`` becomes ``x``."""
+
+    def __init__(self, this: str, norms: tuple[str, ...]):
+        self.this, self.norms = this, norms
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        self.generic_visit(node)
+        return node.args[0] if rewrite.attribute_of(node.func, self.this) in self.norms else node
+
+
+# ---- the norms of q and k ------------------------------------------------------------------------------------------------------
+
+
+def _norms(layer: nn.Module) -> Norms | None:
+    """The norms that RoPE can absorb: RMS norms with nothing but changes of shape between them and RoPE, run at every call."""
+    names = _norms_before_rope(rewrite.class_of(layer))
+    if names is None:
+        return None
+    found = [_norm_of(layer, name) for name in names]
+    if found[0] is None or found[0] != found[1]:
+        return None
+    kind, eps, _, zero_centered, across_heads = found[0]
+    return Norms(*names, kind, eps, zero_centered, across_heads)
+
+
+@cache
+def _norms_before_rope(cls: type) -> tuple[str, str] | None:
+    """("q_norm", "k_norm") if the layer's forward, from the norms to RoPE, only changes shapes."""
+    definition = _definition(cls)
+    body = definition.body
+    at = [i for i, statement in enumerate(body) if rewrite.calls_of(statement, ROPE)]
+    if len(at) != 1 or len(rewrite.calls_of(definition, ROPE)) != 1 or not isinstance(body[at[0]], ast.Assign):
+        return None
+    call = rewrite.calls_of(body[at[0]], ROPE)[0]
+    heads = call.args[:2]
+    found = [_norm_on_the_way(definition, body[: at[0]], x.id) for x in heads if isinstance(x, ast.Name)]
+    return (found[0], found[1]) if len(found) == 2 and found[0] and found[1] else None
+
+
+def _norm_on_the_way(definition: ast.FunctionDef, before: list[ast.stmt], name: str) -> str | None:
+    """The one norm that ``name`` goes through, if besides it only shapes change."""
+    this = rewrite.self_name(definition)
+    norms: list[str] = []
+    for statement in before:
+        if not rewrite.mentions(statement, name):
+            continue
+        if rewrite.assigned_name(statement) != name:
+            return None
+        node = statement.value  # type: ignore[attr-defined]
+        passed: list[str] = []  # outermost first
+        while isinstance(node, ast.Call):
+            attribute = rewrite.attribute_of(node.func, this)
+            if attribute is not None and "norm" in attribute and len(node.args) == 1 and not node.keywords:
+                passed.append(attribute)
+                node = node.args[0]
+            elif isinstance(node.func, ast.Attribute) and node.func.attr in _SHAPING:
+                node = node.func.value
+            else:
+                break
+        # Where it starts, on a projection, what was before does not matter; and a projection on top of a norm ends its reach.
+        norms = norms + passed if isinstance(node, ast.Name) and node.id == name else passed
+    everywhere = [n for n in ast.walk(definition) if isinstance(n, ast.Call) and rewrite.attribute_of(n.func, this) in norms]
+    return norms[0] if len(norms) == len(everywhere) == 1 else None
+
+
+def _norm_of(layer: nn.Module, name: str) -> tuple[type, str, float, bool, bool] | None:
+    """(class, attribute of epsilon, epsilon, zero_centered, across_heads) of an RMS norm, found by asking it; else None."""
+    norm, head_dim = getattr(layer, name, None), getattr(layer, "head_dim", None)
+    weight = getattr(norm, "weight", None)
+    if not isinstance(norm, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 1 or not head_dim:
+        return None
+    eps = next((e for e in ("variance_epsilon", "eps") if isinstance(getattr(norm, e, None), float)), None)
+    if eps is None or weight.shape[0] % head_dim or len(list(norm.parameters())) != 1:
+        return None
+    for zero_centered in (False, True):
+        if _is_rms_norm(type(norm), weight.shape[0], eps, getattr(norm, eps), zero_centered, norm):
+            return type(norm), eps, getattr(norm, eps), zero_centered, weight.shape[0] != head_dim
+    return None
+
+
+_ASKED: dict[tuple, bool] = {}
+
+
+def _is_rms_norm(cls: type, width: int, eps: str, value: float, zero_centered: bool, norm: nn.Module) -> bool:
+    key = (cls, width, eps, value, zero_centered)
+    if key not in _ASKED:
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(width, generator=generator, dtype=torch.float32, device="cpu")
+        x = 1e-3 * torch.randn(4, width, generator=generator, dtype=torch.float32, device="cpu")  # small: epsilon must matter
+        twin = copy.copy(norm)  # its own dictionary of parameters, so that nothing is copied to or from a device
+        twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
+        twin._forward_hooks, twin._forward_pre_hooks = {}, {}  # type: ignore[assignment]
+        with torch.no_grad():
+            gain = weight + 1 if zero_centered else weight
+            want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + value) * gain
+            _ASKED[key] = torch.allclose(twin(x), want, rtol=1e-4, atol=1e-5)
+    return _ASKED[key]
+
+
+# ---- tables --------------------------------------------------------------------------------------------------------------------
+
+# All that the forward of a rotary embedding uses whose table is cos and sin of position * inv_freq, times attention_scaling.
+_TABLE_NAMES = {
+    "attention_scaling", "cat", "cos", "device", "device_type", "dtype", "expand", "float", "getattr", "inv_freq",
+    "repeat_interleave", "shape", "sin", "stack", "to", "torch", "transpose", "view",
+}  # fmt: skip
+
+
+@cache
+def _table_forward() -> FunctionType:
+    from transformers.modeling_rope_utils import dynamic_rope_update
+
+    def forward(self, x: Tensor, position_ids: Tensor, layer_type: str | None = None) -> tuple[Tensor, Tensor]:
+        prefix = "" if layer_type is None else f"{layer_type}_"
+        frequencies, scaling = getattr(self, f"{prefix}inv_freq"), getattr(self, f"{prefix}attention_scaling")
+        angles = position_ids[..., None].double() * frequencies.to(device=x.device, dtype=torch.float64)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return (angles.cos() * scaling).to(dtype), (angles.sin() * scaling).to(dtype)
+
+    # The update changes inv_freq for the rope types "dynamic" and "longrope", as the stock forward has it do.
+    return torch.no_grad()(dynamic_rope_update(forward))
+
+
+def _layer_types(rotary: nn.Module) -> Iterator[str | None]:
+    for name, _ in rotary.named_buffers(recurse=False):
+        if name == "inv_freq":
+            yield None
+        elif name.endswith("_inv_freq") and not name.endswith("original_inv_freq"):
+            yield name[: -len("_inv_freq")]
+
+
+def _same_tables(rotary: nn.Module, convention: Convention) -> bool:
+    """Whether :func:`_table_forward` makes the table that ``rotary`` makes: by the names it uses, and by asking one like it."""
+    function = inspect.unwrap(type(rotary).forward)
+    if not isinstance(function, FunctionType) or not set(function.__code__.co_names) <= _TABLE_NAMES:
+        return False
+    try:
+        with torch.device("cpu"):  # the model's own may be on any device, or on none
+            twin = type(rotary)(config=rotary.config)
+    except (AttributeError, TypeError):
+        return False
+    x = torch.zeros(2, 6, 4, dtype=torch.float32, device="cpu")
+    layer_types = list(_layer_types(twin))
+    for layer_type in layer_types:
+        further = () if layer_type is None else (layer_type,)
+        for ids in ([[0, 1, 2, 0, 1, 5]], [[0, 1, 2, 3, 4, 5], [0, 0, 0, 1, 2, 3]]):
+            position_ids = torch.tensor(ids, device="cpu")
+            theirs = twin(x, position_ids, *further)
+            ours = _table_forward()(twin, x, position_ids, *further)
+            for a, b in zip(theirs, ours, strict=True):
+                spread = convention.spread(b)
+                if a.shape != spread.shape or not torch.allclose(a, spread, atol=1e-5):
+                    return False
+    return bool(layer_types)
