@@ -135,7 +135,7 @@ def test_padded_rows(family, side, device):
         where = slice(0, len(document)) if side == "right" else slice(longest - len(document), longest)
         ids[row, where], mask[row, where] = document.to(device), 1
     positions = (mask.cumsum(1) - 1).clamp(min=0)
-    for more in ({"position_ids": positions}, {} if side == "right" else {"position_ids": positions + 3 * (1 - mask)}):
+    for more in ({"position_ids": positions}, {}):  # without, positions run through the padding: the same angles between tokens
 
         def forward(more=more):
             return model(input_ids=ids, attention_mask=mask, **more).logits[mask.bool()]
@@ -160,18 +160,20 @@ def test_rows_of_a_batch_are_packed_each():
     assert (found - torch.cat(expected)).abs().max() < 1e-4
 
 
-def test_generation_is_that_of_eager():
-    for family in ("llama", "gemma2, window and softcap"):
-        model = build(family).eval()
-        ids = torch.randint(3, 61, (3, 9))
-        mask = torch.ones_like(ids)
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2, window and softcap"])
+def test_generation_is_that_of_eager(family, padded):
+    model = build(family).eval()
+    ids = torch.randint(3, 61, (3, 9))
+    mask = torch.ones_like(ids)
+    if padded:
         mask[0, :4] = mask[2, :1] = 0
-        found = []
-        for name in ("eager", attention.NAME):
-            model.set_attn_implementation(name)
-            options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-            found.append(model.generate(ids, attention_mask=mask, **options))
-        assert torch.equal(*found)
+    found = []
+    for name in ("eager", attention.NAME):
+        model.set_attn_implementation(name)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        found.append(model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(*found)
 
 
 def test_gradient_checkpointing():
@@ -256,7 +258,7 @@ def test_groups_hold_every_token_once_and_waste_little():
 
 
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("causal", True)], ids=str)
-@pytest.mark.parametrize("lengths", [PATTERNS["long"], PATTERNS["short"], [128, 128, 256], [127, 1, 129]], ids=str)
+@pytest.mark.parametrize("lengths", [PATTERNS["long"], [127, 1, 129]], ids=str)
 def test_flex(lengths, options):
     inputs, documents = problem(lengths, torch.float32)
     inputs = [x.detach() for x in inputs]  # on the CPU, FlexAttention has no backward

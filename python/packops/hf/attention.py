@@ -99,7 +99,8 @@ def packed_mask(
     kv_length: int,
     q_offset: int = 0,
     kv_offset: int = 0,
-    mask_function: Callable[..., Any] | None = None,
+    *,
+    mask_function: Callable[..., Any],
     attention_mask: Tensor | None = None,
     **options: Any,
 ) -> Pattern | Tensor | None:
@@ -116,7 +117,16 @@ def packed_mask(
         options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
         return cast(
             "Tensor | None",
-            sdpa_mask(batch_size, q_length, kv_length, q_offset, kv_offset, mask_function, attention_mask, **options),
+            sdpa_mask(
+                batch_size,
+                q_length,
+                kv_length,
+                q_offset,
+                kv_offset,
+                mask_function=mask_function,
+                attention_mask=attention_mask,
+                **options,
+            ),
         )
     causal, window = True, None
     for part in _mask_parts(mask_function):
@@ -137,10 +147,8 @@ def packed_mask(
     return Pattern(causal, window, attention_mask)
 
 
-def _mask_parts(mask_function: Callable[..., Any] | None) -> Iterator[Callable[..., Any]]:
+def _mask_parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     """The functions that a mask function of transformers is put together from."""
-    if mask_function is None:
-        return
     yield mask_function
     for cell in mask_function.__closure__ or ():
         content = cell.cell_contents
@@ -398,10 +406,10 @@ def packed_attention(
         softcap=softcap,
         window=window,
     )
-    attend = {"varlen": _attend_varlen, "flex": _attend_flex, "sdpa": _attend_sdpa}[path]
+    attend: Callable[..., Tensor] = {"varlen": _attend_varlen, "flex": _attend_flex, "sdpa": _attend_sdpa}[path]
     # (B, heads, S, head_dim) as transformers has it is a view of (T, heads, head_dim)
-    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
-    output = attend(*flat, documents, causal=causal, window=window, softcap=softcap, scaling=scaling, dropout=dropout)
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    output = attend(q, k, v, documents, causal=causal, window=window, softcap=softcap, scaling=scaling, dropout=dropout)
     return output.view(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -500,8 +508,8 @@ def _attend_flex(
     softcap: float | None,
     dropout: float,
 ) -> Tensor:
-    def capped(score, batch, head, query, key):
-        return softcap * torch.tanh(score / softcap)
+    def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)  # type: ignore[operator]
 
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
     output = _flex_attention(q.is_cuda)(
@@ -520,7 +528,7 @@ def _attend_flex(
 def _flex_attention(compiled: bool) -> Callable[..., Any]:
     from torch.nn.attention.flex_attention import flex_attention
 
-    return torch.compile(flex_attention) if compiled else flex_attention
+    return cast(Callable[..., Any], torch.compile(flex_attention) if compiled else flex_attention)
 
 
 def _attend_sdpa(
