@@ -11,9 +11,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from ranks import run_ranks
 
 import packops
+from ranks import run_ranks
 
 transformers = pytest.importorskip("transformers", reason="needs packops[hf]")
 pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate: pip install 'packops[hf]'")
@@ -148,9 +148,8 @@ def test_applied(tmp_path, per_device, accumulate, reduction):
 
 
 def train_on_rank(rank, folder, expected):
-    os.environ |= {
-        "OMP_NUM_THREADS": "1", "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"
-    }  # fmt: skip
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 0, "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in ours.items()}
     trained = model(attention.NAME)
     trainer(folder, 1, 4, trained=trained, masked=True, compute_loss_func=hf.compute_loss_func).train()
     assert torch.distributed.get_world_size() == 2
