@@ -1,11 +1,11 @@
 """A packed training loop with Accelerate: gradient accumulation and several processes, and still one mean over the whole step.
 
     pip install 'packops[hf]'
-    python examples/accelerate_loop.py                                                     # one process
-    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py                  # two: the same losses
+    python examples/accelerate_loop.py                                            # one process
+    accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py         # two share every step
 
-Runs on a CPU in well under a minute, on real text: networkx's docstrings. ``num_items`` is the number of documents in
-a step over all micro-batches and processes; dividing each loss by it is all that makes them add up.
+Runs on a CPU in well under a minute, on real text: networkx's docstrings. ``num_items`` is the number of documents in a step over
+all micro-batches and processes; dividing each loss by it is all that makes them add up.
 """
 
 import argparse

@@ -423,6 +423,41 @@ def test_boundaries_are_found_once_a_forward_and_forgotten(monkeypatch):
         assert len(attention._found) == before
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral, window"])
+def test_compiles_in_one_graph(family, monkeypatch):
+    """With boundaries and the longest length given nothing is read on the host, so that the varlen path has no graph break."""
+    monkeypatch.setattr(attention, "choose_path", lambda *given, **options: "varlen")
+    monkeypatch.setattr(attention, "_attend_varlen", in_one_graph)
+    model = build(family)
+    model.set_attn_implementation(attention.NAME)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for lengths in (LENGTHS, (2, 30)):
+        inputs = packed(documents_of(lengths))
+        assert (compiled(**inputs).logits - model(**inputs).logits).abs().max() < 1e-5
+    with pytest.raises(Exception, match="takes no attention_mask"):
+        compiled(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+
+
+def in_one_graph(q, k, v, documents, *, causal, window, scaling, softcap, dropout):
+    """Attention that dynamo can trace: with a mask made of the boundaries."""
+    token = torch.arange(q.shape[0])
+    document = (token[:, None] >= documents.cu_seqlens[1:]).sum(1)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    if window is not None:
+        seen = seen & (token[:, None] - token < window)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)[0].transpose(0, 1)
+
+
+def test_a_window_that_only_the_mask_knows_is_not_compiled_away(monkeypatch):
+    monkeypatch.setattr(attention, "choose_path", lambda *given, **options: "varlen")
+    monkeypatch.setattr(attention, "_attend_varlen", in_one_graph)
+    model = build("qwen2_moe, window")
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(NotImplementedError, match="cannot see without a mask which layers have the sliding_window"):
+        torch.compile(model, backend="eager")(**packed(documents_of()))
+
+
 def test_import_changes_nothing():
     code = "import sys, packops.hf.attention; assert 'transformers' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(Path(packops.__file__).parents[1])}

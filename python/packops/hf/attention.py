@@ -45,6 +45,8 @@ GROUP_SHARE = 0.75
 SCORE_ROWS = 512
 FLEX_BLOCK = 128
 
+UNSAID = -1  # the layer did not pass its window at all
+
 # transformers builds masks from these functions; one that is not here would change who sees whom.
 KNOWN_MASKS = frozenset(
     {
@@ -106,7 +108,8 @@ def packed_mask(
 ) -> Pattern | Tensor | None:
     """The mask function of the backend: transformers calls it once in a forward, for each kind of layer.
 
-    With tokens in a cache (generation) there is nothing packed, and it is the mask of transformers' sdpa.
+    With tokens in a cache (generation) there is nothing packed, and it is the mask of transformers' sdpa. Under ``torch.compile``
+    it is None, and what the layer says of its window holds.
 
     Raises:
         NotImplementedError: the model wants another pattern than causal, windowed or bidirectional attention.
@@ -128,6 +131,10 @@ def packed_mask(
                 **options,
             ),
         )
+    if torch.compiler.is_compiling():  # the functions cannot be looked into: packed_attention asks the layer
+        if attention_mask is not None:
+            raise ValueError(f"{NAME} under torch.compile takes no attention_mask: leave it out, documents tell all")
+        return None
     causal, window = True, None
     for part in _mask_parts(mask_function):
         name = part.__qualname__
@@ -346,7 +353,7 @@ def packed_attention(
     attention_mask: Pattern | Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
     is_causal: bool | None = None,
     position_ids: Tensor | None = None,
@@ -388,7 +395,15 @@ def packed_attention(
         return _masked(module, query, key, value, attention_mask, scaling, dropout, softcap, is_causal, unused), None
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    pattern = attention_mask or Pattern(causal=is_causal, window=sliding_window)
+    if attention_mask is None:
+        config = getattr(module, "config", None)
+        for name in ("sliding_window", "attention_chunk_size"):
+            if sliding_window == UNSAID and getattr(config, name, None) is not None:
+                raise NotImplementedError(
+                    f"{NAME} cannot see without a mask which layers have the {name}; do not compile this model"
+                )
+        attention_mask = Pattern(is_causal, None if sliding_window == UNSAID else sliding_window)
+    pattern = attention_mask
     documents = _documents(query, position_ids, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), pattern.padding)
     causal = pattern.causal and is_causal
     window = pattern.window if pattern.window is not None and pattern.window < documents.max_seqlen else None
