@@ -56,8 +56,8 @@ def test_padded_micro_batches_hold_every_document_and_fit(bench):
 @pytest.mark.parametrize("model", ["llama", "qwen3", "gemma2"])
 def test_it_runs(bench, tmp_path, model, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
-    if model != "llama":  # what has no backward on the CPU costs most of the time
-        monkeypatch.setattr(bench, "ROWS", [row for row in bench.ROWS if "flex" not in row.name])
+    # FlexAttention has no backward on the CPU, and to find that out takes longer than all the rest
+    monkeypatch.setattr(bench, "ROWS", [row for row in bench.ROWS if "flex" not in row.name])
     data = run(bench, tmp_path / "result", "--models", model)
     (case,) = data["cases"]
     results = {result["row"]: result for result in case["results"]}
@@ -71,8 +71,8 @@ def test_it_runs(bench, tmp_path, model, capsys, monkeypatch):
         assert results[name]["gradient"] == pytest.approx(results["padded"]["gradient"], rel=1e-3)
         assert results[name]["seconds"] >= results[name]["seconds_by_part"]["backward"] > 0
     assert (tmp_path / "result.png").stat().st_size > 10_000
-    if model == "llama":
-        assert "FlexAttention does not support backward on CPU" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert all(f"\n{row.name} " in printed for row in bench.ROWS)
 
 
 def test_a_row_that_trains_something_else_is_marked(bench, tmp_path, monkeypatch, capsys):

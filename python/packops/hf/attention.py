@@ -404,6 +404,10 @@ def packed_attention(
                 )
         attention_mask = Pattern(is_causal, None if sliding_window == UNSAID else sliding_window)
     pattern = attention_mask
+    # A rotation with fp32 tables, or a norm kept in fp32, leaves queries and keys in fp32 where the model computes in 16 bits.
+    device_type = query.device.type
+    dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
+    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     documents = _documents(query, position_ids, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), pattern.padding)
     causal = pattern.causal and is_causal
     window = pattern.window if pattern.window is not None and pattern.window < documents.max_seqlen else None
