@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import ast
 import gc
 import itertools
@@ -440,12 +441,11 @@ def test_boundaries_are_found_once_a_forward_and_forgotten(monkeypatch):
         assert len(attention._found) == before
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral, window"])
-def test_compiles_in_one_graph(family, monkeypatch):
+def test_compiles_in_one_graph(monkeypatch):
     """With boundaries and the longest length given nothing is read on the host, so that the varlen path has no graph break."""
     monkeypatch.setattr(attention, "choose_path", lambda *given, **options: "varlen")
     monkeypatch.setattr(attention, "_attend_varlen", in_one_graph)
-    model = build(family)
+    model = build("mistral, window")
     model.set_attn_implementation(attention.NAME)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     for lengths in (LENGTHS, (2, 30)):
@@ -466,13 +466,16 @@ def in_one_graph(q, k, v, documents, *, causal, window, scaling, softcap, dropou
     return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)[0].transpose(0, 1)
 
 
-def test_a_window_that_only_the_mask_knows_is_not_compiled_away(monkeypatch):
-    monkeypatch.setattr(attention, "choose_path", lambda *given, **options: "varlen")
-    monkeypatch.setattr(attention, "_attend_varlen", in_one_graph)
-    model = build("qwen2_moe, window")
-    model.set_attn_implementation(attention.NAME)
-    with pytest.raises(NotImplementedError, match="cannot see without a mask which layers have the sliding_window"):
-        torch.compile(model, backend="eager")(**packed(documents_of()))
+@pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size"])
+def test_a_window_that_only_the_mask_knows_is_not_compiled_away(name):
+    """Compiled, there is no mask to ask; a layer that does not pass its window has none only if the model has none."""
+    layer, q = torch.nn.Module(), torch.randn(1, 2, 6, 8)
+    layer.config = argparse.Namespace(**{name: 4})
+    with pytest.raises(NotImplementedError, match=f"which layers have the {name}"):
+        attention.packed_attention(layer, q, q, q, None, cu_seq_lens_q=BOUNDS)
+    attention.packed_attention(layer, q, q, q, None, cu_seq_lens_q=BOUNDS, sliding_window=None)
+    layer.config = argparse.Namespace(**{name: None})
+    attention.packed_attention(layer, q, q, q, None, cu_seq_lens_q=BOUNDS)
 
 
 def test_import_changes_nothing():
