@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,23 +14,41 @@ import pytest
 import packops
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
-ARGUMENTS = {"jit_your_kernel.py": ["--rows", "3", "--vocab", "5000"]}
+FEW = ["--steps", "3", "--documents", "60"]
+ARGUMENTS = {
+    "jit_your_kernel.py": ["--rows", "3", "--vocab", "5000"],
+    "hf_trainer.py": FEW,
+    "trl_sft.py": FEW,
+    "accelerate_loop.py": FEW,
+}
+# what an example needs beyond packops
+NEEDS = {
+    "jit_your_kernel.py": ["platformdirs"],
+    "hf_trainer.py": ["transformers", "accelerate", "tokenizers", "tqdm"],
+    "trl_sft.py": ["transformers", "accelerate", "tokenizers", "tqdm", "trl", "datasets"],
+    "accelerate_loop.py": ["transformers", "accelerate", "tokenizers", "tqdm"],
+}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(path.name for path in EXAMPLES.glob("*.py")))
 def test_example(name, tmp_path):
-    if name.startswith("jit_"):
-        pytest.importorskip("platformdirs", reason="needs packops[jit]")
+    for package in NEEDS.get(name, []):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed, so nothing is shown about examples/{name}")
     environment = {
         **os.environ,
         "PYTHONPATH": str(Path(packops.__file__).parents[1]),
         "PACKOPS_CACHE_DIR": str(tmp_path / "cache"),
         "PACKOPS_CUDA": "0",
+        "HF_HUB_OFFLINE": "1",
     }
     command = [sys.executable, str(EXAMPLES / name), *ARGUMENTS.get(name, [])]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
+    if name in ("hf_trainer.py", "trl_sft.py"):
+        first, last = re.search(r"^loss ([\d.]+) -> ([\d.]+)$", result.stdout, re.MULTILINE).groups()
+        assert float(last) < float(first)
     if name == "jit_your_kernel.py":
         rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith(("1024", "256"))]
         assert len(rows) == 2

@@ -1,0 +1,467 @@
+"""Training steps of whole models: padded, packed with what transformers and torch bring, packed with packops.
+
+    packops bench end-to-end                                   # three models, two corpora, every row: many minutes
+    packops bench end-to-end --models llama --corpora short --rounds 5 --out bench/results/end_to_end_h200
+    packops bench end-to-end --tiny                            # on the CPU in seconds; its times say nothing
+
+Models have the shapes of Llama-3.2-1B, Qwen3-0.6B and Gemma-2-2B, with random weights in bf16. Documents have the lengths of a
+corpus (``document_lengths.json``; ``short`` and ``long``) and random tokens. All rows train on the same documents and on one set
+of weights, row by row in turn, round by round; a step is forward, backward and a fused AdamW step. The padded row takes up to 8
+documents a micro-batch, as many as fit the tokens of a pack. Useful tokens are those of documents, not padding.
+
+A row whose loss or gradient is not that of the others is measured and marked; one that is not installed, or does not fit into
+memory, is left out and named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import importlib
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import packops
+
+LENGTHS = Path(__file__).with_name("document_lengths.json")
+PADDED_ROWS = 8  # documents in a padded micro-batch, at most
+PARTS = ("forward", "backward", "optimizer")
+# Of the first row's: bf16 gradients of different kernels differ by far less, those of contaminated documents by more.
+TOLERANCE = {"loss": 1e-2, "gradient": 5e-2}
+
+
+# ---- models and documents --------------------------------------------------------------------------------------------------
+
+
+def configuration(name: str, tiny: bool) -> Any:
+    """transformers' configuration of the shape that ``name`` is known by."""
+    import transformers
+
+    shapes: dict[str, tuple[type, dict[str, Any]]] = {
+        "llama": (
+            transformers.LlamaConfig,
+            {
+                "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+                "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64, "rms_norm_eps": 1e-5,
+                "rope_parameters": {
+                    "rope_type": "llama3", "rope_theta": 500000.0, "factor": 32.0, "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0, "original_max_position_embeddings": 8192,
+                },
+            },
+        ),
+        "qwen3": (
+            transformers.Qwen3Config,
+            {
+                "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28,
+                "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "rms_norm_eps": 1e-6,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+            },
+        ),
+        "gemma2": (
+            transformers.Gemma2Config,
+            {
+                "vocab_size": 256000, "hidden_size": 2304, "intermediate_size": 9216, "num_hidden_layers": 26,
+                "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096,
+                "query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+            },
+        ),
+    }  # fmt: skip
+    kind, shape = shapes[name]
+    shape |= {"max_position_embeddings": 131072, "tie_word_embeddings": True, "use_cache": False}
+    shape |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+    if tiny:
+        shape |= {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "head_dim": 16}
+        shape |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+        if name == "gemma2":
+            shape |= {"sliding_window": 32, "query_pre_attn_scalar": 16}
+    return kind(**shape)
+
+
+MODELS = {"llama": "Llama-3.2-1B", "qwen3": "Qwen3-0.6B", "gemma2": "Gemma-2-2B"}
+
+
+def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
+    """Documents of the corpus's lengths, random tokens, as many as fit into ``tokens``; longer ones are cut to it."""
+    rng = np.random.default_rng(seed)
+    documents: list[Tensor] = []
+    left = tokens
+    while True:
+        length = min(int(corpus["quantiles"][rng.integers(len(corpus["quantiles"]))]), tokens)
+        if length > left:
+            return documents
+        documents.append(torch.from_numpy(rng.integers(3, vocabulary, max(2, length))))
+        left -= max(2, length)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train: how a model is changed for it, and how documents are put together."""
+
+    name: str
+    attention: str
+    padded: bool = False
+    change: Callable[[nn.Module], None] | None = None
+    not_for: tuple[str, ...] = ()
+
+
+def with_liger(model: nn.Module) -> None:
+    transformers = importlib.import_module("liger_kernel.transformers")
+    transformers._apply_liger_kernel_to_instance(model=model)
+
+
+def with_packops(model: nn.Module) -> None:
+    from packops import hf
+
+    hf.apply(model, attention="packops_varlen")
+
+
+def with_packed_attention(model: nn.Module) -> None:
+    from packops.hf import attention
+
+    model.set_attn_implementation(attention.register())  # type: ignore[operator]
+
+
+# transformers has no sdpa for a softcap: Gemma 2 is padded in eager attention, whose scores do not fit into memory when packed
+ROWS = [
+    Row("padded", "default", padded=True),
+    Row("packed, sdpa", "sdpa", not_for=("gemma2",)),
+    Row("packed, flex", "flex_attention"),
+    Row("packed, flex, Liger", "flex_attention", change=with_liger),
+    Row("packed, packops attention", "default", change=with_packed_attention),
+    Row("packed, packops", "default", change=with_packops),
+]
+
+
+def micro_batches(documents: list[Tensor], row: Row, tokens: int, device: torch.device) -> list[dict[str, Any]]:
+    """Keyword arguments of the model for each micro-batch of a step."""
+    if not row.padded:
+        batch = packops.PackingCollator(pad_to_length=tokens)([d.numpy() for d in documents]).to(device)
+        return [{**batch.to_hf(), "num_items_in_batch": torch.tensor(batch.num_items, device=device)}]
+    groups: list[list[Tensor]] = [[]]
+    for document in documents:
+        group = [*groups[-1], document]
+        if len(group) > PADDED_ROWS or len(group) * max(map(len, group)) > tokens:
+            groups.append([])
+        groups[-1].append(document)
+    count = torch.tensor(sum(len(d) - 1 for d in documents), device=device)
+    batches = []
+    for group in groups:
+        ids = nn.utils.rnn.pad_sequence(group, batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in group], batch_first=True)
+        inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+        batches.append({**{k: v.to(device) for k, v in inputs.items()}, "use_cache": False, "num_items_in_batch": count})
+    return batches
+
+
+class Prepared:
+    """A row's model on the shared weights, its batches, and what of transformers' modules it replaced for all of them."""
+
+    def __init__(self, row: Row, model_name: str, base: nn.Module, documents: list[Tensor], tokens: int):
+        from transformers import AutoModelForCausalLM
+
+        device = next(base.parameters()).device
+        stock = "eager" if model_name == "gemma2" else "sdpa"
+        name = stock if row.attention == "default" else row.attention
+        with torch.device(device):
+            self.model = AutoModelForCausalLM.from_config(base.config, attn_implementation=name, dtype=base.dtype)  # type: ignore[arg-type]
+        self.model.train()
+        self.shared = list(base.parameters())
+        for own, shared in zip(self.model.parameters(), self.shared, strict=True):
+            own.data = shared.data
+        self.module = sys.modules[type(self.model).__module__]
+        before = dict(vars(self.module))
+        if row.change is not None:
+            row.change(self.model)
+        self.patched = {k: v for k, v in vars(self.module).items() if before.get(k) is not v}
+        self._swap(before)
+        self.batches = micro_batches(documents, row, tokens, device)
+
+    def _swap(self, values: dict[str, Any]) -> dict[str, Any]:
+        old = {name: vars(self.module).get(name) for name in values}
+        vars(self.module).update(values)
+        return old
+
+    def step(self, optimizer: torch.optim.Optimizer, clock: Clock) -> tuple[Tensor, Tensor]:
+        """One training step; returns its loss and the norm of its gradient."""
+        before = self._swap(self.patched)
+        try:
+            total = torch.zeros((), device=self.shared[0].device)
+            clock.start()
+            for batch in self.batches:
+                loss = self.model(**batch).loss
+                clock.lap("forward")
+                loss.backward()
+                clock.lap("backward")
+                total += loss.detach()
+            for own, shared in zip(self.model.parameters(), self.shared, strict=True):
+                shared.grad, own.grad = own.grad, None
+            optimizer.step()
+            clock.lap("optimizer")
+            norm = torch.stack([shared.grad.float().norm() for shared in self.shared]).norm()
+            optimizer.zero_grad()
+            return total, norm
+        finally:
+            self._swap(before)
+
+
+# ---- measuring -------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Seconds of each part of a step: by events of the stream on CUDA, where nothing waits, else by the host's clock."""
+
+    def __init__(self, device: torch.device):
+        self.cuda = device.type == "cuda"
+        self.marks: list[tuple[str, Any]] = []
+
+    def _mark(self, part: str) -> None:
+        if self.cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self.marks.append((part, event))
+        else:
+            self.marks.append((part, time.perf_counter()))
+
+    def start(self) -> None:
+        self.marks = []
+        self._mark("")
+
+    def lap(self, part: str) -> None:
+        self._mark(part)
+
+    def seconds(self) -> dict[str, float]:
+        if self.cuda:
+            torch.cuda.synchronize()
+        found = dict.fromkeys(PARTS, 0.0)
+        for (_, a), (part, b) in zip(self.marks, self.marks[1:], strict=False):
+            found[part] += a.elapsed_time(b) / 1e3 if self.cuda else b - a
+        return found
+
+
+def measure(
+    model_name: str, corpus: dict[str, Any], rows: list[Row], args: argparse.Namespace, deadline: float
+) -> list[dict[str, Any]]:
+    """The rows of one model and corpus, interleaved: a result for each, or the reason why there is none."""
+    from transformers import AutoModelForCausalLM
+
+    device = torch.device(args.device)
+    config = configuration(model_name, args.tiny)
+    torch.manual_seed(0)
+    with torch.device(device):
+        base = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if args.tiny else torch.bfloat16)
+    # so small a rate that all rows see about the same weights throughout
+    optimizer = torch.optim.AdamW(base.parameters(), lr=1e-8, fused=True)
+    documents = draw_documents(corpus, args.tokens, config.vocab_size)
+    useful = sum(map(len, documents))
+    results: list[dict[str, Any]] = []
+    running: list[tuple[Row, Prepared, dict[str, Any]]] = []
+    clock = Clock(device)
+
+    def attempt(prepared: Prepared | None, row: Row, result: dict[str, Any]) -> Prepared | None:
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            prepared = prepared or Prepared(row, model_name, base, documents, args.tokens)
+            loss, norm = prepared.step(optimizer, clock)
+        except torch.cuda.OutOfMemoryError:
+            result["left_out"] = "out of memory"
+        except Exception as error:
+            result["left_out"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
+        else:
+            parts = clock.seconds()
+            if device.type == "cuda":
+                result["peak_gib"] = max(result.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2**30)
+            result["loss"], result["gradient"] = loss.item(), norm.item()
+            result["parts"].append(parts)
+            return prepared
+        return None
+
+    for row in rows:
+        result: dict[str, Any] = {"row": row.name, "useful_tokens": useful, "documents": len(documents), "parts": []}
+        results.append(result)
+        if model_name in row.not_for:
+            result["left_out"] = "transformers has no sdpa with a softcap"
+            continue
+        if time.perf_counter() > deadline:
+            result["left_out"] = "no time left"
+            continue
+        prepared = attempt(None, row, result)  # compiles, allocates
+        if prepared is not None:
+            running.append((row, prepared, result))
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+    for _, _, result in running:
+        result["parts"] = []
+    for number in range(args.rounds + 1):
+        if number > 1 and time.perf_counter() > deadline:
+            break
+        for entry in list(running):
+            row, prepared, result = entry
+            if attempt(prepared, row, result) is None:
+                running.remove(entry)
+    for result in results:
+        summarise(result)
+    for result in results:
+        if "loss" in result:
+            first = next(other for other in results if "loss" in other)
+            result["wrong"] = [k for k, most in TOLERANCE.items() if abs(result[k] - first[k]) > most * abs(first[k])]
+    return results
+
+
+def summarise(result: dict[str, Any]) -> None:
+    parts = result.pop("parts")[1:]  # the first round warms up
+    if "left_out" in result or not parts:
+        result.setdefault("left_out", "no time left")
+        return
+    totals = [sum(part.values()) for part in parts]
+    result["rounds"] = len(totals)
+    result["seconds"] = statistics.median(totals)
+    result["seconds_spread"] = [min(totals), max(totals)]
+    result["seconds_by_part"] = {name: statistics.median(part[name] for part in parts) for name in PARTS}
+    result["tokens_per_second"] = result["useful_tokens"] / result["seconds"]
+
+
+def format_result(result: dict[str, Any], best: float) -> str:
+    if "left_out" in result:
+        return f"{result['row']:<28} -- {result['left_out']}"
+    parts = " ".join(f"{1e3 * result['seconds_by_part'][name]:>9.1f}" for name in PARTS)
+    peak = f"{result['peak_gib']:>7.1f}" if "peak_gib" in result else f"{'':>7}"
+    wrong = f"  WRONG {', '.join(result['wrong'])}" if result["wrong"] else ""
+    return (
+        f"{result['row']:<28}{result['tokens_per_second']:>10,.0f}{result['tokens_per_second'] / best:>7.2f}"
+        f"{1e3 * result['seconds']:>10.1f} {parts}{peak}  {result['loss']:.4f}{wrong}"
+    )
+
+
+def table(data: dict[str, Any]) -> str:
+    lines = []
+    for case in data["cases"]:
+        peers = [r["tokens_per_second"] for r in case["results"] if "left_out" not in r and "packops" not in r["row"]]
+        best = max(peers, default=float("nan"))
+        first = case["results"][0]
+        lines.append(
+            f"\n{case['model']}, {case['corpus']} documents: {first['documents']} of mean "
+            f"{first['useful_tokens'] / max(1, first['documents']):.0f} tokens in {data['tokens']}"
+        )
+        lines.append(
+            f"{'':<28}{'tokens/s':>10}{'/best':>7}{'step ms':>10} {'forward':>9} {'backward':>9} {'optim.':>9}{'GiB':>7}  loss"
+        )
+        lines += [format_result(result, best) for result in case["results"]]
+    return "\n".join(lines)
+
+
+def draw(data: dict[str, Any], path: Path) -> None:
+    """Useful tokens a second of every row, a panel for each model and corpus."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    cases = [case for case in data["cases"] if any("left_out" not in r for r in case["results"])]
+    if not cases:
+        return
+    columns = min(2, len(cases))
+    lines = -(-len(cases) // columns)
+    figure, axes = pyplot.subplots(lines, columns, figsize=(7.2 * columns, 2.7 * lines), constrained_layout=True, squeeze=False)
+    for axis in axes.flat[len(cases) :]:
+        axis.axis("off")
+    for axis, case in zip(axes.flat, cases, strict=False):
+        rows = [r for r in case["results"] if "left_out" not in r][::-1]
+        speeds = [r["tokens_per_second"] for r in rows]
+        axis.barh([r["row"] for r in rows], speeds, color=["#0b7a75" if "packops" in r["row"] else "#b0b7bf" for r in rows])
+        for place, row in enumerate(rows):
+            label = f" {row['tokens_per_second'] / 1e3:,.1f} k/s" + (f", {row['peak_gib']:.0f} GiB" if "peak_gib" in row else "")
+            axis.text(speeds[place], place, label + (" (wrong)" if row["wrong"] else ""), va="center", fontsize=8)
+        axis.set(xlim=(0, 1.35 * max(speeds)), xlabel="useful tokens a second")
+        axis.set_title(f"{case['model']} shape, {case['corpus']} documents", fontsize=10)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    figure.suptitle(f"training steps on {data['device']}, {data['tokens']:,} tokens a step, {data['dtype']}", fontsize=10)
+    figure.savefig(path, dpi=130)
+    pyplot.close(figure)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="which shapes")
+    parser.add_argument("--corpora", nargs="+", choices=["short", "long"], default=["short", "long"], help="lengths of documents")
+    parser.add_argument(
+        "--rows", nargs="+", metavar="WORD", help="only rows whose name has one of these, as in: padded flex packops"
+    )
+    parser.add_argument("--tokens", type=int, help="tokens of a step (default 16384; 512 with --tiny)")
+    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each row (default 5)")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so many")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--tiny", action="store_true", help="small fp32 models: to see that it runs")
+    parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.png")
+    return parser
+
+
+def main(args: argparse.Namespace) -> int:
+    import transformers
+
+    deadline = time.perf_counter() + args.seconds
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    args.tokens = args.tokens or (512 if args.tiny else 16384)
+    is_cuda = torch.device(args.device).type == "cuda"
+    rows = [row for row in ROWS if not args.rows or any(word in row.name for word in args.rows)]
+    if not rows:
+        print(f"no row's name has {' or '.join(args.rows)}; there are: {'; '.join(row.name for row in ROWS)}", file=sys.stderr)
+        return 2
+    data: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if is_cuda else platform.machine(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "packops": packops.__version__,
+        "tokens": args.tokens,
+        "dtype": "fp32" if args.tiny else "bf16",
+        "tiny": args.tiny,
+        "cases": [],
+    }
+    corpora = json.loads(LENGTHS.read_text())
+    for model in args.models:
+        for name in args.corpora:
+            corpus = corpora[name]
+            if args.tiny:
+                corpus = {**corpus, "quantiles": [max(2, n // 16) for n in corpus["quantiles"]]}
+            results = measure(model, corpus, rows, args, deadline)
+            label = f"tiny {MODELS[model]}" if args.tiny else MODELS[model]
+            data["cases"].append({"model": label, "corpus": name, "results": results})
+            print(f"{label}, {name}: measured", file=sys.stderr, flush=True)
+            gc.collect()
+            if is_cuda:
+                torch.cuda.empty_cache()
+            if args.out:
+                args.out.parent.mkdir(parents=True, exist_ok=True)
+                args.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+    if args.out:
+        try:
+            draw(data, args.out.with_suffix(".png"))
+        except ModuleNotFoundError as error:
+            print(f"no picture: {error}", file=sys.stderr)
+    print(table(data))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(
+        main(
+            add_arguments(
+                argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+            ).parse_args()
+        )
+    )

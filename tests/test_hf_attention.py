@@ -1,0 +1,557 @@
+"""Packed attention of Hugging Face models: a document's tokens see that document alone, however the model is called."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import gc
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import packops
+
+transformers = pytest.importorskip("transformers", reason="needs packops[hf]")
+
+from packops.hf import attention  # noqa: E402
+
+LENGTHS = (7, 1, 19, 12, 3)
+SMALL = {
+    "vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+FAMILIES = {
+    "llama": lambda: transformers.LlamaConfig(**SMALL),
+    "mistral, window": lambda: transformers.MistralConfig(**SMALL, sliding_window=5),
+    "gemma2, window and softcap": lambda: transformers.Gemma2Config(
+        **SMALL, head_dim=16, sliding_window=5, attn_logit_softcapping=1.5, query_pre_attn_scalar=20
+    ),
+    "gemma3, window": lambda: transformers.Gemma3TextConfig(
+        **SMALL, head_dim=16, sliding_window=5, layer_types=["sliding_attention", "full_attention"]
+    ),
+    # its layers do not tell the attention function of their window, only the mask
+    "qwen2_moe, window": lambda: transformers.Qwen2MoeConfig(
+        **SMALL, sliding_window=5, use_sliding_window=True, max_window_layers=1, num_experts=2, num_experts_per_tok=2,
+        moe_intermediate_size=16, shared_expert_intermediate_size=16,
+    ),
+    "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def _registered():
+    """One thread: what is small here is slower on several, by far where the machine has other work."""
+    assert attention.register() == "packops_varlen"
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def build(family: str, device="cpu", **options):
+    config = FAMILIES[family]()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    for parameter in model.parameters():  # scores far from uniform, so that who is seen matters
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return model.to(device).train()
+
+
+def documents_of(lengths=LENGTHS):
+    return [torch.randint(3, 61, (length,)) for length in lengths]
+
+
+def packed(documents, device="cpu"):
+    inputs = packops.PackingCollator(names="hf")(documents)
+    inputs.pop("labels")
+    return {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
+
+
+def logits_and_gradients(model, forward, direction):
+    model.zero_grad()
+    logits = forward()
+    (logits * direction).sum().backward()
+    return [logits.detach(), *(parameter.grad.clone() for parameter in model.parameters())]
+
+
+def alone(model, documents, direction):
+    def forward():
+        return torch.cat([model(input_ids=d[None].to(direction.device), use_cache=False).logits[0] for d in documents])
+
+    return logits_and_gradients(model, forward, direction)
+
+
+def assert_same(found, expected, tolerance=2e-5):
+    for a, b in zip(found, expected, strict=True):
+        assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1.0)
+
+
+CALLS = {
+    "as collated": lambda x: x,
+    "use_cache": lambda x: {**x, "use_cache": True},
+    "mask of ones": lambda x: {**x, "attention_mask": torch.ones_like(x["input_ids"])},
+    "positions alone, cache, mask of ones": lambda x: {
+        "input_ids": x["input_ids"], "position_ids": x["position_ids"], "attention_mask": torch.ones_like(x["input_ids"])
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_documents_never_see_each_other(family, device):
+    model, documents = build(family, device), documents_of()
+    direction = torch.randn(sum(LENGTHS), SMALL["vocab_size"], device=device)
+    expected = alone(model, documents, direction)
+    model.set_attn_implementation(attention.NAME)
+    inputs = packed(documents, device)
+    for name, change in CALLS.items():
+        called = change(inputs)
+        found = logits_and_gradients(model, lambda called=called: model(**called).logits[0], direction)
+        assert_same(found, expected, 2e-5 if device.type == "cpu" else 2e-4), name
+
+
+def test_the_stock_backend_fails_this_test():
+    """What the backend is for: transformers' sdpa lets documents see each other once there is a cache, without a word."""
+    model, documents = build("llama").eval(), documents_of()
+    expected = torch.cat([model(input_ids=d[None]).logits[0] for d in documents])
+    model.set_attn_implementation("sdpa")
+    assert (model(**packed(documents)).logits[0] - expected).abs().max() < 1e-4
+    assert (model(**CALLS["use_cache"](packed(documents))).logits[0] - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("family", ["llama", "gemma2, window and softcap"])
+def test_padded_rows(family, side, device):
+    model, documents = build(family, device), documents_of()
+    direction = torch.randn(sum(LENGTHS), SMALL["vocab_size"], device=device)
+    expected = alone(model, documents, direction)
+    model.set_attn_implementation(attention.NAME)
+    longest = max(LENGTHS)
+    ids, mask = torch.zeros(2, len(documents), longest, dtype=torch.int64, device=device)
+    for row, document in enumerate(documents):
+        where = slice(0, len(document)) if side == "right" else slice(longest - len(document), longest)
+        ids[row, where], mask[row, where] = document.to(device), 1
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    for more in ({"position_ids": positions}, {}):  # without, positions run through the padding: the same angles between tokens
+
+        def forward(more=more):
+            return model(input_ids=ids, attention_mask=mask, **more).logits[mask.bool()]
+
+        assert_same(logits_and_gradients(model, forward, direction), expected, 2e-5 if device.type == "cpu" else 2e-4)
+
+
+def test_rows_of_a_batch_are_packed_each():
+    """Several packed rows in a batch, whose documents do not even start at 0."""
+    model, documents = build("llama").eval(), documents_of((4, 6, 10))
+    model.set_attn_implementation("eager")
+    expected = [
+        model(input_ids=d[None], position_ids=torch.arange(len(d))[None] + 3 * (len(d) == 4)).logits[0] for d in documents
+    ]
+    model.set_attn_implementation(attention.NAME)
+    ids = torch.stack([torch.cat(documents[:2]), documents[2]])
+    positions = torch.tensor([[3, 4, 5, 6, 0, 1, 2, 3, 4, 5], [*range(10)]])
+    found = model(input_ids=ids, position_ids=positions).logits.flatten(0, 1)
+    assert (found - torch.cat(expected)).abs().max() < 1e-4
+    bounds = torch.tensor([0, 4, 10, 20])
+    found = model(input_ids=ids, position_ids=positions, cu_seq_lens_q=bounds, max_length_q=10).logits.flatten(0, 1)
+    assert (found - torch.cat(expected)).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gemma2, window and softcap"])
+def test_generation_is_that_of_eager(family, padded):
+    model = build(family).eval()
+    ids = torch.randint(3, 61, (3, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[0, :4] = mask[2, :1] = 0
+    found = []
+    for name in ("eager", attention.NAME):
+        model.set_attn_implementation(name)
+        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        found.append(model.generate(ids, attention_mask=mask, **options))
+    assert torch.equal(*found)
+
+
+def test_gradient_checkpointing():
+    model, documents = build("gemma2, window and softcap"), documents_of()
+    direction = torch.randn(sum(LENGTHS), SMALL["vocab_size"])
+    model.set_attn_implementation(attention.NAME)
+    inputs = packed(documents)
+    expected = logits_and_gradients(model, lambda: model(**inputs).logits[0], direction)
+    for reentrant in (False, True):
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        assert_same(logits_and_gradients(model, lambda: model(**inputs).logits[0], direction), expected, 1e-6)
+
+
+# ---- the ways to compute it, against the formula ---------------------------------------------------------------------------
+
+
+def dense(q, k, v, lengths, *, causal=True, window=None, scaling=None, softcap=None):
+    """The specification, (T, heads, head_dim) in fp64, with a mask of tokens x tokens."""
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
+    token = torch.arange(q.shape[1], device=q.device)
+    seen = document[:, None] == document
+    if causal:
+        seen &= token[:, None] >= token
+    if window is not None:
+        seen &= token[:, None] - token < window
+    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
+
+
+def problem(lengths, dtype=torch.float64, device="cpu", heads=(4, 2), head_dim=16, value_dim=None):
+    total = sum(lengths)
+    shapes = [(heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim or head_dim)]
+    # as a model makes them: heads of one fused projection, not contiguous
+    q, k, v = (torch.randn(total, h + 1, d, dtype=dtype, device=device)[:, :h].requires_grad_() for h, d in shapes)
+    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
+    return (q, k, v), attention.Documents(bounds, max(lengths, default=0), total)
+
+
+def gradients(inputs, output, direction):
+    return [output.detach(), *torch.autograd.grad(output, inputs, direction)]
+
+
+OPTIONS = [
+    {},
+    {"window": 6},
+    {"window": 130},
+    {"softcap": 0.7, "scaling": 0.5},
+    {"softcap": 0.7, "window": 6},
+    {"causal": False},
+]
+PATTERNS = {"long": [300, 5, 129, 257], "short": [3, 1, 9, 2, 7, 4, 4, 1, 1, 5, 13, 2], "even": [64] * 4, "one": [1]}
+
+
+def complete(options):
+    return {"causal": True, "window": None, "softcap": None, "scaling": None, "dropout": 0.0, **options}
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("lengths", PATTERNS.values(), ids=PATTERNS)
+@pytest.mark.parametrize("grouped", [False, True], ids=["each", "grouped"])
+def test_sdpa(lengths, options, grouped, monkeypatch):
+    monkeypatch.setattr(attention, "CALL_PER_DOCUMENT", 10**9 if grouped else 0)
+    monkeypatch.setattr(attention, "SCORE_ROWS", 100)
+    inputs, documents = problem(lengths, value_dim=8)
+    direction = torch.randn(sum(lengths), 4, 8, dtype=torch.float64)
+    found = gradients(inputs, attention._attend_sdpa(*inputs, documents, **complete(options)), direction)
+    assert_same(found, gradients(inputs, dense(*inputs, lengths, **options), direction), 1e-12)
+
+
+def test_groups_hold_every_token_once_and_waste_little():
+    lengths = [1, 700, 3, 650, 80, 4, 76, 90, 5, 5, 300]
+    _, documents = problem(lengths)
+    grids, place = documents.groups
+    assert torch.cat([rows for rows, _ in grids])[place].tolist() == [*range(sum(lengths))]
+    assert len(grids) == 4
+    assert sum(len(rows) for rows, _ in grids) < 1.2 * sum(lengths)
+
+
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("causal", True)], ids=str)
+@pytest.mark.parametrize("lengths", [PATTERNS["long"], [127, 1, 129]], ids=str)
+def test_flex(lengths, options):
+    inputs, documents = problem(lengths, torch.float32)
+    inputs = [x.detach() for x in inputs]  # on the CPU, FlexAttention has no backward
+    found = attention._attend_flex(*inputs, documents, **complete(options))
+    assert_same([found], [dense(*inputs, lengths, **options)], 1e-5)
+
+
+@pytest.mark.parametrize("window", [None, 1, 6, 128, 200])
+@pytest.mark.parametrize("lengths", [*PATTERNS.values(), [128, 128, 256], [127, 1, 129, 640]], ids=str)
+def test_blocks_are_exactly_those_with_something_to_see(lengths, window):
+    _, documents = problem(lengths)
+    total = sum(lengths)
+    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+    token = torch.arange(total)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    if window is not None:
+        seen &= token[:, None] - token < window
+    blocks = -(-total // 128)
+    mask = documents.block_mask(window)
+    assert documents.block_mask(window) is mask
+
+    def listed(count, indices):
+        found = torch.zeros(blocks, blocks, dtype=torch.bool)
+        for row in range(blocks):
+            found[row, indices[0, 0, row, : count[0, 0, row]].long()] = True
+        return found
+
+    some, whole = (torch.zeros(blocks, blocks, dtype=torch.bool) for _ in range(2))
+    for i, j in itertools.product(range(blocks), repeat=2):
+        part = seen[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
+        some[i, j], whole[i, j] = part.any(), part.all()
+    found_whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
+    assert torch.equal(listed(mask.kv_num_blocks, mask.kv_indices) | found_whole, some)
+    assert not (found_whole & ~whole).any()
+    if window is None:
+        assert torch.equal(found_whole, whole & ~torch.eye(blocks, dtype=torch.bool))
+
+
+def signature_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+    return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, (-1, 0) if is_causal else (-1, -1), None)
+
+
+def signature_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, scale)
+
+
+def signature_2_13(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    assert enable_gqa or query.shape[1] == key.shape[1]
+    return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, scale)
+
+
+def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size, scale):
+    """What FlashAttention documents: a query sees ``window_size`` = (left, right) keys on its sides, -1 without end."""
+    assert cu_q.dtype == cu_k.dtype == torch.int32
+    lengths = cu_q.diff().tolist()
+    assert max_q == max_k == max(lengths)
+    left, right = window_size
+    assert right in (-1, 0)
+    return dense(q, k, v, lengths, causal=right == 0, window=None if left < 0 else left + 1, scaling=scale)
+
+
+@pytest.mark.parametrize("signature", [signature_2_10, signature_2_11, signature_2_13])
+@pytest.mark.parametrize("options", [{}, {"window": 6}, {"scaling": 0.3}, {"causal": False}], ids=str)
+def test_varlen_is_called_as_this_torch_wants_it(signature, options, monkeypatch):
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", signature)
+    attention.varlen_parameters.cache_clear()
+    try:
+        path = attention.choose_path(
+            torch.device("cuda"), torch.bfloat16, heads=4, head_dims=(16, 16), total=40, count=3, capability=(9, 0),
+            window=options.get("window"), scaling=options.get("scaling"),
+        )  # fmt: skip
+        assert path == ("sdpa" if signature is signature_2_10 and options.keys() & {"window", "scaling"} else "varlen")
+        if path == "varlen":
+            inputs, documents = problem([7, 1, 19, 13])
+            found = attention._attend_varlen(*inputs, documents, **complete(options))
+            assert_same([found], [dense(*inputs, [7, 1, 19, 13], **options)], 1e-12)
+    finally:
+        attention.varlen_parameters.cache_clear()
+
+
+def test_choice_of_path():
+    everything = frozenset(["cu_seq_q", "window_size", "scale"])
+    usual = {"heads": 8, "head_dims": (64, 64), "total": 4096, "count": 9, "parameters": everything, "capability": (9, 0)}
+
+    def path(device="cuda", dtype=torch.bfloat16, **changes):
+        return attention.choose_path(torch.device(device), dtype, **{**usual, **changes})
+
+    assert path() == path(dtype=torch.float16) == path(window=100) == path(scaling=0.1) == "varlen"
+    assert path(softcap=30.0) == path(softcap=30.0, dtype=torch.float32) == "flex"
+    others = [
+        {"device": "cpu"}, {"device": "cpu", "softcap": 30.0}, {"dtype": torch.float32}, {"capability": (7, 5)},
+        {"head_dims": (192, 128)}, {"head_dims": (288, 288)}, {"head_dims": (60, 60)}, {"dropout": 0.1},
+        {"dropout": 0.1, "softcap": 30.0}, {"parameters": frozenset()}, {"parameters": frozenset(["cu_seq_q"]), "window": 9},
+        {"heads": 64, "head_dims": (128, 128), "total": 32768, "count": 1800},  # past 2^31 in FlashAttention-2's backward
+    ]  # fmt: skip
+    assert [path(**changes) for changes in others] == ["sdpa"] * len(others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("options", [o for o in OPTIONS if o != {"softcap": 0.7, "window": 6}], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+def test_on_a_gpu(dtype, options, heads):
+    """Whichever path is chosen there, forward and backward, no worse than a few roundings of its dtype."""
+    device, lengths = torch.device("cuda"), [300, 5, 129, 1, 257]
+    inputs, documents = problem(lengths, dtype, device, heads, 64)
+    direction = torch.randn(sum(lengths), heads[0], 64, device=device, dtype=dtype)
+    path = attention.choose_path(
+        device, dtype, heads=heads[0], head_dims=(64, 64), total=documents.total, count=len(lengths),
+        **{k: v for k, v in options.items() if k != "causal"},
+    )  # fmt: skip
+    assert path == ("flex" if "softcap" in options else "varlen" if dtype == torch.bfloat16 else "sdpa")
+    attend = {"varlen": attention._attend_varlen, "flex": attention._attend_flex, "sdpa": attention._attend_sdpa}[path]
+    found = gradients(inputs, attend(*inputs, documents, **complete(options)), direction)
+    expected = gradients(inputs, dense(*inputs, lengths, **options), direction.double())
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).abs().max() <= (2**-6 if dtype == torch.bfloat16 else 1e-4) * b.abs().max()
+
+
+@pytest.mark.gpu
+def test_no_host_sync_with_cu_seqlens():
+    """Nor a surprise by boundaries that are new with every batch. (transformers waits itself, once, before the first layer.)"""
+
+    def step(lengths):
+        inputs, documents = problem(lengths, torch.bfloat16, "cuda", head_dim=64)
+        q, k, v = (x.transpose(0, 1)[None] for x in inputs)
+        options = {"cu_seq_lens_q": documents.cu_seqlens, "max_length_q": max(lengths), "sliding_window": 20}
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            attention.packed_attention(torch.nn.Module(), q, k, v, None, **options)[0].sum().backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    step([7, 1, 40])
+    step([3, 50, 1, 9])
+
+
+def test_16_bits_where_the_model_computes_in_16_bits(monkeypatch):
+    """Under autocast, and with queries and keys that a rotation left in fp32: else CUDA would take the slow path."""
+    chosen = []
+    original = attention.choose_path
+    monkeypatch.setattr(
+        attention, "choose_path", lambda *given, **options: chosen.append(given[1]) or original(*given, **options)
+    )
+    q, options = torch.randn(1, 2, 6, 8), {"cu_seq_lens_q": BOUNDS, "max_length_q": 4}
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention.packed_attention(torch.nn.Module(), q, q, q, None, **options)[0]
+    assert found.dtype == torch.bfloat16
+    assert attention.packed_attention(torch.nn.Module(), q, q, q.half(), None, **options)[0].dtype == torch.float16
+    assert chosen == [torch.bfloat16, torch.float16]
+
+
+# ---- what is found out once ------------------------------------------------------------------------------------------------
+
+
+def test_boundaries_are_found_once_a_forward_and_forgotten(monkeypatch):
+    model, documents = build("llama").eval(), documents_of()
+    model.set_attn_implementation(attention.NAME)
+    calls = []
+    original = attention._from_positions
+    monkeypatch.setattr(attention, "_from_positions", lambda *given: calls.append(0) or original(*given))
+    gc.collect()
+    before = len(attention._found)
+    positions = packed(documents)["position_ids"]
+    ids = torch.cat(documents)[None]
+    first = model(input_ids=ids, position_ids=positions).logits
+    assert len(calls) == 1
+    assert len(attention._found) == before + 1
+    positions.copy_(torch.arange(ids.shape[1])[None])  # now one document
+    assert (model(input_ids=ids, position_ids=positions).logits - first).abs().max() > 0.1
+    assert len(calls) == 2
+    del positions
+    for bounds in (torch.tensor([0, ids.shape[1]], dtype=dtype) for dtype in (torch.int32, torch.int64)):
+        model(input_ids=ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=ids.shape[1])
+        assert len(attention._found) == before + 1
+        del bounds
+        gc.collect()
+        assert len(attention._found) == before
+
+
+def test_compiles_in_one_graph(monkeypatch):
+    """With boundaries and the longest length given nothing is read on the host, so that the varlen path has no graph break."""
+    monkeypatch.setattr(attention, "choose_path", lambda *given, **options: "varlen")
+    monkeypatch.setattr(attention, "_attend_varlen", in_one_graph)
+    model = build("mistral, window")
+    model.set_attn_implementation(attention.NAME)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    for lengths in (LENGTHS, (2, 30)):
+        inputs = packed(documents_of(lengths))
+        assert (compiled(**inputs).logits - model(**inputs).logits).abs().max() < 1e-5
+    with pytest.raises(Exception, match="takes no attention_mask"):
+        compiled(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+
+
+def in_one_graph(q, k, v, documents, *, causal, window, scaling, softcap, dropout):
+    """Attention that dynamo can trace: with a mask made of the boundaries."""
+    token = torch.arange(q.shape[0])
+    document = (token[:, None] >= documents.cu_seqlens[1:]).sum(1)
+    seen = (document[:, None] == document) & (token[:, None] >= token)
+    if window is not None:
+        seen = seen & (token[:, None] - token < window)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size"])
+def test_a_window_that_only_the_mask_knows_is_not_compiled_away(name):
+    """Compiled, there is no mask to ask; a layer that does not pass its window has none only if the model has none."""
+    layer, q = torch.nn.Module(), torch.randn(1, 2, 6, 8)
+    layer.config = argparse.Namespace(**{name: 4})
+    with pytest.raises(NotImplementedError, match=f"which layers have the {name}"):
+        attention.packed_attention(layer, q, q, q, None, cu_seq_lens_q=BOUNDS)
+    attention.packed_attention(layer, q, q, q, None, cu_seq_lens_q=BOUNDS, sliding_window=None)
+    layer.config = argparse.Namespace(**{name: None})
+    attention.packed_attention(layer, q, q, q, None, cu_seq_lens_q=BOUNDS)
+
+
+def test_import_changes_nothing():
+    """transformers is imported by the functions that need it, and nothing is registered before ``register()``."""
+    tree = ast.parse(Path(attention.__file__).read_text())
+    imported = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    assert not [line for line in imported if "transformers" in line]
+    assert not [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------------
+
+
+def attend(batch=1, length=6, keys=None, **options):
+    q = torch.randn(batch, 2, length, 8)
+    k = torch.randn(batch, 2, keys or length, 8)
+    return attention.packed_attention(torch.nn.Module(), q, k, k, options.pop("attention_mask", None), **options)
+
+
+BOUNDS = torch.tensor([0, 2, 6])
+POSITIONS = torch.tensor([[0, 1, 0, 1, 2, 3]])
+HOLE = torch.tensor([[True, True, True, False, True, True]])
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({}, ValueError, "no cu_seq_lens_q and no position_ids"),
+        ({"position_ids": POSITIONS[None].expand(3, 1, 6)}, ValueError, r"position_ids of shape \(3, 1, 6\)"),
+        ({"cu_seq_lens_q": BOUNDS.float()}, ValueError, "must be .* int32 or int64, got .* torch.float32"),
+        ({"cu_seq_lens_q": BOUNDS[None]}, ValueError, r"must be \(documents \+ 1,\)"),
+        ({"cu_seq_lens_q": BOUNDS - 1}, ValueError, "must rise from 0 to the 6 tokens"),
+        ({"cu_seq_lens_q": BOUNDS[:2]}, ValueError, r"must rise from 0 to the 6 tokens of the batch, got \[0, 2\]"),
+        ({"cu_seq_lens_q": BOUNDS, "cu_seq_lens_k": torch.tensor([0, 3, 6])}, ValueError, "must be the same"),
+        ({"cu_seq_lens_q": BOUNDS, "attention_mask": attention.Pattern(padding=HOLE)}, ValueError, "leave out the mask"),
+        ({"cu_seq_lens_q": BOUNDS, "attention_mask": torch.ones(1, 1, 6, 6, dtype=torch.bool)}, ValueError, "no 4-D"),
+        ({"cu_seq_lens_q": BOUNDS, "keys": 9}, ValueError, "got 6 queries and 9 keys"),
+        (
+            {"position_ids": torch.arange(6)[None], "attention_mask": attention.Pattern(padding=HOLE)},
+            NotImplementedError, "zeros inside a document",
+        ),
+        ({"cu_seq_lens_q": BOUNDS, "is_causal": False, "softcap": 3.0}, NotImplementedError, "bidirectional"),
+        ({"cu_seq_lens_q": BOUNDS, "s_aux": torch.zeros(2)}, NotImplementedError, "has no s_aux"),
+        ({"cu_seq_lens_q": BOUNDS, "output_attentions": True}, NotImplementedError, "has no output_attentions"),
+    ],
+)  # fmt: skip
+def test_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        attend(**options)
+
+
+def test_other_mask_patterns_are_refused():
+    config = transformers.Llama4TextConfig(
+        **SMALL, head_dim=8, intermediate_size_mlp=48, attention_chunk_size=8, num_local_experts=2, no_rope_layers=[1, 1]
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="packops_varlen")
+    with pytest.raises(NotImplementedError, match="masks with chunked_overlay"):
+        model(**packed(documents_of()))
+
+
+def test_bidirectional_attention():
+    """A decoder used as an encoder (``is_causal=False``): every token of a document sees all of it."""
+    q = torch.randn(1, 2, 6, 8, dtype=torch.float64)
+    found, weights = attention.packed_attention(
+        torch.nn.Module(), q, q, q, attention.Pattern(causal=False), is_causal=False, position_ids=POSITIONS
+    )
+    expected = torch.cat([F.scaled_dot_product_attention(part, part, part) for part in q.split([2, 4], 2)], 2)
+    assert weights is None
+    assert (found.transpose(1, 2) - expected).abs().max() < 1e-12
+
+
+def test_a_mask_of_the_caller_is_obeyed():
+    q = torch.randn(2, 2, 6, 8)
+    mask = torch.rand(2, 1, 6, 6) < 0.5
+    mask |= torch.eye(6, dtype=torch.bool)
+    expected = F.scaled_dot_product_attention(q, q, q, attn_mask=mask)
+    for more in ({}, {"softcap": 1e6}):
+        found = attention.packed_attention(torch.nn.Module(), q, q, q, mask, **more)[0].transpose(1, 2)
+        assert (found - expected).abs().max() < 1e-4
