@@ -7,6 +7,7 @@ import importlib
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy
@@ -132,18 +133,20 @@ def test_what_a_call_destroys_is_put_back():
 
 def test_a_sample_uses_every_buffer_and_keeps_the_results():
     """Results freed within a sample would be written over each other, in the cache."""
-    places, used = [], []
+    made, alive = [], []
+
+    class Result:
+        pass
 
     def call(i):
-        used.append(i)
-        result = torch.empty(1 << 18)
-        places.append(result.data_ptr())
+        result = Result()
+        alive.append((i, [reference() is not None for reference in made]))
+        made.append(weakref.ref(result))
         return result
 
-    case = case_of({}, buffers=4)
-    assert harness.Clock(case, "cpu").sample(Candidate(call)) > 0
-    assert used == [0, 1, 2, 3]
-    assert len(set(places)) == 4
+    assert harness.Clock(case_of({}, buffers=4), "cpu").sample(Candidate(call)) > 0
+    assert alive == [(i, [True] * i) for i in range(4)]
+    assert [reference() for reference in made] == [None] * 4
 
 
 def test_copy_moves_as_many_bytes(monkeypatch):
@@ -156,6 +159,9 @@ def test_copy_moves_as_many_bytes(monkeypatch):
     candidate, scale = harness.copy_candidate(case_of({}, bytes=1000), "cpu")
     candidate.call(0)
     assert (copied[-1], scale) == ((200, 200), 2.5)
+    monkeypatch.setattr(harness.Clock, "sample", lambda self, candidate: 2.0)
+    result = harness.measure(case_of({"packops": lambda: Candidate(lambda i: None)}, bytes=1000), "cpu", 1, 1)
+    assert [row["microseconds"] for row in result["rows"]] == [5, 2]  # the time of 1000 bytes
 
 
 def test_a_call_that_waits_is_not_held_longer_and_longer(monkeypatch):
@@ -529,8 +535,9 @@ def test_list_of_benchmarks(capsys):
         assert f"  {name} " in shown
         assert text in shown
         assert 20 < len(text) < 120
-    assert cli.main(["bench", "--help"]) == 0
-    assert capsys.readouterr().out == shown
+    for arguments in (["--help"], ["-h", "rope"]):
+        assert cli.main(["bench", *arguments]) == 0
+        assert capsys.readouterr().out == shown
 
 
 def test_unknown_benchmark(capsys):
