@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -58,6 +59,21 @@ def check_cross_entropy() -> None:
         pass
     else:
         raise AssertionError("a label outside the vocabulary must raise IndexError")
+
+
+def check_linear_and_sharded_losses() -> None:
+    hidden, weight = torch.randn(TOKENS, 16, requires_grad=True), torch.randn(203, 16, requires_grad=True)
+    labels, bias = torch.randint(0, 203, (TOKENS,)), torch.randn(203, requires_grad=True)
+    options = {"cu_seqlens": CU_SEQLENS, "shift": True, "label_smoothing": 0.1, "z_loss": 0.01}
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    for reduction in reference.REDUCTIONS:
+        logits = F.linear(hidden, weight, bias)
+        want = reference.cross_entropy(logits, labels, reduction=reduction, **options)
+        inputs = [hidden, weight, bias]
+        for function in (packops.linear_cross_entropy, ops.linear_cross_entropy, packops.vocab_parallel_linear_cross_entropy):
+            same(function(hidden, weight, labels, bias=bias, reduction=reduction, **options), want, inputs)
+        same(packops.vocab_parallel_cross_entropy(logits, labels, reduction=reduction, **options), want, inputs)
+    dist.destroy_process_group()
 
 
 def check_rope() -> None:
@@ -118,11 +134,13 @@ def main() -> None:
     assert packops._build.source_digest(sources) == digest, f"{sources} is not what the library was built from"
     torch.manual_seed(0)
 
-    tried = {"cross_entropy", "cross_entropy_stats", "rope", "rope_", "qk_norm_rope", "packed_metadata", "packed_labels"}
+    tried = {"cross_entropy", "cross_entropy_stats", "linear_cross_entropy"}
+    tried |= {"rope", "rope_", "qk_norm_rope", "packed_metadata", "packed_labels"}
     schemas = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("packops::")}
     public = {name.removeprefix("packops::") for name in schemas if not name.startswith("packops::_")}
     assert public == tried, f"this script does not try {sorted(public - tried)}"
     check_cross_entropy()
+    check_linear_and_sharded_losses()
     check_rope()
     check_metadata_and_packing()
     check_fakes()
