@@ -70,8 +70,10 @@ def check_linear_and_sharded_losses() -> None:
         logits = F.linear(hidden, weight, bias)
         want = reference.cross_entropy(logits, labels, reduction=reduction, **options)
         inputs = [hidden, weight, bias]
-        for function in (packops.linear_cross_entropy, ops.linear_cross_entropy, packops.vocab_parallel_linear_cross_entropy):
+        for function in (packops.linear_cross_entropy, ops.linear_cross_entropy):
             same(function(hidden, weight, labels, bias=bias, reduction=reduction, **options), want, inputs)
+        sharded = packops.vocab_parallel_linear_cross_entropy
+        same(sharded(hidden, weight, labels, local_bias=bias, reduction=reduction, **options), want, inputs)
         same(packops.vocab_parallel_cross_entropy(logits, labels, reduction=reduction, **options), want, inputs)
     dist.destroy_process_group()
 
