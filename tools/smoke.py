@@ -67,13 +67,13 @@ def check_linear_and_sharded_losses() -> None:
     options = {"cu_seqlens": CU_SEQLENS, "shift": True, "label_smoothing": 0.1, "z_loss": 0.01}
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     for reduction in reference.REDUCTIONS:
-        logits = F.linear(hidden, weight, bias)
-        want = reference.cross_entropy(logits, labels, reduction=reduction, **options)
+        want = reference.linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction, **options)
         inputs = [hidden, weight, bias]
         for function in (packops.linear_cross_entropy, ops.linear_cross_entropy):
             same(function(hidden, weight, labels, bias=bias, reduction=reduction, **options), want, inputs)
         sharded = packops.vocab_parallel_linear_cross_entropy
         same(sharded(hidden, weight, labels, local_bias=bias, reduction=reduction, **options), want, inputs)
+        logits = F.linear(hidden, weight, bias)
         same(packops.vocab_parallel_cross_entropy(logits, labels, reduction=reduction, **options), want, inputs)
     dist.destroy_process_group()
 
