@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib as _importlib
-from types import ModuleType as _ModuleType
+from typing import Any as _Any
 
 from . import _loader, _register
 
@@ -31,7 +31,6 @@ from .rotary import rope_table  # noqa: E402
 from .sampler import PackedBatchSampler  # noqa: E402
 from .stream import StreamPacker  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
-from .vocab_parallel import vocab_parallel_cross_entropy, vocab_parallel_linear_cross_entropy  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -66,8 +65,10 @@ __all__ = [
 _MODULES = ("distributed", "hf", "jit", "reference", "testing")
 
 
-def __getattr__(name: str) -> _ModuleType:
-    """``packops.jit`` and its like are imported when they are first used."""
+def __getattr__(name: str) -> _Any:
+    """``packops.jit`` and its like are imported when they are first used; so is what brings torch's compiler along."""
+    if name in ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"):
+        return getattr(_importlib.import_module(f"{__name__}.vocab_parallel"), name)
     if name in _MODULES:
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
