@@ -15,7 +15,7 @@ ifeq ($(VENV),0)
 PY := $(PYTHON)
 VENV_READY :=
 else
-PY := $(VENV)/bin/python
+PY := $(abspath $(VENV))/bin/python
 VENV_READY := $(VENV)/.ready
 endif
 
