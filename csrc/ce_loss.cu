@@ -1161,6 +1161,10 @@ cudaError_t prepare(const CeLossParams& p, cudaStream_t stream) {
 
 int64_t ce_loss_workspace(const CeLossParams& p) { return Workspace(p).size; }
 
+int ce_loss_prepare_cuda(const CeLossParams& p, void* stream_handle) {
+  return prepare(p, static_cast<cudaStream_t>(stream_handle));
+}
+
 int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   cudaError_t error = prepare(p, stream);

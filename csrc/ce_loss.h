@@ -120,6 +120,7 @@ const char* ce_loss_cpu_isa();                                                 /
 // ---- CUDA (ce_loss.cu). Asynchronous on the stream (a cudaStream_t); the result is a cudaError_t.
 
 int64_t ce_loss_workspace(const CeLossParams& p);
+int ce_loss_prepare_cuda(const CeLossParams& p, void* stream);  // target, scale, counts; for those who make the logits later
 int ce_loss_forward_cuda(const CeLossParams& p, void* stream);
 int ce_loss_combine_cuda(const CeLossParams& p, void* stream);  // row_* and loss; NaN if the shards are not all of the classes
 int ce_loss_backward_cuda(const CeLossParams& p, void* stream);

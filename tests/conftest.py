@@ -86,6 +86,15 @@ def _seed(request):
     torch.manual_seed(seed)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For problems so small that handing them to other threads takes longer than solving them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def pytest_runtest_setup(item):
     marker = item.get_closest_marker("large")
     if marker is None or "gpu" not in item.keywords or item.config.packops_no_gpu:

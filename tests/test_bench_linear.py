@@ -12,15 +12,7 @@ import packops
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))  # as it is for a benchmark run as a program
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The problems are so small that handing them to other threads takes longer than solving them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Cross entropy against the fp64 specification, torch, and its own promises (determinism, no waiting, bad data)."""
 
 import ctypes
+import inspect
 import itertools
 import math
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import packops
+from device_memory import peak_memory
 from packops import reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -56,12 +58,8 @@ def assert_close(loss, expected, grad, expected_grad, dtype):
     assert excess.max() <= 0, f"gradient off by {excess.max():.2e} beyond what rounding allows"
 
 
-@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_matches_specification(device, dtype, options, reduction):
-    """Documents (an empty one, one of a single token, padding), shift, weights and every option at once."""
-    vocab = 517
+def problem(device, dtype, vocab, reduction="mean"):
+    """Logits, labels and arguments: documents (an empty one, one of a single token, padding), shift and weights at once."""
     logits = (torch.randn(2, 13, vocab, device=device) * 3).to(dtype)
     labels = torch.randint(0, vocab, (2, 13), device=device)
     labels[0, 3] = labels[1, 1] = -100
@@ -70,10 +68,17 @@ def test_matches_specification(device, dtype, options, reduction):
         "shift": True,
         "reduction": reduction,
         "token_weight": torch.rand(2, 13, device=device) + (0.1 if reduction.startswith(("mean", "seq")) else -0.2),
-        **options_on(options, vocab, device),
     }
-    shape = (2, 13) if reduction == "none" else ()
-    assert_close(*both(logits, labels, torch.randn(shape, device=device), **arguments), dtype)
+    return logits, labels, arguments
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_matches_specification(device, dtype, options, reduction):
+    logits, labels, arguments = problem(device, dtype, 517, reduction)
+    grad_output = torch.randn((2, 13) if reduction == "none" else (), device=device)
+    assert_close(*both(logits, labels, grad_output, **arguments, **options_on(options, 517, device)), dtype)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
@@ -517,9 +522,10 @@ def test_in_place_refuses_rows_it_would_have_to_copy(device, dtype, reduction):
     leaf = torch.randn(3, 8, 4, 12, device=device).to(dtype).requires_grad_()
     logits = (leaf * 1)[:, :6:2, ::2]  # three strides, which do not collapse
     labels = torch.zeros(3, 3, 2, dtype=torch.int64, device=device)
-    early = dtype != torch.float16 and reduction != "none"  # the others write their gradient in the backward
-    with pytest.raises(ValueError if early else RuntimeError, match="written in place needs a contiguous last dimension"):
-        packops.cross_entropy(logits, labels, reduction=reduction, inplace=True).sum().backward()
+    before = logits.detach().clone()
+    with pytest.raises(ValueError, match="needs logits with a contiguous last dimension and at most two strided leading ones"):
+        packops.cross_entropy(logits, labels, reduction=reduction, inplace=True)
+    assert torch.equal(logits, before)
 
 
 def test_rows_further_apart_than_32_bits_can_say(device):
@@ -553,6 +559,15 @@ def test_in_place_keeps_retained_graphs_right(device):
     torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
 
 
+@pytest.mark.parametrize("form", ["linear_cross_entropy", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"])
+def test_every_form_of_the_loss_takes_the_same_options(form):
+    """Each spells them out, for whoever reads its signature; a default that differed in one would be a trap."""
+    plain, other = (inspect.signature(getattr(packops, name)).parameters for name in ("cross_entropy", form))
+    missing = {"logits", "return_stats"} | ({"inplace"} if "linear" in form else set())
+    shared = {name: str(option) for name, option in plain.items() if name not in missing}
+    assert shared == {name: str(option) for name, option in other.items() if name in plain}
+
+
 def test_calls_leak_nothing():
     """torch's own conversion of a string argument leaks a heap string, 80 bytes, per call: csrc/torch/string.h does not."""
 
@@ -565,12 +580,15 @@ def test_calls_leak_nothing():
     if mallinfo2 is None:
         pytest.skip("needs glibc 2.33 to count allocated bytes")
     mallinfo2.restype = Mallinfo2
-    logits, labels = torch.randn(2, 3), torch.zeros(2, dtype=torch.int64)
-    forward = torch.ops.packops._cross_entropy_forward.default
+    logits, labels, ops = torch.randn(2, 3), torch.zeros(2, dtype=torch.int64), torch.ops.packops
+    reduction, classes = {"reduction": "seq-mean-token-mean"}, {"first_class": 0, "vocab_size": 3}
 
     def allocated_after(calls):
         for _ in range(calls):
-            forward(logits, labels, reduction="seq-mean-token-mean")
+            ops.cross_entropy(logits, labels, **reduction)
+            ops._cross_entropy_prepare(3, labels, **reduction)
+            partial, floats, ints = ops._cross_entropy_partial(logits, labels, **reduction, **classes)
+            ops._cross_entropy_combine(partial, logits, floats, ints, **reduction, **classes)
         return mallinfo2().uordblks
 
     before = allocated_after(200)
@@ -937,15 +955,6 @@ def test_peak_memory():
     labels = torch.randint(0, vocab, (rows,), device="cuda")
     size = logits.numel() * 2
 
-    def peak(f):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = f()
-        torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
-
-    assert peak(lambda: torch.autograd.grad(packops.cross_entropy(logits, labels), logits)) < size * 1.02
+    assert peak_memory(lambda: torch.autograd.grad(packops.cross_entropy(logits, labels), logits)) < size * 1.02
     copy = logits * 1
-    assert peak(lambda: torch.autograd.grad(packops.cross_entropy(copy, labels, inplace=True), copy)) < size * 0.02
+    assert peak_memory(lambda: torch.autograd.grad(packops.cross_entropy(copy, labels, inplace=True), copy)) < size * 0.02

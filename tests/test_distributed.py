@@ -16,7 +16,7 @@ import packops
 from packops import PackedBatch, PackedBatchSampler, PackingCollator, reference
 from packops._register import linear_ce_loss
 from ranks import fabrics, run_ranks, this_device
-from test_ce_loss import EPS, OPTIONS, assert_close, options_on
+from test_ce_loss import EPS, OPTIONS, assert_close, options_on, problem
 
 # ---- a vocabulary over ranks -------------------------------------------------------------------------------------------------
 
@@ -65,18 +65,6 @@ class World:
             assert_close(loss, expected.detach(), whole, exact.grad, logits.dtype)
 
 
-def problem(dtype, device):
-    logits = (torch.randn(2, 13, VOCAB, device=device) * 3).to(dtype)
-    labels = torch.randint(0, VOCAB, (2, 13), device=device)
-    labels[0, 3] = labels[1, 1] = -100
-    arguments = {
-        "cu_seqlens": torch.tensor([0, 4, 4, 5, 12, 21], dtype=torch.int32, device=device),
-        "shift": True,
-        "token_weight": torch.rand(2, 13, device=device) + 0.1,
-    }
-    return logits, labels, arguments
-
-
 def vocab_parallel(rank, world_size):
     torch.manual_seed(0)  # the same numbers on every rank
     world = World(rank, world_size)
@@ -84,14 +72,13 @@ def vocab_parallel(rank, world_size):
 
     fp32 = itertools.product([torch.float32], OPTIONS, reference.REDUCTIONS)
     for dtype, name, reduction in [*fp32, *itertools.product([torch.bfloat16], OPTIONS, ["mean"])]:
-        logits, labels, arguments = problem(dtype, device)
+        logits, labels, arguments = problem(device, dtype, VOCAB, reduction)
         shape = (2, 13) if reduction == "none" else ()
-        options = {"reduction": reduction, **arguments, **options_on(name, VOCAB, device)}
-        world.check(logits, labels, torch.randn(shape, device=device), **options)
-    logits, labels, arguments = problem(torch.float16, device)
+        world.check(logits, labels, torch.randn(shape, device=device), **arguments, **options_on(name, VOCAB, device))
+    logits, labels, arguments = problem(device, torch.float16, VOCAB)
     world.check(logits, labels, torch.tensor(0.5, device=device), z_loss=1e-3, **arguments)
     if device.type == "cpu":
-        logits, labels, arguments = problem(torch.float64, device)
+        logits, labels, arguments = problem(device, torch.float64, VOCAB)
         loss, grad = world.loss_and_grad(logits, labels, label_smoothing=0.1, **arguments)
         exact = logits.requires_grad_()
         expected = reference.cross_entropy(exact, labels, label_smoothing=0.1, **arguments)
@@ -100,10 +87,10 @@ def vocab_parallel(rank, world_size):
         torch.testing.assert_close(loss, expected.detach(), rtol=1e-7, atol=0)
         torch.testing.assert_close(grad, exact.grad[..., world.here], rtol=1e-6, atol=1e-9)
 
-    logits, labels, arguments = problem(torch.float32, device)
+    logits, labels, arguments = problem(device, torch.float32, VOCAB)
     for num_items in (7.5, torch.tensor(7.5, device=device), torch.tensor(12)):
-        world.check(logits, labels, reduction="mean", num_items=num_items, **arguments)
-        world.check(logits, labels, reduction="seq-mean-token-mean", num_items=num_items, **arguments)
+        for reduction in ("mean", "seq-mean-token-mean"):
+            world.check(logits, labels, **{**arguments, "reduction": reduction, "num_items": num_items})
 
     # A whole shard of -inf, a target in it, and rows that do not count holding NaN.
     logits[..., : sizes[0]] = -torch.inf
@@ -149,10 +136,10 @@ def vocab_parallel(rank, world_size):
 
 
 def in_place(world):
-    logits, labels, arguments = problem(torch.float32, world.device)
+    logits, labels, arguments = problem(world.device, torch.float32, VOCAB)
     for reduction in ("mean", "none"):
         grad_output = torch.randn((2, 13) if reduction == "none" else (), device=world.device)
-        options = {"reduction": reduction, **arguments}
+        options = {**arguments, "reduction": reduction}
         expected = world.loss_and_grad(logits, labels, grad_output, **options)
         result = world.loss_and_grad(logits, labels, grad_output, computed=True, inplace=True, **options)
         assert torch.equal(result[0], expected[0])
@@ -247,7 +234,7 @@ def linear_form(world):
         [None, 7],
     )
     for number, (dtype, name, reduction, chunk_tokens) in enumerate(cases):
-        _, labels, options = problem(dtype, world.device)
+        _, labels, options = problem(world.device, dtype, VOCAB)
         if number % 2:
             options["num_valid"] = 20
         options.update(options_on(name, VOCAB, world.device), reduction=reduction)
@@ -288,7 +275,7 @@ def linear_form(world):
         packops.vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard_sizes=sizes)
 
     # Frozen halves; under autocast; without a gradient.
-    _, labels, _ = problem(torch.float32, world.device)
+    _, labels, _ = problem(world.device, torch.float32, VOCAB)
     plain = packops.linear_cross_entropy(hidden, full["weight"].float(), labels)
     for frozen in (0, 1, 2):
         h, w = hidden.clone().requires_grad_(frozen != 0), weight.clone().requires_grad_(frozen != 1)

@@ -16,7 +16,8 @@ import packops
 
 transformers = pytest.importorskip("transformers", reason="needs packops[hf]")
 
-from packops.hf import attention  # noqa: E402
+from packops.hf import attention, attention_documents, attention_paths  # noqa: E402
+from packops.hf.attention_paths import Rule  # noqa: E402
 
 LENGTHS = (7, 1, 19, 12, 3)
 SMALL = {
@@ -213,7 +214,7 @@ def problem(lengths, dtype=torch.float64, device="cpu", heads=(4, 2), head_dim=1
     # as a model makes them: heads of one fused projection, not contiguous
     q, k, v = (torch.randn(total, h + 1, d, dtype=dtype, device=device)[:, :h].requires_grad_() for h, d in shapes)
     bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    return (q, k, v), attention.Documents(bounds, max(lengths, default=0), total)
+    return (q, k, v), attention_documents.Documents(bounds, max(lengths, default=0), total)
 
 
 def gradients(inputs, output, direction):
@@ -231,19 +232,15 @@ OPTIONS = [
 PATTERNS = {"long": [300, 5, 129, 257], "short": [3, 1, 9, 2, 7, 4, 4, 1, 1, 5, 13, 2], "even": [64] * 4, "one": [1]}
 
 
-def complete(options):
-    return {"causal": True, "window": None, "softcap": None, "scaling": None, "dropout": 0.0, **options}
-
-
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("lengths", PATTERNS.values(), ids=PATTERNS)
 @pytest.mark.parametrize("grouped", [False, True], ids=["each", "grouped"])
 def test_sdpa(lengths, options, grouped, monkeypatch):
-    monkeypatch.setattr(attention, "CALL_PER_DOCUMENT", 10**9 if grouped else 0)
-    monkeypatch.setattr(attention, "SCORE_ROWS", 100)
+    monkeypatch.setattr(attention_paths, "CALL_PER_DOCUMENT", 10**9 if grouped else 0)
+    monkeypatch.setattr(attention_paths, "SCORE_ROWS", 100)
     inputs, documents = problem(lengths, value_dim=8)
     direction = torch.randn(sum(lengths), 4, 8, dtype=torch.float64)
-    found = gradients(inputs, attention._attend_sdpa(*inputs, documents, **complete(options)), direction)
+    found = gradients(inputs, attention_paths.attend_sdpa(*inputs, documents, Rule(**options)), direction)
     assert_same(found, gradients(inputs, dense(*inputs, lengths, **options), direction), 1e-12)
 
 
@@ -261,7 +258,7 @@ def test_groups_hold_every_token_once_and_waste_little():
 def test_flex(lengths, options):
     inputs, documents = problem(lengths, torch.float32)
     inputs = [x.detach() for x in inputs]  # on the CPU, FlexAttention has no backward
-    found = attention._attend_flex(*inputs, documents, **complete(options))
+    found = attention_paths.attend_flex(*inputs, documents, Rule(**options))
     assert_same([found], [dense(*inputs, lengths, **options)], 1e-5)
 
 
@@ -325,19 +322,19 @@ def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size, scale):
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"scaling": 0.3}, {"causal": False}], ids=str)
 def test_varlen_is_called_as_this_torch_wants_it(signature, options, monkeypatch):
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", signature)
-    attention.varlen_parameters.cache_clear()
+    attention_paths.varlen_parameters.cache_clear()
     try:
-        path = attention.choose_path(
-            torch.device("cuda"), torch.bfloat16, heads=4, head_dims=(16, 16), total=40, count=3, capability=(9, 0),
-            window=options.get("window"), scaling=options.get("scaling"),
+        path = attention_paths.choose_path(
+            torch.device("cuda"), torch.bfloat16, Rule(**options), heads=4, head_dims=(16, 16), total=40, count=3,
+            capability=(9, 0),
         )  # fmt: skip
         assert path == ("sdpa" if signature is signature_2_10 and options.keys() & {"window", "scaling"} else "varlen")
         if path == "varlen":
             inputs, documents = problem([7, 1, 19, 13])
-            found = attention._attend_varlen(*inputs, documents, **complete(options))
+            found = attention_paths.attend_varlen(*inputs, documents, Rule(**options))
             assert_same([found], [dense(*inputs, [7, 1, 19, 13], **options)], 1e-12)
     finally:
-        attention.varlen_parameters.cache_clear()
+        attention_paths.varlen_parameters.cache_clear()
 
 
 def test_choice_of_path():
@@ -345,7 +342,8 @@ def test_choice_of_path():
     usual = {"heads": 8, "head_dims": (64, 64), "total": 4096, "count": 9, "parameters": everything, "capability": (9, 0)}
 
     def path(device="cuda", dtype=torch.bfloat16, **changes):
-        return attention.choose_path(torch.device(device), dtype, **{**usual, **changes})
+        rule = Rule(**{name: changes.pop(name) for name in ("window", "scaling", "softcap", "dropout") if name in changes})
+        return attention_paths.choose_path(torch.device(device), dtype, rule, **{**usual, **changes})
 
     assert path() == path(dtype=torch.float16) == path(window=100) == path(scaling=0.1) == "varlen"
     assert path(softcap=30.0) == path(softcap=30.0, dtype=torch.float32) == "flex"
@@ -367,13 +365,11 @@ def test_on_a_gpu(dtype, options, heads):
     device, lengths = torch.device("cuda"), [300, 5, 129, 1, 257]
     inputs, documents = problem(lengths, dtype, device, heads, 64)
     direction = torch.randn(sum(lengths), heads[0], 64, device=device, dtype=dtype)
-    path = attention.choose_path(
-        device, dtype, heads=heads[0], head_dims=(64, 64), total=documents.total, count=len(lengths),
-        **{k: v for k, v in options.items() if k != "causal"},
-    )  # fmt: skip
+    path = attention_paths.choose_path(
+        device, dtype, Rule(**options), heads=heads[0], head_dims=(64, 64), total=documents.total, count=len(lengths)
+    )
     assert path == ("flex" if "softcap" in options else "varlen" if dtype == torch.bfloat16 else "sdpa")
-    attend = {"varlen": attention._attend_varlen, "flex": attention._attend_flex, "sdpa": attention._attend_sdpa}[path]
-    found = gradients(inputs, attend(*inputs, documents, **complete(options)), direction)
+    found = gradients(inputs, attention_paths.ATTEND[path](*inputs, documents, Rule(**options)), direction)
     expected = gradients(inputs, dense(*inputs, lengths, **options), direction.double())
     for a, b in zip(found, expected, strict=True):
         assert (a.double() - b).abs().max() <= (2**-6 if dtype == torch.bfloat16 else 1e-4) * b.abs().max()
@@ -420,31 +416,31 @@ def test_boundaries_are_found_once_a_forward_and_forgotten(monkeypatch):
     model, documents = build("llama").eval(), documents_of()
     model.set_attn_implementation(attention.NAME)
     calls = []
-    original = attention._from_positions
-    monkeypatch.setattr(attention, "_from_positions", lambda *given: calls.append(0) or original(*given))
+    original = attention_documents._from_positions
+    monkeypatch.setattr(attention_documents, "_from_positions", lambda *given: calls.append(0) or original(*given))
     gc.collect()
-    before = len(attention._found)
+    before = len(attention_documents._found)
     positions = packed(documents)["position_ids"]
     ids = torch.cat(documents)[None]
     first = model(input_ids=ids, position_ids=positions).logits
     assert len(calls) == 1
-    assert len(attention._found) == before + 1
+    assert len(attention_documents._found) == before + 1
     positions.copy_(torch.arange(ids.shape[1])[None])  # now one document
     assert (model(input_ids=ids, position_ids=positions).logits - first).abs().max() > 0.1
     assert len(calls) == 2
     del positions
     for bounds in (torch.tensor([0, ids.shape[1]], dtype=dtype) for dtype in (torch.int32, torch.int64)):
         model(input_ids=ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=ids.shape[1])
-        assert len(attention._found) == before + 1
+        assert len(attention_documents._found) == before + 1
         del bounds
         gc.collect()
-        assert len(attention._found) == before
+        assert len(attention_documents._found) == before
 
 
 def test_compiles_in_one_graph(monkeypatch):
     """With boundaries and the longest length given nothing is read on the host, so that the varlen path has no graph break."""
     monkeypatch.setattr(attention, "choose_path", lambda *given, **options: "varlen")
-    monkeypatch.setattr(attention, "_attend_varlen", in_one_graph)
+    monkeypatch.setitem(attention_paths.ATTEND, "varlen", in_one_graph)
     model = build("mistral, window")
     model.set_attn_implementation(attention.NAME)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -455,15 +451,15 @@ def test_compiles_in_one_graph(monkeypatch):
         compiled(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
 
 
-def in_one_graph(q, k, v, documents, *, causal, window, scaling, softcap, dropout):
+def in_one_graph(q, k, v, documents, rule):
     """Attention that dynamo can trace: with a mask made of the boundaries."""
     token = torch.arange(q.shape[0])
     document = (token[:, None] >= documents.cu_seqlens[1:]).sum(1)
     seen = (document[:, None] == document) & (token[:, None] >= token)
-    if window is not None:
-        seen = seen & (token[:, None] - token < window)
+    if rule.window is not None:
+        seen = seen & (token[:, None] - token < rule.window)
     q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scaling, enable_gqa=True)[0].transpose(0, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scaling, enable_gqa=True)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size"])
@@ -480,7 +476,8 @@ def test_a_window_that_only_the_mask_knows_is_not_compiled_away(name):
 
 def test_import_changes_nothing():
     """transformers is imported by the functions that need it, and nothing is registered before ``register()``."""
-    tree = ast.parse(Path(attention.__file__).read_text())
+    sources = (Path(module.__file__).read_text() for module in (attention, attention_documents, attention_paths))
+    tree = ast.parse("\n".join(sources))
     imported = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not [line for line in imported if "transformers" in line]
     assert not [node for node in tree.body if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)]

@@ -21,17 +21,11 @@ pytest.importorskip("accelerate", reason="transformers.Trainer needs accelerate:
 from packops import hf  # noqa: E402
 from packops.hf import attention  # noqa: E402
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY, PER_STEP, STEPS, RATE = 53, 8, 2, 0.5
 # (documents in a micro-batch, micro-batches): all of them are one step of eight documents
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8)]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def documents(masked: bool = False) -> list[dict[str, list[int]]]:

@@ -12,10 +12,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import packops
+from device_memory import peak_memory
 from packops import reference
 from packops._register import linear_ce_loss
 from packops._register.linear_ce_loss import MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
 from ranks import run_ranks
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 EPS = {torch.float64: 2.0**-52, torch.float32: 2.0**-23, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -27,15 +30,6 @@ OPTIONS = {
     "class_weight": {"class_weight": "random"},
 }
 CHUNKS = [1, 7, 1000]  # one row each, an odd number that leaves a rest, all rows at once
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """The problems are so small that handing them to other threads takes longer than solving them."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def options_on(name, vocab, device):
@@ -848,23 +842,14 @@ def test_peak_memory(tokens, hidden_size, vocab, valid):
     accumulators = 4 * hidden_size * (tokens + vocab)
     gradients_size = 2 * hidden_size * (tokens + vocab)
 
-    def peak(call):
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        result = call()
-        torch.cuda.synchronize()
-        del result
-        return torch.cuda.max_memory_allocated() - before
-
     packops.linear_cross_entropy(hidden[:64], weight, labels[:64]).backward()  # the product library's workspaces
     hidden.grad = weight.grad = None
-    forward = peak(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
-    backward = peak(
+    forward = peak_memory(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
+    backward = peak_memory(
         lambda: torch.autograd.grad(packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid), (hidden, weight))
     )
     with torch.no_grad():
-        alone = peak(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
+        alone = peak_memory(lambda: packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid))
     slack = 40 * 2**20  # a workspace of the product library
     assert forward <= accumulators + 0.35 * logits + slack
     assert backward <= accumulators + max(0.35 * logits, gradients_size) + slack

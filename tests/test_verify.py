@@ -13,18 +13,10 @@ from packops import PackingCollator, verify
 from packops.verify import hf_forward
 
 transformers = pytest.importorskip("transformers")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 VOCABULARY = 61
 LENGTHS = (13, 5, 1, 22, 8, 17)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Models this small only lose by sharing their work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

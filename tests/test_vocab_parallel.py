@@ -12,7 +12,7 @@ import torch.nn.functional as F
 import packops
 from packops import reference
 from packops._register import vocab_parallel as raw
-from test_ce_loss import DTYPES, OPTIONS, assert_close, options_on
+from test_ce_loss import DTYPES, OPTIONS, assert_close, options_on, problem
 
 OPS = raw.raw_ops("packops")
 MATHS = ("class_weight", "label_smoothing", "z_loss", "softcap", "logit_scale")
@@ -65,26 +65,16 @@ def check(logits, labels, sizes, grad_output=None, **options):
 @pytest.mark.parametrize("options", [*OPTIONS, "everything"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_matches_specification(device, dtype, options, reduction):
-    """Documents (an empty one, one of a single token, padding), shift, weights and every option; unequal and empty shards."""
     sizes = [200, 0, 301, 16]
     vocab = sum(sizes)
-    logits = (torch.randn(2, 13, vocab, device=device) * 3).to(dtype)
-    labels = torch.randint(0, vocab, (2, 13), device=device)
-    labels[0, 3] = labels[1, 1] = -100
+    logits, labels, arguments = problem(device, dtype, vocab, reduction)
     labels[0, 1], labels[0, 6], labels[0, 7], labels[0, 8] = 0, 199, 200, vocab - 1  # the shards' edges
     if options == "everything":
         maths = {"class_weight": torch.rand(vocab, device=device) + 0.1, "label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 9.0}
     else:
         maths = options_on(options, vocab, device)
-    arguments = {
-        "cu_seqlens": torch.tensor([0, 4, 4, 5, 12, 21], dtype=torch.int32, device=device),
-        "shift": True,
-        "reduction": reduction,
-        "token_weight": torch.rand(2, 13, device=device) + (0.1 if reduction.startswith(("mean", "seq")) else -0.2),
-        **maths,
-    }
     shape = (2, 13) if reduction == "none" else ()
-    check(logits, labels, sizes, torch.randn(shape, device=device), **arguments)
+    check(logits, labels, sizes, torch.randn(shape, device=device), **arguments, **maths)
 
 
 def test_one_shard_is_the_plain_loss(device):

@@ -19,6 +19,17 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kOp = "cross_entropy";
 
+// What most of the schemas in library.cpp have in common, spelled once: an op's signature is how its arguments are unboxed.
+#define MATHS_PARAMETERS \
+  OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale
+#define LOSS_PARAMETERS                                                                                            \
+  const Tensor &labels, OptionalTensor cu_seqlens, bool shift, StringArgument reduction, OptionalTensor num_items, \
+      int64_t ignore_index, OptionalTensor token_weight, MATHS_PARAMETERS
+#define MATHS \
+  Options { class_weight, label_smoothing, z_loss, softcap, logit_scale }
+#define LOSS_INPUTS \
+  ForwardInputs { labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, MATHS }
+
 Reduction reduction_of(const std::string& name) {
   if (name == "none") return Reduction::none;
   if (name == "sum") return Reduction::sum;
@@ -306,103 +317,40 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   return {loss, floats, ints, counts, sequence_loss};
 }
 
-Tensor cross_entropy(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, StringArgument reduction,
-                     OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
-                     double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
-  return std::get<0>(forward_into(logits,
-                                  {labels,
-                                   cu_seqlens,
-                                   shift,
-                                   reduction,
-                                   num_items,
-                                   ignore_index,
-                                   token_weight,
-                                   {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
-                                  std::nullopt, false));
+Tensor cross_entropy(const Tensor& logits, LOSS_PARAMETERS) {
+  return std::get<0>(forward_into(logits, LOSS_INPUTS, std::nullopt, false));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(
-    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, StringArgument reduction,
-    OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
-    double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale) {
-  return forward_into(logits,
-                      {labels,
-                       cu_seqlens,
-                       shift,
-                       reduction,
-                       num_items,
-                       ignore_index,
-                       token_weight,
-                       {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
-                      std::nullopt, true);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(const Tensor& logits, LOSS_PARAMETERS) {
+  return forward_into(logits, LOSS_INPUTS, std::nullopt, true);
 }
 
 // The gradient's strides are the logits' where those are dense (as torch's own operations do), else contiguous.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift, StringArgument reduction,
-    OptionalTensor num_items, int64_t ignore_index, OptionalTensor token_weight, OptionalTensor class_weight,
-    double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale, bool with_grad, bool with_stats) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, LOSS_PARAMETERS, bool with_grad,
+                                                                   bool with_stats) {
   OptionalTensor grad;
   if (with_grad) grad = torch::stable::empty_like(logits);
-  auto [loss, floats, ints, counts, sequence_loss] = forward_into(logits,
-                                                                  {labels,
-                                                                   cu_seqlens,
-                                                                   shift,
-                                                                   reduction,
-                                                                   num_items,
-                                                                   ignore_index,
-                                                                   token_weight,
-                                                                   {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
-                                                                  grad, with_stats);
+  auto [loss, floats, ints, counts, sequence_loss] = forward_into(logits, LOSS_INPUTS, grad, with_stats);
   return {loss, grad ? *grad : new_tensor(logits, {0}, logits.scalar_type()), floats, ints, counts, sequence_loss};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, const Tensor& labels, OptionalTensor cu_seqlens,
-                                                                   bool shift, StringArgument reduction, OptionalTensor num_items,
-                                                                   int64_t ignore_index, OptionalTensor token_weight,
-                                                                   OptionalTensor class_weight, double label_smoothing,
-                                                                   double z_loss, std::optional<double> softcap,
-                                                                   double logit_scale, bool with_stats) {
-  return forward_into(logits,
-                      {labels,
-                       cu_seqlens,
-                       shift,
-                       reduction,
-                       num_items,
-                       ignore_index,
-                       token_weight,
-                       {class_weight, label_smoothing, z_loss, softcap, logit_scale}},
-                      logits, with_stats);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, LOSS_PARAMETERS, bool with_stats) {
+  return forward_into(logits, LOSS_INPUTS, logits, with_stats);
 }
 
 // One process's shard of a vocabulary: what the others must know of it, to go through all of them in the order of their shards.
-std::tuple<Tensor, Tensor, Tensor> partial(const Tensor& logits, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
-                                           std::string reduction, OptionalTensor num_items, int64_t ignore_index,
-                                           OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
-                                           double z_loss, std::optional<double> softcap, double logit_scale, int64_t first_class,
-                                           int64_t vocab_size) {
-  auto [partial, floats, ints, counts, sequence_loss] =
-      forward_into(logits,
-                   {labels,
-                    cu_seqlens,
-                    shift,
-                    reduction,
-                    num_items,
-                    ignore_index,
-                    token_weight,
-                    {class_weight, label_smoothing, z_loss, softcap, logit_scale},
-                    {first_class, vocab_size}},
-                   std::nullopt, false);
+std::tuple<Tensor, Tensor, Tensor> partial(const Tensor& logits, LOSS_PARAMETERS, int64_t first_class, int64_t vocab_size) {
+  ForwardInputs in = LOSS_INPUTS;
+  in.shard = {first_class, vocab_size};
+  auto [partial, floats, ints, counts, sequence_loss] = forward_into(logits, in, std::nullopt, false);
   return {partial, floats, ints};
 }
 
 // The loss from the partial states of all shards; `floats` becomes what the backward needs.
-Tensor combine(const Tensor& partials, const Tensor& logits, Tensor floats, const Tensor& ints, std::string reduction,
-               OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap,
-               double logit_scale, int64_t first_class, int64_t vocab_size) {
+Tensor combine(const Tensor& partials, const Tensor& logits, Tensor floats, const Tensor& ints, StringArgument reduction,
+               MATHS_PARAMETERS, int64_t first_class, int64_t vocab_size) {
   Tensor weights;
-  CeLossParams p =
-      matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
+  CeLossParams p = matrix_params(logits, MATHS, weights, {first_class, vocab_size});
   p.reduction = reduction_of(reduction);
   const ScalarType state = state_type(logits);
   check_same_device(logits, partials, "partials");
@@ -448,12 +396,10 @@ void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output
   torch::stable::parallel_for(0, p.rows, 1, [&](int64_t begin, int64_t end) { ce_loss_backward_cpu(p, begin, end); });
 }
 
-Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints,
-                OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap,
-                double logit_scale, int64_t first_class, std::optional<int64_t> vocab_size) {
+Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints, MATHS_PARAMETERS,
+                int64_t first_class, std::optional<int64_t> vocab_size) {
   Tensor grad = torch::stable::empty_like(logits), weights;
-  CeLossParams p =
-      matrix_params(logits, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
+  CeLossParams p = matrix_params(logits, MATHS, weights, {first_class, vocab_size});
   const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
   p.logits = matrix.data_ptr();
   run_backward(p, grad, grad_output, floats, ints);
@@ -463,11 +409,9 @@ Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& f
 // `grad` holds the gradient for grad_output = 1 and becomes that for grad_output: recomputed from the logits, or scaled where
 // they are gone. With holds_gradient = false it holds the logits, and they are overwritten.
 void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor logits, const Tensor& floats, const Tensor& ints,
-                      bool holds_gradient, OptionalTensor class_weight, double label_smoothing, double z_loss,
-                      std::optional<double> softcap, double logit_scale, int64_t first_class, std::optional<int64_t> vocab_size) {
+                      bool holds_gradient, MATHS_PARAMETERS, int64_t first_class, std::optional<int64_t> vocab_size) {
   Tensor weights;
-  CeLossParams p =
-      matrix_params(grad, {class_weight, label_smoothing, z_loss, softcap, logit_scale}, weights, {first_class, vocab_size});
+  CeLossParams p = matrix_params(grad, MATHS, weights, {first_class, vocab_size});
   p.grad_holds_gradient = holds_gradient;
   Tensor matrix;
   if (logits || !holds_gradient) {
@@ -479,11 +423,7 @@ void backward_inplace(Tensor grad, const Tensor& grad_output, OptionalTensor log
 
 // What every row is scored against and what its loss is multiplied by, before there are any logits: for losses that make theirs
 // piece by piece. target (rows,): a class, kIgnored or kBadLabel; scale (rows,); counts {tokens, documents}.
-std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, const Tensor& labels, OptionalTensor cu_seqlens, bool shift,
-                                           StringArgument reduction, OptionalTensor num_items, int64_t ignore_index,
-                                           OptionalTensor token_weight, OptionalTensor class_weight, double label_smoothing,
-                                           double z_loss, std::optional<double> softcap, double logit_scale,
-                                           bool double_precision) {
+std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, LOSS_PARAMETERS, bool double_precision) {
   PACKOPS_CHECK(vocab < (int64_t(1) << 31), ValueError, kOp, ": there may be at most 2^31 - 1 classes, got ", vocab);
   PACKOPS_CHECK(labels.numel() < (int64_t(1) << 31), ValueError, kOp, ": there may be at most 2^31 - 1 rows, got ",
                 labels.numel());
@@ -491,11 +431,9 @@ std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, const Tensor& labels, 
   CeLossParams p;
   p.rows = labels.numel();
   p.vocab = vocab;
-  const Options options{class_weight, label_smoothing, z_loss, softcap, logit_scale};
-  Tensor class_weight_holder;
-  set_maths(p, options, labels, class_weight_holder);
-  const ForwardInputs in{labels, cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, options};
-  const Rows rows = set_rows(p, in);
+  Tensor weights;
+  set_maths(p, MATHS, labels, weights);
+  const Rows rows = set_rows(p, LOSS_INPUTS);
   const ScalarType state = double_precision ? ScalarType::Double : ScalarType::Float;
   Tensor target = new_tensor(labels, {p.rows}, ScalarType::Int);
   Tensor scale = new_tensor(labels, {p.rows}, state);
@@ -505,12 +443,10 @@ std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, const Tensor& labels, 
   p.counts = static_cast<int64_t*>(counts.data_ptr());
   if (labels.is_cuda()) {
 #ifdef PACKOPS_WITH_CUDA
-    // Logits of no floating dtype: ce_loss_forward_cuda prepares the rows, launches nothing for them, and sums these zeros.
-    p.logits_dtype = DType::i32;
-    Tensor row_loss = torch::stable::new_zeros(labels, {p.rows}, state), loss = new_tensor(labels, {1}, state);
-    p.row_loss = row_loss.data_ptr();
-    p.loss = loss.data_ptr();
-    run_forward(p, labels);
+    CudaScope scope(labels);
+    Tensor workspace = new_tensor(labels, {ce_loss_workspace(p)}, ScalarType::Float);
+    p.workspace = workspace.data_ptr();
+    check_cuda(cudaError_t(ce_loss_prepare_cuda(p, scope.stream())), kOp);
 #endif
   } else {
     p.logits_dtype = double_precision ? DType::f64 : DType::f32;

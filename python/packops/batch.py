@@ -219,7 +219,8 @@ class PackedBatch:
         """Keyword arguments of a Hugging Face causal language model, for any of its attention backends.
 
         No ``attention_mask``, since one of ones would turn the detection of packed rows off; ``use_cache=False``, since the cache
-        that a configuration asks for by default does the same. ``cu_seq_lens_*`` spare FlashAttention a host sync in every layer.
+        that a configuration asks for by default does the same. ``cu_seq_lens_*`` spare FlashAttention a host sync in every layer,
+        and ``num_valid`` spares the lm_head of :func:`packops.hf.apply` the tokens that are not scored; other models ignore it.
         ``seq_idx`` adds that too, for models with Mamba layers.
         """
         inputs: dict[str, Any] = {
@@ -231,6 +232,7 @@ class PackedBatch:
             "max_length_q": self.max_seqlen,
             "max_length_k": self.max_seqlen,
             "use_cache": False,
+            "num_valid": self.num_valid,
         }
         if self.shift_labels is not None:
             inputs["shift_labels"] = self.shift_labels

@@ -117,10 +117,8 @@ def cross_entropy(
         loss, *state = torch.ops.packops.cross_entropy_stats(logits, labels, **options)
         return loss, _stats(labels.shape, *state)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and needs_grad and logits.is_leaf:
-        raise ValueError(
-            "packops.cross_entropy: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one"
-        )
+    if inplace and needs_grad:
+        _ce.check_may_overwrite(logits, "cross_entropy")
     try:
         if needs_grad:
             loss, *state = _ce.CrossEntropyFunction.apply(_CE_OPS, logits, labels, options, return_stats, inplace)

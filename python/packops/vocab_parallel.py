@@ -89,8 +89,8 @@ def vocab_parallel_cross_entropy(
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
-    if inplace and local_logits.is_leaf and local_logits.requires_grad and torch.is_grad_enabled():
-        raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
+    if inplace and local_logits.requires_grad and torch.is_grad_enabled():
+        _ce.check_may_overwrite(local_logits, op)
     try:
         loss, ints = _apply(_vp.VocabParallelCrossEntropyFunction, _OPS, shard, local_logits, labels, options, inplace)
     except RuntimeError as error:

@@ -10,6 +10,7 @@ the forward's gradient useless, and fp16 could not even hold it.
 
 from __future__ import annotations
 
+import itertools
 from types import SimpleNamespace
 from typing import Any
 
@@ -36,9 +37,22 @@ def raw_ops(namespace: str) -> SimpleNamespace:
     )
 
 
-def _graph_is_kept() -> bool:
+def graph_is_kept() -> bool:
     """Whether the running backward keeps its graph, so that it may run again."""
     return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def check_may_overwrite(logits: Tensor, op: str) -> None:
+    """ValueError unless the gradient can take the place of the logits."""
+    if logits.is_leaf:
+        raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
+    rows = [(size, stride) for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if size != 1]
+    jumps = sum(outer != size * stride for (_, outer), (size, stride) in itertools.pairwise(rows))
+    if jumps > 1 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
+        raise ValueError(
+            f"packops.{op}: inplace=True needs logits with a contiguous last dimension and at most two strided leading ones, got "
+            f"shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
 
 
 class CrossEntropyFunction(torch.autograd.Function):
@@ -71,7 +85,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         grad_logits = None
         if grad_output is not None:
             logits, grad, floats, ints, class_weight = ctx.saved_tensors
-            if _graph_is_kept():  # what is saved must survive, and what is handed out must be the caller's alone
+            if graph_is_kept():  # what is saved must survive, and what is handed out must be the caller's alone
                 if ctx.early and ctx.inplace:
                     grad_logits = grad * grad_output
                 else:

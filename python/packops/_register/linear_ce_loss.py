@@ -26,7 +26,7 @@ from torch import Tensor
 from .. import _checks
 from .._errors import raise_typed
 from .ce_loss import DEFAULTS as CE_DEFAULTS
-from .ce_loss import MATHS, _graph_is_kept
+from .ce_loss import MATHS, graph_is_kept
 
 OP = "linear_cross_entropy"
 IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 0 is a row without a gradient.
@@ -310,7 +310,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             return (None,) * 6
         if ctx.early:
             target, unit, *grads = ctx.saved_tensors
-            keep = _graph_is_kept()  # then what is saved must survive
+            keep = graph_is_kept()  # then what is saved must survive
             factor = grad_output * unit if ctx.dtype == torch.float16 else grad_output
             if ctx.per_token:  # only the hidden states' gradient is wanted, and it has a row for each
                 factor = factor.masked_fill(target.view(factor.shape) < 0, 0).unsqueeze(-1)

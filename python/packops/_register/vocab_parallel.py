@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import linear_ce_loss as linear
-from .ce_loss import MATHS, _graph_is_kept, loss_like, stats_like
+from .ce_loss import MATHS, graph_is_kept, loss_like, stats_like
 
 PARTIAL_STATES = 4  # numbers per row of a partial state; two more follow: csrc/ce_loss.h
 
@@ -72,7 +72,7 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         if grad_output is not None:
             local_logits, floats, ints, class_weight = ctx.saved_tensors
             maths = {"class_weight": class_weight, **ctx.maths}
-            if ctx.inplace and not _graph_is_kept():
+            if ctx.inplace and not graph_is_kept():
                 ctx.ops.backward_(local_logits, grad_output, None, floats, ints, holds_gradient=False, **maths)
                 grad_logits = local_logits
             else:

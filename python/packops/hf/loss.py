@@ -92,7 +92,7 @@ class CausalLMLoss:
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return packops.linear_cross_entropy(  # type: ignore[attr-defined,operator]
+        return packops.linear_cross_entropy(
             hidden,
             weight,
             bias=bias,
@@ -274,9 +274,8 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
         )
     record.set("the model", model, "_loss_function", AppliedLoss(reduction))
     record.say("loss", f"packops.cross_entropy, reduction {reduction!r}")
-    fused = hasattr(packops, "linear_cross_entropy")
     try:
-        head, forward = _model_forward(rewrite.class_of(model), fused)
+        head, forward = _model_forward(rewrite.class_of(model))
     except CannotRewriteError as error:
         record.note(f"logits are always made: {error}")
         return
@@ -284,8 +283,7 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
         record.note(f"logits are always made: {head} is not the model's output embedding")
         return
     record.set_forward("the model", model, MethodType(forward, model))
-    if fused:
-        record.say("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
+    record.say("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
 
 
 def _scores_the_next_token(model: nn.Module) -> bool:
@@ -316,7 +314,7 @@ def _is_plain_linear(head: nn.Module) -> bool:
 
 
 @cache
-def _model_forward(cls: type, fused: bool) -> tuple[str, FunctionType]:
+def _model_forward(cls: type) -> tuple[str, FunctionType]:
     """The name of the lm_head and the forward of ``cls`` with a branch that skips the logits."""
     definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
     tail = _Tail(definition)
@@ -326,8 +324,6 @@ def _model_forward(cls: type, fused: bool) -> tuple[str, FunctionType]:
     kwargs = definition.args.kwarg.arg
     # Only the sequence reductions look at them, but these must.
     tail.call.keywords.insert(0, ast.keyword("position_ids", ast.Name("position_ids", ast.Load())))
-    if not fused:
-        return tail.head, rewrite.build(cls.forward, definition, {})  # type: ignore[attr-defined]
     first = body[tail.begin]  # a traceback shows the line of the lm_head
     ask = rewrite.statements(f"{_SKIP} = {_WANTED}({this}, {tail.head!r}, labels, {kwargs})", at=first)
     skipping = rewrite.statements(
