@@ -16,7 +16,7 @@ The loop is Python: a chunk costs it about a tenth of a millisecond and the devi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -29,6 +29,7 @@ from .ce_loss import DEFAULTS as CE_DEFAULTS
 from .ce_loss import MATHS, graph_is_kept
 
 OP = "linear_cross_entropy"
+CHUNKS = ("num_valid", "chunk_tokens", "accum_dtype")
 IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 0 is a row without a gradient.
 
 LOGITS_SHARE = 0.35  # of the memory that all logits would take
@@ -298,8 +299,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             ctx.save_for_backward(target, unit, *grads)
         else:
             ctx.save_for_backward(target, scale, hidden, weight, bias, options["class_weight"])
-            names = (*MATHS, "num_valid", "chunk_tokens", "accum_dtype")
-            ctx.options = {name: options[name] for name in names if name != "class_weight"}
+            ctx.options = {name: options[name] for name in (*MATHS, *CHUNKS) if name != "class_weight"}
         ctx.set_materialize_grads(False)
         return loss
 
@@ -420,6 +420,48 @@ def prepare(ops: SimpleNamespace, hidden: Tensor, vocab: int, labels: Tensor, op
     return target, scale, counts
 
 
+def forward_and_backward(
+    ce: SimpleNamespace, *, vocab_size: int | None = None, add_up: Callable[[Tensor], None] | None = None
+) -> SimpleNamespace:
+    """What :class:`LinearCrossEntropyFunction` is made of, with None for gradients that nobody wants.
+
+    Where ``weight`` is one of several shards, ``vocab_size`` is that of all, and ``add_up`` adds a tensor up over them, in place.
+    """
+
+    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, given: dict[str, Any]):
+        flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
+        chunks = {name: given[name] for name in CHUNKS}
+        result, unit = losses_and_gradients(ce, flat, weight, bias, target, scale, maths, wanted_of(given), **chunks)
+        grad_hidden = result.grad_hidden
+        if grad_hidden is not None:
+            if add_up is not None:
+                add_up(grad_hidden)
+            grad_hidden = grad_hidden.view(hidden.shape)
+        return result.losses, grad_hidden, result.grad_weight, result.grad_bias, unit
+
+    def forward(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, **given: Any):
+        target, scale, counts = prepare(ce, hidden, vocab_size or weight.shape[0], labels, given)
+        losses, *grads = run(hidden, weight, bias, target, scale, given)
+        if given["reduction"] == "none":
+            loss = losses.view(labels.shape)
+        else:
+            loss = losses.sum(dtype=torch.float64).to(losses.dtype)
+        if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
+            loss = loss.masked_fill(counts[0] > given["num_valid"], torch.nan)
+        return loss, *grads, target, scale
+
+    def backward(
+        grad_output: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None, **given: Any
+    ):
+        return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1:]
+
+    return SimpleNamespace(forward=forward, backward=backward)
+
+
+def wanted_of(given: dict[str, Any]) -> Wanted:
+    return Wanted(*(given.get(f"grad_{name}", False) for name in Wanted._fields))
+
+
 def register(namespace: str) -> None:
     """Define ``linear_cross_entropy`` and the ops its autograd formula is made of, with the options of ``cross_entropy``."""
     ops = getattr(torch.ops, namespace)
@@ -443,38 +485,22 @@ def register(namespace: str) -> None:
     public = getattr(ops, OP).default
     raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default)
 
-    def run(hidden, weight, bias, target, scale, given):
-        """losses, then gradients and unit as an op returns them: in the parameters' shapes, empty ones where there is none."""
-        flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
-        result, unit = losses_and_gradients(ce, flat, weight, bias, target, scale, maths, wanted_of(given), **chunks_of(given))
-        grad_hidden = None if result.grad_hidden is None else result.grad_hidden.view(hidden.shape)
-        grads = (grad_hidden, result.grad_weight, result.grad_bias, unit)
-        return result.losses, *(scale.new_empty((0,)) if grad is None else grad for grad in grads)
+    work = forward_and_backward(ce)
 
-    def wanted_of(given: dict[str, Any]) -> Wanted:
-        return Wanted(*(given.get(f"grad_{name}", False) for name in Wanted._fields))
-
-    def chunks_of(given: dict[str, Any]) -> dict[str, Any]:
-        return {name: given[name] for name in ("num_valid", "chunk_tokens", "accum_dtype")}
+    def as_outputs(grads: Sequence[Tensor | None], like: Tensor) -> list[Tensor]:
+        return [like.new_empty((0,)) if grad is None else grad for grad in grads]  # an op cannot return None
 
     @torch.no_grad()
     def forward(hidden, weight, labels, *, bias=None, **given):
         given = {**DEFAULTS, **given}
-        check_arguments(hidden, weight, bias, labels, **chunks_of(given))
-        target, scale, counts = prepare(ce, hidden, weight.shape[0], labels, given)
-        losses, *grads = run(hidden, weight, bias, target, scale, given)
-        if given["reduction"] == "none":
-            loss = losses.view(labels.shape)
-        else:
-            loss = losses.sum(dtype=torch.float64).to(losses.dtype)
-        if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
-            loss = loss.masked_fill(counts[0] > given["num_valid"], torch.nan)
-        return loss, *grads, target, scale
+        check_arguments(hidden, weight, bias, labels, **{name: given[name] for name in CHUNKS})
+        loss, *grads, target, scale = work.forward(hidden, weight, labels, bias=bias, **given)
+        return loss, *as_outputs(grads, scale), target, scale
 
     @torch.no_grad()
     def backward(grad_output, hidden, weight, target, scale, *, bias=None, **given):
-        given = {**DEFAULTS, **given}
-        return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1:]
+        grads = work.backward(grad_output, hidden, weight, target, scale, bias=bias, **{**DEFAULTS, **given})
+        return tuple(as_outputs(grads, scale))
 
     def loss_only(hidden, weight, labels, **given):
         return forward(hidden, weight, labels, **given)[0]

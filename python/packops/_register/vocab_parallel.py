@@ -99,33 +99,7 @@ def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:
         loss=lambda logits, target, **options: loss_of(logits, target, False, options),
         loss_and_gradient_=lambda logits, target, **options: loss_of(logits, target, True, options),
     )
-
-    def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, given: dict[str, Any]):
-        wanted = linear.Wanted(*(given.get(f"grad_{name}", False) for name in linear.Wanted._fields))
-        chunks = {name: given[name] for name in ("num_valid", "chunk_tokens", "accum_dtype")}
-        flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
-        result, unit = linear.losses_and_gradients(of_chunk, flat, weight, bias, target, scale, maths, wanted, **chunks)
-        grad_hidden = result.grad_hidden
-        if grad_hidden is not None:
-            shard.add_up(grad_hidden)
-            grad_hidden = grad_hidden.view(hidden.shape)
-        return result.losses, (grad_hidden, result.grad_weight, result.grad_bias, unit)
-
-    def forward(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, **given: Any):
-        target, scale, counts = linear.prepare(of_chunk, hidden, shard.vocab_size, labels, given)
-        losses, grads = run(hidden, weight, bias, target, scale, given)
-        if given["reduction"] == "none":
-            loss = losses.view(labels.shape)
-        else:
-            loss = losses.sum(dtype=torch.float64).to(losses.dtype)
-        if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
-            loss = torch.where(counts[0] <= given["num_valid"], loss, torch.nan)
-        return loss, *grads, target, scale
-
-    def backward(grad_output: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, *, bias: Any, **given: Any):
-        return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1]
-
-    return SimpleNamespace(forward=forward, backward=backward)
+    return linear.forward_and_backward(of_chunk, vocab_size=shard.vocab_size, add_up=shard.add_up)
 
 
 def register(namespace: str) -> None:
