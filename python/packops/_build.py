@@ -171,7 +171,8 @@ def make_extension(
         # Under a CPU-only torch this is None, and BuildExtension would refuse .cu sources although it can compile them.
         cpp_extension.CUDA_HOME = str(cuda_home)
     macros = ["-D" + macro for macro in macros]
-    compile_args = {"cxx": config["cxx_flags"] + macros}
+    # Python's own flags often ask for debugging symbols, which would be most of a wheel.
+    compile_args = {"cxx": [*config["cxx_flags"], "-g0", *macros]}
     if cuda_home:
         compile_args["nvcc"] = config["nvcc_flags"] + macros + arch_flags(archs)
     base = csrc if root is None else csrc.relative_to(root)
