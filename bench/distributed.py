@@ -22,7 +22,6 @@ import importlib
 import inspect
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -36,9 +35,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+import harness
 import packops
+import peers
 
-RESULTS = Path(__file__).parent / "results"
 COST = (24576.0, 1.0)  # of a 7B transformer
 BALANCES = ("none", "tokens", "attention")
 
@@ -285,11 +285,11 @@ def vocab(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     for name, fact in facts.items():
         if "milliseconds" in fact:
             fact["of_copy"] = passes.get(name, 3) * copy / fact["milliseconds"]
-    return {"device": str(device_name(device)), "ranks": ranks, "rows": rows, "vocab": options["vocab"], "candidates": facts}
+    return {"ranks": ranks, "rows": rows, "vocab": options["vocab"], "candidates": facts}
 
 
-def print_vocab(result: dict[str, Any]) -> None:
-    print(f"{result['rows']} x {result['vocab']} bf16 over {result['ranks']} x {result['device']}: loss and gradient")
+def print_vocab(result: dict[str, Any], device: str) -> None:
+    print(f"{result['rows']} x {result['vocab']} bf16 over {result['ranks']} x {device}: loss and gradient")
     print(f"{'':22} {'ms':>9} {'of copy':>9} {'extra memory':>14}")
     for name, fact in result["candidates"].items():
         if "failed" in fact:
@@ -376,7 +376,6 @@ def steps(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
             "predicted": utilisation(sampler.costs()[3 : 3 + len(own)]),
         }
     return {
-        "device": device_name(device),
         "ranks": dist.get_world_size(),
         "distribution": long_tailed.__doc__,
         "max_length": longest,
@@ -386,8 +385,8 @@ def steps(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def print_steps(result: dict[str, Any]) -> None:
-    print(f"{result['steps']} steps on {result['ranks']} x {result['device']}, packs of {result['max_length']:,} tokens")
+def print_steps(result: dict[str, Any], device: str) -> None:
+    print(f"{result['steps']} steps on {result['ranks']} x {device}, packs of {result['max_length']:,} tokens")
     print(f"{'':20} {'seconds':>9} {'utilisation':>13} {'predicted':>11}")
     for name, row in result["rows"].items():
         shares = f"{100 * row['utilisation']:11.1f} % {100 * row['predicted']:9.1f} %"
@@ -395,10 +394,6 @@ def print_steps(result: dict[str, Any]) -> None:
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------------
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -412,12 +407,20 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=32768, help="tokens of a pack")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--out", type=Path, help="JSON file; default: results/distributed_*.json beside this file")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="STEM",
+        help="write STEM.json; without STEM bench/results/distributed_*",
+    )
     options = vars(parser.parse_args())
     what, out = options.pop("what"), options.pop("out")
+    environment = harness.environment(options["device"], {"liger-kernel": peers.LIGER})
     if what == "balance":
         result = balance(options["documents"], options["max_length"])
-        name = "distributed_balance.json"
+        stem = "distributed_balance"
     else:
         ranks = options.pop("ranks") or (torch.cuda.device_count() if options["device"] == "cuda" else 2)
         if ranks < 2:
@@ -427,12 +430,12 @@ def main() -> None:
         if what == "vocab" and options["vocab"] % ranks:
             raise SystemExit(f"packops bench distributed vocab: {options['vocab']} classes do not divide by {ranks} ranks")
         result = on_ranks(what, ranks, options)
-        {"vocab": print_vocab, "steps": print_steps}[what](result)
-        name = f"distributed_{what}_{ranks}x{result['device'].replace(' ', '_').lower()}.json"
-    result["packops"], result["torch"] = packops.__version__, torch.__version__
-    out = out or RESULTS / name
-    out.write_text(json.dumps(result, indent=1) + "\n")
-    print(f"\n{out}")
+        {"vocab": print_vocab, "steps": print_steps}[what](result, environment["device"])
+        stem = f"distributed_{what}_{ranks}x{harness.slug(options['device'], environment['device'])}"
+    if out is not None:
+        path = (harness.RESULTS / stem if out == Path() else out).with_suffix(".json")
+        harness.write({"benchmark": f"distributed {what}", "environment": environment, **result}, path)
+        print(f"\n{path}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ import argparse
 import gc
 import importlib
 import json
-import platform
 import statistics
 import sys
 import time
@@ -32,7 +31,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import harness
 import packops
+import peers
 
 LENGTHS = Path(__file__).with_name("document_lengths.json")
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
@@ -367,11 +368,7 @@ def table(data: dict[str, Any]) -> str:
 
 def draw(data: dict[str, Any], path: Path) -> None:
     """Useful tokens a second of every row, a panel for each model and corpus."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = harness.pyplot()
     cases = [case for case in data["cases"] if any("left_out" not in r for r in case["results"])]
     if not cases:
         return
@@ -391,7 +388,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axis.set_title(f"{case['model']} shape, {case['corpus']} documents", fontsize=10)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-    figure.suptitle(f"training steps on {data['device']}, {data['tokens']:,} tokens a step, {data['dtype']}", fontsize=10)
+    figure.suptitle(
+        f"training steps on {data['environment']['device']}, {data['tokens']:,} tokens a step, {data['dtype']}", fontsize=10
+    )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 
@@ -412,8 +411,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    import transformers
-
     deadline = time.perf_counter() + args.seconds
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.tokens = args.tokens or (512 if args.tiny else 16384)
@@ -423,10 +420,8 @@ def main(args: argparse.Namespace) -> int:
         print(f"no row's name has {' or '.join(args.rows)}; there are: {'; '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
     data: dict[str, Any] = {
-        "device": torch.cuda.get_device_name() if is_cuda else platform.machine(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "packops": packops.__version__,
+        "benchmark": "end-to-end",
+        "environment": harness.environment("cuda" if is_cuda else "cpu", {"transformers": peers.TRANSFORMERS}),
         "tokens": args.tokens,
         "dtype": "fp32" if args.tiny else "bf16",
         "tiny": args.tiny,
@@ -446,8 +441,7 @@ def main(args: argparse.Namespace) -> int:
             if is_cuda:
                 torch.cuda.empty_cache()
             if args.out:
-                args.out.parent.mkdir(parents=True, exist_ok=True)
-                args.out.with_suffix(".json").write_text(json.dumps(data, indent=1) + "\n")
+                harness.write(data, args.out.with_suffix(".json"))
     if args.out:
         try:
             draw(data, args.out.with_suffix(".png"))

@@ -18,7 +18,6 @@ import gzip
 import importlib.metadata
 import importlib.util
 import os
-import platform
 import string
 import sys
 import time
@@ -28,12 +27,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 import harness
 import packops
 import peers
 
 NAME = "packing"
+PEERS = {name: peers.Peer(name, cuda_only=False) for name in ("numpy", "trl", "axolotl", "ochat", "llamafactory", "binpacking")}
 RANKS = 8
 COST = (24576.0, 1.0)  # of a 7B transformer: a * tokens + b * sum of document length^2
 Packs = list[Any]  # one array or list of document numbers a pack
@@ -270,7 +271,7 @@ def format_ranks(row: dict[str, Any]) -> str:
 
 def format_data(data: dict[str, Any]) -> str:
     """Everything of a result file as text."""
-    lines = [f"packing: {data['machine']}, one thread, numpy {data['numpy']}"]
+    lines = [harness.format_environment(data)]
     for name, rows in data["packers"].items():
         lines += [f"\n{name}, packs of {data['capacity']:,} tokens", *map(format_packer, rows)]
     for name, ranks in data["ranks"].items():
@@ -370,6 +371,7 @@ def main(args: argparse.Namespace) -> int:
     if args.draw is not None:
         return harness.redraw(args.draw or [harness.RESULTS / "packing.json"], draw, text=format_data)
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
+    torch.set_num_threads(1)
     sizes = [100_000] if args.quick else args.documents
     lengths = {"lognormal": lognormal(max(sizes))}
     real = gcide_lengths()
@@ -378,9 +380,8 @@ def main(args: argparse.Namespace) -> int:
     else:
         lengths["gcide"] = real[real <= 4096]
     data: dict[str, Any] = {
-        "machine": harness.cpu_name(),
-        "python": platform.python_version(),
-        "numpy": np.__version__,
+        "benchmark": NAME,
+        "environment": harness.environment("cpu", PEERS),
         "capacity": args.capacity,
         "lengths": {
             name: {"documents": len(v), "mean": float(v.mean()), "median": float(np.median(v)), "max": int(v.max())}

@@ -20,6 +20,7 @@ import numpy
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as it is for a benchmark run as a program
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, under any import mode
 import gpu_record
 

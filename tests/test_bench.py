@@ -18,7 +18,6 @@ import packops
 from packops import cli, cli_bench
 
 BENCH = Path(__file__).parents[1] / "bench"
-sys.path.insert(0, str(BENCH))  # as it is for a benchmark run as a program
 
 import harness  # noqa: E402
 import peers  # noqa: E402

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 @pytest.fixture(scope="module")
 def bench():
     path = Path(__file__).parents[1] / "bench" / "packing.py"
-    sys.path.insert(0, str(path.parent))  # as it is for a program
     spec = importlib.util.spec_from_file_location("bench_packing", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
