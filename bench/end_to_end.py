@@ -35,6 +35,7 @@ import harness
 import packops
 import peers
 
+NAME = "end-to-end"
 LENGTHS = Path(__file__).with_name("document_lengths.json")
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
 PARTS = ("forward", "backward", "optimizer")

@@ -539,6 +539,12 @@ def test_list_of_benchmarks(capsys):
         assert capsys.readouterr().out == shown
 
 
+def test_every_program_is_listed():
+    programs = {path for path in BENCH.glob("*.py") if '__name__ == "__main__"' in path.read_text()}
+    assert len(programs) > 4
+    assert {path for path, _ in cli_bench.benchmarks().values()} == programs
+
+
 def test_unknown_benchmark(capsys):
     assert cli.main(["bench", "cross_entropy"]) == 2
     assert "Did you mean cross-entropy?" in capsys.readouterr().err

@@ -335,7 +335,7 @@ def test_double_backward_is_refused(device):
         grad.sum().backward()
 
 
-def test_checkpointing_and_loss_scale(device):
+def test_checkpointing(device):
     weight = torch.randn(65, 16, device=device, requires_grad=True)
     hidden, labels = torch.randn(10, 16, device=device), torch.randint(0, 65, (10,), device=device)
 
@@ -346,12 +346,15 @@ def test_checkpointing_and_loss_scale(device):
     again = torch.autograd.grad(torch.utils.checkpoint.checkpoint(loss, weight, use_reentrant=False), weight)[0]
     torch.testing.assert_close(again, expected, rtol=0, atol=0)
 
-    # fp16 under a loss scale: gradients far below fp16's smallest number must survive.
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_fp16_under_a_loss_scale(device, inplace):
+    """Gradients far below fp16's smallest number must survive, also where the logits are overwritten and cannot be asked again."""
     logits = (torch.randn(4, 3000, device=device) * 0.1).half()
     targets = torch.randint(0, 3000, (4,), device=device)
     scale = 2.0**16
     ours, exact = logits.clone().requires_grad_(), logits.double().requires_grad_()
-    (packops.cross_entropy(ours, targets, num_items=100000) * scale).backward()
+    (packops.cross_entropy(ours * 1, targets, num_items=100000, inplace=inplace) * scale).backward()
     (F.cross_entropy(exact, targets, reduction="sum") / 100000 * scale).backward()
     torch.testing.assert_close(ours.grad.double(), exact.grad, rtol=2.0**-10, atol=2.0**-24)
 

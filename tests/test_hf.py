@@ -694,8 +694,12 @@ def test_the_count_of_scored_tokens_reaches_the_lm_head(monkeypatch):
 
 
 def test_only_a_plain_lm_head_is_fused():
-    """What a weight does not tell: LoRA on the head, hooks that gather its shards, a loss that the user put there later."""
+    """What a weight does not tell: LoRA on the head, hooks that gather its shards, a loss that the user put there later, and a
+    parameter whose numbers are not the weight's."""
     texts = documents()
+
+    class Quantised(nn.Parameter):
+        pass
 
     class Scaled(nn.Linear):
         def forward(self, x):
@@ -712,6 +716,9 @@ def test_only_a_plain_lm_head_is_fused():
     model.lm_head = Scaled(32, VOCABULARY, bias=False)
     model.lm_head.weight = weight
     assert torch.equal(model(**packed(texts)).loss, doubled.loss)
+    model = packops.hf.apply(make("llama")).train()
+    model.lm_head.weight = Quantised(weight.detach().clone())
+    assert model(**packed(texts)).logits is not None
     model = packops.hf.apply(make("llama")).train()
     model.loss_function = lambda logits, labels, **kwargs: logits.sum()
     assert model(**packed(texts)).logits is not None

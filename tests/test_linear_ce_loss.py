@@ -251,6 +251,21 @@ def test_rows_that_do_not_count_may_hold_anything(device, num_valid):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_grad_output_of_rows_that_do_not_count_may_be_anything(device, dtype, frozen):
+    if dtype == torch.float64 and device.type == "cuda":
+        pytest.skip("float64 is for the CPU")
+    hidden, weight, _, labels = problem(device, dtype, shape=(9,), ignored=(1, 6))
+    wanted = (hidden,) if frozen else (hidden, weight)
+    loss = packops.linear_cross_entropy(hidden, weight.detach() if frozen else weight, labels, reduction="none", chunk_tokens=4)
+    grad_output = torch.randn_like(loss).masked_fill(labels == -100, 0)
+    expected = torch.autograd.grad(loss, wanted, grad_output, retain_graph=True)
+    found = torch.autograd.grad(loss, wanted, grad_output.masked_fill(labels == -100, math.nan))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_inputs_are_left_alone(device):
     hidden, weight, bias, labels = problem(device, ignored=(3,))
     before = [x.detach().clone() for x in (hidden, weight, bias, labels)]
