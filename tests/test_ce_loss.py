@@ -349,7 +349,7 @@ def test_checkpointing(device):
 
 @pytest.mark.parametrize("inplace", [False, True])
 def test_fp16_under_a_loss_scale(device, inplace):
-    """Gradients far below fp16's smallest number must survive, also where the logits are overwritten and cannot be asked again."""
+    """Gradients far below fp16's smallest number must survive, also where the logits get overwritten."""
     logits = (torch.randn(4, 3000, device=device) * 0.1).half()
     targets = torch.randint(0, 3000, (4,), device=device)
     scale = 2.0**16
