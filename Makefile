@@ -36,7 +36,7 @@ help:
 	@echo "make test-gpu  the same on a GPU; writes tests/gpu_record.json"
 	@echo "make sanitize  the CUDA kernels under compute-sanitizer; adds to tests/gpu_record.json"
 	@echo "make bench     list the benchmarks; make bench ARGS=rope runs one against the peers that are installed"
-	@echo "make cpp       build without Python (CMake) and run the C++ tests"
+	@echo "make cpp       build without Python (CMake), run the C++ tests and the CUDA kernels on an emulator"
 	@echo "make lint      ruff, clang-format, mypy;  make format  mends what can be mended"
 	@echo "make wheel     dist/*.whl and dist/*.tar.gz"
 	@echo "make clean     remove what was built (.venv stays; make distclean removes it too)"

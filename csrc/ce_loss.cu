@@ -19,8 +19,9 @@
 #include <type_traits>
 
 #include "ce_loss_config.h"
-#include "common/async.cuh"
+#include "common/launch.cuh"
 #include "common/numeric.cuh"
+#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 
@@ -868,7 +869,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
   constexpr int kChunkVectors = kChunkBytes / 16;
   static_assert(sizeof(Partial) % 16 == 0 && kReducerWarps <= kMaxWarps && kExchanges % 2 == 0);
 
-  extern __shared__ __align__(128) unsigned char shared[];
+  auto* shared = dynamic_shared<unsigned char>();
   const int cluster = int(cluster_size()), rank = int(cluster_rank());
   auto* ring = reinterpret_cast<uint4*>(shared);
   auto* results = reinterpret_cast<Partial*>(shared + stages * kChunkBytes);  // [kExchanges][cluster]
@@ -1124,7 +1125,7 @@ cudaError_t launch_rows(const CeLossParams& p, cudaStream_t stream) {
   if (config.resident)
     return p.grad ? launch_resident<T, kFeatures, true>(p, config, device, sms, limits.shared_per_block, stream)
                   : launch_resident<T, kFeatures, false>(p, config, device, sms, limits.shared_per_block, stream);
-  stream_forward_kernel<T, kFeatures><<<unsigned(p.rows), kStreamThreads, 0, stream>>>(p);
+  launch(stream_forward_kernel<T, kFeatures>, unsigned(p.rows), kStreamThreads, 0, stream, p);
   return cudaGetLastError();
 }
 
@@ -1145,15 +1146,15 @@ constexpr int64_t kSmallRows = 2 * kTile;
 
 cudaError_t prepare(const CeLossParams& p, cudaStream_t stream) {
   if (p.rows <= kSmallRows) {
-    prepare_small_kernel<<<1, kTile, 0, stream>>>(p);
+    launch(prepare_small_kernel, 1, kTile, 0, stream, p);
     return cudaGetLastError();
   }
   const unsigned tiles = unsigned((p.rows + kTile - 1) / kTile);
-  prepare_targets_kernel<<<tiles, kTile, 0, stream>>>(p);
+  launch(prepare_targets_kernel, tiles, kTile, 0, stream, p);
   if ((per_sequence(p.reduction) || p.counts) && p.documents > 0)
-    prepare_documents_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream>>>(p);
-  prepare_totals_kernel<<<1, kTile, 0, stream>>>(p);
-  prepare_scales_kernel<<<tiles, kTile, 0, stream>>>(p);
+    launch(prepare_documents_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
+  launch(prepare_totals_kernel, 1, kTile, 0, stream, p);
+  launch(prepare_scales_kernel, tiles, kTile, 0, stream, p);
   return cudaGetLastError();
 }
 
@@ -1174,9 +1175,9 @@ int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
     if (error != cudaSuccess) return error;
   }
   if (p.partial) return cudaGetLastError();
-  if (p.reduction != Reduction::none) reduce_kernel<<<1, kTile, 0, stream>>>(p);
+  if (p.reduction != Reduction::none) launch(reduce_kernel, 1, kTile, 0, stream, p);
   if (p.sequence_loss && p.documents > 0)
-    sequence_loss_kernel<<<unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream>>>(p);
+    launch(sequence_loss_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
   return cudaGetLastError();
 }
 
@@ -1185,11 +1186,11 @@ int ce_loss_combine_cuda(const CeLossParams& p, void* stream_handle) {
   if (p.rows > 0) {
     const auto blocks = unsigned((p.rows + kCombineThreads - 1) / kCombineThreads);
     dispatch_float<false>(p.logits_dtype, [&](auto type) {  // softcap and scale are in the partials already
-      if (p.label_smoothing != 0) combine_kernel<decltype(type), kUniform><<<blocks, kCombineThreads, 0, stream>>>(p);
-      else combine_kernel<decltype(type), kPlain><<<blocks, kCombineThreads, 0, stream>>>(p);
+      if (p.label_smoothing != 0) launch(combine_kernel<decltype(type), kUniform>, blocks, kCombineThreads, 0, stream, p);
+      else launch(combine_kernel<decltype(type), kPlain>, blocks, kCombineThreads, 0, stream, p);
     });
   }
-  if (p.reduction != Reduction::none) reduce_kernel<<<1, kTile, 0, stream>>>(p);
+  if (p.reduction != Reduction::none) launch(reduce_kernel, 1, kTile, 0, stream, p);
   return cudaGetLastError();
 }
 
@@ -1202,7 +1203,7 @@ int ce_loss_backward_cuda(const CeLossParams& p, void* stream_handle) {
   if (error != cudaSuccess) return error;
   const auto blocks = unsigned(std::min<int64_t>(p.rows, int64_t(sms) * kBackwardBlocks));
   dispatch(p, [&](auto type, auto features) {
-    stream_backward_kernel<decltype(type), features()><<<blocks, kStreamThreads, 0, stream>>>(p);
+    launch(stream_backward_kernel<decltype(type), features()>, blocks, kStreamThreads, 0, stream, p);
   });
   return cudaGetLastError();
 }

@@ -7,6 +7,7 @@
 #include "metadata.h"
 
 #include "common/documents.h"
+#include "common/launch.cuh"
 
 namespace packops {
 
@@ -54,16 +55,15 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Index>
 void launch_metadata(const MetadataParams& p, cudaStream_t stream) {
-  metadata_kernel<Index><<<static_cast<unsigned>(blocks_for(p.axis.tokens)), kThreads, 0, stream>>>(
-      documents_of<Index>(p.axis), p.axis.tokens, p.position_ids, p.seq_idx);
+  launch(metadata_kernel<Index>, unsigned(blocks_for(p.axis.tokens)), kThreads, 0, stream, documents_of<Index>(p.axis),
+         p.axis.tokens, p.position_ids, p.seq_idx);
 }
 
 template <typename Index, typename Label>
 void launch_labels(const LabelsParams& p, cudaStream_t stream) {
-  labels_kernel<Index, Label><<<static_cast<unsigned>(blocks_for(p.axis.tokens)), kThreads, 0, stream>>>(
-      documents_of<Index>(p.axis), p.axis.tokens, static_cast<const Label*>(p.labels), p.label_stride,
-      static_cast<Label>(p.ignore_index), p.shift, static_cast<Label*>(p.target),
-      reinterpret_cast<unsigned long long*>(p.counts));
+  launch(labels_kernel<Index, Label>, unsigned(blocks_for(p.axis.tokens)), kThreads, 0, stream, documents_of<Index>(p.axis),
+         p.axis.tokens, static_cast<const Label*>(p.labels), p.label_stride, static_cast<Label>(p.ignore_index), p.shift,
+         static_cast<Label*>(p.target), reinterpret_cast<unsigned long long*>(p.counts));
 }
 
 }  // namespace

@@ -58,7 +58,7 @@ template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(kRopeMostThreads)
     QkNormRopeForwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RopeLaunch launch,
                             const int64_t first_batch) {
-  extern __shared__ int64_t start_of[];  // of each token of the block, with cu_seqlens
+  auto* start_of = dynamic_shared<int64_t>();  // of each token of the block, with cu_seqlens
   const RopeParams& rope = p.rope;
   const int lane = threadIdx.x, group = launch.lanes_per_block;
   const int local = launch.token_inner ? threadIdx.y : threadIdx.z;
@@ -130,7 +130,7 @@ template <typename T, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(128, 5)
     QkNormRopeBackwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   constexpr int W = 4;
-  extern __shared__ int64_t start_of[];
+  auto* start_of = dynamic_shared<int64_t>();
   const Job job = job_of(p, launch);
   const RopeParams& rope = p.rope;
   const int heads = int(job.x.heads), slots = (heads + kUnroll - 1) / kUnroll, groups = launch.threads / launch.group;
@@ -427,16 +427,17 @@ void launch_forward(const QkNormRopeParams& p, const RopeLaunch& launch, cudaStr
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_wide(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
   const unsigned blocks = unsigned(launch.q_blocks + launch.k_blocks);
-  if (backward) QkNormRopeWideKernel<T, W, kInterleaved, kMrope, true><<<blocks, launch.threads, 0, stream>>>(p, launch);
-  else QkNormRopeWideKernel<T, W, kInterleaved, kMrope, false><<<blocks, launch.threads, 0, stream>>>(p, launch);
+  if (backward)
+    packops::launch(QkNormRopeWideKernel<T, W, kInterleaved, kMrope, true>, blocks, launch.threads, 0, stream, p, launch);
+  else packops::launch(QkNormRopeWideKernel<T, W, kInterleaved, kMrope, false>, blocks, launch.threads, 0, stream, p, launch);
 }
 
 template <typename T, bool kInterleaved, bool kMrope>
 void launch_backward(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
   const int groups = launch.threads / launch.group;
   const int shared = std::max(groups * p.rope.head_dim * int(sizeof(float)), groups * int(sizeof(int64_t)));
-  QkNormRopeBackwardKernel<T, kInterleaved, kMrope, 2>
-      <<<unsigned(launch.q_blocks + launch.k_blocks), launch.threads, shared, stream>>>(p, launch);
+  packops::launch(QkNormRopeBackwardKernel<T, kInterleaved, kMrope, 2>, unsigned(launch.q_blocks + launch.k_blocks),
+                  launch.threads, shared, stream, p, launch);
 }
 
 template <typename T, bool kInterleaved, bool kMrope>
@@ -479,7 +480,7 @@ cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStre
     const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
     const dim3 grid(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns), p.k_weight ? 2 : 1),
         block(kSumColumns * kSumRows);
-    WeightGradientKernel<<<grid, block, 0, stream>>>(p);
+    packops::launch(WeightGradientKernel, grid, block, 0, stream, p);
   }
   return cudaGetLastError();
 }

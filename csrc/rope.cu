@@ -22,7 +22,7 @@ namespace {
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(kRopeMostThreads)
     RopeKernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
-  extern __shared__ int64_t start_of[];  // of each token of the block, with cu_seqlens
+  auto* start_of = dynamic_shared<int64_t>();  // of each token of the block, with cu_seqlens
 
   int lane = threadIdx.x, chunk = blockIdx.y;
   if (launch.lane_chunks > 1) {

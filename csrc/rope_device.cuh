@@ -3,6 +3,7 @@
 
 #include <algorithm>
 
+#include "common/launch.cuh"
 #include "common/vec.cuh"
 #include "rope.h"
 #include "rope_launch.h"
@@ -237,7 +238,7 @@ void launch_rope(const Params& params, const RopeParams& p, const RopeLaunch& la
   for (int64_t first = 0; first < p.batch; first += kMostBatch) {
     const dim3 grid(unsigned(launch.token_blocks), launch.lane_chunks * launch.slot_chunks,
                     unsigned(std::min(kMostBatch, p.batch - first)));
-    kKernel<<<grid, block, shared, stream>>>(params, launch, first);
+    packops::launch(kKernel, grid, block, shared, stream, params, launch, first);
   }
 }
 

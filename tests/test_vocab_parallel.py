@@ -27,9 +27,7 @@ def shards_of(logits, sizes):
 
 def sharded(logits, labels, sizes, grad_output=None, inplace=False, **options):
     """The loss, equal to the bit on every rank, and the gradient put together again."""
-    shards, places = shards_of(logits, sizes)
-    if inplace:
-        shards = [shard.clone() for shard in shards]
+    shards, places = shards_of(logits.clone() if inplace else logits, sizes)  # alike in memory: alignment may decide the last bit
     state = [OPS.partial(x, labels, **options, **place) for x, place in zip(shards, places, strict=True)]
     partials = torch.stack([partial for partial, *_ in state])
     maths = {name: options[name] for name in MATHS if name in options}
@@ -166,7 +164,9 @@ def test_extreme_logits(device, dtype):
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=3e-7)
     of_target, expected_of_target = (g[torch.arange(8), labels.cpu()] for g in (grad.cpu(), expected_grad.cpu()))
     epsilon = max(torch.finfo(dtype).eps, 1e-4)  # fp32: 1 - p of a confident row has few digits in any fp32 formula
-    torch.testing.assert_close(of_target.double(), expected_of_target, rtol=epsilon, atol=2.0**-25)
+    # The CPU sums in fp64. CUDA: 16 fp32 ulps of the terms, 1 and p, as test_confident_rows_keep_their_gradient allows.
+    noise = 2.0**-25 if device.type == "cpu" else 16 * 2.0**-23
+    torch.testing.assert_close(of_target.double(), expected_of_target, rtol=epsilon, atol=noise)
 
 
 def test_rows_that_do_not_count(device):

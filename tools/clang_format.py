@@ -11,7 +11,8 @@ SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 
 
 def main() -> int:
-    listed = subprocess.run(["git", "ls-files", "csrc", "tests/cpp"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    folders = ["csrc", "tests/cpp", "tests/emulator"]
+    listed = subprocess.run(["git", "ls-files", *folders], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     files = [name for name in listed.splitlines() if name.endswith(SUFFIXES) and (ROOT / name).is_file()]
     mode = ["--dry-run", "--Werror"] if "--check" in sys.argv[1:] else ["-i"]
     beside = Path(sys.executable).with_name("clang-format")  # the pinned one of this environment

@@ -2,23 +2,12 @@
 #pragma once
 
 #include "common/dtype.h"
+#include "common/ptx.cuh"
 
 namespace packops {
 
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
-
-__device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22; flushes subnormals; 0 at -inf
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float reciprocal_approx(float x) {  // relative error 2^-23; flushes subnormals; 0 at inf
-  float y;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
 
 // tanh without branches: 1 - 2 / (e^2x + 1), and an odd polynomial near 0, where that would lose digits.
 __device__ __forceinline__ float tanh_accurate(float x) {

@@ -44,11 +44,6 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// A barrier for `threads` threads of the block; 0 is __syncthreads.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
-  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
-
 // Every thread of a block of kThreads gets the combination of all. `scratch`: kThreads / 32 values in shared memory, free again
 // when the block has passed its next barrier.
 template <int kThreads, typename V, typename Combine>

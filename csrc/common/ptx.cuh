@@ -1,10 +1,33 @@
-// sm_90 and later: bulk copies into shared memory that report to an mbarrier, and messages between the blocks of a cluster.
-// Empty for older architectures, whose kernels must not call them.
+// The instructions that C++ cannot spell. tests/emulator has its own, for machines without a GPU.
 #pragma once
 
 #include <cstdint>
 
+#ifndef __CUDACC__
+#include "emulated_ptx.h"
+#else
+
 namespace packops {
+
+__device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22; flushes subnormals; 0 at -inf
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float reciprocal_approx(float x) {  // relative error 2^-23; flushes subnormals; 0 at inf
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// A barrier for `threads` threads of the block; 0 is __syncthreads.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// ---- sm_90 and later: bulk copies into shared memory that report to an mbarrier, and messages between the blocks of a cluster.
+// Older architectures' kernels must not call them.
 
 using MBarrier = uint64_t;  // lives in shared memory
 
@@ -96,3 +119,5 @@ __device__ __forceinline__ void send16(void* destination, uint4 value, MBarrier*
 #endif
 
 }  // namespace packops
+
+#endif

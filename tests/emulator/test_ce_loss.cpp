@@ -1,0 +1,329 @@
+// The CUDA kernels of cross entropy, emulated, against those of the CPU.
+#include "ce_loss.h"
+
+#include <algorithm>
+
+#include "check.h"
+#include "common/convert.h"
+#include "emulator.h"
+
+using namespace packops;
+
+namespace {
+
+template <typename T>
+constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
+                        : std::is_same_v<T, half_t> ? DType::f16
+                                                    : DType::bf16;
+template <typename T>
+constexpr double kEpsilon = std::is_same_v<T, float>    ? 0x1p-22
+                            : std::is_same_v<T, half_t> ? 0x1p-10
+                                                        : 0x1p-7;
+constexpr double kHalfSmallest = 0x1p-24;
+
+struct Options {
+  Reduction reduction = Reduction::mean;
+  double label_smoothing = 0, z_loss = 0, softcap = 0, logit_scale = 1;
+  bool weights = false, statistics = false, shift = false, documents = false, grad = true;
+};
+
+template <typename T>
+struct Problem {
+  int64_t rows, vocab, offset, stride;
+  std::vector<T> logits;
+  std::vector<int64_t> labels;
+  std::vector<int32_t> cu_seqlens;
+  std::vector<float> class_weight, token_weight;
+  CeLossParams p;
+
+  // Rows begin `offset` elements into their memory and lie `gap` apart.
+  Problem(int64_t rows, int64_t vocab, const Options& o, uint64_t seed, int64_t offset = 0, int64_t gap = 0)
+      : rows(rows), vocab(vocab), offset(offset), stride(vocab + gap), logits(offset + rows * stride + 8), labels(rows) {
+    check::Random random(seed);
+    for (T& x : logits) x = from_float<T>(float(3 * random.normal()));
+    for (int64_t& y : labels) y = random.below(5) == 0 ? -100 : random.below(vocab);
+    for (int64_t i = 0; i < vocab; i++) class_weight.push_back(float(random.uniform() + 0.2));
+    for (int64_t i = 0; i < rows; i++) token_weight.push_back(float(random.uniform() + 0.1));
+    p.rows = rows;
+    p.vocab = vocab;
+    p.logits = logits.data() + offset;
+    p.logits_dtype = kType<T>;
+    p.logits_layout = p.grad_layout = {1, stride, 0};
+    p.labels = labels.data();
+    p.ignore_index = -100;
+    p.shift = o.shift;
+    if (o.documents) {  // with empty ones, and padding
+      cu_seqlens = {0, 0};
+      while (cu_seqlens.back() + 1 < rows)
+        cu_seqlens.push_back(std::min<int32_t>(int32_t(rows) - 1, cu_seqlens.back() + int32_t(random.below(40))));
+      p.cu_seqlens = cu_seqlens.data();
+      p.documents = int64_t(cu_seqlens.size()) - 1;
+    } else {
+      p.documents = 1;
+      p.doc_length = rows;
+    }
+    p.reduction = o.reduction;
+    p.label_smoothing = float(o.label_smoothing);
+    p.z_loss = float(o.z_loss);
+    p.softcap = float(o.softcap);
+    p.logit_scale = float(o.logit_scale);
+    if (o.weights) p.class_weight = class_weight.data(), p.token_weight = token_weight.data();
+  }
+};
+
+template <typename T>
+struct Outputs {
+  std::vector<int32_t> target, prediction;
+  std::vector<float> scale, row_max, row_sum, row_loss, entropy, loss, sequence_loss, workspace;
+  std::vector<int64_t> counts;
+  std::vector<T> grad;
+  CeLossParams p;
+
+  Outputs(const Problem<T>& in, const Options& o)
+      : target(in.rows, -9),
+        prediction(in.rows),
+        scale(in.rows),
+        row_max(in.rows),
+        row_sum(in.rows),
+        row_loss(in.rows),
+        entropy(in.rows),
+        loss(std::max<int64_t>(in.rows, 1), NAN),
+        sequence_loss(in.p.documents, NAN),
+        counts(2, -1),
+        grad(in.logits.size(), from_float<T>(7)),
+        p(in.p) {
+    p.target = target.data();
+    p.scale = scale.data();
+    p.row_max = row_max.data();
+    p.row_sum = row_sum.data();
+    p.row_loss = row_loss.data();
+    p.loss = loss.data();
+    if (o.grad) p.grad = grad.data() + in.offset;
+    if (o.statistics) {
+      p.entropy = entropy.data();
+      p.prediction = prediction.data();
+      p.counts = counts.data();
+      p.sequence_loss = sequence_loss.data();
+    }
+  }
+  void run_cpu() {
+    CHECK(ce_loss_prepare_cpu(p).error == CeLossError::ok);
+    ce_loss_rows_cpu(p, 0, p.rows);
+    ce_loss_reduce_cpu(p);
+  }
+  void provide_workspace() {
+    workspace.assign(ce_loss_workspace(p) + 2, NAN);
+    p.workspace = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(workspace.data()) + 7) / 8 * 8);
+  }
+  void run_cuda() {
+    provide_workspace();
+    CHECK_EQ(ce_loss_forward_cuda(p, nullptr), 0);
+  }
+};
+
+template <typename T>
+void compare_gradients(const Problem<T>& in, const std::vector<T>& got, const std::vector<T>& want) {
+  double largest = 0, worst = 0;
+  for (const T& x : want) largest = std::max(largest, to_float(x) == 7 ? 0.0 : std::abs(double(to_float(x))));
+  for (size_t i = 0; i < want.size(); i++) {
+    const int64_t place = int64_t(i) - in.offset;
+    if (place < 0 || place >= in.rows * in.stride || place % in.stride >= in.vocab) {
+      CHECK_EQ(to_float(got[i]), 7.f);  // between the rows lies someone else's memory
+      continue;
+    }
+    const double a = to_float(got[i]), b = to_float(want[i]);
+    worst = std::max(worst, std::isnan(a) ? INFINITY : std::abs(a - b) - kEpsilon<T> * std::abs(b));
+  }
+  CHECK(worst <= 5e-6 * largest + kHalfSmallest);
+}
+
+template <typename T>
+void compare(const Problem<T>& in, const Options& o) {
+  Outputs<T> cpu(in, o), cuda(in, o);
+  cpu.run_cpu();
+  cuda.run_cuda();
+  CHECK(cuda.target == cpu.target);
+  for (int64_t t = 0; t < in.rows; t++) {
+    CHECK_CLOSE(cuda.row_loss[t], cpu.row_loss[t], 2e-5);
+    if (cpu.target[t] < 0) continue;
+    CHECK_CLOSE(cuda.scale[t], cpu.scale[t], 2e-6);
+    CHECK_CLOSE(cuda.row_max[t] + std::log(cuda.row_sum[t]), cpu.row_max[t] + std::log(cpu.row_sum[t]), 2e-6);
+    if (!o.statistics) continue;
+    CHECK_CLOSE(cuda.entropy[t], cpu.entropy[t], 2e-5);
+    if (!o.softcap && o.logit_scale == 1) CHECK_EQ(cuda.prediction[t], cpu.prediction[t]);
+  }
+  for (int64_t i = 0; i < (o.reduction == Reduction::none ? in.rows : 1); i++) CHECK_CLOSE(cuda.loss[i], cpu.loss[i], 5e-6);
+  if (o.statistics) {
+    CHECK(cuda.counts == cpu.counts);
+    for (int64_t d = 0; d < in.p.documents; d++) CHECK_CLOSE(cuda.sequence_loss[d], cpu.sequence_loss[d], 5e-6);
+  }
+  compare_gradients(in, cuda.grad, cpu.grad);
+}
+
+const Options kOptions[] = {
+    {},
+    {.label_smoothing = 0.1, .z_loss = 1e-3, .weights = true},
+    {.reduction = Reduction::sum, .softcap = 6, .logit_scale = 0.5},
+    {.reduction = Reduction::seq_mean_token_mean, .label_smoothing = 0.1, .softcap = 5, .statistics = true, .documents = true},
+    {.reduction = Reduction::none, .weights = true, .shift = true, .documents = true, .grad = false},
+};
+
+// emulator::cluster_launches of a call.
+template <typename F>
+int cluster_launches(F&& f) {
+  const int before = emulator::cluster_launches;
+  f();
+  return emulator::cluster_launches - before;
+}
+
+template <typename T>
+void check_resident(int64_t rows, int64_t vocab) {
+  for (const Options& o : kOptions)
+    for (int64_t offset : {0, 3}) {  // odd strides and addresses, the gradient's like the logits'
+      const Problem<T> problem(rows, vocab, o, uint64_t(vocab), offset, offset);
+      CHECK_EQ(cluster_launches([&] { compare(problem, o); }), emulator::architecture >= 90);
+    }
+}
+
+}  // namespace
+
+CASE(rows_that_one_block_holds) {
+  check_resident<float>(90, 300);  // 13 rows in the ring at once, so the exchanges go round more than twice
+  check_resident<float>(9, 8003);
+  check_resident<half_t>(19, 2048);
+  check_resident<bf16_t>(7, 32000);
+}
+
+CASE(rows_that_a_cluster_shares) {
+  check_resident<bf16_t>(17, 50257);
+  check_resident<bf16_t>(5, 128256);
+  check_resident<float>(5, 100003);
+}
+
+CASE(one_row_many_times) {  // whatever order its threads run in, and wherever it lies
+  const Options o{.label_smoothing = 0.1};
+  const Problem<bf16_t> problem(1, 50257, o, 5);
+  Outputs<bf16_t> first(problem, o);
+  first.run_cuda();
+  for (int i = 0; i < 20; i++) {
+    Outputs<bf16_t> again(problem, o);
+    again.run_cuda();
+    CHECK_EQ(again.loss[0], first.loss[0]);
+    CHECK(std::memcmp(again.grad.data(), first.grad.data(), again.grad.size() * 2) == 0);
+  }
+}
+
+CASE(rows_that_are_streamed) {
+  for (const Options& o : kOptions)
+    for (int64_t vocab : {1, 2, 15, 63, 255}) {
+      compare(Problem<float>(5, vocab, o, uint64_t(vocab), 0, 3), o);
+      compare(Problem<bf16_t>(5, vocab, o, uint64_t(vocab), 1, 1), o);
+    }
+}
+
+CASE(a_gradient_that_is_aligned_otherwise) {
+  const Options o{.z_loss = 1e-3};
+  const Problem<bf16_t> problem(5, 4000, o, 4);
+  Outputs<bf16_t> cpu(problem, o), cuda(problem, o);
+  cpu.run_cpu();
+  std::vector<bf16_t> elsewhere(cuda.grad.size() + 1, from_float<bf16_t>(7));
+  cuda.p.grad = elsewhere.data() + 1;
+  CHECK_EQ(cluster_launches([&] { cuda.run_cuda(); }), 0);
+  elsewhere.erase(elsewhere.begin());
+  compare_gradients(problem, elsewhere, cpu.grad);
+}
+
+CASE(targets_and_scales_of_many_rows) {  // fewer and more than one block prepares
+  for (Reduction reduction : {Reduction::mean, Reduction::sum, Reduction::seq_mean_token_mean, Reduction::seq_mean_token_sum})
+    for (int64_t rows : {300, 2048, 2049, 5000}) {
+      const Options o{.reduction = reduction, .weights = true, .statistics = true, .shift = true, .documents = true};
+      const Problem<float> problem(rows, 12, o, uint64_t(rows));
+      Outputs<float> cpu(problem, o), cuda(problem, o);
+      CHECK(ce_loss_prepare_cpu(cpu.p).error == CeLossError::ok);
+      cuda.provide_workspace();
+      CHECK_EQ(ce_loss_prepare_cuda(cuda.p, nullptr), 0);
+      CHECK(cuda.target == cpu.target);
+      CHECK(cuda.counts == cpu.counts);
+      for (int64_t t = 0; t < rows; t++)
+        if (cpu.target[t] >= 0) CHECK_CLOSE(cuda.scale[t], cpu.scale[t], 2e-6);
+    }
+}
+
+CASE(backward_for_any_grad_output) {
+  for (const Options& o : kOptions) {
+    for (bool per_row : {false, true})
+      for (bool holds_gradient : {false, true}) {
+        if (!o.grad) continue;
+        const Problem<half_t> problem(11, 700, o, 3);
+        check::Random random(7);
+        std::vector<float> incoming(per_row ? 11 : 1);
+        for (float& g : incoming) g = random.below(3) ? float(random.normal()) : 1;
+        Outputs<half_t> cpu(problem, o), cuda(problem, o);
+        cpu.run_cpu();
+        cuda.run_cuda();
+        for (CeLossParams* p : {&cpu.p, &cuda.p}) {
+          p->grad_output = incoming.data();
+          p->grad_output_layout = {1, per_row, 0};
+          p->grad_holds_gradient = holds_gradient;
+        }
+        ce_loss_backward_cpu(cpu.p, 0, 11);
+        CHECK_EQ(ce_loss_backward_cuda(cuda.p, nullptr), 0);
+        compare_gradients(problem, cuda.grad, cpu.grad);
+      }
+  }
+}
+
+CASE(shards_of_the_vocabulary_make_the_whole) {
+  constexpr int64_t kRows = 9, kVocab = 4100, kBegin[] = {0, 700, 700, 4100};  // one of them empty
+  for (const Options& o : {Options{}, Options{.label_smoothing = 0.1, .z_loss = 1e-3, .softcap = 6, .weights = true}}) {
+    const Problem<float> problem(kRows, kVocab, o, 12);
+    Outputs<float> whole(problem, o);
+    whole.run_cpu();
+    const int64_t size = kPartialStates * kRows + 2;
+    std::vector<float> partials(3 * size, NAN);
+    std::vector<Outputs<float>> parts(3, whole);
+    for (int64_t s = 0; s < 3; s++) {
+      Outputs<float>& part = parts[s] = Outputs<float>(problem, o);
+      part.p.vocab = kBegin[s + 1] - kBegin[s];
+      part.p.first_class = kBegin[s];
+      part.p.classes = kVocab;
+      part.p.logits = static_cast<const float*>(problem.p.logits) + kBegin[s];
+      if (part.p.class_weight) part.p.class_weight += kBegin[s];
+      part.p.grad = nullptr;
+      part.p.partial = partials.data() + s * size;
+      part.run_cuda();
+    }
+    const float one = 1;
+    for (int64_t s = 0; s < 3; s++) {
+      CeLossParams& p = parts[s].p;
+      p.partial = nullptr;
+      p.partials = partials.data();
+      p.shards = 3;
+      CHECK_EQ(ce_loss_combine_cuda(p, nullptr), 0);
+      CHECK_CLOSE(parts[s].loss[0], whole.loss[0], 5e-6);
+      CHECK_EQ(parts[s].loss[0], parts[0].loss[0]);
+      p.grad = whole.grad.data() + kBegin[s];  // overwritten, shard by shard, with what it holds
+      std::vector<float> before = whole.grad;
+      p.grad_output = &one;
+      p.grad_output_layout = {};
+      CHECK_EQ(ce_loss_backward_cuda(p, nullptr), 0);
+      compare_gradients(problem, whole.grad, before);
+    }
+    partials[size - 1] += 1;  // the first shard says that it is wider
+    CHECK_EQ(ce_loss_combine_cuda(parts[1].p, nullptr), 0);
+    CHECK(std::isnan(parts[1].loss[0]));
+  }
+}
+
+CASE(bad_labels_are_nan) {
+  const Options o{.reduction = Reduction::none};
+  Problem<float> problem(6, 900, o, 8);
+  problem.labels = {4, 900, -100, -1, 5, 6};
+  Outputs<float> cuda(problem, o);
+  cuda.run_cuda();
+  for (int64_t t = 0; t < 6; t++) {
+    CHECK_EQ(std::isnan(cuda.loss[t]), t == 1 || t == 3);
+    if (t < 1 || t > 3) continue;
+    for (int64_t c = 0; c < 900; c++) CHECK_EQ(cuda.grad[t * 900 + c], 0.f);
+  }
+}

@@ -1,0 +1,137 @@
+// The CUDA kernels of the fused norm and RoPE, emulated, against those of the CPU.
+#include "qk_norm_rope.h"
+
+#include "check.h"
+#include "common/convert.h"
+#include "emulator.h"
+
+using namespace packops;
+
+namespace {
+
+template <typename T>
+constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
+                        : std::is_same_v<T, half_t> ? DType::f16
+                                                    : DType::bf16;
+template <typename T>
+constexpr double kTolerance = std::is_same_v<T, float>    ? 2e-5
+                              : std::is_same_v<T, half_t> ? 0x1p-8
+                                                          : 0x1p-5;
+
+struct Shape {
+  int64_t tokens, q_heads, k_heads;
+  int head_dim, rotary_dim, offset;
+  int64_t gap;  // between heads: 0 keeps vectors aligned
+  bool across_heads = false;
+};
+
+template <typename T>
+struct Side {
+  std::vector<T> x, y, g, dx, weight;
+  std::vector<float> weight_grad, partial;
+
+  Side(const Shape& s, int64_t heads, check::Random& random)
+      : x(size_t(s.tokens * heads * (s.head_dim + s.gap))),
+        y(x.size(), from_float<T>(7)),
+        g(x.size()),
+        dx(y),
+        weight(size_t(s.across_heads ? heads * s.head_dim : s.head_dim)),
+        weight_grad(weight.size(), 7) {
+    for (auto* values : {&x, &g, &weight})
+      for (T& v : *values) v = from_float<T>(float(random.normal()));
+  }
+};
+
+template <typename T, typename U>
+void check_same(const std::vector<T>& got, const std::vector<U>& want, double tolerance) {
+  double worst = 0, largest = 1;
+  for (size_t i = 0; i < want.size(); i++) {
+    largest = std::max(largest, std::abs(double(to_float(want[i]))));
+    const double difference = std::abs(double(to_float(got[i])) - to_float(want[i]));
+    worst = std::isnan(difference) ? INFINITY : std::max(worst, difference);
+  }
+  CHECK(worst <= tolerance * largest);
+}
+
+template <typename T>
+void compare(const Shape& s, bool interleaved, bool zero_centered, bool documents) {
+  check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
+  Side<T> inputs[2] = {Side<T>(s, s.q_heads, random), Side<T>(s, s.k_heads, random)};
+  std::vector<float> cos(size_t(s.tokens * s.rotary_dim / 2)), sin(cos.size());
+  for (float& c : cos) c = float(2 * random.uniform() - 1);
+  for (float& x : sin) x = float(2 * random.uniform() - 1);
+  const std::vector<int32_t> cu_seqlens = {0, 0, int32_t(s.tokens / 3), int32_t(s.tokens - s.tokens / 5)};
+
+  QkNormRopeParams p;
+  RopeParams& r = p.rope;
+  r.dtype = kType<T>;
+  r.tokens = s.tokens;
+  r.head_dim = s.head_dim, r.rotary_dim = s.rotary_dim, r.rotary_offset = s.offset;
+  r.interleaved = interleaved;
+  r.cos = cos.data(), r.sin = sin.data(), r.table_rows = s.tokens, r.cos_row = r.sin_row = s.rotary_dim / 2;
+  if (documents) r.cu_seqlens = cu_seqlens.data(), r.num_documents = 3;
+  p.weight_dtype = kType<T>;
+  p.zero_centered = zero_centered;
+  p.across_heads = s.across_heads;
+  p.eps = 1e-3;
+
+  Side<T> results[2][2] = {{inputs[0], inputs[1]}, {inputs[0], inputs[1]}};  // [CUDA][k]
+  for (bool cuda : {false, true})
+    for (bool backward : {false, true}) {
+      Side<T>*q = &results[cuda][0], *k = &results[cuda][1];
+      const auto heads = [&](int64_t count, T* in, T* out) {
+        const int64_t head = s.head_dim + s.gap, token = count * head;
+        return RopeHeads{in, out, count, s.tokens * token, token, head, s.tokens * token, token, head};
+      };
+      r.transposed = backward;
+      r.q = heads(s.q_heads, q->x.data(), backward ? q->dx.data() : q->y.data());
+      r.k = heads(s.k_heads, k->x.data(), backward ? k->dx.data() : k->y.data());
+      p.q_weight = q->weight.data(), p.k_weight = s.k_heads ? k->weight.data() : nullptr;
+      if (backward) {
+        p.q_grad = heads(s.q_heads, q->g.data(), nullptr), p.k_grad = heads(s.k_heads, k->g.data(), nullptr);
+        if (cuda) qk_norm_rope_cuda_partials(p);
+        else p.q_partials = p.k_partials = qk_norm_rope_cpu_shares(p);
+        q->partial.assign(size_t(p.q_partials) * q->weight.size(), NAN);
+        k->partial.assign(size_t(p.k_partials) * k->weight.size(), NAN);
+        p.q_partial = q->partial.data(), p.k_partial = k->partial.data();
+        p.weight_dtype = DType::f32;  // of its gradient: a second rounding would hide differences
+        p.q_weight_grad = q->weight_grad.data(), p.k_weight_grad = k->weight_grad.data();
+        std::vector<float> q_weight, k_weight;
+        for (const T& w : q->weight) q_weight.push_back(to_float(w));
+        for (const T& w : k->weight) k_weight.push_back(to_float(w));
+        p.q_weight = q_weight.data(), p.k_weight = s.k_heads ? k_weight.data() : nullptr;
+        if (cuda) CHECK_EQ(qk_norm_rope_cuda(p, true, nullptr), cudaSuccess);
+        else qk_norm_rope_cpu(p, true, 0, qk_norm_rope_cpu_shares(p)), qk_norm_rope_cpu_finish(p);
+        p.weight_dtype = kType<T>;
+      } else if (cuda) {
+        CHECK_EQ(qk_norm_rope_cuda(p, false, nullptr), cudaSuccess);
+      } else {
+        qk_norm_rope_cpu(p, false, 0, qk_norm_rope_cpu_shares(p));
+      }
+    }
+  for (int side : {0, 1}) {
+    const Side<T>&cpu = results[0][side], &cuda = results[1][side];
+    check_same(cuda.y, cpu.y, kTolerance<T>);
+    check_same(cuda.dx, cpu.dx, kTolerance<T>);
+    if (side == 0 || s.k_heads) check_same(cuda.weight_grad, cpu.weight_grad, 1e-4);
+  }
+}
+
+const Shape kShapes[] = {
+    {9, 4, 2, 64, 64, 0, 0},  {17, 3, 1, 96, 32, 64, 0}, {7, 5, 0, 40, 24, 8, 0},       {40, 8, 4, 128, 128, 0, 0},
+    {5, 2, 2, 256, 64, 0, 0}, {6, 3, 2, 30, 12, 4, 1},   {9, 4, 2, 64, 32, 0, 0, true}, {3, 1, 1, 320, 320, 0, 0},
+};
+
+template <typename T>
+void check_everything() {
+  for (const Shape& shape : kShapes)
+    for (int flags = 0; flags < 8; flags++) compare<T>(shape, flags & 1, flags & 2, flags & 4);
+}
+
+}  // namespace
+
+CASE(every_layout_forward_and_backward) {
+  check_everything<float>();
+  check_everything<half_t>();
+  check_everything<bf16_t>();
+}

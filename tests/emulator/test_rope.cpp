@@ -1,0 +1,131 @@
+// The CUDA kernel of RoPE, emulated, against that of the CPU.
+#include "rope.h"
+
+#include <cstring>
+
+#include "check.h"
+#include "common/convert.h"
+#include "emulator.h"
+
+using namespace packops;
+
+namespace {
+
+template <typename T>
+constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
+                        : std::is_same_v<T, half_t> ? DType::f16
+                                                    : DType::bf16;
+
+enum class Positions { counted, documents, given, per_token_table, three_axes };
+
+struct Shape {
+  int64_t batch, tokens, q_heads, k_heads;
+  int head_dim, rotary_dim, offset;
+  int64_t gap;  // between heads: 0 keeps vectors aligned
+  bool heads_outer = false;
+};
+
+template <typename T>
+struct Side {
+  std::vector<T> in, out;
+  RopeHeads heads;
+  Side(const Shape& s, int64_t count, check::Random& random)
+      : in(size_t(s.batch * s.tokens * count * (s.head_dim + s.gap)) + 8), out(in) {
+    for (T& x : in) x = from_float<T>(float(random.normal()));
+    heads.heads = count;
+    const int64_t head = s.head_dim + s.gap, batch = s.tokens * count * head;
+    heads.in_batch = heads.out_batch = batch;
+    heads.in_token = heads.out_token = s.heads_outer ? head : count * head;
+    heads.in_head = heads.out_head = s.heads_outer ? s.tokens * head : head;
+  }
+};
+
+template <typename T>
+void compare(const Shape& s, Positions positions, bool interleaved, bool transposed, bool in_place) {
+  constexpr int64_t kRows = 64;
+  check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
+  Side<T> q(s, s.q_heads, random), k(s, s.k_heads, random);
+  const int64_t all = s.batch * s.tokens, width = s.rotary_dim / 2;
+  std::vector<float> cos(size_t(std::max(kRows, all) * width)), sin(cos.size());
+  for (float& c : cos) c = float(2 * random.uniform() - 1);
+  for (float& x : sin) x = float(2 * random.uniform() - 1);
+  std::vector<int64_t> ids(size_t(3 * all));
+  for (int64_t& id : ids) id = random.below(kRows);
+  std::vector<int32_t> cu_seqlens = {0, 0, int32_t(all / 3), int32_t(all - all / 5)};  // an empty document, and padding
+
+  RopeParams p;
+  p.dtype = kType<T>;
+  p.batch = s.batch, p.tokens = s.tokens;
+  p.head_dim = s.head_dim, p.rotary_dim = s.rotary_dim, p.rotary_offset = s.offset;
+  p.interleaved = interleaved, p.transposed = transposed, p.in_place = in_place;
+  p.cos = cos.data(), p.sin = sin.data();
+  p.table_rows = kRows;
+  p.cos_row = p.sin_row = width;
+  if (positions == Positions::documents) {
+    p.cu_seqlens = cu_seqlens.data();
+    p.num_documents = 3;
+  } else if (positions == Positions::per_token_table) {
+    p.per_token_table = true;
+    p.table_rows = all;
+    p.cos_batch = p.sin_batch = s.tokens * width;
+  } else if (positions != Positions::counted) {
+    p.position_ids = ids.data();
+    p.position_axis = all, p.position_batch = s.tokens, p.position_token = 1;
+    p.mrope = positions == Positions::three_axes;
+    p.mrope_interleaved = interleaved;
+    const int third = int(width) / 3;
+    p.mrope_section[0] = int(width) - 2 * third, p.mrope_section[1] = p.mrope_section[2] = third;
+  }
+  std::vector<T> results[2][2];
+  for (bool cuda : {false, true}) {
+    Side<T> sides[2] = {q, k};
+    p.q = q.heads, p.k = k.heads;
+    RopeHeads* heads[2] = {&p.q, &p.k};
+    for (int i : {0, 1}) {
+      heads[i]->in = sides[i].in.data();
+      heads[i]->out = in_place ? sides[i].in.data() : sides[i].out.data();
+    }
+    if (cuda) CHECK_EQ(rope_cuda(p, nullptr, nullptr), cudaSuccess);
+    else rope_cpu(p, 0, all);
+    for (int i : {0, 1}) results[cuda][i] = in_place ? sides[i].in : sides[i].out;
+  }
+  for (int i : {0, 1}) {
+    double worst = 0;  // the compilers may fuse other products
+    for (size_t j = 0; j < results[0][i].size(); j++)
+      worst = std::max(worst, std::abs(double(to_float(results[0][i][j])) - to_float(results[1][i][j])));
+    CHECK(worst <= (sizeof(T) == 4 ? 1e-6 : std::is_same_v<T, half_t> ? 0x1p-8 : 0x1p-5));
+  }
+}
+
+const Shape kShapes[] = {
+    {1, 9, 4, 2, 64, 64, 0, 0},          {2, 5, 3, 1, 96, 32, 64, 0},  {1, 7, 5, 0, 36, 12, 4, 1},
+    {2, 17, 4, 4, 128, 128, 0, 0, true}, {1, 40, 2, 1, 256, 64, 0, 0}, {1, 1, 1, 1, 2, 2, 0, 0},
+};
+
+template <typename T>
+void check_everything() {
+  for (const Shape& shape : kShapes)
+    for (Positions positions :
+         {Positions::counted, Positions::documents, Positions::given, Positions::per_token_table, Positions::three_axes})
+      for (int flags = 0; flags < 8; flags++) compare<T>(shape, positions, flags & 1, flags & 2, flags & 4);
+}
+
+}  // namespace
+
+CASE(every_layout_and_position) {
+  check_everything<float>();
+  check_everything<half_t>();
+  check_everything<bf16_t>();
+}
+
+CASE(positions_outside_the_table_are_nan) {
+  std::vector<float> x(3 * 8, 1), y(x), cos(2 * 4, 1), sin(2 * 4, 0);
+  const std::vector<int64_t> ids = {0, 2, -1};
+  RopeParams p;
+  p.tokens = 3, p.head_dim = p.rotary_dim = 8;
+  p.q = {x.data(), y.data(), 1, 24, 8, 8, 24, 8, 8};
+  p.cos = cos.data(), p.sin = sin.data(), p.table_rows = 2, p.cos_row = p.sin_row = 4;
+  p.position_ids = ids.data(), p.position_axis = p.position_batch = 3, p.position_token = 1;
+  CHECK_EQ(rope_cuda(p, nullptr, nullptr), cudaSuccess);
+  for (int i = 0; i < 24; i++) CHECK_EQ(std::isnan(y[i]), i >= 8);
+}
