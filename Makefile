@@ -19,7 +19,7 @@ PY := $(abspath $(VENV))/bin/python
 VENV_READY := $(VENV)/.ready
 endif
 
-export PYTHONPATH := $(CURDIR)/python
+export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
 # The GPU of this machine; without one a single architecture, since nothing here runs it. Wheels get the whole list of build.json.
 TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1),9.0)

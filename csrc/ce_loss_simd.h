@@ -16,7 +16,7 @@ struct Lane {
   static V exp(V x) { return vexp(x); }
   static V tanh(V x) { return vtanh(x); }
   static V max(V a, V b) { return vmax(a, b); }
-  static float sum(V v) { return horizontal_sum(v); }
+  static double sum(V v) { return horizontal_sum(v); }
   static float top(V v) { return horizontal_max(v); }
   static V weights(const float* p) { return load(p); }
   static V fill(float x) { return splat(x); }
@@ -86,12 +86,12 @@ struct CeRow {
     memcpy(&v, padded, sizeof v);
     return v;
   }
-  S transform1(S x) const {
-    V v = transform(L::fill(x));
+  static S first(V v) {
     S lanes[kLanes];
     memcpy(lanes, &v, sizeof v);
     return lanes[0];
   }
+  S transform1(S x) const { return first(transform(L::fill(x))); }
 
   // The column of a counted row's class; one that does not exist if the class is another shard's.
   int32_t column_of(int32_t target) const { return int32_t(target - p.first_class); }
@@ -144,8 +144,9 @@ struct CeRow {
         maximum = block_max;
       }
       const V base = L::fill(maximum == -infinity ? S(0) : maximum);  // -inf - -inf would be NaN
-      V sums = L::fill(0), moments = L::fill(0), weights = L::fill(0);
-      // Four at a time into a sum of their own: beside a confident row's 1, small terms lose a digit at every addition.
+      V sums = L::fill(0), lost = L::fill(0), moments = L::fill(0), weights = L::fill(0);
+      // Beside a confident row's 1, small terms lose a digit at every addition: four of them are added up first, and what adding
+      // the four loses (Knuth's two-sum, exact in any order of magnitude) has a sum of its own.
       for (int64_t c = begin; c < end; c += 4 * kLanes) {
         V group = L::fill(0);
         for (int64_t i = c; i < c + 4 * kLanes && i < end; i += kLanes) {
@@ -154,9 +155,11 @@ struct CeRow {
           if (entropy) moments += e * L::zero_where_zero(e, v - base);
           if (smoothing) weights += end - i >= kLanes ? read_weights(i) * (v - L::fill(reference)) : L::fill(0);
         }
-        sums += group;
+        const V next = sums + group, added = next - sums;
+        lost += (sums - (next - added)) + (group - added);
+        sums = next;
       }
-      sum += L::sum(sums);
+      sum += L::sum(sums) + L::sum(lost);
       moment += L::sum(moments);
       weighted += L::sum(weights);
       if (smoothing)  // the block's last, partial vector
@@ -238,12 +241,14 @@ struct CeRow {
     const V base = L::fill(maximum), softmax_factor = L::fill(multiplier * k.alpha / sum), uniform = L::fill(multiplier * k.beta);
     const bool smoothing = k.beta != 0;
 
-    const V target = transform(L::fill(is_here(y) ? L::read1(x + y) : S(0)));
-    const V target_gradient = (L::fill(k.alpha / sum) * L::exp(target - base) -
-                               L::fill(k.beta * (p.class_weight ? p.class_weight[y] : 1)) - L::fill(k.gamma)) *
-                              L::fill(multiplier) * chain(target);
-    S target_lanes[kLanes];
-    memcpy(target_lanes, &target_gradient, sizeof target_gradient);
+    // The target's is a difference of terms that may be nearly equal: in double, so that only their own rounding shows.
+    S target_gradient = 0;
+    if (is_here(y)) {
+      const V target = transform(L::fill(L::read1(x + y)));
+      const double probability = ::exp(double(first(target)) - double(maximum)) / double(sum);
+      const double inner = k.alpha * probability - double(k.beta) * (p.class_weight ? p.class_weight[y] : 1.f) - k.gamma;
+      target_gradient = S(inner * multiplier * first(chain(target)));
+    }
 
     for (int64_t c = 0; c < p.vocab; c += kLanes) {
       const V v = read(x, c);
@@ -258,7 +263,7 @@ struct CeRow {
         for (int i = 0; c + i < p.vocab; i++) L::write1(out + c + i, lanes[i]);
       }
     }
-    if (is_here(y)) L::write1(out + y, target_lanes[0]);
+    if (is_here(y)) L::write1(out + y, target_gradient);
   }
 
   void backward(int64_t t) const {

@@ -67,6 +67,8 @@ def pytest_collection_modifyitems(config, items):
         return
     found = torch.cuda.device_count()
     for item in items:
+        if "large" in item.keywords and config.pluginmanager.hasplugin("xdist"):
+            item.add_marker(pytest.mark.xdist_group("large"))  # with --dist loadgroup, one after the other
         marker = item.get_closest_marker("multigpu")
         needed = marker.kwargs.get("count", 2) if marker else 0
         if needed > found:

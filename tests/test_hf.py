@@ -1103,7 +1103,9 @@ def test_no_host_sync_on_a_gpu():
     torch.cuda.set_sync_debug_mode("error")
     try:
         rotary(logits, position_ids)
-        loss(logits, labels, position_ids=position_ids, num_items_in_batch=torch.ones((), device=device)).backward()
+        loss(
+            logits, labels, position_ids=position_ids, num_items_in_batch=torch.ones((), dtype=torch.float64, device=device)
+        ).backward()
     finally:
         torch.cuda.set_sync_debug_mode(mode)
 

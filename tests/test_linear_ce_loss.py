@@ -895,7 +895,7 @@ def test_real_shapes(tokens, hidden_size, vocab):
     for begin in range(0, tokens, 1024):
         h, y = hidden[begin : begin + 1024].detach().double(), labels[begin : begin + 1024]
         p = (h.float() @ weight.detach().float().t()).softmax(-1)[:, sample].double()
-        p = (p - (y[:, None] == sample)) * (y != -100)[:, None] / count
+        p = (p - (y[:, None] == sample).double()) * (y != -100)[:, None] / count
         exact_rows += p.t() @ h
     errors = [rms(result[2][sample].double() - exact_rows) for result in results]
     assert max(errors[:2]) <= 1.05 * errors[2], errors

@@ -10,12 +10,10 @@ static inline VecF splat(float x) { return VecF{} + x; }
 static inline VecF select(VecI mask, VecF yes, VecF no) { return mask ? yes : no; }
 static inline VecF vmax(VecF a, VecF b) { return a > b ? a : b; }  // b where a is NaN
 
-static inline float horizontal_sum(VecF v) {
-  float lanes[PACKOPS_LANES];
-  memcpy(lanes, &v, sizeof v);
-  for (int width = PACKOPS_LANES / 2; width; width /= 2)
-    for (int i = 0; i < width; i++) lanes[i] += lanes[i + width];
-  return lanes[0];
+static inline double horizontal_sum(VecF v) {
+  double total = 0;
+  for (int i = 0; i < PACKOPS_LANES; i++) total += double(v[i]);
+  return total;
 }
 static inline float horizontal_max(VecF v) {
   float lanes[PACKOPS_LANES];

@@ -178,6 +178,30 @@ CASE(minus_infinity_and_huge_logits) {
   CHECK_CLOSE(problem.row_loss[1], std::log(40.0), 1e-6);  // max and sum apart: 3e38 + log 40 would lose it
 }
 
+// Beside the 1 of a confident row's target, the other classes' terms are smaller than what fp32 can add to it one by one: the error
+// must not grow with the row. 3 roundings in a group of four, 1 of the sum, and a little for the terms themselves.
+CASE(confident_rows_keep_their_gradient_however_long) {
+  for_each_isa([](CpuIsa isa) {
+    for (int64_t vocab : {63, 1000, 5003}) {
+      for (float above : {14.f, 20.f}) {
+        Problem problem(64, vocab, 13);
+        for (float& x : problem.logits) x /= 4;
+        for (int64_t t = 0; t < 64; t++) problem.logits[t * problem.stride + problem.labels[t]] = above;
+        problem.p.reduction = Reduction::sum;
+        problem.run();  // fills the parameters
+        PACKOPS_OF_ISA(isa, ce_rows_any)(problem.p, 0, 64, CePass::forward);
+        double worst = 0;
+        for (int64_t t = 0; t < 64; t++) {
+          const int64_t y = problem.labels[t];
+          const double want = std::expm1(problem.logit(t, y) - problem.lse(t));
+          worst = std::max(worst, std::abs(problem.grad[t * problem.stride + y] - want));
+        }
+        CHECK(worst <= 5 * 0x1p-24);
+      }
+    }
+  });
+}
+
 CASE(largest_class_is_the_first_of_equals) {
   Problem problem(2, 100, 8);
   problem.logits[70] = problem.logits[31] = 1000;

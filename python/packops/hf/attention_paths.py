@@ -150,9 +150,14 @@ def attend_flex(
 
 @functools.cache
 def _flex_attention(compiled: bool) -> Callable[..., Any]:
-    from torch.nn.attention.flex_attention import flex_attention
+    from torch.nn.attention.flex_attention import FlexKernelOptions, flex_attention
 
-    return cast(Callable[..., Any], torch.compile(flex_attention) if compiled else flex_attention)
+    if not compiled:
+        return flex_attention
+    # Below 128 tokens torch would choose its decoding kernel, which for some head counts has no configuration (torch 2.11).
+    has_backends = "BACKEND" in FlexKernelOptions.__annotations__
+    options = {"BACKEND": "TRITON"} if has_backends else {"FORCE_USE_FLEX_ATTENTION": True}
+    return functools.partial(torch.compile(flex_attention), kernel_options=options)
 
 
 def attend_sdpa(
