@@ -5,12 +5,14 @@
 //
 // 1. prepare: one number per row. Which label it is scored against, what its loss is multiplied by, and an order of the rows in
 //    which those that count come first, so that the work can be dealt out evenly however the ignored ones lie.
-// 2. rows, one of two kernels:
-//    resident (sm_90 and later): persistent clusters of blocks share a row, which waits in a ring of shared memory between the
-//      pass that reduces it and the pass that writes its gradient.
+// 2. rows, one of three kernels:
+//    registers (rows of up to 64 KiB): a block per row keeps it in registers between the pass that reduces it and the pass that
+//      writes its gradient; another block of the multiprocessor reads meanwhile.
+//    resident (sm_90 and later): persistent clusters of blocks share a row, which waits in a ring of shared memory instead.
 //    streaming (every architecture, and rows no cluster can hold): a block per row reads it twice, the second time from the L2
 //      where that is large enough.
 // 3. reduce: the sum of the rows' shares, in a fixed order.
+// These launches follow each other without a gap where the hardware can: see wait_for_launch_before.
 //
 // All reductions are fixed trees: the bits of a row depend on nothing but the row.
 #include "ce_loss.h"
@@ -44,6 +46,8 @@ __device__ __forceinline__ float& state(void* array, int64_t t) { return static_
 // The column of a counted row's class; one that does not exist if the class is another shard's.
 __device__ __forceinline__ int32_t column_of(const CeLossParams& p, int32_t target) { return int32_t(target - p.first_class); }
 __device__ __forceinline__ bool is_here(const CeLossParams& p, int32_t y) { return uint32_t(y) < uint32_t(p.vocab); }
+
+constexpr int kLine = 128;  // of the cache: what begins there is read and written in whole sectors
 
 // A row as elements before the first boundary (16 bytes, or more), whole vectors, and elements after the last.
 template <typename T, int kBoundary = 16>
@@ -185,28 +189,32 @@ struct RowMaths {
     part.sum = part.sum * shrink + sum;
     part.max = top;
   }
-  // Adds kCount raw vectors, the first at column c, the next `step` columns on.
+  // Adds the first `valid` of kCount raw vectors, the first at column c, the next `step` columns on.
   template <int kCount>
-  __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step) const {
+  __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step, int valid = kCount) const {
     float x[kVec<T>];
     // A rising transform moves the largest logit to the largest; only then is one transform per element enough.
     const bool rising = !kHasTransform || (sizeof(T) == 2 && p.logit_scale > 0);
     if (kHasStatistics || !rising) {
 #pragma unroll
       for (int k = 0; k < kCount; k++) {
+        if (k >= valid) break;
         unpack<T>(raw[k], x);
         add(part, x, c + int64_t(k) * step);
       }
       return;
     }
+    if (valid <= 0) return;
     float top = max_of<T>(raw[0]);
 #pragma unroll
-    for (int k = 1; k < kCount; k++) top = fmaxf(top, max_of<T>(raw[k]));
+    for (int k = 1; k < kCount; k++)
+      if (k < valid) top = fmaxf(top, max_of<T>(raw[k]));
     top = fmaxf(part.max, transform(top));
     const RowExp<T> exp(top);
     float sums[4] = {0, 0, 0, 0}, weighted[2] = {0, 0};
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
+      if (k >= valid) break;
       unpack<T>(raw[k], x);
 #pragma unroll
       for (int i = 0; i < kVec<T>; i++) {
@@ -337,7 +345,7 @@ __device__ __forceinline__ void write_ignored_row(const CeLossParams& p, int64_t
 // Zeros in columns [0, vocab) of a gradient row, by `threads` threads.
 template <typename T>
 __device__ __forceinline__ void zero_row(T* out, int64_t vocab, int thread, int threads) {
-  const Span<T> span(out, vocab);
+  const Span<T, kLine> span(out, vocab);
   for (int i = thread; i < span.head; i += threads) out[i] = from_float<T>(0.f);
   for (int i = thread; i < span.vectors; i += threads)
     store_streaming(out + span.head + int64_t(i) * kVec<T>, make_uint4(0, 0, 0, 0));
@@ -345,8 +353,6 @@ __device__ __forceinline__ void zero_row(T* out, int64_t vocab, int thread, int 
 }
 
 // ------------------------------------------------------------------------------------------------------------- prepare
-
-constexpr int kTile = 1024;  // rows, and threads, of a block that prepares
 
 struct RowEntry {
   int32_t row, target;
@@ -559,38 +565,57 @@ __device__ void prepare_scales(const CeLossParams& p, int64_t tile, Scratch& scr
   __syncthreads();
 }
 
-__device__ __forceinline__ bool needs_documents(const CeLossParams& p) { return per_sequence(p.reduction) || p.counts; }
+__host__ __device__ __forceinline__ bool needs_documents(const CeLossParams& p) { return per_sequence(p.reduction) || p.counts; }
 
-// Few rows: everything in one block, because four launches would cost more than the loss.
-__global__ void __launch_bounds__(kTile) prepare_small_kernel(const __grid_constant__ CeLossParams p) {
-  __shared__ Scratch scratch;
+// Everything in one launch of one block or cluster, because four launches would cost more than a small loss. kCluster: sm_90.
+template <bool kCluster>
+__global__ void __launch_bounds__(kTile) prepare_kernel(const __grid_constant__ CeLossParams p) {
+  auto& scratch = *dynamic_shared<Scratch>();
+  int64_t rank = 0, blocks = 1;
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if constexpr (kCluster) rank = cluster_rank(), blocks = cluster_size();
+#endif
+  const auto everyone = [] {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+    if constexpr (kCluster) return cluster_sync();
+#endif
+    __syncthreads();
+  };
+  wait_for_launch_before();
   const int64_t tiles = (p.rows + kTile - 1) / kTile;
-  for (int64_t tile = 0; tile < tiles; tile++) {
+  for (int64_t tile = rank; tile < tiles; tile += blocks) {
     prepare_targets(p, tile, scratch);
     __syncthreads();
   }
-  if (needs_documents(p)) {
-    prepare_documents<32>(p, threadIdx.x / 32, kTile / 32, scratch);
-    __syncthreads();
+  everyone();
+  if constexpr (!kCluster) {
+    if (needs_documents(p)) {
+      prepare_documents<32>(p, threadIdx.x / 32, kTile / 32, scratch);
+      __syncthreads();
+    }
   }
-  prepare_totals(p, scratch);
-  __syncthreads();
-  for (int64_t tile = 0; tile < tiles; tile++) prepare_scales(p, tile, scratch);
+  if (rank == 0) prepare_totals(p, scratch);
+  everyone();
+  for (int64_t tile = rank; tile < tiles; tile += blocks) prepare_scales(p, tile, scratch);
 }
 __global__ void __launch_bounds__(kTile) prepare_targets_kernel(const __grid_constant__ CeLossParams p) {
   __shared__ Scratch scratch;
+  wait_for_launch_before();
   prepare_targets(p, blockIdx.x, scratch);
 }
 __global__ void __launch_bounds__(kTile) prepare_documents_kernel(const __grid_constant__ CeLossParams p) {
   __shared__ Scratch scratch;
+  wait_for_launch_before();
   prepare_documents<kTile>(p, blockIdx.x, gridDim.x, scratch);
 }
 __global__ void __launch_bounds__(kTile) prepare_totals_kernel(const __grid_constant__ CeLossParams p) {
   __shared__ Scratch scratch;
+  wait_for_launch_before();
   prepare_totals(p, scratch);
 }
 __global__ void __launch_bounds__(kTile) prepare_scales_kernel(const __grid_constant__ CeLossParams p) {
   __shared__ Scratch scratch;
+  wait_for_launch_before();
   prepare_scales(p, blockIdx.x, scratch);
 }
 
@@ -598,6 +623,7 @@ __global__ void __launch_bounds__(kTile) prepare_scales_kernel(const __grid_cons
 
 __global__ void __launch_bounds__(kTile) reduce_kernel(const __grid_constant__ CeLossParams p) {
   __shared__ float scratch[kTile / 32];
+  wait_for_launch_before();
   float sum = 0;
   for (int64_t t = threadIdx.x; t < p.rows; t += kTile)
     sum += p.target[t] == kIgnored ? 0.f : state(p.scale, t) * state(p.row_loss, t);
@@ -609,6 +635,7 @@ __global__ void __launch_bounds__(kTile) reduce_kernel(const __grid_constant__ C
 __global__ void __launch_bounds__(kTile) sequence_loss_kernel(const __grid_constant__ CeLossParams p) {
   __shared__ float scratch[kTile / 32];
   const Workspace w(p);
+  wait_for_launch_before();
   for (int64_t d = blockIdx.x; d < p.documents; d += gridDim.x) {
     float sum = 0;
     const int64_t end = bound(p, d + 1);
@@ -664,6 +691,94 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
   write_row<kFeatures>(p, maths, t, row, column_of(p, target));
 }
 
+// ------------------------------------------------------------------------------------------------------- parts of rows
+
+// A block's part of a row: whole vectors of the row's body, which begins at a cache line, so that rows of odd vocabularies are
+// copied and written in whole sectors too. The elements outside the body belong to rank 0.
+template <typename T>
+struct RowPart {
+  static constexpr int kMostHead = kLine / int(sizeof(T));
+
+  const T* row;
+  Span<T, kLine> span;
+  int begin, count;  // vectors
+
+  __device__ __forceinline__ RowPart(const CeLossParams& p, int64_t t, int cluster, int rank)
+      : row(row_of<T>(p.logits, p.logits_layout, t)), span(row, p.vocab) {
+    const int share = (span.vectors + cluster - 1) >> (31 - __clz(cluster));  // clusters are powers of two
+    begin = min(rank * share, span.vectors);
+    count = min(share, span.vectors - begin);
+  }
+  __device__ __forceinline__ int64_t column() const { return span.head + int64_t(begin) * kVec<T>; }  // of the first vector
+  // The edge element of a thread of rank 0, or -1: one each.
+  __device__ __forceinline__ int64_t edge(int64_t vocab, int thread) const {
+    if (thread < span.head) return thread;
+    if (thread >= kMostHead && thread - kMostHead < span.tail) return vocab - span.tail + thread - kMostHead;
+    return -1;
+  }
+};
+
+// ----------------------------------------------------------------------------------------------------------- registers
+
+// A row in the registers of a block, loss and gradient from one read. The loads of a row are in flight at once, and while the block
+// reduces and writes, the other block of the multiprocessor (three of the smaller ones) has its loads in flight.
+template <typename T, int kFeatures>
+__global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 : 2)
+    register_kernel(const __grid_constant__ CeLossParams p) {
+  using Maths = RowMaths<T, kFeatures>;
+  using Partial = typename Maths::Partial;
+  static_assert(kFewestKeptThreads >= RowPart<T>::kMostHead + kVec<T>);
+  __shared__ Partial of_warps[kMostKeptThreads / 32];
+  wait_for_launch_before();
+  const RowEntry entry = Workspace(p).order[blockIdx.x];
+  const int64_t t = entry.row;
+  const int32_t y = entry.target;
+  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32, step = threads * kVec<T>;
+  T* out = row_of<T>(p.grad, p.grad_layout, t);
+  if (y < 0) {
+    if (thread == 0) write_ignored_row(p, t, y);
+    return zero_row(out, p.vocab, thread, threads);
+  }
+  const RowPart<T> all(p, t, 1, 0);
+  const int64_t first = all.column() + int64_t(thread) * kVec<T>;
+  const int valid = all.count > thread ? (all.count - thread + threads - 1) / threads : 0;
+  uint4 raw[kKeptVectors];
+#pragma unroll
+  for (int k = 0; k < kKeptVectors; k++)
+    if (k < valid) raw[k] = load_streaming(all.row + first + int64_t(k) * step);
+  const int64_t edge = all.edge(p.vocab, thread);
+  const float edge_raw = edge >= 0 ? to_float(all.row[edge]) : 0.f;
+  const float target_raw = to_float(all.row[y]);
+  const float scale = state(p.scale, t);
+
+  const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
+  Partial part;
+  maths.add(part, raw, first, step, valid);
+  if (edge >= 0) {
+    float x[1] = {edge_raw};
+    maths.add(part, x, edge);
+  }
+  part.template reduce_over_warp<kFeatures>();
+  if (lane == 0) of_warps[thread / 32] = part;
+  __syncthreads();  // beyond it the gradient may overwrite the row
+  part = lane < threads / 32 ? of_warps[lane] : Partial{};
+  part.template reduce_over_warp<kFeatures>();
+  if (thread == 0) {
+    part.target = target_raw;
+    write_row<kFeatures>(p, maths, t, part, y);
+  }
+
+  const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, scale);
+#pragma unroll
+  for (int k = 0; k < kKeptVectors; k++)
+    if (k < valid) store_streaming(out + first + int64_t(k) * step, gradient.others(raw[k], first + int64_t(k) * step));
+  // By the thread that has just written the vector around it.
+  const int target_element = y - int32_t(all.column());
+  if (target_element >= 0 && target_element < all.count * kVec<T> && target_element / kVec<T> % threads == thread)
+    out[y] = from_float<T>(gradient.target(target_raw));
+  if (edge >= 0) out[edge] = from_float<T>(gradient(edge_raw, edge));
+}
+
 // ----------------------------------------------------------------------------------------------------------- streaming
 
 constexpr int kStreamThreads = 512;
@@ -716,6 +831,7 @@ template <typename T, int kFeatures>
 __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __grid_constant__ CeLossParams p) {
   using Maths = RowMaths<T, kFeatures>;
   __shared__ typename Maths::Partial scratch[kStreamThreads / 32];
+  wait_for_launch_before();
   const int64_t t = blockIdx.x;
   const int32_t target_class = p.target[t], y = column_of(p, target_class);
   if (target_class < 0) {
@@ -830,32 +946,6 @@ struct RowWalk {
     return entry;
   }
 };
-
-// A block's part of a row: whole vectors of the row's body, which begins at a cache line, so that rows of odd vocabularies are
-// copied and written in whole sectors too. The elements outside the body belong to rank 0.
-template <typename T>
-struct RowPart {
-  static constexpr int kLine = 128;
-  static constexpr int kMostHead = kLine / int(sizeof(T));
-
-  const T* row;
-  Span<T, kLine> span;
-  int begin, count;  // vectors
-
-  __device__ __forceinline__ RowPart(const CeLossParams& p, int64_t t, int cluster, int rank)
-      : row(row_of<T>(p.logits, p.logits_layout, t)), span(row, p.vocab) {
-    const int share = (span.vectors + cluster - 1) >> (31 - __clz(cluster));  // clusters are powers of two
-    begin = min(rank * share, span.vectors);
-    count = min(share, span.vectors - begin);
-  }
-  __device__ __forceinline__ int64_t column() const { return span.head + int64_t(begin) * kVec<T>; }  // of the first vector
-  // The edge element of a thread of rank 0, or -1: one each.
-  __device__ __forceinline__ int64_t edge(int64_t vocab, int thread) const {
-    if (thread < span.head) return thread;
-    if (thread >= kMostHead && thread - kMostHead < span.tail) return vocab - span.tail + thread - kMostHead;
-    return -1;
-  }
-};
 #endif
 
 template <typename T, int kFeatures, bool kGrad>
@@ -866,14 +956,14 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
   using Partial = typename Maths::Partial;
   using Role = Roles<kGrad, kFeatures>;
   constexpr int kReducerWarps = Role::kReducers / 32;
-  constexpr int kChunkVectors = kChunkBytes / 16;
+  constexpr int kChunkVectors = chunk_bytes(kGrad) / 16;
   static_assert(sizeof(Partial) % 16 == 0 && kReducerWarps <= kMaxWarps && kExchanges % 2 == 0);
 
   auto* shared = dynamic_shared<unsigned char>();
   const int cluster = int(cluster_size()), rank = int(cluster_rank());
   auto* ring = reinterpret_cast<uint4*>(shared);
-  auto* results = reinterpret_cast<Partial*>(shared + stages * kChunkBytes);  // [kExchanges][cluster]
-  Partial* of_warps = results + kExchanges * cluster;                         // [2][kReducerWarps]
+  auto* results = reinterpret_cast<Partial*>(shared + stages * chunk_bytes(kGrad));  // [kExchanges][cluster]
+  Partial* of_warps = results + kExchanges * cluster;                                // [2][kReducerWarps]
   auto* full = reinterpret_cast<MBarrier*>(of_warps + 2 * kMaxWarps);
   MBarrier *empty = full + stages, *exchanged = empty + stages, *collected = exchanged + kExchanges;
   auto* targets = reinterpret_cast<float*>(collected + kExchanges);  // [2]
@@ -891,6 +981,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
   }
   cluster_sync();
 
+  wait_for_launch_before();
   RowWalk walk(p, cluster);
   RingPlace place, exchange;
   const int lane = threadIdx.x % 32;
@@ -1052,25 +1143,30 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
 
 constexpr int kMaxDevices = 64;
 
-cudaError_t device_limits(DeviceLimits& limits, int& device, int& sms) {
+struct Device {
+  int index, multiprocessors;
+  DeviceLimits limits;
+  bool overlaps() const { return limits.architecture >= 90; }  // launches that follow each other
+};
+
+cudaError_t current_device(Device& device) {
   static std::atomic<int> cache[kMaxDevices][4];
-  cudaError_t error = cudaGetDevice(&device);
+  cudaError_t error = cudaGetDevice(&device.index);
   if (error != cudaSuccess) return error;
-  auto& c = cache[device % kMaxDevices];
+  auto& c = cache[device.index % kMaxDevices];
   if (c[0].load(std::memory_order_acquire) == 0) {
-    int major, minor, values[3];
-    if ((error = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device)) != cudaSuccess) return error;
-    if ((error = cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device)) != cudaSuccess) return error;
-    if ((error = cudaDeviceGetAttribute(&values[0], cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)) != cudaSuccess)
-      return error;
-    if ((error = cudaDeviceGetAttribute(&values[1], cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) != cudaSuccess)
-      return error;
-    if ((error = cudaDeviceGetAttribute(&values[2], cudaDevAttrMultiProcessorCount, device)) != cudaSuccess) return error;
+    constexpr cudaDeviceAttr kWanted[] = {cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin,
+                                          cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor,
+                                          cudaDevAttrComputeCapabilityMinor};
+    int values[5];
+    for (int i = 0; i < 5; i++)
+      if ((error = cudaDeviceGetAttribute(&values[i], kWanted[i], device.index)) != cudaSuccess) return error;
     for (int i = 0; i < 3; i++) c[i + 1].store(values[i], std::memory_order_relaxed);
-    c[0].store(major * 10 + minor, std::memory_order_release);
+    c[0].store(values[3] * 10 + values[4], std::memory_order_release);
   }
-  limits = {c[0].load(std::memory_order_acquire), c[1].load(std::memory_order_relaxed), c[2].load(std::memory_order_relaxed)};
-  sms = c[3].load(std::memory_order_relaxed);
+  device.limits = {c[0].load(std::memory_order_acquire), c[1].load(std::memory_order_relaxed),
+                   c[2].load(std::memory_order_relaxed)};
+  device.multiprocessors = c[3].load(std::memory_order_relaxed);
   return cudaSuccess;
 }
 
@@ -1083,8 +1179,7 @@ bool same_alignment(const CeLossParams& p, int element_bytes) {
 }
 
 template <typename T, int kFeatures, bool kGrad>
-cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, int device, int sms, int shared_per_block,
-                            cudaStream_t stream) {
+cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, const Device& device, cudaStream_t stream) {
   const auto kernel = resident_kernel<T, kFeatures, kGrad>;
   cudaLaunchConfig_t launch = {};
   launch.blockDim = dim3(Roles<kGrad, kFeatures>::kThreads);
@@ -1098,35 +1193,36 @@ cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, i
 
   // Persistent blocks must all be on the device at once; asked once per device and cluster size.
   static std::atomic<int> cache[kMaxDevices][kMaxCluster + 1];
-  auto& resident_clusters = cache[device % kMaxDevices][config.cluster];
+  auto& resident_clusters = cache[device.index % kMaxDevices][config.cluster];
   int clusters = resident_clusters.load(std::memory_order_acquire);
   if (clusters == 0) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_per_block);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.limits.shared_per_block);
     if (error != cudaSuccess) return error;
-    launch.gridDim = dim3(unsigned(sms) * resident_blocks(kGrad) / config.cluster * config.cluster);
+    launch.gridDim = dim3(unsigned(device.multiprocessors) * resident_blocks(kGrad) / config.cluster * config.cluster);
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch);
     if (error != cudaSuccess) return error;
     if (clusters == 0) return cudaErrorInvalidConfiguration;
     resident_clusters.store(clusters, std::memory_order_release);
   }
-  launch.gridDim = dim3(unsigned(std::min<int64_t>(clusters, p.rows)) * config.cluster);
-  return cudaLaunchKernelEx(&launch, kernel, p, config.stages);
+  const unsigned blocks = unsigned(std::min<int64_t>(clusters, p.rows)) * config.cluster;
+  return launch_with({config.cluster, true}, kernel, blocks, launch.blockDim, config.shared_bytes, stream, p, config.stages);
 }
 
 template <typename T, int kFeatures>
-cudaError_t launch_rows(const CeLossParams& p, cudaStream_t stream) {
-  DeviceLimits limits;
-  int device, sms;
-  cudaError_t error = device_limits(limits, device, sms);
-  if (error != cudaSuccess) return error;
+cudaError_t launch_rows(const CeLossParams& p, const Device& device, cudaStream_t stream) {
   const CeLossConfig config =
       choose_ce_loss_config(p.vocab, sizeof(T), p.grad != nullptr, p.grad == nullptr || same_alignment(p, sizeof(T)),
-                            sizeof(typename RowMaths<T, kFeatures>::Partial), limits);
-  if (config.resident)
-    return p.grad ? launch_resident<T, kFeatures, true>(p, config, device, sms, limits.shared_per_block, stream)
-                  : launch_resident<T, kFeatures, false>(p, config, device, sms, limits.shared_per_block, stream);
-  launch(stream_forward_kernel<T, kFeatures>, unsigned(p.rows), kStreamThreads, 0, stream, p);
-  return cudaGetLastError();
+                            sizeof(typename RowMaths<T, kFeatures>::Partial), device.limits);
+  const auto block_per_row = [&](auto kernel, int threads) {
+    return launch_with({0, device.overlaps()}, kernel, unsigned(p.rows), threads, 0, stream, p);
+  };
+  switch (config.path) {
+    case CeLossPath::registers: return block_per_row(register_kernel<T, kFeatures>, config.threads);
+    case CeLossPath::resident:
+      return p.grad ? launch_resident<T, kFeatures, true>(p, config, device, stream)
+                    : launch_resident<T, kFeatures, false>(p, config, device, stream);
+    default: return block_per_row(stream_forward_kernel<T, kFeatures>, kStreamThreads);
+  }
 }
 
 // Calls f(type, features) with the element type and the smallest compiled set of features that covers the problem.
@@ -1142,20 +1238,19 @@ void dispatch(const CeLossParams& p, F&& f) {
   });
 }
 
-constexpr int64_t kSmallRows = 2 * kTile;
-
-cudaError_t prepare(const CeLossParams& p, cudaStream_t stream) {
-  if (p.rows <= kSmallRows) {
-    launch(prepare_small_kernel, 1, kTile, 0, stream, p);
-    return cudaGetLastError();
-  }
+cudaError_t prepare(const CeLossParams& p, const Device& device, cudaStream_t stream) {
+  if (const int cluster = prepare_cluster(p.rows, needs_documents(p), device.limits))
+    return cluster == 1
+               ? launch_with({}, prepare_kernel<false>, 1, kTile, sizeof(Scratch), stream, p)
+               : launch_with({cluster, false}, prepare_kernel<true>, unsigned(cluster), kTile, sizeof(Scratch), stream, p);
   const unsigned tiles = unsigned((p.rows + kTile - 1) / kTile);
-  launch(prepare_targets_kernel, tiles, kTile, 0, stream, p);
-  if ((per_sequence(p.reduction) || p.counts) && p.documents > 0)
-    launch(prepare_documents_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
-  launch(prepare_totals_kernel, 1, kTile, 0, stream, p);
-  launch(prepare_scales_kernel, tiles, kTile, 0, stream, p);
-  return cudaGetLastError();
+  const LaunchOptions next{0, device.overlaps()};
+  cudaError_t error = launch_with({}, prepare_targets_kernel, tiles, kTile, 0, stream, p);
+  if (error == cudaSuccess && needs_documents(p) && p.documents > 0)
+    error = launch_with(next, prepare_documents_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
+  if (error == cudaSuccess) error = launch_with(next, prepare_totals_kernel, 1, kTile, 0, stream, p);
+  if (error == cudaSuccess) error = launch_with(next, prepare_scales_kernel, tiles, kTile, 0, stream, p);
+  return error;
 }
 
 }  // namespace
@@ -1163,22 +1258,28 @@ cudaError_t prepare(const CeLossParams& p, cudaStream_t stream) {
 int64_t ce_loss_workspace(const CeLossParams& p) { return Workspace(p).size; }
 
 int ce_loss_prepare_cuda(const CeLossParams& p, void* stream_handle) {
-  return prepare(p, static_cast<cudaStream_t>(stream_handle));
+  Device device;
+  const cudaError_t error = current_device(device);
+  return error == cudaSuccess ? prepare(p, device, static_cast<cudaStream_t>(stream_handle)) : error;
 }
 
 int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
-  cudaError_t error = prepare(p, stream);
+  Device device;
+  cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
+  if ((error = prepare(p, device, stream)) != cudaSuccess) return error;
   if (p.rows > 0) {
-    dispatch(p, [&](auto type, auto features) { error = launch_rows<decltype(type), features()>(p, stream); });
+    dispatch(p, [&](auto type, auto features) { error = launch_rows<decltype(type), features()>(p, device, stream); });
     if (error != cudaSuccess) return error;
   }
-  if (p.partial) return cudaGetLastError();
-  if (p.reduction != Reduction::none) launch(reduce_kernel, 1, kTile, 0, stream, p);
+  if (p.partial) return cudaSuccess;
+  const LaunchOptions next{0, device.overlaps()};
+  if (p.reduction != Reduction::none && (error = launch_with(next, reduce_kernel, 1, kTile, 0, stream, p)) != cudaSuccess)
+    return error;
   if (p.sequence_loss && p.documents > 0)
-    launch(sequence_loss_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
-  return cudaGetLastError();
+    error = launch_with(next, sequence_loss_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
+  return error;
 }
 
 int ce_loss_combine_cuda(const CeLossParams& p, void* stream_handle) {
@@ -1197,11 +1298,10 @@ int ce_loss_combine_cuda(const CeLossParams& p, void* stream_handle) {
 int ce_loss_backward_cuda(const CeLossParams& p, void* stream_handle) {
   const auto stream = static_cast<cudaStream_t>(stream_handle);
   if (p.rows == 0) return cudaSuccess;
-  DeviceLimits limits;
-  int device, sms;
-  const cudaError_t error = device_limits(limits, device, sms);
+  Device device;
+  const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const auto blocks = unsigned(std::min<int64_t>(p.rows, int64_t(sms) * kBackwardBlocks));
+  const auto blocks = unsigned(std::min<int64_t>(p.rows, int64_t(device.multiprocessors) * kBackwardBlocks));
   dispatch(p, [&](auto type, auto features) {
     launch(stream_backward_kernel<decltype(type), features()>, blocks, kStreamThreads, 0, stream, p);
   });

@@ -12,29 +12,13 @@ struct DeviceLimits {
   int shared_per_block;  // bytes, opt-in
 };
 
-#ifndef PACKOPS_CE_CHUNK
-#define PACKOPS_CE_CHUNK 8192
-#endif
-#ifndef PACKOPS_CE_DEPTH
-#define PACKOPS_CE_DEPTH 13
-#endif
-#ifndef PACKOPS_CE_ROLE
-#define PACKOPS_CE_ROLE 128
-#endif
-#ifndef PACKOPS_CE_BLOCKS
-#define PACKOPS_CE_BLOCKS 2
-#endif
-#ifndef PACKOPS_CE_FWD
-#define PACKOPS_CE_FWD 256
-#endif
-#ifndef PACKOPS_CE_FWD_BLOCKS
-#define PACKOPS_CE_FWD_BLOCKS 4
-#endif
-inline constexpr int kRoleThreads = PACKOPS_CE_ROLE;    // that reduce, and as many that write
-inline constexpr int kForwardThreads = PACKOPS_CE_FWD;  // that reduce where nothing is written
-constexpr int resident_blocks(bool grad) { return grad ? PACKOPS_CE_BLOCKS : PACKOPS_CE_FWD_BLOCKS; }  // per SM
-inline constexpr int kChunkBytes = PACKOPS_CE_CHUNK;  // of a bulk copy, and of a stage of the ring
-inline constexpr int kRingDepth = PACKOPS_CE_DEPTH;   // tenths of rows that the ring should hold
+// Of the persistent kernel. With a gradient one block has a multiprocessor for itself: two of half the size spend a tenth more
+// instructions on what is not per element, and their rows need clusters twice as large. Without, small chunks let short rows in.
+inline constexpr int kRoleThreads = 256;                              // that reduce, and as many that write
+inline constexpr int kForwardThreads = 256;                           // that reduce where nothing is written
+constexpr int resident_blocks(bool grad) { return grad ? 1 : 4; }     // per multiprocessor
+constexpr int chunk_bytes(bool grad) { return grad ? 16384 : 8192; }  // of a bulk copy, and of a stage of the ring
+inline constexpr int kRingDepth = 13;                                 // tenths of rows that the ring should hold
 inline constexpr int kMaxStages = 16;
 inline constexpr int kMaxCluster = 8;               // the largest portable cluster
 inline constexpr int kExchanges = 16;               // rows whose partial results can be on their way at once
@@ -47,40 +31,73 @@ inline int resident_overhead(int cluster, int partial_bytes) {
   return int(sizeof(uint64_t)) * (2 * kMaxStages + 2 * kExchanges) + (kExchanges * cluster + 2 * kMaxWarps) * partial_bytes + 128;
 }
 
+inline constexpr int kKeptVectors = 8;  // 16 bytes each, of a thread that keeps its part of a row in registers
+inline constexpr int kFewestKeptThreads = 128;
+inline constexpr int kMostKeptThreads =
+    512;  // with more, one block has a multiprocessor for itself, and nobody reads while it waits
+
+// How rows are worked on.
+enum class CeLossPath {
+  streaming,  // a block reads its row twice, the second time from the L2 with luck
+  registers,  // a block reads its row once and keeps it in registers until the gradient is written
+  resident,   // persistent clusters read rows once, which wait in rings of shared memory
+};
+
 struct CeLossConfig {
-  bool resident =
-      false;        // read once, the row waits in shared memory; otherwise read twice, the second time from the L2 with luck
-  int cluster = 1;  // blocks that share a row
+  CeLossPath path = CeLossPath::streaming;
+  int threads = 0;  // registers
+  int cluster = 1;  // resident: blocks that share a row
   int stages = 0;
   int shared_bytes = 0;
 };
 
-// The smallest cluster whose blocks can hold their parts of kRingDepth / 10 rows, so that one row is loaded and reduced while
-// another is written. Without a gradient nothing must stay, and one block streams rows of any length.
+// A gradient's rows: in the registers of one block if they fit, else in the smallest cluster whose blocks can hold their parts of
+// kRingDepth / 10 rows, so that one row is loaded and reduced while another is written. Without a gradient nothing must stay, and
+// one block of the persistent kernel streams rows of any length.
 inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool grad, bool same_alignment, int partial_bytes,
                                           const DeviceLimits& device) {
   CeLossConfig config;
   const int64_t row_bytes = vocab * element_bytes;
-  if (device.architecture < 90 || (grad && !same_alignment) || row_bytes < kMinResidentBytes) return config;
+  if ((grad && !same_alignment) || row_bytes < kMinResidentBytes) return config;
+  if (grad && row_bytes / 16 <= kMostKeptThreads * kKeptVectors) {
+    config.path = CeLossPath::registers;
+    config.threads = kMostKeptThreads;
+    while (config.threads > kFewestKeptThreads && row_bytes / 16 <= config.threads / 2 * kKeptVectors) config.threads /= 2;
+    return config;
+  }
+  if (device.architecture < 90) return config;
+  const int chunk = chunk_bytes(grad);
   for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
     const int overhead = resident_overhead(cluster, partial_bytes);
     const int per_block = std::min(device.shared_per_sm / resident_blocks(grad) - 1024, device.shared_per_block);
-    const int stages = std::min((per_block - overhead) / kChunkBytes, kMaxStages);
+    const int stages = std::min((per_block - overhead) / chunk, kMaxStages);
     if (stages < 4) return config;
-    const int64_t part_chunks = (row_bytes / 16 / cluster + 1 + kChunkBytes / 16 - 1) / (kChunkBytes / 16);
+    const int64_t part_chunks = (row_bytes / 16 / cluster + 1 + chunk / 16 - 1) / (chunk / 16);
     const bool last = cluster == kMaxCluster;
     // A block's reducers may run ahead of another's writers by twice the rows that a ring holds: kExchanges must cover that.
     const bool exchanges_suffice = cluster == 1 || 2 * (stages / part_chunks + 1) < kExchanges;
     if (!exchanges_suffice) return config;
     if (!grad || part_chunks * kRingDepth <= stages * 10 || (last && part_chunks < stages)) {
-      config.resident = true;
+      config.path = CeLossPath::resident;
       config.cluster = cluster;
       config.stages = stages;
-      config.shared_bytes = stages * kChunkBytes + overhead;
+      config.shared_bytes = stages * chunk + overhead;
       return config;
     }
   }
   return config;
+}
+
+// Blocks of the cluster that prepares the rows in one launch, each a tile of kTile rows at a time; 0: too many rows, several
+// launches. One block needs no cluster, which older architectures do not have.
+inline constexpr int kTile = 1024;  // rows, and threads, of a block that prepares
+inline int prepare_cluster(int64_t rows, bool documents, const DeviceLimits& device) {
+  const int64_t tiles = (rows + kTile - 1) / kTile;
+  if (tiles <= (documents ? 2 : 1)) return 1;
+  if (documents || device.architecture < 90 || tiles > 8 * kMaxCluster) return 0;  // a document may be as long as all rows
+  int cluster = 2;
+  while (cluster < kMaxCluster && cluster < tiles) cluster *= 2;
+  return cluster;
 }
 
 }  // namespace packops

@@ -37,4 +37,26 @@ T* dynamic_shared() {
 
 #endif
 
+// A launch in clusters of that many blocks, and one that follows another of this library on the stream: its blocks may start while
+// that one's last are running, so the kernel has to call wait_for_launch_before(). Both need sm_90.
+struct LaunchOptions {
+  int cluster = 0;
+  bool follows = false;
+};
+template <typename... P>
+cudaError_t launch_with(LaunchOptions options, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes,
+                        cudaStream_t stream, const std::type_identity_t<P>&... arguments) {
+  cudaLaunchAttribute attributes[2];
+  cudaLaunchConfig_t config = {grid, block, shared_bytes, stream, attributes, 0};
+  if (options.cluster) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeClusterDimension;
+    attributes[config.numAttrs++].val.clusterDim = {unsigned(options.cluster), 1, 1};
+  }
+  if (options.follows) {
+    attributes[config.numAttrs].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[config.numAttrs++].val.programmaticStreamSerializationAllowed = 1;
+  }
+  return cudaLaunchKernelEx(&config, kernel, arguments...);
+}
+
 }  // namespace packops

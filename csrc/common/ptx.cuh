@@ -26,6 +26,14 @@ __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// A launch that may begin before the one ahead of it on the stream has ended (see launch_next) waits for that one's results here,
+// in every thread and before anything else touches memory; and it lets the next such launch begin. Nothing before sm_90.
+__device__ __forceinline__ void wait_for_launch_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- sm_90 and later: bulk copies into shared memory that report to an mbarrier, and messages between the blocks of a cluster.
 // Older architectures' kernels must not call them.
 

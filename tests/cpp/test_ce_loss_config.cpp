@@ -16,16 +16,20 @@ CASE(a_chosen_kernel_fits_the_device) {
       for (int bytes : {2, 4}) {
         for (bool grad : {false, true}) {
           const CeLossConfig config = choose_ce_loss_config(vocab, bytes, grad, true, kPartial, device);
-          if (!config.resident) continue;
+          if (config.path == CeLossPath::registers) {
+            CHECK(grad && config.threads >= kFewestKeptThreads && config.threads <= kMostKeptThreads && config.threads % 32 == 0);
+            CHECK(vocab * bytes / 16 <= config.threads * kKeptVectors);  // a row has no more whole vectors than this
+          }
+          if (config.path != CeLossPath::resident) continue;
           CHECK(device.architecture >= 90);  // older ones have neither clusters nor bulk copies
           CHECK(config.cluster >= 1 && config.cluster <= kMaxCluster && (config.cluster & (config.cluster - 1)) == 0);
           CHECK(config.stages >= 1 && config.stages <= kMaxStages);
           CHECK(config.shared_bytes <= device.shared_per_block);
           CHECK(resident_blocks(grad) * (config.shared_bytes + 1024) <=
                 device.shared_per_sm);  // 1 KiB of a block is the driver's
-          CHECK(config.shared_bytes >= config.stages * kChunkBytes + resident_overhead(config.cluster, kPartial));
+          CHECK(config.shared_bytes >= config.stages * chunk_bytes(grad) + resident_overhead(config.cluster, kPartial));
           // What has to stay until the gradient is written fits into the ring, ends of a chunk included.
-          if (grad) CHECK(vocab * bytes <= int64_t(config.cluster) * config.stages * kChunkBytes);
+          if (grad) CHECK(vocab * bytes <= int64_t(config.cluster) * config.stages * chunk_bytes(grad));
         }
       }
     }
@@ -36,14 +40,35 @@ CASE(common_vocabularies_are_read_once_on_h100) {
   int cluster = 1;
   for (int64_t vocab : {32000, 50304, 128256, 151936, 262144}) {
     const CeLossConfig config = choose_ce_loss_config(vocab, 2, true, true, kPartial, kH100);
-    CHECK(config.resident);
+    CHECK(config.path != CeLossPath::streaming);
     CHECK(config.cluster >= cluster);  // never fewer blocks for a longer row
     cluster = config.cluster;
   }
 }
 
-CASE(what_cannot_be_resident_streams) {
-  CHECK(!choose_ce_loss_config(128256, 2, true, true, kPartial, kA100).resident);
-  CHECK(!choose_ce_loss_config(128256, 2, true, false, kPartial, kH100).resident);  // gradient rows start elsewhere in 16 bytes
-  CHECK(!choose_ce_loss_config(100000000, 2, true, true, kPartial, kH100).resident);
+CASE(small_rows_stay_in_registers_everywhere) {
+  for (const DeviceLimits& device : {kA100, kH100, kRtx5090})
+    for (int64_t vocab : {1000, 8000, 32000})
+      CHECK(choose_ce_loss_config(vocab, 2, true, true, kPartial, device).path == CeLossPath::registers);
+}
+
+CASE(what_cannot_be_read_once_streams) {
+  CHECK(choose_ce_loss_config(128256, 2, true, true, kPartial, kA100).path == CeLossPath::streaming);
+  CHECK(choose_ce_loss_config(128256, 2, true, false, kPartial, kH100).path ==
+        CeLossPath::streaming);  // gradient rows start elsewhere in 16 bytes
+  CHECK(choose_ce_loss_config(100000000, 2, true, true, kPartial, kH100).path == CeLossPath::streaming);
+}
+
+CASE(rows_are_prepared_in_as_few_launches_as_can_be) {
+  for (const DeviceLimits& device : {kA100, kH100}) {
+    CHECK_EQ(prepare_cluster(0, false, device), 1);
+    CHECK_EQ(prepare_cluster(kTile, false, device), 1);
+    CHECK_EQ(prepare_cluster(2 * kTile, true, device), 1);
+    CHECK_EQ(prepare_cluster(2 * kTile + 1, true, device), 0);
+    CHECK_EQ(prepare_cluster(1000000, false, device), 0);
+  }
+  CHECK_EQ(prepare_cluster(2 * kTile, false, kA100), 0);
+  CHECK_EQ(prepare_cluster(2 * kTile, false, kH100), 2);
+  CHECK_EQ(prepare_cluster(5 * kTile, false, kH100), 8);
+  CHECK_EQ(prepare_cluster(64 * kTile, false, kH100), 8);
 }

@@ -134,13 +134,14 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int)
 }
 
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
-enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension, cudaLaunchAttributeProgrammaticStreamSerialization };
 struct cudaLaunchAttribute {
   cudaLaunchAttributeID id;
   struct {
     struct {
       unsigned x, y, z;
     } clusterDim;
+    int programmaticStreamSerializationAllowed;
   } val;
 };
 struct cudaLaunchConfig_t {
@@ -161,8 +162,11 @@ cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaun
 template <typename... P>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(P...),
                                const std::type_identity_t<P>&... arguments) {
-  emulator::cluster_launches++;
-  emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, int(launch->attrs->val.clusterDim.x),
+  int cluster = 0;
+  for (int i = 0; i < launch->numAttrs; i++)
+    if (launch->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = int(launch->attrs[i].val.clusterDim.x);
+  if (cluster) emulator::cluster_launches++;
+  emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1,
                 [&] { kernel(arguments...); });
   return cudaSuccess;
 }

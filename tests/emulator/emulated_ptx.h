@@ -11,6 +11,8 @@ inline float flush(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.f,
 inline float exp2_approx(float x) { return flush(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return flush(1 / x); }
 
+inline void wait_for_launch_before() {}
+
 inline void named_barrier(int id, int threads) {
   if (id == 0) return __syncthreads();
   emulator::wait(emulator::Waiting::for_some_of_block, uint64_t(threads));
