@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 import torch
@@ -382,16 +383,22 @@ def main() -> int:
     import gpu_record
 
     arguments.logs.mkdir(parents=True, exist_ok=True)
+    tools = arguments.tools or TOOLS
+    logs = {tool: arguments.logs / f"{tool}.log" for tool in tools}
+    print(f"{', '.join(tools)}: each in a process of its own, a few minutes", flush=True)
     results = {}
-    for tool in arguments.tools or TOOLS:
-        log = arguments.logs / f"{tool}.log"
-        print(f"{tool} ...", end=" ", flush=True)
-        result = results[tool] = run_tool(tool, log)
-        print(f"{result['errors']} errors in {result['cases']} cases, {result['seconds']} s ({log})", flush=True)
-        if result["errors"]:
-            print(findings(log.read_text()))
+    with ThreadPoolExecutor() as pool:  # a sanitizer keeps the host busy, hardly the GPU
+        running = {pool.submit(run_tool, tool, logs[tool]): tool for tool in tools}
+        for future in as_completed(running):
+            tool, result = running[future], future.result()
+            results[tool] = result
+            print(
+                f"{tool}: {result['errors']} errors in {result['cases']} cases, {result['seconds']} s ({logs[tool]})", flush=True
+            )
+            if result["errors"]:
+                print(findings(logs[tool].read_text()))
     if set(results) == set(TOOLS):
-        gpu_record.merge_sanitizer(gpu_record.PATH, results)
+        gpu_record.merge_sanitizer(gpu_record.PATH, {tool: results[tool] for tool in TOOLS})
     return 1 if any(result["errors"] for result in results.values()) else 0
 
 
