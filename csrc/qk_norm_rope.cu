@@ -5,7 +5,8 @@
 // than stored. Weight gradients: each block keeps fp32 sums of its tokens and leaves them as one row of partials; a second, tiny
 // kernel adds the rows in a fixed order. No atomics, so the same bits at every run.
 //
-// Layout: see qk_norm_rope_launch.h. The forward kernel is the one of rope.cu with a sum over the threads of a head in the middle.
+// Layout: see qk_norm_rope_launch.h. The forward kernel is the one of rope.cu with a sum over the threads of a head in the middle; it
+// asks for heads, weights, positions and the table's rows before it uses any of them. So does each round of the backward kernel.
 #include "qk_norm_rope.h"
 
 #include "common/device.cuh"
@@ -30,14 +31,34 @@ __device__ inline Job job_of(const QkNormRopeParams& p, const QkNormRopeLaunch& 
           launch.k_blocks};
 }
 
+// The norm's weights at the two vectors of a lane.
 template <int W>
-__device__ inline void load_weight(const QkNormRopeParams& p, const void* weight, int64_t i, float (&w)[W]) {
-  load_row(weight, p.weight_dtype, i, w);
-  if (p.zero_centered) {
-#pragma unroll
-    for (int j = 0; j < W; j++) w[j] += 1.f;
+class NormWeights {
+ public:
+  explicit __device__ NormWeights(const QkNormRopeParams& p) : zero_centered(p.zero_centered) {
+    format =
+        TableFormat::of<W>(p.weight_dtype, reinterpret_cast<uintptr_t>(p.q_weight) | reinterpret_cast<uintptr_t>(p.k_weight), 0);
   }
-}
+  // first: where the head's weights begin.
+  __device__ void ask(const void* weight, int64_t first, RopeLane place) {
+    run_a.load(weight, format, first + place.a);
+    if (place.has_b) run_b.load(weight, format, first + place.b);
+  }
+  __device__ void receive(RopeLane place, float (&a)[W], float (&b)[W]) const {
+    run_a.to_floats(format, a);
+    run_b.to_floats(format, b);
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      if (zero_centered) a[j] += 1.f, b[j] += 1.f;
+      if (!place.has_b) b[j] = 0.f;
+    }
+  }
+
+ private:
+  bool zero_centered;
+  TableFormat format;
+  TableRun<W> run_a, run_b;
+};
 
 template <int W>
 __device__ inline float dot(const float (&a)[W], const float (&b)[W]) {
@@ -55,7 +76,7 @@ __device__ inline float group_sum(float x, int group) {
 // ---- Narrow: one head in the registers of one group of threads of a warp.
 
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
-__global__ void __launch_bounds__(kRopeMostThreads)
+__global__ void __launch_bounds__(kRopeMostThreads, 1)
     QkNormRopeForwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RopeLaunch launch,
                             const int64_t first_batch) {
   auto* start_of = dynamic_shared<int64_t>();  // of each token of the block, with cu_seqlens
@@ -66,68 +87,66 @@ __global__ void __launch_bounds__(kRopeMostThreads)
   const int64_t first = int64_t(blockIdx.x) * launch.tokens_per_block;
   const RopeToken at{first_batch + blockIdx.z, first + local};
   const bool active = at.token < rope.tokens && slot < launch.slots && lane < launch.lanes;
-  RopePositionId<kMrope> id;
-  if (active) id.ask(rope, at);
   const RopeLane place = rope_lane<W, kInterleaved>(rope, min(lane, launch.lanes - 1), launch.lanes);
-  const int q_heads = int(rope.q.heads), heads = q_heads + int(rope.k.heads);
-  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);
+  const RopeSlot heads = rope_slot(rope, launch, slot);
 
   Vec<T, W> xa[kUnroll], xb[kUnroll];
+  NormWeights<W> weights(p);
+  const T* x = head_in<T>(heads.side, at, heads.head);
 #pragma unroll
   for (int u = 0; u < kUnroll; u++) {
     xa[u].fill(0.f);
     xb[u].fill(0.f);
-    const int head = slot + u * launch.slots;
-    if (active && head < heads) {
-      const T* x = head < q_heads ? head_in<T>(rope.q, at, head) : head_in<T>(rope.k, at, head - q_heads);
-      xa[u].load_streaming(x + place.a);
-      if (place.has_b) xb[u].load_streaming(x + place.b);
-    }
+    if (active && u < heads.count) xa[u].load_streaming(x + u * heads.side.in_head + place.a);
+    if (active && u < heads.count && place.has_b) xb[u].load_streaming(x + u * heads.side.in_head + place.b);
   }
+  if (active) weights.ask(heads.is_q ? p.q_weight : p.k_weight, 0, place);
   if (rope.cu_seqlens) {
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     find_documents(rope, at.batch * rope.tokens + first, launch.tokens_per_block, start_of, thread, launch.threads());
     __syncthreads();
   }
-  const int64_t position = active ? rope_position(rope, id, at, rope.cu_seqlens ? start_of[local] : 0) : kOutside;
-  const bool turns = place.turns && position != kOutside;
+  bool outside = true, turns = false;
   RopeCoefficients<W, kInterleaved, kMrope> coefficients;
-  if (turns) coefficients.load(rope, at, id, position, lane);
+  if (active) {
+    const RopePosition<kMrope> position(rope, at, rope.cu_seqlens ? start_of[local] : 0);
+    outside = position.outside();
+    turns = place.turns && !outside;
+    if (turns) coefficients.load(rope, at, position, lane);
+  }
 
+  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);  // a division, which no load should wait for
+  float weight_a[W], weight_b[W];
+  if (!outside) weights.receive(place, weight_a, weight_b);
 #pragma unroll
   for (int u = 0; u < kUnroll; u++) {
     float a[W], b[W];
     xa[u].to_floats(a);
     xb[u].to_floats(b);
     const float square = group_sum(dot(a, a) + dot(b, b), group) * inverse_dim;
-    const int head = slot + u * launch.slots;
-    if (active && head < heads) {
-      const bool is_q = head < q_heads;
-      T* y = is_q ? head_out<T>(rope.q, at, head) : head_out<T>(rope.k, at, head - q_heads);
-      if (position != kOutside) {
-        const float r = 1.f / sqrtf(square + eps);
-        const void* weight = is_q ? p.q_weight : p.k_weight;
-        float w[W];
-        load_weight(p, weight, place.a, w);
+    if (outside) continue;
+    const float r = 1.f / sqrtf(square + eps);
 #pragma unroll
-        for (int j = 0; j < W; j++) a[j] *= r * w[j];
-        if (place.has_b) {
-          load_weight(p, weight, place.b, w);
-#pragma unroll
-          for (int j = 0; j < W; j++) b[j] *= r * w[j];
-        }
-        if (turns) coefficients.turn(rope, a, b);
-        xa[u].from_floats(a);
-        xb[u].from_floats(b);
-      }
-      xa[u].store_streaming(y + place.a);
-      if (place.has_b) xb[u].store_streaming(y + place.b);
+    for (int j = 0; j < W; j++) {
+      a[j] *= r * weight_a[j];
+      b[j] *= r * weight_b[j];
     }
+    if (turns) coefficients.turn(rope, a, b);
+    xa[u].from_floats(a);
+    xb[u].from_floats(b);
+  }
+
+  if (!active) return;
+  T* y = head_out<T>(heads.side, at, heads.head);
+#pragma unroll
+  for (int u = 0; u < kUnroll; u++) {
+    if (u < heads.count) xa[u].store_streaming(y + u * heads.side.out_head + place.a);
+    if (u < heads.count && place.has_b) xb[u].store_streaming(y + u * heads.side.out_head + place.b);
   }
 }
 
 template <typename T, bool kInterleaved, bool kMrope, int kUnroll>
-__global__ void __launch_bounds__(128, 5)
+__global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
     QkNormRopeBackwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   constexpr int W = 4;
   auto* start_of = dynamic_shared<int64_t>();
@@ -141,20 +160,25 @@ __global__ void __launch_bounds__(128, 5)
   const bool has_lane = lane < launch.lanes;
   const RopeLane place = rope_lane<W, kInterleaved>(rope, has_lane ? lane : 0, launch.lanes);
   const bool has_b = has_lane && place.has_b;
-  const int64_t tokens = rope.batch * rope.tokens, units = (tokens + tokens_per_block - 1) / tokens_per_block * chunks;
+  const int64_t tokens = rope.batch * rope.tokens;
   const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);
 
   float weight_a[W] = {}, weight_b[W] = {}, sum_a[W] = {}, sum_b[W] = {};
-  if (has_lane) load_weight(p, job.weight, place.a, weight_a);
-  if (has_b) load_weight(p, job.weight, place.b, weight_b);
+  if (has_lane) {
+    NormWeights<W> weights(p);
+    weights.ask(job.weight, 0, place);
+    weights.receive(place, weight_a, weight_b);
+  }
 
-  for (int64_t unit = job.block; unit < units; unit += job.blocks) {
-    const int64_t first = unit / chunks * tokens_per_block, t = first + local;
-    const int slot = int(unit % chunks) * slots_per_block + slot_in_chunk;
+  // Block i takes the chunks of all tokens numbered i, i + blocks, ...
+  const int blocks = int(job.blocks), step = blocks / chunks * tokens_per_block, chunk_step = blocks % chunks;
+  int chunk = int(job.block) % chunks;
+  int64_t first = int(job.block) / chunks * tokens_per_block;
+  while (first < tokens) {
+    const int64_t t = first + local;
+    const int slot = chunk * slots_per_block + slot_in_chunk;
     const bool active = has_lane && local < tokens_per_block && t < tokens && slot < slots;
     const RopeToken at = active ? rope_token(rope, t) : RopeToken{0, 0};
-    RopePositionId<kMrope> id;
-    if (active) id.ask(rope, at);
 
     Vec<T, W> xa[kUnroll], xb[kUnroll], ga[kUnroll], gb[kUnroll];
 #pragma unroll
@@ -180,10 +204,14 @@ __global__ void __launch_bounds__(128, 5)
       find_documents(rope, first, tokens_per_block, start_of, threadIdx.x, launch.threads);
       __syncthreads();
     }
+    bool outside = true, turns = false;
     RopeCoefficients<W, kInterleaved, kMrope> coefficients;
-    const int64_t position = active ? rope_position(rope, id, at, rope.cu_seqlens ? start_of[local] : 0) : kOutside;
-    const bool turns = place.turns && position != kOutside;
-    if (turns) coefficients.load(rope, at, id, position, lane);
+    if (active) {
+      const RopePosition<kMrope> position(rope, at, rope.cu_seqlens ? start_of[local] : 0);
+      outside = position.outside();
+      turns = place.turns && !outside;
+      if (turns) coefficients.load(rope, at, position, lane);
+    }
 
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
@@ -195,7 +223,7 @@ __global__ void __launch_bounds__(128, 5)
       const float square = group_sum(dot(a, a) + dot(b, b), launch.group) * inverse_dim;
       const int head = slot + u * slots;
       // Of what is no head of a document nothing may reach the weight's gradient, NaN and eps = 0 included.
-      const bool counts = position != kOutside && head < heads;
+      const bool counts = !outside && head < heads;
       const float r = counts ? 1.f / sqrtf(square + eps) : 0.f;
       if (turns) coefficients.turn(rope, ha, hb);
       // Here h becomes h w, after the weight's gradient h n has been taken.
@@ -226,6 +254,12 @@ __global__ void __launch_bounds__(128, 5)
         xa[u].store_streaming(y + place.a);
         if (has_b) xb[u].store_streaming(y + place.b);
       }
+    }
+    first += step;
+    chunk += chunk_step;
+    if (chunk >= chunks) {
+      chunk -= chunks;
+      first += tokens_per_block;
     }
   }
 
@@ -269,7 +303,7 @@ __device__ inline float2 block_sum(float x, float y, float* scratch) {
 }
 
 template <typename T, int W, bool kInterleaved, bool kMrope, bool kBackward>
-__global__ void __launch_bounds__(256)
+__global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
     QkNormRopeWideKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   __shared__ float scratch[64];
   __shared__ int64_t start_of[1];
@@ -297,15 +331,13 @@ __global__ void __launch_bounds__(256)
     const int64_t t = unit / domains;
     const int first_head = int(unit % domains) * domain_heads;
     const RopeToken at = rope_token(rope, t);
-    RopePositionId<kMrope> id;
-    id.ask(rope, at);
     if (rope.cu_seqlens) {
       __syncthreads();
       find_documents(rope, t, 1, start_of, threadIdx.x, launch.threads);
       __syncthreads();
     }
-    const int64_t position = rope_position(rope, id, at, rope.cu_seqlens ? start_of[0] : 0);
-    if (position == kOutside) {
+    const RopePosition<kMrope> position(rope, at, rope.cu_seqlens ? start_of[0] : 0);
+    if (position.outside()) {
       for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
         const int head = first_head + int(i / rope.head_dim), feature = int(i % rope.head_dim);
         head_out<T>(job.x, at, head)[feature] = head_in<T>(kBackward ? job.grad : job.x, at, head)[feature];
@@ -322,25 +354,26 @@ __global__ void __launch_bounds__(256)
       const int head = item / launch.lanes, lane = item % launch.lanes;
       place = rope_lane<W, kInterleaved>(rope, lane, launch.lanes);
       turns = place.turns;
-      if (turns) coefficients.load(rope, at, id, position, lane);
-      Vec<T, W> va, vb;
-      vb.fill(0.f);
+      Vec<T, W> xa, xb, ga, gb;
+      xb.fill(0.f);
+      gb.fill(0.f);
       const T* x = head_in<T>(job.x, at, first_head + head);
-      va.load(x + place.a);
-      if (place.has_b) vb.load(x + place.b);
-      va.to_floats(a);
-      vb.to_floats(b);
-      load_weight(p, job.weight, int64_t(head) * rope.head_dim + place.a, weight_a);
-      if (place.has_b) load_weight(p, job.weight, int64_t(head) * rope.head_dim + place.b, weight_b);
-      else
-        for (int j = 0; j < W; j++) weight_b[j] = 0.f;
+      xa.load(x + place.a);
+      if (place.has_b) xb.load(x + place.b);
       if constexpr (kBackward) {
         const T* g = head_in<T>(job.grad, at, first_head + head);
-        vb.fill(0.f);
-        va.load(g + place.a);
-        if (place.has_b) vb.load(g + place.b);
-        va.to_floats(ha);
-        vb.to_floats(hb);
+        ga.load(g + place.a);
+        if (place.has_b) gb.load(g + place.b);
+      }
+      NormWeights<W> weights(p);
+      weights.ask(job.weight, int64_t(head) * rope.head_dim, place);
+      if (turns) coefficients.load(rope, at, position, lane);
+      xa.to_floats(a);
+      xb.to_floats(b);
+      weights.receive(place, weight_a, weight_b);
+      if constexpr (kBackward) {
+        ga.to_floats(ha);
+        gb.to_floats(hb);
         if (turns) coefficients.turn(rope, ha, hb);
       }
     };

@@ -5,11 +5,11 @@
 // Bound: memory. A head is read once and written once, 2 (Hq + Hk) D element_size bytes per token (in place: only rotated
 // features), plus the token's sines and cosines (R / 2 of each, 1 to 3 % more) and its position.
 //
-// Layout: see rope_launch.h. A thread owns both vectors of a pair, so no element is loaded twice. It asks for its position, then
-// for all its heads, and only then needs the position, so that the chain position -> table row -> arithmetic runs in their shadow.
-// The grid walks tokens, so the number of documents costs nothing; with cu_seqlens a warp finds a token's document 32 ways at a
-// time. Half pairs: the vectors lie at i and i + R/2. Interleaved pairs: at the same places, each vector holding whole pairs, so
-// that both kinds touch memory in the same pattern.
+// Layout: see rope_launch.h. A thread owns both vectors of a pair, so no element is loaded twice. It asks for all its heads, then
+// for its position, then for the rows of the table, all before anything of the heads has arrived: the chain position -> row runs in
+// their shadow. The grid walks tokens, so the number of documents costs nothing; with cu_seqlens a warp finds a token's document 32
+// ways at a time. Half pairs: the vectors lie at i and i + R/2. Interleaved pairs: at the same places, each vector holding whole
+// pairs, so that both kinds touch memory in the same pattern.
 #include "rope.h"
 
 #include "common/device.cuh"
@@ -20,7 +20,7 @@ namespace packops {
 namespace {
 
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
-__global__ void __launch_bounds__(kRopeMostThreads)
+__global__ void __launch_bounds__(kRopeMostThreads, 1)
     RopeKernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
   auto* start_of = dynamic_shared<int64_t>();  // of each token of the block, with cu_seqlens
 
@@ -34,26 +34,16 @@ __global__ void __launch_bounds__(kRopeMostThreads)
   const int64_t first = int64_t(blockIdx.x) * launch.tokens_per_block;
   const RopeToken at{first_batch + blockIdx.z, first + local};
   const bool active = at.token < p.tokens && slot < launch.slots && lane < launch.lanes;
-  RopePositionId<kMrope> id;
-  if (active) id.ask(p, at);
-
   const RopeLane place = rope_lane<W, kInterleaved>(p, lane, launch.lanes);
-  const int q_heads = int(p.q.heads), heads = q_heads + int(p.k.heads);
-  const auto for_heads = [&](auto&& f) {
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const int head = slot + u * launch.slots;
-      if (head < q_heads) f(u, p.q, head);
-      else if (head < heads) f(u, p.k, head - q_heads);
-    }
-  };
+  const RopeSlot heads = rope_slot(p, launch, slot);
   Vec<T, W> a[kUnroll], b[kUnroll];
   if (active) {
-    for_heads([&](int u, const RopeHeads& side, int head) {
-      const T* x = head_in<T>(side, at, head);
-      a[u].load_streaming(x + place.a);
-      if (place.has_b) b[u].load_streaming(x + place.b);
-    });
+    const T* x = head_in<T>(heads.side, at, heads.head);
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (u < heads.count) a[u].load_streaming(x + u * heads.side.in_head + place.a);
+      if (u < heads.count && place.has_b) b[u].load_streaming(x + u * heads.side.in_head + place.b);
+    }
   }
 
   if (p.cu_seqlens) {
@@ -62,12 +52,12 @@ __global__ void __launch_bounds__(kRopeMostThreads)
     __syncthreads();
   }
   if (!active) return;
-  const int64_t position = rope_position(p, id, at, p.cu_seqlens ? start_of[local] : 0);
-  if (position == kOutside && p.in_place) return;
+  const RopePosition<kMrope> position(p, at, p.cu_seqlens ? start_of[local] : 0);
+  if (position.outside() && p.in_place) return;
 
-  if (place.turns && position != kOutside) {
+  if (place.turns && !position.outside()) {
     RopeCoefficients<W, kInterleaved, kMrope> coefficients;
-    coefficients.load(p, at, id, position, lane);
+    coefficients.load(p, at, position, lane);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
       float x[W], y[W];
@@ -79,11 +69,12 @@ __global__ void __launch_bounds__(kRopeMostThreads)
     }
   }
 
-  for_heads([&](int u, const RopeHeads& side, int head) {
-    T* y = head_out<T>(side, at, head);
-    a[u].store_streaming(y + place.a);
-    if (place.has_b) b[u].store_streaming(y + place.b);
-  });
+  T* y = head_out<T>(heads.side, at, heads.head);
+#pragma unroll
+  for (int u = 0; u < kUnroll; u++) {
+    if (u < heads.count) a[u].store_streaming(y + u * heads.side.out_head + place.a);
+    if (u < heads.count && place.has_b) b[u].store_streaming(y + u * heads.side.out_head + place.b);
+  }
 }
 
 // ---- Launchers.

@@ -16,37 +16,83 @@ __device__ inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
   return dtype == DType::i32 ? __ldg(static_cast<const int32_t*>(data) + i) : __ldg(static_cast<const long long*>(data) + i);
 }
 
-// N numbers of a float table, in vectors where they are aligned.
-template <int N>
-__device__ inline void load_row(const void* table, DType dtype, int64_t i, float (&out)[N]) {
-  auto read = [&](auto type) {
-    using T = decltype(type);
-    constexpr int kStep = N * sizeof(T) > 16 ? 16 / sizeof(T) : N;
-    const T* p = static_cast<const T*>(table) + i;
-    if (reinterpret_cast<uintptr_t>(p) % (kStep * sizeof(T)) == 0) {
-      using Storage = typename Bits<kStep * sizeof(T)>::type;
-#pragma unroll
-      for (int j = 0; j < N; j += kStep) {
-        union {
-          Storage bits;
-          T element[kStep];
-        } v;
-        v.bits = __ldg(reinterpret_cast<const Storage*>(p + j));
-#pragma unroll
-        for (int u = 0; u < kStep; u++) out[j + u] = to_float(v.element[u]);
-      }
-    } else {
-#pragma unroll
-      for (int j = 0; j < N; j++) out[j] = to_float(p[j]);
-    }
-  };
-  switch (dtype) {
-    case DType::f32: return read(float{});
-    case DType::bf16: return read(bf16_t{});
-    case DType::f16: return read(half_t{});
-    default: return read(double{});
+// ---- Float tables: cosines and sines, weights of a norm. All the bytes that a thread needs are asked for before the first of them
+// becomes a number, since a conversion waits for its load, and every later load with it.
+
+// How a table is read: a property of all its rows, so decided once.
+struct TableFormat {
+  DType dtype;
+  bool vectors;  // else number by number, converted at once: fp64, or runs that are not aligned
+
+  // Of runs of N numbers. addresses: where tables begin; strides: between runs, in numbers. Ored together, since only low bits count.
+  template <int N>
+  static __device__ TableFormat of(DType dtype, uintptr_t addresses, int64_t strides) {
+    const uint32_t size = dtype == DType::f32 ? 4 : 2, vector = N * size < 16 ? N * size : 16;
+    return {dtype, dtype != DType::f64 && (uint32_t(addresses) | uint32_t(strides) * size) % vector == 0};
   }
-}
+};
+
+// N consecutive numbers of a table.
+template <int N>
+struct TableRun {
+  uint32_t words[N];  // as in the table, 16-bit numbers in the first half of the words; floats, where it has no vectors
+
+  __device__ void load(const void* table, TableFormat format, int64_t i) {
+    if (!format.vectors) {
+      switch (format.dtype) {
+        case DType::f32: return load_numbers(static_cast<const float*>(table) + i);
+        case DType::bf16: return load_numbers(static_cast<const bf16_t*>(table) + i);
+        case DType::f16: return load_numbers(static_cast<const half_t*>(table) + i);
+        default: return load_numbers(static_cast<const double*>(table) + i);
+      }
+    }
+    if (format.dtype == DType::f32) load_vectors<N * 4>(static_cast<const float*>(table) + i);
+    else load_vectors<N * 2>(static_cast<const uint16_t*>(table) + i);
+  }
+
+  __device__ void to_floats(TableFormat format, float (&out)[N]) const {
+    if (!format.vectors || format.dtype == DType::f32) {
+#pragma unroll
+      for (int j = 0; j < N; j++) out[j] = __uint_as_float(words[j]);
+    } else if (format.dtype == DType::bf16) {
+      unpack_halves(bf16_t{}, out);
+    } else {
+      unpack_halves(half_t{}, out);
+    }
+  }
+
+ private:
+  template <typename T>
+  __device__ void load_numbers(const T* p) {
+#pragma unroll
+    for (int j = 0; j < N; j++) words[j] = __float_as_uint(to_float(p[j]));
+  }
+  template <int kBytes>
+  __device__ void load_vectors(const void* p) {
+    constexpr int kStep = kBytes < 16 ? kBytes : 16;
+    using Storage = typename Bits<kStep>::type;
+#pragma unroll
+    for (int i = 0; i < kBytes / kStep; i++) {
+      const Storage bits = __ldg(static_cast<const Storage*>(p) + i);
+      if constexpr (kStep == 16) {
+        words[4 * i] = bits.x, words[4 * i + 1] = bits.y, words[4 * i + 2] = bits.z, words[4 * i + 3] = bits.w;
+      } else if constexpr (kStep == 8) {
+        words[0] = bits.x, words[1] = bits.y;
+      } else {
+        words[0] = bits;
+      }
+    }
+  }
+  template <typename T>
+  __device__ void unpack_halves(T, float (&out)[N]) const {
+#pragma unroll
+    for (int j = 0; j < N; j += 2) {
+      const float2 pair = unpack2(words[j / 2], T{});
+      out[j] = pair.x;
+      if (j + 1 < N) out[j + 1] = pair.y;
+    }
+  }
+};
 
 // ---- Tokens.
 
@@ -91,33 +137,47 @@ __device__ inline void find_documents(const RopeParams& p, int64_t first, int co
   }
 }
 
-__device__ inline int64_t checked(const RopeParams& p, int64_t position) {
-  return position >= 0 && position < p.table_rows ? position : kBad;
-}
-
-// What position_ids say of a token, on each axis; asked for early and looked at late.
+// The table rows of a token, one for each axis; the first may be kOutside, or kBad where any is. start: of the token's document,
+// where there is cu_seqlens. To be asked for after the heads: all loads that are awaited in a later basic block share a counter,
+// and a position asked for before the heads would arrive with the last of them, and the table's rows a whole latency later.
 template <bool kMrope>
-struct RopePositionId {
-  int64_t axis[kMrope ? 3 : 1];
+struct RopePosition {
+  static constexpr int kAxes = kMrope ? 3 : 1;
+  int64_t row[kAxes];
 
-  __device__ void ask(const RopeParams& p, RopeToken at) {
-    if (!p.position_ids) return;
-    const int64_t i = at.batch * p.position_batch + at.token * p.position_token;
-    axis[0] = integer_at(p.position_ids, p.position_dtype, i);
-    if constexpr (kMrope) {
-      axis[1] = integer_at(p.position_ids, p.position_dtype, i + p.position_axis);
-      axis[2] = integer_at(p.position_ids, p.position_dtype, i + 2 * p.position_axis);
+  __device__ RopePosition(const RopeParams& p, RopeToken at, int64_t start) {
+    const auto checked = [&](int64_t x) { return x >= 0 && x < p.table_rows ? x : kBad; };
+    if (p.cu_seqlens && start == kOutside) {
+      row[0] = kOutside;
+    } else if (p.per_token_table) {
+      row[0] = at.token;
+    } else if (p.position_ids) {
+      const int64_t i = at.batch * p.position_batch + at.token * p.position_token;
+#pragma unroll
+      for (int axis = 0; axis < kAxes; axis++)
+        row[axis] = integer_at(p.position_ids, p.position_dtype, i + axis * p.position_axis);
+#pragma unroll
+      for (int axis = 0; axis < kAxes; axis++)
+        if (checked(row[axis]) == kBad) row[0] = kBad;
+    } else {
+      row[0] = checked(p.cu_seqlens ? at.batch * p.tokens + at.token - start : at.token);
     }
   }
+  __device__ bool outside() const { return row[0] == kOutside; }
 };
 
-// The table row of a token (of the first axis for M-RoPE), kOutside or kBad. start: of its document, where there is cu_seqlens.
-template <bool kMrope>
-__device__ inline int64_t rope_position(const RopeParams& p, const RopePositionId<kMrope>& id, RopeToken at, int64_t start) {
-  if (p.cu_seqlens && start == kOutside) return kOutside;
-  if (p.per_token_table) return at.token;
-  if (p.position_ids) return checked(p, id.axis[0]);
-  return checked(p, p.cu_seqlens ? at.batch * p.tokens + at.token - start : at.token);
+// The heads of a slot (see rope_launch.h): neighbours, all of q or all of k.
+struct RopeSlot {
+  RopeHeads side;
+  int head, count;
+  bool is_q;
+};
+
+__device__ inline RopeSlot rope_slot(const RopeParams& p, const RopeLaunch& launch, int slot) {
+  const bool is_q = slot < launch.q_slots;
+  const RopeHeads side = is_q ? p.q : p.k;
+  const int head = (is_q ? slot : slot - launch.q_slots) * launch.unroll;
+  return {side, head, min(launch.unroll, int(side.heads) - head), is_q};
 }
 
 template <typename T>
@@ -155,50 +215,45 @@ struct RopeCoefficients {
   float cos[W], sin[W];
   bool bad;
 
-  // position: not kOutside.
-  __device__ void load(const RopeParams& p, RopeToken at, const RopePositionId<kMrope>& id, int64_t position, int lane) {
-    const int half = p.rotary_dim / 2, pair = lane * kRun;
-    bad = position == kBad;
-    if constexpr (kMrope) {
-      const int64_t row[3] = {position, checked(p, id.axis[1]), checked(p, id.axis[2])};
-      bad |= row[1] == kBad || row[2] == kBad;
-      if (bad) return;
-      // A vector of every axis, and of each pair what its axis says: cheaper than looking pairs up one by one.
+  // position: not outside.
+  __device__ void load(const RopeParams& p, RopeToken at, const RopePosition<kMrope>& position, int lane) {
+    bad = position.row[0] == kBad;
+    if (bad) return;
+    constexpr int kRuns = W / kRun, kAxes = kMrope ? 3 : 1;
+    const TableFormat format =
+        TableFormat::of<kRun>(p.table_dtype, reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin),
+                              p.cos_batch | p.cos_row | p.sin_batch | p.sin_row);
+    const auto first_pair = [&](int r) { return lane * kRun + r * (p.rotary_dim / 4); };
+    const int64_t batch = p.per_token_table ? at.batch : 0;
+    TableRun<kRun> cos_run[kAxes][kRuns], sin_run[kAxes][kRuns];
 #pragma unroll
-      for (int r = 0; r < W / kRun; r++) {
-        const int first = pair + r * (half / 2);
+    for (int axis = 0; axis < kAxes; axis++) {
+      const int64_t row = position.row[axis], cos_at = batch * p.cos_batch + row * p.cos_row,
+                    sin_at = batch * p.sin_batch + row * p.sin_row;
 #pragma unroll
-        for (int axis = 0; axis < 3; axis++) {
-          float c[kRun], s[kRun];
-          load_row(p.cos, p.table_dtype, row[axis] * p.cos_row + first, c);
-          load_row(p.sin, p.table_dtype, row[axis] * p.sin_row + first, s);
+      for (int r = 0; r < kRuns; r++) {
+        const int first = first_pair(r);
+        if (kMrope && !may_have_axis(p, first, axis)) continue;
+        cos_run[axis][r].load(p.cos, format, cos_at + first);
+        sin_run[axis][r].load(p.sin, format, sin_at + first);
+      }
+    }
+    // Of M-RoPE's three rows, each pair takes that of its axis: cheaper than looking pairs up one by one.
 #pragma unroll
-          for (int j = 0; j < kRun; j++) {
-            if (rope_mrope_axis(p, first + j) == axis) {
-              cos[r * kRun + j] = c[j];
-              sin[r * kRun + j] = s[j];
-            }
+    for (int r = 0; r < kRuns; r++) {
+#pragma unroll
+      for (int axis = 0; axis < kAxes; axis++) {
+        float c[kRun], s[kRun];
+        cos_run[axis][r].to_floats(format, c);
+        sin_run[axis][r].to_floats(format, s);
+#pragma unroll
+        for (int j = 0; j < kRun; j++) {
+          if (!kMrope || rope_mrope_axis(p, first_pair(r) + j) == axis) {
+            cos[r * kRun + j] = c[j];
+            sin[r * kRun + j] = p.transposed ? -s[j] : s[j];
           }
         }
       }
-    } else if (!bad) {
-      const int64_t batch = p.per_token_table ? at.batch : 0;
-      const int64_t cos_at = batch * p.cos_batch + position * p.cos_row + pair,
-                    sin_at = batch * p.sin_batch + position * p.sin_row + pair;
-      float run[kRun];
-#pragma unroll
-      for (int r = 0; r < W / kRun; r++) {
-        load_row(p.cos, p.table_dtype, cos_at + r * (half / 2), run);
-#pragma unroll
-        for (int j = 0; j < kRun; j++) cos[r * kRun + j] = run[j];
-        load_row(p.sin, p.table_dtype, sin_at + r * (half / 2), run);
-#pragma unroll
-        for (int j = 0; j < kRun; j++) sin[r * kRun + j] = run[j];
-      }
-    }
-    if (p.transposed) {
-#pragma unroll
-      for (int j = 0; j < W; j++) sin[j] = -sin[j];
     }
   }
 
@@ -224,6 +279,13 @@ struct RopeCoefficients {
 #pragma unroll
       for (int j = 0; j < W; j++) pair(a[j], b[j], j);
     }
+  }
+
+ private:
+  // Whether M-RoPE may turn a pair of this run by this axis; where axes are dealt out in turn, any of them.
+  static __device__ bool may_have_axis(const RopeParams& p, int first, int axis) {
+    const int begin = axis == 0 ? 0 : p.mrope_section[0] + (axis == 1 ? 0 : p.mrope_section[1]);
+    return p.mrope_interleaved || (first + kRun > begin && (axis == 2 || first < begin + p.mrope_section[axis]));
   }
 };
 

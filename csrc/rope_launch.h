@@ -1,9 +1,11 @@
 // How rope.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
 //
-// A head is cut into `lanes` of two vectors of `width` elements. A slot is `unroll` heads: one thread loads both vectors of one
-// lane of all of them at once, and its sines and cosines once for all of them. The dimensions of a block are lanes, slots and
-// tokens, the grid's are blocks of tokens of a batch row, chunks of a token too large for one block, and batch rows: a thread
-// reads off its place, since dividing for it would keep every load waiting.
+// A head is cut into `lanes` of two vectors of `width` elements. A slot is `unroll` neighbouring heads of q, or of k: one thread
+// loads both vectors of one lane of all of them at once, from one base address, and its sines and cosines (and the norm's weights)
+// once for all of them. Of 16-bit heads of 128 a warp reads four slots: each load four lines of 128 bytes, all of them together
+// one contiguous stretch. The dimensions of a block are lanes, slots and tokens, the grid's are blocks of tokens of a batch row,
+// chunks of a token too large for one block, and batch rows: a thread reads off its place, since dividing for it would keep every
+// load waiting.
 #pragma once
 
 #include <algorithm>
@@ -14,10 +16,10 @@
 namespace packops {
 
 struct RopeLaunch {
-  int width = 1;   // elements per vector: 16 bytes' worth, or what alignment and sizes allow
-  int unroll = 1;  // heads per thread: 1, 2 or 4
-  int lanes = 1;   // per head: pairs of vectors that turn, then pairs that only pass through
-  int slots = 1;   // per token
+  int width = 1;               // elements per vector: 16 bytes' worth, or what alignment and sizes allow
+  int unroll = 1;              // heads per thread: 1, 2 or 4
+  int lanes = 1;               // per head: pairs of vectors that turn, then pairs that only pass through
+  int slots = 1, q_slots = 1;  // per token, and of them q's, which come first
   int lanes_per_block = 1, lane_chunks = 1;
   int slots_per_block = 1, slot_chunks = 1;
   int tokens_per_block = 1;
@@ -62,10 +64,13 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int 
   launch.lanes = p.rotary_dim / 2 / launch.width + (passing + 1) / 2;
   const int64_t heads = p.q.heads + p.k.heads;
 
-  // Two heads per thread keep enough bytes in flight; with little work, more threads count for more.
-  const bool plenty = p.batch * p.tokens * heads * launch.lanes >= int64_t(multiprocessors) * 2048 * 2;
-  launch.unroll = std::min(unroll ? unroll : plenty ? 2 : 1, rope_max_unroll(launch.width * element_size, p.mrope));
-  launch.slots = std::max(parts(heads, launch.unroll), 1);
+  // More heads per thread keep more bytes in flight and look the table up less often. With little work, more threads count for
+  // more: four heads where a multiprocessor then gets its 512 threads eight times over, two where twice 1024.
+  const int64_t work = p.batch * p.tokens * heads * launch.lanes / multiprocessors;
+  const int fitting = work >= 8 * 512 * 4 ? 4 : work >= 2 * 1024 * 2 ? 2 : 1;
+  launch.unroll = std::min(unroll ? unroll : fitting, rope_max_unroll(launch.width * element_size, p.mrope));
+  launch.q_slots = parts(p.q.heads, launch.unroll);
+  launch.slots = std::max(launch.q_slots + parts(p.k.heads, launch.unroll), 1);
   const int most = block_threads ? block_threads : 256;
 
   launch.lane_chunks = parts(launch.lanes, most);
@@ -78,10 +83,12 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int 
   const int slots = std::clamp(most / (launch.lanes_per_block * tokens), 1, 64);
   launch.slot_chunks = parts(launch.slots, slots);
   launch.slots_per_block = parts(launch.slots, launch.slot_chunks);
-  // At least a warp, which documents are looked up with.
+  // Of the numbers of tokens that fit, the one with the fewest warps per token; at least a warp, which documents are looked up with.
   const int threads = launch.lanes_per_block * launch.slots_per_block;
-  launch.tokens_per_block = std::min(std::max(most / threads, 1), 64);
-  launch.tokens_per_block = int(std::min<int64_t>(launch.tokens_per_block, std::max<int64_t>(p.tokens, 1)));
+  const int fit = int(std::min<int64_t>(std::min(most / threads, 64), p.tokens));
+  for (int n = 2; n <= fit; n++)
+    if (parts(n * threads, 32) * launch.tokens_per_block <= parts(launch.tokens_per_block * threads, 32) * n)
+      launch.tokens_per_block = n;
   launch.tokens_per_block = std::max(launch.tokens_per_block, parts(32, threads));
   launch.token_blocks = (p.tokens + launch.tokens_per_block - 1) / launch.tokens_per_block;
   return launch;

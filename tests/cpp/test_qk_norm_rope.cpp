@@ -285,7 +285,7 @@ CASE(a_launch_covers_every_head_once) {
                 }
                 // Forward: a block per unit. Backward: no more than run at once, since each leaves a row of partial sums.
                 if (!backward) CHECK_EQ(blocks, units);
-                else CHECK(blocks <= units && blocks <= kMultiprocessors * 5);
+                else CHECK(blocks <= units && blocks <= kMultiprocessors * (!launch.narrow ? 3 : size == 4 ? 4 : 5));
               }
             }
 }

@@ -307,7 +307,8 @@ void check_launch(const RopeParams& p, int size, const RopeLaunch& launch) {
   CHECK(2 * launch.lanes - 1 <= vectors && vectors <= 2 * launch.lanes);
   CHECK(launch.unroll == 1 || launch.unroll == 2 || launch.unroll == 4);
   CHECK(launch.unroll <= rope_max_unroll(launch.width * size, p.mrope));
-  CHECK_EQ(launch.slots, std::max<int64_t>(ceil_divide(p.q.heads + p.k.heads, launch.unroll), 1));
+  CHECK_EQ(launch.q_slots, ceil_divide(p.q.heads, launch.unroll));  // no slot has heads of both
+  CHECK_EQ(launch.slots, std::max<int64_t>(launch.q_slots + ceil_divide(p.k.heads, launch.unroll), 1));
   // Every lane of every slot of every token has a thread, and no block is empty.
   const auto covers = [](int64_t part, int64_t parts, int64_t all) { CHECK(part * (parts - 1) < all && all <= part * parts); };
   covers(launch.lanes_per_block, launch.lane_chunks, launch.lanes);
@@ -375,7 +376,18 @@ CASE(a_launch_for_mrope_spares_registers) {
 
 CASE(a_launch_prefers_threads_where_work_is_scarce) {
   CHECK_EQ(choose_rope_launch(dense(16, 32, 8, 128, 128, 0, 0, false, false), 2, 132).unroll, 1);
-  CHECK_EQ(choose_rope_launch(dense(16384, 32, 8, 128, 128, 0, 0, false, false), 2, 132).unroll, 2);
+  CHECK_EQ(choose_rope_launch(dense(4096, 32, 8, 128, 128, 0, 0, false, false), 2, 132).unroll, 2);
+  CHECK_EQ(choose_rope_launch(dense(16384, 32, 8, 128, 128, 0, 0, false, false), 2, 132).unroll, 4);
+  CHECK_EQ(choose_rope_launch(dense(16384, 32, 8, 128, 128, 0, 8, false, false), 2, 132).unroll, 2);  // narrow vectors
   CHECK(choose_rope_launch(dense(4096, 32, 8, 128, 128, 0, 0, false, true), 2, 132).token_inner);
   CHECK(!choose_rope_launch(dense(4096, 32, 8, 128, 128, 0, 0, false, false), 2, 132).token_inner);
+}
+
+CASE(a_launch_leaves_few_threads_idle) {
+  auto launch = [](int64_t q_heads, int64_t k_heads, int head_dim, int64_t tokens = 16384) {
+    return choose_rope_launch(dense(tokens, q_heads, k_heads, head_dim, head_dim, 0, 0, false, false), 2, 132);
+  };
+  CHECK_EQ(launch(32, 8, 128).threads(), 160);  // two tokens of 80 threads are five warps; three would be seven and a half
+  CHECK_EQ(launch(64, 8, 128).threads(), 144);  // one token: no larger number fits
+  CHECK_EQ(launch(16, 16, 64).threads(), 256);  // eight tokens of a warp
 }

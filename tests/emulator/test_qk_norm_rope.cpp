@@ -23,6 +23,7 @@ struct Shape {
   int head_dim, rotary_dim, offset;
   int64_t gap;  // between heads: 0 keeps vectors aligned
   bool across_heads = false;
+  int64_t weight_shift = 0;  // by which weights miss the alignment of a vector
 };
 
 template <typename T>
@@ -75,6 +76,14 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
   p.across_heads = s.across_heads;
   p.eps = 1e-3;
 
+  const auto shifted = [&](auto type, const std::vector<T>& weight) {
+    std::vector<decltype(type)> result(size_t(s.weight_shift));
+    for (const T& w : weight) {
+      if constexpr (std::is_same_v<decltype(type), float>) result.push_back(to_float(w));
+      else result.push_back(w);
+    }
+    return result;
+  };
   Side<T> results[2][2] = {{inputs[0], inputs[1]}, {inputs[0], inputs[1]}};  // [CUDA][k]
   for (bool cuda : {false, true})
     for (bool backward : {false, true}) {
@@ -86,7 +95,8 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
       r.transposed = backward;
       r.q = heads(s.q_heads, q->x.data(), backward ? q->dx.data() : q->y.data());
       r.k = heads(s.k_heads, k->x.data(), backward ? k->dx.data() : k->y.data());
-      p.q_weight = q->weight.data(), p.k_weight = s.k_heads ? k->weight.data() : nullptr;
+      const std::vector<T> q_weight = shifted(T{}, q->weight), k_weight = shifted(T{}, k->weight);
+      p.q_weight = q_weight.data() + s.weight_shift, p.k_weight = s.k_heads ? k_weight.data() + s.weight_shift : nullptr;
       if (backward) {
         p.q_grad = heads(s.q_heads, q->g.data(), nullptr), p.k_grad = heads(s.k_heads, k->g.data(), nullptr);
         if (cuda) qk_norm_rope_cuda_partials(p);
@@ -96,10 +106,8 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
         p.q_partial = q->partial.data(), p.k_partial = k->partial.data();
         p.weight_dtype = DType::f32;  // of its gradient: a second rounding would hide differences
         p.q_weight_grad = q->weight_grad.data(), p.k_weight_grad = k->weight_grad.data();
-        std::vector<float> q_weight, k_weight;
-        for (const T& w : q->weight) q_weight.push_back(to_float(w));
-        for (const T& w : k->weight) k_weight.push_back(to_float(w));
-        p.q_weight = q_weight.data(), p.k_weight = s.k_heads ? k_weight.data() : nullptr;
+        const std::vector<float> q_floats = shifted(0.f, q->weight), k_floats = shifted(0.f, k->weight);
+        p.q_weight = q_floats.data() + s.weight_shift, p.k_weight = s.k_heads ? k_floats.data() + s.weight_shift : nullptr;
         if (cuda) CHECK_EQ(qk_norm_rope_cuda(p, true, nullptr), cudaSuccess);
         else qk_norm_rope_cpu(p, true, 0, qk_norm_rope_cpu_shares(p)), qk_norm_rope_cpu_finish(p);
         p.weight_dtype = kType<T>;
@@ -118,8 +126,9 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
 }
 
 const Shape kShapes[] = {
-    {9, 4, 2, 64, 64, 0, 0},  {17, 3, 1, 96, 32, 64, 0}, {7, 5, 0, 40, 24, 8, 0},       {40, 8, 4, 128, 128, 0, 0},
-    {5, 2, 2, 256, 64, 0, 0}, {6, 3, 2, 30, 12, 4, 1},   {9, 4, 2, 64, 32, 0, 0, true}, {3, 1, 1, 320, 320, 0, 0},
+    {9, 4, 2, 64, 64, 0, 0},       {17, 3, 1, 96, 32, 64, 0}, {7, 5, 0, 40, 24, 8, 0},
+    {40, 8, 4, 128, 128, 0, 0},    {5, 2, 2, 256, 64, 0, 0},  {6, 3, 2, 30, 12, 4, 1},
+    {9, 4, 2, 64, 32, 0, 0, true}, {3, 1, 1, 320, 320, 0, 0}, {9, 4, 2, 64, 32, 0, 0, true, 1},
 };
 
 template <typename T>
@@ -134,4 +143,10 @@ CASE(every_layout_forward_and_backward) {
   check_everything<float>();
   check_everything<half_t>();
   check_everything<bf16_t>();
+}
+
+CASE(two_heads_per_thread) {
+  const Shape shape{260, 5, 3, 128, 128, 0, 0, false, 1};  // enough work for it; q's last thread has one
+  compare<bf16_t>(shape, false, false, true);
+  compare<bf16_t>(shape, true, true, false);
 }

@@ -13,6 +13,7 @@ namespace {
 
 template <typename T>
 constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
+                        : std::is_same_v<T, double> ? DType::f64
                         : std::is_same_v<T, half_t> ? DType::f16
                                                     : DType::bf16;
 
@@ -40,15 +41,20 @@ struct Side {
   }
 };
 
-template <typename T>
-void compare(const Shape& s, Positions positions, bool interleaved, bool transposed, bool in_place) {
+// Table: a type of cosines and sines; shift: numbers by which they miss the alignment of a vector.
+template <typename T, typename Table = float>
+void compare(const Shape& s, Positions positions, bool interleaved, bool transposed, bool in_place, int shift = 0) {
   constexpr int64_t kRows = 64;
   check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
   Side<T> q(s, s.q_heads, random), k(s, s.k_heads, random);
   const int64_t all = s.batch * s.tokens, width = s.rotary_dim / 2;
-  std::vector<float> cos(size_t(std::max(kRows, all) * width)), sin(cos.size());
-  for (float& c : cos) c = float(2 * random.uniform() - 1);
-  for (float& x : sin) x = float(2 * random.uniform() - 1);
+  std::vector<Table> cos(size_t(std::max(kRows, all) * width + shift)), sin(cos.size());
+  for (auto* table : {&cos, &sin})
+    for (Table& x : *table) {
+      const double number = 2 * random.uniform() - 1;
+      if constexpr (std::is_same_v<Table, double>) x = number;
+      else x = from_float<Table>(float(number));
+    }
   std::vector<int64_t> ids(size_t(3 * all));
   for (int64_t& id : ids) id = random.below(kRows);
   std::vector<int32_t> cu_seqlens = {0, 0, int32_t(all / 3), int32_t(all - all / 5)};  // an empty document, and padding
@@ -58,7 +64,7 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
   p.batch = s.batch, p.tokens = s.tokens;
   p.head_dim = s.head_dim, p.rotary_dim = s.rotary_dim, p.rotary_offset = s.offset;
   p.interleaved = interleaved, p.transposed = transposed, p.in_place = in_place;
-  p.cos = cos.data(), p.sin = sin.data();
+  p.cos = cos.data() + shift, p.sin = sin.data() + shift, p.table_dtype = kType<Table>;
   p.table_rows = kRows;
   p.cos_row = p.sin_row = width;
   if (positions == Positions::documents) {
@@ -116,6 +122,58 @@ CASE(every_layout_and_position) {
   check_everything<float>();
   check_everything<half_t>();
   check_everything<bf16_t>();
+}
+
+CASE(tables_of_every_type_and_alignment) {
+  const auto check = [](auto table) {
+    using Table = decltype(table);
+    for (const Shape& shape : {kShapes[0], kShapes[2], kShapes[3]})
+      for (Positions positions : {Positions::given, Positions::three_axes})
+        for (bool interleaved : {false, true})
+          for (int shift : {0, 1}) {
+            compare<bf16_t, Table>(shape, positions, interleaved, false, false, shift);
+            compare<float, Table>(shape, positions, interleaved, true, false, shift);
+          }
+  };
+  check(float{});
+  check(half_t{});
+  check(bf16_t{});
+  check(double{});
+}
+
+CASE(every_configuration_gives_the_same_bits) {
+  constexpr int kTokens = 11, kDim = 64;
+  check::Random random{3};
+  for (auto [q_heads, k_heads] : {std::pair{5, 3}, {8, 2}, {3, 0}, {1, 1}}) {
+    std::vector<bf16_t> q(size_t(kTokens * q_heads * kDim)), k(size_t(kTokens * k_heads * kDim));
+    std::vector<float> cos(kTokens * kDim / 2), sin(cos.size());
+    for (auto* side : {&q, &k})
+      for (bf16_t& x : *side) x = from_float<bf16_t>(float(random.normal()));
+    for (float& c : cos) c = float(2 * random.uniform() - 1);
+    for (float& x : sin) x = float(2 * random.uniform() - 1);
+    RopeParams p;
+    p.dtype = DType::bf16;
+    p.tokens = p.table_rows = kTokens, p.head_dim = p.rotary_dim = kDim;
+    p.cos = cos.data(), p.sin = sin.data(), p.cos_row = p.sin_row = kDim / 2;
+    const auto run = [&](const int* tuning) {
+      std::vector<bf16_t> q_out(q.size()), k_out(k.size());
+      const auto heads = [](const auto& in, auto& out, int64_t count) {
+        return RopeHeads{in.data(), out.data(), count, 0, count * kDim, kDim, 0, count * kDim, kDim};
+      };
+      p.q = heads(q, q_out, q_heads), p.k = heads(k, k_out, k_heads);
+      CHECK_EQ(rope_cuda(p, tuning, nullptr), cudaSuccess);
+      q_out.insert(q_out.end(), k_out.begin(), k_out.end());
+      return q_out;
+    };
+    const std::vector<bf16_t> want = run(nullptr);
+    for (int unroll : {1, 2, 4})
+      for (int threads : {32, 128, 512})
+        for (int inner : {0, 1}) {
+          const int tuning[] = {unroll, threads, inner};
+          const std::vector<bf16_t> got = run(tuning);
+          CHECK(std::memcmp(got.data(), want.data(), got.size() * sizeof(bf16_t)) == 0);
+        }
+  }
 }
 
 CASE(positions_outside_the_table_are_nan) {
