@@ -21,6 +21,7 @@
 #include <type_traits>
 
 #include "ce_loss_config.h"
+#include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/numeric.cuh"
 #include "common/ptx.cuh"
@@ -1141,35 +1142,6 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
 
 // ---------------------------------------------------------------------------------------------------------------- host
 
-constexpr int kMaxDevices = 64;
-
-struct Device {
-  int index, multiprocessors;
-  DeviceLimits limits;
-  bool overlaps() const { return limits.architecture >= 90; }  // launches that follow each other
-};
-
-cudaError_t current_device(Device& device) {
-  static std::atomic<int> cache[kMaxDevices][4];
-  cudaError_t error = cudaGetDevice(&device.index);
-  if (error != cudaSuccess) return error;
-  auto& c = cache[device.index % kMaxDevices];
-  if (c[0].load(std::memory_order_acquire) == 0) {
-    constexpr cudaDeviceAttr kWanted[] = {cudaDevAttrMaxSharedMemoryPerMultiprocessor, cudaDevAttrMaxSharedMemoryPerBlockOptin,
-                                          cudaDevAttrMultiProcessorCount, cudaDevAttrComputeCapabilityMajor,
-                                          cudaDevAttrComputeCapabilityMinor};
-    int values[5];
-    for (int i = 0; i < 5; i++)
-      if ((error = cudaDeviceGetAttribute(&values[i], kWanted[i], device.index)) != cudaSuccess) return error;
-    for (int i = 0; i < 3; i++) c[i + 1].store(values[i], std::memory_order_relaxed);
-    c[0].store(values[3] * 10 + values[4], std::memory_order_release);
-  }
-  device.limits = {c[0].load(std::memory_order_acquire), c[1].load(std::memory_order_relaxed),
-                   c[2].load(std::memory_order_relaxed)};
-  device.multiprocessors = c[3].load(std::memory_order_relaxed);
-  return cudaSuccess;
-}
-
 // Whether a gradient row starts at the same place modulo 16 bytes as its row of logits, for every row.
 bool same_alignment(const CeLossParams& p, int element_bytes) {
   const auto offset = [&](int64_t a, int64_t b) { return ((a - b) * element_bytes) % 16 == 0; };
@@ -1196,7 +1168,7 @@ cudaError_t launch_resident(const CeLossParams& p, const CeLossConfig& config, c
   auto& resident_clusters = cache[device.index % kMaxDevices][config.cluster];
   int clusters = resident_clusters.load(std::memory_order_acquire);
   if (clusters == 0) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.limits.shared_per_block);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, device.shared_per_block);
     if (error != cudaSuccess) return error;
     launch.gridDim = dim3(unsigned(device.multiprocessors) * resident_blocks(kGrad) / config.cluster * config.cluster);
     error = cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch);
@@ -1212,9 +1184,9 @@ template <typename T, int kFeatures>
 cudaError_t launch_rows(const CeLossParams& p, const Device& device, cudaStream_t stream) {
   const CeLossConfig config =
       choose_ce_loss_config(p.vocab, sizeof(T), p.grad != nullptr, p.grad == nullptr || same_alignment(p, sizeof(T)),
-                            sizeof(typename RowMaths<T, kFeatures>::Partial), device.limits);
+                            sizeof(typename RowMaths<T, kFeatures>::Partial), device);
   const auto block_per_row = [&](auto kernel, int threads) {
-    return launch_with({0, device.overlaps()}, kernel, unsigned(p.rows), threads, 0, stream, p);
+    return launch_with({0, device.overlaps_launches()}, kernel, unsigned(p.rows), threads, 0, stream, p);
   };
   switch (config.path) {
     case CeLossPath::registers: return block_per_row(register_kernel<T, kFeatures>, config.threads);
@@ -1239,12 +1211,12 @@ void dispatch(const CeLossParams& p, F&& f) {
 }
 
 cudaError_t prepare(const CeLossParams& p, const Device& device, cudaStream_t stream) {
-  if (const int cluster = prepare_cluster(p.rows, needs_documents(p), device.limits))
+  if (const int cluster = prepare_cluster(p.rows, needs_documents(p), device))
     return cluster == 1
                ? launch_with({}, prepare_kernel<false>, 1, kTile, sizeof(Scratch), stream, p)
                : launch_with({cluster, false}, prepare_kernel<true>, unsigned(cluster), kTile, sizeof(Scratch), stream, p);
   const unsigned tiles = unsigned((p.rows + kTile - 1) / kTile);
-  const LaunchOptions next{0, device.overlaps()};
+  const LaunchOptions next{0, device.overlaps_launches()};
   cudaError_t error = launch_with({}, prepare_targets_kernel, tiles, kTile, 0, stream, p);
   if (error == cudaSuccess && needs_documents(p) && p.documents > 0)
     error = launch_with(next, prepare_documents_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
@@ -1274,7 +1246,7 @@ int ce_loss_forward_cuda(const CeLossParams& p, void* stream_handle) {
     if (error != cudaSuccess) return error;
   }
   if (p.partial) return cudaSuccess;
-  const LaunchOptions next{0, device.overlaps()};
+  const LaunchOptions next{0, device.overlaps_launches()};
   if (p.reduction != Reduction::none && (error = launch_with(next, reduce_kernel, 1, kTile, 0, stream, p)) != cudaSuccess)
     return error;
   if (p.sequence_loss && p.documents > 0)

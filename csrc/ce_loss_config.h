@@ -4,13 +4,9 @@
 #include <algorithm>
 #include <cstdint>
 
-namespace packops {
+#include "common/device.h"
 
-struct DeviceLimits {
-  int architecture;      // 80, 90, 100, ...
-  int shared_per_sm;     // bytes
-  int shared_per_block;  // bytes, opt-in
-};
+namespace packops {
 
 // Of the persistent kernel. With a gradient one block has a multiprocessor for itself: two of half the size spend a tenth more
 // instructions on what is not per element, and their rows need clusters twice as large. Without, small chunks let short rows in.

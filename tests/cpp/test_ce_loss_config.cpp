@@ -6,7 +6,8 @@
 using namespace packops;
 
 namespace {
-constexpr DeviceLimits kA100 = {80, 167936, 166912}, kH100 = {90, 233472, 232448}, kRtx5090 = {120, 102400, 101376};
+constexpr DeviceLimits kA100 = {80, 108, 167936, 166912}, kH100 = {90, 132, 233472, 232448},
+                       kRtx5090 = {120, 170, 102400, 101376};
 constexpr int kPartial = 16;  // bytes of a warp's partial result
 }  // namespace
 
