@@ -5,24 +5,31 @@
     packops bench end-to-end --tiny                            # on the CPU in seconds; its times say nothing
 
 Models have the shapes of Llama-3.2-1B, Qwen3-0.6B and Gemma-2-2B, with random weights in bf16. Documents have the lengths of a
-corpus (``document_lengths.json``; ``short`` and ``long``) and random tokens. All rows train on the same documents and on one set
-of weights, row by row in turn, round by round; a step is forward, backward and a fused AdamW step. The padded row takes up to 8
-documents a micro-batch, as many as fit the tokens of a pack. Useful tokens are those of documents, not padding.
+corpus (``document_lengths.json``; ``short`` and ``long``), at evenly spaced quantiles, and random tokens. All rows train on the
+same documents and on one set of weights, row by row in turn, round by round; a step is forward, backward and a fused AdamW step.
+The padded row takes up to 8 documents a micro-batch, as many as fit the tokens of a pack. Useful tokens are those of documents,
+not padding.
 
 A row whose loss or gradient is not that of the others is measured and marked; one that is not installed, or does not fit into
-memory, is left out and named.
+memory, is left out and named. Every round is written down when it is over. After ``--seconds``, or at SIGTERM, the run ends
+wherever it is, and the table shows what was measured: of a row that had no round yet, the second step.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import gc
 import importlib
 import json
+import math
+import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,16 +101,17 @@ MODELS = {"llama": "Llama-3.2-1B", "qwen3": "Qwen3-0.6B", "gemma2": "Gemma-2-2B"
 
 
 def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
-    """Documents of the corpus's lengths, random tokens, as many as fit into ``tokens``; longer ones are cut to it."""
+    """As many documents as fit into ``tokens``, with the lengths (n of them) of the corpus's quantiles 0.5/n, 1.5/n, ..., at most
+    ``tokens``. Their order, and their tokens, are of the ``seed``."""
+    heights = np.linspace(0, 1, len(corpus["quantiles"]))
+
+    def lengths(count: int) -> np.ndarray:
+        middles = (np.arange(count) + 0.5) / count
+        return np.interp(middles, heights, corpus["quantiles"]).round().astype(int).clip(2, tokens)
+
+    count = bisect_right(range(1, tokens // 2 + 1), tokens, key=lambda n: int(lengths(n).sum()))
     rng = np.random.default_rng(seed)
-    documents: list[Tensor] = []
-    left = tokens
-    while True:
-        length = min(int(corpus["quantiles"][rng.integers(len(corpus["quantiles"]))]), tokens)
-        if length > left:
-            return documents
-        documents.append(torch.from_numpy(rng.integers(3, vocabulary, max(2, length))))
-        left -= max(2, length)
+    return [torch.from_numpy(rng.integers(3, vocabulary, length)) for length in rng.permutation(lengths(count))]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------------
@@ -191,6 +199,7 @@ class Prepared:
         self.patched = {k: v for k, v in vars(self.module).items() if before.get(k) is not v}
         self._swap(before)
         self.batches = micro_batches(documents, row, tokens, device)
+        self.times: list[dict[str, float]] = []  # seconds by part of the steps that count
 
     def _swap(self, values: dict[str, Any]) -> dict[str, Any]:
         old = {name: vars(self.module).get(name) for name in values}
@@ -254,10 +263,45 @@ class Clock:
         return found
 
 
+class OutOfTime(BaseException):
+    """Not an Exception: nothing on the way shall take it for the failure of a row."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise :class:`OutOfTime` after so many seconds, wherever the program is, and at SIGTERM."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise OutOfTime
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGTERM)}
+    try:
+        if seconds < math.inf:  # and again, should it be raised where Python can only print it
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), 1.0)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def release(device: torch.device) -> None:
+    """Give back the memory that nobody uses. Patched models and failures are cycles, which wait for the collector."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 def measure(
-    model_name: str, corpus: dict[str, Any], rows: list[Row], args: argparse.Namespace, deadline: float
-) -> list[dict[str, Any]]:
-    """The rows of one model and corpus, interleaved: a result for each, or the reason why there is none."""
+    model_name: str,
+    documents: list[Tensor],
+    rows: list[Row],
+    results: list[dict[str, Any]],
+    args: argparse.Namespace,
+    tell: Callable[[str], None],
+) -> None:
+    """The rows of one model and corpus, first each on its own and then in turns. ``results`` have what is known at any time, and
+    ``tell`` hears of every change."""
     from transformers import AutoModelForCausalLM
 
     device = torch.device(args.device)
@@ -267,85 +311,87 @@ def measure(
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if args.tiny else torch.bfloat16)
     # so small a rate that all rows see about the same weights throughout
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-8, fused=True)
-    documents = draw_documents(corpus, args.tokens, config.vocab_size)
-    useful = sum(map(len, documents))
-    results: list[dict[str, Any]] = []
-    running: list[tuple[Row, Prepared, dict[str, Any]]] = []
     clock = Clock(device)
 
-    def attempt(prepared: Prepared | None, row: Row, result: dict[str, Any]) -> Prepared | None:
+    def attempt(row: Row, result: dict[str, Any], prepared: Prepared | None = None) -> tuple[Prepared, dict[str, float]] | None:
+        """A step, and its seconds by part; None if it failed."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
             prepared = prepared or Prepared(row, model_name, base, documents, args.tokens)
             loss, norm = prepared.step(optimizer, clock)
+            seconds = clock.seconds()
+            result["loss"], result["gradient"] = loss.item(), norm.item()
         except torch.cuda.OutOfMemoryError:
             result["left_out"] = "out of memory"
         except Exception as error:
             result["left_out"] = f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"
         else:
-            parts = clock.seconds()
             if device.type == "cuda":
                 result["peak_gib"] = max(result.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2**30)
-            result["loss"], result["gradient"] = loss.item(), norm.item()
-            result["parts"].append(parts)
-            return prepared
+            return prepared, seconds
+        optimizer.zero_grad()
         return None
 
-    for row in rows:
-        result: dict[str, Any] = {"row": row.name, "useful_tokens": useful, "documents": len(documents), "parts": []}
-        results.append(result)
+    running: list[tuple[Row, dict[str, Any], Prepared]] = []
+    for row, result in zip(rows, results, strict=True):
         if model_name in row.not_for:
             result["left_out"] = "transformers has no sdpa with a softcap"
             continue
-        if time.perf_counter() > deadline:
-            result["left_out"] = "no time left"
-            continue
-        prepared = attempt(None, row, result)  # compiles, allocates
-        if prepared is not None:
-            running.append((row, prepared, result))
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-    for _, _, result in running:
-        result["parts"] = []
-    for number in range(args.rounds + 1):
-        if number > 1 and time.perf_counter() > deadline:
-            break
-        for entry in list(running):
-            row, prepared, result = entry
-            if attempt(prepared, row, result) is None:
-                running.remove(entry)
-    for result in results:
-        summarise(result)
-    for result in results:
-        if "loss" in result:
-            first = next(other for other in results if "loss" in other)
-            result["wrong"] = [k for k, most in TOLERANCE.items() if abs(result[k] - first[k]) > most * abs(first[k])]
-    return results
+        done = attempt(row, result)  # compiles, allocates
+        if done and (done := attempt(row, result, done[0])):
+            prepared, seconds = done
+            summarise(result, [seconds], documents)
+            running.append((row, result, prepared))
+        prepared = done = None  # one that failed is gone before the next
+        release(device)
+        mark(results)
+        tell(format_result(result, best(results)))
+    for number in range(args.rounds + 1):  # the first warms up
+        for _ in range(len(running)):
+            row, result, prepared = running.pop(0)
+            if done := attempt(row, result, prepared):
+                running.append((row, result, prepared))
+                if number:
+                    prepared.times.append(done[1])
+                    summarise(result, prepared.times, documents)
+            prepared = done = None
+            if "left_out" in result:
+                release(device)
+        mark(results)
+        tell(f"round {number} of {args.rounds}: " + "; ".join(f"{row.name} {1e3 * r['seconds']:.1f} ms" for row, r, _ in running))
 
 
-def summarise(result: dict[str, Any]) -> None:
-    parts = result.pop("parts")[1:]  # the first round warms up
-    if "left_out" in result or not parts:
-        result.setdefault("left_out", "no time left")
-        return
-    totals = [sum(part.values()) for part in parts]
+def summarise(result: dict[str, Any], times: list[dict[str, float]], documents: list[Tensor]) -> None:
+    totals = [sum(parts.values()) for parts in times]
     result["rounds"] = len(totals)
     result["seconds"] = statistics.median(totals)
     result["seconds_spread"] = [min(totals), max(totals)]
-    result["seconds_by_part"] = {name: statistics.median(part[name] for part in parts) for name in PARTS}
-    result["tokens_per_second"] = result["useful_tokens"] / result["seconds"]
+    result["seconds_by_part"] = {name: statistics.median(parts[name] for parts in times) for name in PARTS}
+    result["tokens_per_second"] = sum(map(len, documents)) / result["seconds"]
+    result.pop("left_out", None)  # last: the end may come in between
 
 
-def format_result(result: dict[str, Any], best: float) -> str:
+def mark(results: list[dict[str, Any]]) -> None:
+    """What of each row's is not as the first one's."""
+    found = [result for result in results if "loss" in result]
+    for result in found:
+        result["wrong"] = [k for k, most in TOLERANCE.items() if not abs(result[k] - found[0][k]) <= most * abs(found[0][k])]
+
+
+def best(results: list[dict[str, Any]]) -> float:
+    """Tokens a second of the fastest row without packops."""
+    return max((r["tokens_per_second"] for r in results if "left_out" not in r and "packops" not in r["row"]), default=math.nan)
+
+
+def format_result(result: dict[str, Any], fastest: float) -> str:
     if "left_out" in result:
         return f"{result['row']:<28} -- {result['left_out']}"
     parts = " ".join(f"{1e3 * result['seconds_by_part'][name]:>9.1f}" for name in PARTS)
     peak = f"{result['peak_gib']:>7.1f}" if "peak_gib" in result else f"{'':>7}"
     wrong = f"  WRONG {', '.join(result['wrong'])}" if result["wrong"] else ""
     return (
-        f"{result['row']:<28}{result['tokens_per_second']:>10,.0f}{result['tokens_per_second'] / best:>7.2f}"
+        f"{result['row']:<28}{result['tokens_per_second']:>10,.0f}{result['tokens_per_second'] / fastest:>7.2f}"
         f"{1e3 * result['seconds']:>10.1f} {parts}{peak}  {result['loss']:.4f}{wrong}"
     )
 
@@ -353,17 +399,14 @@ def format_result(result: dict[str, Any], best: float) -> str:
 def table(data: dict[str, Any]) -> str:
     lines = []
     for case in data["cases"]:
-        peers = [r["tokens_per_second"] for r in case["results"] if "left_out" not in r and "packops" not in r["row"]]
-        best = max(peers, default=float("nan"))
-        first = case["results"][0]
         lines.append(
-            f"\n{case['model']}, {case['corpus']} documents: {first['documents']} of mean "
-            f"{first['useful_tokens'] / max(1, first['documents']):.0f} tokens in {data['tokens']}"
+            f"\n{case['model']}, {case['corpus']} documents: {case['documents']} of mean "
+            f"{case['useful_tokens'] / case['documents']:.0f} tokens in {data['tokens']}"
         )
         lines.append(
             f"{'':<28}{'tokens/s':>10}{'/best':>7}{'step ms':>10} {'forward':>9} {'backward':>9} {'optim.':>9}{'GiB':>7}  loss"
         )
-        lines += [format_result(result, best) for result in case["results"]]
+        lines += [format_result(result, best(case["results"])) for result in case["results"]]
     return "\n".join(lines)
 
 
@@ -404,7 +447,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     )
     parser.add_argument("--tokens", type=int, help="tokens of a step (default 16384; 512 with --tiny)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each row (default 5)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing new after so many")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="end the run after so many, compilation included")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="small fp32 models: to see that it runs")
     parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.png")
@@ -412,38 +455,59 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 
 def main(args: argparse.Namespace) -> int:
-    deadline = time.perf_counter() + args.seconds
+    begin = time.perf_counter()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.tokens = args.tokens or (512 if args.tiny else 16384)
-    is_cuda = torch.device(args.device).type == "cuda"
+    device = torch.device(args.device)
     rows = [row for row in ROWS if not args.rows or any(word in row.name for word in args.rows)]
     if not rows:
         print(f"no row's name has {' or '.join(args.rows)}; there are: {'; '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
     data: dict[str, Any] = {
         "benchmark": "end-to-end",
-        "environment": harness.environment("cuda" if is_cuda else "cpu", {"transformers": peers.TRANSFORMERS}),
+        "environment": harness.environment(device.type, {"transformers": peers.TRANSFORMERS}),
         "tokens": args.tokens,
         "dtype": "fp32" if args.tiny else "bf16",
         "tiny": args.tiny,
         "cases": [],
     }
     corpora = json.loads(LENGTHS.read_text())
+    work: list[tuple[str, list[Tensor], dict[str, Any]]] = []
     for model in args.models:
         for name in args.corpora:
             corpus = corpora[name]
             if args.tiny:
                 corpus = {**corpus, "quantiles": [max(2, n // 16) for n in corpus["quantiles"]]}
-            results = measure(model, corpus, rows, args, deadline)
-            label = f"tiny {MODELS[model]}" if args.tiny else MODELS[model]
-            data["cases"].append({"model": label, "corpus": name, "results": results})
-            print(f"{label}, {name}: measured", file=sys.stderr, flush=True)
-            gc.collect()
-            if is_cuda:
-                torch.cuda.empty_cache()
-            if args.out:
-                harness.write(data, args.out.with_suffix(".json"))
+            documents = draw_documents(corpus, args.tokens, configuration(model, args.tiny).vocab_size)
+            case = {
+                "model": f"tiny {MODELS[model]}" if args.tiny else MODELS[model],
+                "corpus": name,
+                "documents": len(documents),
+                "useful_tokens": sum(map(len, documents)),
+                "results": [{"row": row.name, "left_out": "no time left"} for row in rows],
+            }
+            data["cases"].append(case)
+            work.append((model, documents, case))
+
+    def tell(case: dict[str, Any], text: str) -> None:
+        print(f"{time.perf_counter() - begin:6.0f} s  {case['model']}, {case['corpus']}: {text}", file=sys.stderr, flush=True)
+        if args.out:
+            harness.write(data, args.out.with_suffix(".json"))
+
+    try:
+        with time_limit(begin + args.seconds - time.perf_counter()):
+            for model, documents, case in work:
+                measure(model, documents, rows, case["results"], args, functools.partial(tell, case))
+                torch.compiler.reset()
+                release(device)
+                if device.type == "cuda":
+                    tell(case, f"freed, but for {torch.cuda.memory_allocated() / 2**30:.2f} GiB")
+    except OutOfTime:
+        print(f"out of time after {time.perf_counter() - begin:.0f} s", file=sys.stderr)
+    for case in data["cases"]:
+        mark(case["results"])
     if args.out:
+        harness.write(data, args.out.with_suffix(".json"))
         try:
             draw(data, args.out.with_suffix(".png"))
         except ModuleNotFoundError as error:

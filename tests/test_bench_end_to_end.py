@@ -1,11 +1,18 @@
-"""The end-to-end benchmark runs, all its rows train on the same documents, and a row that trains otherwise is marked."""
+"""The end-to-end benchmark runs, all its rows train on the same documents, and a row that trains otherwise is marked. It ends in
+time, shows what it has, and leaves nothing of a model behind."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import functools
 import importlib.util
 import json
+import os
+import signal
 import sys
+import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -36,11 +43,24 @@ def run(bench, out, *arguments) -> dict:
 
 def test_documents_follow_the_corpus(bench):
     corpora = json.loads(bench.LENGTHS.read_text())
-    for name, tokens in (("short", 1 << 18), ("long", 1 << 24)):
-        lengths = [len(document) for document in bench.draw_documents(corpora[name], tokens, 100)]
-        assert tokens - 300_000 < sum(lengths) <= tokens
-        assert sum(lengths) / len(lengths) == pytest.approx(corpora[name]["mean"], rel=0.25)
-    assert max(map(len, bench.draw_documents(corpora["long"], 4096, 100, seed=3))) <= 4096
+    for name, tokens in (("short", 16384), ("short", 1 << 18), ("long", 1 << 24)):
+        quantiles = corpora[name]["quantiles"]
+        lengths = sorted(len(document) for document in bench.draw_documents(corpora[name], tokens, 100))
+        assert 0.96 * tokens < sum(lengths) <= tokens, "another document would have fitted"
+        assert lengths[len(lengths) // 2] == pytest.approx(quantiles[len(quantiles) // 2], rel=0.05)
+        assert lengths[-1] < quantiles[-1], "the longest of the corpus stands for a share of documents, not for one of them"
+        if tokens > 1 << 17:
+            assert sum(lengths) / len(lengths) == pytest.approx(corpora[name]["mean"], rel=0.15)
+
+
+def test_a_seed_changes_the_order_and_nothing_else(bench):
+    corpus = {"quantiles": [10, 20, 30, 40, 50]}
+    drawn = [[len(document) for document in bench.draw_documents(corpus, 160, 100, seed)] for seed in (0, 0, 1)]
+    assert sorted(drawn[0]) == [14, 22, 30, 38, 46]  # 5 of them; 6 would be 30 on average, too, and 180 together
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert sorted(drawn[2]) == sorted(drawn[0])
+    assert [len(document) for document in bench.draw_documents(corpus, 16, 100)] == [16]
+    assert bench.draw_documents(corpus, 160, 100)[0].max() < 100
 
 
 def test_padded_micro_batches_hold_every_document_and_fit(bench):
@@ -97,6 +117,80 @@ def test_a_row_that_trains_something_else_is_marked(bench, tmp_path, monkeypatch
 def test_no_time_left_is_said(bench, tmp_path):
     rows = run(bench, tmp_path / "result", "--models", "llama", "--seconds", "0")["cases"][0]["results"]
     assert {row["left_out"] for row in rows} == {"no time left"}
+    assert len(rows) == len(bench.ROWS)
+
+
+def test_what_was_measured_before_the_end_is_shown(bench, tmp_path, monkeypatch, capsys):
+    """The limit runs out while the second of three rows is prepared."""
+
+    def endless(model):
+        written = json.loads((tmp_path / "result.json").read_text())["cases"][0]["results"]
+        assert written[0]["tokens_per_second"] > 0
+        raise bench.OutOfTime
+
+    rows = [bench.ROWS[0], bench.Row("endless", "sdpa", change=endless), bench.Row("third", "sdpa")]
+    monkeypatch.setattr(bench, "ROWS", rows)
+    (case,) = run(bench, tmp_path / "result", "--models", "llama", "--rounds", "3")["cases"]
+    padded, *others = case["results"]
+    assert padded["rounds"] == 1
+    assert padded["wrong"] == []
+    assert [row["left_out"] for row in others] == ["no time left"] * 2
+    shown = capsys.readouterr()
+    assert "\npadded  " in shown.out
+    assert "\nthird  " in shown.out
+    assert "out of time" in shown.err
+
+
+def test_the_limit_interrupts(bench):
+    handlers = [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM)]
+
+    def work(seconds, *signals):
+        with bench.time_limit(seconds):
+            for number in signals:
+                os.kill(os.getpid(), number)
+            with contextlib.suppress(Exception):  # as code on the way may do
+                time.sleep(60)
+
+    for arguments in ((0.01,), (-1.0,), (float("inf"), signal.SIGTERM)):
+        with pytest.raises(bench.OutOfTime):
+            work(*arguments)
+        assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+        assert [signal.getsignal(number) for number in (signal.SIGALRM, signal.SIGTERM)] == handlers
+
+
+def test_a_model_is_gone_before_the_next(bench, tmp_path, monkeypatch):
+    """And a row that fails before the row after it."""
+    made = []
+
+    def alive(*names):
+        return [name for name, model in made if model() is not None and (name in names or not names)]
+
+    def change(model):
+        assert alive("failing") == []
+        return bench.with_packops(model)
+
+    def fail(model):
+        model.forward = functools.partial(raise_error, model)
+
+    def raise_error(model, **inputs):
+        raise RuntimeError("out of everything")
+
+    prepare = bench.Prepared.__init__
+
+    def prepared(self, row, model_name, base, *more):
+        if row.padded:
+            assert alive() == [], "the model before"
+            made.append(("base", weakref.ref(base)))
+        prepare(self, row, model_name, base, *more)
+        made.append((row.name, weakref.ref(self.model)))
+
+    monkeypatch.setattr(bench.Prepared, "__init__", prepared)
+    rows = [bench.ROWS[0], bench.Row("failing", "sdpa", change=fail), bench.Row("after it", "sdpa", change=change)]
+    monkeypatch.setattr(bench, "ROWS", rows)
+    for case in run(bench, tmp_path / "result", "--models", "llama", "qwen3")["cases"]:
+        assert [result.get("left_out") for result in case["results"]] == [None, "RuntimeError: out of everything", None]
+    assert [name for name, _ in made] == 2 * ["base", "padded", "failing", "after it"]
+    assert alive() == []
 
 
 def test_unknown_rows_are_an_error(bench, capsys):

@@ -376,12 +376,19 @@ def test_chunk_sizes(tokens, hidden_size, vocab, valid):
     num_valid = None if valid == 1 else int(tokens * valid)
     rows = tokens if num_valid is None else num_valid
     c = choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=num_valid)
-    assert MIN_ROWS <= c <= MAX_ROWS or c >= rows
+    assert c == rows <= MAX_ROWS or (MIN_ROWS <= c <= MAX_ROWS and c.bit_count() == 1)
     copies = 1 if num_valid is None else 3
     assert c * (vocab + copies * hidden_size) <= max(0.35 * tokens * vocab, MIN_ROWS * (vocab + copies * hidden_size))
-    chunks = -(-rows // c)
-    assert rows - (chunks - 1) * c > 0.9 * c or chunks == 1  # no small rest at the end, which would leave the matrix units idle
-    assert c % 8 == 0
+    if c < rows:  # as large as it may be
+        twice = 2 * c * (vocab + copies * hidden_size)
+        assert twice > 0.35 * tokens * vocab or 2 * c > MAX_ROWS
+
+
+def test_chunks_of_the_measured_shapes():
+    """What docs/design.md says of them; and rows that fit into the memory of a chunk are one."""
+    assert [choose_chunk_tokens(*shape) for shape in SHAPES] == [2048, 2048, 4096]
+    for num_valid, rows in ((8191, 2048), (2617, 2048), (2616, 2616), (2049, 2049), (3, 3)):
+        assert choose_chunk_tokens(8192, 4096, 128256, num_valid=num_valid) == rows
 
 
 def test_chunk_sizes_of_the_smallest():

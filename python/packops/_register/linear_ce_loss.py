@@ -34,18 +34,22 @@ IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 
 
 LOGITS_SHARE = 0.35  # of the memory that all logits would take
 MIN_ROWS = 1024  # below, a product of a chunk is bound by reading and writing the (V, H) matrices, not by the matrix units
-MAX_ROWS = 4096  # above, a larger chunk saves next to nothing
-ROW_MULTIPLE = 64  # of the tiles of matrix products, in rows and in columns
+MAX_ROWS = 4096  # above, a larger chunk saves a few percent at most
+COLUMN_MULTIPLE = 64  # of the tiles of matrix products
 CPU_BLOCKS = 32  # pieces of the vocabulary in which the CPU widens 16-bit operands
 
 
 def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid: int | None = None) -> int:
-    """Rows of a chunk.
+    """Rows of a chunk: all, where they fit, or else a power of two.
 
     A chunk of c rows takes ``c (V + H)`` elements of the hidden states' dtype: its logits, which become their own gradient, and a
-    copy of its hidden rows without what does not count. Compacted rows (``num_valid``) take another c H in fp32. Chunks are as
-    large as ``LOGITS_SHARE`` of the whole logits' memory allows, between ``MIN_ROWS`` and ``MAX_ROWS``, and of even size. (Below
-    ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, the lower bound decides and the share is larger.)
+    copy of its hidden rows without what does not count. Compacted rows (``num_valid``) take another c H in fp32. This may be
+    ``LOGITS_SHARE`` of the whole logits' memory, but always ``MIN_ROWS`` rows and never more than ``MAX_ROWS``. (Below
+    ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS`` decides and the share is larger.)
+
+    A power of two, because a chunk's gradient of the hidden states has few tiles, about ``(c / 128) (H / 256)``: where these do
+    not come out even over the multiprocessors, most of the device waits for the last ones. A last chunk that is shorter lacks
+    work as it lacks rows, so chunks of even size would gain nothing. docs/design.md has the figures.
 
     Not in this: the gradients and their accumulators, ``4 V H`` bytes for the weight and ``4 T H`` for the hidden states (half
     with ``accum_dtype=torch.bfloat16``; where the parameters are fp32 the accumulators become the gradients).
@@ -53,14 +57,7 @@ def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid:
     rows = tokens if num_valid is None else num_valid
     row = vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
     most = min(max(int(LOGITS_SHARE * tokens * vocab / max(row, 1)), MIN_ROWS), MAX_ROWS)
-    chunks = max(-(-rows // most), 1)
-    even = max(-(-rows // chunks), 1)
-    rounded = (_round_up(even, multiple) for multiple in (ROW_MULTIPLE, 8))
-    return next((c for c in rounded if c <= most), even)
-
-
-def _round_up(x: int, multiple: int) -> int:
-    return -(-x // multiple) * multiple
+    return max(rows, 1) if rows <= most else 1 << (most.bit_length() - 1)
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:
@@ -131,7 +128,7 @@ def run_chunks(
     grad_bias = torch.zeros((vocab,), dtype=dtype, device=device) if wanted.bias else None
 
     # Rows of an odd vocabulary would begin anywhere; the buffer is ours, so they begin where vector loads and products want them.
-    width = vocab if vocab % 8 == 0 else _round_up(vocab, ROW_MULTIPLE)
+    width = vocab if vocab % 8 == 0 else -(-vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
     buffer = hidden.new_empty((min(chunk_tokens, rows), width))[:, :vocab]
     for begin in range(0, rows, chunk_tokens):
         here = slice(begin, min(begin + chunk_tokens, rows))

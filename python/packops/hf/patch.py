@@ -9,6 +9,7 @@ from torch import nn
 
 from . import families
 from . import loss as _loss
+from . import norm as _norm
 from . import rope as _rope
 from .record import ATTRIBUTE, Record, Report
 
@@ -22,6 +23,7 @@ def apply(
     cross_entropy: bool = True,
     attention: str | None = None,
     reduction: str = "mean",
+    rms_norm: bool = True,
 ) -> nn.Module:
     """Make a Hugging Face causal language model compute with packops; :func:`revert` undoes it.
 
@@ -39,6 +41,8 @@ def apply(
             evaluation mode they are there anyway.
         attention: name of an attention implementation to switch to, ``"packops_varlen"`` or any of transformers; None: as it is.
         reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
+        rms_norm: compute RMS norms, other than those that RoPE takes along, with :func:`torch.nn.functional.rms_norm`, whose
+            kernels are fused on CUDA. Norms that compute anything else, or are not known, stay as they are.
 
     Returns:
         ``model`` itself. :func:`report` says what was replaced.
@@ -57,8 +61,9 @@ def apply(
             del vars(target)[ATTRIBUTE]
         record = Record(_blank(target))
         try:
-            if rope:
-                _rope.patch(target, record)
+            absorbed = _rope.patch(target, record) if rope else []
+            if rms_norm:
+                _norm.patch(target, record, absorbed)
             if cross_entropy:
                 _loss.patch(target, reduction, record)
             if attention is not None:

@@ -15,6 +15,12 @@ def _nothing() -> None:
     return None
 
 
+def is_replaced(module: nn.Module) -> bool:
+    """Whether this instance has a ``forward`` other than its class's. (Unpickled, a model that was patched has that, bound.)"""
+    present = vars(module).get("forward")
+    return present is not None and getattr(present, "__func__", None) is not type(module).forward
+
+
 @dataclasses.dataclass
 class Change:
     """One instance attribute of one module (or configuration)."""
@@ -34,7 +40,8 @@ class Report:
         model: its class.
         family: its model type.
         tested: whether the tests of packops cover this family. Others were checked when they were patched, by their structure.
-        replaced: ``"rope"``, ``"tables"``, ``"loss"``, ``"lm_head"``, ``"attention"`` -> what does it now. Empty: nothing was.
+        replaced: ``"rope"``, ``"tables"``, ``"rms_norm"``, ``"loss"``, ``"lm_head"``, ``"attention"`` -> what does it now. Empty:
+            nothing was.
         notes: what the user should know, in words.
     """
 
@@ -78,8 +85,8 @@ class Record:
 
     def set_forward(self, path: str, module: nn.Module, forward: Any) -> None:
         """Bind ``forward`` on the instance; refuse where somebody else has."""
-        present = vars(module).get("forward")
-        if present is not None and getattr(present, "__func__", None) is not type(module).forward:
+        if is_replaced(module):
+            present = vars(module)["forward"]
             raise ValueError(
                 f"packops.hf: the forward of {path} ({type(module).__name__}) was already replaced on this instance, by "
                 f"{getattr(present, '__module__', None) or type(present).__module__}: call packops.hf.apply before "

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from ..functional import apply_qk_norm_rope, apply_rope
 from . import families, rewrite
 from .families import Convention
+from .norm import RMSNorm, recognise
 from .record import Record
 from .rewrite import CannotRewriteError
 
@@ -30,8 +31,12 @@ _BOUND = "__packops_rope__"
 _SHAPING = ("view", "reshape", "transpose", "contiguous")
 
 
-def patch(model: nn.Module, record: Record) -> None:
-    """Replace RoPE in every attention layer of ``model``, or raise ValueError saying what is in the way."""
+def patch(model: nn.Module, record: Record) -> list[nn.Module]:
+    """Replace RoPE in every attention layer of ``model``, or raise ValueError saying what is in the way.
+
+    Returns:
+        the norms of q and k that one kernel computes together with RoPE.
+    """
     attention = [(name, module) for name, module in model.named_modules() if _calls_rope(rewrite.class_of(module))]
     if not attention:
         raise _refusal(model, f"no layer of it calls {ROPE}(q, k, cos, sin)")
@@ -42,7 +47,7 @@ def patch(model: nn.Module, record: Record) -> None:
         raise _refusal(model, "its layers rotate in different ways")
     (convention,) = conventions
     own_tables = bool(rotary) and all(_same_tables(module, convention) for module in rotary)
-    fused = 0
+    absorbed: list[nn.Module] = []
     for name, module in attention:
         norms = _norms(module)
         try:
@@ -50,11 +55,12 @@ def patch(model: nn.Module, record: Record) -> None:
         except CannotRewriteError as error:
             raise _refusal(model, str(error)) from None
         record.set_forward(name, module, MethodType(forward, module))
-        fused += norms is not None
+        if norms is not None:
+            absorbed += [getattr(module, norms.q), getattr(module, norms.k)]
     if own_tables:
         for module in rotary:
             record.set_forward("rotary_emb", module, MethodType(_table_forward(), module))
-    record.say("rope", _describe(len(attention), fused, convention))
+    record.say("rope", _describe(len(attention), len(absorbed) // 2, convention))
     record.say("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
     for module in rotary:
         if any(b.dtype in (torch.float16, torch.bfloat16) for n, b in module.named_buffers(recurse=False) if "inv_freq" in n):
@@ -63,6 +69,7 @@ def patch(model: nn.Module, record: Record) -> None:
                 "positions by wrong angles: load with dtype=..., rather than .half() or .bfloat16()"
             )
             break
+    return absorbed
 
 
 def _describe(layers: int, fused: int, convention: Convention) -> str:
@@ -210,8 +217,8 @@ def _norms(layer: nn.Module) -> Norms | None:
     found = [_norm_of(layer, name) for name in names]
     if found[0] is None or found[0] != found[1]:
         return None
-    kind, eps, _, zero_centered, across_heads = found[0]
-    return Norms(*names, kind, eps, zero_centered, across_heads)
+    norm, _, across_heads = found[0]
+    return Norms(*names, norm.kind, norm.eps, norm.zero_centered, across_heads)
 
 
 @cache
@@ -254,38 +261,16 @@ def _norm_on_the_way(definition: ast.FunctionDef, before: list[ast.stmt], name: 
     return norms[0] if len(norms) == len(everywhere) == 1 else None
 
 
-def _norm_of(layer: nn.Module, name: str) -> tuple[type, str, float, bool, bool] | None:
-    """(class, attribute of epsilon, epsilon, zero_centered, across_heads) of an RMS norm, found by asking it; else None."""
-    norm, head_dim = getattr(layer, name, None), getattr(layer, "head_dim", None)
-    weight = getattr(norm, "weight", None)
-    if not isinstance(norm, nn.Module) or not isinstance(weight, Tensor) or weight.dim() != 1 or not head_dim:
+def _norm_of(layer: nn.Module, name: str) -> tuple[RMSNorm, float, bool] | None:
+    """(how it computes, epsilon, across_heads) of an RMS norm of heads; None if it is something else."""
+    module, head_dim = getattr(layer, name, None), getattr(layer, "head_dim", None)
+    if not isinstance(module, nn.Module) or not head_dim:
         return None
-    eps = next((e for e in ("variance_epsilon", "eps") if isinstance(getattr(norm, e, None), float)), None)
-    if eps is None or weight.shape[0] % head_dim or len(list(norm.parameters())) != 1:
+    norm = recognise(module)
+    if norm is None:
         return None
-    for zero_centered in (False, True):
-        if _is_rms_norm(type(norm), weight.shape[0], eps, getattr(norm, eps), zero_centered, norm):
-            return type(norm), eps, getattr(norm, eps), zero_centered, weight.shape[0] != head_dim
-    return None
-
-
-_ASKED: dict[tuple, bool] = {}
-
-
-def _is_rms_norm(cls: type, width: int, eps: str, value: float, zero_centered: bool, norm: nn.Module) -> bool:
-    key = (cls, width, eps, value, zero_centered)
-    if key not in _ASKED:
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(width, generator=generator, dtype=torch.float32, device="cpu")
-        x = 1e-3 * torch.randn(4, width, generator=generator, dtype=torch.float32, device="cpu")  # small: epsilon must matter
-        twin = copy.copy(norm)  # its own dictionary of parameters, so that nothing is copied to or from a device
-        twin._parameters = {"weight": nn.Parameter(weight, requires_grad=False)}
-        twin._forward_hooks, twin._forward_pre_hooks = {}, {}  # type: ignore[assignment]
-        with torch.no_grad():
-            gain = weight + 1 if zero_centered else weight
-            want = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + value) * gain
-            _ASKED[key] = torch.allclose(twin(x), want, rtol=1e-4, atol=1e-5)
-    return _ASKED[key]
+    (width,) = module.get_parameter("weight").shape
+    return (norm, getattr(module, norm.eps), width != head_dim) if width % head_dim == 0 else None
 
 
 # ---- tables --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""RMS norms of one model: each runs through torch's own ``rms_norm``, which on CUDA is one fused kernel forward and one backward.
+
+transformers writes an RMS norm as some eight elementwise operations, and more of them backward; each reads and writes all hidden
+states, most of them in fp32. Here the norm's ``forward`` is exchanged, on the instance, and rounds once, at its end.
+
+What a module computes is found by asking it, not by its name: see :func:`recognise`.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterable
+from functools import cache
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import rms_norm
+
+from . import rewrite
+from .record import Record, is_replaced
+
+
+class RMSNorm(NamedTuple):
+    """A module that computes ``x / sqrt(mean(x²) + eps) * weight`` over the last dimension."""
+
+    kind: Any  # its class
+    eps: str  # the attribute
+    zero_centered: bool  # the factor is 1 + weight
+
+
+def patch(model: nn.Module, record: Record, absorbed: Iterable[nn.Module] = ()) -> None:
+    """Replace the RMS norms of ``model``, except for those that RoPE has ``absorbed`` and where somebody else replaced one."""
+    others, count = set(absorbed), 0
+    for name, module in model.named_modules():
+        if module in others or is_replaced(module) or (norm := recognise(module)) is None:
+            continue
+        record.set_forward(name, module, MethodType(_forward(norm), module))
+        count += 1
+    if count:
+        record.say("rms_norm", f"torch.nn.functional.rms_norm in {count} modules")
+
+
+@cache
+def _forward(norm: RMSNorm) -> Callable[[Any, Tensor], Tensor]:
+    """One object for equal norms, so that torch.compile compiles them once."""
+    kind, eps, zero_centered = norm
+
+    def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        weight, dtype = self.weight, hidden_states.dtype
+        if zero_centered:  # 1 + weight has more digits than 16 bits hold
+            wide = torch.promote_types(dtype, torch.float32)
+            hidden_states, weight = hidden_states.to(wide), 1 + weight.to(wide)
+        elif weight.dtype != dtype:  # torch has no fused kernel for it, and families differ in what dtype they return
+            return kind.forward(self, hidden_states)
+        return rms_norm(hidden_states, weight.shape, weight, getattr(self, eps)).to(dtype)  # autocast makes it fp32
+
+    return forward
+
+
+def recognise(module: nn.Module) -> RMSNorm | None:
+    """How ``module`` computes its RMS norm, or None if it computes anything else.
+
+    Its class's ``forward`` is asked with a few numbers and another weight, on the CPU, so its own device and hooks do not matter.
+    """
+    kind, weight = rewrite.class_of(module), module._parameters.get("weight")
+    eps = next((e for e in ("variance_epsilon", "eps") if isinstance(getattr(module, e, None), float)), None)
+    alone = len(list(module.parameters())) == 1 and not list(module.buffers())  # nothing else that it could compute with
+    if eps is None or weight is None or not alone or weight.dim() != 1 or not weight.numel():
+        return None
+    if len(inspect.signature(kind.forward).parameters) != 2:  # self and x: no gate, no residual
+        return None
+    generator = torch.Generator().manual_seed(0)
+    gain = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    x = torch.randn(2, 3, *weight.shape, generator=generator, dtype=torch.float32, device="cpu")
+    value = getattr(module, eps)
+    x *= torch.tensor([max(value, 1e-12) ** 0.5, 1.0, 100.0], dtype=x.dtype, device="cpu")[
+        :, None
+    ]  # in the first, epsilon matters
+    twin = copy.copy(module)  # its own dictionary of parameters, so that nothing is copied to or from a device
+    twin._parameters = {**module._parameters, "weight": nn.Parameter(gain, requires_grad=False)}
+    with torch.no_grad():
+        normed = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + value)
+        try:
+            found = kind.forward(twin, x)
+        except Exception:  # it takes no such input
+            return None
+        for zero_centered in (False, True):
+            want = normed * (gain + zero_centered)
+            if isinstance(found, Tensor) and found.shape == want.shape and torch.allclose(found, want, rtol=1e-4, atol=1e-5):
+                return RMSNorm(kind, eps, zero_centered)
+    return None
