@@ -4,7 +4,7 @@
 namespace packops {
 
 struct DeviceLimits {
-  int architecture = 0;      // 80, 90, 100, ...
+  int architecture = 0;  // 80, 90, 100, ...
   int multiprocessors = 1;
   int shared_per_sm = 0;     // bytes
   int shared_per_block = 0;  // bytes, opt-in
