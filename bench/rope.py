@@ -95,6 +95,10 @@ class Problem:
     def gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         return self.heads()
 
+    @functools.cached_property
+    def gradient_scratch(self) -> tuple[list[Tensor], list[Tensor]]:
+        return [torch.empty_like(x) for x in self.q], [torch.empty_like(x) for x in self.k]
+
     @property
     def line(self) -> str:
         part = f", {self.rotary} rotary" if self.rotary < self.dim else ""
@@ -145,7 +149,7 @@ class Problem:
     ) -> Candidate:
         """``rotate(q, k, *weights)`` and the gradients of all of these; ``reference`` has the same arguments and a table."""
         q, k = self.scratch if inplace else (self.q, self.k)
-        q_grad, k_grad = self.gradients
+        q_grad, k_grad = self.gradient_scratch if inplace else self.gradients  # Liger turns the incoming gradient in place, too
 
         @torch.enable_grad()
         def call(i: int) -> Pair:
@@ -162,12 +166,17 @@ class Problem:
             gradients = [g[0].double() for g in self.gradients]
             return self.wrong(result[:2], torch.autograd.grad(outputs, leaves[:2], gradients))
 
-        return Candidate(call, check, self.restore if inplace else None)
+        return Candidate(call, check, self.restore_gradients if inplace else None)
 
     def restore(self, i: int) -> None:
         i %= self.count
         for target, source in zip(self.scratch, (self.q, self.k), strict=True):
             target[i].copy_(source[i])
+
+    def restore_gradients(self, i: int) -> None:
+        self.restore(i)
+        for target, source in zip(self.gradient_scratch, self.gradients, strict=True):
+            target[i % self.count].copy_(source[i % self.count])
 
     def wrong(self, result: Pair, wanted: Pair) -> str:
         """What is wrong with rotated heads beyond rounding, or "". Peers round the table, the products and the sum."""

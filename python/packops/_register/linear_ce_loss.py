@@ -129,7 +129,9 @@ def run_chunks(
 
     # Rows of an odd vocabulary would begin anywhere; the buffer is ours, so they begin where vector loads and products want them.
     width = vocab if vocab % 8 == 0 else -(-vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    buffer = hidden.new_empty((min(chunk_tokens, rows), width))[:, :vocab]
+    buffer = hidden.new_empty((min(chunk_tokens, rows), width))
+    buffer[:, vocab:].zero_()  # products read whole vectors
+    buffer = buffer[:, :vocab]
     for begin in range(0, rows, chunk_tokens):
         here = slice(begin, min(begin + chunk_tokens, rows))
         logits = buffer[: here.stop - begin]
