@@ -396,7 +396,8 @@ def draw(data: dict[str, Any], path: Path) -> None:
         harness.draw_bars(data, path, only=lambda case: case["facts"].get("work") in (FORWARD, GRADIENT), columns=2)
         return
     plot = harness.pyplot()
-    figure, axes = plot.subplots(1, 2, figsize=(11, 4.6), constrained_layout=True)
+    figure, axes = plot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
+    libraries = dict.fromkeys(harness.base(row["system"]) for case in sweep for row in case["rows"])  # in order
     for axis, work in zip(axes, (FORWARD, GRADIENT), strict=True):
         found = sorted((case for case in sweep if case["facts"]["work"] == work), key=lambda case: case["facts"]["vocab"])
         places = {case["facts"]["vocab"]: place for place, case in enumerate(found)}
@@ -405,13 +406,14 @@ def draw(data: dict[str, Any], path: Path) -> None:
             for row in case["rows"]:
                 if harness.COPY in row["of"] and not row.get("wrong"):
                     lines.setdefault(row["system"], []).append((places[case["facts"]["vocab"]], row["of"][harness.COPY]))
-        for number, (system, points) in enumerate(lines.items()):
-            mine = system.startswith(harness.OURS)
+        for system, points in lines.items():
+            library = harness.base(system)
+            number = list(libraries).index(library)
             axis.plot(
                 *zip(*points, strict=True),
-                marker="o" if mine else "osv^D<>p"[number % 8],
-                color=harness.COLOURS[harness.OURS] if mine else None,
-                linestyle="--" if "in place" in system else "-",
+                marker="osv^D<>p"[number % 8],
+                color=harness.COLOURS[harness.OURS] if library == harness.OURS else f"C{number}",
+                linestyle={"in place": "--", "one pass": ":"}.get(system.partition(", ")[2], "-"),
                 linewidth=2.6 if system == harness.OURS else 1.2,
                 markersize=4,
                 label=system,
@@ -423,7 +425,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axis.minorticks_off()
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time / time to copy as many bytes")
-    axes[1].legend(frameon=False, fontsize=8)
+    figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     harness.finish(figure, data, path)
 
 
