@@ -163,10 +163,18 @@ template <typename... P>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(P...),
                                const std::type_identity_t<P>&... arguments) {
   int cluster = 0;
-  for (int i = 0; i < launch->numAttrs; i++)
-    if (launch->attrs[i].id == cudaLaunchAttributeClusterDimension) cluster = int(launch->attrs[i].val.clusterDim.x);
+  bool follows = false;
+  for (int i = 0; i < launch->numAttrs; i++) {
+    const auto& attribute = launch->attrs[i];
+    if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = int(attribute.val.clusterDim.x);
+    else follows = attribute.val.programmaticStreamSerializationAllowed;
+  }
   if (cluster) emulator::cluster_launches++;
-  emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1,
-                [&] { kernel(arguments...); });
+  emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1, [&] {
+    kernel(arguments...);
+    // Launches run one after the other here. On a GPU this one could read what the one before has not written yet.
+    emulator::require(!follows || emulator::fibers[emulator::current].waited_for_launch,
+                      "a launch that may overlap the one before it does not wait for it");
+  });
   return cudaSuccess;
 }

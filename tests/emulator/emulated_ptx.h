@@ -11,7 +11,7 @@ inline float flush(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.f,
 inline float exp2_approx(float x) { return flush(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return flush(1 / x); }
 
-inline void wait_for_launch_before() {}
+inline void wait_for_launch_before() { emulator::fibers[emulator::current].waited_for_launch = true; }
 
 inline void named_barrier(int id, int threads) {
   if (id == 0) return __syncthreads();

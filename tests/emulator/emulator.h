@@ -58,6 +58,7 @@ struct Fiber {
   ucontext_t context;
   std::vector<char> stack;
   bool done;
+  bool waited_for_launch;  // before this one
   Waiting waiting;
   uint64_t value;  // what the warp is shown, or how many wait for some of the block
   const uint64_t* barrier;
@@ -250,7 +251,7 @@ inline void run_together(int blocks, size_t shared_bytes) {
   shared_memory.assign(blocks, std::vector<char>(shared_bytes + 2048, char(0xff)));
   barriers.clear();
   for (Fiber& f : fibers) {
-    f.done = false;
+    f.done = f.waited_for_launch = false;
     f.waiting = Waiting::for_nothing;
     f.stack.resize(1 << 16);
     getcontext(&f.context);
