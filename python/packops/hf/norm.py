@@ -76,9 +76,8 @@ def recognise(module: nn.Module) -> RMSNorm | None:
     gain = torch.randn(weight.shape, generator=generator, dtype=torch.float32, device="cpu")
     x = torch.randn(2, 3, *weight.shape, generator=generator, dtype=torch.float32, device="cpu")
     value = getattr(module, eps)
-    x *= torch.tensor([max(value, 1e-12) ** 0.5, 1.0, 100.0], dtype=x.dtype, device="cpu")[
-        :, None
-    ]  # in the first, epsilon matters
+    sizes = [max(value, 1e-12) ** 0.5, 1.0, 100.0]  # at the first, epsilon matters
+    x *= torch.tensor(sizes, dtype=x.dtype, device="cpu")[:, None]
     twin = copy.copy(module)  # its own dictionary of parameters, so that nothing is copied to or from a device
     twin._parameters = {**module._parameters, "weight": nn.Parameter(gain, requires_grad=False)}
     with torch.no_grad():
