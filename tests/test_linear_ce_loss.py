@@ -84,8 +84,8 @@ def assert_matches(hidden, weight, bias, labels, grad_output=None, **options):
         assert a.shape == c.shape
         assert a.isfinite().all()
         error, torchs_error, size = rms(a.double() - c), rms(b.double() - c), rms(c)
-        # Of so few rows: the roundings of a chunk's logits are not those of all logits at once, and a few decide.
-        noise = {torch.float32: 4 * EPS[dtype], torch.float64: 1e-12}.get(dtype, 0.5 * EPS[dtype])
+        # Logits of a chunk are not rounded as all logits at once are, and of so few numbers, 67 in a bias, a few decide.
+        noise = {torch.float32: 4 * EPS[dtype], torch.float64: 1e-12}.get(dtype, (0.25 if name == "bias" else 0.15) * EPS[dtype])
         allowed = 1.3 * torchs_error + noise * size + (2.0**-25 if dtype == torch.float16 else 0)
         assert error <= allowed, f"{name}: off by {error:.2e} of {size:.2e}, torch by {torchs_error:.2e}"
         assert (a[c == 0] == 0).all()
