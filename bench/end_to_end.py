@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import gc
 import importlib
@@ -157,11 +158,37 @@ ROWS = [
 ]
 
 
-def micro_batches(documents: list[Tensor], row: Row, tokens: int, device: torch.device) -> list[dict[str, Any]]:
+def block_masks(config: Any, documents: Tensor) -> Any:
+    """FlexAttention's masks of a row in which token i belongs to ``documents[i]``, as ``attention_mask`` takes them.
+
+    Made here, eagerly and outside of what is timed: transformers compiles it, and Triton (torch 2.11, 16384 tokens) was still at that
+    kernel after two minutes.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def causal(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return (documents[query] == documents[key]) & (query >= key)
+
+    def sliding(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return causal(batch, head, query, key) & (query - key < config.sliding_window)
+
+    def make(function: Callable[..., Tensor]) -> Any:
+        return create_block_mask(function, 1, None, len(documents), len(documents), device=documents.device)
+
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if not kinds:
+        return make(causal)
+    return {kind: make(sliding if kind == "sliding_attention" else causal) for kind in kinds}
+
+
+def micro_batches(documents: list[Tensor], row: Row, tokens: int, config: Any, device: torch.device) -> list[dict[str, Any]]:
     """Keyword arguments of the model for each micro-batch of a step."""
     if not row.padded:
         batch = packops.PackingCollator(pad_to_length=tokens)([d.numpy() for d in documents]).to(device)
-        return [{**batch.to_hf(), "num_items_in_batch": torch.tensor(batch.num_items, device=device)}]
+        inputs = {**batch.to_hf(), "num_items_in_batch": torch.tensor(batch.num_items, device=device)}
+        if row.attention == "flex_attention":
+            inputs["attention_mask"] = block_masks(config, batch.seq_idx.flatten())
+        return [inputs]
     groups: list[list[Tensor]] = [[]]
     for document in documents:
         group = [*groups[-1], document]
@@ -188,7 +215,12 @@ class Prepared:
         stock = "eager" if model_name == "gemma2" else "sdpa"
         name = stock if row.attention == "default" else row.attention
         with torch.device(device):
-            self.model = AutoModelForCausalLM.from_config(base.config, attn_implementation=name, dtype=base.dtype)  # type: ignore[arg-type]
+            # of its own configuration, or the attention of the last row would be that of all
+            self.model = AutoModelForCausalLM.from_config(
+                copy.deepcopy(base.config),
+                attn_implementation=name,
+                dtype=base.dtype,  # type: ignore[arg-type]
+            )
         self.model.train()
         self.shared = list(base.parameters())
         for own, shared in zip(self.model.parameters(), self.shared, strict=True):
@@ -199,7 +231,7 @@ class Prepared:
             row.change(self.model)
         self.patched = {k: v for k, v in vars(self.module).items() if before.get(k) is not v}
         self._swap(before)
-        self.batches = micro_batches(documents, row, tokens, device)
+        self.batches = micro_batches(documents, row, tokens, base.config, device)
         self.times: list[dict[str, float]] = []  # seconds by part of the steps that count
 
     def _swap(self, values: dict[str, Any]) -> dict[str, Any]:

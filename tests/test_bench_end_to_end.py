@@ -65,12 +65,32 @@ def test_a_seed_changes_the_order_and_nothing_else(bench):
 
 def test_padded_micro_batches_hold_every_document_and_fit(bench):
     documents = [torch.arange(3, 3 + length) for length in (5, 60, 2, 2, 2, 2, 2, 2, 2, 2, 2, 33, 30)]
-    batches = bench.micro_batches(documents, bench.ROWS[0], 64, torch.device("cpu"))
+    batches = bench.micro_batches(documents, bench.ROWS[0], 64, None, torch.device("cpu"))
     found = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
     assert found == [document.tolist() for document in documents]
     assert all(batch["input_ids"].numel() <= 64 and len(batch["input_ids"]) <= bench.PADDED_ROWS for batch in batches)
     assert all((batch["labels"] != -100).sum() == batch["attention_mask"].sum() for batch in batches)
     assert {int(batch["num_items_in_batch"]) for batch in batches} == {sum(map(len, documents)) - len(documents)}
+
+
+@pytest.mark.parametrize("model", ["llama", "qwen3", "gemma2"])
+def test_rows_keep_their_attention_and_agree(bench, model):
+    """Forward passes of every row that has one here, all prepared before the first runs, as in the timed rounds."""
+    from transformers import AutoModelForCausalLM
+
+    config = bench.configuration(model, tiny=True)
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    documents = bench.draw_documents({"quantiles": [5, 30, 60]}, 256, config.vocab_size)
+    rows = [row for row in bench.ROWS if "Liger" not in row.name and model not in row.not_for]
+    prepared = {row.name: bench.Prepared(row, model, base, documents, 256) for row in rows}
+    stock = "eager" if model == "gemma2" else "sdpa"
+    assert {name: p.model.config._attn_implementation for name, p in prepared.items()} == {
+        row.name: "packops_varlen" if row.change else stock if row.attention == "default" else row.attention for row in rows
+    }
+    with torch.no_grad():
+        losses = {name: sum(p.model(**batch).loss.item() for batch in p.batches) for name, p in prepared.items()}
+    assert losses == pytest.approx(dict.fromkeys(losses, losses["padded"]), rel=1e-5)
 
 
 @pytest.mark.parametrize("model", ["llama", "qwen3", "gemma2"])
