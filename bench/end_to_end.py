@@ -161,8 +161,8 @@ ROWS = [
 def block_masks(config: Any, documents: Tensor) -> Any:
     """FlexAttention's masks of a row in which token i belongs to ``documents[i]``, as ``attention_mask`` takes them.
 
-    Made here, eagerly and outside of what is timed: transformers compiles it, and Triton (torch 2.11, 16384 tokens) was still at that
-    kernel after two minutes.
+    Made here, eagerly and outside of what is timed: transformers compiles it, and Triton (torch 2.11, 16384 tokens) was still at
+    that kernel after two minutes.
     """
     from torch.nn.attention.flex_attention import create_block_mask
 
