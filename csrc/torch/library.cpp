@@ -42,6 +42,14 @@ PACKOPS_LIBRARY(m) {
       "packed_labels(Tensor labels, Tensor cu_seqlens, *, bool shift=True, int ignore_index=-100) -> (Tensor target, Tensor "
       "counts)");
 
+  // The gate of a gated MLP. _gated_activation is the same without autograd; the backward op makes what it is asked for.
+  m.def("gated_activation(Tensor gate, Tensor up, *, str activation=\"silu\") -> Tensor");
+  m.def("_gated_activation(Tensor gate, Tensor up, str activation) -> Tensor");
+  m.def(
+      "_gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str activation, bool with_product=True, bool "
+      "with_gate=True, "
+      "bool with_up=True) -> (Tensor? product, Tensor? grad_gate, Tensor? grad_up)");
+
   // RoPE. _rope is rope without autograd, plus what the backward pass (transposed) and benchmarks (tuning) need.
   m.def(
       "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, str? "

@@ -7,13 +7,16 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from . import _checks
 from ._errors import raise_typed
 from ._register import ce_loss as _ce
+from ._register import gated_linear as _gated
 from ._register import qk_norm_rope as _qk_norm_rope
 from ._register import rope as _rope
 
+Activation = Literal["silu", "gelu_tanh", "gelu"]
 Reduction = Literal["none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum"]
 
 _CE_OPS = _ce.raw_ops("packops")
@@ -21,6 +24,8 @@ _ROPE = torch.ops.packops._rope.default
 _ROPE_IN_PLACE = torch.ops.packops._rope_.default
 _QK_NORM_ROPE = torch.ops.packops._qk_norm_rope.default
 _QK_NORM_ROPE_BACKWARD = torch.ops.packops._qk_norm_rope_backward.default
+_GATED = torch.ops.packops._gated_activation.default
+_GATED_BACKWARD = torch.ops.packops._gated_activation_backward.default
 
 
 class CrossEntropyStats(NamedTuple):
@@ -468,3 +473,78 @@ def apply_qk_norm_rope(
         return _QK_NORM_ROPE(*tensors, *options)
     except RuntimeError as error:
         raise_typed(error)
+
+
+def gated_activation(gate: Tensor, up: Tensor, *, activation: Activation = "silu") -> Tensor:
+    """``act(gate) * up``, the gate of a SwiGLU or GeGLU, in one pass forward and one backward; autograd keeps gate and up only.
+
+    Args:
+        gate, up: (..., columns) of one dtype, bf16, fp16 or fp32 (fp64 on the CPU). The last dimension is contiguous; the two
+            halves of a fused projection are read where they lie.
+        activation: ``"silu"``, ``"gelu_tanh"`` (the tanh approximation) or ``"gelu"`` (erf).
+
+    Returns:
+        The product, contiguous, computed in fp32 (fp64 for fp64) and rounded once. Differentiable once, in gate and up.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value; it is named.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.packops.gated_activation(gate, up, activation=activation)
+    try:
+        if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+            return _gated.GatedActivation.apply(_GATED, _GATED_BACKWARD, gate, up, activation)
+        return _GATED(gate, up, activation)
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+def gated_linear(
+    gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: Activation = "silu"
+) -> Tensor:
+    """``linear(act(gate) * up, weight, bias)``, the second half of a gated MLP. Autograd keeps gate, up and weight.
+
+    Eager code keeps act(gate) and the product as well, twice as much. Here the backward pass makes the product anew, in the kernel
+    that makes the gradients of gate and up. What needs no gradient costs no matrix product.
+
+    Args:
+        gate, up, activation: as in :func:`gated_activation`.
+        weight: (features, columns), of their dtype: a plain tensor.
+        bias: (features,) or None.
+
+    Returns:
+        (..., features). Under autocast all inputs are cast as for a linear layer. Differentiable once.
+
+    Raises:
+        TypeError, ValueError: as :func:`gated_activation`.
+    """
+    kind = gate.device.type
+    if torch.is_autocast_enabled(kind):
+        dtype = torch.get_autocast_dtype(kind)
+        gate, up, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (gate, up, weight, bias))
+    _check_projection(gate, weight, bias)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up, weight, bias)):
+        try:
+            return _gated.GatedLinear.apply(_GATED, _GATED_BACKWARD, gate, up, weight, bias, activation)
+        except RuntimeError as error:
+            raise_typed(error)
+    return linear(gated_activation(gate, up, activation=activation), weight, bias)
+
+
+def _check_projection(gate: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Errors that name the arguments of :func:`gated_linear`; torch's would name those of a product."""
+    columns = gate.shape[-1] if gate.dim() else 1
+    if weight.dim() != 2 or weight.shape[1] != columns:
+        raise ValueError(
+            f"packops.gated_linear: weight must have shape (features, {columns}) for gate {tuple(gate.shape)}, got "
+            f"{tuple(weight.shape)}"
+        )
+    for name, x, shape in (("weight", weight, weight.shape), ("bias", bias, weight.shape[:1])):
+        if x is None:
+            continue
+        if x.shape != shape:
+            raise ValueError(f"packops.gated_linear: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+        if x.dtype != gate.dtype:
+            raise TypeError(f"packops.gated_linear: {name} must have the dtype of gate, {gate.dtype}, got {x.dtype}")
+        if x.device != gate.device:
+            raise ValueError(f"packops.gated_linear: {name} must be on the device of gate, {gate.device}, got {x.device}")

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 REDUCTIONS = ("none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
@@ -245,3 +246,16 @@ def qk_norm_rope(
 
     k_normal = None if k is None or k_weight is None else normalise(k, k_weight)
     return rope(normalise(q, q_weight), k_normal, cos, sin, cu_seqlens=cu_seqlens, layout=layout, **options)
+
+
+def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
+    """What :func:`packops.gated_activation` computes, in fp64 and differentiable by autograd."""
+    g = gate.double()
+    act = F.silu(g) if activation == "silu" else F.gelu(g, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return act * up.double()
+
+
+def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu") -> Tensor:
+    """What :func:`packops.gated_linear` computes, likewise."""
+    product = gated_activation(gate, up, activation=activation)
+    return F.linear(product, weight.double(), None if bias is None else bias.double())

@@ -300,10 +300,10 @@ def skip_logits(model: nn.Module, head: str, labels: Tensor | None, kwargs: dict
         return False
     if wanted is None:
         wanted = model.training and torch.is_grad_enabled()
-    return bool(wanted) and isinstance(model.loss_function, CausalLMLoss) and _is_plain_linear(getattr(model, head))
+    return bool(wanted) and isinstance(model.loss_function, CausalLMLoss) and is_plain_linear(getattr(model, head))
 
 
-def _is_plain_linear(head: nn.Module) -> bool:
+def is_plain_linear(head: nn.Module) -> bool:
     """Whether the weight alone says what the module does: no LoRA, no hooks that gather a sharded weight first."""
     return (
         type(head) is nn.Linear

@@ -9,6 +9,7 @@ from torch import nn
 
 from . import families
 from . import loss as _loss
+from . import mlp as _mlp
 from . import norm as _norm
 from . import rope as _rope
 from .record import ATTRIBUTE, Record, Report
@@ -24,6 +25,7 @@ def apply(
     attention: str | None = None,
     reduction: str = "mean",
     rms_norm: bool = True,
+    mlp: bool = True,
 ) -> nn.Module:
     """Make a Hugging Face causal language model compute with packops; :func:`revert` undoes it.
 
@@ -43,6 +45,8 @@ def apply(
         reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
         rms_norm: compute RMS norms, other than those that RoPE takes along, with :func:`torch.nn.functional.rms_norm`, whose
             kernels are fused on CUDA. Norms that compute anything else, or are not known, stay as they are.
+        mlp: compute gated MLPs (SwiGLU, GeGLU) with :func:`packops.gated_linear`, which keeps half as much for the backward
+            pass; or, where the projection behind the gate is more than its weight (LoRA), :func:`packops.gated_activation`.
 
     Returns:
         ``model`` itself. :func:`report` says what was replaced.
@@ -64,6 +68,8 @@ def apply(
             absorbed = _rope.patch(target, record) if rope else []
             if rms_norm:
                 _norm.patch(target, record, absorbed)
+            if mlp:
+                _mlp.patch(target, record)
             if cross_entropy:
                 _loss.patch(target, reduction, record)
             if attention is not None:

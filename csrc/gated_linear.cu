@@ -1,0 +1,143 @@
+// The gate of a gated MLP on CUDA; formulas in gated_linear.h.
+//
+//   forward    product = f(gate) up                                                      reads 2 matrices, writes 1
+//   backward   product again, grad_gate = grad up f'(gate), grad_up = grad f(gate)       reads 3, writes 3 (2 without product)
+//
+// Bound: memory. Element by element, so nothing is shared and nothing is summed: every element has the same bits wherever it lies.
+// Layout: see gated_linear_launch.h. A thread asks for all its vectors before it uses the first. What does not fill vectors, the
+// end of a row or a row that begins off a multiple of 16 bytes, goes one by one through the same arithmetic, whose fused products
+// are spelled out for that reason.
+//
+// 16-bit types take e^x and 1/x from the special function unit, relative error below 1e-5; fp32 takes expf and a division. Each is
+// used on numbers of one magnitude only, e^x for x <= 0 and 1/x for 1 <= x <= 2.
+#include "gated_linear.h"
+
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+#include "common/vec.cuh"
+#include "gated_linear_launch.h"
+
+namespace packops {
+namespace {
+
+struct Gate {
+  float share, slope;  // f(g) = g share, f'(g) = share + g slope
+};
+
+template <typename T, Activation A>
+__device__ __forceinline__ Gate gate_of(float g) {
+  if constexpr (A == Activation::gelu) {
+    return {0.5f * erfcf(-0.7071067811865476f * g), 0.3989422804014327f * expf(-0.5f * g * g)};
+  } else {
+    float x = g, derivative = 1;
+    if constexpr (A == Activation::gelu_tanh) {
+      const float square = fminf(g * g, kGeluSquareLimit);  // NaN stays in g
+      x = kGeluSlope * g * fmaf(kGeluCubic, square, 1.f);
+      derivative = kGeluSlope * fmaf(3 * kGeluCubic, square, 1.f);
+    }
+    float a, larger;
+    if constexpr (sizeof(T) == 2) {
+      a = exp2_approx(-1.4426950408889634f * fabsf(x));
+      larger = reciprocal_approx(1.f + a);
+    } else {
+      a = expf(-fabsf(x));
+      larger = 1.f / (1.f + a);
+    }
+    const float smaller = a * larger;
+    return {g < 0 ? smaller : larger, larger * smaller * derivative};
+  }
+}
+
+struct Results {
+  float product, grad_gate, grad_up;
+};
+
+template <typename T, Activation A>
+__device__ __forceinline__ Results results_of(float grad, float gate, float up) {
+  const Gate at = gate_of<T, A>(gate);
+  const float value = gate * at.share;
+  return {value * up, grad * (up * fmaf(gate, at.slope, at.share)), grad * value};
+}
+
+template <typename T, Activation A, bool kBackward>
+__global__ void __launch_bounds__(kGatedThreads, 4)  // left to itself ptxas saves registers and makes loads wait for each other
+    gated_kernel(const __grid_constant__ GatedParams p, const __grid_constant__ GatedLaunch launch) {
+  constexpr int W = kVec<T>, kUnroll = gated_unroll(kBackward);
+  uint32_t row_block = 0, column_block = blockIdx.x;
+  if (launch.row_blocks > 1) {
+    row_block = blockIdx.x / launch.column_blocks;
+    column_block = blockIdx.x % launch.column_blocks;
+  }
+  const int64_t row = int64_t(row_block) * blockDim.y + threadIdx.y;
+  const int64_t first = (int64_t(column_block) * blockDim.x * kUnroll + threadIdx.x) * W, step = blockDim.x * W;
+  if (row >= p.rows) return;
+  const int64_t count = p.columns - first, out = row * p.columns + first;
+  const T* gate = static_cast<const T*>(p.gate) + row * p.gate_row + first;
+  const T* up = static_cast<const T*>(p.up) + row * p.up_row + first;
+  const T* grad = static_cast<const T*>(p.grad) + row * p.grad_row + first;
+  T *product = static_cast<T*>(p.product) + out, *grad_gate = static_cast<T*>(p.grad_gate) + out,
+    *grad_up = static_cast<T*>(p.grad_up) + out;
+
+  if (launch.aligned && (kUnroll - 1) * step + W <= count) {
+    uint4 gates[kUnroll], ups[kUnroll], grads[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      gates[u] = load_streaming(gate + u * step);
+      ups[u] = load_streaming(up + u * step);
+      if constexpr (kBackward) grads[u] = load_streaming(grad + u * step);
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      float g[W], x[W], d[W] = {};
+      unpack<T>(gates[u], g);
+      unpack<T>(ups[u], x);
+      if constexpr (kBackward) unpack<T>(grads[u], d);
+#pragma unroll
+      for (int i = 0; i < W; i++) {
+        const Results y = results_of<T, A>(d[i], g[i], x[i]);
+        x[i] = y.product;
+        g[i] = y.grad_gate;
+        d[i] = y.grad_up;
+      }
+      if (!kBackward || p.product) store_streaming(product + u * step, pack<T>(x));
+      if (kBackward && p.grad_gate) store_streaming(grad_gate + u * step, pack<T>(g));
+      if (kBackward && p.grad_up) store_streaming(grad_up + u * step, pack<T>(d));
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int u = 0; u < kUnroll; u++)
+#pragma unroll 1
+    for (int64_t i = u * step, end = i + W < count ? i + W : count; i < end; i++) {
+      const Results y = results_of<T, A>(kBackward ? to_float(grad[i]) : 0.f, to_float(gate[i]), to_float(up[i]));
+      if (!kBackward || p.product) product[i] = from_float<T>(y.product);
+      if (kBackward && p.grad_gate) grad_gate[i] = from_float<T>(y.grad_gate);
+      if (kBackward && p.grad_up) grad_up[i] = from_float<T>(y.grad_up);
+    }
+}
+
+template <typename T, Activation A>
+void launch_gated(const GatedParams& p, cudaStream_t stream) {
+  const GatedLaunch choice = choose_gated_launch(p, sizeof(T));
+  const dim3 grid(choice.column_blocks * choice.row_blocks);
+  const dim3 block(unsigned(choice.threads_per_row), unsigned(choice.rows_per_block));
+  launch(p.grad ? gated_kernel<T, A, true> : gated_kernel<T, A, false>, grid, block, 0, stream, p, choice);
+}
+
+}  // namespace
+
+cudaError_t gated_cuda(const GatedParams& params, cudaStream_t stream) {
+  if (params.rows * params.columns == 0) return cudaSuccess;
+  const GatedParams p = gated_as_one_row(params);
+  const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    switch (p.activation) {
+      case Activation::silu: return launch_gated<T, Activation::silu>(p, stream);
+      case Activation::gelu_tanh: return launch_gated<T, Activation::gelu_tanh>(p, stream);
+      case Activation::gelu: return launch_gated<T, Activation::gelu>(p, stream);
+    }
+  });
+  return known ? cudaGetLastError() : cudaErrorInvalidValue;
+}
+
+}  // namespace packops

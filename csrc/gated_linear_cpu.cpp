@@ -1,0 +1,83 @@
+// The gate of a gated MLP on the CPU: the interface of gated_linear.h, one pass over all matrices. fp64 is there for gradient checks,
+// so it is plain code; the others run in the best instruction set the machine has (gated_linear_simd.h).
+#include "gated_linear.h"
+
+#include <algorithm>
+
+namespace packops {
+namespace {
+
+// Part of a row.
+template <typename T>
+struct GatedStretch {
+  const T *grad, *gate, *up;
+  T *product, *grad_gate, *grad_up;
+};
+
+// Null pointers stay null.
+template <typename T>
+GatedStretch<T> gated_stretch_at(const GatedParams& p, int64_t row, int64_t column) {
+  const auto in = [&](const void* data, int64_t stride) {
+    return data ? static_cast<const T*>(data) + row * stride + column : nullptr;
+  };
+  const auto out = [&](void* data) { return data ? static_cast<T*>(data) + row * p.columns + column : nullptr; };
+  return {in(p.grad, p.grad_row), in(p.gate, p.gate_row), in(p.up, p.up_row), out(p.product), out(p.grad_gate), out(p.grad_up)};
+}
+
+}  // namespace
+}  // namespace packops
+
+#define PACKOPS_SIMD_FILE "gated_linear_simd.h"
+#include "common/simd_targets.h"
+
+namespace packops {
+namespace {
+
+struct GateF64 {
+  double share, slope;
+};
+
+GateF64 gate_of(Activation activation, double g) {
+  constexpr double kPi = 3.14159265358979323846;
+  if (activation == Activation::gelu) return {std::erfc(-g / std::sqrt(2.0)) / 2, std::exp(-g * g / 2) / std::sqrt(2 * kPi)};
+  double x = g, derivative = 1;
+  if (activation == Activation::gelu_tanh) {
+    const double scale = 2 * std::sqrt(2 / kPi), cubic = 0.044715, square = std::min<double>(g * g, kGeluSquareLimit);
+    x = scale * g * (1 + cubic * square);
+    derivative = scale * (1 + 3 * cubic * square);
+  }
+  const double a = std::exp(-std::abs(x)), larger = 1 / (1 + a), smaller = a * larger;
+  return {g < 0 ? smaller : larger, larger * smaller * derivative};
+}
+
+void run_f64(const GatedParams& p, int64_t row, int64_t column, int64_t count) {
+  const auto s = gated_stretch_at<double>(p, row, column);
+  for (int64_t i = 0; i < count; i++) {
+    const GateF64 at = gate_of(p.activation, s.gate[i]);
+    const double value = s.gate[i] * at.share;
+    if (s.product) s.product[i] = value * s.up[i];
+    if (s.grad_gate) s.grad_gate[i] = s.grad[i] * (s.up[i] * (at.share + s.gate[i] * at.slope));
+    if (s.grad_up) s.grad_up[i] = s.grad[i] * value;
+  }
+}
+
+void run(const GatedParams& p, int64_t row, int64_t column, int64_t count) {
+  if (p.dtype == DType::f64) return run_f64(p, row, column, count);
+  switch (cpu_isa()) {
+    case CpuIsa::avx512: return avx512::gated_any(p, row, column, count);
+    case CpuIsa::avx2: return avx2::gated_any(p, row, column, count);
+    case CpuIsa::baseline: return baseline::gated_any(p, row, column, count);
+  }
+}
+
+}  // namespace
+
+void gated_cpu(const GatedParams& p, int64_t begin, int64_t end) {
+  while (begin < end) {
+    const int64_t row = begin / p.columns, column = begin % p.columns, count = std::min(end - begin, p.columns - column);
+    run(p, row, column, count);
+    begin += count;
+  }
+}
+
+}  // namespace packops

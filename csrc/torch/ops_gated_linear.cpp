@@ -1,0 +1,145 @@
+// The gate of a gated MLP: checks, allocation, registration.
+#include <optional>
+#include <tuple>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "gated_linear.h"
+#include "torch/dispatch.h"
+#include "torch/namespace.h"
+#include "torch/stream.h"
+#include "torch/string.h"
+
+namespace packops {
+namespace {
+
+constexpr const char* kOp = "gated_activation";
+
+using OptionalTensor = std::optional<Tensor>;
+
+Activation activation_of(const StringArgument& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  PACKOPS_CHECK(name == "gelu", ValueError, kOp, ": activation must be 'silu', 'gelu_tanh' or 'gelu', got '", name, "'");
+  return Activation::gelu;
+}
+
+bool has_contiguous_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  return tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0;
+}
+
+// The one stride between all rows, if there is one and their elements are contiguous.
+std::optional<int64_t> row_stride(const Tensor& tensor) {
+  std::optional<int64_t> stride;
+  int64_t next = 0;  // what the dimension before must have
+  for (int64_t i = tensor.dim() - 2; i >= 0; i--) {
+    if (tensor.size(i) == 1) continue;
+    if (!stride) stride = tensor.stride(i);
+    else if (tensor.stride(i) != next) return {};
+    next = tensor.stride(i) * tensor.size(i);
+  }
+  if (!has_contiguous_rows(tensor)) return {};
+  return stride ? stride : tensor.size(tensor.dim() - 1);
+}
+
+// What the kernel reads: the tensor itself, or a copy where its rows do not follow each other evenly.
+Tensor set_input(const Tensor& tensor, const void** data, int64_t* stride) {
+  const auto rows = row_stride(tensor);
+  const Tensor even = rows ? tensor : torch::stable::contiguous(tensor);
+  *data = even.const_data_ptr();
+  *stride = rows ? *rows : tensor.size(tensor.dim() - 1);
+  return even;
+}
+
+void check_like_gate(const Tensor& gate, const Tensor& tensor, const char* name) {
+  PACKOPS_CHECK(tensor.scalar_type() == gate.scalar_type(), TypeError, kOp, ": ", name, " must have the dtype of gate, ",
+                dtype_of(gate), ", got ", dtype_of(tensor));
+  PACKOPS_CHECK(tensor.device() == gate.device(), ValueError, kOp, ": ", name, " must be on the device of gate (",
+                device_of(gate), ", index ", gate.get_device_index(), "), got ", device_of(tensor), ", index ",
+                tensor.get_device_index());
+  bool same = tensor.dim() == gate.dim();
+  for (int64_t i = 0; same && i < gate.dim(); i++) same = tensor.size(i) == gate.size(i);
+  PACKOPS_CHECK(same, ValueError, kOp, ": ", name, " must have the shape of gate, ", shape_of(gate), ", got ", shape_of(tensor));
+}
+
+void check_rows(const Tensor& tensor, const char* name) {
+  PACKOPS_CHECK(has_contiguous_rows(tensor), ValueError, kOp, ": the last dimension of ", name,
+                " must be contiguous, got stride ", tensor.stride(tensor.dim() - 1));
+}
+
+// The problem, with the tensors that its pointers lead to.
+struct Gated {
+  GatedParams params;
+  Tensor gate, up, grad;
+};
+
+Gated prepare(const Tensor& gate, const Tensor& up, const StringArgument& activation) {
+  PACKOPS_CHECK(gate.dim() >= 1, ValueError, kOp, ": gate must have shape (..., columns), got a 0-d tensor");
+  Gated g;
+  GatedParams& p = g.params;
+  p.dtype = kernel_dtype(gate, kOp, "gate");
+  PACKOPS_CHECK(!is_index(p.dtype) && (p.dtype != DType::f64 || gate.is_cpu()), TypeError, kOp,
+                ": gate must be float32, float16 or bfloat16 (float64 on the CPU), got ", dtype_of(gate));
+  check_like_gate(gate, up, "up");
+  check_rows(gate, "gate");
+  check_rows(up, "up");
+  p.activation = activation_of(activation);
+  p.columns = gate.size(gate.dim() - 1);
+  p.rows = p.columns ? gate.numel() / p.columns : 0;
+  g.gate = set_input(gate, &p.gate, &p.gate_row);
+  g.up = set_input(up, &p.up, &p.up_row);
+  return g;
+}
+
+Tensor output(const Tensor& gate, void** data) {
+  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  *data = out.mutable_data_ptr();
+  return out;
+}
+
+void run(const GatedParams& p, const Tensor& gate) {
+  if (gate.is_cpu())
+    return torch::stable::parallel_for(0, p.rows * p.columns, 16384,
+                                       [&](int64_t begin, int64_t end) { gated_cpu(p, begin, end); });
+#ifdef PACKOPS_WITH_CUDA
+  const CudaScope scope(gate);
+  check_cuda(gated_cuda(p, scope.stream()), kOp);
+#endif
+}
+
+Tensor gated_activation(Tensor gate, Tensor up, StringArgument activation) {
+  Gated g = prepare(gate, up, activation);
+  const Tensor product = output(gate, &g.params.product);
+  run(g.params, gate);
+  return product;
+}
+
+std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gated_activation_backward(Tensor grad, Tensor gate, Tensor up,
+                                                                                     StringArgument activation, bool with_product,
+                                                                                     bool with_gate, bool with_up) {
+  Gated g = prepare(gate, up, activation);
+  check_like_gate(gate, grad, "grad");
+  g.grad = set_input(grad, &g.params.grad, &g.params.grad_row);
+  OptionalTensor product, grad_gate, grad_up;
+  if (with_product) product = output(gate, &g.params.product);
+  if (with_gate) grad_gate = output(gate, &g.params.grad_gate);
+  if (with_up) grad_up = output(gate, &g.params.grad_up);
+  run(g.params, gate);
+  return {product, grad_gate, grad_up};
+}
+
+}  // namespace
+}  // namespace packops
+
+#define PACKOPS_GATED_IMPLS(m)                                        \
+  m.impl("gated_activation", TORCH_BOX(&packops::gated_activation));  \
+  m.impl("_gated_activation", TORCH_BOX(&packops::gated_activation)); \
+  m.impl("_gated_activation_backward", TORCH_BOX(&packops::gated_activation_backward));
+
+PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_GATED_IMPLS(m)}
+#ifdef PACKOPS_WITH_CUDA
+PACKOPS_LIBRARY_IMPL(CUDA, m) {
+  PACKOPS_GATED_IMPLS(m)
+}
+#endif
