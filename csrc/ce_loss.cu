@@ -60,6 +60,7 @@ struct Span {
     vectors = int((vocab - head) / kVec<T>);
     tail = int(vocab) - head - vectors * kVec<T>;
   }
+  __device__ __forceinline__ bool in_vectors(int64_t c) const { return c >= head && c < head + int64_t(vectors) * kVec<T>; }
 };
 
 // What of the maths a kernel is compiled for; z-loss, class weights without smoothing, and the token's scale are a matter of a
@@ -70,10 +71,11 @@ enum Features : int {
   kUniform = 2,     // label smoothing
   kStatistics = 4,  // entropy, argmax
   kEverything = 7,
+  kSoftcap = 8,  // of 16-bit logits, with nothing else, where shares_reciprocals
 };
 
 // What a thread, a warp or a cluster knows of a row: all relative to its own maximum. Combining two is commutative to the last
-// bit (products are rounded before they are added), so that all lanes of a butterfly agree. `target`, the target's raw logit, is
+// bit (products are rounded before they are added), so that all lanes of a butterfly agree. `target`, the target's x', is
 // carried along, not combined.
 template <typename T>
 struct PlainPartial {
@@ -130,7 +132,8 @@ struct StatisticsPartial {
 // The maths of a row.
 template <typename T, int kFeatures>
 struct RowMaths {
-  static constexpr bool kHasTransform = (kFeatures & kTransform) != 0, kHasUniform = (kFeatures & kUniform) != 0,
+  static constexpr bool kShares = kFeatures == kSoftcap;
+  static constexpr bool kHasTransform = (kFeatures & kTransform) != 0 || kShares, kHasUniform = (kFeatures & kUniform) != 0,
                         kHasStatistics = (kFeatures & kStatistics) != 0;
   using Partial = std::conditional_t<kHasStatistics, StatisticsPartial<T>, PlainPartial<T>>;
 
@@ -138,12 +141,29 @@ struct RowMaths {
   float class_weight_sum;  // sum_c w_c; used with kHasUniform
   float twice_into_tanh, inverse_cap;
 
-  __device__ __forceinline__ RowMaths(const CeLossParams& p, float class_weight_sum)
-      : p(p), class_weight_sum(class_weight_sum), twice_into_tanh(2 * p.logit_scale / p.softcap), inverse_cap(1 / p.softcap) {}
+  // With kShares four elements share a reciprocal. The product of their denominators must not overflow, so logits are first clamped
+  // to this, twice, where tanh has long been 1.
+  uint32_t largest;
 
+  __device__ __forceinline__ RowMaths(const CeLossParams& p, float class_weight_sum)
+      : p(p), class_weight_sum(class_weight_sum), twice_into_tanh(2 * p.logit_scale / p.softcap), inverse_cap(1 / p.softcap) {
+    if constexpr (kShares) {
+      const float x = kLargestExponent / into_exponent();
+      largest = pack2(x, x, T{});
+    }
+  }
+
+  __device__ __forceinline__ float into_exponent() const { return twice_into_tanh * kLog2E; }
   // r = 1 / (e^2u + 1), of which tanh u = 1 - 2r.
-  __device__ __forceinline__ float fall(float x) const {
-    return reciprocal_approx(exp2_approx(x * (twice_into_tanh * kLog2E)) + 1.f);
+  __device__ __forceinline__ float fall(float x) const { return reciprocal_approx(exp2_approx(x * into_exponent()) + 1.f); }
+  // r of half a vector.
+  __device__ __forceinline__ void falls(uint32_t first, uint32_t second, float (&r)[4]) const {
+    const float2 a = unpack2(min2(first, largest, T{}), T{}), b = unpack2(min2(second, largest, T{}), T{});
+    r[0] = exp2_approx(a.x * into_exponent());
+    r[1] = exp2_approx(a.y * into_exponent());
+    r[2] = exp2_approx(b.x * into_exponent());
+    r[3] = exp2_approx(b.y * into_exponent());
+    reciprocals_of_successors(r);
   }
   // Absolute error of a capped logit: for 16-bit logits 2^-22 softcap, a tenth of what their rounding is worth near 0.
   __device__ __forceinline__ float capped(float r) const { return fmaf(-2 * p.softcap, r, p.softcap); }
@@ -152,6 +172,21 @@ struct RowMaths {
     if (!(p.softcap > 0)) return x * p.logit_scale;
     if constexpr (sizeof(T) == 2) return capped(fall(x));
     return p.softcap * tanh_accurate(x * (0.5f * twice_into_tanh));
+  }
+  // x' of an element in memory, to the last bit as the reduction has it: elements of vectors are transformed with their neighbours.
+  // (A backward of its own begins its vectors before the first cache line, where the reduction may not have had any.)
+  __device__ __forceinline__ float transform_at(const T* at, bool in_vectors) const {
+    if constexpr (kShares) {
+      if (in_vectors) {
+        const auto address = reinterpret_cast<uintptr_t>(at);
+        const auto four = *reinterpret_cast<const uint2*>(address / 8 * 8);
+        const int which = int(address % 8 / sizeof(T));
+        float r[4];
+        falls(four.x, four.y, r);
+        return capped(which < 2 ? (which == 0 ? r[0] : r[1]) : (which == 2 ? r[2] : r[3]));
+      }
+    }
+    return transform(to_float(*at));
   }
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
     if constexpr (!kHasTransform) return 1.f;
@@ -195,7 +230,7 @@ struct RowMaths {
   __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step, int valid = kCount) const {
     float x[kVec<T>];
     // A rising transform moves the largest logit to the largest; only then is one transform per element enough.
-    const bool rising = !kHasTransform || (sizeof(T) == 2 && p.logit_scale > 0);
+    const bool rising = !kHasTransform || kShares || (sizeof(T) == 2 && p.logit_scale > 0);
     if (kHasStatistics || !rising) {
 #pragma unroll
       for (int k = 0; k < kCount; k++) {
@@ -216,6 +251,14 @@ struct RowMaths {
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
       if (k >= valid) break;
+      if constexpr (kShares) {
+        float r[2][4];
+        falls(raw[k].x, raw[k].y, r[0]);
+        falls(raw[k].z, raw[k].w, r[1]);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; i++) sums[i % 4] += exp(capped(r[i / 4][i % 4]));
+        continue;
+      }
       unpack<T>(raw[k], x);
 #pragma unroll
       for (int i = 0; i < kVec<T>; i++) {
@@ -242,7 +285,7 @@ struct RowMaths {
   __device__ __forceinline__ float loss(const Partial& row, int32_t y) const {
     const float log_sum = logf(row.sum), lse = row.max + log_sum;
     const Coefficients k = coefficients(y, row.max, log_sum);
-    float loss = k.gamma * (log_sum + RowExp<T>::below_max(transform(row.target), row.max));
+    float loss = k.gamma * (log_sum + RowExp<T>::below_max(row.target, row.max));
     if constexpr (kHasUniform) loss += k.beta * (class_weight_sum * lse - row.weighted);
     if (p.z_loss != 0) loss += p.z_loss * lse * lse;
     return loss;
@@ -258,10 +301,20 @@ struct RowGradient {
   int32_t y;
   RowExp<T> exp;
   float multiplier, over_sum, softmax_factor;
+  // Of vectors that share reciprocals: 2^(into_exponent r + exponent_offset) is |softmax_factor d u / d x 4| e^(x' - max). Not to
+  // be used for the target: the offset is rounded once more than the terms of the sum are.
+  float into_exponent, exponent_offset;
+  uint32_t sign;  // of a pair of such gradients
 
   __device__ __forceinline__ RowGradient(const Maths& maths, int32_t y, float max, float sum, float multiplier)
       : maths(maths), k(maths.coefficients(y, max, logf(sum))), y(y), exp(max), multiplier(multiplier), over_sum(k.alpha / sum) {
     softmax_factor = multiplier * over_sum;
+    if constexpr (Maths::kShares) {
+      const float factor = softmax_factor * 4 * maths.p.logit_scale;
+      into_exponent = -2 * kLog2E * maths.p.softcap;
+      exponent_offset = fmaf(-0.5f, into_exponent, log2_approx(fabsf(factor)) - exp.shift);
+      sign = factor < 0 ? 0x80008000u : 0;
+    }
   }
   // Of a class that is not the target.
   __device__ __forceinline__ float other(float raw, int64_t c) const {
@@ -271,32 +324,34 @@ struct RowGradient {
     if constexpr (Maths::kHasTransform) g *= maths.chain(x);
     return g;
   }
-  // Of the target: in one fp32 expression, or a confident row's p - 1 would be the difference of two rounded numbers.
-  __device__ __forceinline__ float target(float raw) const {
-    const float x = maths.transform(raw);
+  // Of the target, given its x': in one fp32 expression, or a confident row's p - 1 would be the difference of two rounded numbers.
+  __device__ __forceinline__ float target(float x) const {
     const float uniform = Maths::kHasUniform ? k.beta * maths.class_weight(y) : 0.f;
     return ((over_sum * exp(x) - uniform) - k.gamma) * multiplier * maths.chain(x);
   }
-  __device__ __forceinline__ float operator()(float raw, int64_t c) const { return c == y ? target(raw) : other(raw, c); }
+  __device__ __forceinline__ float operator()(float raw, int64_t c) const {
+    return c == y ? target(maths.transform(raw)) : other(raw, c);
+  }
   // Of a vector of raw logits that begins at column c, as if the target were not among them: its owner writes it afterwards,
   // because choosing an element of a register array by a runtime index would put the array into local memory.
   __device__ __forceinline__ uint4 others(uint4 raw, int64_t c) const {
+    if constexpr (Maths::kShares) {
+      const uint2 a = capped_others(raw.x, raw.y), b = capped_others(raw.z, raw.w);
+      return {a.x, a.y, b.x, b.y};
+    }
     float x[kVec<T>];
     unpack<T>(raw, x);
-    if constexpr (kFeatures == kTransform && sizeof(T) == 2) {
-      if (maths.p.softcap > 0) {
-        const float factor = softmax_factor * 4 * maths.p.logit_scale;  // 1 - tanh^2 = 4 r (1 - r)
-#pragma unroll
-        for (int i = 0; i < kVec<T>; i++) {
-          const float r = maths.fall(x[i]);
-          x[i] = exp(maths.capped(r)) * factor * fmaf(-r, r, r);
-        }
-        return pack<T>(x);
-      }
-    }
 #pragma unroll
     for (int i = 0; i < kVec<T>; i++) x[i] = other(x[i], c + i);
     return pack<T>(x);
+  }
+  // Of half a vector whose elements share reciprocals; 1 - tanh^2 = 4 r (1 - r).
+  __device__ __forceinline__ uint2 capped_others(uint32_t first, uint32_t second) const {
+    float r[4];
+    maths.falls(first, second, r);
+#pragma unroll
+    for (int i = 0; i < 4; i++) r[i] = exp2_approx(fmaf(into_exponent, r[i], exponent_offset)) * fmaf(-r[i], r[i], r[i]);
+    return {pack2(r[0], r[1], T{}) ^ sign, pack2(r[2], r[3], T{}) ^ sign};
   }
   // Whether a vector that begins at column c holds the target.
   __device__ __forceinline__ bool in_vector(int64_t c) const { return uint32_t(y - int32_t(c)) < uint32_t(kVec<T>); }
@@ -323,7 +378,7 @@ __device__ __forceinline__ void write_row(const CeLossParams& p, const Maths& ma
   if (p.partial) {
     state(p.partial, kPartialMax * p.rows + t) = row.max;
     state(p.partial, kPartialSum * p.rows + t) = row.sum;
-    state(p.partial, kPartialTarget * p.rows + t) = is_here(p, y) ? maths.transform(row.target) : 0.f;
+    state(p.partial, kPartialTarget * p.rows + t) = is_here(p, y) ? row.target : 0.f;
     state(p.partial, kPartialWeighted * p.rows + t) = row.weighted;
   } else {
     write_row_state<kFeatures>(p, t, row);
@@ -722,7 +777,7 @@ struct RowPart {
 // ----------------------------------------------------------------------------------------------------------- registers
 
 // A row in the registers of a block, loss and gradient from one read. The loads of a row are in flight at once, and while the block
-// reduces and writes, the other block of the multiprocessor (three of the smaller ones) has its loads in flight.
+// reduces and writes, the other block of the multiprocessor (of 256 threads three others) has its loads in flight.
 template <typename T, int kFeatures>
 __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 : 2)
     register_kernel(const __grid_constant__ CeLossParams p) {
@@ -749,10 +804,16 @@ __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 :
     if (k < valid) raw[k] = load_streaming(all.row + first + int64_t(k) * step);
   const int64_t edge = all.edge(p.vocab, thread);
   const float edge_raw = edge >= 0 ? to_float(all.row[edge]) : 0.f;
-  const float target_raw = to_float(all.row[y]);
+  const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
+  const int target_element = y - int32_t(all.column());
+  const auto writes_target = [&] {  // whether this thread writes the vector around it
+    return target_element >= 0 && target_element < all.count * kVec<T> && target_element / kVec<T> % threads == thread;
+  };
+  // Where it takes more than a load, only by those that need it.
+  const float target =
+      !Maths::kShares || thread == 0 || writes_target() ? maths.transform_at(all.row + y, all.span.in_vectors(y)) : 0.f;
   const float scale = state(p.scale, t);
 
-  const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
   Partial part;
   maths.add(part, raw, first, step, valid);
   if (edge >= 0) {
@@ -765,7 +826,7 @@ __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 :
   part = lane < threads / 32 ? of_warps[lane] : Partial{};
   part.template reduce_over_warp<kFeatures>();
   if (thread == 0) {
-    part.target = target_raw;
+    part.target = target;
     write_row<kFeatures>(p, maths, t, part, y);
   }
 
@@ -773,10 +834,7 @@ __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 :
 #pragma unroll
   for (int k = 0; k < kKeptVectors; k++)
     if (k < valid) store_streaming(out + first + int64_t(k) * step, gradient.others(raw[k], first + int64_t(k) * step));
-  // By the thread that has just written the vector around it.
-  const int target_element = y - int32_t(all.column());
-  if (target_element >= 0 && target_element < all.count * kVec<T> && target_element / kVec<T> % threads == thread)
-    out[y] = from_float<T>(gradient.target(target_raw));
+  if (writes_target()) out[y] = from_float<T>(gradient.target(target));
   if (edge >= 0) out[edge] = from_float<T>(gradient(edge_raw, edge));
 }
 
@@ -817,9 +875,9 @@ __device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vo
         [&](const auto& raw, int64_t c, int step) {
 #pragma unroll
           for (int k = 0; k < int(std::extent_v<std::remove_reference_t<decltype(raw)>>); k++, c += step) {
-            const float target_raw = gradient.in_vector(c) ? to_float(row[gradient.y]) : 0.f;
+            const float target = gradient.in_vector(c) ? gradient.maths.transform_at(row + gradient.y, true) : 0.f;
             store_streaming(out + c, gradient.others(raw[k], c));
-            if (gradient.in_vector(c)) out[gradient.y] = from_float<T>(gradient.target(target_raw));
+            if (gradient.in_vector(c)) out[gradient.y] = from_float<T>(gradient.target(target));
           }
         },
         [&](T raw, int64_t c) { out[c] = from_float<T>(gradient(to_float(raw), c)); });
@@ -849,7 +907,8 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
         float x[1] = {to_float(raw)};
         maths.add(part, x, c);
       });
-  const float target = threadIdx.x == 0 && is_here(p, y) ? to_float(row[y]) : 0.f;  // before the gradient may overwrite it
+  const float target =  // before the gradient may overwrite it
+      threadIdx.x == 0 && is_here(p, y) ? maths.transform_at(row + y, Span<T>(row, p.vocab).in_vectors(y)) : 0.f;
   part = block_reduce<kStreamThreads>(part, typename Maths::Partial{}, Add<typename Maths::Partial>{}, scratch);
   if (threadIdx.x == 0) {
     part.target = target;
@@ -1005,7 +1064,8 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
       // Two sets of places, used in turn: the barrier of the next row keeps this row's from being overwritten too early.
       const int set = exchange.stage & 1;
       const auto look_for_target = [&](const uint4* vector, int v) {
-        if (v == target_vector) targets[set] = to_float(reinterpret_cast<const T*>(vector)[target_element % kVec<T>]);
+        if (v == target_vector)
+          targets[set] = maths.transform_at(reinterpret_cast<const T*>(vector) + target_element % kVec<T>, true);
       };
       Partial part;
       for (int done = 0; done < mine.count; done += kChunkVectors) {
@@ -1034,7 +1094,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
       }
       if (edge >= 0) {
         float x[1] = {edge_raw};
-        if (edge == entry.target) targets[set] = edge_raw;
+        if (edge == entry.target) targets[set] = maths.transform(edge_raw);
         maths.add(part, x, edge);
       }
       part.template reduce_over_warp<kFeatures>();
@@ -1211,8 +1271,12 @@ void dispatch(const CeLossParams& p, F&& f) {
              statistics = p.entropy || p.prediction;
   dispatch_float<false>(p.logits_dtype, [&](auto type) {
     if (statistics || (transform && uniform)) f(type, std::integral_constant<int, kEverything>{});
-    else if (transform) f(type, std::integral_constant<int, kTransform>{});
-    else if (uniform) f(type, std::integral_constant<int, kUniform>{});
+    else if (transform) {
+      if constexpr (sizeof(type) == 2) {
+        if (shares_reciprocals(p.softcap, p.logit_scale, p.logits_dtype)) return f(type, std::integral_constant<int, kSoftcap>{});
+      }
+      f(type, std::integral_constant<int, kTransform>{});
+    } else if (uniform) f(type, std::integral_constant<int, kUniform>{});
     else f(type, std::integral_constant<int, kPlain>{});
   });
 }

@@ -5,11 +5,12 @@
 #include <cstdint>
 
 #include "common/device.h"
+#include "common/dtype.h"
 
 namespace packops {
 
-// Of the persistent kernel. With a gradient one block has a multiprocessor for itself: two of half the size spend a tenth more
-// instructions on what is not per element, and their rows need clusters twice as large. Without, small chunks let short rows in.
+// Of the persistent kernel. With a gradient one block has a multiprocessor for itself: of two of half the size rows need clusters
+// twice as large. Without, small chunks let short rows in.
 inline constexpr int kRoleThreads = 256;                              // that reduce, and as many that write
 inline constexpr int kForwardThreads = 256;                           // that reduce where nothing is written
 constexpr int resident_blocks(bool grad) { return grad ? 1 : 4; }     // per multiprocessor
@@ -82,6 +83,15 @@ inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool
     }
   }
   return config;
+}
+
+// Whether softcapped elements may share reciprocals of e^2u + 1, u = logit scale / softcap: if the logit where e^2u is
+// 2^kLargestExponent is a normal number of this type, with room for its rounding. Then tanh u is 1 there, in fp32, and the product
+// of four such sums is finite.
+inline constexpr float kLargestExponent = 30;
+inline bool shares_reciprocals(float softcap, float logit_scale, DType dtype) {
+  const float largest = kLargestExponent * 0.34657359f * softcap / logit_scale;
+  return softcap > 0 && (dtype == DType::f16 ? largest > 0x1p-13f && largest < 65000 : largest > 0x1p-120f && largest < 0x1p120f);
 }
 
 // Blocks of the cluster that prepares the rows in one launch, each a tile of kTile rows at a time; 0: too many rows, several

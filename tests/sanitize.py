@@ -317,6 +317,19 @@ def qk_norm_rope(device: torch.device) -> Iterator[str]:
         yield f"position {position}"
 
 
+@cases
+def gated_linear(device: torch.device) -> Iterator[str]:
+    """Rows of whole vectors, rows that end or begin inside one, and halves of a fused projection."""
+    for dtype in FLOATS:
+        for columns in (1, 64, 1000, 4097):
+            weight = torch.rand(4, columns, device=device).to(dtype).requires_grad_()
+            both = torch.randn(5, 2 * columns, device=device).to(dtype).requires_grad_()
+            for activation in ("silu", "gelu_tanh", "gelu"):
+                backward(packops.gated_linear(*both.chunk(2, dim=-1), weight, activation=activation), both, weight)
+            backward(packops.gated_activation(both[:, 1 : columns + 1], both[:, :columns]), both)
+            yield f"{dtype} columns {columns}"
+
+
 # --------------------------------------------------------------------------------------------------------------------------------
 # The driver.
 

@@ -9,6 +9,18 @@ namespace packops {
 inline constexpr float kLog2E = 1.4426950408889634f;
 inline constexpr float kLn2 = 0.6931471805599453f;
 
+// e becomes 1 / (e + 1), four times, e in [0, 2^31): one reciprocal, of the product, which must not overflow, and 11 instructions of
+// the FMA pipe where four reciprocals are four of the special-function unit, an eighth as fast, and four additions. Relative error
+// 2^-21.4; a NaN makes all four NaN. The last bits depend on all four, so what must agree has to come from the same four.
+__device__ __forceinline__ void reciprocals_of_successors(float (&e)[4]) {
+  const float b = e[1] + 1.f, d = e[3] + 1.f, ab = fmaf(e[0], b, b), cd = fmaf(e[2], d, d);
+  const float over_all = reciprocal_approx(ab * cd), over_ab = over_all * cd, over_cd = over_all * ab;
+  e[1] = fmaf(over_ab, e[0], over_ab);
+  e[0] = over_ab * b;
+  e[3] = fmaf(over_cd, e[2], over_cd);
+  e[2] = over_cd * d;
+}
+
 // tanh without branches: 1 - 2 / (e^2x + 1), and an odd polynomial near 0, where that would lose digits.
 __device__ __forceinline__ float tanh_accurate(float x) {
   const float large = 1.f - __fdividef(2.f, exp2_approx(x * (2 * kLog2E)) + 1.f);

@@ -21,12 +21,18 @@ __device__ __forceinline__ float reciprocal_approx(float x) {  // relative error
   return y;
 }
 
+__device__ __forceinline__ float log2_approx(float x) {  // absolute error 2^-22 near 1, elsewhere relative; -inf at 0
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // A barrier for `threads` threads of the block; 0 is __syncthreads.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A launch that may begin before the one ahead of it on the stream has ended (see launch_next) waits for that one's results here,
+// A launch that may begin before the one ahead of it on the stream has ended (see launch_with) waits for that one's results here,
 // in every thread and before anything else touches memory; and it lets the next such launch begin. Nothing before sm_90.
 __device__ __forceinline__ void wait_for_launch_before() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -94,6 +94,16 @@ __device__ __forceinline__ float max_of(uint4 raw) {
   }
 }
 
+// The smaller of two pairs of 16-bit elements; NaN where either is.
+__device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b, bf16_t) {
+  const auto m = __hmin2_nan(reinterpret_cast<const __nv_bfloat162&>(a), reinterpret_cast<const __nv_bfloat162&>(b));
+  return reinterpret_cast<const uint32_t&>(m);
+}
+__device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b, half_t) {
+  const auto m = __hmin2_nan(reinterpret_cast<const __half2&>(a), reinterpret_cast<const __half2&>(b));
+  return reinterpret_cast<const uint32_t&>(m);
+}
+
 // Streaming: the line is not wanted again soon, so it should be the first to leave the cache.
 __device__ __forceinline__ uint4 load_streaming(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }

@@ -504,8 +504,8 @@ def gated_linear(
 ) -> Tensor:
     """``linear(act(gate) * up, weight, bias)``, the second half of a gated MLP. Autograd keeps gate, up and weight.
 
-    Eager code keeps act(gate) and the product as well, twice as much. Here the backward pass makes the product anew, in the kernel
-    that makes the gradients of gate and up. What needs no gradient costs no matrix product.
+    Eager code keeps act(gate) and the product as well, twice as much. Here the backward pass makes the product anew, in the
+    kernel that makes the gradients of gate and up. What needs no gradient costs no matrix product.
 
     Args:
         gate, up, activation: as in :func:`gated_activation`.
@@ -521,7 +521,8 @@ def gated_linear(
     kind = gate.device.type
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
-        gate, up, weight, bias = (x if x is None or x.dtype == torch.float64 else x.to(dtype) for x in (gate, up, weight, bias))
+        gate, up, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (gate, up, weight))
+        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
     _check_projection(gate, weight, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up, weight, bias)):
         try:

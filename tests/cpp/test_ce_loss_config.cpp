@@ -73,3 +73,17 @@ CASE(rows_are_prepared_in_as_few_launches_as_can_be) {
   CHECK_EQ(prepare_cluster(5 * kTile, false, kH100), 8);
   CHECK_EQ(prepare_cluster(64 * kTile, false, kH100), 8);
 }
+
+CASE(reciprocals_are_shared_where_the_largest_exponent_is_a_number) {
+  for (const DType dtype : {DType::f16, DType::bf16}) {
+    CHECK(shares_reciprocals(30, 1, dtype));
+    CHECK(shares_reciprocals(0.5f, 0.0625f, dtype));
+    CHECK(!shares_reciprocals(30, -1, dtype));
+    CHECK(!shares_reciprocals(30, 0, dtype));
+    CHECK(!shares_reciprocals(0, 1, dtype));
+  }
+  CHECK(!shares_reciprocals(10000, 1, DType::f16));  // no fp16 logit is that large, so the clamp would be infinity
+  CHECK(shares_reciprocals(10000, 1, DType::bf16));
+  CHECK(!shares_reciprocals(1e-5f, 1, DType::f16));  // the clamp would be subnormal, with few digits
+  CHECK(!shares_reciprocals(1e38f, 1, DType::bf16));
+}

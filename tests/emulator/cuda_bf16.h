@@ -21,3 +21,7 @@ inline float __high2float(__nv_bfloat162 v) { return __uint_as_float(uint32_t(v.
 inline __nv_bfloat162 __hmax2(__nv_bfloat162 a, __nv_bfloat162 b) {
   return __floats2bfloat162_rn(std::fmax(__low2float(a), __low2float(b)), std::fmax(__high2float(a), __high2float(b)));
 }
+inline __nv_bfloat162 __hmin2_nan(__nv_bfloat162 a, __nv_bfloat162 b) {
+  const auto min = [](float x, float y) { return std::isnan(x) || x < y ? x : y; };
+  return __floats2bfloat162_rn(min(__low2float(a), __low2float(b)), min(__high2float(a), __high2float(b)));
+}

@@ -21,3 +21,7 @@ inline float __high2float(__half2 v) { return __half2float(v.y); }
 inline __half2 __hmax2(__half2 a, __half2 b) {
   return __floats2half2_rn(std::fmax(__low2float(a), __low2float(b)), std::fmax(__high2float(a), __high2float(b)));
 }
+inline __half2 __hmin2_nan(__half2 a, __half2 b) {
+  const auto min = [](float x, float y) { return std::isnan(x) || x < y ? x : y; };
+  return __floats2half2_rn(min(__low2float(a), __low2float(b)), min(__high2float(a), __high2float(b)));
+}

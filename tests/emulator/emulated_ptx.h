@@ -10,6 +10,7 @@ namespace packops {
 inline float flush(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.f, x) : x; }
 inline float exp2_approx(float x) { return flush(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return flush(1 / x); }
+inline float log2_approx(float x) { return std::log2(x); }
 
 inline void wait_for_launch_before() { emulator::fibers[emulator::current].waited_for_launch = true; }
 

@@ -164,6 +164,8 @@ const Options kOptions[] = {
     {},
     {.label_smoothing = 0.1, .z_loss = 1e-3, .weights = true},
     {.reduction = Reduction::sum, .softcap = 6, .logit_scale = 0.5},
+    {.reduction = Reduction::sum, .softcap = 6, .logit_scale = -0.5},  // falling: no reciprocals are shared
+    {.logit_scale = 0.5},
     {.reduction = Reduction::seq_mean_token_mean, .label_smoothing = 0.1, .softcap = 5, .statistics = true, .documents = true},
     {.reduction = Reduction::none, .weights = true, .shift = true, .documents = true, .grad = false},
 };

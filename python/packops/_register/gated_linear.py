@@ -41,7 +41,8 @@ class GatedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up, weight = ctx.saved_tensors
         need_gate, need_up, need_weight, need_bias = ctx.needs_input_grad[2:6]
-        product = grad_gate = grad_up = grad_weight = grad_bias = None
+        product: Any = None  # made where the weight needs it
+        grad_gate = grad_up = grad_weight = grad_bias = None
         if need_gate or need_up:
             product, grad_gate, grad_up = ctx.raw_backward(
                 grad @ weight, gate, up, ctx.activation, need_weight, need_gate, need_up
