@@ -67,11 +67,11 @@ struct Span {
 // row's coefficients and cost nothing.
 enum Features : int {
   kPlain = 0,
-  kTransform = 1,   // softcap or logit_scale
+  kScale = 1,       // logit_scale
   kUniform = 2,     // label smoothing
   kStatistics = 4,  // entropy, argmax
-  kEverything = 7,
-  kSoftcap = 8,  // of 16-bit logits, with nothing else, where shares_reciprocals
+  kSoftcap = 8,     // and logit_scale
+  kEverything = 15,
 };
 
 // What a thread, a warp or a cluster knows of a row: all relative to its own maximum. Combining two is commutative to the last
@@ -132,8 +132,8 @@ struct StatisticsPartial {
 // The maths of a row.
 template <typename T, int kFeatures>
 struct RowMaths {
-  static constexpr bool kShares = kFeatures == kSoftcap;
-  static constexpr bool kHasTransform = (kFeatures & kTransform) != 0 || kShares, kHasUniform = (kFeatures & kUniform) != 0,
+  static constexpr bool kShares = kFeatures == kSoftcap && sizeof(T) == 2;  // dispatch asks shares_reciprocals first
+  static constexpr bool kHasTransform = (kFeatures & (kScale | kSoftcap)) != 0, kHasUniform = (kFeatures & kUniform) != 0,
                         kHasStatistics = (kFeatures & kStatistics) != 0;
   using Partial = std::conditional_t<kHasStatistics, StatisticsPartial<T>, PlainPartial<T>>;
 
@@ -153,6 +153,9 @@ struct RowMaths {
     }
   }
 
+  __device__ __forceinline__ bool has_softcap() const {
+    return kFeatures == kEverything ? p.softcap > 0 : (kFeatures & kSoftcap) != 0;
+  }
   __device__ __forceinline__ float into_exponent() const { return twice_into_tanh * kLog2E; }
   // r = 1 / (e^2u + 1), of which tanh u = 1 - 2r.
   __device__ __forceinline__ float fall(float x) const { return reciprocal_approx(exp2_approx(x * into_exponent()) + 1.f); }
@@ -169,7 +172,7 @@ struct RowMaths {
   __device__ __forceinline__ float capped(float r) const { return fmaf(-2 * p.softcap, r, p.softcap); }
   __device__ __forceinline__ float transform(float x) const {
     if constexpr (!kHasTransform) return x;
-    if (!(p.softcap > 0)) return x * p.logit_scale;
+    if (!has_softcap()) return x * p.logit_scale;
     if constexpr (sizeof(T) == 2) return capped(fall(x));
     return p.softcap * tanh_accurate(x * (0.5f * twice_into_tanh));
   }
@@ -190,7 +193,7 @@ struct RowMaths {
   }
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
     if constexpr (!kHasTransform) return 1.f;
-    if (!(p.softcap > 0)) return p.logit_scale;
+    if (!has_softcap()) return p.logit_scale;
     const float t = transformed * inverse_cap;
     return p.logit_scale * (1.f - t * t);
   }
@@ -1267,16 +1270,14 @@ cudaError_t launch_rows(const CeLossParams& p, const Device& device, cudaStream_
 // Calls f(type, features) with the element type and the smallest compiled set of features that covers the problem.
 template <typename F>
 void dispatch(const CeLossParams& p, F&& f) {
-  const bool transform = p.softcap > 0 || p.logit_scale != 1, uniform = p.label_smoothing != 0,
-             statistics = p.entropy || p.prediction;
+  const bool softcap = p.softcap > 0, scale = p.logit_scale != 1, uniform = p.label_smoothing != 0,
+             alone = !uniform && !p.entropy && !p.prediction;
   dispatch_float<false>(p.logits_dtype, [&](auto type) {
-    if (statistics || (transform && uniform)) f(type, std::integral_constant<int, kEverything>{});
-    else if (transform) {
-      if constexpr (sizeof(type) == 2) {
-        if (shares_reciprocals(p.softcap, p.logit_scale, p.logits_dtype)) return f(type, std::integral_constant<int, kSoftcap>{});
-      }
-      f(type, std::integral_constant<int, kTransform>{});
-    } else if (uniform) f(type, std::integral_constant<int, kUniform>{});
+    if (alone && softcap && (sizeof(type) == 4 || shares_reciprocals(p.softcap, p.logit_scale, p.logits_dtype)))
+      f(type, std::integral_constant<int, kSoftcap>{});
+    else if (alone && scale && !softcap) f(type, std::integral_constant<int, kScale>{});
+    else if (p.entropy || p.prediction || softcap || scale) f(type, std::integral_constant<int, kEverything>{});
+    else if (uniform) f(type, std::integral_constant<int, kUniform>{});
     else f(type, std::integral_constant<int, kPlain>{});
   });
 }
