@@ -331,6 +331,120 @@ CASE(shards_of_the_vocabulary_make_the_whole) {
   }
 }
 
+// Capped rows of 16-bit logits share reciprocals, four elements each, so that no neighbour may spoil another: every kind of number
+// beside every other, against the formula in fp64.
+template <typename T>
+void check_softcap(int64_t vocab, double softcap, double logit_scale, bool in_registers) {
+  constexpr int64_t kRows = 8;
+  const Options o{.reduction = Reduction::sum, .softcap = softcap, .logit_scale = logit_scale};
+  Problem<T> problem(kRows, vocab, o, uint64_t(vocab), 3, 3);
+  const float largest = std::is_same_v<T, half_t> ? 65504 : 3e38f;
+  const float saturated = std::min(largest, float(softcap / std::abs(logit_scale)) * 12);
+  const auto set = [&](int64_t t, int64_t c, float x) {
+    problem.logits[problem.offset + t * problem.stride + c] = from_float<T>(x);
+  };
+  for (int64_t t = 0; t < kRows; t++) {
+    problem.labels[t] = (t * 131 + 70) % vocab;
+    check::Random random{uint64_t(t)};
+    for (int64_t c = t % 4; c < vocab; c += t < 6 ? 5 : 1) {
+      if (t == 1) set(t, c, c % 3 ? INFINITY : -INFINITY);
+      if (t == 2) set(t, c, c % 2 ? largest : -largest);
+      if (t == 3) set(t, c, random.below(2) ? saturated : -saturated);
+      if (t == 4) set(t, c, -INFINITY);
+      if (t == 5) set(t, c, float(random.uniform()) * saturated);
+      if (t == 6) set(t, c, saturated);
+      if (t == 7) set(t, c, -saturated);
+    }
+  }
+  problem.token_weight.resize(kRows);
+  for (int64_t t = 0; t < kRows; t++) problem.token_weight[t] = t % 3 ? 1.5f : -0.5f;
+  problem.p.token_weight = problem.token_weight.data();
+  Outputs<T> cuda(problem, o);
+  const bool in_ring = emulator::architecture >= 90 && !in_registers;
+  CHECK_EQ(cluster_launches([&] { cuda.run_cuda(); }), in_ring);
+
+  for (int64_t t = 0; t < kRows; t++) {
+    const int64_t y = problem.labels[t], row = problem.offset + t * problem.stride;
+    std::vector<double> x(vocab);
+    const double scale = problem.p.logit_scale, cap = problem.p.softcap;
+    for (int64_t c = 0; c < vocab; c++) x[c] = cap * std::tanh(double(to_float(problem.logits[row + c])) * scale / cap);
+    const double max = *std::max_element(x.begin(), x.end());
+    double sum = 0, worst = 0;
+    for (double v : x) sum += std::exp(v - max);
+    const double loss = std::log(sum) + max - x[y];
+    CHECK_CLOSE(cuda.row_loss[t], loss, 2e-6 + cap * 0x1p-22);
+    for (int64_t c = 0; c < vocab; c++) {
+      const double probability = std::exp(x[c] - max) / sum, factor = scale * problem.token_weight[t],
+                   want = factor * (probability - (c == y)) * (1 - x[c] / cap * x[c] / cap);
+      const double noise = std::abs(factor) * (probability + (c == y)) * (0x1p-20 + (c == y ? cap * probability * 0x1p-22 : 0));
+      const double smallest = std::is_same_v<T, half_t> ? kHalfSmallest : 0x1p-120;
+      const double allowed = std::abs(want) * (kEpsilon<T> / 2 + cap * 0x1p-21) + noise + smallest;
+      const double error = std::abs(to_float(cuda.grad[row + c]) - want) / allowed;
+      worst = std::max(worst, std::isnan(error) ? INFINITY : error);
+    }
+    CHECK(worst <= 1);
+  }
+}
+
+CASE(softcapped_logits_of_every_size) {
+  for (double cap : {0.5, 30.0, 1000.0})
+    for (double scale : {1.0, -0.7, 3e4}) {
+      check_softcap<bf16_t>(1100, cap, scale, true);
+      check_softcap<half_t>(1100, cap, scale, true);
+    }
+  check_softcap<half_t>(1100, 1e4, 1, true);  // beyond 65504 there is no logit to clamp to
+  check_softcap<half_t>(1100, 1e-6, 1, true);
+  check_softcap<bf16_t>(33001, 30, 1, false);
+}
+
+CASE(a_nan_shows_wherever_it_is) {
+  for (int64_t at = 60; at < 80; at++) {  // on the edge and in vectors
+    const Options o{.softcap = 30};
+    Problem<bf16_t> problem(1, 700, o, 3);
+    problem.labels[0] = 70;
+    problem.logits[at] = from_float<bf16_t>(NAN);
+    Outputs<bf16_t> cuda(problem, o);
+    cuda.run_cuda();
+    CHECK(std::isnan(cuda.loss[0]));
+    for (int64_t c = 0; c < 700; c++) CHECK(std::isnan(to_float(cuda.grad[c])));
+  }
+}
+
+// p - 1 of a confident class keeps its digits only if the sum and the target have the same x', to the last bit.
+CASE(a_confident_class_is_capped_like_its_neighbours) {
+  constexpr int64_t kRows = 64, kVocab = 2048;
+  const Options o{.reduction = Reduction::sum, .softcap = 30};
+  for (bool grad_later : {false, true}) {
+    Problem<bf16_t> problem(kRows, kVocab, o, 2);
+    for (int64_t t = 0; t < kRows; t++) {
+      problem.labels[t] = 64 + 29 * t;
+      problem.logits[t * kVocab + problem.labels[t]] = from_float<bf16_t>(float(22 + 0.1 * double(t)));
+    }
+    Outputs<bf16_t> cuda(problem, o);
+    const float one = 1;
+    if (grad_later) cuda.p.grad = nullptr;
+    cuda.run_cuda();
+    if (grad_later) {
+      cuda.p.grad = cuda.grad.data();
+      cuda.p.grad_output = &one;
+      cuda.p.grad_output_layout = {};
+      CHECK_EQ(ce_loss_backward_cuda(cuda.p, nullptr), 0);
+    }
+    double worst = 0;
+    for (int64_t t = 0; t < kRows; t++) {
+      const int64_t y = t * kVocab + problem.labels[t];
+      const double target = 30 * std::tanh(to_float(problem.logits[y]) / 30.0);
+      double others = 0;
+      for (int64_t c = t * kVocab; c < (t + 1) * kVocab; c++)
+        if (c != y) others += std::exp(30 * std::tanh(to_float(problem.logits[c]) / 30.0) - target);
+      const double rest = others / (1 + others), slope = 1 - target * target / 900;
+      const double off = std::abs(to_float(cuda.grad[y]) + rest * slope) / slope - rest * kEpsilon<bf16_t> / 2;
+      worst = std::max(worst, off);
+    }
+    CHECK(worst <= 3 * 0x1p-23);
+  }
+}
+
 CASE(bad_labels_are_nan) {
   const Options o{.reduction = Reduction::none};
   Problem<float> problem(6, 900, o, 8);

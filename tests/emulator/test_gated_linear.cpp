@@ -42,7 +42,8 @@ void compare(DType dtype, double tolerance) {
               else gated_cpu(p, 0, rows * columns);
             }
             for (int k = 0; k < 3; k++)
-              for (size_t i = 0; i < out[0][k].size(); i++) CHECK_CLOSE(to_float(out[1][k][i]), to_float(out[0][k][i]), tolerance);
+              for (size_t i = 0; i < out[0][k].size(); i++)
+                CHECK_CLOSE(to_float(out[1][k][i]), to_float(out[0][k][i]), tolerance);
           }
 }
 
