@@ -479,8 +479,8 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: Activation = "silu
     """``act(gate) * up``, the gate of a SwiGLU or GeGLU, in one pass forward and one backward; autograd keeps gate and up only.
 
     Args:
-        gate, up: (..., columns) of one dtype, bf16, fp16 or fp32 (fp64 on the CPU). The last dimension is contiguous; the two
-            halves of a fused projection are read where they lie.
+        gate, up: (..., columns) of one dtype, bf16, fp16 or fp32 (fp64 on the CPU). The last dimension is contiguous, rows may
+            lie apart: the two halves of a fused projection are not copied.
         activation: ``"silu"``, ``"gelu_tanh"`` (the tanh approximation) or ``"gelu"`` (erf).
 
     Returns:
@@ -504,7 +504,7 @@ def gated_linear(
 ) -> Tensor:
     """``linear(act(gate) * up, weight, bias)``, the second half of a gated MLP. Autograd keeps gate, up and weight.
 
-    Eager code keeps act(gate) and the product as well, twice as much. Here the backward pass makes the product anew, in the
+    Eager code keeps act(gate) and the product as well, twice the memory. Here the backward pass makes the product anew, in the
     kernel that makes the gradients of gate and up. What needs no gradient costs no matrix product.
 
     Args:
@@ -520,9 +520,8 @@ def gated_linear(
     """
     kind = gate.device.type
     if torch.is_autocast_enabled(kind):
-        dtype = torch.get_autocast_dtype(kind)
-        gate, up, weight = (x if x.dtype == torch.float64 else x.to(dtype) for x in (gate, up, weight))
-        bias = bias if bias is None or bias.dtype == torch.float64 else bias.to(dtype)
+        gate, up, weight = (_autocast(x, kind) for x in (gate, up, weight))
+        bias = None if bias is None else _autocast(bias, kind)
     _check_projection(gate, weight, bias)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up, weight, bias)):
         try:
@@ -530,6 +529,10 @@ def gated_linear(
         except RuntimeError as error:
             raise_typed(error)
     return linear(gated_activation(gate, up, activation=activation), weight, bias)
+
+
+def _autocast(x: Tensor, kind: str) -> Tensor:
+    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
 
 
 def _check_projection(gate: Tensor, weight: Tensor, bias: Tensor | None) -> None:

@@ -1,5 +1,7 @@
-// The CUDA kernel of gated_linear.cu, emulated, against that of the CPU.
+// The CUDA kernel of the gate of a gated MLP, emulated, against that of the CPU.
 #include "gated_linear.h"
+
+#include <cstring>
 
 #include "check.h"
 #include "common/convert.h"
@@ -10,47 +12,86 @@ using namespace packops;
 namespace {
 
 template <typename T>
-void compare(DType dtype, double tolerance) {
-  for (const int64_t rows : {1, 3})
-    for (const int64_t columns : {1, 7, 64, 1000, 4097})
-      for (const int64_t beyond : {0, 8, 3})  // rows are this much longer in memory, and the first begins there
-        for (const Activation activation : {Activation::silu, Activation::gelu_tanh, Activation::gelu})
-          for (const int wanted : {-1, 7, 5, 2}) {  // forward; which of product, grad_gate, grad_up
-            check::Random random{uint64_t(columns)};
-            const int64_t stride = columns + beyond;
-            std::vector<T> in[3];
-            for (auto& x : in) {
-              x.resize(size_t(rows * stride + beyond));
-              for (T& value : x) value = from_float<T>(float((random.below(9) ? 2 : 40) * random.normal()));
-            }
-            std::vector<T> out[2][3];
-            for (const bool cuda : {false, true}) {
-              for (auto& x : out[cuda]) x.assign(size_t(rows * columns), from_float<T>(7.f));
-              GatedParams p;
-              p.gate = in[0].data() + beyond;
-              p.up = in[1].data() + beyond;
-              if (wanted >= 0) p.grad = in[2].data() + beyond;
-              p.gate_row = p.up_row = p.grad_row = stride;
-              if (wanted & 1) p.product = out[cuda][0].data();
-              if (wanted >= 0 && wanted & 2) p.grad_gate = out[cuda][1].data();
-              if (wanted >= 0 && wanted & 4) p.grad_up = out[cuda][2].data();
-              p.rows = rows;
-              p.columns = columns;
-              p.dtype = dtype;
-              p.activation = activation;
-              if (cuda) CHECK_EQ(gated_cuda(p, nullptr), cudaSuccess);
-              else gated_cpu(p, 0, rows * columns);
-            }
-            for (int k = 0; k < 3; k++)
-              for (size_t i = 0; i < out[0][k].size(); i++)
-                CHECK_CLOSE(to_float(out[1][k][i]), to_float(out[0][k][i]), tolerance);
-          }
+constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
+                        : std::is_same_v<T, half_t> ? DType::f16
+                                                    : DType::bf16;
+
+// Rows `gap` elements apart in buffers that begin `offset` elements late. wanted: of product, grad_gate, grad_up; 0: forward.
+template <typename T>
+void compare(int64_t rows, int64_t columns, int64_t gap, int64_t offset, Activation activation, int wanted) {
+  check::Random random{uint64_t(rows * 1000 + columns)};
+  const int64_t stride = columns + gap;
+  std::vector<T> in[3], out[2][3];
+  for (auto& x : in) {
+    x.resize(size_t(rows * stride + offset));
+    for (T& v : x) v = from_float<T>(float(3 * random.normal()));
+  }
+  for (size_t i = 0; i < 9 && i < in[0].size() - size_t(offset); i++) {  // where formulas like to break
+    constexpr float kHuge[] = {1e30f, -1e30f, 65504.f, -65504.f, INFINITY, -INFINITY, NAN, 100.f, -100.f};
+    in[0][size_t(offset) + i] = from_float<T>(kHuge[i]);
+  }
+  for (bool cuda : {false, true}) {
+    for (auto& x : out[cuda]) x.assign(size_t(rows * columns + offset), from_float<T>(77));
+    GatedParams p;
+    p.gate = in[0].data() + offset, p.up = in[1].data() + offset;
+    p.gate_row = p.up_row = stride;
+    if (wanted) p.grad = in[2].data() + offset, p.grad_row = stride;
+    if (wanted == 0 || wanted & 1) p.product = out[cuda][0].data() + offset;
+    if (wanted & 2) p.grad_gate = out[cuda][1].data() + offset;
+    if (wanted & 4) p.grad_up = out[cuda][2].data() + offset;
+    p.rows = rows, p.columns = columns, p.dtype = kType<T>, p.activation = activation;
+    if (cuda) CHECK_EQ(gated_cuda(p, nullptr), cudaSuccess);
+    else gated_cpu(p, 0, rows * columns);
+  }
+  // One unit of the result where the two round differently, and the fp32 noise of e^x.
+  const double unit = sizeof(T) == 4 ? 4e-6 : std::is_same_v<T, half_t> ? 0x1p-10 : 0x1p-7;
+  for (int i : {0, 1, 2}) {
+    int wrong = 0;
+    for (size_t j = 0; j < out[0][i].size(); j++) wrong += !check::close(to_float(out[1][i][j]), to_float(out[0][i][j]), unit);
+    CHECK_EQ(wrong, 0);
+  }
+}
+
+template <typename T>
+void check_everything() {
+  for (Activation activation : {Activation::silu, Activation::gelu_tanh, Activation::gelu})
+    for (int wanted : {0, 7}) {
+      compare<T>(3, 1031, 0, 0, activation, wanted);  // one row of 3093, with a rest
+      compare<T>(2, 2100, 2100, 0, activation, wanted);
+      compare<T>(5, 40, 24, 0, activation, wanted);  // several rows in a block
+      compare<T>(7, 33, 1, 0, activation, wanted);   // rows off the alignment
+      compare<T>(1, 300, 0, 3, activation, wanted);  // all of it off
+      compare<T>(300, 1, 5, 0, activation, wanted);
+      compare<T>(1, 1, 0, 1, activation, wanted);
+    }
+  for (int wanted = 1; wanted < 7; wanted++) compare<T>(4, 72, 8, 0, Activation::silu, wanted);
 }
 
 }  // namespace
 
-CASE(gated_as_on_the_cpu) {
-  compare<float>(DType::f32, 4e-6);
-  compare<half_t>(DType::f16, 0x1p-10);
-  compare<bf16_t>(DType::bf16, 0x1p-7);
+CASE(every_layout_type_and_activation) {
+  check_everything<float>();
+  check_everything<half_t>();
+  check_everything<bf16_t>();
+}
+
+CASE(an_element_has_the_same_bits_in_a_vector_and_alone) {
+  constexpr int64_t kCount = 203;
+  check::Random random{5};
+  const auto run = [](const std::vector<float>& in, int64_t begin, Activation activation) {
+    std::vector<float> out(3 * kCount);
+    GatedParams p;
+    p.gate = in.data() + begin, p.up = in.data() + kCount + begin, p.grad = in.data() + 2 * kCount + begin;
+    p.product = out.data() + begin, p.grad_gate = out.data() + kCount + begin, p.grad_up = out.data() + 2 * kCount + begin;
+    p.rows = 1, p.columns = kCount - begin, p.activation = activation;
+    CHECK_EQ(gated_cuda(p, nullptr), cudaSuccess);
+    return out;
+  };
+  for (Activation activation : {Activation::silu, Activation::gelu_tanh, Activation::gelu}) {
+    std::vector<float> in(3 * kCount);
+    for (float& x : in) x = float(random.normal());
+    const std::vector<float> whole = run(in, 0, activation), part = run(in, 3, activation);
+    for (int64_t i = 0; i < 3 * kCount; i++)
+      if (i % kCount >= 3) CHECK(std::memcmp(&whole[size_t(i)], &part[size_t(i)], 4) == 0);
+  }
 }

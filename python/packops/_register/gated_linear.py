@@ -1,7 +1,7 @@
 """Fake kernels and autograd of the gate of a gated MLP, and the gate together with the projection behind it.
 
-Autograd keeps four (tokens, columns) matrices of ``down_proj(act(gate) * up)``: gate, up, act(gate) and the product. Here it
-keeps gate and up. The backward pass has both at hand anyway, and makes the product again while it makes their gradients.
+Of ``down_proj(act(gate) * up)`` autograd keeps four (tokens, columns) matrices: gate, up, act(gate) and the product. Here it
+keeps gate and up: the backward pass reads both anyway, and makes the product again while it makes their gradients.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class GatedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         gate, up, weight = ctx.saved_tensors
         need_gate, need_up, need_weight, need_bias = ctx.needs_input_grad[2:6]
-        product: Any = None  # made where the weight needs it
+        product: Any = None
         grad_gate = grad_up = grad_weight = grad_bias = None
         if need_gate or need_up:
             product, grad_gate, grad_up = ctx.raw_backward(

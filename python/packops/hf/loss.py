@@ -23,6 +23,7 @@ from ..distributed import DENOMINATORS
 from ..functional import cross_entropy
 from . import rewrite
 from .record import Record
+from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
 
 
@@ -300,17 +301,7 @@ def skip_logits(model: nn.Module, head: str, labels: Tensor | None, kwargs: dict
         return False
     if wanted is None:
         wanted = model.training and torch.is_grad_enabled()
-    return bool(wanted) and isinstance(model.loss_function, CausalLMLoss) and is_plain_linear(getattr(model, head))
-
-
-def is_plain_linear(head: nn.Module) -> bool:
-    """Whether the weight alone says what the module does: no LoRA, no hooks that gather a sharded weight first."""
-    return (
-        type(head) is nn.Linear
-        and type(head.weight) is nn.Parameter
-        and "forward" not in vars(head)
-        and not (head._forward_pre_hooks or head._forward_hooks or head._backward_hooks or head._backward_pre_hooks)
-    )
+    return bool(wanted) and isinstance(model.loss_function, CausalLMLoss) and _is_plain_linear(getattr(model, head))
 
 
 @cache

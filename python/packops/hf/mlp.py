@@ -1,7 +1,6 @@
-"""Gated MLPs of one model (SwiGLU, GeGLU): the gate and the projection behind it run through :func:`packops.gated_linear`.
+"""Gated MLPs of one model: ``down_proj(act(gate) * up)`` through :func:`packops.gated_linear`, which keeps half as much.
 
-transformers writes them as ``down_proj(act(gate) * up)``; autograd then keeps four matrices of the intermediate size where two
-say everything. What a module computes is found by asking it, not by its name: see :func:`recognise`.
+What a module computes is found by asking it, not by its name: see :func:`recognise`.
 """
 
 from __future__ import annotations
@@ -10,52 +9,48 @@ import copy
 import inspect
 from collections.abc import Callable
 from functools import cache
-from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
-from ..functional import gated_activation, gated_linear
-from ..reference import gated_linear as reference
+from ..functional import Activation, gated_activation, gated_linear
+from ..reference import gated_activation as exact
 from . import rewrite
-from .loss import is_plain_linear
-from .record import Record, is_replaced
-
-ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
+from .record import Record, is_bare, is_plain_linear
 
 
 class GatedMLP(NamedTuple):
     """A module that computes ``down_proj(act(gate) * up)``."""
 
-    inputs: tuple[str, ...]  # the projections: of gate and up, or one whose halves they are
-    activation: str
+    kind: Any  # its class
+    fused: bool  # gate and up are the halves of gate_up_proj, not gate_proj and up_proj
+    act: str | None  # the submodule
+    activation: Activation
 
 
 def patch(model: nn.Module, record: Record) -> None:
     """Replace the gated MLPs of ``model``, except where somebody else replaced one."""
-    count = 0
-    for name, module in model.named_modules():
-        if is_replaced(module) or (mlp := recognise(module)) is None:
-            continue
-        record.set_forward(name, module, MethodType(_forward(mlp), module))
-        count += 1
-    if count:
-        record.say("mlp", f"packops.gated_linear in {count} modules")
+    changed = record.set_forwards(model, recognise, _forward)
+    linears = sum(is_plain_linear(module.get_submodule("down_proj")) for module in changed)
+    counts = {"packops.gated_linear": linears, "packops.gated_activation": len(changed) - linears}
+    if changed:
+        record.say("mlp", ", ".join(f"{op} in {count} modules" for op, count in counts.items() if count))
 
 
 @cache
 def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
-    """One object for equal MLPs, so that torch.compile compiles them once."""
-    inputs, activation = mlp
+    """One object for equal modules, so that torch.compile compiles them once."""
+    kind, fused, act, activation = mlp
 
-    def forward(self: Any, hidden_states: Tensor) -> Tensor:
-        parts = [getattr(self, name)(hidden_states) for name in inputs]
-        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
-        down = self.down_proj
-        if is_plain_linear(down):
-            return gated_linear(gate, up, down.weight, down.bias, activation=activation)  # type: ignore[arg-type]
-        return down(gated_activation(gate, up, activation=activation))  # type: ignore[arg-type]
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if act is not None and not is_bare(getattr(self, act)):  # somebody wants to see what the activation sees
+            return kind.forward(self, x)
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if fused else (self.gate_proj(x), self.up_proj(x))
+        if is_plain_linear(self.down_proj):
+            return gated_linear(gate, up, self.down_proj.weight, self.down_proj.bias, activation=activation)
+        return self.down_proj(gated_activation(gate, up, activation=activation))
 
     return forward
 
@@ -63,43 +58,49 @@ def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
 def recognise(module: nn.Module) -> GatedMLP | None:
     """How ``module`` computes its gated MLP, or None if it computes anything else.
 
-    Its class's ``forward`` is asked with a few numbers and small projections of our own, on the CPU, so its own device, weights
-    and hooks do not matter.
+    Its class's ``forward`` is asked with a few numbers and small projections in the place of its own, on the CPU.
     """
-    children = dict(module.named_children())
-    inputs = next(
-        (names for names in (("gate_proj", "up_proj"), ("gate_up_proj",)) if {*names, "down_proj"} <= {*children}), None
-    )
-    if inputs is None or module._parameters or module._buffers:
+    kind, children = rewrite.class_of(module), set(module._modules)
+    fused = "gate_up_proj" in children
+    projections = ["gate_up_proj", "down_proj"] if fused else ["gate_proj", "up_proj", "down_proj"]
+    rest = sorted(children.difference(projections))
+    if not children.issuperset(projections) or len(rest) > 1 or module._parameters or module._buffers:
         return None
-    kind = rewrite.class_of(module)
+    act = rest[0] if rest else None  # or a function
+    if act is not None and (not is_bare(getattr(module, act)) or getattr(module, act).state_dict()):
+        return None
     if len(inspect.signature(kind.forward).parameters) != 2:  # self and x
         return None
-    hidden, columns = 3, 5
+
     generator = torch.Generator().manual_seed(0)
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    def numbers(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
-    def projection(outputs: int, features: int) -> nn.Linear:
-        linear = nn.Linear(features, outputs, bias=False, device="meta")
-        linear.weight = nn.Parameter(draw(outputs, features), requires_grad=False)
-        return linear
-
-    twin = copy.copy(module)
-    widths = {"down_proj": (hidden, columns)} | {name: (columns * 2 // len(inputs), hidden) for name in inputs}
-    ours = {name: projection(*width) for name, width in widths.items()}
-    twin._modules = {**module._modules, **ours}
-    x = draw(2, 4, hidden)
-    with torch.no_grad():
-        parts = [ours[name](x) for name in inputs]
-        gate, up = parts if len(parts) == 2 else parts[0].chunk(2, dim=-1)
+    hidden, columns = 3, 5
+    shapes = [(2 * columns, hidden), (hidden, columns)] if fused else [(columns, hidden), (columns, hidden), (hidden, columns)]
+    weights = [(numbers(*shape), numbers(shape[0])) for shape in shapes]
+    sizes = torch.tensor([0.1, 1.0, 10.0, 1000.0], dtype=torch.float64, device="cpu")[:, None, None]  # some gates are clamped
+    x = sizes * numbers(len(sizes), 32, hidden)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):  # dropout may be on
+        twin = copy.copy(module)
+        twin.training = True
+        twin._modules = {**module._modules, **{n: _linear(*w) for n, w in zip(projections, weights, strict=True)}}
         try:
             found = kind.forward(twin, x)
         except Exception:  # it takes no such input
             return None
-        for activation in ACTIVATIONS:
-            want = reference(gate, up, ours["down_proj"].weight, activation=activation)
-            if isinstance(found, Tensor) and found.shape == want.shape and torch.allclose(found, want, rtol=1e-6, atol=1e-6):
-                return GatedMLP(inputs, activation)
+    made = [linear(x, *w) for w in weights[:-1]]
+    gate, up = made[0].chunk(2, dim=-1) if fused else made
+    for activation in get_args(Activation):
+        want = linear(exact(gate, up, activation=activation), *weights[-1])
+        same = isinstance(found, Tensor) and found.shape == want.shape
+        if same and torch.allclose(found / sizes, want / sizes, rtol=1e-5, atol=1e-6):
+            return GatedMLP(kind, fused, act, activation)
     return None
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    module = nn.Linear(1, 1, device="meta")
+    module.weight, module.bias = nn.Parameter(weight), nn.Parameter(bias)
+    return module

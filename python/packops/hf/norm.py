@@ -12,7 +12,6 @@ import copy
 import inspect
 from collections.abc import Callable, Iterable
 from functools import cache
-from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
 from . import rewrite
-from .record import Record, is_replaced
+from .record import Record
 
 
 class RMSNorm(NamedTuple):
@@ -33,13 +32,7 @@ class RMSNorm(NamedTuple):
 
 def patch(model: nn.Module, record: Record, absorbed: Iterable[nn.Module] = ()) -> None:
     """Replace the RMS norms of ``model``, except for those that RoPE has ``absorbed`` and where somebody else replaced one."""
-    others, count = set(absorbed), 0
-    for name, module in model.named_modules():
-        if module in others or is_replaced(module) or (norm := recognise(module)) is None:
-            continue
-        record.set_forward(name, module, MethodType(_forward(norm), module))
-        count += 1
-    if count:
+    if count := len(record.set_forwards(model, recognise, _forward, leave=absorbed)):
         record.say("rms_norm", f"torch.nn.functional.rms_norm in {count} modules")
 
 

@@ -45,8 +45,9 @@ def apply(
         reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
         rms_norm: compute RMS norms, other than those that RoPE takes along, with :func:`torch.nn.functional.rms_norm`, whose
             kernels are fused on CUDA. Norms that compute anything else, or are not known, stay as they are.
-        mlp: compute gated MLPs (SwiGLU, GeGLU) with :func:`packops.gated_linear`, which keeps half as much for the backward
-            pass; or, where the projection behind the gate is more than its weight (LoRA), :func:`packops.gated_activation`.
+        mlp: compute gated MLPs (SwiGLU, GeGLU) with :func:`packops.gated_linear`, which keeps gate and up for the backward pass
+            and nothing else; with :func:`packops.gated_activation` where the down projection is more than its weight (LoRA,
+            hooks). MLPs that compute anything else stay as they are.
 
     Returns:
         ``model`` itself. :func:`report` says what was replaced.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Iterable
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -19,6 +21,18 @@ def is_replaced(module: nn.Module) -> bool:
     """Whether this instance has a ``forward`` other than its class's. (Unpickled, a model that was patched has that, bound.)"""
     present = vars(module).get("forward")
     return present is not None and getattr(present, "__func__", None) is not type(module).forward
+
+
+def is_bare(module: nn.Module) -> bool:
+    """Whether its class alone says what a module does: nothing wraps it, no hook looks on or gathers a sharded weight first."""
+    return "forward" not in vars(module) and not (
+        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain_linear(module: nn.Module) -> bool:
+    """Whether weight and bias alone say what the module does: no LoRA, no hooks."""
+    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and is_bare(module)
 
 
 @dataclasses.dataclass
@@ -40,8 +54,8 @@ class Report:
         model: its class.
         family: its model type.
         tested: whether the tests of packops cover this family. Others were checked when they were patched, by their structure.
-        replaced: ``"rope"``, ``"tables"``, ``"rms_norm"``, ``"mlp"``, ``"loss"``, ``"lm_head"``, ``"attention"`` -> what
-            does it now. Empty: nothing was.
+        replaced: ``"rope"``, ``"tables"``, ``"rms_norm"``, ``"mlp"``, ``"loss"``, ``"lm_head"``, ``"attention"`` -> what does it
+            now. Empty: nothing was.
         notes: what the user should know, in words.
     """
 
@@ -93,6 +107,22 @@ class Record:
                 "accelerate, DeepSpeed or whatever it was wraps the model"
             )
         self.set(path, module, "forward", forward)
+
+    def set_forwards(
+        self,
+        model: nn.Module,
+        recognise: Callable[[nn.Module], Any],
+        forward: Callable[[Any], Any],
+        leave: Iterable[nn.Module] = (),
+    ) -> list[nn.Module]:
+        """Bind ``forward(found)`` on every module that is ``found`` by ``recognise``, but for those to ``leave`` and where
+        somebody else has; returns the modules."""
+        others, changed = set(leave), []
+        for name, module in model.named_modules():
+            if module not in others and not is_replaced(module) and (found := recognise(module)) is not None:
+                self.set_forward(name, module, MethodType(forward(found), module))
+                changed.append(module)
+        return changed
 
     def say(self, what: str, how: str) -> None:
         self.report.replaced[what] = how

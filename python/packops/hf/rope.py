@@ -23,7 +23,7 @@ from ..functional import apply_qk_norm_rope, apply_rope
 from . import families, rewrite
 from .families import Convention
 from .norm import RMSNorm, recognise
-from .record import Record
+from .record import Record, is_bare
 from .rewrite import CannotRewriteError
 
 ROPE = "apply_rotary_pos_emb"
@@ -123,12 +123,8 @@ class Norms(NamedTuple):
     across_heads: bool
 
     def can_be_absorbed(self, norm: nn.Module) -> bool:
-        """Whether the weight alone says what the module does now: nothing wraps it, no hook gathers a sharded weight first."""
-        return (
-            type(norm) is self.kind
-            and "forward" not in vars(norm)
-            and not (norm._forward_pre_hooks or norm._forward_hooks or norm._backward_hooks or norm._backward_pre_hooks)
-        )
+        """Whether the weight alone says what the module does now."""
+        return type(norm) is self.kind and is_bare(norm)
 
     def apply(self, norm: nn.Module, heads: Tensor, unsqueeze_dim: int) -> Tensor:
         """The module itself on heads that are as RoPE takes them."""
