@@ -11,7 +11,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._ops import OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.testing import assert_close
 
 import packops
@@ -56,7 +58,7 @@ def check_cross_entropy() -> None:
     try:
         packops.cross_entropy(logits, labels + 2000)
     except IndexError:
-        pass
+        check_gated_linear()
     else:
         raise AssertionError("a label outside the vocabulary must raise IndexError")
 
@@ -97,6 +99,17 @@ def check_rope() -> None:
     same(ops.qk_norm_rope(q, k, *weights, cos, sin, eps=1e-6, **options), want, [q, k, *weights])
 
 
+def check_gated_linear() -> None:
+    gate, up = (torch.randn(TOKENS, 24, requires_grad=True) for _ in range(2))
+    weight, bias = torch.randn(16, 24, requires_grad=True), torch.randn(16, requires_grad=True)
+    for activation in ("silu", "gelu_tanh", "gelu"):
+        want = reference.gated_activation(gate, up, activation=activation)
+        for function in (packops.gated_activation, ops.gated_activation):
+            same(function(gate, up, activation=activation), want, [gate, up])
+        want = reference.gated_linear(gate, up, weight, bias, activation=activation)
+        same(packops.gated_linear(gate, up, weight, bias, activation=activation), want, [gate, up, weight, bias])
+
+
 def check_metadata_and_packing() -> None:
     labels = torch.randint(0, 9, (TOKENS,))
     for function in (packops, ops):
@@ -126,6 +139,34 @@ def check_fakes() -> None:
         assert ops.rope(q, None, table, table)[0].shape == q.shape
         assert ops.qk_norm_rope(q, None, torch.empty(16), None, table, table, eps=1e-6)[0].shape == q.shape
         assert ops.packed_metadata(torch.empty(4, dtype=torch.int32), TOKENS)[0].shape == (TOKENS,)
+        assert ops.gated_activation(logits, logits).shape == logits.shape
+
+
+class CalledOps(TorchFunctionMode):
+    """Names of the packops ops that are called as ``torch.ops.packops.<name>`` while it is entered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if isinstance(func, OpOverloadPacket) and getattr(ops, func.__name__, None) is func:
+            self.names.add(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def check_everything() -> None:
+    torch.manual_seed(0)
+    with CalledOps() as called:
+        check_cross_entropy()
+        check_linear_and_sharded_losses()
+        check_rope()
+        check_gated_linear()
+        check_metadata_and_packing()
+    check_fakes()
+    schemas = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("packops::")}
+    public = {name.removeprefix("packops::") for name in schemas if not name.startswith("packops::_")}
+    assert public == called.names, f"this script does not call {sorted(public - called.names)}"
 
 
 def main() -> None:
@@ -134,18 +175,7 @@ def main() -> None:
     sources = packops.jit.installed_csrc()  # what packops.jit compiles
     digest = packops._C.build_info()["sources"]
     assert packops._build.source_digest(sources) == digest, f"{sources} is not what the library was built from"
-    torch.manual_seed(0)
-
-    tried = {"cross_entropy", "cross_entropy_stats", "linear_cross_entropy"}
-    tried |= {"rope", "rope_", "qk_norm_rope", "packed_metadata", "packed_labels"}
-    schemas = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("packops::")}
-    public = {name.removeprefix("packops::") for name in schemas if not name.startswith("packops::_")}
-    assert public == tried, f"this script does not try {sorted(public - tried)}"
-    check_cross_entropy()
-    check_linear_and_sharded_losses()
-    check_rope()
-    check_metadata_and_packing()
-    check_fakes()
+    check_everything()
 
     python = sys.version.split()[0]
     print(f"packops {packops.__version__} works under torch {torch.__version__}, Python {python}: {packops.__file__}")
