@@ -331,6 +331,12 @@ def layouts(problem: Problem) -> dict[str, Callable[[], Candidate]]:
         "packops, M-RoPE": lambda: p.candidate(
             lambda q, k: raw(q, k, cos, sin, axes, mrope_section=sections), position_ids=axes, mrope_section=sections
         ),
+        "packops, M-RoPE, axes in turn": lambda: p.candidate(
+            lambda q, k: raw(q, k, cos, sin, axes, mrope_section=sections, mrope_interleaved=True),
+            position_ids=axes,
+            mrope_section=sections,
+            mrope_interleaved=True,
+        ),
         "packops, interleaved": lambda: p.candidate(
             lambda q, k: raw(q, k, cos, sin, ids, interleaved=True), interleaved=True, position_ids=ids
         ),
@@ -398,12 +404,22 @@ def shape_cases(args: argparse.Namespace, problem: Problem) -> Iterator[Case]:
 
 
 def partial_case(args: argparse.Namespace, tokens: int, q_heads: int, k_heads: int, dim: int, rotary: int, dtype: str) -> Case:
-    """A quarter of each head turns: in place the rest is not even read."""
+    """A quarter of each head turns: in place the rest is not even read. A strided copy shows what memory gives for such bytes."""
     problem = Problem(tokens, q_heads, k_heads, dim, dtype, args.device, rotary)
     rotate = functools.partial(rotated, problem=problem)
+
+    def strided_copy(i: int) -> None:
+        i %= problem.count
+        for sources, targets in zip((problem.q, problem.k), problem.scratch, strict=True):
+            source, target = sources[i], targets[i]
+            words = [x.view(torch.complex128) for x in (source, target)]  # 16 bytes
+            width = words[0].shape[-1] * rotary // dim
+            words[1][..., :width].copy_(words[0][..., :width])
+
     candidates = {
         OURS: lambda: problem.candidate(functools.partial(rotate, inplace=True), inplace=True),
         "packops, out of place": lambda: problem.candidate(rotate),
+        "strided copy": lambda: Candidate(strided_copy),
     }
     return Case(f"in place, {problem.line}", candidates, problem.bytes(inplace=True), problem.count)
 

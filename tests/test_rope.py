@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 import packops
 from packops import reference
+from packops._register import rope as _rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -597,6 +598,14 @@ def test_fp64_on_the_cpu_is_fp64():
     out = packops.apply_rope(q, k, cos, sin, interleaved=True)
     for a, b in zip(out, reference.rope(q, k, cos, sin, interleaved=True), strict=True):
         assert (a - b).abs().max() < 1e-14
+
+
+def test_options_that_are_not_passed_on_have_the_defaults_of_the_ops():
+    for op in (torch.ops.packops._rope, torch.ops.packops._rope_):
+        names = [argument.name for argument in op.default._schema.arguments]
+        options = op.default._schema.arguments[names.index("layout") : names.index("transposed")]
+        assert _rope.given(tuple(argument.default_value for argument in options)) == ()
+    assert _rope.given((None, None, 4, False, None, False, False)) == (None, None, 4, False, None, False, False)
 
 
 def test_in_place_under_autograd(device):

@@ -84,11 +84,16 @@ def check_tables_are_constant(cos: Tensor, sin: Tensor) -> None:
         raise ValueError("packops.rope: cos and sin need a gradient, but RoPE is differentiable in q and k only: detach them")
 
 
+def given(options: tuple) -> tuple:
+    """What of the options to pass on: nothing where all have their defaults, since parsing seven takes torch a microsecond."""
+    return () if options == (None, None, 0, False, None, False, False) else options
+
+
 def rotate_in_place(raw: Any, raw_in_place: Any, q: Tensor, k: Tensor | None, tables: tuple, options: tuple) -> None:
     """In one launch where autograd takes no part, else one by one."""
     tensors = (q,) if k is None else (q, k)
     if not torch.is_grad_enabled() or not any(heads.requires_grad for heads in tensors):
-        raw_in_place(q, k, *tables, *options)
+        raw_in_place(q, k, *tables, *given(options))
         torch.autograd.graph.increment_version(tensors)
         return
     check_tables_are_constant(*tables[:2])
