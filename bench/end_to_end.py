@@ -129,9 +129,9 @@ class Row:
     not_for: tuple[str, ...] = ()
 
 
-def with_liger(model: nn.Module) -> None:
+def with_liger(model: nn.Module, **parts: bool) -> None:
     transformers = importlib.import_module("liger_kernel.transformers")
-    transformers._apply_liger_kernel_to_instance(model=model)
+    transformers._apply_liger_kernel_to_instance(model=model, **parts)
 
 
 def with_packops(model: nn.Module) -> None:
@@ -155,6 +155,12 @@ ROWS = [
     Row("packed, packops", "default", change=with_packops),
     Row("packed, flex", "flex_attention"),
     Row("packed, flex, Liger", "flex_attention", change=with_liger),
+    # RoPE and the fused loss, without norms and gates
+    Row(
+        "packed, flex, Liger in part",
+        "flex_attention",
+        change=functools.partial(with_liger, rms_norm=False, swiglu=False, geglu=False),
+    ),
 ]
 
 
