@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 import packops
+import packops.hf
 from packops import PackedBatch, PackedBatchSampler, PackingCollator, reference
 from packops._register import linear_ce_loss
 from ranks import fabrics, run_ranks, this_device
@@ -416,8 +417,10 @@ def trained_by_one(world_size, reduction):
     return dict(model.named_parameters())
 
 
-def trained_by_ranks(rank, world_size, reduction, wrap, set_sync, normalise=True):
+def trained_by_ranks(rank, world_size, reduction, wrap, set_sync, normalise=True, applied=False):
     model = make_llama()
+    if applied:
+        packops.hf.apply(model, attention="packops_varlen", reduction=reduction)
     parallel = wrap(model)
     optimizer = optimizer_of(model)
     for step in steps_of(rank, world_size):
@@ -425,7 +428,10 @@ def trained_by_ranks(rank, world_size, reduction, wrap, set_sync, normalise=True
         num_items = packops.loss_normalizer(batches, reduction=reduction) if normalise else None
         for number, batch in enumerate(batches):
             set_sync(parallel, number == len(batches) - 1)
-            loss = loss_of(parallel, batch, reduction, num_items)
+            if applied:
+                loss = parallel(**batch.to_hf(), num_items_in_batch=num_items).loss
+            else:
+                loss = loss_of(parallel, batch, reduction, num_items)
             (loss if normalise else loss / len(batches)).backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -447,6 +453,17 @@ def wrap_fsdp(model):
     for layer in model.model.layers:
         fully_shard(layer, mesh=mesh)
     return fully_shard(model, mesh=mesh)
+
+
+def wrap_fsdp_finely(model):
+    """Also what packops reads the weights of without calling it, each on its own: gathered by nobody but its own hooks."""
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in model.model.layers:
+        for module in (layer.mlp.down_proj, layer.self_attn, layer.input_layernorm):
+            fully_shard(module)
+    fully_shard([model.model.norm, model.lm_head])
+    return wrap_fsdp(model)
 
 
 def sync_fsdp(parallel, on):
@@ -482,6 +499,28 @@ def test_data_parallel_gives_the_weights_of_one_process(backend, world_size, tmp
     """DDP and FSDP2 with gradient accumulation, ranks of unequal token counts, and loss_normalizer."""
     pytest.importorskip("transformers")
     run_ranks(world_size, tmp_path, data_parallel, world_size, backend=backend)
+
+
+def data_parallel_of_applied(rank, world_size):
+    for reduction in ("mean", "seq-mean-token-mean"):
+        expected = trained_by_one(world_size, reduction)
+        for wrap, set_sync in ((wrap_ddp, sync_ddp), (wrap_fsdp, sync_fsdp), (wrap_fsdp_finely, sync_fsdp)):
+            model = trained_by_ranks(rank, world_size, reduction, wrap, set_sync, applied=True)
+            for name, parameter in model.named_parameters():
+                torch.testing.assert_close(
+                    whole(parameter).detach(),
+                    expected[name].detach(),
+                    rtol=1e-6,
+                    atol=1e-7,
+                    msg=lambda m, n=f"{wrap.__name__}, {name}": f"{n}: {m}",
+                )
+
+
+@fabrics(2, gpus=())
+def test_data_parallel_of_a_model_that_packops_changed(backend, world_size, tmp_path):
+    """``apply`` before DDP and FSDP2: weights that packops reads outside of the module they belong to are there."""
+    pytest.importorskip("transformers")
+    run_ranks(world_size, tmp_path, data_parallel_of_applied, world_size, backend=backend)
 
 
 # ---- context parallel --------------------------------------------------------------------------------------------------------
