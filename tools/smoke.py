@@ -58,7 +58,7 @@ def check_cross_entropy() -> None:
     try:
         packops.cross_entropy(logits, labels + 2000)
     except IndexError:
-        check_gated_linear()
+        pass
     else:
         raise AssertionError("a label outside the vocabulary must raise IndexError")
 
