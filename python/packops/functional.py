@@ -376,7 +376,6 @@ def apply_rope(
         if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
             _rope.check_tables_are_constant(cos, sin)
             return _rope.Rope.apply(_ROPE, q, k, *tables, options, False)
-        # An argument that is given takes torch longer than one that is not.
         return _ROPE(q, k, *tables, *_rope.given(options))
     except RuntimeError as error:
         raise_typed(error)
