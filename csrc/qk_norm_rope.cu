@@ -6,7 +6,8 @@
 // kernel adds the rows in a fixed order. No atomics, so the same bits at every run.
 //
 // Layout: see qk_norm_rope_launch.h. The forward kernel is the one of rope.cu with a sum over the threads of a head in the middle; it
-// asks for heads, weights, positions and the table's rows before it uses any of them. So does each round of the backward kernel.
+// asks for heads, weights, positions and the table's rows before it uses any of them. So does each round of the backward kernel. The
+// sums of all heads of a thread go around the group together, and their floats are made anew afterwards (forget).
 #include "qk_norm_rope.h"
 
 #include "common/device.cuh"
@@ -68,22 +69,38 @@ __device__ inline float dot(const float (&a)[W], const float (&b)[W]) {
   return sum;
 }
 
-__device__ inline float group_sum(float x, int group) {
-  for (int step = group / 2; step > 0; step /= 2) x += __shfl_xor_sync(~0u, x, step);
-  return x;
+// Sums over a group of threads, all at once: one after the other they would wait N times as long.
+template <int N>
+__device__ inline void group_sum(float (&x)[N], int group) {
+  for (int step = group / 2; step > 0; step /= 2) {
+#pragma unroll
+    for (int i = 0; i < N; i++) x[i] += __shfl_xor_sync(~0u, x[i], step);
+  }
+}
+
+// Hides from the compiler that these are the bits it has seen before. Else it keeps, of all heads of a thread, the floats that the
+// sums were made of, since they are needed again, instead of making them again: 16 registers a head.
+template <typename T, int W>
+__device__ inline void forget(Vec<T, W>& v) {
+  if constexpr (sizeof(v.bits) == 16) asm("" : "+r"(v.bits.x), "+r"(v.bits.y), "+r"(v.bits.z), "+r"(v.bits.w));
+  else asm("" : "+r"(v.bits.x), "+r"(v.bits.y));
 }
 
 // ---- Narrow: one head in the registers of one group of threads of a warp.
 
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
-__global__ void __launch_bounds__(kRopeMostThreads, 1)
+__global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
     QkNormRopeForwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RopeLaunch launch,
                             const int64_t first_batch) {
-  auto* start_of = dynamic_shared<int64_t>();  // of each token of the block, with cu_seqlens
+  // As in rope.cu.
+  auto* numbers = dynamic_shared<float>();
+  const int sines = kMrope ? launch.tokens_per_block * launch.lanes_per_block * W : 0;
+  auto* start_of = reinterpret_cast<int64_t*>(numbers + 2 * sines);
   const RopeParams& rope = p.rope;
   const int lane = threadIdx.x, group = launch.lanes_per_block;
   const int local = launch.token_inner ? threadIdx.y : threadIdx.z;
-  const int slot = blockIdx.y * launch.slots_per_block + (launch.token_inner ? threadIdx.z : threadIdx.y);
+  const int slot_in_block = launch.token_inner ? threadIdx.z : threadIdx.y;
+  const int slot = blockIdx.y * launch.slots_per_block + slot_in_block;
   const int64_t first = int64_t(blockIdx.x) * launch.tokens_per_block;
   const RopeToken at{first_batch + blockIdx.z, first + local};
   const bool active = at.token < rope.tokens && slot < launch.slots && lane < launch.lanes;
@@ -107,33 +124,56 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
     __syncthreads();
   }
   bool outside = true, turns = false;
-  RopeCoefficients<W, kInterleaved, kMrope> coefficients;
-  if (active) {
+  RopeCoefficients<W, kInterleaved> coefficients;
+  if (kMrope || active) {
     const RopePosition<kMrope> position(rope, at, rope.cu_seqlens ? start_of[local] : 0);
-    outside = position.outside();
+    numbers += (local * launch.lanes_per_block + lane) * W;
+    const RopeShared shared{numbers, numbers + sines};
+    if constexpr (kMrope) {
+      coefficients.share(rope, position, lane, shared, slot_in_block, launch.slots_per_block);
+      __syncthreads();
+    }
+    outside = !active || position.outside();
     turns = place.turns && !outside;
-    if (turns) coefficients.load(rope, at, position, lane);
+    if (turns) coefficients.load(rope, at, position, lane, shared);
   }
 
-  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);  // a division, which no load should wait for
-  float weight_a[W], weight_b[W];
-  if (!outside) weights.receive(place, weight_a, weight_b);
+  float square[kUnroll];
 #pragma unroll
   for (int u = 0; u < kUnroll; u++) {
     float a[W], b[W];
     xa[u].to_floats(a);
     xb[u].to_floats(b);
-    const float square = group_sum(dot(a, a) + dot(b, b), group) * inverse_dim;
-    if (outside) continue;
-    const float r = 1.f / sqrtf(square + eps);
+    square[u] = dot(a, a) + dot(b, b);
+    forget(xa[u]);
+    forget(xb[u]);
+  }
+  group_sum(square, group);
+
+  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);  // a division, which no load should wait for
+  if (!outside) {
+    float weight_a[W], weight_b[W];
+    weights.receive(place, weight_a, weight_b);
+    if (turns && coefficients.bad) {
+      turns = false;
 #pragma unroll
-    for (int j = 0; j < W; j++) {
-      a[j] *= r * weight_a[j];
-      b[j] *= r * weight_b[j];
+      for (int j = 0; j < W; j++) weight_a[j] = weight_b[j] = coefficients.fault(rope);
     }
-    if (turns) coefficients.turn(rope, a, b);
-    xa[u].from_floats(a);
-    xb[u].from_floats(b);
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      float a[W], b[W];
+      xa[u].to_floats(a);
+      xb[u].to_floats(b);
+      const float r = rsqrtf(square[u] * inverse_dim + eps);
+#pragma unroll
+      for (int j = 0; j < W; j++) {
+        a[j] *= r * weight_a[j];
+        b[j] *= r * weight_b[j];
+      }
+      if (turns) coefficients.turn(a, b);
+      xa[u].from_floats(a);
+      xb[u].from_floats(b);
+    }
   }
 
   if (!active) return;
@@ -146,10 +186,12 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
 }
 
 template <typename T, bool kInterleaved, bool kMrope, int kUnroll>
-__global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
+__global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
     QkNormRopeBackwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   constexpr int W = 4;
-  auto* start_of = dynamic_shared<int64_t>();
+  auto* numbers = dynamic_shared<float>();
+  const int sines = kMrope ? launch.threads * W : 0;
+  auto* start_of = reinterpret_cast<int64_t*>(numbers + 2 * sines);
   const Job job = job_of(p, launch);
   const RopeParams& rope = p.rope;
   const int heads = int(job.x.heads), slots = (heads + kUnroll - 1) / kUnroll, groups = launch.threads / launch.group;
@@ -177,8 +219,8 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
   while (first < tokens) {
     const int64_t t = first + local;
     const int slot = chunk * slots_per_block + slot_in_chunk;
-    const bool active = has_lane && local < tokens_per_block && t < tokens && slot < slots;
-    const RopeToken at = active ? rope_token(rope, t) : RopeToken{0, 0};
+    const bool has_token = local < tokens_per_block && t < tokens, active = has_token && has_lane && slot < slots;
+    const RopeToken at = has_token ? rope_token(rope, t) : RopeToken{0, 0};
 
     Vec<T, W> xa[kUnroll], xb[kUnroll], ga[kUnroll], gb[kUnroll];
 #pragma unroll
@@ -199,20 +241,37 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
       }
     }
 
+    if (kMrope || rope.cu_seqlens) __syncthreads();  // what the previous round shared has been read
     if (rope.cu_seqlens) {
-      __syncthreads();  // the previous unit's starts have been read
       find_documents(rope, first, tokens_per_block, start_of, threadIdx.x, launch.threads);
       __syncthreads();
     }
     bool outside = true, turns = false;
-    RopeCoefficients<W, kInterleaved, kMrope> coefficients;
-    if (active) {
-      const RopePosition<kMrope> position(rope, at, rope.cu_seqlens ? start_of[local] : 0);
-      outside = position.outside();
+    RopeCoefficients<W, kInterleaved> coefficients;
+    if (kMrope || active) {
+      const RopePosition<kMrope> position(rope, at, rope.cu_seqlens && has_token ? start_of[local] : 0);
+      float* mine = numbers + (local * launch.group + lane) * W;
+      const RopeShared shared{mine, mine + sines};
+      if constexpr (kMrope) {
+        if (has_token) coefficients.share(rope, position, lane, shared, slot_in_chunk, slots_per_block);
+        __syncthreads();
+      }
+      outside = !active || position.outside();
       turns = place.turns && !outside;
-      if (turns) coefficients.load(rope, at, position, lane);
+      if (turns) coefficients.load(rope, at, position, lane, shared);
     }
 
+    if (turns && coefficients.bad) {
+      turns = false;
+#pragma unroll
+      for (int u = 0; u < kUnroll; u++) {
+        ga[u].fill(coefficients.fault(rope));
+        gb[u].fill(coefficients.fault(rope));
+      }
+    }
+
+    // mean(h w n) = r mean(h w x), so both sums can be made at once.
+    float sums[2 * kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
       float a[W], b[W], ha[W], hb[W];
@@ -220,40 +279,52 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
       xb[u].to_floats(b);
       ga[u].to_floats(ha);
       gb[u].to_floats(hb);
-      const float square = group_sum(dot(a, a) + dot(b, b), launch.group) * inverse_dim;
-      const int head = slot + u * slots;
-      // Of what is no head of a document nothing may reach the weight's gradient, NaN and eps = 0 included.
-      const bool counts = !outside && head < heads;
-      const float r = counts ? 1.f / sqrtf(square + eps) : 0.f;
-      if (turns) coefficients.turn(rope, ha, hb);
-      // Here h becomes h w, after the weight's gradient h n has been taken.
+      sums[2 * u] = dot(a, a) + dot(b, b);
+      if (turns) coefficients.turn(ha, hb);
 #pragma unroll
       for (int j = 0; j < W; j++) {
-        a[j] *= r;
-        b[j] *= r;
-        sum_a[j] += counts ? ha[j] * a[j] : 0.f;
-        sum_b[j] += counts ? hb[j] * b[j] : 0.f;
         ha[j] *= weight_a[j];
         hb[j] *= weight_b[j];
       }
-      const float mean = group_sum(dot(ha, a) + dot(hb, b), launch.group) * inverse_dim;
+      sums[2 * u + 1] = dot(ha, a) + dot(hb, b);
+      forget(xa[u]);
+      forget(xb[u]);
+      forget(ga[u]);
+      forget(gb[u]);
+    }
+    group_sum(sums, launch.group);
+
 #pragma unroll
-      for (int j = 0; j < W; j++) {
-        a[j] = r * (ha[j] - a[j] * mean);
-        b[j] = r * (hb[j] - b[j] * mean);
-      }
-      if (active && head < heads) {
-        T* y = head_out<T>(job.x, at, head);
-        if (counts) {
-          xa[u].from_floats(a);
-          xb[u].from_floats(b);
-        } else {
-          xa[u] = ga[u];
-          xb[u] = gb[u];
+    for (int u = 0; u < kUnroll; u++) {
+      const int head = slot + u * slots;
+      if (!active || head >= heads) continue;
+      // Of what is outside of documents nothing may reach the weight's gradient, NaN and eps = 0 included.
+      if (outside) {
+        xa[u] = ga[u];
+        xb[u] = gb[u];
+      } else {
+        float a[W], b[W], ha[W], hb[W];
+        xa[u].to_floats(a);
+        xb[u].to_floats(b);
+        ga[u].to_floats(ha);
+        gb[u].to_floats(hb);
+        const float r = rsqrtf(sums[2 * u] * inverse_dim + eps), mean = sums[2 * u + 1] * inverse_dim * r;
+        if (turns) coefficients.turn(ha, hb);
+#pragma unroll
+        for (int j = 0; j < W; j++) {
+          a[j] *= r;
+          b[j] *= r;
+          sum_a[j] += ha[j] * a[j];
+          sum_b[j] += hb[j] * b[j];
+          a[j] = r * (ha[j] * weight_a[j] - a[j] * mean);
+          b[j] = r * (hb[j] * weight_b[j] - b[j] * mean);
         }
-        xa[u].store_streaming(y + place.a);
-        if (has_b) xb[u].store_streaming(y + place.b);
+        xa[u].from_floats(a);
+        xb[u].from_floats(b);
       }
+      T* y = head_out<T>(job.x, at, head);
+      xa[u].store_streaming(y + place.a);
+      if (has_b) xb[u].store_streaming(y + place.b);
     }
     first += step;
     chunk += chunk_step;
@@ -264,10 +335,9 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
   }
 
   // The groups' sums, added in the order of the groups.
-  float* sums = reinterpret_cast<float*>(start_of);
   __syncthreads();
   if (has_lane) {
-    float* mine = sums + in_block * rope.head_dim;
+    float* mine = numbers + in_block * rope.head_dim;
 #pragma unroll
     for (int j = 0; j < W; j++) {
       mine[place.a + j] = sum_a[j];
@@ -277,7 +347,7 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
   __syncthreads();
   for (int i = threadIdx.x; i < rope.head_dim; i += blockDim.x) {
     float total = 0.f;
-    for (int g = 0; g < groups; g++) total += sums[g * rope.head_dim + i];
+    for (int g = 0; g < groups; g++) total += numbers[g * rope.head_dim + i];
     job.partial[job.block * rope.head_dim + i] = total;
   }
 }
@@ -286,12 +356,12 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T), kMrope))
 
 // Sums over the block; every thread gets them. scratch: 64 floats.
 __device__ inline float2 block_sum(float x, float y, float* scratch) {
-  x = group_sum(x, 32);
-  y = group_sum(y, 32);
+  float sums[] = {x, y};
+  group_sum(sums, 32);
   __syncthreads();
   if (threadIdx.x % 32 == 0) {
-    scratch[threadIdx.x / 32] = x;
-    scratch[32 + threadIdx.x / 32] = y;
+    scratch[threadIdx.x / 32] = sums[0];
+    scratch[32 + threadIdx.x / 32] = sums[1];
   }
   __syncthreads();
   x = y = 0.f;
@@ -347,7 +417,7 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
 
     // One lane: x, the weight, and the turned-back gradient.
     RopeLane place;
-    RopeCoefficients<W, kInterleaved, kMrope> coefficients;
+    RopeCoefficients<W, kInterleaved> coefficients;
     float a[W], b[W], weight_a[W], weight_b[W], ha[W], hb[W];
     bool turns;
     auto load = [&](int item) {
@@ -367,15 +437,23 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
       }
       NormWeights<W> weights(p);
       weights.ask(job.weight, int64_t(head) * rope.head_dim, place);
-      if (turns) coefficients.load(rope, at, position, lane);
+      if (turns) {
+        if constexpr (kMrope) coefficients.load_each(rope, position, lane);
+        else coefficients.load(rope, at, position, lane, {});
+      }
       xa.to_floats(a);
       xb.to_floats(b);
       weights.receive(place, weight_a, weight_b);
       if constexpr (kBackward) {
         ga.to_floats(ha);
         gb.to_floats(hb);
-        if (turns) coefficients.turn(rope, ha, hb);
       }
+      if (turns && coefficients.bad) {
+        turns = false;
+        for (float (*faulty)[W] : {kBackward ? &ha : &weight_a, kBackward ? &hb : &weight_b})
+          for (float& x : *faulty) x = coefficients.fault(rope);
+      }
+      if (kBackward && turns) coefficients.turn(ha, hb);
     };
 
     float squares = 0.f, products = 0.f;
@@ -388,7 +466,7 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
       }
     }
     const float2 total = block_sum(squares, products, scratch);
-    const float r = 1.f / sqrtf(total.x * inverse_size + eps), mean = total.y * r * inverse_size;
+    const float r = rsqrtf(total.x * inverse_size + eps), mean = total.y * r * inverse_size;
 
     for (int item = threadIdx.x; item < items; item += blockDim.x) {
       load(item);
@@ -410,7 +488,7 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
           a[j] *= r * weight_a[j];
           b[j] *= r * weight_b[j];
         }
-        if (turns) coefficients.turn(rope, a, b);
+        if (turns) coefficients.turn(a, b);
       }
       Vec<T, W> va, vb;
       va.from_floats(a);
@@ -453,8 +531,11 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) WeightGradientKernel(co
 
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_forward(const QkNormRopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
-  if (launch.unroll == 2) launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 2>>(p, p.rope, launch, stream);
-  else launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 1>>(p, p.rope, launch, stream);
+  if constexpr (W * sizeof(T) == 16) {
+    if (launch.unroll == 4) return launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 4>>(p, p.rope, launch, stream);
+    if (launch.unroll == 2) return launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 2>>(p, p.rope, launch, stream);
+  }
+  launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 1>>(p, p.rope, launch, stream);
 }
 
 template <typename T, int W, bool kInterleaved, bool kMrope>
@@ -468,7 +549,9 @@ void launch_wide(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool
 template <typename T, bool kInterleaved, bool kMrope>
 void launch_backward(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
   const int groups = launch.threads / launch.group;
-  const int shared = std::max(groups * p.rope.head_dim * int(sizeof(float)), groups * int(sizeof(int64_t)));
+  const int shared =
+      std::max(groups * p.rope.head_dim * int(sizeof(float)),
+               (kMrope ? 2 * launch.threads * launch.width * int(sizeof(float)) : 0) + groups * int(sizeof(int64_t)));
   packops::launch(QkNormRopeBackwardKernel<T, kInterleaved, kMrope, 2>, unsigned(launch.q_blocks + launch.k_blocks),
                   launch.threads, shared, stream, p, launch);
 }

@@ -16,8 +16,8 @@
 namespace packops {
 
 // Blocks of a kernel whose blocks stay that a multiprocessor holds, which decides how many registers a thread has. Narrow backward,
-// 128 threads: 96 registers, or 128, which the wider vectors of fp32 and the three rows of M-RoPE fill. Wide, 256 threads: 80 or 128.
-constexpr int qk_norm_narrow_blocks(int element_size, bool mrope) { return element_size == 4 || mrope ? 4 : 5; }
+// 128 threads: 96 registers, or 128, which the wider vectors of fp32 fill. Wide, 256 threads: 80 or, for M-RoPE, 128.
+constexpr int qk_norm_narrow_blocks(int element_size) { return element_size == 4 ? 4 : 5; }
 constexpr int qk_norm_wide_blocks(bool mrope) { return mrope ? 2 : 3; }
 
 struct QkNormRopeLaunch {
@@ -36,10 +36,14 @@ struct QkNormRopeLaunch {
   int tokens_per_block(int64_t heads) const { return threads / group / slots_per_block(heads); }
 };
 
+// Of the forward kernel, narrow: with 96 registers four such blocks are on a multiprocessor. A head's lanes are filled up to a power
+// of two, which may double that.
+inline constexpr int kNormBlockThreads = 160;
+
 // As rope_launch.h would, but for whole warps of whole heads.
 inline RopeLaunch choose_norm_launch(const RopeParams& p, int element_size, int multiprocessors) {
-  RopeLaunch launch = choose_rope_launch(p, element_size, multiprocessors);
-  if (launch.unroll > 2) launch = choose_rope_launch(p, element_size, multiprocessors, 2);
+  const int unroll = rope_vector_width(p, element_size) * element_size < 16 ? 1 : 0;  // narrow vectors are rare
+  RopeLaunch launch = choose_rope_launch(p, element_size, multiprocessors, unroll, kNormBlockThreads);
   const auto power_of_two = [](int x) { return (x & (x - 1)) == 0; };
   while (!power_of_two(launch.lanes_per_block)) launch.lanes_per_block++;
   while (!power_of_two(launch.tokens_per_block)) launch.tokens_per_block--;
@@ -80,8 +84,8 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
     }
     if (!backward) return std::min<int64_t>(units, 0x3fffffff);
     // Every block leaves a row of partial sums, so there are only as many as run at once.
-    const int64_t resident = int64_t(multiprocessors) *
-                             (launch.narrow ? qk_norm_narrow_blocks(element_size, rope.mrope) : qk_norm_wide_blocks(rope.mrope));
+    const int64_t resident =
+        int64_t(multiprocessors) * (launch.narrow ? qk_norm_narrow_blocks(element_size) : qk_norm_wide_blocks(rope.mrope));
     const int64_t share = std::max<int64_t>(1, resident * heads / std::max<int64_t>(1, rope.q.heads + rope.k.heads));
     return std::min(units, share);
   };

@@ -8,7 +8,8 @@
 // Layout: see rope_launch.h. A thread owns both vectors of a pair, so no element is loaded twice. It asks for all its heads, then
 // for its position, then for the rows of the table, all before anything of the heads has arrived: the chain position -> row runs in
 // their shadow. The grid walks tokens, so the number of documents costs nothing; with cu_seqlens a warp finds a token's document 32
-// ways at a time. Half pairs: the vectors lie at i and i + R/2. Interleaved pairs: at the same places, each vector holding whole
+// ways at a time. With M-RoPE a block looks the pairs of its tokens up once, in shared memory (RopeCoefficients::share), also in that
+// shadow, so that sections of every shape cost the same. Half pairs: the vectors lie at i and i + R/2. Interleaved pairs: at the same places, each vector holding whole
 // pairs, so that both kinds touch memory in the same pattern.
 #include "rope.h"
 
@@ -22,7 +23,10 @@ namespace {
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(kRopeMostThreads, 1)
     RopeKernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
-  auto* start_of = dynamic_shared<int64_t>();  // of each token of the block, with cu_seqlens
+  // With M-RoPE cosines and sines of each token's lanes; with cu_seqlens the start of each token's document.
+  auto* numbers = dynamic_shared<float>();
+  const int sines = kMrope ? launch.tokens_per_block * launch.lanes_per_block * W : 0;
+  auto* start_of = reinterpret_cast<int64_t*>(numbers + 2 * sines);
 
   int lane = threadIdx.x, chunk = blockIdx.y;
   if (launch.lane_chunks > 1) {
@@ -30,7 +34,8 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
     chunk /= launch.lane_chunks;
   }
   const int local = launch.token_inner ? threadIdx.y : threadIdx.z;
-  const int slot = chunk * launch.slots_per_block + (launch.token_inner ? threadIdx.z : threadIdx.y);
+  const int slot_in_block = launch.token_inner ? threadIdx.z : threadIdx.y;
+  const int slot = chunk * launch.slots_per_block + slot_in_block;
   const int64_t first = int64_t(blockIdx.x) * launch.tokens_per_block;
   const RopeToken at{first_batch + blockIdx.z, first + local};
   const bool active = at.token < p.tokens && slot < launch.slots && lane < launch.lanes;
@@ -51,19 +56,31 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
     find_documents(p, at.batch * p.tokens + first, launch.tokens_per_block, start_of, thread, launch.threads());
     __syncthreads();
   }
-  if (!active) return;
+  if (!kMrope && !active) return;
   const RopePosition<kMrope> position(p, at, p.cu_seqlens ? start_of[local] : 0);
+  RopeCoefficients<W, kInterleaved> coefficients;
+  numbers += (local * launch.lanes_per_block + threadIdx.x) * W;
+  const RopeShared shared{numbers, numbers + sines};
+  if constexpr (kMrope) {
+    coefficients.share(p, position, lane, shared, slot_in_block, launch.slots_per_block);
+    __syncthreads();
+    if (!active) return;
+  }
   if (position.outside() && p.in_place) return;
 
   if (place.turns && !position.outside()) {
-    RopeCoefficients<W, kInterleaved, kMrope> coefficients;
-    coefficients.load(p, at, position, lane);
+    coefficients.load(p, at, position, lane, shared);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
+      if (coefficients.bad) {
+        a[u].fill(coefficients.fault(p));
+        b[u].fill(coefficients.fault(p));
+        continue;
+      }
       float x[W], y[W];
       a[u].to_floats(x);
       b[u].to_floats(y);
-      coefficients.turn(p, x, y);
+      coefficients.turn(x, y);
       a[u].from_floats(x);
       b[u].from_floats(y);
     }
@@ -81,7 +98,7 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
 
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_unrolled(const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
-  constexpr int kMost = rope_max_unroll(W * sizeof(T), kMrope);
+  constexpr int kMost = rope_max_unroll(W * sizeof(T));
   if constexpr (kMost >= 4)
     if (launch.unroll == 4) return launch_rope<RopeKernel<T, W, kInterleaved, kMrope, 4>>(p, p, launch, stream);
   if constexpr (kMost >= 2)

@@ -146,6 +146,7 @@ struct RopePosition {
   int64_t row[kAxes];
 
   __device__ RopePosition(const RopeParams& p, RopeToken at, int64_t start) {
+    if (kMrope) at.token = min(at.token, p.tokens - 1);  // threads past the last token, too, share in looking tables up
     const auto checked = [&](int64_t x) { return x >= 0 && x < p.table_rows ? x : kBad; };
     if (p.cu_seqlens && start == kOutside) {
       row[0] = kOutside;
@@ -209,93 +210,90 @@ __device__ inline RopeLane rope_lane(const RopeParams& p, int lane, int lanes) {
   return {place(first), place(second), false, second < passing};
 }
 
-template <int W, bool kInterleaved, bool kMrope>
+// Where the cosines and sines of a lane of a token lie in shared memory, aligned as vectors.
+struct RopeShared {
+  float *cos, *sin;
+};
+
+template <int W, bool kInterleaved>
 struct RopeCoefficients {
   static constexpr int kRun = kInterleaved && W > 1 ? W / 2 : W;  // consecutive pairs
   float cos[W], sin[W];
-  bool bad;
+  bool bad;  // the table has no such row
 
-  // position: not outside.
-  __device__ void load(const RopeParams& p, RopeToken at, const RopePosition<kMrope>& position, int lane) {
-    bad = position.row[0] == kBad;
+  static __device__ int first_pair(const RopeParams& p, int lane, int run) { return lane * kRun + run * (p.rotary_dim / 4); }
+
+  // position: not outside. With M-RoPE from what was shared, a barrier ago.
+  __device__ void load(const RopeParams& p, RopeToken at, const RopePosition<false>& position, int lane, RopeShared) {
+    const int64_t row = position.row[0];
+    bad = row == kBad;
     if (bad) return;
     constexpr int kRuns = W / kRun;
     const TableFormat format =
         TableFormat::of<kRun>(p.table_dtype, reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin),
                               p.cos_batch | p.cos_row | p.sin_batch | p.sin_row);
-    const auto first_pair = [&](int r) { return lane * kRun + r * (p.rotary_dim / 4); };
     const int64_t batch = p.per_token_table ? at.batch : 0, cos_base = batch * p.cos_batch, sin_base = batch * p.sin_batch;
-    const auto set = [&](int i, float c, float s) {
-      cos[i] = c;
-      sin[i] = p.transposed ? -s : s;
-    };
-
-    // Runs that have one axis each: all, but for M-RoPE that deals axes out in turn or cuts its sections inside a run.
-    int axis_of[kRuns] = {};
-    bool one_axis = true;
-    if constexpr (kMrope) {
+    TableRun<kRun> cos_run[kRuns], sin_run[kRuns];
 #pragma unroll
-      for (int r = 0; r < kRuns; r++) {
-        axis_of[r] = rope_mrope_axis(p, first_pair(r));
-        one_axis = one_axis && !p.mrope_interleaved && axis_of[r] == rope_mrope_axis(p, first_pair(r) + kRun - 1);
-      }
+    for (int r = 0; r < kRuns; r++) {
+      cos_run[r].load(p.cos, format, cos_base + row * p.cos_row + first_pair(p, lane, r));
+      sin_run[r].load(p.sin, format, sin_base + row * p.sin_row + first_pair(p, lane, r));
     }
-    if (one_axis) {
-      TableRun<kRun> cos_run[kRuns], sin_run[kRuns];
 #pragma unroll
-      for (int r = 0; r < kRuns; r++) {
-        int64_t row = position.row[0];
-        if constexpr (kMrope) row = axis_of[r] == 0 ? row : axis_of[r] == 1 ? position.row[1] : position.row[2];
-        cos_run[r].load(p.cos, format, cos_base + row * p.cos_row + first_pair(r));
-        sin_run[r].load(p.sin, format, sin_base + row * p.sin_row + first_pair(r));
-      }
+    for (int r = 0; r < kRuns; r++) {
+      float c[kRun], s[kRun];
+      cos_run[r].to_floats(format, c);
+      sin_run[r].to_floats(format, s);
 #pragma unroll
-      for (int r = 0; r < kRuns; r++) {
-        float c[kRun], s[kRun];
-        cos_run[r].to_floats(format, c);
-        sin_run[r].to_floats(format, s);
-#pragma unroll
-        for (int j = 0; j < kRun; j++) set(r * kRun + j, c[j], s[j]);
-      }
-    } else if constexpr (kMrope) {
-      // Of three rows, each pair takes that of its axis: cheaper than looking pairs up one by one.
-      TableRun<kRun> cos_run[3][kRuns], sin_run[3][kRuns];
-#pragma unroll
-      for (int axis = 0; axis < 3; axis++) {
-#pragma unroll
-        for (int r = 0; r < kRuns; r++) {
-          cos_run[axis][r].load(p.cos, format, cos_base + position.row[axis] * p.cos_row + first_pair(r));
-          sin_run[axis][r].load(p.sin, format, sin_base + position.row[axis] * p.sin_row + first_pair(r));
-        }
-      }
-#pragma unroll
-      for (int r = 0; r < kRuns; r++) {
-#pragma unroll
-        for (int axis = 0; axis < 3; axis++) {
-          float c[kRun], s[kRun];
-          cos_run[axis][r].to_floats(format, c);
-          sin_run[axis][r].to_floats(format, s);
-#pragma unroll
-          for (int j = 0; j < kRun; j++)
-            if (rope_mrope_axis(p, first_pair(r) + j) == axis) set(r * kRun + j, c[j], s[j]);
-        }
-      }
+      for (int j = 0; j < kRun; j++) set(p, r * kRun + j, c[j], s[j]);
     }
   }
 
-  // Turns the pairs of both vectors. Where the table has no row: NaN, or a gradient of 0.
-  __device__ void turn(const RopeParams& p, float (&a)[W], float (&b)[W]) const {
+  __device__ void load(const RopeParams& p, RopeToken, const RopePosition<true>& position, int, RopeShared shared) {
+    bad = position.row[0] == kBad;
+    if (bad) return;
+    constexpr int kStep = W < 4 ? W : 4;
+#pragma unroll
+    for (int i = 0; i < W; i += kStep) {
+      Vec<float, kStep> c, s;
+      c.load(shared.cos + i);
+      s.load(shared.sin + i);
+#pragma unroll
+      for (int j = 0; j < kStep; j++) set(p, i + j, c.element[j], s.element[j]);
+    }
+  }
+
+  // M-RoPE takes pairs from the rows of three axes, and neighbouring pairs may be of different axes: no vectors there. So the
+  // threads of a token look its pairs up once for all heads of a block: each every `step`-th pair of its lane, from `first` on.
+  static __device__ void share(const RopeParams& p, const RopePosition<true>& position, int lane, RopeShared shared,
+                               uint32_t first, uint32_t step) {
+    if (position.row[0] < 0 || lane * W >= p.rotary_dim / 2) return;
+    for (uint32_t j = first; j < W; j += step) {
+      const float2 number = mrope_number(p, position, lane, j);
+      shared.cos[j] = number.x;
+      shared.sin[j] = number.y;
+    }
+  }
+  // The same without sharing, for kernels that nobody runs with M-RoPE.
+  __device__ void load_each(const RopeParams& p, const RopePosition<true>& position, int lane) {
+    bad = position.row[0] == kBad;
+    if (bad) return;
+#pragma unroll
+    for (int j = 0; j < W; j++) {
+      const float2 number = mrope_number(p, position, lane, j);
+      set(p, j, number.x, number.y);
+    }
+  }
+
+  // Turns the pairs of both vectors. Not where `bad`: there features become fault().
+  __device__ void turn(float (&a)[W], float (&b)[W]) const {
     // Spelled out, so that vectors of every width fuse the same product and give the same bits.
     auto pair = [&](float& x, float& y, int j) {
       const float turned = __fmaf_rn(x, cos[j], -__fmul_rn(y, sin[j]));
       y = __fmaf_rn(y, cos[j], __fmul_rn(x, sin[j]));
       x = turned;
     };
-    if (bad) {
-      const float fault = p.transposed ? 0.f : __int_as_float(0x7fc00000);
-#pragma unroll
-      for (int j = 0; j < W; j++) a[j] = b[j] = fault;
-    } else if constexpr (kInterleaved && W > 1) {
+    if constexpr (kInterleaved && W > 1) {
 #pragma unroll
       for (int j = 0; j < kRun; j++) {
         pair(a[2 * j], a[2 * j + 1], j);
@@ -306,6 +304,32 @@ struct RopeCoefficients {
       for (int j = 0; j < W; j++) pair(a[j], b[j], j);
     }
   }
+  // NaN, or a gradient of 0.
+  static __device__ float fault(const RopeParams& p) { return p.transposed ? 0.f : __int_as_float(0x7fc00000); }
+
+ private:
+  __device__ void set(const RopeParams& p, int j, float c, float s) {
+    cos[j] = c;
+    sin[j] = p.transposed ? -s : s;
+  }
+  // Cosine and sine of a lane's pair j. No branch between load and use: who waits for them waits for nothing else, see RopePosition.
+  static __device__ float2 mrope_number(const RopeParams& p, const RopePosition<true>& position, int lane, uint32_t j) {
+    const int pair = first_pair(p, lane, j / kRun) + j % kRun, axis = rope_mrope_axis(p, pair);
+    const int64_t row = axis == 0 ? position.row[0] : axis == 1 ? position.row[1] : position.row[2];
+    const int64_t c = row * p.cos_row + pair, s = row * p.sin_row + pair;
+    if (p.table_dtype == DType::f64)
+      return {to_float(static_cast<const double*>(p.cos)[c]), to_float(static_cast<const double*>(p.sin)[s])};
+    const auto bits = [&](const void* table, int64_t i) -> uint32_t {
+      return p.table_dtype == DType::f32 ? __ldg(static_cast<const uint32_t*>(table) + i)
+                                         : __ldg(static_cast<const uint16_t*>(table) + i);
+    };
+    const auto number = [&](uint32_t x) {
+      const float of_bf16 = unpack2(x, bf16_t{}).x, of_half = unpack2(x, half_t{}).x;
+      return p.table_dtype == DType::f32 ? __uint_as_float(x) : p.table_dtype == DType::bf16 ? of_bf16 : of_half;
+    };
+    const uint32_t cos_bits = bits(p.cos, c), sin_bits = bits(p.sin, s);
+    return {number(cos_bits), number(sin_bits)};
+  }
 };
 
 // ---- Launching a kernel(params, launch, first batch row) over the grid of rope_launch.h.
@@ -314,7 +338,7 @@ template <auto kKernel, typename Params>
 void launch_rope(const Params& params, const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   const int tokens = launch.tokens_per_block, slots = launch.slots_per_block;
   const dim3 block(launch.lanes_per_block, launch.token_inner ? tokens : slots, launch.token_inner ? slots : tokens);
-  const int shared = p.cu_seqlens ? tokens * int(sizeof(int64_t)) : 0;
+  const int shared = rope_shared_bytes(p, launch);
   constexpr int64_t kMostBatch = 65535;
   for (int64_t first = 0; first < p.batch; first += kMostBatch) {
     const dim3 grid(unsigned(launch.token_blocks), launch.lane_chunks * launch.slot_chunks,

@@ -31,6 +31,12 @@ struct RopeLaunch {
 
 inline constexpr int kRopeMostThreads = 512;
 
+// Of a block: with M-RoPE the cosines of all lanes of its tokens, then the sines; with cu_seqlens where each token's document starts.
+inline int rope_shared_bytes(const RopeParams& p, const RopeLaunch& launch) {
+  const int tokens = launch.tokens_per_block, pairs = tokens * launch.lanes_per_block * launch.width;
+  return (p.mrope ? 2 * pairs * int(sizeof(float)) : 0) + (p.cu_seqlens ? tokens * int(sizeof(int64_t)) : 0);
+}
+
 // The largest power of two, at most 16, that divides the address of every row of features.
 inline int rope_alignment(const RopeHeads& heads, int element_size) {
   if (heads.heads == 0) return 16;
@@ -49,10 +55,8 @@ inline int rope_vector_width(const RopeParams& p, int element_size) {
   return width;
 }
 
-// Heads per thread the kernel is compiled for: fewer where vectors are narrow, which is rare, and for M-RoPE, which needs registers.
-constexpr int rope_max_unroll(int vector_bytes, bool mrope) {
-  return vector_bytes == 16 ? (mrope ? 2 : 4) : vector_bytes == 8 ? 2 : 1;
-}
+// Heads per thread the kernel is compiled for: fewer where vectors are narrow, which is rare.
+constexpr int rope_max_unroll(int vector_bytes) { return vector_bytes == 16 ? 4 : vector_bytes == 8 ? 2 : 1; }
 
 // unroll, block_threads: 0 lets the function choose. token_inner: -1 likewise.
 inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int multiprocessors, int unroll = 0,
@@ -68,7 +72,7 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int 
   // more: four heads where a multiprocessor then gets its 512 threads eight times over, two where twice 1024.
   const int64_t work = p.batch * p.tokens * heads * launch.lanes / multiprocessors;
   const int fitting = work >= 8 * 512 * 4 ? 4 : work >= 2 * 1024 * 2 ? 2 : 1;
-  launch.unroll = std::min(unroll ? unroll : fitting, rope_max_unroll(launch.width * element_size, p.mrope));
+  launch.unroll = std::min(unroll ? unroll : fitting, rope_max_unroll(launch.width * element_size));
   launch.q_slots = parts(p.q.heads, launch.unroll);
   launch.slots = std::max(launch.q_slots + parts(p.k.heads, launch.unroll), 1);
   const int most = block_threads ? block_threads : 256;

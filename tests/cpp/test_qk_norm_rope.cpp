@@ -291,9 +291,10 @@ CASE(a_launch_covers_every_head_once) {
 }
 
 CASE(a_narrow_forward_launch_has_whole_warps_of_whole_heads) {
-  for (int64_t tokens : {1, 7, 63, 4096})
+  for (int64_t tokens : {1, 7, 63, 4096, 16384})
     for (auto [q_heads, k_heads] : {std::pair{32, 8}, {1, 0}, {3, 1}, {24, 20}, {128, 128}})
-      for (auto [dim, rotary] : {std::pair{128, 128}, {256, 64}, {96, 64}, {88, 64}, {80, 32}, {40, 24}, {16, 8}})
+      for (auto [dim, rotary] :
+           {std::pair{128, 128}, {256, 64}, {136, 136}, {144, 144}, {96, 64}, {88, 64}, {80, 32}, {40, 24}, {16, 8}})
         for (int size : {2, 4})
           for (bool heads_outer : {false, true}) {
             QkNormRopeParams p = dense(tokens, q_heads, k_heads, dim, rotary, false);
@@ -305,10 +306,11 @@ CASE(a_narrow_forward_launch_has_whole_warps_of_whole_heads) {
             const QkNormRopeLaunch all = choose_qk_norm_rope_launch(p, size, 132, false);
             CHECK(all.narrow);
             const RopeLaunch& launch = all.forward;
-            CHECK(launch.width >= 4 && (launch.unroll == 1 || launch.unroll == 2) && launch.lane_chunks == 1);
+            CHECK(launch.width >= 4 && launch.lane_chunks == 1);
+            CHECK(launch.unroll == 1 || (launch.unroll <= 4 && launch.width * size == 16));
             const int group = launch.lanes_per_block;
             CHECK(group >= launch.lanes && group <= 32 && (group & (group - 1)) == 0);
-            CHECK(launch.threads() % 32 == 0 && launch.threads() <= kRopeMostThreads);
+            CHECK(launch.threads() % 32 == 0 && launch.threads() <= 2 * kNormBlockThreads);
             CHECK((launch.token_inner ? launch.slots_per_block : launch.tokens_per_block) <= 64);
             CHECK(int64_t(launch.slots) * launch.unroll >= q_heads + k_heads);
             CHECK(launch.slots_per_block * launch.slot_chunks >= launch.slots);
@@ -316,6 +318,19 @@ CASE(a_narrow_forward_launch_has_whole_warps_of_whole_heads) {
             CHECK(launch.tokens_per_block * launch.token_blocks >= tokens);
             CHECK(launch.tokens_per_block * (launch.token_blocks - 1) < tokens);
           }
+}
+
+CASE(a_narrow_forward_launch_has_four_heads_a_thread_where_there_is_work) {
+  const auto launch = [](int64_t tokens, int dim, int size = 2) {
+    return choose_qk_norm_rope_launch(dense(tokens, 32, 8, dim, dim, false), size, 132, false).forward;
+  };
+  CHECK_EQ(launch(16384, 128).unroll, 4);
+  CHECK_EQ(launch(16384, 128).threads(), kNormBlockThreads);  // two tokens
+  CHECK_EQ(launch(4096, 128).unroll, 2);
+  CHECK_EQ(launch(4096, 128).threads(), kNormBlockThreads);  // one token
+  CHECK_EQ(launch(16, 128).unroll, 1);
+  CHECK_EQ(launch(16384, 88).unroll, 1);  // vectors of eight bytes
+  CHECK_EQ(launch(16384, 88, 4).unroll, 4);
 }
 
 CASE(misaligned_or_long_heads_take_the_wide_kernel) {

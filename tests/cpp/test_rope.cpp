@@ -306,7 +306,7 @@ void check_launch(const RopeParams& p, int size, const RopeLaunch& launch) {
   const int vectors = rotary_vectors + passing / launch.width;
   CHECK(2 * launch.lanes - 1 <= vectors && vectors <= 2 * launch.lanes);
   CHECK(launch.unroll == 1 || launch.unroll == 2 || launch.unroll == 4);
-  CHECK(launch.unroll <= rope_max_unroll(launch.width * size, p.mrope));
+  CHECK(launch.unroll <= rope_max_unroll(launch.width * size));
   CHECK_EQ(launch.q_slots, ceil_divide(p.q.heads, launch.unroll));  // no slot has heads of both
   CHECK_EQ(launch.slots, std::max<int64_t>(launch.q_slots + ceil_divide(p.k.heads, launch.unroll), 1));
   // Every lane of every slot of every token has a thread, and no block is empty.
@@ -367,11 +367,19 @@ CASE(a_launch_takes_the_widest_vectors_that_addresses_allow) {
   CHECK_EQ(choose_rope_launch(p, 2, 132).width, 8);  // no k, no matter
 }
 
-CASE(a_launch_for_mrope_spares_registers) {
+CASE(a_launch_for_mrope_shares_cosines_and_sines) {
   RopeParams p = dense(16384, 32, 8, 128, 128, 0, 0, false, false);
-  CHECK_EQ(choose_rope_launch(p, 2, 132, 4).unroll, 4);
+  const int32_t cu_seqlens[] = {0, 16384};
+  CHECK_EQ(rope_shared_bytes(p, choose_rope_launch(p, 2, 132)), 0);
+  p.cu_seqlens = cu_seqlens;
+  CHECK_EQ(rope_shared_bytes(p, choose_rope_launch(p, 2, 132)), 2 * 8);
   p.mrope = true;
-  CHECK_EQ(choose_rope_launch(p, 2, 132, 4).unroll, 2);
+  const RopeLaunch launch = choose_rope_launch(p, 2, 132);
+  CHECK_EQ(launch.unroll, 4);
+  CHECK_EQ(launch.tokens_per_block, 2);
+  CHECK_EQ(rope_shared_bytes(p, launch), 2 * (64 * 2 * 4 + 8));
+  p.head_dim = p.rotary_dim = 1 << 20;  // chunks of lanes keep it below what a kernel gets without asking
+  for (int threads : {0, 512}) CHECK(rope_shared_bytes(p, choose_rope_launch(p, 2, 132, 1, threads)) <= 48 << 10);
 }
 
 CASE(a_launch_prefers_threads_where_work_is_scarce) {

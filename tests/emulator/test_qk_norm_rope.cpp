@@ -55,7 +55,7 @@ void check_same(const std::vector<T>& got, const std::vector<U>& want, double to
 }
 
 template <typename T>
-void compare(const Shape& s, bool interleaved, bool zero_centered, bool documents) {
+void compare(const Shape& s, bool interleaved, bool zero_centered, bool documents, bool mrope = false) {
   check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
   Side<T> inputs[2] = {Side<T>(s, s.q_heads, random), Side<T>(s, s.k_heads, random)};
   std::vector<float> cos(size_t(s.tokens * s.rotary_dim / 2)), sin(cos.size());
@@ -71,6 +71,14 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
   r.interleaved = interleaved;
   r.cos = cos.data(), r.sin = sin.data(), r.table_rows = s.tokens, r.cos_row = r.sin_row = s.rotary_dim / 2;
   if (documents) r.cu_seqlens = cu_seqlens.data(), r.num_documents = 3;
+  std::vector<int64_t> ids(size_t(3 * s.tokens));
+  for (int64_t& id : ids) id = random.below(s.tokens);
+  if (mrope) {
+    r.mrope = true, r.mrope_interleaved = !documents;
+    r.position_ids = ids.data(), r.position_axis = s.tokens, r.position_token = 1;
+    const int third = s.rotary_dim / 6;
+    r.mrope_section[0] = s.rotary_dim / 2 - 2 * third, r.mrope_section[1] = r.mrope_section[2] = third;
+  }
   p.weight_dtype = kType<T>;
   p.zero_centered = zero_centered;
   p.across_heads = s.across_heads;
@@ -134,7 +142,7 @@ const Shape kShapes[] = {
 template <typename T>
 void check_everything() {
   for (const Shape& shape : kShapes)
-    for (int flags = 0; flags < 8; flags++) compare<T>(shape, flags & 1, flags & 2, flags & 4);
+    for (int flags = 0; flags < 16; flags++) compare<T>(shape, flags & 1, flags & 2, flags & 4, flags & 8);
 }
 
 }  // namespace
@@ -145,8 +153,41 @@ CASE(every_layout_forward_and_backward) {
   check_everything<bf16_t>();
 }
 
-CASE(two_heads_per_thread) {
-  const Shape shape{260, 5, 3, 128, 128, 0, 0, false, 1};  // enough work for it; q's last thread has one
-  compare<bf16_t>(shape, false, false, true);
-  compare<bf16_t>(shape, true, true, false);
+CASE(several_heads_per_thread) {
+  const Shape two{260, 5, 3, 128, 128, 0, 0, false, 1},
+      four{1030, 5, 3, 128, 128, 0, 0, false, 1};  // enough work for it; and a rest
+  compare<bf16_t>(two, false, false, true);
+  compare<bf16_t>(two, true, true, false, true);
+  compare<bf16_t>(four, false, true, true, true);
+  compare<bf16_t>(four, true, false, false);
+}
+
+CASE(positions_outside_the_table) {
+  // One token in the table, one that is not, for a kernel of one warp's heads and a wide one. Rotated features are NaN, the others as
+  // they would be; backward, no rotated gradient comes through, NaN included.
+  for (int head_dim : {16, 320}) {
+    const size_t size = size_t(2 * head_dim);
+    std::vector<float> x(size, 1), y(size), dx(size), g(size, NAN), weight(size_t(head_dim), 1), weight_grad(weight), partial;
+    for (int i = 0; i < head_dim; i++) g[size_t(i)] = 1;
+    for (int i = 8; i < head_dim; i++) g[size_t(head_dim + i)] = 0;
+    const std::vector<float> cos(4, 1), sin(4, 0);
+    const std::vector<int64_t> ids = {0, 1};
+    QkNormRopeParams p;
+    p.rope.tokens = 2, p.rope.head_dim = head_dim, p.rope.rotary_dim = 8;
+    p.rope.q = {x.data(), y.data(), 1, 0, head_dim, head_dim, 0, head_dim, head_dim};
+    p.rope.cos = cos.data(), p.rope.sin = sin.data(), p.rope.table_rows = 1;
+    p.rope.position_ids = ids.data(), p.rope.position_token = 1;
+    p.q_weight = weight.data();
+    CHECK_EQ(qk_norm_rope_cuda(p, false, nullptr), cudaSuccess);
+    for (int i = 0; i < int(size); i++) CHECK_EQ(std::isnan(y[size_t(i)]), i >= head_dim && i < head_dim + 8);
+    p.rope.transposed = true;
+    p.rope.q.out = dx.data();
+    p.q_grad = p.rope.q, p.q_grad.in = g.data();
+    qk_norm_rope_cuda_partials(p);
+    partial.resize(size_t(p.q_partials * head_dim));
+    p.q_partial = partial.data(), p.q_weight_grad = weight_grad.data();
+    CHECK_EQ(qk_norm_rope_cuda(p, true, nullptr), cudaSuccess);
+    for (int i = head_dim; i < int(size); i++) CHECK_EQ(dx[size_t(i)], 0.f);
+    for (float d : weight_grad) CHECK(!std::isnan(d));
+  }
 }

@@ -17,7 +17,11 @@ constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
                         : std::is_same_v<T, half_t> ? DType::f16
                                                     : DType::bf16;
 
-enum class Positions { counted, documents, given, per_token_table, three_axes };
+// Axes: sections that end inside vectors, at their ends, and none for two of them; dealt out in turn, of documents.
+enum class Positions { counted, documents, given, per_token_table, three_axes, aligned_axes, one_axis, axes_in_turn };
+constexpr Positions kPositions[] = {Positions::counted,         Positions::documents,   Positions::given,
+                                    Positions::per_token_table, Positions::three_axes,  Positions::aligned_axes,
+                                    Positions::one_axis,        Positions::axes_in_turn};
 
 struct Shape {
   int64_t batch, tokens, q_heads, k_heads;
@@ -67,19 +71,22 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
   p.cos = cos.data() + shift, p.sin = sin.data() + shift, p.table_dtype = kType<Table>;
   p.table_rows = kRows;
   p.cos_row = p.sin_row = width;
-  if (positions == Positions::documents) {
+  if (positions == Positions::documents || positions == Positions::axes_in_turn) {
     p.cu_seqlens = cu_seqlens.data();
     p.num_documents = 3;
-  } else if (positions == Positions::per_token_table) {
+  }
+  if (positions == Positions::per_token_table) {
     p.per_token_table = true;
     p.table_rows = all;
     p.cos_batch = p.sin_batch = s.tokens * width;
-  } else if (positions != Positions::counted) {
+  } else if (positions != Positions::counted && positions != Positions::documents) {
     p.position_ids = ids.data();
     p.position_axis = all, p.position_batch = s.tokens, p.position_token = 1;
-    p.mrope = positions == Positions::three_axes;
-    p.mrope_interleaved = interleaved;
-    const int third = int(width) / 3;
+    p.mrope = positions != Positions::given;
+    p.mrope_interleaved = positions == Positions::axes_in_turn;
+    const int third = positions == Positions::one_axis       ? 0
+                      : positions == Positions::aligned_axes ? int(width) / 24 * 8
+                                                             : int(width) / 3;
     p.mrope_section[0] = int(width) - 2 * third, p.mrope_section[1] = p.mrope_section[2] = third;
   }
   std::vector<T> results[2][2];
@@ -111,8 +118,7 @@ const Shape kShapes[] = {
 template <typename T>
 void check_everything() {
   for (const Shape& shape : kShapes)
-    for (Positions positions :
-         {Positions::counted, Positions::documents, Positions::given, Positions::per_token_table, Positions::three_axes})
+    for (Positions positions : kPositions)
       for (int flags = 0; flags < 8; flags++) compare<T>(shape, positions, flags & 1, flags & 2, flags & 4);
 }
 
@@ -128,7 +134,7 @@ CASE(tables_of_every_type_and_alignment) {
   const auto check = [](auto table) {
     using Table = decltype(table);
     for (const Shape& shape : {kShapes[0], kShapes[2], kShapes[3]})
-      for (Positions positions : {Positions::given, Positions::three_axes})
+      for (Positions positions : {Positions::given, Positions::three_axes, Positions::axes_in_turn})
         for (bool interleaved : {false, true})
           for (int shift : {0, 1}) {
             compare<bf16_t, Table>(shape, positions, interleaved, false, false, shift);
@@ -151,6 +157,8 @@ CASE(every_configuration_gives_the_same_bits) {
       for (bf16_t& x : *side) x = from_float<bf16_t>(float(random.normal()));
     for (float& c : cos) c = float(2 * random.uniform() - 1);
     for (float& x : sin) x = float(2 * random.uniform() - 1);
+    std::vector<int64_t> ids(3 * kTokens);
+    for (int64_t& id : ids) id = random.below(kTokens);
     RopeParams p;
     p.dtype = DType::bf16;
     p.tokens = p.table_rows = kTokens, p.head_dim = p.rotary_dim = kDim;
@@ -165,14 +173,21 @@ CASE(every_configuration_gives_the_same_bits) {
       q_out.insert(q_out.end(), k_out.begin(), k_out.end());
       return q_out;
     };
-    const std::vector<bf16_t> want = run(nullptr);
-    for (int unroll : {1, 2, 4})
-      for (int threads : {32, 128, 512})
-        for (int inner : {0, 1}) {
-          const int tuning[] = {unroll, threads, inner};
-          const std::vector<bf16_t> got = run(tuning);
-          CHECK(std::memcmp(got.data(), want.data(), got.size() * sizeof(bf16_t)) == 0);
-        }
+    for (bool mrope : {false, true}) {
+      p.mrope = p.mrope_interleaved = mrope;
+      if (mrope) {
+        p.position_ids = ids.data(), p.position_axis = kTokens, p.position_token = 1;
+        p.mrope_section[0] = 12, p.mrope_section[1] = p.mrope_section[2] = 10;
+      }
+      const std::vector<bf16_t> want = run(nullptr);
+      for (int unroll : {1, 2, 4})
+        for (int threads : {32, 128, 512})
+          for (int inner : {0, 1}) {
+            const int tuning[] = {unroll, threads, inner};
+            const std::vector<bf16_t> got = run(tuning);
+            CHECK(std::memcmp(got.data(), want.data(), got.size() * sizeof(bf16_t)) == 0);
+          }
+    }
   }
 }
 
@@ -186,4 +201,24 @@ CASE(positions_outside_the_table_are_nan) {
   p.position_ids = ids.data(), p.position_axis = p.position_batch = 3, p.position_token = 1;
   CHECK_EQ(rope_cuda(p, nullptr, nullptr), cudaSuccess);
   for (int i = 0; i < 24; i++) CHECK_EQ(std::isnan(y[i]), i >= 8);
+}
+
+CASE(of_three_positions_one_outside_the_table_is_enough) {
+  for (bool transposed : {false, true}) {
+    std::vector<float> x(4 * 10, transposed ? NAN : 1), y(x.size(), 7), cos(2 * 4, 1), sin(2 * 4, 0);
+    const std::vector<int64_t> ids = {0, 2, 1, 1, 1, 1, -1, 0, 0, 1, 1, 9};  // tokens 1, 2 and 3, by axis 0, 1 and 2
+    RopeParams p;
+    p.tokens = 4, p.head_dim = 10, p.rotary_dim = 8, p.transposed = transposed;
+    p.q = {x.data(), y.data(), 1, 40, 10, 10, 40, 10, 10};
+    p.cos = cos.data(), p.sin = sin.data(), p.table_rows = 2, p.cos_row = p.sin_row = 4;
+    p.position_ids = ids.data(), p.position_axis = p.position_batch = 4, p.position_token = 1;
+    p.mrope = true;
+    p.mrope_section[0] = 2, p.mrope_section[1] = p.mrope_section[2] = 1;
+    CHECK_EQ(rope_cuda(p, nullptr, nullptr), cudaSuccess);
+    for (int i = 0; i < 40; i++) {
+      const bool turns = i % 10 < 8, bad = i >= 10;
+      if (turns && bad && transposed) CHECK_EQ(y[i], 0.f);
+      else CHECK_EQ(std::isnan(y[i]), transposed || (turns && bad));
+    }
+  }
 }
