@@ -319,15 +319,16 @@ def qk_norm_rope(device: torch.device) -> Iterator[str]:
 
 @cases
 def gated_linear(device: torch.device) -> Iterator[str]:
-    """Rows of whole vectors, rows that end or begin inside one, and halves of a fused projection."""
+    """Whole vectors and rests, several rows in a block, rows and tensors off the alignment, outputs that nobody wants."""
     for dtype in FLOATS:
-        for columns in (1, 64, 1000, 4097):
-            weight = torch.rand(4, columns, device=device).to(dtype).requires_grad_()
-            both = torch.randn(5, 2 * columns, device=device).to(dtype).requires_grad_()
+        for rows, columns, offset in ((3, 1031, 0), (5, 40, 0), (7, 33, 1), (300, 1, 0), (2, 2100, 3), (0, 8, 0)):
+            buffer = torch.randn(offset + rows * 2 * columns, device=device).to(dtype)
+            gate, up = buffer[offset:].view(rows, 2 * columns).requires_grad_().chunk(2, dim=-1)
+            weight = torch.randn(5, columns, device=device).to(dtype).requires_grad_()
             for activation in ("silu", "gelu_tanh", "gelu"):
-                backward(packops.gated_linear(*both.chunk(2, dim=-1), weight, activation=activation), both, weight)
-            backward(packops.gated_activation(both[:, 1 : columns + 1], both[:, :columns]), both)
-            yield f"{dtype} columns {columns}"
+                backward(packops.gated_linear(gate, up, weight, activation=activation), gate, up, weight)
+                backward(packops.gated_activation(gate, up.detach().contiguous(), activation=activation), gate)
+            yield f"{dtype} {rows} rows of {columns}, offset {offset}"
 
 
 # --------------------------------------------------------------------------------------------------------------------------------

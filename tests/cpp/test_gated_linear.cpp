@@ -1,8 +1,14 @@
-// The gate of a gated MLP on the CPU against its formula in long double; and how gated_linear.cu cuts its work.
+// The gate of a gated MLP on the CPU against its formula in long double, on every instruction set; and how gated_linear.cu cuts its
+// work.
 #include <algorithm>
 
-#include "check.h"
+#include "gated_linear_cpu.h"
 #include "gated_linear_launch.h"
+
+#define PACKOPS_SIMD_FILE "gated_linear_simd.h"
+#include "common/simd_targets.h"
+
+#include "isa.h"
 
 using namespace packops;
 
@@ -29,27 +35,30 @@ Exact exact(Activation activation, long double g) {
 
 }  // namespace
 
-CASE(exact_to_a_few_units) {
-  for (Activation activation : kAll) {
-    std::vector<float> gate, up, grad;
-    for (float g = -20; g <= 20; g += 0.0137f) gate.push_back(g), up.push_back(1), grad.push_back(1);
-    const int64_t count = int64_t(gate.size()) / 2 * 2 - 1;  // no multiple of any vector
-    std::vector<float> product(count + 1, 7), grad_gate(product), grad_up(product);
-    GatedParams p;
-    p.gate = gate.data(), p.up = up.data(), p.grad = grad.data();
-    p.product = product.data(), p.grad_gate = grad_gate.data(), p.grad_up = grad_up.data();
-    p.rows = 1, p.columns = count, p.activation = activation;
-    gated_cpu(p, 0, count);
-    double worst = 0;
-    for (int64_t i = 0; i < count; i++) {
-      const Exact want = exact(activation, gate[i]);
-      worst = std::max(worst, std::abs(product[i] - want.value) / (0.1 + std::abs(want.value)));
-      worst = std::max(worst, std::abs(grad_gate[i] - want.slope) / (0.1 + std::abs(want.slope)));
-      CHECK_EQ(grad_up[i], product[i]);
+CASE(every_instruction_set_is_exact_to_a_few_units) {
+  for_each_isa([](CpuIsa isa) {
+    for (Activation activation : kAll) {
+      std::vector<float> gate, up, grad;
+      for (float g = -20; g <= 20; g += 0.0137f) gate.push_back(g), up.push_back(1), grad.push_back(1);
+      const int64_t count = int64_t(gate.size());  // no multiple of a vector
+      CHECK(count % 16 != 0);
+      std::vector<float> product(count + 1, 7), grad_gate(product), grad_up(product);
+      GatedParams p;
+      p.gate = gate.data(), p.up = up.data(), p.grad = grad.data();
+      p.product = product.data(), p.grad_gate = grad_gate.data(), p.grad_up = grad_up.data();
+      p.rows = 1, p.columns = count, p.activation = activation;
+      PACKOPS_OF_ISA(isa, gated_any)(p, 0, 0, count);
+      double worst = 0;
+      for (int64_t i = 0; i < count; i++) {
+        const Exact want = exact(activation, gate[i]);
+        worst = std::max(worst, std::abs(product[i] - want.value) / (0.1 + std::abs(want.value)));
+        worst = std::max(worst, std::abs(grad_gate[i] - want.slope) / (0.1 + std::abs(want.slope)));
+        CHECK_EQ(grad_up[i], product[i]);
+      }
+      CHECK(worst < 1e-6);
+      for (const auto* out : {&product, &grad_gate, &grad_up}) CHECK_EQ(out->back(), 7.f);  // somebody else's memory
     }
-    CHECK(worst < 1e-6);
-    for (const auto* out : {&product, &grad_gate, &grad_up}) CHECK_EQ(out->back(), 7.f);  // somebody else's memory
-  }
+  });
 }
 
 CASE(threads_share_rows_anywhere) {
