@@ -60,7 +60,6 @@ struct Span {
     vectors = int((vocab - head) / kVec<T>);
     tail = int(vocab) - head - vectors * kVec<T>;
   }
-  __device__ __forceinline__ bool in_vectors(int64_t c) const { return c >= head && c < head + int64_t(vectors) * kVec<T>; }
 };
 
 // What of the maths a kernel is compiled for; z-loss, class weights without smoothing, and the token's scale are a matter of a
@@ -176,20 +175,20 @@ struct RowMaths {
     if constexpr (sizeof(T) == 2) return capped(fall(x));
     return p.softcap * tanh_accurate(x * (0.5f * twice_into_tanh));
   }
-  // x' of an element in memory, to the last bit as the reduction has it: elements of vectors are transformed with their neighbours.
-  // (A backward of its own begins its vectors before the first cache line, where the reduction may not have had any.)
-  __device__ __forceinline__ float transform_at(const T* at, bool in_vectors) const {
+  // x' of the element at column c, to the last bit as its vector has it however the row is cut into vectors: with the neighbours in
+  // its aligned 8 bytes if the row has them all. Every kernel takes the target's x' from here, or a confident row's p - 1 would be the
+  // difference of two numbers that were rounded differently.
+  __device__ __forceinline__ float transform_at(const T* row, int64_t c) const {
     if constexpr (kShares) {
-      if (in_vectors) {
-        const auto address = reinterpret_cast<uintptr_t>(at);
-        const auto four = *reinterpret_cast<const uint2*>(address / 8 * 8);
-        const int which = int(address % 8 / sizeof(T));
+      const int which = int(reinterpret_cast<uintptr_t>(row + c) % 8 / sizeof(T));
+      if (c >= which && c - which + 4 <= p.vocab) {
+        const auto four = *reinterpret_cast<const uint2*>(row + c - which);
         float r[4];
         falls(four.x, four.y, r);
         return capped(which < 2 ? (which == 0 ? r[0] : r[1]) : (which == 2 ? r[2] : r[3]));
       }
     }
-    return transform(to_float(*at));
+    return transform(to_float(row[c]));
   }
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
     if constexpr (!kHasTransform) return 1.f;
@@ -199,15 +198,12 @@ struct RowMaths {
   }
   __device__ __forceinline__ float class_weight(int64_t c) const { return p.class_weight ? p.class_weight[c] : 1.f; }
 
-  // Adds kCount raw elements that begin at column c.
+  // Adds kCount transformed elements that begin at column c.
   template <int kCount>
-  __device__ __forceinline__ void add(Partial& part, float (&x)[kCount], int64_t c) const {
+  __device__ __forceinline__ void add(Partial& part, const float (&x)[kCount], int64_t c) const {
     float top = part.max;
 #pragma unroll
-    for (int i = 0; i < kCount; i++) {
-      x[i] = transform(x[i]);
-      top = fmaxf(top, x[i]);
-    }
+    for (int i = 0; i < kCount; i++) top = fmaxf(top, x[i]);
     const RowExp<T> exp(top);
     const float shrink = RowExp<T>::ratio(part.max, top);
     if constexpr (kHasStatistics) part.moment = shrink * (part.moment + Partial::moved(part.max, top) * part.sum);
@@ -239,6 +235,8 @@ struct RowMaths {
       for (int k = 0; k < kCount; k++) {
         if (k >= valid) break;
         unpack<T>(raw[k], x);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; i++) x[i] = transform(x[i]);
         add(part, x, c + int64_t(k) * step);
       }
       return;
@@ -331,9 +329,6 @@ struct RowGradient {
   __device__ __forceinline__ float target(float x) const {
     const float uniform = Maths::kHasUniform ? k.beta * maths.class_weight(y) : 0.f;
     return ((over_sum * exp(x) - uniform) - k.gamma) * multiplier * maths.chain(x);
-  }
-  __device__ __forceinline__ float operator()(float raw, int64_t c) const {
-    return c == y ? target(maths.transform(raw)) : other(raw, c);
   }
   // Of a vector of raw logits that begins at column c, as if the target were not among them: its owner writes it afterwards,
   // because choosing an element of a register array by a runtime index would put the array into local memory.
@@ -809,18 +804,18 @@ __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 :
   const float edge_raw = edge >= 0 ? to_float(all.row[edge]) : 0.f;
   const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
   const int target_element = y - int32_t(all.column());
-  const auto writes_target = [&] {  // whether this thread writes the vector around it
-    return target_element >= 0 && target_element < all.count * kVec<T> && target_element / kVec<T> % threads == thread;
+  const auto writes_target = [&] {  // whether this thread writes what is around it
+    return edge == y ||
+           (target_element >= 0 && target_element < all.count * kVec<T> && target_element / kVec<T> % threads == thread);
   };
   // Where it takes more than a load, only by those that need it.
-  const float target =
-      !Maths::kShares || thread == 0 || writes_target() ? maths.transform_at(all.row + y, all.span.in_vectors(y)) : 0.f;
+  const float target = !Maths::kShares || thread == 0 || writes_target() ? maths.transform_at(all.row, y) : 0.f;
   const float scale = state(p.scale, t);
 
   Partial part;
   maths.add(part, raw, first, step, valid);
   if (edge >= 0) {
-    float x[1] = {edge_raw};
+    const float x[1] = {edge == y ? target : maths.transform(edge_raw)};
     maths.add(part, x, edge);
   }
   part.template reduce_over_warp<kFeatures>();
@@ -837,8 +832,8 @@ __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 :
 #pragma unroll
   for (int k = 0; k < kKeptVectors; k++)
     if (k < valid) store_streaming(out + first + int64_t(k) * step, gradient.others(raw[k], first + int64_t(k) * step));
+  if (edge >= 0) out[edge] = from_float<T>(gradient.other(edge_raw, edge));
   if (writes_target()) out[y] = from_float<T>(gradient.target(target));
-  if (edge >= 0) out[edge] = from_float<T>(gradient(edge_raw, edge));
 }
 
 // ----------------------------------------------------------------------------------------------------------- streaming
@@ -868,9 +863,13 @@ __device__ __forceinline__ void for_row(const T* row, int64_t vocab, OnVectors o
   if (int(threadIdx.x) < span.tail) on_element(row[vocab - span.tail + threadIdx.x], vocab - span.tail + threadIdx.x);
 }
 
-// Writes a row's gradient. `out` may be the row: a thread writes only what it has read.
+// Writes a row's gradient, given the target's x'. `out` may be the row: a thread writes only what it has read.
 template <typename T, int kFeatures>
-__device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vocab, const RowGradient<T, kFeatures>& gradient) {
+__device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vocab, const RowGradient<T, kFeatures>& gradient,
+                                                float target) {
+  const auto of_element = [&](T raw, int64_t c) {
+    return from_float<T>(c == gradient.y ? gradient.target(target) : gradient.other(to_float(raw), c));
+  };
   const bool same_alignment = ((reinterpret_cast<uintptr_t>(out) ^ reinterpret_cast<uintptr_t>(row)) & 15) == 0;
   if (same_alignment) {
     for_row<T>(
@@ -878,14 +877,13 @@ __device__ __forceinline__ void stream_gradient(T* out, const T* row, int64_t vo
         [&](const auto& raw, int64_t c, int step) {
 #pragma unroll
           for (int k = 0; k < int(std::extent_v<std::remove_reference_t<decltype(raw)>>); k++, c += step) {
-            const float target = gradient.in_vector(c) ? gradient.maths.transform_at(row + gradient.y, true) : 0.f;
             store_streaming(out + c, gradient.others(raw[k], c));
             if (gradient.in_vector(c)) out[gradient.y] = from_float<T>(gradient.target(target));
           }
         },
-        [&](T raw, int64_t c) { out[c] = from_float<T>(gradient(to_float(raw), c)); });
+        [&](T raw, int64_t c) { out[c] = of_element(raw, c); });
   } else {
-    for (int64_t c = threadIdx.x; c < vocab; c += kStreamThreads) out[c] = from_float<T>(gradient(to_float(row[c]), c));
+    for (int64_t c = threadIdx.x; c < vocab; c += kStreamThreads) out[c] = of_element(row[c], c);
   }
 }
 
@@ -893,6 +891,7 @@ template <typename T, int kFeatures>
 __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __grid_constant__ CeLossParams p) {
   using Maths = RowMaths<T, kFeatures>;
   __shared__ typename Maths::Partial scratch[kStreamThreads / 32];
+  __shared__ float target;  // its x', known before the gradient may overwrite it
   wait_for_launch_before();
   const int64_t t = blockIdx.x;
   const int32_t target_class = p.target[t], y = column_of(p, target_class);
@@ -907,11 +906,10 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
   for_row<T>(
       row, p.vocab, [&](const auto& raw, int64_t c, int step) { maths.add(part, raw, c, step); },
       [&](T raw, int64_t c) {
-        float x[1] = {to_float(raw)};
+        const float x[1] = {c == y ? maths.transform_at(row, c) : maths.transform(to_float(raw))};
         maths.add(part, x, c);
       });
-  const float target =  // before the gradient may overwrite it
-      threadIdx.x == 0 && is_here(p, y) ? maths.transform_at(row + y, Span<T>(row, p.vocab).in_vectors(y)) : 0.f;
+  if (threadIdx.x == 0) target = is_here(p, y) ? maths.transform_at(row, y) : 0.f;
   part = block_reduce<kStreamThreads>(part, typename Maths::Partial{}, Add<typename Maths::Partial>{}, scratch);
   if (threadIdx.x == 0) {
     part.target = target;
@@ -919,13 +917,14 @@ __global__ void __launch_bounds__(kStreamThreads) stream_forward_kernel(const __
   }
   if (p.grad) {
     const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, state(p.scale, t));
-    stream_gradient<T, kFeatures>(row_of<T>(p.grad, p.grad_layout, t), row, p.vocab, gradient);
+    stream_gradient<T, kFeatures>(row_of<T>(p.grad, p.grad_layout, t), row, p.vocab, gradient, target);
   }
 }
 
-// The gradient of one row, by a block.
+// The gradient of one row, by a block. `target` is shared by its threads.
 template <typename T, int kFeatures>
-__device__ __forceinline__ void backward_row(const CeLossParams& p, int64_t t, float incoming, float class_weight_sum) {
+__device__ __forceinline__ void backward_row(const CeLossParams& p, int64_t t, float incoming, float class_weight_sum,
+                                             float& target) {
   if (p.grad_holds_gradient && incoming == 1.f) return;
   T* out = row_of<T>(p.grad, p.grad_layout, t);
   const int32_t y = column_of(p, p.target[t]);
@@ -948,7 +947,11 @@ __device__ __forceinline__ void backward_row(const CeLossParams& p, int64_t t, f
   }
   const RowMaths<T, kFeatures> maths(p, class_weight_sum);
   const RowGradient<T, kFeatures> gradient(maths, y, state(p.row_max, t), state(p.row_sum, t), incoming * state(p.scale, t));
-  stream_gradient<T, kFeatures>(out, row_of<T>(p.logits, p.logits_layout, t), p.vocab, gradient);
+  const T* row = row_of<T>(p.logits, p.logits_layout, t);
+  __syncthreads();  // the row before is done with `target`
+  if (threadIdx.x == 0) target = is_here(p, y) ? maths.transform_at(row, y) : 0.f;
+  __syncthreads();
+  stream_gradient<T, kFeatures>(out, row, p.vocab, gradient, target);
 }
 
 // A few blocks per SM that walk over the rows: when grad_output is 1, as after loss.backward(), there is nothing to do, and a
@@ -958,10 +961,11 @@ __global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const _
   const RowLayout& l = p.grad_output_layout;
   const auto* grad_output = static_cast<const float*>(p.grad_output);
   if (p.grad_holds_gradient && l.outer == 0 && l.step == 0 && *grad_output == 1.f) return;
-  __shared__ float scratch[kStreamThreads / 32];
+  __shared__ float scratch[kStreamThreads / 32], target;
   const float class_weight_sum = kFeatures & kUniform ? sum_class_weights<kStreamThreads>(p, scratch) : 0.f;
   for (int64_t t = blockIdx.x; t < p.rows; t += gridDim.x)
-    backward_row<T, kFeatures>(p, t, grad_output[(t / l.inner) * l.outer + (t % l.inner) * l.step], class_weight_sum);
+    backward_row<T, kFeatures>(p, t, grad_output[(t / l.inner) * l.outer + (t % l.inner) * l.step], class_weight_sum,
+                               target);
 }
 
 // ------------------------------------------------------------------------------------------------------------ resident
@@ -1067,8 +1071,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
       // Two sets of places, used in turn: the barrier of the next row keeps this row's from being overwritten too early.
       const int set = exchange.stage & 1;
       const auto look_for_target = [&](const uint4* vector, int v) {
-        if (v == target_vector)
-          targets[set] = maths.transform_at(reinterpret_cast<const T*>(vector) + target_element % kVec<T>, true);
+        if (v == target_vector) targets[set] = maths.transform_at(reinterpret_cast<const T*>(vector), target_element % kVec<T>);
       };
       Partial part;
       for (int done = 0; done < mine.count; done += kChunkVectors) {
@@ -1096,8 +1099,8 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
         place.advance(stages);
       }
       if (edge >= 0) {
-        float x[1] = {edge_raw};
-        if (edge == entry.target) targets[set] = maths.transform(edge_raw);
+        const float x[1] = {edge == entry.target ? maths.transform_at(mine.row, edge) : maths.transform(edge_raw)};
+        if (edge == entry.target) targets[set] = x[0];
         maths.add(part, x, edge);
       }
       part.template reduce_over_warp<kFeatures>();
@@ -1185,7 +1188,9 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
           place.advance(stages);
         }
         const int64_t edge = rank == 0 ? mine.edge(p.vocab, thread) : -1;
-        if (edge >= 0) out[edge] = from_float<T>(gradient(to_float(mine.row[edge]), edge));
+        if (edge >= 0)
+          out[edge] =
+              from_float<T>(edge == y ? gradient.target(part.target) : gradient.other(to_float(mine.row[edge]), edge));
       }
     }
   } else if (lane == 0) {
