@@ -91,7 +91,7 @@ inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool
 inline constexpr float kLargestExponent = 30;
 inline bool shares_reciprocals(float softcap, float logit_scale, DType dtype) {
   const float largest = kLargestExponent * 0.34657359f * softcap / logit_scale;
-  return softcap > 0 && (dtype == DType::f16 ? largest > 0x1p-13f && largest < 65000 : largest > 0x1p-120f && largest < 0x1p120f);
+  return dtype == DType::f16 ? largest > 0x1p-13f && largest < 65000 : largest > 0x1p-120f && largest < 0x1p120f;
 }
 
 // Blocks of the cluster that prepares the rows in one launch, each a tile of kTile rows at a time; 0: too many rows, several
