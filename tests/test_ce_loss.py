@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 import packops
+from cuda_streams import capture, no_host_sync
 from device_memory import peak_memory
 from packops import reference
 
@@ -870,14 +871,10 @@ def test_no_synchronisation(reduction):
     if reduction not in ("sum", "none"):
         arguments["num_items"] = 60
     packops.cross_entropy(logits, labels, **arguments).sum().backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         loss, _ = packops.cross_entropy(logits, labels, **arguments, return_stats=True)
         (loss.sum() * 3).backward()
         packops.cross_entropy(logits * 1, labels, **arguments, inplace=True).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -895,14 +892,7 @@ def test_cuda_graph_replays_with_other_data(vocab):
         )
         return loss, torch.autograd.grad(loss, logits)[0]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        loss, grad = step()
+    graph, (loss, grad) = capture(step)
     for ends, ignored in (((0, 10, 40), 0), ((0, 33, 35), 3), ((0, 0, 0), 1)):
         with torch.no_grad():
             logits.copy_(torch.randn_like(logits))

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 import packops
 import packops.hf
+from cuda_streams import capture, no_host_sync
 from packops import PackedBatch, PackedBatchSampler, PackingCollator, reference
 from packops._register import linear_ce_loss
 from ranks import fabrics, run_ranks, this_device
@@ -132,7 +133,7 @@ def vocab_parallel(rank, world_size):
     subgroup(world)
     linear_form(world)
     if device.type == "cuda":
-        capture(world)
+        replay(world)
         memory(world)
 
 
@@ -294,7 +295,7 @@ def linear_form(world):
         packops.vocab_parallel_linear_cross_entropy(hidden, nothing, labels, shard_sizes=everything_here)
 
 
-def capture(world):
+def replay(world):
     """The whole of it, collective included, in a CUDA graph, replayed on other data."""
     size = 4000
     shard = torch.randn(64, size, device=world.device, requires_grad=True)
@@ -304,18 +305,11 @@ def capture(world):
         loss = packops.vocab_parallel_cross_entropy(shard, labels, label_smoothing=0.1)
         return loss, *torch.autograd.grad(loss, shard)
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(stream)
-    torch.cuda.set_sync_debug_mode("error")
-    step()
-    torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # NCCL's watchdog asks for events meanwhile
-        captured = step()
+    for _ in range(2):
+        step()
+    with no_host_sync():
+        step()
+    graph, captured = capture(step, capture_error_mode="thread_local")  # NCCL's watchdog asks for events meanwhile
     with torch.no_grad():
         shard.copy_(torch.randn_like(shard))
     labels.copy_(torch.randint_like(labels, 0, size * world.world_size))

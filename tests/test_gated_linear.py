@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 import packops
+from cuda_streams import capture, no_host_sync
 from packops import reference
 from packops.testing import assert_close, assert_no_worse_than
 
@@ -480,19 +481,9 @@ def test_no_host_sync_and_graph_capture():
         return out, *(leaf.grad for leaf in inputs)
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     with torch.no_grad():
         inputs[0].copy_(torch.randn_like(inputs[0]))
     graph.replay()

@@ -20,6 +20,7 @@ from torch import nn
 
 import packops
 import packops.hf
+from cuda_streams import no_host_sync
 from packops import PackingCollator
 from packops.hf import families, record, rewrite
 from packops.hf import loss as hf_loss
@@ -1510,15 +1511,11 @@ def test_no_host_sync_on_a_gpu():
     run(model, inputs)
     rotary, loss = model.model.rotary_emb, model.loss_function
     logits = torch.randn(*labels.shape, VOCABULARY, device=device, requires_grad=True)
-    mode = torch.cuda.get_sync_debug_mode()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         rotary(logits, position_ids)
         loss(
             logits, labels, position_ids=position_ids, num_items_in_batch=torch.ones((), dtype=torch.float64, device=device)
         ).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode(mode)
 
 
 def test_record_says_what_it_cannot_undo():

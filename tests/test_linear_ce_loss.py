@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import packops
+from cuda_streams import capture, no_host_sync
 from device_memory import peak_memory
 from packops import reference
 from packops._register import linear_ce_loss
@@ -806,14 +807,10 @@ def test_no_synchronisation(reduction, dtype):
         "class_weight": torch.rand(1000, device="cuda"),
     }
     packops.linear_cross_entropy(hidden, weight, labels, **arguments).sum().backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         (packops.linear_cross_entropy(hidden, weight, labels, **arguments).sum() * 3).backward()
         arguments["num_valid"] = None
         (packops.linear_cross_entropy(hidden, weight, labels, **arguments).sum() * 3).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu
@@ -826,14 +823,7 @@ def test_cuda_graph_replays_with_other_data():
         loss = packops.linear_cross_entropy(hidden, weight, labels, num_valid=128, chunk_tokens=50)
         return (loss, *torch.autograd.grad(loss, (hidden, weight)))
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     for begin, end in ((0, 100), (128, 256), (7, 7), (0, 129)):
         labels.fill_(-100)
         labels[begin:end] = torch.randint(0, 1000, (end - begin,), device="cuda")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 import packops
+from cuda_streams import no_host_sync
 from packops import PackedBatch, PackedBatchSampler, PackingCollator
 from ranks import run_ranks
 
@@ -75,13 +76,10 @@ def test_bad_arguments():
 def test_no_host_sync():
     labels = torch.randint(0, 9, (5, 6), device="cuda")
     cu_seqlens = torch.tensor([0, 10, 30], device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         for reduction in REDUCTIONS:
             packops.loss_normalizer([labels, labels], reduction=reduction, shift=True)
             packops.loss_normalizer(labels.view(-1), reduction=reduction, cu_seqlens=cu_seqlens)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- several processes -----------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import packops
+from cuda_streams import capture, no_host_sync
 from packops import reference
 
 INDEX_DTYPES = [torch.int32, torch.int64]
@@ -206,12 +207,9 @@ def test_graph_capture_reads_new_boundaries():
     total, capacity = 257, 12
     cu_seqlens = torch.zeros(capacity + 1, dtype=torch.int32, device="cuda")
     labels = torch.arange(total, device="cuda")
-    packops.packed_metadata(cu_seqlens, total)
-    packops.packed_labels(labels, cu_seqlens)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        metadata = packops.packed_metadata(cu_seqlens, total)
-        targets = packops.packed_labels(labels, cu_seqlens)
+    graph, (metadata, targets) = capture(
+        lambda: (packops.packed_metadata(cu_seqlens, total), packops.packed_labels(labels, cu_seqlens))
+    )
     for lengths in ([257], [100, 100, 50], [1] * 12, []):
         cu_seqlens.copy_(boundaries(lengths + [0] * (capacity - len(lengths)), "cuda"))
         labels.copy_(torch.randint(-100, 100, (total,)))
@@ -226,12 +224,9 @@ def test_graph_capture_reads_new_boundaries():
 def test_no_host_sync():
     cu_seqlens = boundaries([100, 0, 28], "cuda")
     labels = torch.arange(128, device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         packops.packed_metadata(cu_seqlens, 128)
         packops.packed_labels(labels, cu_seqlens)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import packops
+from cuda_streams import capture, no_host_sync
 from packops import reference
 from test_rope import LAYOUTS, close, make_heads, make_qk
 
@@ -277,19 +278,9 @@ def test_no_host_sync_and_graph_capture():
         return *out, *(leaf.grad for leaf in leaves)
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, captured = capture(step)
     cu_seqlens.copy_(torch.tensor([0, 10, 11, 199], device="cuda"))
     graph.replay()
     replayed = [x.clone() for x in captured]

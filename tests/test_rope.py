@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import packops
+from cuda_streams import capture, no_host_sync
 from packops import reference
 from packops._register import rope as _rope
 
@@ -915,23 +916,13 @@ def test_no_host_sync_and_graph_capture():
         return *out, q.grad, k.grad
 
     step(ids, None)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_host_sync():
         step(ids, None)
         step(None, cu_seqlens)
         with torch.no_grad():
             packops.apply_rope(q, k, cos, sin, cu_seqlens=cu_seqlens, inplace=True)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        step(None, cu_seqlens)
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step(None, cu_seqlens)
+    graph, captured = capture(lambda: step(None, cu_seqlens))
     cu_seqlens.copy_(torch.tensor([0, 10, 11, 199], device="cuda"))
     graph.replay()
     replayed = [x.clone() for x in captured]
