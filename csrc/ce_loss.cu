@@ -6,9 +6,9 @@
 // 1. prepare: one number per row. Which label it is scored against, what its loss is multiplied by, and an order of the rows in
 //    which those that count come first, so that the work can be dealt out evenly however the ignored ones lie.
 // 2. rows, one of three kernels:
-//    registers (rows of up to 64 KiB): a block per row keeps it in registers between the pass that reduces it and the pass that
-//      writes its gradient; another block of the multiprocessor reads meanwhile.
-//    resident (sm_90 and later): persistent clusters of blocks share a row, which waits in a ring of shared memory instead.
+//    staged (where two rows fit into a multiprocessor's shared memory): a block per row keeps it there between the pass that reduces
+//      it and the pass that writes its gradient; other blocks of the multiprocessor read meanwhile.
+//    resident (longer rows, sm_90 and later): persistent clusters of blocks share a row, which waits in a ring of shared memory.
 //    streaming (every architecture, and rows no cluster can hold): a block per row reads it twice, the second time from the L2
 //      where that is large enough.
 // 3. reduce: the sum of the rows' shares, in a fixed order.
@@ -772,48 +772,55 @@ struct RowPart {
   }
 };
 
-// ----------------------------------------------------------------------------------------------------------- registers
+// -------------------------------------------------------------------------------------------------------------- staged
 
-// A row in the registers of a block, loss and gradient from one read. The loads of a row are in flight at once, and while the block
-// reduces and writes, the other block of the multiprocessor (of 256 threads three others) has its loads in flight.
-template <typename T, int kFeatures>
-__global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 : 2)
-    register_kernel(const __grid_constant__ CeLossParams p) {
+// A row in the shared memory of a block, loss and gradient from one read. A thread keeps there what it will work on itself, so that
+// it waits for nobody's copies but its own; its registers stay free, and while a block reduces and writes, the other blocks of the
+// multiprocessor have theirs in flight.
+constexpr int kStagedUnroll = 4;
+
+template <typename T, int kFeatures, int kThreads>
+__global__ void __launch_bounds__(kThreads, staged_blocks(kThreads)) staged_kernel(const __grid_constant__ CeLossParams p) {
   using Maths = RowMaths<T, kFeatures>;
   using Partial = typename Maths::Partial;
-  static_assert(kFewestKeptThreads >= RowPart<T>::kMostHead + kVec<T>);
-  __shared__ Partial of_warps[kMostKeptThreads / 32];
+  constexpr int kWarps = kThreads / 32, kStep = kThreads * kVec<T>;
+  static_assert(kThreads >= RowPart<T>::kMostHead + kVec<T>);
+  auto* kept = dynamic_shared<uint4>();
+  __shared__ Partial of_warps[kWarps];
   wait_for_launch_before();
   const RowEntry entry = Workspace(p).order[blockIdx.x];
   const int64_t t = entry.row;
   const int32_t y = entry.target;
-  const int thread = threadIdx.x, threads = blockDim.x, lane = thread % 32, step = threads * kVec<T>;
+  const int thread = threadIdx.x, lane = thread % 32;
   T* out = row_of<T>(p.grad, p.grad_layout, t);
   if (y < 0) {
     if (thread == 0) write_ignored_row(p, t, y);
-    return zero_row(out, p.vocab, thread, threads);
+    return zero_row(out, p.vocab, thread, kThreads);
   }
   const RowPart<T> all(p, t, 1, 0);
-  const int64_t first = all.column() + int64_t(thread) * kVec<T>;
-  const int valid = all.count > thread ? (all.count - thread + threads - 1) / threads : 0;
-  uint4 raw[kKeptVectors];
-#pragma unroll
-  for (int k = 0; k < kKeptVectors; k++)
-    if (k < valid) raw[k] = load_streaming(all.row + first + int64_t(k) * step);
+  const int64_t column = all.column();
+  for (int v = thread; v < all.count; v += kThreads) copy16_async(kept + v, all.row + column + int64_t(v) * kVec<T>);
+
   const int64_t edge = all.edge(p.vocab, thread);
   const float edge_raw = edge >= 0 ? to_float(all.row[edge]) : 0.f;
   const Maths maths(p, Maths::kHasUniform ? *Workspace(p).class_weight_sum : 0.f);
-  const int target_element = y - int32_t(all.column());
-  const auto writes_target = [&] {  // whether this thread writes what is around it
-    return edge == y ||
-           (target_element >= 0 && target_element < all.count * kVec<T> && target_element / kVec<T> % threads == thread);
-  };
-  // Where it takes more than a load, only by those that need it.
-  const float target = !Maths::kShares || thread == 0 || writes_target() ? maths.transform_at(all.row, y) : 0.f;
+  const float target = thread == 0 || edge == y ? maths.transform_at(all.row, y) : 0.f;
   const float scale = state(p.scale, t);
+  wait_for_copies();
 
   Partial part;
-  maths.add(part, raw, first, step, valid);
+  uint4 raw[kStagedUnroll];
+  int v = thread, valid = 0;
+#pragma unroll 1
+  for (; v + (kStagedUnroll - 1) * kThreads < all.count; v += kStagedUnroll * kThreads) {
+#pragma unroll
+    for (int k = 0; k < kStagedUnroll; k++) raw[k] = kept[v + k * kThreads];
+    maths.add(part, raw, column + int64_t(v) * kVec<T>, kStep);
+  }
+#pragma unroll
+  for (int k = 0; k < kStagedUnroll - 1; k++)
+    if (v + k * kThreads < all.count) raw[k] = kept[v + k * kThreads], valid = k + 1;
+  maths.add(part, raw, column + int64_t(v) * kVec<T>, kStep, valid);
   if (edge >= 0) {
     const float x[1] = {edge == y ? target : maths.transform(edge_raw)};
     maths.add(part, x, edge);
@@ -821,7 +828,7 @@ __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 :
   part.template reduce_over_warp<kFeatures>();
   if (lane == 0) of_warps[thread / 32] = part;
   __syncthreads();  // beyond it the gradient may overwrite the row
-  part = lane < threads / 32 ? of_warps[lane] : Partial{};
+  part = lane < kWarps ? of_warps[lane] : Partial{};
   part.template reduce_over_warp<kFeatures>();
   if (thread == 0) {
     part.target = target;
@@ -829,11 +836,13 @@ __global__ void __launch_bounds__(kMostKeptThreads, kFeatures& kStatistics ? 1 :
   }
 
   const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, scale);
-#pragma unroll
-  for (int k = 0; k < kKeptVectors; k++)
-    if (k < valid) store_streaming(out + first + int64_t(k) * step, gradient.others(raw[k], first + int64_t(k) * step));
-  if (edge >= 0) out[edge] = from_float<T>(gradient.other(edge_raw, edge));
-  if (writes_target()) out[y] = from_float<T>(gradient.target(target));
+#pragma unroll 2
+  for (v = thread; v < all.count; v += kThreads)
+    store_streaming(out + column + int64_t(v) * kVec<T>, gradient.others(kept[v], column + int64_t(v) * kVec<T>));
+  if (edge >= 0) out[edge] = from_float<T>(edge == y ? gradient.target(target) : gradient.other(edge_raw, edge));
+  const int in_vectors = y - int32_t(column);  // where the target is among them
+  if (in_vectors >= 0 && in_vectors < all.count * kVec<T> && in_vectors / kVec<T> % kThreads == thread)
+    out[y] = from_float<T>(gradient.target(maths.transform_at(reinterpret_cast<const T*>(kept), in_vectors)));
 }
 
 // ----------------------------------------------------------------------------------------------------------- streaming
@@ -964,8 +973,7 @@ __global__ void __launch_bounds__(kStreamThreads) stream_backward_kernel(const _
   __shared__ float scratch[kStreamThreads / 32], target;
   const float class_weight_sum = kFeatures & kUniform ? sum_class_weights<kStreamThreads>(p, scratch) : 0.f;
   for (int64_t t = blockIdx.x; t < p.rows; t += gridDim.x)
-    backward_row<T, kFeatures>(p, t, grad_output[(t / l.inner) * l.outer + (t % l.inner) * l.step], class_weight_sum,
-                               target);
+    backward_row<T, kFeatures>(p, t, grad_output[(t / l.inner) * l.outer + (t % l.inner) * l.step], class_weight_sum, target);
 }
 
 // ------------------------------------------------------------------------------------------------------------ resident
@@ -1189,8 +1197,7 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
         }
         const int64_t edge = rank == 0 ? mine.edge(p.vocab, thread) : -1;
         if (edge >= 0)
-          out[edge] =
-              from_float<T>(edge == y ? gradient.target(part.target) : gradient.other(to_float(mine.row[edge]), edge));
+          out[edge] = from_float<T>(edge == y ? gradient.target(part.target) : gradient.other(to_float(mine.row[edge]), edge));
       }
     }
   } else if (lane == 0) {
@@ -1223,6 +1230,20 @@ bool same_alignment(const CeLossParams& p, int element_bytes) {
   return (reinterpret_cast<uintptr_t>(p.logits) - reinterpret_cast<uintptr_t>(p.grad)) % 16 == 0 &&
          p.logits_layout.inner == p.grad_layout.inner && offset(p.logits_layout.outer, p.grad_layout.outer) &&
          offset(p.logits_layout.step, p.grad_layout.step);
+}
+
+template <typename T, int kFeatures, int kThreads>
+cudaError_t launch_staged(const CeLossParams& p, const CeLossConfig& config, const Device& device, cudaStream_t stream) {
+  const auto kernel = staged_kernel<T, kFeatures, kThreads>;
+  static std::atomic<bool> allowed[kMaxDevices];  // to have as much shared memory as there is
+  auto& is_allowed = allowed[device.index % kMaxDevices];
+  if (!is_allowed.load(std::memory_order_acquire)) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_staged_bytes(device));
+    if (error != cudaSuccess) return error;
+    is_allowed.store(true, std::memory_order_release);
+  }
+  return launch_with({0, device.overlaps_launches()}, kernel, unsigned(p.rows), kThreads, config.shared_bytes, stream, p);
 }
 
 template <typename T, int kFeatures, bool kGrad>
@@ -1260,15 +1281,16 @@ cudaError_t launch_rows(const CeLossParams& p, const Device& device, cudaStream_
   const CeLossConfig config =
       choose_ce_loss_config(p.vocab, sizeof(T), p.grad != nullptr, p.grad == nullptr || same_alignment(p, sizeof(T)),
                             sizeof(typename RowMaths<T, kFeatures>::Partial), device);
-  const auto block_per_row = [&](auto kernel, int threads) {
-    return launch_with({0, device.overlaps_launches()}, kernel, unsigned(p.rows), threads, 0, stream, p);
-  };
   switch (config.path) {
-    case CeLossPath::registers: return block_per_row(register_kernel<T, kFeatures>, config.threads);
+    case CeLossPath::staged:
+      return config.threads == 128 ? launch_staged<T, kFeatures, 128>(p, config, device, stream)
+                                   : launch_staged<T, kFeatures, 256>(p, config, device, stream);
     case CeLossPath::resident:
       return p.grad ? launch_resident<T, kFeatures, true>(p, config, device, stream)
                     : launch_resident<T, kFeatures, false>(p, config, device, stream);
-    default: return block_per_row(stream_forward_kernel<T, kFeatures>, kStreamThreads);
+    default:
+      return launch_with({0, device.overlaps_launches()}, stream_forward_kernel<T, kFeatures>, unsigned(p.rows), kStreamThreads,
+                         0, stream, p);
   }
 }
 

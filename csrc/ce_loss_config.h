@@ -28,38 +28,39 @@ inline int resident_overhead(int cluster, int partial_bytes) {
   return int(sizeof(uint64_t)) * (2 * kMaxStages + 2 * kExchanges) + (kExchanges * cluster + 2 * kMaxWarps) * partial_bytes + 128;
 }
 
-inline constexpr int kKeptVectors = 8;  // 16 bytes each, of a thread that keeps its part of a row in registers
-inline constexpr int kFewestKeptThreads = 128;
-inline constexpr int kMostKeptThreads =
-    512;  // with more, one block has a multiprocessor for itself, and nobody reads while it waits
+// Of the kernel whose blocks keep a row each. Fewer threads leave more registers for each, and less that every thread does once a row;
+// where short rows let many blocks be on a multiprocessor, they need fewer still.
+constexpr int staged_blocks(int threads) { return 768 / threads; }  // that registers must suffice for
+inline constexpr int kStagedOverhead = 1536;  // bytes of shared memory of a block beside its row; 1024 are the system's
+inline int most_staged_bytes(const DeviceLimits& device) { return device.shared_per_sm / 2 - kStagedOverhead; }
 
 // How rows are worked on.
 enum class CeLossPath {
   streaming,  // a block reads its row twice, the second time from the L2 with luck
-  registers,  // a block reads its row once and keeps it in registers until the gradient is written
+  staged,     // a block reads its row once and keeps it in shared memory until the gradient is written
   resident,   // persistent clusters read rows once, which wait in rings of shared memory
 };
 
 struct CeLossConfig {
   CeLossPath path = CeLossPath::streaming;
-  int threads = 0;  // registers
+  int threads = 0;  // staged
   int cluster = 1;  // resident: blocks that share a row
-  int stages = 0;
+  int stages = 0;   // resident
   int shared_bytes = 0;
 };
 
-// A gradient's rows: in the registers of one block if they fit, else in the smallest cluster whose blocks can hold their parts of
-// kRingDepth / 10 rows, so that one row is loaded and reduced while another is written. Without a gradient nothing must stay, and
-// one block of the persistent kernel streams rows of any length.
+// A gradient's rows: in one block's shared memory if two such blocks fit on a multiprocessor, so that one loads while the other works.
+// Else in the smallest cluster whose blocks can hold their parts of kRingDepth / 10 rows, so that one row is loaded and reduced while
+// another is written. Without a gradient nothing must stay, and one block of the persistent kernel streams rows of any length.
 inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool grad, bool same_alignment, int partial_bytes,
                                           const DeviceLimits& device) {
   CeLossConfig config;
   const int64_t row_bytes = vocab * element_bytes;
   if ((grad && !same_alignment) || row_bytes < kMinResidentBytes) return config;
-  if (grad && row_bytes / 16 <= kMostKeptThreads * kKeptVectors) {
-    config.path = CeLossPath::registers;
-    config.threads = kMostKeptThreads;
-    while (config.threads > kFewestKeptThreads && row_bytes / 16 <= config.threads / 2 * kKeptVectors) config.threads /= 2;
+  if (grad && row_bytes <= most_staged_bytes(device)) {
+    config.path = CeLossPath::staged;
+    config.shared_bytes = int(row_bytes / 16 * 16);
+    config.threads = device.shared_per_sm / (config.shared_bytes + kStagedOverhead) >= 4 ? 128 : 256;
     return config;
   }
   if (device.architecture < 90) return config;

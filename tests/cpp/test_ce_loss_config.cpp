@@ -17,9 +17,11 @@ CASE(a_chosen_kernel_fits_the_device) {
       for (int bytes : {2, 4}) {
         for (bool grad : {false, true}) {
           const CeLossConfig config = choose_ce_loss_config(vocab, bytes, grad, true, kPartial, device);
-          if (config.path == CeLossPath::registers) {
-            CHECK(grad && config.threads >= kFewestKeptThreads && config.threads <= kMostKeptThreads && config.threads % 32 == 0);
-            CHECK(vocab * bytes / 16 <= config.threads * kKeptVectors);  // a row has no more whole vectors than this
+          if (config.path == CeLossPath::staged) {
+            CHECK(grad && (config.threads == 128 || config.threads == 256));
+            CHECK(vocab * bytes / 16 * 16 <= config.shared_bytes);  // a row's whole vectors
+            CHECK(config.shared_bytes <= device.shared_per_block);
+            CHECK(2 * (config.shared_bytes + 1024) <= device.shared_per_sm);
           }
           if (config.path != CeLossPath::resident) continue;
           CHECK(device.architecture >= 90);  // older ones have neither clusters nor bulk copies
@@ -47,10 +49,19 @@ CASE(common_vocabularies_are_read_once_on_h100) {
   }
 }
 
-CASE(small_rows_stay_in_registers_everywhere) {
-  for (const DeviceLimits& device : {kA100, kH100, kRtx5090})
-    for (int64_t vocab : {1000, 8000, 32000})
-      CHECK(choose_ce_loss_config(vocab, 2, true, true, kPartial, device).path == CeLossPath::registers);
+CASE(rows_of_which_a_multiprocessor_holds_two_are_staged) {
+  const auto path = [](int64_t vocab, int bytes, const DeviceLimits& device) {
+    return choose_ce_loss_config(vocab, bytes, true, true, kPartial, device).path;
+  };
+  for (int64_t vocab : {1000, 8000, 24000}) CHECK(path(vocab, 2, kRtx5090) == CeLossPath::staged);
+  for (int64_t vocab : {1000, 8000, 32000}) CHECK(path(vocab, 2, kA100) == CeLossPath::staged);
+  for (int64_t vocab : {1000, 32000, 50257, 57600}) CHECK(path(vocab, 2, kH100) == CeLossPath::staged);
+  CHECK(path(28800, 4, kH100) == CeLossPath::staged);
+  CHECK(path(57601, 2, kH100) == CeLossPath::resident);
+  CHECK(path(50257, 2, kA100) == CeLossPath::streaming);
+  // Few long rows on a multiprocessor need more threads each than many short ones.
+  CHECK_EQ(choose_ce_loss_config(24000, 2, true, true, kPartial, kH100).threads, 128);
+  CHECK_EQ(choose_ce_loss_config(32000, 2, true, true, kPartial, kH100).threads, 256);
 }
 
 CASE(what_cannot_be_read_once_streams) {

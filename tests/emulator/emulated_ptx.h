@@ -2,6 +2,8 @@
 #pragma once
 
 #include <cfloat>
+#include <map>
+#include <vector>
 
 #include "cuda_runtime.h"
 
@@ -34,6 +36,17 @@ inline void bulk_load(void* destination, const void* source, uint32_t bytes, MBa
   const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
   emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
   emulator::depart({static_cast<char*>(destination), static_cast<const char*>(source), {}, bytes, barrier});
+}
+// A thread's copies arrive when it waits for them, not before.
+inline std::map<int, std::vector<std::pair<void*, const void*>>> copies;
+inline void copy16_async(void* destination, const void* source) {
+  const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source);
+  emulator::require(places % 16 == 0, "an asynchronous copy of something that is not 16 aligned bytes");
+  copies[emulator::current].push_back({destination, source});
+}
+inline void wait_for_copies() {
+  for (const auto& [destination, source] : copies[emulator::current]) std::memcpy(destination, source, 16);
+  copies[emulator::current].clear();
 }
 inline uint32_t cluster_rank() { return uint32_t(emulator::this_block()); }
 inline uint32_t cluster_size() { return uint32_t(emulator::blocks_together); }
