@@ -129,9 +129,13 @@ struct StatisticsPartial {
 };
 
 // The maths of a row.
+//
+// Softcapped 16-bit logits without other options (kCapped; dispatch asks is_capped_fast) have a form of their own, whose bound is the
+// memory: no x' exceeds the softcap, so that takes the place of the row's maximum, known before the row is read, and of x' only the
+// distance from it is ever computed, in units of log 2: 0 at the softcap, in proportion to 1 - tanh.
 template <typename T, int kFeatures>
 struct RowMaths {
-  static constexpr bool kShares = kFeatures == kSoftcap && sizeof(T) == 2;  // dispatch asks shares_reciprocals first
+  static constexpr bool kCapped = kFeatures == kSoftcap && sizeof(T) == 2;
   static constexpr bool kHasTransform = (kFeatures & (kScale | kSoftcap)) != 0, kHasUniform = (kFeatures & kUniform) != 0,
                         kHasStatistics = (kFeatures & kStatistics) != 0;
   using Partial = std::conditional_t<kHasStatistics, StatisticsPartial<T>, PlainPartial<T>>;
@@ -140,13 +144,13 @@ struct RowMaths {
   float class_weight_sum;  // sum_c w_c; used with kHasUniform
   float twice_into_tanh, inverse_cap;
 
-  // With kShares four elements share a reciprocal. The product of their denominators must not overflow, so logits are first clamped
+  // With kCapped four elements share a reciprocal. The product of their denominators must not overflow, so logits are first clamped
   // to this, twice, where tanh has long been 1.
   uint32_t largest;
 
   __device__ __forceinline__ RowMaths(const CeLossParams& p, float class_weight_sum)
       : p(p), class_weight_sum(class_weight_sum), twice_into_tanh(2 * p.logit_scale / p.softcap), inverse_cap(1 / p.softcap) {
-    if constexpr (kShares) {
+    if constexpr (kCapped) {
       const float x = kLargestExponent / into_exponent();
       largest = pack2(x, x, T{});
     }
@@ -167,25 +171,30 @@ struct RowMaths {
     r[3] = exp2_approx(b.y * into_exponent());
     reciprocals_of_successors(r);
   }
-  // Absolute error of a capped logit: for 16-bit logits 2^-22 softcap, a tenth of what their rounding is worth near 0.
-  __device__ __forceinline__ float capped(float r) const { return fmaf(-2 * p.softcap, r, p.softcap); }
+  __device__ __forceinline__ float below_cap() const { return -2 * kLog2E * p.softcap; }  // of which x' is r below the softcap
+  // x'. Of 16-bit logits within 2^-22 softcap, a tenth of what their rounding is worth near 0. With kCapped, (x' - softcap) log2(e).
   __device__ __forceinline__ float transform(float x) const {
     if constexpr (!kHasTransform) return x;
     if (!has_softcap()) return x * p.logit_scale;
-    if constexpr (sizeof(T) == 2) return capped(fall(x));
+    if constexpr (kCapped) return below_cap() * fall(x);
+    if constexpr (sizeof(T) == 2) return fmaf(-2 * p.softcap, fall(x), p.softcap);
     return p.softcap * tanh_accurate(x * (0.5f * twice_into_tanh));
+  }
+  // x' itself of what transform returned.
+  __device__ __forceinline__ float logit(float transformed) const {
+    return kCapped ? fmaf(transformed, kLn2, p.softcap) : transformed;
   }
   // x' of the element at column c, to the last bit as its vector has it however the row is cut into vectors: with the neighbours in
   // its aligned 8 bytes if the row has them all. Every kernel takes the target's x' from here, or a confident row's p - 1 would be the
   // difference of two numbers that were rounded differently.
   __device__ __forceinline__ float transform_at(const T* row, int64_t c) const {
-    if constexpr (kShares) {
+    if constexpr (kCapped) {
       const int which = int(reinterpret_cast<uintptr_t>(row + c) % 8 / sizeof(T));
       if (c >= which && c - which + 4 <= p.vocab) {
         const auto four = *reinterpret_cast<const uint2*>(row + c - which);
         float r[4];
         falls(four.x, four.y, r);
-        return capped(which < 2 ? (which == 0 ? r[0] : r[1]) : (which == 2 ? r[2] : r[3]));
+        return below_cap() * (which < 2 ? (which == 0 ? r[0] : r[1]) : (which == 2 ? r[2] : r[3]));
       }
     }
     return transform(to_float(row[c]));
@@ -193,6 +202,10 @@ struct RowMaths {
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
     if constexpr (!kHasTransform) return 1.f;
     if (!has_softcap()) return p.logit_scale;
+    if constexpr (kCapped) {
+      const float r = transformed * (-0.5f * kLn2) * inverse_cap;
+      return p.logit_scale * 4 * fmaf(-r, r, r);
+    }
     const float t = transformed * inverse_cap;
     return p.logit_scale * (1.f - t * t);
   }
@@ -201,6 +214,12 @@ struct RowMaths {
   // Adds kCount transformed elements that begin at column c.
   template <int kCount>
   __device__ __forceinline__ void add(Partial& part, const float (&x)[kCount], int64_t c) const {
+    if constexpr (kCapped) {
+      part.max = p.softcap;
+#pragma unroll
+      for (int i = 0; i < kCount; i++) part.sum += exp2_approx(x[i]);
+      return;
+    }
     float top = part.max;
 #pragma unroll
     for (int i = 0; i < kCount; i++) top = fmaxf(top, x[i]);
@@ -227,9 +246,24 @@ struct RowMaths {
   // Adds the first `valid` of kCount raw vectors, the first at column c, the next `step` columns on.
   template <int kCount>
   __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step, int valid = kCount) const {
+    if constexpr (kCapped) {
+      part.max = p.softcap;
+      float sums[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int k = 0; k < kCount; k++) {
+        if (k >= valid) break;
+        float r[2][4];
+        falls(raw[k].x, raw[k].y, r[0]);
+        falls(raw[k].z, raw[k].w, r[1]);
+#pragma unroll
+        for (int i = 0; i < kVec<T>; i++) sums[i % 4] += exp2_approx(below_cap() * r[i / 4][i % 4]);
+      }
+      part.sum += (sums[0] + sums[1]) + (sums[2] + sums[3]);
+      return;
+    }
     float x[kVec<T>];
     // A rising transform moves the largest logit to the largest; only then is one transform per element enough.
-    const bool rising = !kHasTransform || kShares || (sizeof(T) == 2 && p.logit_scale > 0);
+    const bool rising = !kHasTransform || (sizeof(T) == 2 && p.logit_scale > 0);
     if (kHasStatistics || !rising) {
 #pragma unroll
       for (int k = 0; k < kCount; k++) {
@@ -252,14 +286,6 @@ struct RowMaths {
 #pragma unroll
     for (int k = 0; k < kCount; k++) {
       if (k >= valid) break;
-      if constexpr (kShares) {
-        float r[2][4];
-        falls(raw[k].x, raw[k].y, r[0]);
-        falls(raw[k].z, raw[k].w, r[1]);
-#pragma unroll
-        for (int i = 0; i < kVec<T>; i++) sums[i % 4] += exp(capped(r[i / 4][i % 4]));
-        continue;
-      }
       unpack<T>(raw[k], x);
 #pragma unroll
       for (int i = 0; i < kVec<T>; i++) {
@@ -286,7 +312,9 @@ struct RowMaths {
   __device__ __forceinline__ float loss(const Partial& row, int32_t y) const {
     const float log_sum = logf(row.sum), lse = row.max + log_sum;
     const Coefficients k = coefficients(y, row.max, log_sum);
-    float loss = k.gamma * (log_sum + RowExp<T>::below_max(row.target, row.max));
+    // With kCapped both parts of the sum can be large next to it.
+    float loss =
+        k.gamma * (kCapped ? logf(row.sum / exp2_approx(row.target)) : log_sum + RowExp<T>::below_max(row.target, row.max));
     if constexpr (kHasUniform) loss += k.beta * (class_weight_sum * lse - row.weighted);
     if (p.z_loss != 0) loss += p.z_loss * lse * lse;
     return loss;
@@ -302,25 +330,31 @@ struct RowGradient {
   int32_t y;
   RowExp<T> exp;
   float multiplier, over_sum, softmax_factor;
-  // Of vectors that share reciprocals: 2^(into_exponent r + exponent_offset) is |softmax_factor d u / d x 4| e^(x' - max). Not to
-  // be used for the target: the offset is rounded once more than the terms of the sum are.
-  float into_exponent, exponent_offset;
+  // With kCapped: 2^(below_cap r + exponent_offset) is |softmax_factor d u / d x 4| e^(x' - max). Not to be used for the target: the
+  // offset's rounding is not in the sum.
+  float exponent_offset;
   uint32_t sign;  // of a pair of such gradients
 
   __device__ __forceinline__ RowGradient(const Maths& maths, int32_t y, float max, float sum, float multiplier)
       : maths(maths), k(maths.coefficients(y, max, logf(sum))), y(y), exp(max), multiplier(multiplier), over_sum(k.alpha / sum) {
+    // A forward that made statistics was of the other form, whose sum is relative to the maximum.
+    if constexpr (Maths::kCapped) over_sum *= exp2_approx((maths.p.softcap - max) * kLog2E);
     softmax_factor = multiplier * over_sum;
-    if constexpr (Maths::kShares) {
+    if constexpr (Maths::kCapped) {
       const float factor = softmax_factor * 4 * maths.p.logit_scale;
-      into_exponent = -2 * kLog2E * maths.p.softcap;
-      exponent_offset = fmaf(-0.5f, into_exponent, log2_approx(fabsf(factor)) - exp.shift);
+      exponent_offset = log2_approx(fabsf(factor));
       sign = factor < 0 ? 0x80008000u : 0;
     }
+  }
+  // e^(x' - max), given what transform returned.
+  __device__ __forceinline__ float term(float transformed) const {
+    if constexpr (Maths::kCapped) return exp2_approx(transformed);
+    return exp(transformed);
   }
   // Of a class that is not the target.
   __device__ __forceinline__ float other(float raw, int64_t c) const {
     const float x = maths.transform(raw);
-    float g = exp(x) * softmax_factor;
+    float g = term(x) * softmax_factor;
     if constexpr (Maths::kHasUniform) g -= multiplier * k.beta * maths.class_weight(c);
     if constexpr (Maths::kHasTransform) g *= maths.chain(x);
     return g;
@@ -328,12 +362,12 @@ struct RowGradient {
   // Of the target, given its x': in one fp32 expression, or a confident row's p - 1 would be the difference of two rounded numbers.
   __device__ __forceinline__ float target(float x) const {
     const float uniform = Maths::kHasUniform ? k.beta * maths.class_weight(y) : 0.f;
-    return ((over_sum * exp(x) - uniform) - k.gamma) * multiplier * maths.chain(x);
+    return ((over_sum * term(x) - uniform) - k.gamma) * multiplier * maths.chain(x);
   }
   // Of a vector of raw logits that begins at column c, as if the target were not among them: its owner writes it afterwards,
   // because choosing an element of a register array by a runtime index would put the array into local memory.
   __device__ __forceinline__ uint4 others(uint4 raw, int64_t c) const {
-    if constexpr (Maths::kShares) {
+    if constexpr (Maths::kCapped) {
       const uint2 a = capped_others(raw.x, raw.y), b = capped_others(raw.z, raw.w);
       return {a.x, a.y, b.x, b.y};
     }
@@ -348,7 +382,7 @@ struct RowGradient {
     float r[4];
     maths.falls(first, second, r);
 #pragma unroll
-    for (int i = 0; i < 4; i++) r[i] = exp2_approx(fmaf(into_exponent, r[i], exponent_offset)) * fmaf(-r[i], r[i], r[i]);
+    for (int i = 0; i < 4; i++) r[i] = exp2_approx(fmaf(maths.below_cap(), r[i], exponent_offset)) * fmaf(-r[i], r[i], r[i]);
     return {pack2(r[0], r[1], T{}) ^ sign, pack2(r[2], r[3], T{}) ^ sign};
   }
   // Whether a vector that begins at column c holds the target.
@@ -376,7 +410,7 @@ __device__ __forceinline__ void write_row(const CeLossParams& p, const Maths& ma
   if (p.partial) {
     state(p.partial, kPartialMax * p.rows + t) = row.max;
     state(p.partial, kPartialSum * p.rows + t) = row.sum;
-    state(p.partial, kPartialTarget * p.rows + t) = is_here(p, y) ? row.target : 0.f;
+    state(p.partial, kPartialTarget * p.rows + t) = is_here(p, y) ? maths.logit(row.target) : 0.f;
     state(p.partial, kPartialWeighted * p.rows + t) = row.weighted;
   } else {
     write_row_state<kFeatures>(p, t, row);
@@ -1300,7 +1334,7 @@ void dispatch(const CeLossParams& p, F&& f) {
   const bool softcap = p.softcap > 0, scale = p.logit_scale != 1, uniform = p.label_smoothing != 0,
              alone = !uniform && !p.entropy && !p.prediction;
   dispatch_float<false>(p.logits_dtype, [&](auto type) {
-    if (alone && softcap && (sizeof(type) == 4 || shares_reciprocals(p.softcap, p.logit_scale, p.logits_dtype)))
+    if (alone && softcap && (sizeof(type) == 4 || is_capped_fast(p.softcap, p.logit_scale, p.logits_dtype)))
       f(type, std::integral_constant<int, kSoftcap>{});
     else if (alone && scale && !softcap) f(type, std::integral_constant<int, kScale>{});
     else if (p.entropy || p.prediction || softcap || scale) f(type, std::integral_constant<int, kEverything>{});

@@ -86,13 +86,15 @@ inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool
   return config;
 }
 
-// Whether softcapped elements may share reciprocals of e^2u + 1, u = logit scale / softcap: if the logit where e^2u is
-// 2^kLargestExponent is a normal number of this type, with room for its rounding. Then tanh u is 1 there, in fp32, and the product
-// of four such sums is finite.
-inline constexpr float kLargestExponent = 30;
-inline bool shares_reciprocals(float softcap, float logit_scale, DType dtype) {
+// Whether 16-bit rows may be capped the fast way. Elements share reciprocals of e^2u + 1, u = logit scale / softcap: the logit where
+// e^2u is 2^kLargestExponent has to be a normal number of the type, with room for its rounding. Then tanh u is 1 there, in fp32, and
+// the product of four such sums is finite. And terms are relative to the softcap: 2^31 times e^(2 softcap), the largest quotient of a
+// row's sum and one of its terms, has to be finite, with room for the factors of a gradient.
+inline constexpr float kLargestExponent = 30, kLargestSoftcap = 32;
+inline bool is_capped_fast(float softcap, float logit_scale, DType dtype) {
   const float largest = kLargestExponent * 0.34657359f * softcap / logit_scale;
-  return dtype == DType::f16 ? largest > 0x1p-13f && largest < 65000 : largest > 0x1p-120f && largest < 0x1p120f;
+  return softcap <= kLargestSoftcap &&
+         (dtype == DType::f16 ? largest > 0x1p-13f && largest < 65000 : largest > 0x1p-120f && largest < 0x1p120f);
 }
 
 // Blocks of the cluster that prepares the rows in one launch, each a tile of kTile rows at a time; 0: too many rows, several

@@ -85,16 +85,17 @@ CASE(rows_are_prepared_in_as_few_launches_as_can_be) {
   CHECK_EQ(prepare_cluster(64 * kTile, false, kH100), 8);
 }
 
-CASE(reciprocals_are_shared_where_the_largest_exponent_is_a_number) {
+CASE(rows_are_capped_fast_where_no_number_on_the_way_overflows) {
   for (const DType dtype : {DType::f16, DType::bf16}) {
-    CHECK(shares_reciprocals(30, 1, dtype));
-    CHECK(shares_reciprocals(0.5f, 0.0625f, dtype));
-    CHECK(!shares_reciprocals(30, -1, dtype));
-    CHECK(!shares_reciprocals(30, 0, dtype));
-    CHECK(!shares_reciprocals(0, 1, dtype));
+    CHECK(is_capped_fast(30, 1, dtype));
+    CHECK(is_capped_fast(0.5f, 0.0625f, dtype));
+    CHECK(!is_capped_fast(30, -1, dtype));
+    CHECK(!is_capped_fast(30, 0, dtype));
+    CHECK(!is_capped_fast(0, 1, dtype));
+    CHECK(is_capped_fast(32, 1, dtype));
+    CHECK(!is_capped_fast(33, 1, dtype));
   }
-  CHECK(!shares_reciprocals(10000, 1, DType::f16));  // no fp16 logit is that large, so the clamp would be infinity
-  CHECK(shares_reciprocals(10000, 1, DType::bf16));
-  CHECK(!shares_reciprocals(1e-5f, 1, DType::f16));  // the clamp would be subnormal, with few digits
-  CHECK(!shares_reciprocals(1e38f, 1, DType::bf16));
+  CHECK(!is_capped_fast(30, 0.004f, DType::f16));  // no fp16 logit is that large, so the clamp would be infinity
+  CHECK(is_capped_fast(30, 0.004f, DType::bf16));
+  CHECK(!is_capped_fast(1e-5f, 1, DType::f16));  // the clamp would be subnormal, with few digits
 }
