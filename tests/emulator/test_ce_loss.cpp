@@ -412,8 +412,8 @@ CASE(a_nan_shows_wherever_it_is) {
   }
 }
 
-// p - 1 of a confident class keeps its digits only if the sum and the target have the same x', to the last bit, wherever the class is
-// and whichever kernel makes the gradient.
+// The loss and p - 1 of a confident class keep their digits only if the sum and the target have the same x', to the last bit, wherever
+// the class is and whichever kernel makes the gradient.
 void check_confident_classes(int64_t vocab, int64_t offset, bool grad_later) {
   constexpr int64_t kRows = 160;
   const Options o{.reduction = Reduction::sum, .softcap = 30};
@@ -433,7 +433,7 @@ void check_confident_classes(int64_t vocab, int64_t offset, bool grad_later) {
     cuda.p.grad_output_layout = {};
     CHECK_EQ(ce_loss_backward_cuda(cuda.p, nullptr), 0);
   }
-  double worst = 0;
+  double worst = 0, worst_loss = 0;
   for (int64_t t = 0; t < kRows; t++) {
     const int64_t y = problem.labels[t];
     const double target = 30 * std::tanh(to_float(problem.logits[place(t, y)]) / 30.0);
@@ -443,8 +443,11 @@ void check_confident_classes(int64_t vocab, int64_t offset, bool grad_later) {
     const double rest = others / (1 + others), slope = 1 - target * target / 900;
     const double off = std::abs(to_float(cuda.grad[place(t, y)]) + rest * slope) / slope - rest * kEpsilon<bf16_t> / 2;
     worst = std::max(worst, off);
+    const double loss = std::log1p(others), of_terms = loss * 30 * 0x1.7p-21;  // a capped logit is off by 2^-20.5 softcap at most
+    worst_loss = std::max(worst_loss, std::abs(cuda.row_loss[t] - loss) - of_terms);
   }
   CHECK(worst <= 3 * 0x1p-23);
+  CHECK(worst_loss <= double(3 + vocab / 8192) * 0x1p-23);  // every addition to a sum that holds the class rounds it
 }
 
 CASE(a_confident_class_is_capped_like_its_neighbours) {
