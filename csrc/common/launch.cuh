@@ -18,7 +18,7 @@ void launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cu
 
 template <typename T>
 __device__ __forceinline__ T* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char packops_dynamic_shared[];
+  extern __shared__ __align__(1024) unsigned char packops_dynamic_shared[];
   return reinterpret_cast<T*>(packops_dynamic_shared);
 }
 

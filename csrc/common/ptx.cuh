@@ -3,6 +3,8 @@
 
 #include <cstdint>
 
+#include "common/dtype.h"
+
 #ifndef __CUDACC__
 #include "emulated_ptx.h"
 #else
@@ -47,6 +49,145 @@ __device__ __forceinline__ void copy16_async(void* destination, const void* sour
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(destination)), "l"(source) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// The same, or zeros.
+__device__ __forceinline__ void copy16_async_or_zero(void* destination, const void* source, bool there) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source), "r"(there ? 16 : 0)
+               : "memory");
+}
+__device__ __forceinline__ void copy4_async_or_zero(void* destination, const void* source, bool there) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(destination)), "l"(source), "r"(there ? 4 : 0)
+               : "memory");
+}
+// What a thread asked for since it last closed a group is a group; and wait for all groups but the newest ones.
+__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int kNewest>
+__device__ __forceinline__ void wait_for_copies_before() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
+}
+
+// ---- Products of small matrices by a warp. Lane l has row l / 4 of an 8 x 8 matrix of 16-bit elements, columns 2 (l % 4) and the next.
+
+// Four such matrices from shared memory: lane l names where row l % 8 of matrix l / 8 begins, 16 bytes, aligned.
+__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+// sum (16 x 8, fp32: rows l / 4 and l / 4 + 8) += a (16 x 16: upper left, lower left, upper right, lower right) times b (16 x 8,
+// transposed: k up to 8, and from 8 on).
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16_t) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half_t) {
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// ---- sm_90a alone: products by a warp group, four warps that run them together (wgmma). Operands in shared memory are rows of 128
+// bytes, 64 elements of 16 bits, whose 16-byte chunks are permuted by exclusive or with the row's number modulo 8; tiles begin at
+// multiples of 1024 bytes. Sums are as in multiply_add, 16 rows to a warp.
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+inline constexpr bool kHasGroupProducts = true;
+#else
+inline constexpr bool kHasGroupProducts = false;
+#endif
+
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+
+// What threads wrote, asynchronous copies that they waited for included, can be seen by products that begin after a barrier.
+__device__ __forceinline__ void show_to_group_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Around the products of a group: registers and memory are theirs from begin to wait.
+__device__ __forceinline__ void begin_group_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void close_group_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kNewest>
+__device__ __forceinline__ void wait_for_group_products_before() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
+}
+// The compiler must not move what reads or writes these registers across this place.
+template <int kColumns>
+__device__ __forceinline__ void hold(float (&sums)[kColumns][4]) {
+#pragma unroll
+  for (int n = 0; n < kColumns; n++)
+#pragma unroll
+    for (int i = 0; i < 4; i++) asm volatile("" : "+f"(sums[n][i])::"memory");
+}
+
+// A tile as an operand, and where in it a product begins, in bytes.
+class GroupOperand {
+ public:
+  __device__ __forceinline__ explicit GroupOperand(const void* tile)
+      : bits_((shared_address(tile) >> 4 & 0x3fff) | kEightRows | kSwizzled128) {}
+  __device__ __forceinline__ GroupOperand at(int bytes) const {
+    GroupOperand other = *this;
+    other.bits_ += uint32_t(bytes) >> 4;
+    return other;
+  }
+  __device__ __forceinline__ uint64_t bits() const { return bits_; }
+
+ private:
+  static constexpr uint64_t kEightRows = uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32;  // 1024 bytes to the next eight rows
+  static constexpr uint64_t kSwizzled128 = uint64_t(1) << 62;
+  uint64_t bits_;
+};
+
+#define PACKOPS_SUMS_32                                                                                                       \
+  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
+  "%26, %27, %28, %29, %30, %31}"
+#define PACKOPS_SUMS_4(n) "+f"(s[n][0]), "+f"(s[n][1]), "+f"(s[n][2]), "+f"(s[n][3])
+#define PACKOPS_SUMS                                                                                                   \
+  PACKOPS_SUMS_4(0), PACKOPS_SUMS_4(1), PACKOPS_SUMS_4(2), PACKOPS_SUMS_4(3), PACKOPS_SUMS_4(4), PACKOPS_SUMS_4(5), \
+      PACKOPS_SUMS_4(6), PACKOPS_SUMS_4(7)
+#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                                     \
+  /* s (64 x 64) = or, with add, += 64 rows of a times 64 rows of b, over 16 elements */                                       \
+  __device__ __forceinline__ void multiply_rows_by_group(float (&s)[8][4], GroupOperand a, GroupOperand b, bool add, type) {     \
+    asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name      \
+                 " " PACKOPS_SUMS_32 ", %32, %33, add, 1, 1, 0, 0;\n}"                                                          \
+                 : PACKOPS_SUMS                                                                                                \
+                 : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                 \
+                 : "memory");                                                                                                  \
+  }                                                                                                                            \
+  /* s (64 x 64) += a (64 x 16, 16 rows to a warp as in multiply_add) times 16 rows of b, 64 elements each */                  \
+  __device__ __forceinline__ void add_weighted_rows_by_group(float (&s)[8][4], const uint32_t (&a)[4], GroupOperand b, type) {  \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " PACKOPS_SUMS_32                              \
+                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                                    \
+                 : PACKOPS_SUMS                                                                                                \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits())                                           \
+                 : "memory");                                                                                                  \
+  }
+PACKOPS_GROUP_PRODUCTS(bf16_t, "bf16")
+PACKOPS_GROUP_PRODUCTS(half_t, "f16")
+
+#else  // only so that kernels which are never launched here compile
+
+struct GroupOperand {
+  __device__ __forceinline__ explicit GroupOperand(const void*) {}
+  __device__ __forceinline__ GroupOperand at(int) const { return *this; }
+};
+
+__device__ __forceinline__ void show_to_group_products() {}
+__device__ __forceinline__ void begin_group_products() {}
+__device__ __forceinline__ void close_group_products() {}
+template <int kNewest>
+__device__ __forceinline__ void wait_for_group_products_before() {}
+template <int kColumns>
+__device__ __forceinline__ void hold(float (&)[kColumns][4]) {}
+template <typename T>
+__device__ __forceinline__ void multiply_rows_by_group(float (&)[8][4], GroupOperand, GroupOperand, bool, T) {}
+template <typename T>
+__device__ __forceinline__ void add_weighted_rows_by_group(float (&)[8][4], const uint32_t (&)[4], GroupOperand, T) {}
+
+#endif
 
 // ---- sm_90 and later: bulk copies into shared memory that report to an mbarrier, and messages between the blocks of a cluster.
 // Older architectures' kernels must not call them.

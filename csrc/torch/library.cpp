@@ -18,6 +18,8 @@
 
 #define CE_STATS "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss)"
 
+#define ATTENTION_RULE "bool causal=True, int? window=None, float? softcap=None, float? scale=None"
+
 PACKOPS_LIBRARY(m) {
   m.def("cross_entropy(Tensor logits, " CE_LABELS CE_MATHS ") -> Tensor");
   m.def("cross_entropy_stats(Tensor logits, " CE_LABELS CE_MATHS ") -> (Tensor loss, " CE_STATS);
@@ -41,6 +43,12 @@ PACKOPS_LIBRARY(m) {
   m.def(
       "packed_labels(Tensor labels, Tensor cu_seqlens, *, bool shift=True, int ignore_index=-100) -> (Tensor target, Tensor "
       "counts)");
+
+  // Attention within documents. tiles: what the kernels of CUDA cut the documents into, once for both passes.
+  m.def("_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, " ATTENTION_RULE ") -> (Tensor out, Tensor lse, Tensor tiles)");
+  m.def(
+      "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor tiles, Tensor "
+      "cu_seqlens, " ATTENTION_RULE ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 
   // The gate of a gated MLP. _gated_activation is the same without autograd; the backward op makes what it is asked for.
   m.def("gated_activation(Tensor gate, Tensor up, *, str activation=\"silu\") -> Tensor");

@@ -110,11 +110,12 @@ def split_arch_list(arch_list: str) -> list[str]:
 
 
 def arch_flags(archs: list[str]) -> list[str]:
-    """nvcc's -gencode flags."""
+    """nvcc's -gencode flags. Machine code for 9.0 is that of 9.0a, all of Hopper's instructions: there is no other GPU of 9.x."""
     flags = []
     for arch in archs:
         number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        exact = "90a" if number == "90" else number
+        flags.append(f"-gencode=arch=compute_{exact},code=sm_{exact}")
         if arch.endswith("+PTX"):
             flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
     return flags

@@ -51,6 +51,7 @@ inline unsigned __ballot_sync(unsigned, bool yes) {
   for (int lane = 0; lane < 32; lane++) bits |= unsigned(all.present[lane] && all.value[lane]) << lane;
   return bits;
 }
+inline bool __any_sync(unsigned mask, bool yes) { return __ballot_sync(mask, yes) != 0; }
 inline unsigned __match_any_sync(unsigned, long long value) {
   const auto& all = emulator::collective(uint64_t(value));
   unsigned bits = 0;
@@ -62,6 +63,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return emulator::from_lane(value, (emulator::current % 32) ^ mask);
 }
 template <typename T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return emulator::from_lane(value, lane);
+}
+template <typename T>
 T __shfl_up_sync(unsigned, T value, int by) {
   const int lane = emulator::current % 32;
   return emulator::from_lane(value, lane < by ? lane : lane - by);
@@ -69,6 +74,7 @@ T __shfl_up_sync(unsigned, T value, int by) {
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   return std::exchange(*address, *address + value);
 }
+inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 
 template <typename T>
 T aligned_load(const T* p) {

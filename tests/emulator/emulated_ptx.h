@@ -5,6 +5,9 @@
 #include <map>
 #include <vector>
 
+#include "common/dtype.h"
+#include "cuda_bf16.h"
+#include "cuda_fp16.h"
 #include "cuda_runtime.h"
 
 namespace packops {
@@ -18,7 +21,7 @@ inline void wait_for_launch_before() { emulator::fibers[emulator::current].waite
 
 inline void named_barrier(int id, int threads) {
   if (id == 0) return __syncthreads();
-  emulator::wait(emulator::Waiting::for_some_of_block, uint64_t(threads));
+  emulator::wait(emulator::Waiting::for_some_of_block, uint64_t(id) << 32 | uint64_t(threads));
 }
 
 using MBarrier = uint64_t;
@@ -37,17 +40,134 @@ inline void bulk_load(void* destination, const void* source, uint32_t bytes, MBa
   emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
   emulator::depart({static_cast<char*>(destination), static_cast<const char*>(source), {}, bytes, barrier});
 }
-// A thread's copies arrive when it waits for them, not before.
-inline std::map<int, std::vector<std::pair<void*, const void*>>> copies;
-inline void copy16_async(void* destination, const void* source) {
+// A thread's copies arrive when it waits for them, not before; until then there is NaN.
+struct Copy {
+  void* destination;
+  const void* source;  // null: zeros
+  size_t bytes;
+  int group;
+};
+inline std::map<int, std::vector<Copy>> copies;
+inline std::map<int, int> copy_groups;
+inline void copy_async(void* destination, const void* source, size_t bytes) {
   const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source);
-  emulator::require(places % 16 == 0, "an asynchronous copy of something that is not 16 aligned bytes");
-  copies[emulator::current].push_back({destination, source});
+  emulator::require(places % bytes == 0, "an asynchronous copy of something that is not aligned");
+  std::memset(destination, 0xff, bytes);
+  copies[emulator::current].push_back({destination, source, bytes, copy_groups[emulator::current]});
 }
-inline void wait_for_copies() {
-  for (const auto& [destination, source] : copies[emulator::current]) std::memcpy(destination, source, 16);
-  copies[emulator::current].clear();
+inline void copy16_async(void* destination, const void* source) { copy_async(destination, source, 16); }
+inline void copy16_async_or_zero(void* destination, const void* source, bool there) {
+  copy_async(destination, there ? source : nullptr, 16);
 }
+inline void copy4_async_or_zero(void* destination, const void* source, bool there) {
+  copy_async(destination, there ? source : nullptr, 4);
+}
+inline void close_copies() { copy_groups[emulator::current]++; }
+inline void land_copies_before(int group) {
+  std::erase_if(copies[emulator::current], [&](const Copy& copy) {
+    if (copy.group >= group) return false;
+    if (copy.source) std::memcpy(copy.destination, copy.source, copy.bytes);
+    else std::memset(copy.destination, 0, copy.bytes);
+    return true;
+  });
+}
+inline void wait_for_copies() { land_copies_before(copy_groups[emulator::current] + 1); }
+template <int kNewest>
+void wait_for_copies_before() {
+  land_copies_before(copy_groups[emulator::current] - kNewest);
+}
+
+// ---- Products of small matrices by a warp: lanes show each other where their operands are, and go on when all have read them.
+
+inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+  emulator::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a misaligned row of a matrix");
+  const emulator::Shown rows = emulator::collective(reinterpret_cast<uintptr_t>(row));
+  const int lane = emulator::current % 32;
+  for (int i = 0; i < 4; i++) {
+    const auto at = [&](int r, int c) { return uint32_t(reinterpret_cast<const uint16_t*>(rows.value[8 * i + r])[c]); };
+    const int r = lane / 4, c = 2 * (lane % 4);
+    to[i] = transposed ? at(c, r) | at(c + 1, r) << 16 : at(r, c) | at(r, c + 1) << 16;
+  }
+  emulator::collective(0);
+}
+inline void load_matrices(uint32_t (&to)[4], const void* row) { load_matrices(to, row, false); }
+inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { load_matrices(to, row, true); }
+
+inline float element(uint16_t bits, bf16_t) { return __uint_as_float(uint32_t(bits) << 16); }
+inline float element(uint16_t bits, half_t) { return __half2float(__ushort_as_half(bits)); }
+template <typename T>
+void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T type) {
+  const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
+  const emulator::Shown all = emulator::collective(reinterpret_cast<uintptr_t>(mine));
+  const int lane = emulator::current % 32;
+  // register i of the lane that has row r of an 8 x 8 matrix, column c
+  const auto at = [&](int i, int r, int c) {
+    const uint32_t word = reinterpret_cast<const uint32_t*>(all.value[4 * r + c / 2])[i];
+    return element(uint16_t(c % 2 ? word >> 16 : word), type);
+  };
+  for (int i = 0; i < 4; i++) {
+    const int row = lane / 4, column = 2 * (lane % 4) + i % 2, low = i / 2;
+    for (int k = 0; k < 16; k++) sum[i] += at(low + 2 * (k / 8), row, k % 8) * at(4 + k / 8, column, k % 8);
+  }
+  emulator::collective(0);
+}
+
+// ---- Products by a warp group. Done when they are issued: that somebody forgot to wait is not seen.
+
+inline constexpr bool kHasGroupProducts = true;
+inline void show_to_group_products() {}
+inline void begin_group_products() {}
+inline void close_group_products() {}
+template <int kNewest>
+void wait_for_group_products_before() {}
+template <int kColumns>
+void hold(float (&)[kColumns][4]) {}
+
+class GroupOperand {
+ public:
+  explicit GroupOperand(const void* tile) : tile_(reinterpret_cast<uintptr_t>(tile)) {
+    emulator::require(tile_ % 1024 == 0, "a tile of a warp group's products that does not begin at 1024 bytes");
+  }
+  GroupOperand at(int bytes) const {
+    GroupOperand other = *this;
+    other.tile_ += uintptr_t(bytes);
+    return other;
+  }
+  uint16_t element(int row, int column) const {
+    uintptr_t at = tile_ + uintptr_t(row * 128 + column * 2);
+    at ^= (at >> 7 & 7) << 4;
+    return *reinterpret_cast<const uint16_t*>(at);
+  }
+
+ private:
+  uintptr_t tile_;
+};
+template <typename T>
+void multiply_rows_by_group(float (&s)[8][4], GroupOperand a, GroupOperand b, bool add, T type) {
+  emulator::collective(0);
+  const int lane = emulator::current % 32, warp = emulator::current % emulator::block_threads / 32 % 4;
+  for (int n = 0; n < 8; n++)
+    for (int i = 0; i < 4; i++) {
+      const int row = 16 * warp + 8 * (i / 2) + lane / 4, column = 8 * n + 2 * (lane % 4) + i % 2;
+      float sum = add ? s[n][i] : 0;
+      for (int k = 0; k < 16; k++) sum += element(a.element(row, k), type) * element(b.element(column, k), type);
+      s[n][i] = sum;
+    }
+  emulator::collective(0);
+}
+template <typename T>
+void add_weighted_rows_by_group(float (&s)[8][4], const uint32_t (&a)[4], GroupOperand b, T type) {
+  const emulator::Shown all = emulator::collective(reinterpret_cast<uintptr_t>(a));
+  const int lane = emulator::current % 32;
+  for (int i = 0; i < 4; i++)
+    for (int k = 0; k < 16; k++) {
+      const uint32_t word = reinterpret_cast<const uint32_t*>(all.value[lane / 4 * 4 + k % 8 / 2])[i / 2 + 2 * (k / 8)];
+      const float weight = element(uint16_t(k % 2 ? word >> 16 : word), type);
+      for (int n = 0; n < 8; n++) s[n][i] += weight * element(b.element(k, 8 * n + 2 * (lane % 4) + i % 2), type);
+    }
+  emulator::collective(0);
+}
+
 inline uint32_t cluster_rank() { return uint32_t(emulator::this_block()); }
 inline uint32_t cluster_size() { return uint32_t(emulator::blocks_together); }
 inline void cluster_sync() { emulator::wait(emulator::Waiting::for_cluster); }

@@ -60,7 +60,7 @@ struct Fiber {
   bool done;
   bool waited_for_launch;  // before this one
   Waiting waiting;
-  uint64_t value;  // what the warp is shown, or how many wait for some of the block
+  uint64_t value;  // what the warp is shown, or the number of a barrier for some of the block, and for how many
   const uint64_t* barrier;
   uint32_t parity;
 };
@@ -235,10 +235,14 @@ inline bool run_collectives() {
   for (int b = 0; b < blocks_together; b++) {
     const int begin = b * block_threads, end = begin + block_threads;
     ran |= release(begin, end, Waiting::for_block, all_wait(begin, end, Waiting::for_block));
-    uint64_t there = 0, wanted = 0;
+    std::unordered_map<uint64_t, uint64_t> there;  // by the barrier's number and how many threads it is for
     for (int i = begin; i < end; i++)
-      if (is_waiting(fibers[i], Waiting::for_some_of_block)) there++, wanted = fibers[i].value;
-    ran |= release(begin, end, Waiting::for_some_of_block, there > 0 && there == wanted);
+      if (is_waiting(fibers[i], Waiting::for_some_of_block)) there[fibers[i].value]++;
+    for (int i = begin; i < end; i++)
+      if (is_waiting(fibers[i], Waiting::for_some_of_block) && there[fibers[i].value] == uint32_t(fibers[i].value)) {
+        fibers[i].waiting = Waiting::for_nothing;
+        ran = true;
+      }
   }
   const int all = int(fibers.size());
   return ran | release(0, all, Waiting::for_cluster, all_wait(0, all, Waiting::for_cluster));

@@ -1,0 +1,611 @@
+// Attention within documents on CUDA; formulas in attention.h, shapes of the work in attention_launch.h.
+//
+//   tiles      cu_seqlens -> tiles of 64 tokens, those of long documents first
+//   forward    out and lse, scores in passing (an online softmax)                          2 products per pair of tiles
+//   queries    delta and grad_q, scores made again                                         3 products
+//   keys       grad_k and grad_v, scores made again, summed over the heads of a group      4 products
+//
+// Bound: the tensor cores for documents of a few hundred tokens and more, 4 tokens keys_seen head_dim FLOPs for each head forward;
+// shorter ones by memory, q, k, v and out once. That scores are made twice in the backward pass costs two more products than one
+// kernel with atomic additions to grad_q would need, which would not give the same bits twice.
+//
+// Products are those of attention_products.cuh: what leaves one as a sum enters the next as a factor without leaving its registers.
+// Rows past the end of a document are zeros.
+#include "attention.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "attention_launch.h"
+#include "attention_products.cuh"
+#include "common/device.cuh"
+#include "common/documents.h"
+#include "common/launch.cuh"
+
+namespace packops {
+namespace {
+
+constexpr unsigned kWarp = 0xffffffffu;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// ---- Tiles
+
+constexpr int kClasses = 1024;  // of documents by their number of tiles, the largest first; a thread each
+
+template <typename Index>
+__global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__ AttentionParams p, int64_t capacity) {
+  __shared__ int next[kClasses];  // where the next document of a class goes
+  __shared__ int sums[33];
+  const Index* cu_seqlens = static_cast<const Index*>(p.cu_seqlens);
+  const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
+  const auto tiles_of = [](int32_t tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows; };
+  const auto class_of = [](int tiles) { return kClasses - min(tiles, kClasses); };
+  const auto put = [&](int64_t place, int32_t begin, int32_t end, int32_t document, int32_t document_end) {
+    if (place < capacity) p.tiles[place] = {begin, min(end, begin + kAttentionRows), document, document_end};
+  };
+  const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
+  next[me] = 0;
+  __syncthreads();
+  for (int64_t i = me; i < p.documents; i += kClasses)
+    if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(tiles)], tiles);
+  __syncthreads();
+
+  int before = next[me];
+  const int mine = before;
+  for (int by = 1; by < 32; by *= 2) {
+    const int other = __shfl_up_sync(kWarp, before, by);
+    if (lane >= by) before += other;
+  }
+  if (lane == 31) sums[warp] = before;
+  __syncthreads();
+  if (me == 0) {
+    int sum = 0;
+    for (int w = 0; w < 32; w++) {
+      const int here = sums[w];
+      sums[w] = sum;
+      sum += here;
+    }
+    sums[32] = sum;
+  }
+  __syncthreads();
+  next[me] = sums[warp] + before - mine;
+  __syncthreads();
+
+  for (int64_t i = me; i < p.documents; i += kClasses) {
+    const int32_t begin = bound(i), end = bound(i + 1);
+    const int tiles = tiles_of(end - begin);
+    if (tiles <= 0) continue;
+    const int64_t place = atomicAdd(&next[class_of(tiles)], tiles);  // documents of a class come in any order: no result depends on it
+    for (int t = 0; t < tiles; t++) put(place + t, begin + t * kAttentionRows, end, begin, end);
+  }
+  const int32_t padding = bound(p.documents);
+  const int64_t used = sums[32];
+  for (int64_t place = used + me; place < capacity; place += kClasses) {
+    const int64_t begin = padding + (place - used) * kAttentionRows;
+    if (begin < p.tokens) put(place, int32_t(begin), int32_t(p.tokens), int32_t(begin), int32_t(begin));
+    else put(place, 0, 0, 0, 0);
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ const T* head_of(const Heads& heads, int64_t token, int head) {
+  return static_cast<const T*>(heads.data) + token * heads.token + head * heads.head;
+}
+
+// Loads rows of one head, from a token on.
+template <typename T, int D, int kRows, int kThreads>
+struct Rows : RowLoader<T, D, kRows, kThreads> {
+  __device__ __forceinline__ Rows(const Heads& heads, int token, int head, int thread)
+      : RowLoader<T, D, kRows, kThreads>(head_of<T>(heads, token, head), heads.token, thread) {}
+};
+
+// ---- Scores
+
+struct Interval {
+  int first, last;
+  __device__ __forceinline__ bool holds(int i) const { return i >= first && i <= last; }
+};
+
+// What becomes of a product of query and key, and who sees whom. Powers are of 2.
+struct Scores {
+  float scale, softcap_scale;  // to a power of 2, and, with a softcap, to what tanh is taken of
+  float product_scale;         // of gradients
+  bool capped, causal;
+  int window;
+
+  explicit Scores(const AttentionParams& p)
+      : scale(float(p.softcap > 0 ? p.softcap : p.scale) * kLog2e),
+        softcap_scale(float(p.softcap > 0 ? p.scale / p.softcap : 0)),
+        product_scale(float(p.scale)),
+        capped(p.softcap > 0),
+        causal(p.causal),
+        window(int(p.window)) {}
+
+  // tanh, absolute error 2^-22
+  __device__ __forceinline__ float cap(float product) const {
+    return 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(product * (2 * kLog2e * softcap_scale)));
+  }
+  // Which keys of `keys` a query sees, and which of all queries a key is seen by: [first, last].
+  __device__ __forceinline__ Interval keys_of(int query, int keys) const {
+    return {window ? query - window + 1 : 0, causal ? min(query, keys - 1) : keys - 1};
+  }
+  __device__ __forceinline__ Interval queries_of(int key) const {
+    return {causal ? key : 0, window ? key + window - 1 : 0x7fffffff};
+  }
+  // Whether all of [query, query_end) see all of [key, key_end).
+  __device__ __forceinline__ bool all_see(int query, int query_end, int key, int key_end, int keys) const {
+    return key_end <= keys && (!causal || (key_end - 1 <= query && (window == 0 || key > query_end - 1 - window)));
+  }
+};
+
+// Sums in columns that their row does not have become `value`. columns: of a row of the warp, an Interval; the first sum's is `first`.
+template <int kBlocks, int kColumns, typename F>
+__device__ __forceinline__ void mask(float (&sums)[kBlocks][kColumns][4], int first, int lane, float value, F&& columns) {
+  Interval kept[kBlocks][2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const Interval all = columns(16 * m + 8 * half + lane / 4);
+      const int mine = first + 2 * (lane % 4);
+      kept[m][half] = {max(all.first, mine) - mine, min(all.last, mine + 8 * kColumns) - mine};
+    }
+  for_each(sums, [&](float& x, int m, int n, int i) { x = kept[m][i / 2].holds(8 * n + i % 2) ? x : value; });
+}
+
+__device__ __forceinline__ float sum_of_quad(float x) {
+  x += __shfl_xor_sync(kWarp, x, 1);
+  return x + __shfl_xor_sync(kWarp, x, 2);
+}
+__device__ __forceinline__ float max_of_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kWarp, x, 2));
+}
+
+// ---- Forward
+
+template <typename T, int D, bool kGroup>
+__global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(), attention_forward_shape(D, kGroup).per_multiprocessor)
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
+  if constexpr (kGroup && !kHasGroupProducts) return;
+  constexpr AttentionShape kShape = attention_forward_shape(D, kGroup);
+  constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn;
+  using Product = Products<T, D, kGroup>;
+  const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
+  if (tile.begin == tile.end) return;
+  const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
+  const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
+  char* queries = dynamic_shared<char>();
+  char *keys = queries + 2 * D * kAttentionRows, *values = keys + 2 * D * kKeys;
+
+  // Within the document: this tile's queries, and turns of keys.
+  const int length = tile.document_end - tile.document_begin, query = tile.begin - tile.document_begin;
+  const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
+  const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
+  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread), from_v(p.v, tile.document_begin, kv_head, thread);
+  const auto load = [&](char* to, const auto& from, int key) {
+    if (key < key_end) from.load(to, key, length - key);
+    close_copies();
+  };
+  const auto wait_for_first = [] {  // of two groups of copies
+    wait_for_copies_before<1>();
+    if constexpr (kGroup) show_to_group_products();
+    __syncthreads();
+  };
+  Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, tile.end - tile.begin);
+  load(keys, from_k, key_begin);
+  load(values, from_v, key_begin);
+
+  Sums<kBlocks, D> out;
+  float greatest[kBlocks][2], sum[kBlocks][2];
+  for_each(out, [](float& x, int, int, int) { x = 0; });
+#pragma unroll
+  for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) greatest[m][half] = -INFINITY, sum[m][half] = 0;
+
+  for (int key = key_begin; key < key_end; key += kKeys) {
+    wait_for_first();
+    Sums<kBlocks, kKeys> s;
+    Product::begin();
+    Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, 0, lane);
+    Product::wait(s);
+    __syncthreads();  // nobody needs these keys any more
+    load(keys, from_k, key + kKeys);
+
+    if (scores.capped) for_each(s, [&](float& x, int, int, int) { x = scores.cap(x); });
+    if (!scores.all_see(query, query + kAttentionRows, key, key + kKeys, length))
+      mask(s, key, lane, -INFINITY, [&](int row) { return scores.keys_of(query + first_row + row, length); });
+    float shift[kBlocks][2], correction[kBlocks][2];  // in powers of 2; of what is summed so far
+    bool rises = false;
+#pragma unroll
+    for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float most = greatest[m][half];
+#pragma unroll
+        for (int n = 0; n < kKeys / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
+        most = max_of_quad(most);
+        shift[m][half] = most == -INFINITY ? 0.f : most * scores.scale;  // nothing seen so far
+        correction[m][half] = exp2_approx(greatest[m][half] * scores.scale - shift[m][half]);
+        greatest[m][half] = most;
+        rises |= correction[m][half] != 1.f;
+      }
+    if (__any_sync(kWarp, rises)) {
+#pragma unroll
+      for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) sum[m][half] *= correction[m][half];
+      for_each(out, [&](float& x, int m, int, int i) { x *= correction[m][i / 2]; });
+    }
+    for_each(s, [&](float& x, int m, int, int i) {
+      x = exp2_approx(fmaf(x, scores.scale, -shift[m][i / 2]));
+      sum[m][i / 2] += x;
+    });
+    const typename Product::template Left<kBlocks, kKeys / 8> weights(s);
+
+    wait_for_first();
+    Product::begin();
+    Product::template add_weighted_rows<kKeys>(out, weights, values, 0, lane);
+    Product::wait(out);
+    __syncthreads();  // nor these values
+    load(values, from_v, key + kKeys);
+  }
+  wait_for_copies();
+  __syncthreads();
+
+  float factor[kBlocks][2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const float total = sum_of_quad(sum[m][half]);
+      factor[m][half] = total == 0 ? 0.f : 1.f / total;
+      const int row = first_row + 16 * m + 8 * half + lane / 4;
+      if (lane % 4 == 0 && row < tile.end - tile.begin)
+        static_cast<float*>(p.lse)[head * p.tokens + tile.begin + row] =
+            total == 0 ? -INFINITY : greatest[m][half] * scores.scale + log2_approx(total);
+    }
+  const int64_t stride = int64_t(p.heads) * D;
+  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride, tile.end - tile.begin,
+                                            queries, first_row, lane, out, factor);
+}
+
+// ---- Backward
+
+// Products of queries and keys become weights p, and products of gradients and values become g.
+template <int kBlocks, int kColumns, typename Lse, typename Delta>
+__device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
+                                      Lse&& lse, Delta&& delta) {
+  const auto weigh_one = [&](float& x, int m, int n, int i, float slope) {
+    x = exp2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
+    g[m][n][i] = x * (g[m][n][i] - delta(m, n, i)) * slope;
+  };
+  if (scores.capped) {
+    for_each(s, [&](float& x, int m, int n, int i) {
+      x = scores.cap(x);
+      weigh_one(x, m, n, i, 1.f - x * x);
+    });
+  } else {
+    for_each(s, [&](float& x, int m, int n, int i) { weigh_one(x, m, n, i, 1.f); });
+  }
+}
+
+template <typename T, int D, bool kGroup>
+__global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(), attention_queries_shape(D, kGroup).per_multiprocessor)
+    queries_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
+  if constexpr (kGroup && !kHasGroupProducts) return;
+  constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
+  constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step;
+  using Product = Products<T, D, kGroup>;
+  const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
+  if (tile.begin == tile.end) return;
+  const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
+  const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
+  char* queries = dynamic_shared<char>();
+  char *grads = queries + 2 * D * kAttentionRows, *turns = grads + 2 * D * kAttentionRows;
+  float* deltas = reinterpret_cast<float*>(turns + kShape.stages * 2 * 2 * D * kKeys);
+
+  const int length = tile.document_end - tile.document_begin, query = tile.begin - tile.document_begin;
+  const int there = tile.end - tile.begin;
+  const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
+  const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
+  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread), from_v(p.v, tile.document_begin, kv_head, thread);
+  const auto turn_of = [&](int key) { return turns + (key / kKeys) % kShape.stages * (2 * 2 * D * kKeys); };
+  const auto load = [&](int key) {
+    from_k.load(turn_of(key), key, length - key);
+    from_v.load(turn_of(key) + 2 * D * kKeys, key, length - key);
+  };
+  Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, there);
+  Rows<T, D, kAttentionRows, kThreads>(p.grad_out, tile.begin, head, thread).load(grads, 0, there);
+  if (key_begin < key_end) load(key_begin);
+  close_copies();
+
+  // delta, D / 8 threads to a row
+  const int64_t stride = int64_t(p.heads) * D;
+  constexpr int kChunks = D / 8;
+  for (int i = thread; i < kAttentionRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    float sum = 0;
+    if (row < there) {
+      float a[8], b[8];
+      unpack<T>(load_cached(static_cast<const T*>(p.out) + (tile.begin + row) * stride + head * D + chunk * 8), a);
+      unpack<T>(load_cached(head_of<T>(p.grad_out, tile.begin + row, head) + chunk * 8), b);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum = fmaf(a[j], b[j], sum);
+    }
+#pragma unroll
+    for (int by = kChunks / 2; by > 0; by /= 2) sum += __shfl_xor_sync(kWarp, sum, by);
+    if (chunk == 0) {
+      deltas[row] = sum;
+      if (row < there) p.delta[head * p.tokens + tile.begin + row] = sum;
+    }
+  }
+  float lse[kBlocks][2], delta[kBlocks][2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = first_row + 16 * m + 8 * half + lane / 4;
+      lse[m][half] = row < there ? static_cast<const float*>(p.lse)[head * p.tokens + tile.begin + row] : 0.f;
+    }
+  __syncthreads();
+#pragma unroll
+  for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) delta[m][half] = deltas[first_row + 16 * m + 8 * half + lane / 4];
+
+  Sums<kBlocks, D> grad;
+  for_each(grad, [](float& x, int, int, int) { x = 0; });
+  for (int key = key_begin; key < key_end; key += kKeys) {
+    if constexpr (kShape.stages == 2) {
+      if (key + kKeys < key_end) load(key + kKeys);
+      close_copies();
+    }
+    wait_for_copies_before<kShape.stages - 1>();
+    if constexpr (kGroup) show_to_group_products();
+    __syncthreads();
+    char *keys = turn_of(key), *values = keys + 2 * D * kKeys;
+#pragma unroll 1
+    for (int step = 0; step < kKeys && key + step < key_end; step += kStep) {
+      Sums<kBlocks, kStep> s, g;
+      Product::begin();
+      Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, step, lane);
+      Product::template multiply_rows<kAttentionRows, kKeys>(g, grads, first_row, values, step, lane);
+      Product::wait(s, g);
+      weigh(
+          s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
+      if (!scores.all_see(query, query + kAttentionRows, key + step, key + step + kStep, length))
+        mask(g, key + step, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, length); });
+      const typename Product::template Left<kBlocks, kStep / 8> weights(g);
+      Product::begin();
+      Product::template add_weighted_rows<kKeys>(grad, weights, keys, step, lane);
+      Product::wait(grad);
+    }
+    __syncthreads();
+    if constexpr (kShape.stages == 1) {
+      if (key + kKeys < key_end) load(key + kKeys);
+      close_copies();
+    }
+  }
+  wait_for_copies();
+  __syncthreads();
+
+  float factor[kBlocks][2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scores.product_scale;
+  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.grad_q) + tile.begin * stride + head * D, stride, there, queries,
+                                            first_row, lane, grad, factor);
+}
+
+// Adds what the teams of a block have to that of the first, in their order.
+template <int kTeams, int kTeamThreads, int kBlocks, int kColumns>
+__device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], char* buffers, int buffer_bytes, int team, int thread) {
+  if constexpr (kTeams > 1) {
+    __syncthreads();
+    const auto at = [&](int of, int m, int n, int i) -> float& {
+      return reinterpret_cast<float*>(buffers + of * buffer_bytes)[((m * kColumns + n) * 4 + i) * kTeamThreads + thread];
+    };
+    if (team > 0) for_each(sums, [&](float& x, int m, int n, int i) { at(team, m, n, i) = x; });
+    __syncthreads();
+    if (team == 0)
+      for (int other = 1; other < kTeams; other++) for_each(sums, [&](float& x, int m, int n, int i) { x += at(other, m, n, i); });
+  }
+}
+
+enum class Half { both, keys, values };  // of the gradients
+
+template <typename T, int D, bool kGroup, int kTeams, Half kHalf>
+__global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kTeams,
+                                  attention_keys_shape(D, kGroup).per_multiprocessor)
+    keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
+  if constexpr (kGroup && !kHasGroupProducts) return;
+  constexpr AttentionShape kShape = attention_keys_shape(D, kGroup);
+  constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step;
+  constexpr int kTurnBytes = 2 * 2 * D * kQueries;
+  using Product = Products<T, D, kGroup>;
+  constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
+  const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
+  if (tile.begin == tile.end) return;
+  const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
+  const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
+  const int first_row = thread / 32 * 16 * kBlocks;
+  char* keys = dynamic_shared<char>();
+  char *values = keys + 2 * D * kAttentionRows, *buffers = values + 2 * D * kAttentionRows;
+  char* turns = buffers + team * (kShape.stages * kTurnBytes);
+  float* numbers = reinterpret_cast<float*>(buffers + kTeams * (kShape.stages * kTurnBytes)) + team * (kShape.stages * 2 * kQueries);
+
+  const int length = tile.document_end - tile.document_begin, key = tile.begin - tile.document_begin;
+  const int there = tile.end - tile.begin;
+  // Turns of queries that see any of these keys, for each head of the team.
+  const int query_begin = p.causal ? key : 0;
+  const int query_end = length == 0 ? query_begin : scores.window ? min(length, key + kAttentionRows - 1 + scores.window) : length;
+  const int turns_per_head = (query_end - query_begin + kQueries - 1) / kQueries;
+  const int count = turns_per_head * ((group - team + kTeams - 1) / kTeams);
+  const auto load = [&](int turn) {
+    const int head = kv_head * group + team + kTeams * (turn / turns_per_head);
+    const int query = query_begin + turn % turns_per_head * kQueries, token = tile.document_begin + query;
+    char* to = turns + turn % kShape.stages * kTurnBytes;
+    Rows<T, D, kQueries, kThreads>(p.q, token, head, thread).load(to, 0, length - query);
+    Rows<T, D, kQueries, kThreads>(p.grad_out, token, head, thread).load(to + 2 * D * kQueries, 0, length - query);
+    float* lse = numbers + turn % kShape.stages * (2 * kQueries);
+    if (thread < kQueries) {
+      const bool is_there = query + thread < length;
+      const int64_t row = head * p.tokens + (is_there ? token + thread : 0);
+      copy4_async_or_zero(lse + thread, static_cast<const float*>(p.lse) + row, is_there);
+      copy4_async_or_zero(lse + kQueries + thread, p.delta + row, is_there);
+    }
+  };
+  Rows<T, D, kAttentionRows, kThreads * kTeams>(p.k, tile.begin, kv_head, int(threadIdx.x)).load(keys, 0, there);
+  Rows<T, D, kAttentionRows, kThreads * kTeams>(p.v, tile.begin, kv_head, int(threadIdx.x)).load(values, 0, there);
+  if (count > 0) load(0);
+  close_copies();
+  wait_for_copies();
+  if constexpr (kGroup) show_to_group_products();
+  __syncthreads();
+
+  Sums<kBlocks, D> grad_k, grad_v;
+  for_each(grad_k, [](float& x, int, int, int) { x = 0; });
+  for_each(grad_v, [](float& x, int, int, int) { x = 0; });
+  for (int turn = 0; turn < count; turn++) {
+    if constexpr (kShape.stages == 2) {
+      if (turn + 1 < count) load(turn + 1);
+      close_copies();
+    }
+    wait_for_copies_before<kShape.stages - 1>();
+    if constexpr (kGroup) show_to_group_products();
+    named_barrier(1 + team, kThreads);
+    char *queries = turns + turn % kShape.stages * kTurnBytes, *grads = queries + 2 * D * kQueries;
+    const float *lse = numbers + turn % kShape.stages * (2 * kQueries), *delta = lse + kQueries;
+    const int query = query_begin + turn % turns_per_head * kQueries;
+#pragma unroll 1
+    for (int step = 0; step < kQueries && query + step < query_end; step += kStep) {
+      Sums<kBlocks, kStep> s, g;
+      if constexpr (!kForKeys) for_each(g, [](float& x, int, int, int) { x = 0; });
+      Product::begin();
+      Product::template multiply_rows<kAttentionRows, kQueries>(s, keys, first_row, queries, step, lane);
+      if constexpr (kForKeys) Product::template multiply_rows<kAttentionRows, kQueries>(g, values, first_row, grads, step, lane);
+      Product::wait(s, g);
+      weigh(
+          s, g, scores, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
+          [&](int, int n, int i) { return delta[step + 8 * n + 2 * (lane % 4) + i % 2]; });
+      if (!scores.all_see(query + step, query + step + kStep, key, key + kAttentionRows, length)) {
+        const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
+        mask(s, query + step, lane, 0.f, seen);
+        mask(g, query + step, lane, 0.f, seen);
+      }
+      using Left = typename Product::template Left<kBlocks, kStep / 8>;
+      const Left weights(s), changes(g);
+      Product::begin();
+      if constexpr (kForValues) Product::template add_weighted_rows<kQueries>(grad_v, weights, grads, step, lane);
+      if constexpr (kForKeys) Product::template add_weighted_rows<kQueries>(grad_k, changes, queries, step, lane);
+      Product::wait(grad_v, grad_k);
+    }
+    named_barrier(1 + team, kThreads);
+    if constexpr (kShape.stages == 1) {
+      if (turn + 1 < count) load(turn + 1);
+      close_copies();
+    }
+  }
+  wait_for_copies();
+  __syncthreads();
+
+  const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;
+  const auto finish = [&](Sums<kBlocks, D>& grad, void* to, char* rows, float scale) {
+    add_teams<kTeams, kThreads>(grad, buffers, kShape.stages * kTurnBytes, team, thread);
+    float factor[kBlocks][2];
+#pragma unroll
+    for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scale;
+    if (team == 0)
+      store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(to) + first, stride, there, rows, first_row, lane, grad, factor);
+  };
+  if constexpr (kForValues) finish(grad_v, p.grad_v, values, 1.f);
+  if constexpr (kForKeys) finish(grad_k, p.grad_k, keys, scores.product_scale);
+}
+
+// ---- Launches
+
+template <typename... P>
+cudaError_t launch_large(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
+                         const std::type_identity_t<P>&... arguments) {
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error != cudaSuccess) return error;
+  launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream, arguments...);
+  return cudaGetLastError();
+}
+
+template <typename T, int D, bool kGroup>
+cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, cudaStream_t stream) {
+  constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
+  const cudaError_t error = launch_large(queries_kernel<T, D, kGroup>, tiles * p.heads, kQueries.threads(),
+                                         attention_queries_shared(D, kGroup), stream, p, Scores(p));
+  if (error != cudaSuccess) return error;
+  const auto with_teams = [&](auto number) {
+    constexpr int kTeams = number;
+    const auto with_half = [&](auto half) {
+      return launch_large(keys_kernel<T, D, kGroup, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
+                          attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p));
+    };
+    if constexpr (attention_keys_split(D)) {
+      const cudaError_t error = with_half(std::integral_constant<Half, Half::values>{});
+      return error != cudaSuccess ? error : with_half(std::integral_constant<Half, Half::keys>{});
+    } else {
+      return with_half(std::integral_constant<Half, Half::both>{});
+    }
+  };
+  constexpr int kMost = attention_teams(D, kGroup, 4);
+  const int teams = attention_teams(D, kGroup, p.heads / p.kv_heads);
+  if constexpr (kMost >= 4)
+    if (teams == 4) return with_teams(std::integral_constant<int, 4>{});
+  if constexpr (kMost >= 2)
+    if (teams == 2) return with_teams(std::integral_constant<int, 2>{});
+  return with_teams(std::integral_constant<int, 1>{});
+}
+
+// f(element type, head_dim, whether by warp groups)
+template <typename F>
+cudaError_t dispatch(const AttentionParams& p, F&& f) {
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  const auto with_dim = [&](auto type, auto dim) {
+    if constexpr (attention_by_group(dim))
+      if (device.architecture == 90) return f(type, dim, std::true_type{});
+    return f(type, dim, std::false_type{});
+  };
+  const auto with_type = [&](auto type) {
+    switch (p.head_dim) {
+      case 64: return with_dim(type, std::integral_constant<int, 64>{});
+      case 128: return with_dim(type, std::integral_constant<int, 128>{});
+      case 256: return with_dim(type, std::integral_constant<int, 256>{});
+      default: return cudaErrorInvalidValue;
+    }
+  };
+  switch (p.dtype) {
+    case DType::bf16: return with_type(bf16_t{});
+    case DType::f16: return with_type(half_t{});
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+}  // namespace
+
+cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
+  if (p.tokens == 0) return cudaSuccess;
+  const int64_t tiles = attention_tiles(p.tokens, p.documents);
+  launch(p.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p, tiles);
+  return dispatch(p, [&](auto type, auto dim, auto group) {
+    return launch_large(forward_kernel<decltype(type), dim, group>, tiles * p.heads, attention_forward_shape(dim, group).threads(),
+                        attention_forward_shared(dim, group), stream, p, Scores(p));
+  });
+}
+
+cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t stream) {
+  if (p.tokens == 0) return cudaSuccess;
+  return dispatch(p, [&](auto type, auto dim, auto group) {
+    return launch_backward<decltype(type), dim, group>(p, attention_tiles(p.tokens, p.documents), stream);
+  });
+}
+
+}  // namespace packops

@@ -1,0 +1,77 @@
+// Attention within the documents of a packed row: the plain interface of attention.cu and attention_cpu.cpp.
+//
+//   score = scale q k, or softcap tanh(scale q k / softcap)      of a query and every key that it sees
+//   lse = log2 Σ e^score      p = e^score / 2^lse      out = Σ p v
+//
+//   delta = grad_out out      grad_score = p (grad_out v - delta)      g = grad_score d score / d (q k)
+//   grad_v = Σ p grad_out      grad_k = Σ g q      grad_q = Σ g k
+//
+// (Dao, FlashAttention-2, 2023, algorithms 1 and 2.) A query sees the keys of its document, with `causal` those that are not later,
+// with `window` the last `window` of these, its own included. Query heads h of one group, h / (heads / kv_heads), share a head of
+// keys and values. Tokens past the last document are padding: they see nothing, and their outputs and gradients are 0.
+#pragma once
+
+#include <cstdint>
+
+#ifdef PACKOPS_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
+#include "common/dtype.h"
+
+namespace packops {
+
+// Neighbouring tokens of one document, at most kAttentionRows. Tokens of padding have an empty document; unused tiles no tokens.
+struct AttentionTile {
+  int32_t begin = 0, end = 0;              // its tokens
+  int32_t document_begin = 0, document_end = 0;
+};
+inline constexpr int kAttentionRows = 64;
+
+// (tokens, heads, head_dim), contiguous in the last dimension; strides in elements.
+struct Heads {
+  const void* data = nullptr;
+  int64_t token = 0, head = 0;
+};
+
+struct AttentionParams {
+  Heads q, k, v;
+  int64_t tokens = 0;
+  int32_t heads = 1, kv_heads = 1, head_dim = 64;
+  DType dtype = DType::bf16;
+  bool causal = true;
+  int64_t window = 0;  // 0: none; only with causal
+  double scale = 1, softcap = 0;  // 0: none
+  const void* cu_seqlens = nullptr;  // (documents + 1,) contiguous, i32 or i64
+  DType index_dtype = DType::i32;
+  int64_t documents = 0;
+
+  // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (heads, tokens), to base 2, -inf where nothing
+  // is seen.
+  void* out = nullptr;
+  void* lse = nullptr;
+
+  // Backward. Gradients are contiguous.
+  Heads grad_out;
+  void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
+
+  // CUDA: what the kernels tell each other.
+  AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
+  float* delta = nullptr;          // (heads, tokens), backward
+};
+
+// No more tiles than these are needed: a document of n tokens has at most n / kAttentionRows + 1, and so has the padding.
+constexpr int64_t attention_tiles(int64_t tokens, int64_t documents) { return tokens / kAttentionRows + documents + 1; }
+
+// Units are a document, or the padding, of one head of keys and values: (documents + 1) * kv_heads of them; [begin, end) is done.
+// cu_seqlens must be well formed.
+void attention_cpu(const AttentionParams& params, int64_t begin, int64_t end);
+void attention_backward_cpu(const AttentionParams& params, int64_t begin, int64_t end);
+
+#ifdef PACKOPS_WITH_CUDA
+// f16 and bf16, head_dim 64, 128 or 256; data and strides multiples of 16 bytes. Memory-safe whatever cu_seqlens holds.
+cudaError_t attention_cuda(const AttentionParams& params, cudaStream_t stream);
+cudaError_t attention_backward_cuda(const AttentionParams& params, cudaStream_t stream);
+#endif
+
+}  // namespace packops

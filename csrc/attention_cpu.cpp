@@ -1,0 +1,150 @@
+// Attention within documents on the CPU: attention.h's formulas, a row of scores at a time in fp32 (fp64 for fp64), in plain code.
+// It is the standard that attention.cu is held to; models on the CPU attend through torch's own kernels, which block for caches.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#include "attention.h"
+#include "common/convert.h"
+
+namespace packops {
+namespace {
+
+constexpr double kLn2 = 0.6931471805599453;
+
+double to_real(double x) { return x; }
+template <typename T>
+float to_real(T x) {
+  return to_float(x);
+}
+void store(double& to, double x) { to = x; }
+template <typename T>
+void store(T& to, float x) {
+  to = from_float<T>(x);
+}
+
+// One document and one head of keys and values.
+template <typename T>
+class Unit {
+ public:
+  using Real = decltype(to_real(T{}));
+
+  Unit(const AttentionParams& p, int64_t unit) : p(p), kv_head(unit % p.kv_heads), dim(p.head_dim) {
+    const int64_t document = unit / p.kv_heads;
+    begin = document ? integer_at(p.cu_seqlens, p.index_dtype, document) : 0;
+    is_padding = document == p.documents;
+    length = (is_padding ? p.tokens : integer_at(p.cu_seqlens, p.index_dtype, document + 1)) - begin;
+  }
+
+  void forward() {
+    const std::vector<Real> k = rows(p.k, kv_head), v = rows(p.v, kv_head);
+    for_each_query([&](int64_t head, int64_t query, int64_t token) {
+      Real* lse = static_cast<Real*>(p.lse) + head * p.tokens + token;
+      std::vector<Real> out(dim, 0);
+      *lse = -std::numeric_limits<Real>::infinity();
+      if (!is_padding) {
+        make_scores(query, row(p.q, token, head), k);
+        const Real most = *std::max_element(scores.begin(), scores.end());
+        Real sum = 0;
+        for (Real& x : scores) sum += x = std::exp(x - most);
+        for (size_t i = 0; i < scores.size(); i++) add(out.data(), scores[i] / sum, &v[(first + i) * dim]);
+        *lse = most / Real(kLn2) + std::log2(sum);
+      }
+      write(p.out, p.heads, token, head, out.data());
+    });
+  }
+
+  void backward() {
+    const std::vector<Real> k = rows(p.k, kv_head), v = rows(p.v, kv_head);
+    std::vector<Real> grad_k(k.size(), 0), grad_v(v.size(), 0);
+    for_each_query([&](int64_t head, int64_t query, int64_t token) {
+      std::vector<Real> grad_q(dim, 0);
+      if (!is_padding) {
+        const std::vector<Real> q = row(p.q, token, head), grad = row(p.grad_out, token, head);
+        const std::vector<Real> out = row({p.out, p.heads * dim, dim}, token, head);
+        const Real lse = static_cast<const Real*>(p.lse)[head * p.tokens + token], delta = dot(grad.data(), out.data());
+        make_scores(query, q, k);
+        for (size_t i = 0; i < scores.size(); i++) {
+          const int64_t at = (first + i) * dim;
+          const Real weight = std::exp(scores[i] - lse * Real(kLn2)), capped = p.softcap > 0 ? scores[i] / Real(p.softcap) : 0;
+          const Real g = weight * (dot(grad.data(), &v[at]) - delta) * (1 - capped * capped) * Real(p.scale);
+          add(&grad_v[at], weight, grad.data());
+          add(&grad_k[at], g, q.data());
+          add(grad_q.data(), g, &k[at]);
+        }
+      }
+      write(p.grad_q, p.heads, token, head, grad_q.data());
+    });
+    for (int64_t i = 0; i < length; i++) {
+      write(p.grad_k, p.kv_heads, begin + i, kv_head, &grad_k[i * dim]);
+      write(p.grad_v, p.kv_heads, begin + i, kv_head, &grad_v[i * dim]);
+    }
+  }
+
+ private:
+  const AttentionParams& p;
+  const int64_t kv_head, dim;
+  int64_t begin, length;
+  bool is_padding;
+  int64_t first = 0;         // the first key that the query sees
+  std::vector<Real> scores;  // of the keys that it sees
+
+  template <typename F>
+  void for_each_query(F&& f) {
+    const int64_t group = p.heads / p.kv_heads;
+    for (int64_t head = kv_head * group; head < (kv_head + 1) * group; head++)
+      for (int64_t query = 0; query < length; query++) f(head, query, begin + query);
+  }
+  std::vector<Real> row(const Heads& from, int64_t token, int64_t head) const {
+    const T* data = static_cast<const T*>(from.data) + token * from.token + head * from.head;
+    std::vector<Real> values(dim);
+    for (int64_t i = 0; i < dim; i++) values[i] = to_real(data[i]);
+    return values;
+  }
+  std::vector<Real> rows(const Heads& from, int64_t head) const {
+    std::vector<Real> all;
+    for (int64_t i = 0; i < length; i++) {
+      const std::vector<Real> one = row(from, begin + i, head);
+      all.insert(all.end(), one.begin(), one.end());
+    }
+    return all;
+  }
+  void write(void* to, int64_t heads, int64_t token, int64_t head, const Real* values) const {
+    T* data = static_cast<T*>(to) + (token * heads + head) * dim;
+    for (int64_t i = 0; i < dim; i++) store(data[i], values[i]);
+  }
+  Real dot(const Real* a, const Real* b) const {
+    Real sum = 0;
+    for (int64_t i = 0; i < dim; i++) sum += a[i] * b[i];
+    return sum;
+  }
+  void add(Real* to, Real factor, const Real* x) const {
+    for (int64_t i = 0; i < dim; i++) to[i] += factor * x[i];
+  }
+  void make_scores(int64_t query, const std::vector<Real>& q, const std::vector<Real>& k) {
+    first = p.window ? std::max<int64_t>(0, query - p.window + 1) : 0;
+    const int64_t end = p.causal ? query + 1 : length;
+    scores.resize(size_t(end - first));
+    for (int64_t i = first; i < end; i++) {
+      const Real score = Real(p.scale) * dot(q.data(), &k[i * dim]), cap = Real(p.softcap);
+      scores[size_t(i - first)] = cap > 0 ? cap * std::tanh(score / cap) : score;
+    }
+  }
+};
+
+}  // namespace
+
+void attention_cpu(const AttentionParams& p, int64_t begin, int64_t end) {
+  dispatch_float<true>(p.dtype, [&](auto type) {
+    for (int64_t unit = begin; unit < end; unit++) Unit<decltype(type)>(p, unit).forward();
+  });
+}
+
+void attention_backward_cpu(const AttentionParams& p, int64_t begin, int64_t end) {
+  dispatch_float<true>(p.dtype, [&](auto type) {
+    for (int64_t unit = begin; unit < end; unit++) Unit<decltype(type)>(p, unit).backward();
+  });
+}
+
+}  // namespace packops

@@ -1,0 +1,68 @@
+// How attention.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
+//
+// All three kernels take tiles of 64 tokens of one document. A warp has `blocks` times 16 of their rows; what they meet (keys and
+// values; in the last kernel queries and gradients) comes in turns of `turn` tokens, `stages` turns in shared memory at once.
+//
+//   forward       a block is 64 queries of a head         holds 16 x head_dim / 32 floats of the result per 16 rows and thread
+//   queries       the same                                 holds grad_q
+//   keys          64 keys of a head of keys and values     holds grad_k and grad_v, or, where registers do not suffice, one of them
+//
+// In the last kernel teams of warps take different query heads of the group, so that a long document's first keys, which every
+// later token of all these heads sees, are not the one block that all others have to wait for.
+#pragma once
+
+#include <cstdint>
+
+#include "attention.h"
+
+namespace packops {
+
+// Products by warp groups (sm_90) hold the sums of 64 rows in four warps and need none of their operands in registers.
+struct AttentionShape {
+  int blocks;  // of 16 rows per warp
+  int turn, step, stages;
+  int per_multiprocessor;  // thread blocks whose registers should fit
+  constexpr int warps() const { return kAttentionRows / 16 / blocks; }
+  constexpr int threads() const { return 32 * warps(); }
+};
+
+constexpr bool attention_by_group(int head_dim) { return head_dim <= 128; }
+
+constexpr AttentionShape attention_forward_shape(int head_dim, bool group) {
+  if (group) return head_dim <= 64 ? AttentionShape{1, 64, 64, 1, 4} : AttentionShape{1, 64, 64, 1, 3};
+  return head_dim <= 128 ? AttentionShape{2, 64, 64, 1, 4} : AttentionShape{1, 64, 64, 1, 2};
+}
+constexpr AttentionShape attention_queries_shape(int head_dim, bool group) {
+  if (group) return head_dim <= 64 ? AttentionShape{1, 64, 64, 2, 4} : AttentionShape{1, 64, 64, 1, 3};
+  return head_dim <= 64    ? AttentionShape{2, 64, 32, 2, 4}
+         : head_dim <= 128 ? AttentionShape{2, 32, 32, 2, 3}
+                           : AttentionShape{1, 32, 32, 1, 2};
+}
+constexpr AttentionShape attention_keys_shape(int head_dim, bool group) {
+  if (group) return head_dim <= 64 ? AttentionShape{1, 64, 64, 2, 3} : AttentionShape{1, 64, 64, 2, 2};
+  return head_dim <= 64    ? AttentionShape{2, 64, 32, 2, 1}
+         : head_dim <= 128 ? AttentionShape{1, 32, 32, 2, 1}
+                           : AttentionShape{1, 32, 32, 1, 2};
+}
+constexpr bool attention_keys_split(int head_dim) { return head_dim > 128; }  // grad_k and grad_v by different blocks
+
+// Teams of a block: 8 warps at most, and no more than there are heads in a group.
+constexpr int attention_teams(int head_dim, bool by_group, int group) {
+  const int most = by_group || attention_keys_split(head_dim) ? 1 : 8 / attention_keys_shape(head_dim, false).warps();
+  return most >= 4 && group >= 4 ? 4 : most >= 2 && group >= 2 ? 2 : 1;
+}
+
+// Bytes of shared memory. Rows are 2 head_dim bytes; of each query there may be lse and delta.
+constexpr int attention_forward_shared(int head_dim, bool group) {
+  return 2 * head_dim * (kAttentionRows + 2 * attention_forward_shape(head_dim, group).turn);
+}
+constexpr int attention_queries_shared(int head_dim, bool group) {
+  const AttentionShape shape = attention_queries_shape(head_dim, group);
+  return 2 * head_dim * (2 * kAttentionRows + 2 * shape.turn * shape.stages) + 4 * kAttentionRows;
+}
+constexpr int attention_keys_shared(int head_dim, bool group, int teams) {
+  const AttentionShape shape = attention_keys_shape(head_dim, group);
+  return 2 * head_dim * 2 * kAttentionRows + teams * shape.stages * shape.turn * (2 * 2 * head_dim + 2 * 4);
+}
+
+}  // namespace packops
