@@ -75,7 +75,8 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
     const int32_t begin = bound(i), end = bound(i + 1);
     const int tiles = tiles_of(end - begin);
     if (tiles <= 0) continue;
-    const int64_t place = atomicAdd(&next[class_of(tiles)], tiles);  // documents of a class come in any order: no result depends on it
+    const int64_t place =
+        atomicAdd(&next[class_of(tiles)], tiles);  // documents of a class come in any order: no result depends on it
     for (int t = 0; t < tiles; t++) put(place + t, begin + t * kAttentionRows, end, begin, end);
   }
   const int32_t padding = bound(p.documents);
@@ -165,7 +166,8 @@ __device__ __forceinline__ float max_of_quad(float x) {
 // ---- Forward
 
 template <typename T, int D, bool kGroup>
-__global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(), attention_forward_shape(D, kGroup).per_multiprocessor)
+__global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
+                                  attention_forward_shape(D, kGroup).per_multiprocessor)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
   if constexpr (kGroup && !kHasGroupProducts) return;
   constexpr AttentionShape kShape = attention_forward_shape(D, kGroup);
@@ -182,7 +184,8 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(), 
   const int length = tile.document_end - tile.document_begin, query = tile.begin - tile.document_begin;
   const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
   const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
-  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread), from_v(p.v, tile.document_begin, kv_head, thread);
+  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread),
+      from_v(p.v, tile.document_begin, kv_head, thread);
   const auto load = [&](char* to, const auto& from, int key) {
     if (key < key_end) from.load(to, key, length - key);
     close_copies();
@@ -209,6 +212,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(), 
     Sums<kBlocks, kKeys> s;
     Product::begin();
     Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, 0, lane);
+    Product::close();
     Product::wait(s);
     __syncthreads();  // nobody needs these keys any more
     load(keys, from_k, key + kKeys);
@@ -247,6 +251,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(), 
     wait_for_first();
     Product::begin();
     Product::template add_weighted_rows<kKeys>(out, weights, values, 0, lane);
+    Product::close();
     Product::wait(out);
     __syncthreads();  // nor these values
     load(values, from_v, key + kKeys);
@@ -267,32 +272,35 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(), 
             total == 0 ? -INFINITY : greatest[m][half] * scores.scale + log2_approx(total);
     }
   const int64_t stride = int64_t(p.heads) * D;
-  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride, tile.end - tile.begin,
-                                            queries, first_row, lane, out, factor);
+  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride,
+                                            tile.end - tile.begin, queries, first_row, lane, out, factor);
 }
 
 // ---- Backward
 
-// Products of queries and keys become weights p, and products of gradients and values become g.
-template <int kBlocks, int kColumns, typename Lse, typename Delta>
+// Products of queries and keys, closed before those of gradients and values, become weights p, and the latter become g.
+template <typename Product, int kBlocks, int kColumns, typename Lse, typename Delta>
 __device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
                                       Lse&& lse, Delta&& delta) {
-  const auto weigh_one = [&](float& x, int m, int n, int i, float slope) {
-    x = exp2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
-    g[m][n][i] = x * (g[m][n][i] - delta(m, n, i)) * slope;
-  };
   if (scores.capped) {
+    Product::wait(s, g);
     for_each(s, [&](float& x, int m, int n, int i) {
       x = scores.cap(x);
-      weigh_one(x, m, n, i, 1.f - x * x);
+      const float slope = 1.f - x * x;
+      x = exp2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
+      g[m][n][i] = x * (g[m][n][i] - delta(m, n, i)) * slope;
     });
   } else {
-    for_each(s, [&](float& x, int m, int n, int i) { weigh_one(x, m, n, i, 1.f); });
+    Product::template wait<1>(s);
+    for_each(s, [&](float& x, int m, int n, int i) { x = exp2_approx(fmaf(x, scores.scale, -lse(m, n, i))); });
+    Product::wait(g);
+    for_each(g, [&](float& x, int m, int n, int i) { x = s[m][n][i] * (x - delta(m, n, i)); });
   }
 }
 
 template <typename T, int D, bool kGroup>
-__global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(), attention_queries_shape(D, kGroup).per_multiprocessor)
+__global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
+                                  attention_queries_shape(D, kGroup).per_multiprocessor)
     queries_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
   if constexpr (kGroup && !kHasGroupProducts) return;
   constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
@@ -310,7 +318,8 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(), 
   const int there = tile.end - tile.begin;
   const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
   const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
-  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread), from_v(p.v, tile.document_begin, kv_head, thread);
+  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread),
+      from_v(p.v, tile.document_begin, kv_head, thread);
   const auto turn_of = [&](int key) { return turns + (key / kKeys) % kShape.stages * (2 * 2 * D * kKeys); };
   const auto load = [&](int key) {
     from_k.load(turn_of(key), key, length - key);
@@ -371,15 +380,17 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(), 
       Sums<kBlocks, kStep> s, g;
       Product::begin();
       Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, step, lane);
+      Product::close();
       Product::template multiply_rows<kAttentionRows, kKeys>(g, grads, first_row, values, step, lane);
-      Product::wait(s, g);
-      weigh(
+      Product::close();
+      weigh<Product>(
           s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
       if (!scores.all_see(query, query + kAttentionRows, key + step, key + step + kStep, length))
         mask(g, key + step, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, length); });
       const typename Product::template Left<kBlocks, kStep / 8> weights(g);
       Product::begin();
       Product::template add_weighted_rows<kKeys>(grad, weights, keys, step, lane);
+      Product::close();
       Product::wait(grad);
     }
     __syncthreads();
@@ -400,7 +411,8 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(), 
 
 // Adds what the teams of a block have to that of the first, in their order.
 template <int kTeams, int kTeamThreads, int kBlocks, int kColumns>
-__device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], char* buffers, int buffer_bytes, int team, int thread) {
+__device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], char* buffers, int buffer_bytes, int team,
+                                          int thread) {
   if constexpr (kTeams > 1) {
     __syncthreads();
     const auto at = [&](int of, int m, int n, int i) -> float& {
@@ -409,7 +421,8 @@ __device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], c
     if (team > 0) for_each(sums, [&](float& x, int m, int n, int i) { at(team, m, n, i) = x; });
     __syncthreads();
     if (team == 0)
-      for (int other = 1; other < kTeams; other++) for_each(sums, [&](float& x, int m, int n, int i) { x += at(other, m, n, i); });
+      for (int other = 1; other < kTeams; other++)
+        for_each(sums, [&](float& x, int m, int n, int i) { x += at(other, m, n, i); });
   }
 }
 
@@ -433,13 +446,16 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   char* keys = dynamic_shared<char>();
   char *values = keys + 2 * D * kAttentionRows, *buffers = values + 2 * D * kAttentionRows;
   char* turns = buffers + team * (kShape.stages * kTurnBytes);
-  float* numbers = reinterpret_cast<float*>(buffers + kTeams * (kShape.stages * kTurnBytes)) + team * (kShape.stages * 2 * kQueries);
+  float* numbers =
+      reinterpret_cast<float*>(buffers + kTeams * (kShape.stages * kTurnBytes)) + team * (kShape.stages * 2 * kQueries);
 
   const int length = tile.document_end - tile.document_begin, key = tile.begin - tile.document_begin;
   const int there = tile.end - tile.begin;
   // Turns of queries that see any of these keys, for each head of the team.
   const int query_begin = p.causal ? key : 0;
-  const int query_end = length == 0 ? query_begin : scores.window ? min(length, key + kAttentionRows - 1 + scores.window) : length;
+  const int query_end = length == 0     ? query_begin
+                        : scores.window ? min(length, key + kAttentionRows - 1 + scores.window)
+                                        : length;
   const int turns_per_head = (query_end - query_begin + kQueries - 1) / kQueries;
   const int count = turns_per_head * ((group - team + kTeams - 1) / kTeams);
   const auto load = [&](int turn) {
@@ -457,7 +473,8 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     }
   };
   Rows<T, D, kAttentionRows, kThreads * kTeams>(p.k, tile.begin, kv_head, int(threadIdx.x)).load(keys, 0, there);
-  Rows<T, D, kAttentionRows, kThreads * kTeams>(p.v, tile.begin, kv_head, int(threadIdx.x)).load(values, 0, there);
+  if constexpr (kForKeys)
+    Rows<T, D, kAttentionRows, kThreads * kTeams>(p.v, tile.begin, kv_head, int(threadIdx.x)).load(values, 0, there);
   if (count > 0) load(0);
   close_copies();
   wait_for_copies();
@@ -484,9 +501,10 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
       if constexpr (!kForKeys) for_each(g, [](float& x, int, int, int) { x = 0; });
       Product::begin();
       Product::template multiply_rows<kAttentionRows, kQueries>(s, keys, first_row, queries, step, lane);
+      Product::close();
       if constexpr (kForKeys) Product::template multiply_rows<kAttentionRows, kQueries>(g, values, first_row, grads, step, lane);
-      Product::wait(s, g);
-      weigh(
+      Product::close();
+      weigh<Product>(
           s, g, scores, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
           [&](int, int n, int i) { return delta[step + 8 * n + 2 * (lane % 4) + i % 2]; });
       if (!scores.all_see(query + step, query + step + kStep, key, key + kAttentionRows, length)) {
@@ -499,6 +517,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
       Product::begin();
       if constexpr (kForValues) Product::template add_weighted_rows<kQueries>(grad_v, weights, grads, step, lane);
       if constexpr (kForKeys) Product::template add_weighted_rows<kQueries>(grad_k, changes, queries, step, lane);
+      Product::close();
       Product::wait(grad_v, grad_k);
     }
     named_barrier(1 + team, kThreads);
@@ -570,9 +589,7 @@ cudaError_t dispatch(const AttentionParams& p, F&& f) {
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   const auto with_dim = [&](auto type, auto dim) {
-    if constexpr (attention_by_group(dim))
-      if (device.architecture == 90) return f(type, dim, std::true_type{});
-    return f(type, dim, std::false_type{});
+    return device.architecture == 90 ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
   };
   const auto with_type = [&](auto type) {
     switch (p.head_dim) {
@@ -594,10 +611,12 @@ cudaError_t dispatch(const AttentionParams& p, F&& f) {
 cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
   const int64_t tiles = attention_tiles(p.tokens, p.documents);
-  launch(p.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p, tiles);
+  launch(p.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
+         tiles);
   return dispatch(p, [&](auto type, auto dim, auto group) {
-    return launch_large(forward_kernel<decltype(type), dim, group>, tiles * p.heads, attention_forward_shape(dim, group).threads(),
-                        attention_forward_shared(dim, group), stream, p, Scores(p));
+    return launch_large(forward_kernel<decltype(type), dim, group>, tiles * p.heads,
+                        attention_forward_shape(dim, group).threads(), attention_forward_shared(dim, group), stream, p,
+                        Scores(p));
   });
 }
 

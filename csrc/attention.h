@@ -23,7 +23,7 @@ namespace packops {
 
 // Neighbouring tokens of one document, at most kAttentionRows. Tokens of padding have an empty document; unused tiles no tokens.
 struct AttentionTile {
-  int32_t begin = 0, end = 0;              // its tokens
+  int32_t begin = 0, end = 0;  // its tokens
   int32_t document_begin = 0, document_end = 0;
 };
 inline constexpr int kAttentionRows = 64;
@@ -40,8 +40,8 @@ struct AttentionParams {
   int32_t heads = 1, kv_heads = 1, head_dim = 64;
   DType dtype = DType::bf16;
   bool causal = true;
-  int64_t window = 0;  // 0: none; only with causal
-  double scale = 1, softcap = 0;  // 0: none
+  int64_t window = 0;                // 0: none; only with causal
+  double scale = 1, softcap = 0;     // 0: none
   const void* cu_seqlens = nullptr;  // (documents + 1,) contiguous, i32 or i64
   DType index_dtype = DType::i32;
   int64_t documents = 0;

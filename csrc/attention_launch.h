@@ -26,20 +26,24 @@ struct AttentionShape {
   constexpr int threads() const { return 32 * warps(); }
 };
 
-constexpr bool attention_by_group(int head_dim) { return head_dim <= 128; }
-
 constexpr AttentionShape attention_forward_shape(int head_dim, bool group) {
-  if (group) return head_dim <= 64 ? AttentionShape{1, 64, 64, 1, 4} : AttentionShape{1, 64, 64, 1, 3};
+  if (group) return {1, 64, 64, 1, head_dim <= 64 ? 5 : head_dim <= 128 ? 4 : 2};
   return head_dim <= 128 ? AttentionShape{2, 64, 64, 1, 4} : AttentionShape{1, 64, 64, 1, 2};
 }
 constexpr AttentionShape attention_queries_shape(int head_dim, bool group) {
-  if (group) return head_dim <= 64 ? AttentionShape{1, 64, 64, 2, 4} : AttentionShape{1, 64, 64, 1, 3};
+  if (group)
+    return head_dim <= 64    ? AttentionShape{1, 64, 64, 2, 4}
+           : head_dim <= 128 ? AttentionShape{1, 64, 64, 1, 3}
+                             : AttentionShape{1, 32, 32, 1, 2};
   return head_dim <= 64    ? AttentionShape{2, 64, 32, 2, 4}
          : head_dim <= 128 ? AttentionShape{2, 32, 32, 2, 3}
                            : AttentionShape{1, 32, 32, 1, 2};
 }
 constexpr AttentionShape attention_keys_shape(int head_dim, bool group) {
-  if (group) return head_dim <= 64 ? AttentionShape{1, 64, 64, 2, 3} : AttentionShape{1, 64, 64, 2, 2};
+  if (group)
+    return head_dim <= 64    ? AttentionShape{1, 64, 64, 2, 3}
+           : head_dim <= 128 ? AttentionShape{1, 64, 64, 2, 2}
+                             : AttentionShape{1, 32, 32, 1, 2};
   return head_dim <= 64    ? AttentionShape{2, 64, 32, 2, 1}
          : head_dim <= 128 ? AttentionShape{1, 32, 32, 2, 1}
                            : AttentionShape{1, 32, 32, 1, 2};

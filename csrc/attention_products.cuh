@@ -21,7 +21,10 @@ template <typename T, int D, int kRows, int kThreads>
 class RowLoader {
  public:
   __device__ __forceinline__ RowLoader(const T* matrix, int64_t stride, int thread)
-      : mine_(matrix + thread / kChunks * stride + thread % kChunks * 8), stride_(stride), row_(thread / kChunks), chunk_(thread % kChunks) {}
+      : mine_(matrix + thread / kChunks * stride + thread % kChunks * 8),
+        stride_(stride),
+        row_(thread / kChunks),
+        chunk_(thread % kChunks) {}
 
   __device__ __forceinline__ void load(char* tile, int row, int there) const {
     const T* from = mine_ + row * stride_;
@@ -89,18 +92,20 @@ __device__ __forceinline__ void store_rows(T* to, int64_t stride, int there, cha
   }
 }
 
-// Products by single warps (mma.sync), or by the four warps of a group (wgmma) if kGroup. Whoever makes products says begin, then
-// any of them, then wait for all of them with each of the sums.
+// Products by single warps (mma.sync), or by the four warps of a group (wgmma) if kGroup. Whoever makes products says begin, makes
+// some, says close, and then waits for all but the newest so many that were closed, naming the sums that are ready.
 template <typename T, int D, bool kGroup>
 struct Products {
   static __device__ __forceinline__ void begin() {
     if constexpr (kGroup) begin_group_products();
   }
-  template <typename... S>
+  static __device__ __forceinline__ void close() {
+    if constexpr (kGroup) close_group_products();
+  }
+  template <int kNewest = 0, typename... S>
   static __device__ __forceinline__ void wait(S&... sums) {
     if constexpr (kGroup) {
-      close_group_products();
-      wait_for_group_products_before<0>();
+      wait_for_group_products_before<kNewest>();
       (hold(sums[0]), ...);
     }
   }
@@ -110,19 +115,20 @@ struct Products {
   static __device__ __forceinline__ void multiply_rows(float (&sums)[kBlocks][kColumns][4], char* a, int first_row, char* b,
                                                        int b_row, int lane) {
     if constexpr (kGroup) {
-      static_assert(kBlocks == 1 && kColumns == 8 && kRowsA == 64 && kRowsB == 64);
+      static_assert(kBlocks == 1 && kRowsA == 64 && kRowsB == 8 * kColumns);
       const GroupOperand rows_a(a), rows_b(b);
 #pragma unroll
       for (int k = 0; k < D / 16; k++)
-        multiply_rows_by_group(sums[0], rows_a.at(k / 4 * (128 * kRowsA) + k % 4 * 32), rows_b.at(k / 4 * (128 * kRowsB) + k % 4 * 32),
-                               k > 0, T{});
+        multiply_rows_by_group(sums[0], rows_a.at(k / 4 * (128 * kRowsA) + k % 4 * 32),
+                               rows_b.at(k / 4 * (128 * kRowsB) + k % 4 * 32), k > 0, T{});
     } else {
       for_each(sums, [](float& x, int, int, int) { x = 0; });
 #pragma unroll
       for (int k = 0; k < D / 16; k++) {
         uint32_t left[kBlocks][4];
 #pragma unroll
-        for (int m = 0; m < kBlocks; m++) load_matrices(left[m], place<kRowsA>(a, first_row + 16 * m + lane % 16, 2 * k + lane / 16));
+        for (int m = 0; m < kBlocks; m++)
+          load_matrices(left[m], place<kRowsA>(a, first_row + 16 * m + lane % 16, 2 * k + lane / 16));
 #pragma unroll
         for (int n = 0; n < kColumns; n += 2) {
           uint32_t right[4];
@@ -148,15 +154,14 @@ struct Products {
         for (int m = 0; m < kBlocks; m++)
 #pragma unroll
           for (int i = 0; i < 4; i++)
-            words[k][m][i] =
-                pack2(weights[m][2 * k + i / 2][2 * (i % 2)], weights[m][2 * k + i / 2][2 * (i % 2) + 1], T{});
+            words[k][m][i] = pack2(weights[m][2 * k + i / 2][2 * (i % 2)], weights[m][2 * k + i / 2][2 * (i % 2) + 1], T{});
     }
   };
 
   // sums (of this warp's rows, D columns) += weights times rows of b from b_row on
   template <int kRowsB, int kBlocks, int kColumns>
-  static __device__ __forceinline__ void add_weighted_rows(Sums<kBlocks, D>& sums, const Left<kBlocks, kColumns>& weights, char* b,
-                                                           int b_row, int lane) {
+  static __device__ __forceinline__ void add_weighted_rows(Sums<kBlocks, D>& sums, const Left<kBlocks, kColumns>& weights,
+                                                           char* b, int b_row, int lane) {
     if constexpr (kGroup) {
       const GroupOperand rows(b);
 #pragma unroll

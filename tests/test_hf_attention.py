@@ -327,7 +327,7 @@ def test_varlen_is_called_as_this_torch_wants_it(signature, options, monkeypatch
     try:
         path = attention_paths.choose_path(
             torch.device("cuda"), torch.bfloat16, Rule(**options), heads=4, head_dims=(16, 16), total=40, count=3,
-            capability=(9, 0),
+            longest=19, capability=(9, 0),
         )  # fmt: skip
         assert path == ("sdpa" if signature is signature_2_10 and options.keys() & {"window", "scaling"} else "varlen")
         if path == "varlen":
@@ -338,39 +338,70 @@ def test_varlen_is_called_as_this_torch_wants_it(signature, options, monkeypatch
         attention_paths.varlen_parameters.cache_clear()
 
 
-def test_choice_of_path():
+def test_choice_of_path(monkeypatch):
+    monkeypatch.setattr(attention_paths, "HAS_KERNELS", True)
     everything = frozenset(["cu_seq_q", "window_size", "scale"])
-    usual = {"heads": 8, "head_dims": (64, 64), "total": 4096, "count": 9, "parameters": everything, "capability": (9, 0)}
+    usual = {
+        "heads": 8,
+        "head_dims": (64, 64),
+        "total": 4096,
+        "count": 9,
+        "longest": 3000,
+        "parameters": everything,
+        "capability": (9, 0),
+    }
 
     def path(device="cuda", dtype=torch.bfloat16, **changes):
         rule = Rule(**{name: changes.pop(name) for name in ("window", "scaling", "softcap", "dropout") if name in changes})
         return attention_paths.choose_path(torch.device(device), dtype, rule, **{**usual, **changes})
 
-    assert path() == path(dtype=torch.float16) == path(window=100) == path(scaling=0.1) == "varlen"
-    assert path(softcap=30.0) == path(softcap=30.0, dtype=torch.float32) == "flex"
+    own = [
+        {}, {"dtype": torch.float16}, {"window": 100}, {"scaling": 0.1}, {"softcap": 30.0}, {"head_dims": (256, 256)},
+        {"parameters": frozenset()}, {"capability": (8, 0), "longest": 500}, {"capability": (8, 0), "softcap": 30.0},
+        {"heads": 64, "head_dims": (128, 128), "total": 32768, "count": 1800},
+    ]  # fmt: skip
+    assert [path(**changes) for changes in own] == ["packops"] * len(own)
+    assert path(head_dims=(96, 96)) == path(capability=(8, 0)) == path(capability=(10, 0)) == "varlen"
+    assert path(capability=(8, 0), longest=500, head_dims=(256, 256)) == "varlen"
+    assert path(softcap=30.0, dtype=torch.float32) == path(softcap=30.0, head_dims=(96, 96)) == "flex"
     others = [
         {"device": "cpu"}, {"device": "cpu", "softcap": 30.0}, {"dtype": torch.float32}, {"capability": (7, 5)},
         {"head_dims": (192, 128)}, {"head_dims": (288, 288)}, {"head_dims": (60, 60)}, {"dropout": 0.1},
-        {"dropout": 0.1, "softcap": 30.0}, {"parameters": frozenset()}, {"parameters": frozenset(["cu_seq_q"]), "window": 9},
-        {"heads": 64, "head_dims": (128, 128), "total": 32768, "count": 1800},  # past 2^31 in FlashAttention-2's backward
+        {"dropout": 0.1, "softcap": 30.0}, {"head_dims": (96, 96), "parameters": frozenset()},
+        {"head_dims": (96, 96), "parameters": frozenset(["cu_seq_q"]), "window": 9},
+        {"heads": 64, "head_dims": (96, 96), "total": 32768, "count": 3600},  # past 2^31 in FlashAttention-2's backward
     ]  # fmt: skip
     assert [path(**changes) for changes in others] == ["sdpa"] * len(others)
+    monkeypatch.setattr(attention_paths, "HAS_KERNELS", False)
+    assert path() == "varlen"
+    assert path(softcap=30.0) == "flex"
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o != {"softcap": 0.7, "window": 6}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
-def test_on_a_gpu(dtype, options, heads):
+@pytest.mark.parametrize("head_dim", [64, 32])
+def test_on_a_gpu(dtype, options, heads, head_dim):
     """Whichever path is chosen there, forward and backward, no worse than a few roundings of its dtype."""
     torch.compiler.reset()  # a process compiles one function a limited number of times; these tests together want more
     device, lengths = torch.device("cuda"), [300, 5, 129, 1, 257]
-    inputs, documents = problem(lengths, dtype, device, heads, 64)
-    direction = torch.randn(sum(lengths), heads[0], 64, device=device, dtype=dtype)
+    inputs, documents = problem(lengths, dtype, device, heads, head_dim)
+    direction = torch.randn(sum(lengths), heads[0], head_dim, device=device, dtype=dtype)
     path = attention_paths.choose_path(
-        device, dtype, Rule(**options), heads=heads[0], head_dims=(64, 64), total=documents.total, count=len(lengths)
+        device,
+        dtype,
+        Rule(**options),
+        heads=heads[0],
+        head_dims=(head_dim,) * 2,
+        total=documents.total,
+        count=len(lengths),
+        longest=300,
     )
-    assert path == ("flex" if "softcap" in options else "varlen" if dtype == torch.bfloat16 else "sdpa")
+    if dtype == torch.bfloat16 and head_dim == 64:
+        assert path == "packops"
+    else:
+        assert path == ("flex" if "softcap" in options else "varlen" if dtype == torch.bfloat16 else "sdpa")
     found = gradients(inputs, attention_paths.ATTEND[path](*inputs, documents, Rule(**options)), direction)
     expected = gradients(inputs, dense(*inputs, lengths, **options), direction.double())
     for a, b in zip(found, expected, strict=True):

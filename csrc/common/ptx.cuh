@@ -51,7 +51,8 @@ __device__ __forceinline__ void copy16_async(void* destination, const void* sour
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // The same, or zeros.
 __device__ __forceinline__ void copy16_async_or_zero(void* destination, const void* source, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source), "r"(there ? 16 : 0)
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
+               "r"(there ? 16 : 0)
                : "memory");
 }
 __device__ __forceinline__ void copy4_async_or_zero(void* destination, const void* source, bool there) {
@@ -141,28 +142,31 @@ class GroupOperand {
   uint64_t bits_;
 };
 
-#define PACKOPS_SUMS_32                                                                                                       \
-  "{%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
-  "%26, %27, %28, %29, %30, %31}"
+#define PACKOPS_NUMBERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define PACKOPS_NUMBERS_32 PACKOPS_NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
 #define PACKOPS_SUMS_4(n) "+f"(s[n][0]), "+f"(s[n][1]), "+f"(s[n][2]), "+f"(s[n][3])
-#define PACKOPS_SUMS                                                                                                   \
-  PACKOPS_SUMS_4(0), PACKOPS_SUMS_4(1), PACKOPS_SUMS_4(2), PACKOPS_SUMS_4(3), PACKOPS_SUMS_4(4), PACKOPS_SUMS_4(5), \
-      PACKOPS_SUMS_4(6), PACKOPS_SUMS_4(7)
+#define PACKOPS_SUMS_16 PACKOPS_SUMS_4(0), PACKOPS_SUMS_4(1), PACKOPS_SUMS_4(2), PACKOPS_SUMS_4(3)
+#define PACKOPS_SUMS_32 PACKOPS_SUMS_16, PACKOPS_SUMS_4(4), PACKOPS_SUMS_4(5), PACKOPS_SUMS_4(6), PACKOPS_SUMS_4(7)
+
+// s (64 x columns) = or, with add, += 64 rows of a times that many rows of b, over 16 elements.
+#define PACKOPS_MULTIPLY_ROWS(type, name, columns, numbers, sums, a_at, b_at, add_at)                                            \
+  __device__ __forceinline__ void multiply_rows_by_group(float (&s)[columns / 8][4], GroupOperand a, GroupOperand b, bool add,   \
+                                                         type) {                                                                 \
+    asm volatile("{.reg .pred add;\nsetp.ne.b32 add, " add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name \
+                 "." name " {" numbers "}, " a_at ", " b_at ", add, 1, 1, 0, 0;\n}"                                              \
+                 : sums                                                                                                          \
+                 : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                                   \
+                 : "memory");                                                                                                    \
+  }
+// s (64 x 64) += a (64 x 16, 16 rows to a warp as in multiply_add) times 16 rows of b, 64 elements each.
 #define PACKOPS_GROUP_PRODUCTS(type, name)                                                                                     \
-  /* s (64 x 64) = or, with add, += 64 rows of a times 64 rows of b, over 16 elements */                                       \
-  __device__ __forceinline__ void multiply_rows_by_group(float (&s)[8][4], GroupOperand a, GroupOperand b, bool add, type) {     \
-    asm volatile("{.reg .pred add;\nsetp.ne.b32 add, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name      \
-                 " " PACKOPS_SUMS_32 ", %32, %33, add, 1, 1, 0, 0;\n}"                                                          \
-                 : PACKOPS_SUMS                                                                                                \
-                 : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                 \
-                 : "memory");                                                                                                  \
-  }                                                                                                                            \
-  /* s (64 x 64) += a (64 x 16, 16 rows to a warp as in multiply_add) times 16 rows of b, 64 elements each */                  \
-  __device__ __forceinline__ void add_weighted_rows_by_group(float (&s)[8][4], const uint32_t (&a)[4], GroupOperand b, type) {  \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " " PACKOPS_SUMS_32                              \
-                 ", {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                                    \
-                 : PACKOPS_SUMS                                                                                                \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits())                                           \
+  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                              \
+  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                              \
+  __device__ __forceinline__ void add_weighted_rows_by_group(float (&s)[8][4], const uint32_t (&a)[4], GroupOperand b, type) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" PACKOPS_NUMBERS_32                           \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                                   \
+                 : PACKOPS_SUMS_32                                                                                             \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits())                                                   \
                  : "memory");                                                                                                  \
   }
 PACKOPS_GROUP_PRODUCTS(bf16_t, "bf16")
@@ -182,8 +186,8 @@ template <int kNewest>
 __device__ __forceinline__ void wait_for_group_products_before() {}
 template <int kColumns>
 __device__ __forceinline__ void hold(float (&)[kColumns][4]) {}
-template <typename T>
-__device__ __forceinline__ void multiply_rows_by_group(float (&)[8][4], GroupOperand, GroupOperand, bool, T) {}
+template <int kColumns, typename T>
+__device__ __forceinline__ void multiply_rows_by_group(float (&)[kColumns][4], GroupOperand, GroupOperand, bool, T) {}
 template <typename T>
 __device__ __forceinline__ void add_weighted_rows_by_group(float (&)[8][4], const uint32_t (&)[4], GroupOperand, T) {}
 

@@ -45,7 +45,8 @@ PACKOPS_LIBRARY(m) {
       "counts)");
 
   // Attention within documents. tiles: what the kernels of CUDA cut the documents into, once for both passes.
-  m.def("_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, " ATTENTION_RULE ") -> (Tensor out, Tensor lse, Tensor tiles)");
+  m.def("_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, " ATTENTION_RULE
+        ") -> (Tensor out, Tensor lse, Tensor tiles)");
   m.def(
       "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor tiles, Tensor "
       "cu_seqlens, " ATTENTION_RULE ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");

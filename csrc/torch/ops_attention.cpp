@@ -36,7 +36,9 @@ Tensor set_input(const Tensor& tensor, Heads* heads) {
   bool fits = tensor.size(2) <= 1 || tensor.stride(2) == 1;
   if (tensor.is_cuda())
     fits &= (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) | uintptr_t(tensor.stride(0) * 2) |
-             uintptr_t(tensor.stride(1) * 2)) % 16 == 0;
+             uintptr_t(tensor.stride(1) * 2)) %
+                16 ==
+            0;
   const Tensor read = fits ? tensor : torch::stable::contiguous(torch::stable::clone(tensor));
   *heads = {read.const_data_ptr(), read.stride(0), read.stride(1)};
   return read;
@@ -56,8 +58,8 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   if (q.is_cuda()) {
     PACKOPS_CHECK(p.dtype == DType::f16 || p.dtype == DType::bf16, TypeError, kOp,
                   ": on CUDA q must be float16 or bfloat16, got ", dtype_of(q));
-    PACKOPS_CHECK(dim == 64 || dim == 128 || dim == 256, ValueError, kOp, ": on CUDA head_dim must be 64, 128 or 256, got q of shape ",
-                  shape_of(q));
+    PACKOPS_CHECK(dim == 64 || dim == 128 || dim == 256, ValueError, kOp,
+                  ": on CUDA head_dim must be 64, 128 or 256, got q of shape ", shape_of(q));
   }
   PACKOPS_CHECK(!is_index(p.dtype), TypeError, kOp, ": q must be float32, float16, bfloat16 or float64, got ", dtype_of(q));
   PACKOPS_CHECK(q.size(0) < int64_t(1) << 31, ValueError, kOp, ": q must have fewer than 2^31 tokens, got ", q.size(0));
@@ -115,8 +117,10 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tenso
   Attention a = prepare(q, k, v, cu_seqlens, {causal, window, softcap, scale});
   AttentionParams& p = a.params;
   const Tensor out = torch::stable::new_empty(q, {p.tokens, p.heads, p.head_dim});
-  const Tensor lse = torch::stable::new_empty(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
-  const Tensor tiles = torch::stable::new_empty(q, {q.is_cuda() ? attention_tiles(p.tokens, p.documents) : 0, 4}, ScalarType::Int);
+  const Tensor lse =
+      torch::stable::new_empty(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor tiles =
+      torch::stable::new_empty(q, {q.is_cuda() ? attention_tiles(p.tokens, p.documents) : 0, 4}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
@@ -137,10 +141,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   check_shape(grad_out, "grad_out");
   check_shape(out, "out");
   PACKOPS_CHECK(lse.dim() == 2 && lse.size(0) == p.heads && lse.size(1) == p.tokens &&
-                    lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) && lse.device() == q.device(),
+                    lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
+                    lse.device() == q.device(),
                 ValueError, kOp, ": lse must be that of the forward pass");
-  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == 4 * attention_tiles(p.tokens, p.documents) && tiles.scalar_type() == ScalarType::Int &&
-                               tiles.device() == q.device()),
+  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == 4 * attention_tiles(p.tokens, p.documents) &&
+                               tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
   const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = torch::stable::contiguous(out);
   const Tensor read_lse = torch::stable::contiguous(lse), read_tiles = torch::stable::contiguous(tiles);
@@ -167,7 +172,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   m.impl("_attention_backward", TORCH_BOX(&packops::attention_backward));
 
 PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_ATTENTION_IMPLS(m)}
-
 #ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m){PACKOPS_ATTENTION_IMPLS(m)}
+PACKOPS_LIBRARY_IMPL(CUDA, m) {
+  PACKOPS_ATTENTION_IMPLS(m)
+}
 #endif

@@ -11,6 +11,7 @@ from torch.nn.functional import linear
 
 from . import _checks
 from ._errors import raise_typed
+from ._register import attention as _attention
 from ._register import ce_loss as _ce
 from ._register import gated_linear as _gated
 from ._register import qk_norm_rope as _qk_norm_rope
@@ -24,6 +25,8 @@ _ROPE = torch.ops.packops._rope.default
 _ROPE_IN_PLACE = torch.ops.packops._rope_.default
 _QK_NORM_ROPE = torch.ops.packops._qk_norm_rope.default
 _QK_NORM_ROPE_BACKWARD = torch.ops.packops._qk_norm_rope_backward.default
+_ATTENTION = torch.ops.packops._attention.default
+_ATTENTION_BACKWARD = torch.ops.packops._attention_backward.default
 _GATED = torch.ops.packops._gated_activation.default
 _GATED_BACKWARD = torch.ops.packops._gated_activation_backward.default
 
@@ -471,6 +474,57 @@ def apply_qk_norm_rope(
             _rope.check_tables_are_constant(cos, sin)
             return _qk_norm_rope.QkNormRope.apply(_QK_NORM_ROPE, _QK_NORM_ROPE_BACKWARD, *tensors, options)
         return _QK_NORM_ROPE(*tensors, *options)
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of packed documents, none of which sees another: ``softmax(scale * q k^T) v`` within each.
+
+    FlashAttention-2's algorithm (Dao 2023, https://arxiv.org/abs/2307.08691) on tiles of 64 tokens of one document, however long or
+    short documents are: no grid that is as wide as the longest, no ``max_seqlen``, and nothing waits for the device. Gradients are
+    the same bits at every run, and do not depend on a document's neighbours. Scores are fp32 (fp64 for fp64), weights are rounded to
+    the dtype of ``v`` before they multiply it. Differentiable once.
+
+    Args:
+        q: ``(T, heads, head_dim)``, any strides (a slice of a fused projection). On CUDA fp16 or bf16, compute capability 8.0 or
+            later, and ``head_dim`` 64, 128 or 256; on the CPU also fp32 and fp64, and any ``head_dim``, in plain code:
+            ``scaled_dot_product_attention`` per document is faster there.
+        k, v: ``(T, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``: query head h meets head ``h * kv_heads // heads``.
+        cu_seqlens: ``(documents + 1,)`` int32 or int64, where documents begin, on the device of ``q``. Tokens at or past
+            ``cu_seqlens[-1]`` are padding: their rows of the result and of all gradients are 0, whatever they hold.
+        causal: a token sees no later one.
+        window: a token sees itself and the ``window - 1`` tokens before it; None: all before it. Only with ``causal``.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: as they are.
+        scale: of the products of queries and keys; None: ``head_dim ** -0.5``.
+
+    Returns:
+        ``(T, heads, head_dim)``, contiguous, of the dtype of ``q``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what it got and what it wants.
+        ValueError: ``cu_seqlens`` that do not start at 0, decrease, or end past T; on CUDA only with :func:`packops.checks` on
+            (without, no address outside the tensors is read, and what comes out is unspecified).
+    """
+    rule = (causal, window, softcap, scale)
+    if torch.compiler.is_compiling():
+        return torch.ops.packops._attention(q, k, v, cu_seqlens, *rule)[0]
+    if cu_seqlens.is_cuda and _checks.enabled():
+        _checks.raise_bad_cu_seqlens("attention", cu_seqlens, q.shape[0])
+    try:
+        if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+            return _attention.Attention.apply(_ATTENTION, _ATTENTION_BACKWARD, q, k, v, cu_seqlens, rule)
+        return _ATTENTION(q, k, v, cu_seqlens, *rule)[0]
     except RuntimeError as error:
         raise_typed(error)
 

@@ -248,6 +248,36 @@ def qk_norm_rope(
     return rope(normalise(q, q_weight), k_normal, cos, sin, cu_seqlens=cu_seqlens, layout=layout, **options)
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """What :func:`packops.attention` computes, in fp64 and differentiable by autograd, with scores of all tokens and all tokens."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
+    documents = documents_of(q.shape[1:2], cu_seqlens, q.device)
+    token = torch.arange(q.shape[1], device=q.device)
+    inside = documents.index >= 0
+    q, k, v = (torch.where(inside[:, None], x, 0.0) for x in (q, k, v))  # padding may hold anything, NaN included
+    seen = (documents.index[:, None] == documents.index) & inside
+    if causal:
+        seen &= token <= token[:, None]
+    if window is not None:
+        seen &= token > token[:, None] - window
+    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    weights = torch.where(inside[:, None], scores.masked_fill(~seen, -torch.inf).softmax(-1).nan_to_num(0.0), 0.0)
+    return (weights @ v).transpose(0, 1)
+
+
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     """What :func:`packops.gated_activation` computes, in fp64 and differentiable by autograd."""
     g = gate.double()

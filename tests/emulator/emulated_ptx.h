@@ -142,11 +142,11 @@ class GroupOperand {
  private:
   uintptr_t tile_;
 };
-template <typename T>
-void multiply_rows_by_group(float (&s)[8][4], GroupOperand a, GroupOperand b, bool add, T type) {
+template <int kColumns, typename T>
+void multiply_rows_by_group(float (&s)[kColumns][4], GroupOperand a, GroupOperand b, bool add, T type) {
   emulator::collective(0);
   const int lane = emulator::current % 32, warp = emulator::current % emulator::block_threads / 32 % 4;
-  for (int n = 0; n < 8; n++)
+  for (int n = 0; n < kColumns; n++)
     for (int i = 0; i < 4; i++) {
       const int row = 16 * warp + 8 * (i / 2) + lane / 4, column = 8 * n + 2 * (lane % 4) + i % 2;
       float sum = add ? s[n][i] : 0;

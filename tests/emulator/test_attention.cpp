@@ -28,7 +28,8 @@ struct Results {
 
 template <typename T>
 Results<T> run(const Problem& problem, bool cuda) {
-  const int64_t dim = problem.head_dim, q_size = problem.tokens * problem.heads * dim, kv_size = problem.tokens * problem.kv_heads * dim;
+  const int64_t dim = problem.head_dim, q_size = problem.tokens * problem.heads * dim,
+                kv_size = problem.tokens * problem.kv_heads * dim;
   check::Random random{uint64_t(problem.tokens * 1000 + dim)};
   const auto draw = [&](int64_t count, double size) {
     std::vector<T> x(static_cast<size_t>(count));

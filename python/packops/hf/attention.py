@@ -221,6 +221,7 @@ def packed_attention(
         head_dims=(query.shape[3], value.shape[3]),
         total=documents.total,
         count=documents.cu_seqlens.numel() - 1,
+        longest=documents.max_seqlen,
     )
     # (B, heads, S, head_dim) as transformers has it is a view of (T, heads, head_dim)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))

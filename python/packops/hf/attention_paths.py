@@ -1,6 +1,7 @@
-"""Attention within documents, computed in three ways, none with a mask of tokens x tokens. :func:`choose_path` says which.
+"""Attention within documents, computed in four ways, none with a mask of tokens x tokens. :func:`choose_path` says which.
 
-``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: CUDA, fp16 and bf16.
+``packops``  :func:`packops.attention`: CUDA, fp16 and bf16, the usual head dimensions.
+``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: the same for other head dimensions.
 ``flex``    FlexAttention, for a softcap on CUDA.
 ``sdpa``    ``scaled_dot_product_attention`` on one document after the other or on groups of about equal length: everything else,
             the CPU first of all.
@@ -18,10 +19,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import _C
 from ..collator import max_docs_for_flash_attention
+from ..functional import attention
 from .attention_documents import FLEX_BLOCK, Documents
 
-Path = Literal["varlen", "flex", "sdpa"]
+Path = Literal["packops", "varlen", "flex", "sdpa"]
+
+# packops.attention on CUDA
+HAS_KERNELS: bool = _C.build_info()["cuda"]
+HEAD_DIMS = (64, 128, 256)
+# Without Hopper's products by warp groups it is faster than FlashAttention-2 with heads of at most so many features and documents up
+# to about this length.
+BY_WARPS = {"head_dim": 128, "longest": 2048}
 
 # On the CPU a call per document is the fastest way from about this mean length on; below it, calls cost more than arithmetic.
 CALL_PER_DOCUMENT = 24
@@ -57,10 +67,11 @@ def choose_path(
     head_dims: tuple[int, int],
     total: int,
     count: int,
+    longest: int,
     parameters: frozenset[str] | None = None,
     capability: tuple[int, int] | None = None,
 ) -> Path:
-    """How ``count`` documents of ``total`` tokens are best attended to.
+    """How ``count`` documents of ``total`` tokens, none longer than ``longest``, are best attended to.
 
     Args:
         head_dims: of queries and keys, and of values.
@@ -69,16 +80,23 @@ def choose_path(
     """
     if device.type != "cuda":
         return "sdpa"
+    if capability is None:
+        capability = torch.cuda.get_device_capability(device)
+    has_flash = (
+        dtype in (torch.float16, torch.bfloat16) and capability >= (8, 0) and head_dims[0] == head_dims[1] and rule.dropout == 0
+    )
+    if has_flash and head_dims[0] in HEAD_DIMS and HAS_KERNELS:
+        by_warps = head_dims[0] <= BY_WARPS["head_dim"] and longest <= BY_WARPS["longest"]
+        if capability == (9, 0) or by_warps or rule.softcap is not None:
+            return "packops"
     if rule.softcap is not None:
         return "flex" if rule.dropout == 0 else "sdpa"
     if parameters is None:
         parameters = varlen_parameters()
     can = (
-        dtype in (torch.float16, torch.bfloat16)
-        and (capability or torch.cuda.get_device_capability(device)) >= (8, 0)
-        and head_dims[0] == head_dims[1] <= 256
+        has_flash
+        and head_dims[0] <= 256
         and head_dims[0] % 8 == 0
-        and rule.dropout == 0
         and "cu_seq_q" in parameters
         and (rule.window is None or "window_size" in parameters)
         and (rule.scaling in (None, head_dims[0] ** -0.5) or "scale" in parameters)
@@ -98,6 +116,18 @@ def varlen_parameters() -> frozenset[str]:
 
 
 # ---- (T, heads, head_dim) -> (T, heads, head_dim) ---------------------------------------------------------------------------
+
+
+def attend_packops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    documents: Documents,
+    rule: Rule,
+) -> Tensor:
+    return attention(
+        q, k, v, documents.cu_seqlens, causal=rule.causal, window=rule.window, softcap=rule.softcap, scale=rule.scaling
+    )
 
 
 def attend_varlen(
@@ -227,4 +257,9 @@ def capped_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, mask: Tenso
     return (F.dropout(weights, rule.dropout).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
 
 
-ATTEND: dict[Path, Callable[..., Tensor]] = {"varlen": attend_varlen, "flex": attend_flex, "sdpa": attend_sdpa}
+ATTEND: dict[Path, Callable[..., Tensor]] = {
+    "packops": attend_packops,
+    "varlen": attend_varlen,
+    "flex": attend_flex,
+    "sdpa": attend_sdpa,
+}

@@ -1,0 +1,263 @@
+"""Attention within documents against fp64 with a mask of tokens x tokens; who is never seen; bits that depend on nothing else."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import pytest
+import torch
+
+import packops
+from cuda_streams import capture, no_host_sync
+from packops import reference
+
+OPS = torch.ops.packops
+LENGTHS = (1, 70, 0, 64, 129, 3)
+RULES = [
+    {},
+    {"window": 1},
+    {"window": 66},
+    {"softcap": 2.0, "scale": 0.3},
+    {"softcap": 2.0, "window": 20},
+    {"causal": False},
+]
+gpu = pytest.mark.gpu
+
+
+def bounds_of(lengths, device="cpu", dtype=torch.int32):
+    return torch.tensor([0, *itertools.accumulate(lengths)], dtype=dtype, device=device)
+
+
+def problem(lengths=LENGTHS, *, heads=(4, 2), dim=64, dtype=None, device="cpu", padding=0, size=1.0):
+    """q, k and v, slices of one projection as a model has them, a gradient, and the boundaries. Padding holds NaN."""
+    dtype = dtype or (torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16)
+    total = sum(lengths) + padding
+    qkv = torch.randn(total, heads[0] + 2 * heads[1], dim, device=device).to(dtype)
+    qkv[:, : heads[0]] *= size
+    qkv[sum(lengths) :] = torch.nan
+    q, k, v = (x.detach().requires_grad_() for x in qkv.split([heads[0], heads[1], heads[1]], 1))
+    return q, k, v, torch.randn(total, heads[0], dim, device=device).to(dtype), bounds_of(lengths, device)
+
+
+def results(call, q, k, v, grad, bounds, **rule):
+    out = call(q, k, v, bounds, **rule)
+    return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad.to(out.dtype))]
+
+
+UNITS = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7}
+
+
+def check(*given, noise=0.0, **rule):
+    got = results(packops.attention, *given, **rule)
+    want = results(reference.attention, *given, **rule)
+    for name, a, b in zip(("out", "grad_q", "grad_k", "grad_v"), got, want, strict=True):
+        worst, most = (a.double() - b).abs().max(), b.abs().max()
+        assert worst <= (2 * UNITS[a.dtype] + noise) * most + 1e-5, f"{name} is off by {worst:.2e} of {most:.2e}"
+
+
+def dtypes_of(device):
+    return (torch.float16, torch.bfloat16) if device.type == "cuda" else tuple(UNITS)
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (4, 1), (6, 2)], ids=str)
+def test_every_rule(rule, heads, device):
+    for dtype in dtypes_of(device):
+        check(*problem(heads=heads, dtype=dtype, device=device, padding=5), **rule)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_every_head_dim(dim, device):
+    for heads, rule in itertools.product([(2, 1), (7, 7), (8, 1)], [{}, {"softcap": 30.0, "window": 100}]):
+        check(*problem(heads=heads, dim=dim, device=device), **rule)
+
+
+def test_weights_on_one_key(device):
+    """Rows whose softmax is one key's, where a wrong maximum or a lost correction shows."""
+    for dtype in dtypes_of(device):
+        # scores of 100 and more have that much rounding in fp32, and weights as much
+        check(*problem((200, 40), dtype=dtype, device=device, size=40.0), noise=0 if dtype == torch.float64 else 1e-4)
+
+
+@pytest.mark.parametrize(
+    "lengths", [[1] * 300, [2000], [5, 700, 1, 64, 65, 63, 128], [0, 0], [0, 64, 0]], ids=lambda x: str(x[:4])
+)
+def test_lengths(lengths, device):
+    check(*problem(lengths, heads=(2, 1), device=device, padding=0 if sum(lengths) else 3))
+
+
+@gpu
+def test_many_documents_and_long_ones():
+    lengths = torch.randint(0, 5, (20000,)).tolist()
+    q, k, v, grad, bounds = problem(lengths, heads=(2, 1), device="cuda", padding=70)
+    got = results(packops.attention, q, k, v, grad, bounds)
+    some = slice(int(bounds[9000]), int(bounds[9300]))
+    part = [x[some].detach().requires_grad_() for x in (q, k, v)]
+    want = results(reference.attention, *part, grad[some], bounds[9000:9301] - bounds[9000])
+    for a, b in zip(got, want, strict=True):
+        assert (a[some].double() - b).abs().max() <= 2**-6 * b.abs().max()
+        assert not a[int(bounds[-1]) :].any()
+    check(*problem([9000], heads=(2, 2), dim=128, device="cuda"))
+
+
+def test_documents_never_see_each_other(device):
+    q, k, v, grad, bounds = problem(device=device)
+    begin, end = 71, 135
+    before = results(packops.attention, q, k, v, grad, bounds)
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[:begin] = torch.nan
+            x[end:] = torch.inf
+    after = results(packops.attention, q, k, v, grad, bounds)
+    for a, b in zip(before, after, strict=True):
+        assert torch.equal(a[begin:end], b[begin:end])
+
+
+def test_padding_is_zero_whatever_it_holds(device):
+    for padding in (1, 64, 200):
+        q, k, v, grad, bounds = problem(device=device, padding=padding)
+        grad[sum(LENGTHS) :] = torch.nan
+        for x in results(packops.attention, q, k, v, grad, bounds):
+            assert not x[sum(LENGTHS) :].any()
+            assert x[: sum(LENGTHS)].isfinite().all()
+
+
+@pytest.mark.parametrize("rule", [{}, {"softcap": 5.0}, {"causal": False}], ids=str)
+def test_bits_depend_on_the_document_alone(rule, device):
+    """Not on the run, the neighbours, or the place in the pack."""
+    q, k, v, grad, bounds = problem([30, 150, 7], device=device)
+    first = results(packops.attention, q, k, v, grad, bounds, **rule)
+    again = results(packops.attention, q, k, v, grad, bounds, **rule)
+    moved = [torch.cat([x[180:], x[:30], x[30:180]]).detach().requires_grad_() for x in (q, k, v, grad)]
+    other = results(packops.attention, *moved, bounds_of([7, 30, 150], device), **rule)
+    for a, b, c in zip(first, again, other, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a[30:180], c[37:])
+
+
+def test_strides(device):
+    """Heads before tokens, a gradient that is expanded, rows that do not begin at 16 bytes, int64 boundaries."""
+    dtype = dtypes_of(device)[-1]
+    q, k, v = (torch.randn(h, 50, 64, device=device).to(dtype).transpose(0, 1).requires_grad_() for h in (4, 2, 2))
+    grad = torch.randn(50, 1, 1, device=device).to(dtype).expand(50, 4, 64)
+    check(q, k, v, grad, bounds_of([20, 30], device, torch.int64))
+    odd = [torch.randn(50, h, 65, device=device).to(dtype)[:, :, 1:].requires_grad_() for h in (4, 2, 2)]
+    check(*odd, torch.randn(50, 4, 65, device=device).to(dtype)[:, :, 1:], bounds_of([20, 30], device))
+    wide = torch.randn(50, 4, 128, device=device).to(dtype)[..., ::2]  # the last dimension is not contiguous
+    check(*(x.detach().requires_grad_() for x in (wide, wide[:, :2], wide[:, 2:])), grad, bounds_of([20, 30], device))
+
+
+def test_only_what_needs_a_gradient(device):
+    q, k, v, grad, bounds = problem(device=device)
+    assert not packops.attention(q.detach(), k.detach(), v.detach(), bounds).requires_grad
+    with torch.no_grad():
+        assert not packops.attention(q, k, v, bounds).requires_grad
+    out = packops.attention(q, k.detach(), v.detach(), bounds)
+    (found,) = torch.autograd.grad(out, q, grad)
+    assert torch.equal(found, results(packops.attention, q, k, v, grad, bounds)[1])
+
+
+def test_gradcheck():
+    q, k, v, _, bounds = problem([3, 0, 4], heads=(2, 1), dim=3, dtype=torch.float64)
+    for rule in RULES:
+        assert torch.autograd.gradcheck(lambda *x, rule=rule: packops.attention(*x, bounds, **rule), (q, k, v))
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (g,) = torch.autograd.grad(packops.attention(q, k, v, bounds).square().sum(), q, create_graph=True)
+        g.sum().backward()
+
+
+def test_the_op_itself(device):
+    """Differentiable, with fake kernels, and in one graph of torch.compile."""
+    q, k, v, grad, bounds = problem(device=device)
+    torch.library.opcheck(OPS._attention.default, (q, k, v, bounds, True, 20, 3.0, 0.2))
+    want = results(packops.attention, q, k, v, grad, bounds, window=20)
+    call = torch.compile(functools.partial(packops.attention, window=20), backend="aot_eager", fullgraph=True)
+    for found in (
+        results(call, q, k, v, grad, bounds),
+        results(lambda *x: OPS._attention(*x, True, 20)[0], q, k, v, grad, bounds),
+    ):
+        for a, b in zip(found, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu
+def test_no_host_sync_and_graphs():
+    """A captured graph replays with other documents."""
+    q, k, v, grad, bounds = problem([40, 60, 100], device="cuda")
+    with no_host_sync():
+        results(packops.attention, q, k, v, grad, bounds)
+    graph, found = capture(lambda: results(packops.attention, q, k, v, grad, bounds))
+    for lengths in ([40, 60, 100], [200, 0, 0], [1, 1, 50], [0, 0, 0]):
+        bounds.copy_(bounds_of(lengths))
+        graph.replay()
+        for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds), strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu
+def test_malformed_boundaries_read_nothing_outside():
+    q, k, v, grad, _ = problem([100], device="cuda")
+    for values in ([0, 500], [-7, 50, 3, 90], [60, 0, 100], [0, 2**31 - 1], [0, 100, 0, 100, 0, 100]):
+        results(packops.attention, q, k, v, grad, torch.tensor(values, device="cuda"))
+    torch.cuda.synchronize()
+    packops.checks(True)
+    try:
+        with pytest.raises(ValueError, match=r"cu_seqlens\[1\] = 500"):
+            packops.attention(q, k, v, torch.tensor([0, 500], device="cuda"))
+    finally:
+        packops.checks(False)
+
+
+BAD = {
+    "q must have shape": lambda q, k, v, b: (q[0], k, v, b),
+    "k must have the shape of q": lambda q, k, v, b: (q, k[1:], v, b),
+    "whose number divides": lambda q, k, v, b: (q[:, :3], k, v, b),
+    "v must have the shape of k": lambda q, k, v, b: (q, k, v[:, :1], b),
+    "k must have the dtype of q": lambda q, k, v, b: (q, k.double(), v, b),
+    "cu_seqlens must be int32 or int64": lambda q, k, v, b: (q, k, v, b.float()),
+    r"cu_seqlens must have shape \(documents \+ 1,\)": lambda q, k, v, b: (q, k, v, b[None]),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_refused(message, device):
+    q, k, v, _, bounds = problem(device=device)
+    with pytest.raises((ValueError, TypeError), match=f"attention: .*{message}"):
+        packops.attention(*BAD[message](q, k, v, bounds))
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"window": 0}, "window must be at least 1"),
+        ({"window": 4, "causal": False}, "needs causal"),
+        ({"softcap": 0.0}, "softcap must be positive, got 0"),
+        ({"scale": float("nan")}, "scale must be finite"),
+    ],
+    ids=str,
+)
+def test_rules_refused(rule, message, device):
+    q, k, v, _, bounds = problem(device=device)
+    with pytest.raises(ValueError, match=message):
+        packops.attention(q, k, v, bounds, **rule)
+
+
+def test_boundaries_refused_on_the_cpu():
+    q, k, v, _, _ = problem([10])
+    for values, message in (([1, 10], r"\[0\] = 1"), ([0, 5, 3], r"\[2\] = 3"), ([0, 11], r"\[1\] = 11")):
+        with pytest.raises(
+            ValueError, match=f"must start at 0, not decrease, and end at or before the 10 tokens, got .*{message}"
+        ):
+            packops.attention(q, k, v, torch.tensor(values))
+
+
+@gpu
+def test_refused_on_cuda():
+    q, k, v, _, bounds = problem(device="cuda")
+    with pytest.raises(TypeError, match="on CUDA q must be float16 or bfloat16, got Float"):
+        packops.attention(q.float(), k.float(), v.float(), bounds)
+    with pytest.raises(ValueError, match="on CUDA head_dim must be 64, 128 or 256, got q of shape"):
+        packops.attention(q[..., :48], k[..., :48], v[..., :48], bounds)
+    with pytest.raises(ValueError, match="cu_seqlens must be on the device of q"):
+        packops.attention(q, k, v, bounds.cpu())
