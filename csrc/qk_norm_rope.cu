@@ -11,6 +11,7 @@
 #include "qk_norm_rope.h"
 
 #include "common/device.cuh"
+#include "common/partials.cuh"
 #include "qk_norm_rope_launch.h"
 #include "rope_device.cuh"
 
@@ -78,14 +79,6 @@ __device__ inline void group_sum(float (&x)[N], int group) {
   }
 }
 
-// Hides from the compiler that these are the bits it has seen before. Else it keeps, of all heads of a thread, the floats that the
-// sums were made of, since they are needed again, instead of making them again: 16 registers a head.
-template <typename T, int W>
-__device__ inline void forget(Vec<T, W>& v) {
-  if constexpr (sizeof(v.bits) == 16) asm("" : "+r"(v.bits.x), "+r"(v.bits.y), "+r"(v.bits.z), "+r"(v.bits.w));
-  else asm("" : "+r"(v.bits.x), "+r"(v.bits.y));
-}
-
 // ---- Narrow: one head in the registers of one group of threads of a warp.
 
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
@@ -145,8 +138,8 @@ __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
     xa[u].to_floats(a);
     xb[u].to_floats(b);
     square[u] = dot(a, a) + dot(b, b);
-    forget(xa[u]);
-    forget(xb[u]);
+    forget(xa[u].bits);
+    forget(xb[u].bits);
   }
   group_sum(square, group);
 
@@ -287,10 +280,10 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
         hb[j] *= weight_b[j];
       }
       sums[2 * u + 1] = dot(ha, a) + dot(hb, b);
-      forget(xa[u]);
-      forget(xb[u]);
-      forget(ga[u]);
-      forget(gb[u]);
+      forget(xa[u].bits);
+      forget(xb[u].bits);
+      forget(ga[u].bits);
+      forget(gb[u].bits);
     }
     group_sum(sums, launch.group);
 
@@ -500,31 +493,12 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
   }
 }
 
-// ---- Adds rows of partials: block y = 0 for q, 1 for k; 32 columns per block, 8 rows at a time.
-
-constexpr int kSumColumns = 32, kSumRows = 8;
+// ---- Adds rows of partials: block y = 0 for q, 1 for k.
 
 __global__ void __launch_bounds__(kSumColumns* kSumRows) WeightGradientKernel(const __grid_constant__ QkNormRopeParams p) {
-  __shared__ float shares[kSumRows][kSumColumns];
   const bool is_q = blockIdx.y == 0;
-  const int64_t size = qk_norm_weight_size(p, is_q ? p.rope.q : p.rope.k), rows = is_q ? p.q_partials : p.k_partials;
-  const float* partial = static_cast<const float*>(is_q ? p.q_partial : p.k_partial);
-  const int row = threadIdx.x / kSumColumns, in_block = threadIdx.x % kSumColumns;
-  const int64_t column = int64_t(blockIdx.x) * kSumColumns + in_block;
-  float total = 0.f;
-  if (column < size)
-    for (int64_t i = row; i < rows; i += kSumRows) total += partial[i * size + column];
-  shares[row][in_block] = total;
-  __syncthreads();
-  if (row != 0 || column >= size) return;
-  for (int i = 1; i < kSumRows; i++) total += shares[i][in_block];
-  void* out = is_q ? p.q_weight_grad : p.k_weight_grad;
-  switch (p.weight_dtype) {
-    case DType::f32: static_cast<float*>(out)[column] = total; break;
-    case DType::f16: static_cast<half_t*>(out)[column] = from_float<half_t>(total); break;
-    case DType::bf16: static_cast<bf16_t*>(out)[column] = from_float<bf16_t>(total); break;
-    default: static_cast<double*>(out)[column] = total; break;
-  }
+  add_partials(static_cast<const float*>(is_q ? p.q_partial : p.k_partial), is_q ? p.q_partials : p.k_partials,
+               qk_norm_weight_size(p, is_q ? p.rope.q : p.rope.k), is_q ? p.q_weight_grad : p.k_weight_grad, p.weight_dtype);
 }
 
 // ---- Launchers.
@@ -594,9 +568,8 @@ cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStre
     dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, backward, stream); });
   if (backward) {
     const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
-    const dim3 grid(static_cast<unsigned>((columns + kSumColumns - 1) / kSumColumns), p.k_weight ? 2 : 1),
-        block(kSumColumns * kSumRows);
-    packops::launch(WeightGradientKernel, grid, block, 0, stream, p);
+    packops::launch(WeightGradientKernel, dim3(blocks_for_partials(columns), p.k_weight ? 2 : 1), dim3(kSumColumns * kSumRows), 0,
+                    stream, p);
   }
   return cudaGetLastError();
 }

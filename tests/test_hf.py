@@ -360,7 +360,7 @@ def test_parts():
     assert set(packops.hf.report(model).replaced) == {"rope", "tables"}
     assert model.loss_function.__name__ == "ForCausalLMLoss"
     packops.hf.apply(model, rope=False, cross_entropy=False, mlp=False)
-    assert packops.hf.report(model).replaced == {"rms_norm": "torch.nn.functional.rms_norm in 5 modules"}
+    assert packops.hf.report(model).replaced == {"rms_norm": "packops.rms_norm (torch's on the CPU) in 5 modules"}
     packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False)
     assert packops.hf.report(model).replaced == {"mlp": "packops.gated_linear in 2 modules"}
     packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False, mlp=False)
@@ -669,7 +669,7 @@ def test_norms_that_compute_something_else_are_left_alone(norm):
     model.model.norm = norm
     before = [tensor.clone() for tensor in norm.state_dict().values()]
     packops.hf.apply(model)
-    assert packops.hf.report(model).replaced["rms_norm"] == "torch.nn.functional.rms_norm in 4 modules"
+    assert packops.hf.report(model).replaced["rms_norm"] == "packops.rms_norm (torch's on the CPU) in 4 modules"
     assert "forward" not in vars(norm)
     assert all(map(torch.equal, before, norm.state_dict().values())), "asking has changed it"
 
@@ -687,7 +687,7 @@ def test_a_norm_that_somebody_else_replaced_is_left_alone():
     norm.forward = theirs = functools.partial(type(norm).forward, norm)
     stock = run(model, packed(texts))
     packops.hf.apply(model)
-    assert packops.hf.report(model).replaced["rms_norm"] == "torch.nn.functional.rms_norm in 4 modules"
+    assert packops.hf.report(model).replaced["rms_norm"] == "packops.rms_norm (torch's on the CPU) in 4 modules"
     assert difference(run(model, packed(texts)), stock) < 1e-5
     packops.hf.revert(model)
     assert vars(norm)["forward"] is theirs
@@ -753,8 +753,8 @@ def test_norms_are_fused_on_a_gpu():
         x = torch.randn(3, 5, 40, dtype=torch.bfloat16, device="cuda", requires_grad=True)
         with Ops():
             norm(x).sum().backward()
-        assert {"aten._fused_rms_norm.default", "aten._fused_rms_norm_backward.default"} <= seen
-        assert not {op for op in seen if "rsqrt" in op or "pow" in op}
+        assert {"packops._rms_norm.default", "packops._rms_norm_backward.default"} <= seen
+        assert not {op for op in seen if "rsqrt" in op or "pow" in op or "_to_copy" in op}
 
 
 # ---- gated MLPs -------------------------------------------------------------------------------------------------------------

@@ -109,6 +109,11 @@ __device__ __forceinline__ uint4 load_streaming(const void* p) { return __ldcs(s
 __device__ __forceinline__ uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store_streaming(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
+// Hides from the compiler that these are the bits it has seen before. Else it keeps the floats that it made of them until they are needed
+// again, twice the registers, instead of making them again.
+__device__ __forceinline__ void forget(uint2& bits) { asm("" : "+r"(bits.x), "+r"(bits.y)); }
+__device__ __forceinline__ void forget(uint4& bits) { asm("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
+
 // Vectors of any power-of-two width up to 16 bytes. Addresses are multiples of the vector's size.
 template <int kBytes>
 struct Bits;

@@ -59,6 +59,13 @@ PACKOPS_LIBRARY(m) {
       "with_gate=True, "
       "bool with_up=True) -> (Tensor? product, Tensor? grad_gate, Tensor? grad_up)");
 
+  // RMS norm of rows; _rms_norm is the same without autograd.
+  m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool zero_centered=False) -> Tensor");
+  m.def("_rms_norm(Tensor x, Tensor weight, float eps, bool zero_centered) -> Tensor");
+  m.def(
+      "_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool zero_centered) -> (Tensor grad_x, Tensor "
+      "grad_weight)");
+
   // RoPE. _rope is rope without autograd, plus what the backward pass (transposed) and benchmarks (tuning) need.
   m.def(
       "rope(Tensor q, Tensor? k, Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, *, str? "

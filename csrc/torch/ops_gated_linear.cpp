@@ -7,6 +7,7 @@
 #include "gated_linear.h"
 #include "torch/dispatch.h"
 #include "torch/namespace.h"
+#include "torch/rows.h"
 #include "torch/stream.h"
 #include "torch/string.h"
 
@@ -22,34 +23,6 @@ Activation activation_of(const StringArgument& name) {
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   PACKOPS_CHECK(name == "gelu", ValueError, kOp, ": activation must be 'silu', 'gelu_tanh' or 'gelu', got '", name, "'");
   return Activation::gelu;
-}
-
-bool has_contiguous_rows(const Tensor& tensor) {
-  const int64_t last = tensor.dim() - 1;
-  return tensor.size(last) <= 1 || tensor.stride(last) == 1 || tensor.numel() == 0;
-}
-
-// The one stride between all rows, if there is one and their elements are contiguous.
-std::optional<int64_t> row_stride(const Tensor& tensor) {
-  std::optional<int64_t> stride;
-  int64_t next = 0;  // what the dimension before must have
-  for (int64_t i = tensor.dim() - 2; i >= 0; i--) {
-    if (tensor.size(i) == 1) continue;
-    if (!stride) stride = tensor.stride(i);
-    else if (tensor.stride(i) != next) return {};
-    next = tensor.stride(i) * tensor.size(i);
-  }
-  if (!has_contiguous_rows(tensor)) return {};
-  return stride ? stride : tensor.size(tensor.dim() - 1);
-}
-
-// What the kernel reads: the tensor itself, or a copy where its rows do not follow each other evenly.
-Tensor set_input(const Tensor& tensor, const void** data, int64_t* stride) {
-  const auto rows = row_stride(tensor);
-  const Tensor even = rows ? tensor : torch::stable::contiguous(tensor);
-  *data = even.const_data_ptr();
-  *stride = rows ? *rows : tensor.size(tensor.dim() - 1);
-  return even;
 }
 
 void check_like_gate(const Tensor& gate, const Tensor& tensor, const char* name) {
@@ -87,8 +60,8 @@ Gated prepare(const Tensor& gate, const Tensor& up, const StringArgument& activa
   p.activation = activation_of(activation);
   p.columns = gate.size(gate.dim() - 1);
   p.rows = p.columns ? gate.numel() / p.columns : 0;
-  g.gate = set_input(gate, &p.gate, &p.gate_row);
-  g.up = set_input(up, &p.up, &p.up_row);
+  g.gate = set_rows(gate, &p.gate, &p.gate_row);
+  g.up = set_rows(up, &p.up, &p.up_row);
   return g;
 }
 
@@ -120,7 +93,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gated_activation_back
                                                                                      bool with_gate, bool with_up) {
   Gated g = prepare(gate, up, activation);
   check_like_gate(gate, grad, "grad");
-  g.grad = set_input(grad, &g.params.grad, &g.params.grad_row);
+  g.grad = set_rows(grad, &g.params.grad, &g.params.grad_row);
   OptionalTensor product, grad_gate, grad_up;
   if (with_product) product = output(gate, &g.params.product);
   if (with_gate) grad_gate = output(gate, &g.params.grad_gate);

@@ -27,6 +27,7 @@ from .functional import (  # noqa: E402
     linear_cross_entropy,
     packed_labels,
     packed_metadata,
+    rms_norm,
 )
 from .modules import CrossEntropyLoss, RotaryEmbedding  # noqa: E402
 from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
@@ -62,6 +63,7 @@ __all__ = [
     "pack",
     "packed_labels",
     "packed_metadata",
+    "rms_norm",
     "rope_table",
     "verify",
     "vocab_parallel_cross_entropy",

@@ -15,6 +15,7 @@ from ._register import attention as _attention
 from ._register import ce_loss as _ce
 from ._register import gated_linear as _gated
 from ._register import qk_norm_rope as _qk_norm_rope
+from ._register import rms_norm as _rms_norm
 from ._register import rope as _rope
 
 Activation = Literal["silu", "gelu_tanh", "gelu"]
@@ -27,6 +28,8 @@ _QK_NORM_ROPE = torch.ops.packops._qk_norm_rope.default
 _QK_NORM_ROPE_BACKWARD = torch.ops.packops._qk_norm_rope_backward.default
 _ATTENTION = torch.ops.packops._attention.default
 _ATTENTION_BACKWARD = torch.ops.packops._attention_backward.default
+_RMS_NORM = torch.ops.packops._rms_norm.default
+_RMS_NORM_BACKWARD = torch.ops.packops._rms_norm_backward.default
 _GATED = torch.ops.packops._gated_activation.default
 _GATED_BACKWARD = torch.ops.packops._gated_activation_backward.default
 
@@ -525,6 +528,35 @@ def attention(
         if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
             return _attention.Attention.apply(_ATTENTION, _ATTENTION_BACKWARD, q, k, v, cu_seqlens, rule)
         return _ATTENTION(q, k, v, cu_seqlens, *rule)[0]
+    except RuntimeError as error:
+        raise_typed(error)
+
+
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = False) -> Tensor:
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last dimension, in fp32 (fp64 for fp64) and rounded once.
+
+    The backward pass reads ``x`` and the gradient once, for both of its gradients (torch's fused kernels read them twice); the
+    weight's is summed in fp32 in a fixed order, so it is the same bits at every run. Differentiable once.
+
+    Args:
+        x: ``(..., columns)``; fp32, bf16 or fp16 (fp64 on the CPU). On CUDA a row is whole 16-byte vectors, and at most 8192 elements
+            of 16 bits or 4096 of fp32.
+        weight: ``(columns,)``, of the dtype of ``x``.
+        eps: added to the mean of squares.
+        zero_centered: the factor is ``1 + weight`` (Gemma), added in fp32.
+
+    Returns:
+        ``(..., columns)``, contiguous, of the dtype of ``x``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what it got and what it wants.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.packops.rms_norm(x, weight, eps=eps, zero_centered=zero_centered)
+    try:
+        if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad):
+            return _rms_norm.RmsNorm.apply(_RMS_NORM, _RMS_NORM_BACKWARD, x, weight, eps, zero_centered)
+        return _RMS_NORM(x, weight, eps, zero_centered)
     except RuntimeError as error:
         raise_typed(error)
 

@@ -278,6 +278,12 @@ def attention(
     return (weights @ v).transpose(0, 1)
 
 
+def rms_norm(x: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = False) -> Tensor:
+    """What :func:`packops.rms_norm` computes, in fp64 and differentiable by autograd."""
+    x, weight = x.double(), weight.double() + zero_centered
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
+
+
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     """What :func:`packops.gated_activation` computes, in fp64 and differentiable by autograd."""
     g = gate.double()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import attention, ce_loss, gated_linear, linear_ce_loss, metadata, qk_norm_rope, rope, vocab_parallel
+from . import attention, ce_loss, gated_linear, linear_ce_loss, metadata, qk_norm_rope, rms_norm, rope, vocab_parallel
 
 
 def register(namespace: str) -> None:
@@ -14,4 +14,5 @@ def register(namespace: str) -> None:
     rope.register(namespace)
     qk_norm_rope.register(namespace)
     gated_linear.register(namespace)
+    rms_norm.register(namespace)
     attention.register(namespace)

@@ -1,4 +1,4 @@
-"""RMS norms of one model: each runs through torch's own ``rms_norm``, which on CUDA is one fused kernel forward and one backward.
+"""RMS norms of one model: on CUDA each runs through :func:`packops.rms_norm`, elsewhere through torch's ``rms_norm``.
 
 transformers writes an RMS norm as some eight elementwise operations, and more of them backward; each reads and writes all hidden
 states, most of them in fp32. Here the norm's ``forward`` is exchanged, on the instance, and rounds once, at its end.
@@ -18,8 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
+from .. import _C, functional
 from . import rewrite
 from .record import Record
+
+
+HAS_KERNELS: bool = _C.build_info()["cuda"]
+LONGEST_ROW = 16384  # bytes
 
 
 class RMSNorm(NamedTuple):
@@ -33,7 +38,7 @@ class RMSNorm(NamedTuple):
 def patch(model: nn.Module, record: Record, absorbed: Iterable[nn.Module] = ()) -> None:
     """Replace the RMS norms of ``model``, except for those that RoPE has ``absorbed`` and where somebody else replaced one."""
     if count := len(record.set_forwards(model, recognise, _forward, leave=absorbed)):
-        record.say("rms_norm", f"torch.nn.functional.rms_norm in {count} modules")
+        record.say("rms_norm", f"packops.rms_norm (torch's on the CPU) in {count} modules")
 
 
 @cache
@@ -43,6 +48,8 @@ def _forward(norm: RMSNorm) -> Callable[[Any, Tensor], Tensor]:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight, dtype = self.weight, hidden_states.dtype
+        if weight.dtype == dtype and has_kernel(hidden_states):
+            return functional.rms_norm(hidden_states, weight, eps=getattr(self, eps), zero_centered=zero_centered)
         if zero_centered:  # 1 + weight has more digits than 16 bits hold
             wide = torch.promote_types(dtype, torch.float32)
             hidden_states, weight = hidden_states.to(wide), 1 + weight.to(wide)
@@ -51,6 +58,13 @@ def _forward(norm: RMSNorm) -> Callable[[Any, Tensor], Tensor]:
         return rms_norm(hidden_states, weight.shape, weight, getattr(self, eps)).to(dtype)  # autocast makes it fp32
 
     return forward
+
+
+def has_kernel(x: Tensor) -> bool:
+    """Whether :func:`packops.rms_norm` takes such an ``x`` on CUDA; on the CPU torch's own is the faster one."""
+    row = x.shape[-1] * x.element_size()
+    known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
+    return HAS_KERNELS and x.is_cuda and known and row % 16 == 0 and 0 < row <= LONGEST_ROW
 
 
 def recognise(module: nn.Module) -> RMSNorm | None:

@@ -1,0 +1,151 @@
+// RMS norm of rows on CUDA, forward and backward; formulas in rms_norm.h, layout in rms_norm_launch.h.
+//
+//   forward    reads x, writes y                                            2 rows * columns * element_size bytes
+//   backward   reads x and grad, writes dx; dweight in passing              3
+//
+// Bound: memory. torch's fused kernels read x and grad twice in the backward pass, once for the weight. Here a thread has the same
+// columns of all its block's rows, and so their sums; blocks leave them as rows of partials, which a second kernel adds.
+#include "rms_norm.h"
+
+#include "common/device.cuh"
+#include "common/launch.cuh"
+#include "common/partials.cuh"
+#include "common/ptx.cuh"
+#include "common/reduce.cuh"
+#include "common/vec.cuh"
+#include "rms_norm_launch.h"
+
+namespace packops {
+namespace {
+
+// Sums over a team, for all of its threads. Each round uses the other half of `shared`: who has passed the barrier of a round has
+// read what the round before left.
+template <int N>
+__device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int round, float (*shared)[kRmsNormThreads / 32][N]) {
+#pragma unroll
+  for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
+  if (size == 32) return;
+  const int warp = threadIdx.x / 32;
+  if (threadIdx.x % 32 == 0)
+    for (int i = 0; i < N; i++) shared[round % 2][warp][i] = x[i];
+  named_barrier(1 + team, size);
+  for (int i = 0; i < N; i++) {
+    x[i] = 0;
+    for (int w = team * size / 32; w < (team + 1) * size / 32; w++) x[i] += shared[round % 2][w][i];
+  }
+}
+
+template <typename T, bool kBackward>
+__global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
+    rms_norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ RmsNormLaunch launch) {
+  constexpr int W = kVec<T>, V = kRmsNormVectors, N = kBackward ? 2 : 1;
+  __shared__ float shared[2][kRmsNormThreads / 32][N];
+  const int team = threadIdx.x / launch.team, lane = threadIdx.x % launch.team, teams = kRmsNormThreads / launch.team;
+  const int columns = int(p.columns);
+  const float inverse = 1.f / columns, eps = float(p.eps), one = p.zero_centered ? 1.f : 0.f;
+  const auto column = [&](int v) { return (v * launch.team + lane) * W; };
+
+  float sums[V][W];  // of the weight's gradient
+#pragma unroll
+  for (int v = 0; v < V; v++)
+#pragma unroll
+    for (int j = 0; j < W; j++) sums[v][j] = 0;
+  // From the cache every time: registers are short.
+  const auto weight = [&](int v, float (&w)[W]) {
+    unpack<T>(load_cached(static_cast<const T*>(p.weight) + min(column(v), columns - W)), w);
+  };
+
+  int round = 0;
+  for (int64_t row = int64_t(blockIdx.x) * teams + team; row < p.rows; row += int64_t(gridDim.x) * teams, round++) {
+    const T *x = static_cast<const T*>(p.x) + row * p.x_row, *grad = static_cast<const T*>(p.grad) + row * p.grad_row;
+    uint4 xs[V], grads[V];
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      const bool there = column(v) < columns;
+      xs[v] = there ? load_streaming(x + column(v)) : uint4{0, 0, 0, 0};
+      if constexpr (kBackward) grads[v] = there ? load_streaming(grad + column(v)) : uint4{0, 0, 0, 0};
+    }
+    float total[N] = {};  // x², and x h
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      float a[W], g[W] = {}, w[W];
+      unpack<T>(xs[v], a);
+      weight(v, w);
+      if constexpr (kBackward) unpack<T>(grads[v], g);
+#pragma unroll
+      for (int j = 0; j < W; j++) {
+        total[0] = fmaf(a[j], a[j], total[0]);
+        if constexpr (kBackward) total[1] = fmaf(a[j], g[j] * (w[j] + one), total[1]);
+      }
+      forget(xs[v]);
+      if constexpr (kBackward) forget(grads[v]);
+    }
+    team_sum(total, team, launch.team, round, shared);
+    const float r = rsqrtf(total[0] * inverse + eps);
+    T* out = static_cast<T*>(p.out) + row * p.columns;
+#pragma unroll
+    for (int v = 0; v < V; v++) {
+      float a[W], g[W] = {}, w[W];
+      unpack<T>(xs[v], a);
+      weight(v, w);
+      if constexpr (kBackward) unpack<T>(grads[v], g);
+#pragma unroll
+      for (int j = 0; j < W; j++) {
+        const float n = a[j] * r;
+        if constexpr (kBackward) {
+          sums[v][j] = fmaf(g[j], n, sums[v][j]);
+          a[j] = r * (g[j] * (w[j] + one) - n * (total[1] * inverse * r));
+        } else {
+          a[j] = n * (w[j] + one);
+        }
+      }
+      if (column(v) < columns) store_streaming(out + column(v), pack<T>(a));
+    }
+  }
+
+  if constexpr (kBackward) {
+    float* partial = static_cast<float*>(p.partial) + int64_t(blockIdx.x) * columns;
+    auto* of_teams = dynamic_shared<float>();  // (teams, columns)
+#pragma unroll
+    for (int v = 0; v < V; v++)
+#pragma unroll
+      for (int j = 0; j < W; j++)
+        if (column(v) < columns) of_teams[team * columns + column(v) + j] = sums[v][j];
+    __syncthreads();
+    for (int c = threadIdx.x; c < columns; c += kRmsNormThreads) {
+      float sum = of_teams[c];
+      for (int t = 1; t < teams; t++) sum += of_teams[t * columns + c];
+      partial[c] = sum;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kSumColumns* kSumRows) weight_gradient_kernel(const __grid_constant__ RmsNormParams p) {
+  add_partials(static_cast<const float*>(p.partial), p.partials, p.columns, p.weight_grad, p.dtype);
+}
+
+int element_size(const RmsNormParams& p) { return p.dtype == DType::f32 ? 4 : 2; }
+
+}  // namespace
+
+void rms_norm_cuda_partials(RmsNormParams& p) {
+  p.partials = choose_rms_norm_launch(p, element_size(p), multiprocessors(), true).blocks;
+}
+
+cudaError_t rms_norm_cuda(const RmsNormParams& p, cudaStream_t stream) {
+  if (!rms_norm_fits(p.columns, element_size(p))) return cudaErrorInvalidValue;
+  const RmsNormLaunch choice = choose_rms_norm_launch(p, element_size(p), multiprocessors(), p.backward());
+  const int shared = p.backward() ? int(kRmsNormThreads / choice.team * p.columns * sizeof(float)) : 0;
+  const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    if (choice.blocks > 0)
+      launch(p.backward() ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>, dim3(unsigned(choice.blocks)), dim3(kRmsNormThreads),
+             size_t(shared), stream, p, choice);
+  });
+  if (!known) return cudaErrorInvalidValue;
+  if (p.backward())
+    launch(weight_gradient_kernel, dim3(blocks_for_partials(p.columns)), dim3(kSumColumns * kSumRows), 0, stream, p);
+  return cudaGetLastError();
+}
+
+}  // namespace packops

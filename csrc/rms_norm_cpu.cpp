@@ -1,0 +1,77 @@
+// RMS norm of rows on the CPU: rms_norm.h's formulas a row at a time, in fp32 (fp64 for fp64), in plain code. It is the standard that
+// rms_norm.cu is held to.
+#include "rms_norm.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "common/convert.h"
+
+namespace packops {
+namespace {
+
+constexpr int64_t kShares = 64;
+
+double to_real(double x) { return x; }
+template <typename T>
+float to_real(T x) {
+  return to_float(x);
+}
+void store(double& to, double x) { to = x; }
+template <typename T>
+void store(T& to, float x) {
+  to = from_float<T>(x);
+}
+
+template <typename T>
+void run_share(const RmsNormParams& p, int64_t share) {
+  using Real = decltype(to_real(T{}));
+  const T* weight = static_cast<const T*>(p.weight);
+  Real* sums = static_cast<Real*>(p.partial) + share * p.columns;
+  const Real one = p.zero_centered;
+  const int64_t shares = rms_norm_cpu_shares(p), begin = p.rows * share / shares, end = p.rows * (share + 1) / shares;
+  if (p.backward()) std::fill(sums, sums + p.columns, Real(0));
+  for (int64_t row = begin; row < end; row++) {
+    const T *x = static_cast<const T*>(p.x) + row * p.x_row, *grad = static_cast<const T*>(p.grad) + row * p.grad_row;
+    T* out = static_cast<T*>(p.out) + row * p.columns;
+    double square = 0, product = 0;  // one sum in a row, so in fp64
+    for (int64_t i = 0; i < p.columns; i++) square += double(to_real(x[i])) * to_real(x[i]);
+    const Real r = Real(1 / std::sqrt(square / double(p.columns) + p.eps));
+    if (!p.backward()) {
+      for (int64_t i = 0; i < p.columns; i++) store(out[i], to_real(x[i]) * r * (to_real(weight[i]) + one));
+      continue;
+    }
+    for (int64_t i = 0; i < p.columns; i++) product += double(to_real(grad[i])) * (to_real(weight[i]) + one) * to_real(x[i]);
+    const Real mean = r * Real(product / double(p.columns));
+    for (int64_t i = 0; i < p.columns; i++) {
+      const Real n = to_real(x[i]) * r, g = to_real(grad[i]);
+      sums[i] += g * n;
+      store(out[i], r * (g * (to_real(weight[i]) + one) - n * mean));
+    }
+  }
+}
+
+}  // namespace
+
+int64_t rms_norm_cpu_shares(const RmsNormParams& p) { return std::max<int64_t>(1, std::min(kShares, p.rows)); }
+
+void rms_norm_cpu(const RmsNormParams& p, int64_t begin, int64_t end) {
+  dispatch_float<true>(p.dtype, [&](auto type) {
+    for (int64_t share = begin; share < end; share++) run_share<decltype(type)>(p, share);
+  });
+}
+
+void rms_norm_cpu_finish(const RmsNormParams& p) {
+  dispatch_float<true>(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    using Real = decltype(to_real(T{}));
+    const Real* partial = static_cast<const Real*>(p.partial);
+    for (int64_t i = 0; i < p.columns; i++) {
+      Real sum = 0;
+      for (int64_t share = 0; share < p.partials; share++) sum += partial[share * p.columns + i];
+      store(static_cast<T*>(p.weight_grad)[i], sum);
+    }
+  });
+}
+
+}  // namespace packops

@@ -1,0 +1,36 @@
+// How rms_norm.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
+//
+// A row lies in the registers of a team of 1, 2, 4 or 8 warps, up to four 16-byte vectors a thread; eight warps make a block. Blocks
+// of the forward pass take a row for each team. Those of the backward pass stay, two to a multiprocessor, and walk the rows, since each
+// keeps sums for the weight's gradient.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "rms_norm.h"
+
+namespace packops {
+
+struct RmsNormLaunch {
+  int team = 32;  // threads
+  int64_t blocks = 1;
+};
+
+inline constexpr int kRmsNormThreads = 256, kRmsNormVectors = 4;
+
+constexpr int64_t rms_norm_most_columns(int element_size) { return kRmsNormThreads * kRmsNormVectors * (16 / element_size); }
+constexpr bool rms_norm_fits(int64_t columns, int element_size) {
+  return columns > 0 && columns % (16 / element_size) == 0 && columns <= rms_norm_most_columns(element_size);
+}
+
+inline RmsNormLaunch choose_rms_norm_launch(const RmsNormParams& p, int element_size, int multiprocessors, bool backward) {
+  RmsNormLaunch launch;
+  while (int64_t(launch.team) * kRmsNormVectors * (16 / element_size) < p.columns) launch.team *= 2;
+  const int64_t teams = kRmsNormThreads / launch.team;
+  launch.blocks = (p.rows + teams - 1) / teams;
+  if (backward) launch.blocks = std::min<int64_t>(launch.blocks, 2 * multiprocessors);
+  return launch;
+}
+
+}  // namespace packops

@@ -1,0 +1,118 @@
+// RMS norm of rows: checks, allocation, registration.
+#include <tuple>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "rms_norm.h"
+#include "rms_norm_launch.h"
+#include "torch/dispatch.h"
+#include "torch/namespace.h"
+#include "torch/rows.h"
+#include "torch/stream.h"
+
+namespace packops {
+namespace {
+
+constexpr const char* kOp = "rms_norm";
+
+// The problem, with the tensors that its pointers lead to.
+struct RmsNorm {
+  RmsNormParams params;
+  Tensor x, weight;
+};
+
+// Rows as they are, or a copy where they are uneven or, on CUDA, do not begin at 16 bytes.
+Tensor set_aligned_rows(const Tensor& tensor, const void** data, int64_t* stride, int element_size) {
+  const Tensor rows = set_rows(tensor, data, stride);
+  if (tensor.is_cpu() || (reinterpret_cast<uintptr_t>(*data) | uintptr_t(*stride * element_size)) % 16 == 0) return rows;
+  return set_rows(torch::stable::clone(torch::stable::contiguous(rows)), data, stride);
+}
+
+int element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+RmsNorm prepare(const Tensor& x, const Tensor& weight, double eps, bool zero_centered) {
+  RmsNormParams p;
+  p.dtype = kernel_dtype(x, kOp, "x");
+  PACKOPS_CHECK(!is_index(p.dtype) && (p.dtype != DType::f64 || x.is_cpu()), TypeError, kOp,
+                ": x must be float32, float16 or bfloat16 (float64 on the CPU), got ", dtype_of(x));
+  PACKOPS_CHECK(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), ValueError, kOp,
+                ": weight must have as many elements as a row of x, ", shape_of(x), ", got ", shape_of(weight));
+  PACKOPS_CHECK(weight.scalar_type() == x.scalar_type(), TypeError, kOp, ": weight must have the dtype of x, ", dtype_of(x),
+                ", got ", dtype_of(weight));
+  PACKOPS_CHECK(weight.device() == x.device(), ValueError, kOp, ": weight must be on the device of x (", device_of(x), ", index ",
+                x.get_device_index(), "), got ", device_of(weight), ", index ", weight.get_device_index());
+  PACKOPS_CHECK(eps >= 0, ValueError, kOp, ": eps must not be negative, got ", eps);
+  p.columns = weight.size(0);
+  p.rows = p.columns ? x.numel() / p.columns : 0;
+  p.eps = eps, p.zero_centered = zero_centered;
+  const int size = element_size(p.dtype);
+  PACKOPS_CHECK(x.is_cpu() || p.columns == 0 || rms_norm_fits(p.columns, size), ValueError, kOp,
+                ": on CUDA the last dimension of x must be a multiple of ", 16 / size, " and at most ", rms_norm_most_columns(size),
+                ", got ", p.columns);
+  RmsNorm norm{p, set_aligned_rows(x, &p.x, &p.x_row, size), torch::stable::contiguous(weight)};
+  int64_t unused = 0;
+  norm.weight = set_aligned_rows(norm.weight, &p.weight, &unused, size);
+  norm.params = p;
+  return norm;
+}
+
+void run(const RmsNormParams& p, const Tensor& x) {
+  if (p.columns == 0) return;
+  if (x.is_cpu()) {
+    torch::stable::parallel_for(0, rms_norm_cpu_shares(p), 1, [&](int64_t begin, int64_t end) { rms_norm_cpu(p, begin, end); });
+    if (p.backward()) rms_norm_cpu_finish(p);
+    return;
+  }
+#ifdef PACKOPS_WITH_CUDA
+  const CudaScope scope(x);
+  check_cuda(rms_norm_cuda(p, scope.stream()), kOp);
+#endif
+}
+
+Tensor rms_norm(Tensor x, Tensor weight, double eps, bool zero_centered) {
+  RmsNorm norm = prepare(x, weight, eps, zero_centered);
+  const Tensor y = torch::stable::new_empty(x, x.sizes());
+  norm.params.out = y.mutable_data_ptr();
+  run(norm.params, x);
+  return y;
+}
+
+std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weight, double eps, bool zero_centered) {
+  RmsNorm norm = prepare(x, weight, eps, zero_centered);
+  RmsNormParams& p = norm.params;
+  bool same = grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && grad.device() == x.device();
+  for (int64_t i = 0; same && i < x.dim(); i++) same = grad.size(i) == x.size(i);
+  PACKOPS_CHECK(same, ValueError, kOp, ": grad must have the shape, dtype and device of x, ", shape_of(x), ", got ", shape_of(grad));
+  const Tensor rows = set_aligned_rows(grad, &p.grad, &p.grad_row, element_size(p.dtype));
+  if (x.is_cpu()) p.partials = rms_norm_cpu_shares(p);
+#ifdef PACKOPS_WITH_CUDA
+  else {
+    const CudaScope scope(x);
+    rms_norm_cuda_partials(p);
+  }
+#endif
+  const Tensor partial =
+      torch::stable::new_empty(x, {p.partials, p.columns}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor dx = torch::stable::new_empty(x, x.sizes()), weight_grad = torch::stable::new_empty(weight, weight.sizes());
+  p.partial = partial.mutable_data_ptr();
+  p.out = dx.mutable_data_ptr();
+  p.weight_grad = weight_grad.mutable_data_ptr();
+  run(p, x);
+  return {dx, weight_grad};
+}
+
+}  // namespace
+}  // namespace packops
+
+#define PACKOPS_RMS_NORM_IMPLS(m)                     \
+  m.impl("rms_norm", TORCH_BOX(&packops::rms_norm));  \
+  m.impl("_rms_norm", TORCH_BOX(&packops::rms_norm)); \
+  m.impl("_rms_norm_backward", TORCH_BOX(&packops::rms_norm_backward));
+
+PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_RMS_NORM_IMPLS(m)}
+
+#ifdef PACKOPS_WITH_CUDA
+PACKOPS_LIBRARY_IMPL(CUDA, m) {
+  PACKOPS_RMS_NORM_IMPLS(m)
+}
+#endif

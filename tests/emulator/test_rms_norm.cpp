@@ -1,0 +1,81 @@
+// The CUDA kernels of RMS norm, emulated, against those of the CPU; and how they cut their work.
+#include "rms_norm.h"
+
+#include "check.h"
+#include "common/convert.h"
+#include "emulator.h"
+#include "rms_norm_launch.h"
+
+using namespace packops;
+
+namespace {
+
+template <typename T>
+constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
+                        : std::is_same_v<T, half_t> ? DType::f16
+                                                    : DType::bf16;
+
+template <typename T>
+void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, double size = 1) {
+  check::Random random{uint64_t(rows * 1000 + columns)};
+  const auto draw = [&](int64_t count) {
+    std::vector<T> x(static_cast<size_t>(count));
+    for (T& v : x) v = from_float<T>(float(size * random.normal()));
+    return x;
+  };
+  const std::vector<T> x = draw(rows * (columns + gap)), grad = draw(rows * (columns + gap)), weight = draw(columns);
+  for (bool backward : {false, true}) {
+    std::vector<T> out[2], weight_grad[2];
+    for (bool cuda : {false, true}) {
+      out[cuda].assign(size_t(rows * columns), from_float<T>(77)), weight_grad[cuda].assign(size_t(columns), from_float<T>(77));
+      RmsNormParams p;
+      p.x = x.data(), p.x_row = p.grad_row = columns + gap, p.weight = weight.data(), p.out = out[cuda].data();
+      p.rows = rows, p.columns = columns, p.dtype = kType<T>, p.zero_centered = zero_centered;
+      if (backward) p.grad = grad.data(), p.weight_grad = weight_grad[cuda].data();
+      if (cuda) rms_norm_cuda_partials(p);
+      else p.partials = rms_norm_cpu_shares(p);
+      std::vector<float> partial(size_t(p.partials * columns), NAN);
+      p.partial = partial.data();
+      if (cuda) CHECK_EQ(rms_norm_cuda(p, nullptr), cudaSuccess);
+      else rms_norm_cpu(p, 0, rms_norm_cpu_shares(p));
+      if (!cuda && backward) rms_norm_cpu_finish(p);
+    }
+    const double unit = sizeof(T) == 4 ? 2e-6 : std::is_same_v<T, half_t> ? 0x1p-10 : 0x1p-7;
+    int wrong = 0;
+    for (size_t i = 0; i < out[0].size(); i++) wrong += !check::close(to_float(out[1][i]), to_float(out[0][i]), unit);
+    if (backward)
+      for (size_t i = 0; i < weight_grad[0].size(); i++)
+        wrong += !check::close(to_float(weight_grad[1][i]), to_float(weight_grad[0][i]), 4 * unit);
+    CHECK_EQ(wrong, 0);
+  }
+}
+
+}  // namespace
+
+CASE(every_team_and_type) {
+  for (bool zero_centered : {false, true}) {
+    compare<bf16_t>(37, 64, 0, zero_centered);
+    compare<bf16_t>(19, 1032, 8, zero_centered);  // a team of two warps, the last vectors not there
+    compare<half_t>(9, 2304, 0, zero_centered);
+    compare<bf16_t>(5, 8192, 0, zero_centered);
+    compare<float>(37, 500, 4, zero_centered);
+    compare<float>(9, 4096, 0, zero_centered);
+  }
+  compare<float>(3, 64, 0, false, 1e-4);  // where epsilon matters
+  compare<bf16_t>(0, 64, 0, false);       // the weight's gradient is 0
+}
+
+CASE(a_launch_covers_every_row_and_column) {
+  for (int size : {2, 4})
+    for (int64_t columns = 16 / size; columns <= rms_norm_most_columns(size); columns += 16 / size)
+      for (int64_t rows : {int64_t(1), int64_t(7), int64_t(100000)}) {
+        RmsNormParams p;
+        p.rows = rows, p.columns = columns;
+        const RmsNormLaunch forward = choose_rms_norm_launch(p, size, 132, false), backward = choose_rms_norm_launch(p, size, 132, true);
+        CHECK(forward.team * kRmsNormVectors * (16 / size) >= columns && forward.team <= kRmsNormThreads);
+        CHECK(forward.team == 32 || forward.team / 2 * kRmsNormVectors * (16 / size) < columns);  // no wider than it must be
+        CHECK(forward.blocks * (kRmsNormThreads / forward.team) >= rows);
+        CHECK(backward.blocks >= 1 && backward.blocks <= 264 && backward.blocks <= forward.blocks);
+      }
+  CHECK(!rms_norm_fits(0, 2) && !rms_norm_fits(12, 2) && rms_norm_fits(8192, 2) && !rms_norm_fits(8200, 2) && !rms_norm_fits(8192, 4));
+}
