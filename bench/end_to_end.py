@@ -101,9 +101,9 @@ def configuration(name: str, tiny: bool) -> Any:
 MODELS = {"llama": "Llama-3.2-1B", "qwen3": "Qwen3-0.6B", "gemma2": "Gemma-2-2B"}
 
 
-def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
-    """As many documents as fit into ``tokens``, with the lengths (n of them) of the corpus's quantiles 0.5/n, 1.5/n, ..., at most
-    ``tokens``. Their order, and their tokens, are of the ``seed``."""
+def draw_lengths(corpus: dict[str, Any], tokens: int, rng: np.random.Generator) -> list[int]:
+    """Of as many documents as fit into ``tokens``: n of them have those of the corpus's quantiles 0.5/n, 1.5/n, ..., at most
+    ``tokens``, in random order."""
     heights = np.linspace(0, 1, len(corpus["quantiles"]))
 
     def lengths(count: int) -> np.ndarray:
@@ -111,8 +111,13 @@ def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: i
         return np.interp(middles, heights, corpus["quantiles"]).round().astype(int).clip(2, tokens)
 
     count = bisect_right(range(1, tokens // 2 + 1), tokens, key=lambda n: int(lengths(n).sum()))
+    return rng.permutation(lengths(count)).tolist()
+
+
+def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
+    """Documents of :func:`draw_lengths`. Their order, and their tokens, are of the ``seed``."""
     rng = np.random.default_rng(seed)
-    return [torch.from_numpy(rng.integers(3, vocabulary, length)) for length in rng.permutation(lengths(count))]
+    return [torch.from_numpy(rng.integers(3, vocabulary, length)) for length in draw_lengths(corpus, tokens, rng)]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------------

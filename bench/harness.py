@@ -79,6 +79,7 @@ class Case:
     targets: dict[str, list[Target]] = field(default_factory=dict)  # by candidate
     facts: dict[str, Any] = field(default_factory=dict)  # what tables and pictures select by
     host: bool = False  # time the host spends in a call, not the device
+    flops: int = 0  # the arithmetic of a call; given, it is what speed is shown in, but for the copy's
 
     def calls_per_sample(self) -> int:
         return 100 if self.host else self.buffers
@@ -134,6 +135,8 @@ def summary(case: Case, samples: dict[str, list[float]]) -> list[dict[str, Any]]
         row["rounds"] = len(values)
         if case.bytes:
             row["bytes"] = case.bytes
+        if case.flops and name != COPY:
+            row["flops"] = case.flops
         row["of"] = {base: ratio(values, samples[base]) for base in (COPY, OURS) if base in samples and base != name}
         row["targets"] = []
         for target in case.targets.get(name, []):
@@ -352,6 +355,9 @@ def spread_text(row: dict[str, Any]) -> str:
 
 
 def speed_text(row: dict[str, Any]) -> str:
+    if row.get("flops"):
+        speed = row["flops"] / row["microseconds"] * 1e6
+        return f"{speed / 1e12:.1f} TFLOP/s" if speed >= 1e12 else f"{speed / 1e9:.1f} GFLOP/s"
     speed = row["bytes"] / row["microseconds"] * 1e6
     return f"{speed / 1e12:.2f} TB/s" if speed >= 1e12 else f"{speed / 1e9:.1f} GB/s"
 
@@ -370,10 +376,11 @@ def format_case(case: dict[str, Any]) -> str:
         return group, row["microseconds"] if group == 2 else 0
 
     width = max(20, *(len(name) + 2 for name in [*case["absent"], *(row["system"] for row in case["rows"])]))
+    speeds = 15 if any(row.get("flops") for row in case["rows"]) else 10
     lines = [case["name"]]
     for row in sorted(case["rows"], key=place):
         line = f"  {row['system']:<{width}}{time_text(row['microseconds']):>12}  {spread_text(row):<18}"
-        line += f"{speed_text(row):>10}" if row.get("bytes") else " " * 10
+        line += f"{speed_text(row):>{speeds}}" if row.get("bytes") or row.get("flops") else " " * speeds
         for base in (COPY, OURS):
             line += f"{row['of'][base]:>8.2f} x {base:<7}" if base in row["of"] else " " * 18
         if "peak_bytes" in row:

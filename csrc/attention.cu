@@ -14,6 +14,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "attention_launch.h"
@@ -75,8 +76,8 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
     const int32_t begin = bound(i), end = bound(i + 1);
     const int tiles = tiles_of(end - begin);
     if (tiles <= 0) continue;
-    const int64_t place =
-        atomicAdd(&next[class_of(tiles)], tiles);  // documents of a class come in any order: no result depends on it
+    // Documents of a class come in any order: no result depends on it.
+    const int64_t place = atomicAdd(&next[class_of(tiles)], tiles);
     for (int t = 0; t < tiles; t++) put(place + t, begin + t * kAttentionRows, end, begin, end);
   }
   const int32_t padding = bound(p.documents);
@@ -87,6 +88,8 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
     else put(place, 0, 0, 0, 0);
   }
 }
+
+// ---- Rows
 
 template <typename T>
 __device__ __forceinline__ const T* head_of(const Heads& heads, int64_t token, int head) {
@@ -582,14 +585,38 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, cudaStream_
   return with_teams(std::integral_constant<int, 1>{});
 }
 
+// Whether the code that runs on this device has products by warp groups, which code compiled for another architecture (PTX of 8.0, or
+// 9.0 without the a) has not: by the marker's static shared memory, which the host can ask for without running anything.
+__global__ void marker_kernel(int* out) {
+  if constexpr (kHasGroupProducts) {
+    __shared__ int mark;
+    if (threadIdx.x == 0) mark = 1;
+    __syncthreads();
+    *out = mark;
+  }
+}
+
+bool has_group_products(const Device& device) {
+  static std::atomic<int> known[kMaxDevices];  // 1: no, 2: yes
+  if (device.architecture != 90) return false;
+  auto& here = known[device.index % kMaxDevices];
+  if (here.load(std::memory_order_relaxed) == 0) {
+    cudaFuncAttributes attributes;
+    if (cudaFuncGetAttributes(&attributes, marker_kernel) != cudaSuccess) return false;
+    here.store(attributes.sharedSizeBytes > 0 ? 2 : 1, std::memory_order_relaxed);
+  }
+  return here.load(std::memory_order_relaxed) == 2;
+}
+
 // f(element type, head_dim, whether by warp groups)
 template <typename F>
 cudaError_t dispatch(const AttentionParams& p, F&& f) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
+  const bool by_group = has_group_products(device);
   const auto with_dim = [&](auto type, auto dim) {
-    return device.architecture == 90 ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
+    return by_group ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
   };
   const auto with_type = [&](auto type) {
     switch (p.head_dim) {

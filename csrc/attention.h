@@ -36,7 +36,7 @@ struct Heads {
 
 struct AttentionParams {
   Heads q, k, v;
-  int64_t tokens = 0;
+  int64_t tokens = 0;  // fewer than 2^30
   int32_t heads = 1, kv_heads = 1, head_dim = 64;
   DType dtype = DType::bf16;
   bool causal = true;

@@ -7,8 +7,11 @@
 //   queries       the same                                 holds grad_q
 //   keys          64 keys of a head of keys and values     holds grad_k and grad_v, or, where registers do not suffice, one of them
 //
-// In the last kernel teams of warps take different query heads of the group, so that a long document's first keys, which every
-// later token of all these heads sees, are not the one block that all others have to wait for.
+// What counts is how many blocks a multiprocessor holds, since each waits for its copies and its products most of the time: sharing
+// keys and values between two query heads of one block halves what is read and was slower (docs/design.md).
+//
+// In the last kernel a long document's first keys meet every later token of all heads of the group. Single warps therefore work in
+// teams that take different heads, since one block of eight warps fills a multiprocessor; of warp groups several blocks fit.
 #pragma once
 
 #include <cstdint>

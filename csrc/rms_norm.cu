@@ -139,8 +139,8 @@ cudaError_t rms_norm_cuda(const RmsNormParams& p, cudaStream_t stream) {
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (choice.blocks > 0)
-      launch(p.backward() ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>, dim3(unsigned(choice.blocks)), dim3(kRmsNormThreads),
-             size_t(shared), stream, p, choice);
+      launch(p.backward() ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>, dim3(unsigned(choice.blocks)),
+             dim3(kRmsNormThreads), size_t(shared), stream, p, choice);
   });
   if (!known) return cudaErrorInvalidValue;
   if (p.backward())

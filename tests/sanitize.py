@@ -331,6 +331,57 @@ def gated_linear(device: torch.device) -> Iterator[str]:
             yield f"{dtype} {rows} rows of {columns}, offset {offset}"
 
 
+def attention_problem(
+    device: torch.device, dtype: torch.dtype, lengths: list[int], heads: tuple[int, int], head_dim: int, padding: int = 0
+):
+    """q, k and v, slices of one projection, and where documents begin."""
+    bounds = [0]
+    for length in lengths:
+        bounds.append(bounds[-1] + length)
+    qkv = torch.randn(bounds[-1] + padding, heads[0] + 2 * heads[1], head_dim, device=device).to(dtype).requires_grad_()
+    return *qkv.split([heads[0], heads[1], heads[1]], 1), torch.tensor(bounds, dtype=torch.int32, device=device)
+
+
+@cases
+def attention(device: torch.device) -> Iterator[str]:
+    """Documents about as long as tiles, every team of warps, every rule, and tiles of documents that overlap."""
+    half, bfloat = torch.float16, torch.bfloat16
+    for dtype, lengths, heads, head_dim, padding in (
+        (half, [1, 0, 63, 64, 65], (4, 1), 64, 7),
+        (bfloat, [129, 0, 2], (7, 1), 64, 0),  # teams with heads more and fewer
+        (bfloat, [65], (2, 1), 64, 64),
+        (half, [0, 63, 1], (2, 2), 128, 1),
+        (bfloat, [65, 66], (4, 2), 128, 0),
+        (half, [65, 2], (2, 1), 256, 0),
+        (bfloat, [1, 0, 64], (4, 1), 256, 65),
+    ):
+        q, k, v, cu_seqlens = attention_problem(device, dtype, lengths, heads, head_dim, padding)
+        backward(packops.attention(q, k, v, cu_seqlens), q, k, v)
+        yield f"{dtype} lengths {lengths}, padding {padding}, heads {heads} of {head_dim}"
+    for dtype, head_dim, rule in (
+        (bfloat, 64, {"window": 1}),
+        (half, 128, {"window": 65}),
+        (half, 64, {"softcap": 5.0, "window": 64}),
+        (bfloat, 256, {"softcap": 5.0}),
+        (bfloat, 64, {"causal": False}),
+        (half, 128, {"causal": False, "softcap": 5.0}),
+    ):
+        q, k, v, cu_seqlens = attention_problem(device, dtype, [2, 130], (2, 1), head_dim, padding=3)
+        backward(packops.attention(q, k, v, cu_seqlens.long(), **rule), q, k, v)
+        yield f"{dtype} head_dim {head_dim}, {rule}"
+    for padding, lengths in ((0, []), (3, []), (70, [0, 0])):
+        q, k, v, cu_seqlens = attention_problem(device, bfloat, lengths, (2, 1), 64, padding)
+        backward(packops.attention(q, k, v, cu_seqlens), q, k, v)
+        yield f"padding {padding} alone, lengths {lengths}"
+    # Tokens before the first boundary are not written; the last has more tiles than there is room for.
+    for bounds in ([1, 200], [0, 500], [-7, 50, 3, 90], [-(2**31), 2**31 - 1], [60, 0, 200], [0, 200] * 8):
+        q, k, v, _ = attention_problem(device, bfloat, [200], (2, 1), 64)
+        for dtype in (torch.int32, torch.int64):
+            with bad_ids(device):
+                backward(packops.attention(q, k, v, torch.tensor(bounds, dtype=dtype, device=device)), q, k, v)
+        yield f"cu_seqlens {bounds}"
+
+
 # --------------------------------------------------------------------------------------------------------------------------------
 # The driver.
 

@@ -64,6 +64,17 @@ def test_summary_by_hand():
     assert harness.speed_text(rows[1]) == "0.1 GB/s"  # 600 bytes in 6 us
 
 
+def test_speed_in_flops():
+    """Of those who do the arithmetic; a copy does none."""
+    case = case_of({}, bytes=600, flops=24_000_000)
+    rows = harness.summary(case, {"copy": [2], "packops": [6], "eager": [9600]})
+    assert [harness.speed_text(row) for row in rows] == ["0.3 GB/s", "4.0 TFLOP/s", "2.5 GFLOP/s"]
+    shown = harness.format_case({"name": "work", "rows": rows, "absent": {}}).splitlines()
+    assert [line.index("/s") for line in shown[1:]] == [shown[1].index("/s")] * 3  # one column
+    (row,) = harness.summary(case_of({}, flops=24_000_000), {"packops": [6]})
+    assert "4.0 TFLOP/s" in harness.format_case({"name": "work", "rows": [row], "absent": {}})
+
+
 def test_rounds_interleave_and_rotate():
     order = []
     candidates = {name: Candidate(None) for name in "abc"}

@@ -76,6 +76,7 @@ def test_flags_are_0_or_1(monkeypatch, value):
 
 
 def test_architectures(monkeypatch):
+    assert _build.arch_flags(["9.0"]) == _build.arch_flags(["9.0a"])  # all of Hopper's instructions
     assert _build.arch_flags(_build.split_arch_list("8.0;9.0a 12.0+PTX, ")) == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",

@@ -110,6 +110,18 @@ def check_gated_linear() -> None:
         same(packops.gated_linear(gate, up, weight, bias, activation=activation), want, [gate, up, weight, bias])
 
 
+def check_attention_and_norm() -> None:
+    q = torch.randn(TOKENS, 4, 8, requires_grad=True)
+    k, v = (torch.randn(TOKENS, 2, 8, requires_grad=True) for _ in range(2))
+    for options in ({}, {"window": 2, "softcap": 2.0}, {"causal": False}):
+        want = reference.attention(q, k, v, CU_SEQLENS, **options)
+        same(packops.attention(q, k, v, CU_SEQLENS, **options), want, [q, k, v])
+    x, weight = torch.randn(TOKENS, 24, requires_grad=True), torch.randn(24, requires_grad=True)
+    for function in (packops.rms_norm, ops.rms_norm):
+        want = reference.rms_norm(x, weight, eps=1e-3, zero_centered=True)
+        same(function(x, weight, eps=1e-3, zero_centered=True), want, [x, weight])
+
+
 def check_metadata_and_packing() -> None:
     labels = torch.randint(0, 9, (TOKENS,))
     for function in (packops, ops):
@@ -140,6 +152,8 @@ def check_fakes() -> None:
         assert ops.qk_norm_rope(q, None, torch.empty(16), None, table, table, eps=1e-6)[0].shape == q.shape
         assert ops.packed_metadata(torch.empty(4, dtype=torch.int32), TOKENS)[0].shape == (TOKENS,)
         assert ops.gated_activation(logits, logits).shape == logits.shape
+        assert ops.rms_norm(q, torch.empty(16), eps=1e-6).shape == q.shape
+        assert packops.attention(q, q, q, torch.empty(4, dtype=torch.int32)).shape == q.shape
 
 
 class CalledOps(TorchFunctionMode):
@@ -162,6 +176,7 @@ def check_everything() -> None:
         check_linear_and_sharded_losses()
         check_rope()
         check_gated_linear()
+        check_attention_and_norm()
         check_metadata_and_packing()
     check_fakes()
     schemas = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("packops::")}

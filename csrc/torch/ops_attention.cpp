@@ -62,7 +62,7 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                   ": on CUDA head_dim must be 64, 128 or 256, got q of shape ", shape_of(q));
   }
   PACKOPS_CHECK(!is_index(p.dtype), TypeError, kOp, ": q must be float32, float16, bfloat16 or float64, got ", dtype_of(q));
-  PACKOPS_CHECK(q.size(0) < int64_t(1) << 31, ValueError, kOp, ": q must have fewer than 2^31 tokens, got ", q.size(0));
+  PACKOPS_CHECK(q.size(0) < int64_t(1) << 30, ValueError, kOp, ": q must have fewer than 2^30 tokens, got ", q.size(0));
   PACKOPS_CHECK(k.dim() == 3 && k.size(0) == q.size(0) && k.size(2) == dim && k.size(1) > 0 && q.size(1) % k.size(1) == 0,
                 ValueError, kOp, ": k must have the shape of q except for heads, whose number divides that of q, ", shape_of(q),
                 ", got ", shape_of(k));

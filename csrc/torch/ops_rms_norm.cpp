@@ -47,8 +47,8 @@ RmsNorm prepare(const Tensor& x, const Tensor& weight, double eps, bool zero_cen
   p.eps = eps, p.zero_centered = zero_centered;
   const int size = element_size(p.dtype);
   PACKOPS_CHECK(x.is_cpu() || p.columns == 0 || rms_norm_fits(p.columns, size), ValueError, kOp,
-                ": on CUDA the last dimension of x must be a multiple of ", 16 / size, " and at most ", rms_norm_most_columns(size),
-                ", got ", p.columns);
+                ": on CUDA the last dimension of x must be a multiple of ", 16 / size, " and at most ",
+                rms_norm_most_columns(size), ", got ", p.columns);
   RmsNorm norm{p, set_aligned_rows(x, &p.x, &p.x_row, size), torch::stable::contiguous(weight)};
   int64_t unused = 0;
   norm.weight = set_aligned_rows(norm.weight, &p.weight, &unused, size);
@@ -82,7 +82,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   RmsNormParams& p = norm.params;
   bool same = grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && grad.device() == x.device();
   for (int64_t i = 0; same && i < x.dim(); i++) same = grad.size(i) == x.size(i);
-  PACKOPS_CHECK(same, ValueError, kOp, ": grad must have the shape, dtype and device of x, ", shape_of(x), ", got ", shape_of(grad));
+  PACKOPS_CHECK(same, ValueError, kOp, ": grad must have the shape, dtype and device of x, ", shape_of(x), ", got ",
+                shape_of(grad));
   const Tensor rows = set_aligned_rows(grad, &p.grad, &p.grad_row, element_size(p.dtype));
   if (x.is_cpu()) p.partials = rms_norm_cpu_shares(p);
 #ifdef PACKOPS_WITH_CUDA
@@ -110,7 +111,6 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   m.impl("_rms_norm_backward", TORCH_BOX(&packops::rms_norm_backward));
 
 PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_RMS_NORM_IMPLS(m)}
-
 #ifdef PACKOPS_WITH_CUDA
 PACKOPS_LIBRARY_IMPL(CUDA, m) {
   PACKOPS_RMS_NORM_IMPLS(m)

@@ -494,16 +494,16 @@ def attention(
 ) -> Tensor:
     """Attention of packed documents, none of which sees another: ``softmax(scale * q k^T) v`` within each.
 
-    FlashAttention-2's algorithm (Dao 2023, https://arxiv.org/abs/2307.08691) on tiles of 64 tokens of one document, however long or
-    short documents are: no grid that is as wide as the longest, no ``max_seqlen``, and nothing waits for the device. Gradients are
-    the same bits at every run, and do not depend on a document's neighbours. Scores are fp32 (fp64 for fp64), weights are rounded to
-    the dtype of ``v`` before they multiply it. Differentiable once.
+    FlashAttention-2's algorithm (Dao 2023, https://arxiv.org/abs/2307.08691) on tiles of 64 tokens of one document, however long
+    or short documents are: no grid that is as wide as the longest, no ``max_seqlen``, and nothing waits for the device. Gradients
+    are the same bits at every run, and do not depend on a document's neighbours. Scores are fp32 (fp64 for fp64), weights are
+    rounded to the dtype of ``v`` before they multiply it. Differentiable once.
 
     Args:
         q: ``(T, heads, head_dim)``, any strides (a slice of a fused projection). On CUDA fp16 or bf16, compute capability 8.0 or
             later, and ``head_dim`` 64, 128 or 256; on the CPU also fp32 and fp64, and any ``head_dim``, in plain code:
             ``scaled_dot_product_attention`` per document is faster there.
-        k, v: ``(T, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``: query head h meets head ``h * kv_heads // heads``.
+        k, v: ``(T, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``: query head h meets ``h * kv_heads // heads``.
         cu_seqlens: ``(documents + 1,)`` int32 or int64, where documents begin, on the device of ``q``. Tokens at or past
             ``cu_seqlens[-1]`` are padding: their rows of the result and of all gradients are 0, whatever they hold.
         causal: a token sees no later one.
@@ -539,8 +539,8 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = Fal
     weight's is summed in fp32 in a fixed order, so it is the same bits at every run. Differentiable once.
 
     Args:
-        x: ``(..., columns)``; fp32, bf16 or fp16 (fp64 on the CPU). On CUDA a row is whole 16-byte vectors, and at most 8192 elements
-            of 16 bits or 4096 of fp32.
+        x: ``(..., columns)``; fp32, bf16 or fp16 (fp64 on the CPU). On CUDA a row is whole 16-byte vectors, and at most 8192
+            elements of 16 bits or 4096 of fp32.
         weight: ``(columns,)``, of the dtype of ``x``.
         eps: added to the mean of squares.
         zero_centered: the factor is ``1 + weight`` (Gemma), added in fp32.

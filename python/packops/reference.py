@@ -259,7 +259,7 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
 ) -> Tensor:
-    """What :func:`packops.attention` computes, in fp64 and differentiable by autograd, with scores of all tokens and all tokens."""
+    """What :func:`packops.attention` computes, in fp64 and differentiable by autograd, from scores of all pairs of tokens."""
     group = q.shape[1] // k.shape[1]
     q, k, v = (x.double().transpose(0, 1) for x in (q, k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)))
     documents = documents_of(q.shape[1:2], cu_seqlens, q.device)

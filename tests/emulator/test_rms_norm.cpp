@@ -71,11 +71,13 @@ CASE(a_launch_covers_every_row_and_column) {
       for (int64_t rows : {int64_t(1), int64_t(7), int64_t(100000)}) {
         RmsNormParams p;
         p.rows = rows, p.columns = columns;
-        const RmsNormLaunch forward = choose_rms_norm_launch(p, size, 132, false), backward = choose_rms_norm_launch(p, size, 132, true);
+        const RmsNormLaunch forward = choose_rms_norm_launch(p, size, 132, false),
+                            backward = choose_rms_norm_launch(p, size, 132, true);
         CHECK(forward.team * kRmsNormVectors * (16 / size) >= columns && forward.team <= kRmsNormThreads);
         CHECK(forward.team == 32 || forward.team / 2 * kRmsNormVectors * (16 / size) < columns);  // no wider than it must be
         CHECK(forward.blocks * (kRmsNormThreads / forward.team) >= rows);
         CHECK(backward.blocks >= 1 && backward.blocks <= 264 && backward.blocks <= forward.blocks);
       }
-  CHECK(!rms_norm_fits(0, 2) && !rms_norm_fits(12, 2) && rms_norm_fits(8192, 2) && !rms_norm_fits(8200, 2) && !rms_norm_fits(8192, 4));
+  CHECK(!rms_norm_fits(0, 2) && !rms_norm_fits(12, 2) && rms_norm_fits(8192, 2) && !rms_norm_fits(8200, 2) &&
+        !rms_norm_fits(8192, 4));
 }

@@ -1,4 +1,4 @@
-"""Fake kernels and autograd of attention within documents. Autograd keeps q, k, v, the result and one number per query and head."""
+"""Fake kernels and autograd of attention within documents. Autograd keeps q, k, v, the result and a number per query and head."""
 
 from __future__ import annotations
 

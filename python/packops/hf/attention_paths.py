@@ -1,7 +1,7 @@
 """Attention within documents, computed in four ways, none with a mask of tokens x tokens. :func:`choose_path` says which.
 
 ``packops``  :func:`packops.attention`: CUDA, fp16 and bf16, the usual head dimensions.
-``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: the same for other head dimensions.
+``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: other head dimensions.
 ``flex``    FlexAttention, for a softcap on CUDA.
 ``sdpa``    ``scaled_dot_product_attention`` on one document after the other or on groups of about equal length: everything else,
             the CPU first of all.
@@ -29,8 +29,8 @@ Path = Literal["packops", "varlen", "flex", "sdpa"]
 # packops.attention on CUDA
 HAS_KERNELS: bool = _C.build_info()["cuda"]
 HEAD_DIMS = (64, 128, 256)
-# Without Hopper's products by warp groups it is faster than FlashAttention-2 with heads of at most so many features and documents up
-# to about this length.
+# Without Hopper's products by warp groups it is faster than FlashAttention-2 with heads of at most so many features and documents
+# up to about this length.
 BY_WARPS = {"head_dim": 128, "longest": 2048}
 
 # On the CPU a call per document is the fastest way from about this mean length on; below it, calls cost more than arithmetic.

@@ -22,7 +22,6 @@ from .. import _C, functional
 from . import rewrite
 from .record import Record
 
-
 HAS_KERNELS: bool = _C.build_info()["cuda"]
 LONGEST_ROW = 16384  # bytes
 
