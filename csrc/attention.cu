@@ -35,34 +35,35 @@ constexpr int kClasses = 1024;  // of documents by their number of tiles, the la
 
 template <typename Index>
 __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__ AttentionParams p, int64_t capacity) {
-  __shared__ int next[kClasses];  // where the next document of a class goes
-  __shared__ int sums[33];
+  using Count = unsigned long long;  // malformed documents may overlap, so that their tiles are more than 32 bits count
+  __shared__ Count next[kClasses];   // where the next document of a class goes
+  __shared__ Count sums[33];
   const Index* cu_seqlens = static_cast<const Index*>(p.cu_seqlens);
   const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
   const auto tiles_of = [](int32_t tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows; };
   const auto class_of = [](int tiles) { return kClasses - min(tiles, kClasses); };
-  const auto put = [&](int64_t place, int32_t begin, int32_t end, int32_t document, int32_t document_end) {
-    if (place < capacity) p.tiles[place] = {begin, min(end, begin + kAttentionRows), document, document_end};
+  const auto put = [&](Count place, int32_t begin, int32_t end, int32_t document, int32_t document_end) {
+    if (place < Count(capacity)) p.tiles[place] = {begin, min(end, begin + kAttentionRows), document, document_end};
   };
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
   next[me] = 0;
   __syncthreads();
   for (int64_t i = me; i < p.documents; i += kClasses)
-    if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(tiles)], tiles);
+    if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(tiles)], Count(tiles));
   __syncthreads();
 
-  int before = next[me];
-  const int mine = before;
+  Count before = next[me];
+  const Count mine = before;
   for (int by = 1; by < 32; by *= 2) {
-    const int other = __shfl_up_sync(kWarp, before, by);
+    const Count other = __shfl_up_sync(kWarp, before, by);
     if (lane >= by) before += other;
   }
   if (lane == 31) sums[warp] = before;
   __syncthreads();
   if (me == 0) {
-    int sum = 0;
+    Count sum = 0;
     for (int w = 0; w < 32; w++) {
-      const int here = sums[w];
+      const Count here = sums[w];
       sums[w] = sum;
       sum += here;
     }
@@ -77,13 +78,13 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
     const int tiles = tiles_of(end - begin);
     if (tiles <= 0) continue;
     // Documents of a class come in any order: no result depends on it.
-    const int64_t place = atomicAdd(&next[class_of(tiles)], tiles);
-    for (int t = 0; t < tiles; t++) put(place + t, begin + t * kAttentionRows, end, begin, end);
+    const Count place = atomicAdd(&next[class_of(tiles)], Count(tiles));
+    for (int t = 0; t < tiles; t++) put(place + Count(t), begin + t * kAttentionRows, end, begin, end);
   }
   const int32_t padding = bound(p.documents);
-  const int64_t used = sums[32];
-  for (int64_t place = used + me; place < capacity; place += kClasses) {
-    const int64_t begin = padding + (place - used) * kAttentionRows;
+  const Count used = sums[32];
+  for (Count place = used + Count(me); place < Count(capacity); place += kClasses) {
+    const int64_t begin = padding + int64_t(place - used) * kAttentionRows;
     if (begin < p.tokens) put(place, int32_t(begin), int32_t(p.tokens), int32_t(begin), int32_t(begin));
     else put(place, 0, 0, 0, 0);
   }
@@ -558,7 +559,7 @@ cudaError_t launch_large(void (*kernel)(P...), int64_t blocks, int threads, int 
 }
 
 template <typename T, int D, bool kGroup>
-cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, cudaStream_t stream) {
+cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
   const cudaError_t error = launch_large(queries_kernel<T, D, kGroup>, tiles * p.heads, kQueries.threads(),
                                          attention_queries_shared(D, kGroup), stream, p, Scores(p));
@@ -577,7 +578,7 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, cudaStream_
     }
   };
   constexpr int kMost = attention_teams(D, kGroup, 4);
-  const int teams = attention_teams(D, kGroup, p.heads / p.kv_heads);
+  const int teams = attention_teams(D, kGroup, p.heads / p.kv_heads, device.shared_per_block);
   if constexpr (kMost >= 4)
     if (teams == 4) return with_teams(std::integral_constant<int, 4>{});
   if constexpr (kMost >= 2)
@@ -586,15 +587,9 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, cudaStream_
 }
 
 // Whether the code that runs on this device has products by warp groups, which code compiled for another architecture (PTX of 8.0, or
-// 9.0 without the a) has not: by the marker's static shared memory, which the host can ask for without running anything.
-__global__ void marker_kernel(int* out) {
-  if constexpr (kHasGroupProducts) {
-    __shared__ int mark;
-    if (threadIdx.x == 0) mark = 1;
-    __syncthreads();
-    *out = mark;
-  }
-}
+// 9.0 without the a) has not: by the threads that this kernel may have, which the host can ask for without running anything.
+constexpr int kGroupMark = 96;
+__global__ void __launch_bounds__(kHasGroupProducts ? kGroupMark : 2 * kGroupMark) marker_kernel() {}
 
 bool has_group_products(const Device& device) {
   static std::atomic<int> known[kMaxDevices];  // 1: no, 2: yes
@@ -603,17 +598,14 @@ bool has_group_products(const Device& device) {
   if (here.load(std::memory_order_relaxed) == 0) {
     cudaFuncAttributes attributes;
     if (cudaFuncGetAttributes(&attributes, marker_kernel) != cudaSuccess) return false;
-    here.store(attributes.sharedSizeBytes > 0 ? 2 : 1, std::memory_order_relaxed);
+    here.store(attributes.maxThreadsPerBlock == kGroupMark ? 2 : 1, std::memory_order_relaxed);
   }
   return here.load(std::memory_order_relaxed) == 2;
 }
 
 // f(element type, head_dim, whether by warp groups)
 template <typename F>
-cudaError_t dispatch(const AttentionParams& p, F&& f) {
-  Device device;
-  const cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
+cudaError_t dispatch(const AttentionParams& p, const Device& device, F&& f) {
   const bool by_group = has_group_products(device);
   const auto with_dim = [&](auto type, auto dim) {
     return by_group ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
@@ -637,10 +629,13 @@ cudaError_t dispatch(const AttentionParams& p, F&& f) {
 
 cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
   const int64_t tiles = attention_tiles(p.tokens, p.documents);
   launch(p.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
          tiles);
-  return dispatch(p, [&](auto type, auto dim, auto group) {
+  return dispatch(p, device, [&](auto type, auto dim, auto group) {
     return launch_large(forward_kernel<decltype(type), dim, group>, tiles * p.heads,
                         attention_forward_shape(dim, group).threads(), attention_forward_shared(dim, group), stream, p,
                         Scores(p));
@@ -649,8 +644,11 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
 
 cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
-  return dispatch(p, [&](auto type, auto dim, auto group) {
-    return launch_backward<decltype(type), dim, group>(p, attention_tiles(p.tokens, p.documents), stream);
+  Device device;
+  const cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
+  return dispatch(p, device, [&](auto type, auto dim, auto group) {
+    return launch_backward<decltype(type), dim, group>(p, attention_tiles(p.tokens, p.documents), device, stream);
   });
 }
 

@@ -53,12 +53,6 @@ constexpr AttentionShape attention_keys_shape(int head_dim, bool group) {
 }
 constexpr bool attention_keys_split(int head_dim) { return head_dim > 128; }  // grad_k and grad_v by different blocks
 
-// Teams of a block: 8 warps at most, and no more than there are heads in a group.
-constexpr int attention_teams(int head_dim, bool by_group, int group) {
-  const int most = by_group || attention_keys_split(head_dim) ? 1 : 8 / attention_keys_shape(head_dim, false).warps();
-  return most >= 4 && group >= 4 ? 4 : most >= 2 && group >= 2 ? 2 : 1;
-}
-
 // Bytes of shared memory. Rows are 2 head_dim bytes; of each query there may be lse and delta.
 constexpr int attention_forward_shared(int head_dim, bool group) {
   return 2 * head_dim * (kAttentionRows + 2 * attention_forward_shape(head_dim, group).turn);
@@ -70,6 +64,13 @@ constexpr int attention_queries_shared(int head_dim, bool group) {
 constexpr int attention_keys_shared(int head_dim, bool group, int teams) {
   const AttentionShape shape = attention_keys_shape(head_dim, group);
   return 2 * head_dim * 2 * kAttentionRows + teams * shape.stages * shape.turn * (2 * 2 * head_dim + 2 * 4);
+}
+
+// Teams of a block: 8 warps at most, no more than there are heads in a group, and as many as shared memory has room for.
+constexpr int attention_teams(int head_dim, bool by_group, int group, int shared_per_block = 227 * 1024) {
+  int teams = by_group || attention_keys_split(head_dim) ? 1 : 8 / attention_keys_shape(head_dim, false).warps();
+  while (teams > 1 && (teams > group || attention_keys_shared(head_dim, by_group, teams) > shared_per_block)) teams /= 2;
+  return teams;
 }
 
 }  // namespace packops

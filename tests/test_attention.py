@@ -196,6 +196,19 @@ def test_no_host_sync_and_graphs():
 
 
 @gpu
+def test_hopper_multiplies_by_warp_groups():
+    """Code that has them is found and used: else it is right, and half as fast."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("no Hopper")
+    given = problem(device="cuda")
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        results(packops.attention, *given)
+    names = [event.key for event in profile.key_averages() if "_kernel<packops::bf16_t, 64" in event.key]
+    assert len(names) == 3
+    assert all("_kernel<packops::bf16_t, 64, true" in name for name in names)
+
+
+@gpu
 def test_malformed_boundaries_read_nothing_outside():
     q, k, v, grad, _ = problem([100], device="cuda")
     for values in ([0, 500], [-7, 50, 3, 90], [60, 0, 100], [0, 2**31 - 1], [0, 100, 0, 100, 0, 100]):
@@ -233,7 +246,8 @@ def test_refused(message, device):
         ({"window": 0}, "window must be at least 1"),
         ({"window": 4, "causal": False}, "needs causal"),
         ({"softcap": 0.0}, "softcap must be positive, got 0"),
-        ({"scale": float("nan")}, "scale must be finite"),
+        ({"scale": float("nan")}, "scale must be positive, got nan"),
+        ({"scale": -0.1}, "scale must be positive"),
     ],
     ids=str,
 )

@@ -74,7 +74,8 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                 ": window must be at least 1, and needs causal, got ", *options.window, options.causal ? "" : " without causal");
   PACKOPS_CHECK(!options.softcap || (*options.softcap > 0 && std::isfinite(*options.softcap)), ValueError, kOp,
                 ": softcap must be positive, got ", *options.softcap);
-  PACKOPS_CHECK(!options.scale || std::isfinite(*options.scale), ValueError, kOp, ": scale must be finite, got ", *options.scale);
+  PACKOPS_CHECK(!options.scale || (*options.scale > 0 && std::isfinite(*options.scale)), ValueError, kOp,
+                ": scale must be positive, got ", *options.scale);
   p.tokens = q.size(0), p.heads = int32_t(q.size(1)), p.kv_heads = int32_t(k.size(1)), p.head_dim = int32_t(dim);
   p.causal = options.causal;
   p.window = options.window && *options.window < p.tokens ? *options.window : 0;

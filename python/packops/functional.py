@@ -509,7 +509,7 @@ def attention(
         causal: a token sees no later one.
         window: a token sees itself and the ``window - 1`` tokens before it; None: all before it. Only with ``causal``.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: as they are.
-        scale: of the products of queries and keys; None: ``head_dim ** -0.5``.
+        scale: of the products of queries and keys, positive; None: ``head_dim ** -0.5``.
 
     Returns:
         ``(T, heads, head_dim)``, contiguous, of the dtype of ``q``.

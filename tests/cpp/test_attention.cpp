@@ -31,7 +31,10 @@ constexpr DType kDType = std::is_same_v<T, double>   ? DType::f64
                          : std::is_same_v<T, half_t> ? DType::f16
                                                      : DType::bf16;
 
-enum class Layout { fused, heads_first };  // slices of one matrix; tensors of (heads, tokens, head_dim), with a gap after each row
+enum class Layout {
+  fused,
+  heads_first
+};  // slices of one matrix; tensors of (heads, tokens, head_dim), with a gap after each row
 
 struct Problem {
   std::vector<int64_t> cu_seqlens;
@@ -167,8 +170,7 @@ struct Run {
         for (int64_t key = 0; key < problem.tokens; key++) {
           if (!problem.sees(t, key)) continue;
           const Exact weight = r.weights[size_t(key)];
-          const Exact change =
-              dot(p.grad_out, t, h, p.v, key, kv_head(h), dim) - dot(p.grad_out, t, h, own_out, t, h, dim);
+          const Exact change = dot(p.grad_out, t, h, p.v, key, kv_head(h), dim) - dot(p.grad_out, t, h, own_out, t, h, dim);
           const Exact g = weight * change * r.slopes[size_t(key)];
           for (int64_t i = 0; i < dim; i++) {
             const size_t of_q = size_t((t * heads + h) * dim + i), of_k = size_t((key * kv_heads + kv_head(h)) * dim + i);
@@ -184,7 +186,8 @@ struct Run {
   // ---- Checks
 
   // unit: of rounding to T, `sums`: of the sums behind it, a part of the largest. Padding is 0 exactly.
-  void check_close(const char* name, const std::vector<T>& got, const std::vector<Exact>& want, int64_t heads, double sums) const {
+  void check_close(const char* name, const std::vector<T>& got, const std::vector<Exact>& want, int64_t heads,
+                   double sums) const {
     const double unit = std::is_same_v<T, bf16_t> ? 0x1p-8 : std::is_same_v<T, half_t> ? 0x1p-11 : 0;
     Exact largest = 0, worst = 0;
     for (Exact x : want) largest = std::max(largest, std::abs(x));
@@ -205,8 +208,7 @@ struct Run {
     forward();
     check_close("out", out, exact_out(), problem.heads, sums);
     for (int64_t h = 0; h < problem.heads; h++)
-      for (int64_t t = 0; t < problem.tokens; t++)
-        CHECK_CLOSE(lse[size_t(h * problem.tokens + t)], double(row(h, t).lse), sums);
+      for (int64_t t = 0; t < problem.tokens; t++) CHECK_CLOSE(lse[size_t(h * problem.tokens + t)], double(row(h, t).lse), sums);
     backward();
     const Gradients want = exact_gradients();
     check_close("grad_q", grad_q, want.q, problem.heads, sums);
@@ -375,11 +377,11 @@ constexpr int kOfTheDriver = 1024;             // in every block
 
 // f(shape, its bytes of shared memory, teams) of each kernel.
 template <typename F>
-void for_each_kernel(int head_dim, bool by_group, F&& f) {
+void for_each_kernel(int head_dim, bool by_group, const Gpu& gpu, F&& f) {
   f(attention_forward_shape(head_dim, by_group), attention_forward_shared(head_dim, by_group), 1);
   f(attention_queries_shape(head_dim, by_group), attention_queries_shared(head_dim, by_group), 1);
   for (int group = 1; group <= 8; group++) {
-    const int teams = attention_teams(head_dim, by_group, group);
+    const int teams = attention_teams(head_dim, by_group, group, gpu.per_block);
     f(attention_keys_shape(head_dim, by_group), attention_keys_shared(head_dim, by_group, teams), teams);
   }
 }
@@ -389,7 +391,7 @@ void for_each_kernel(int head_dim, bool by_group, F&& f) {
 CASE(blocks_fit_a_multiprocessor) {
   for (int head_dim : {64, 128, 256})
     for (bool by_group : {false, true})
-      for_each_kernel(head_dim, by_group, [&](const AttentionShape& shape, int bytes, int teams) {
+      for_each_kernel(head_dim, by_group, kH100, [&](const AttentionShape& shape, int bytes, int teams) {
         CHECK(bytes <= kH100.per_block);
         CHECK(shape.per_multiprocessor >= 1);
         CHECK(shape.per_multiprocessor * (bytes + kOfTheDriver) <= kH100.per_multiprocessor);
@@ -401,7 +403,7 @@ CASE(blocks_fit_a_multiprocessor) {
 
 CASE(blocks_fit_gpus_of_99_kib) {
   for (int head_dim : {64, 128, 256})
-    for_each_kernel(head_dim, false, [&](const AttentionShape& shape, int bytes, int teams) {
+    for_each_kernel(head_dim, false, kRtx, [&](const AttentionShape& shape, int bytes, int teams) {
       if (bytes > kRtx.per_block)
         check::fail(__FILE__, __LINE__,
                     "head_dim " + check::show(head_dim) + ", " + check::show(shape.warps()) + " warps, " + check::show(teams) +
@@ -412,7 +414,7 @@ CASE(blocks_fit_gpus_of_99_kib) {
 CASE(threads_share_rows_evenly) {
   for (int head_dim : {64, 128, 256})
     for (bool by_group : {false, true})
-      for_each_kernel(head_dim, by_group, [&](const AttentionShape& shape, int, int teams) {
+      for_each_kernel(head_dim, by_group, kH100, [&](const AttentionShape& shape, int, int teams) {
         CHECK_EQ(shape.warps() * shape.blocks * 16, kAttentionRows);
         CHECK(!by_group || shape.warps() == 4);
         CHECK(shape.stages == 1 || shape.stages == 2);
@@ -442,6 +444,7 @@ CASE(teams_have_heads_and_room) {
         before = teams;
         if (by_group || attention_keys_split(head_dim)) CHECK_EQ(teams, 1);
         // Fp32 sums of all rows lie where the turns were when teams are added up.
+        CHECK(attention_teams(head_dim, by_group, group, kRtx.per_block) <= teams);
         if (teams > 1) CHECK(shape.stages * shape.turn * 2 * 2 * head_dim >= kAttentionRows * head_dim * 4);
       }
       CHECK_EQ(attention_teams(head_dim, by_group, 4), before);  // what the launcher takes for the most
@@ -457,7 +460,8 @@ CASE(tiles_are_enough_and_hardly_more) {
     for (int64_t i = 0; i < documents; i++) {
       // Lengths about a multiple of a tile are the ones that cost most and least.
       const int64_t any = random.below(longest);
-      const int64_t length = random.below(2) ? any : std::max<int64_t>(0, any / kAttentionRows * kAttentionRows + random.below(3) - 1);
+      const int64_t length =
+          random.below(2) ? any : std::max<int64_t>(0, any / kAttentionRows * kAttentionRows + random.below(3) - 1);
       tokens += length, used += tiles_of(length);
     }
     const int64_t most = attention_tiles(tokens, documents);

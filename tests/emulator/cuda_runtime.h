@@ -162,11 +162,11 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 struct cudaFuncAttributes {
-  size_t sharedSizeBytes;
+  int maxThreadsPerBlock;  // as the launch bounds have it, here those of attention.cu's marker
 };
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
-  return attributes->sharedSizeBytes = 4, cudaSuccess;
+  return attributes->maxThreadsPerBlock = 96, cudaSuccess;
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
