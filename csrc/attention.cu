@@ -35,8 +35,8 @@ constexpr int kClasses = 1024;  // of documents by their number of tiles, the la
 
 template <typename Index>
 __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__ AttentionParams p, int64_t capacity) {
-  using Count = unsigned long long;  // malformed documents may overlap, so that their tiles are more than 32 bits count
-  __shared__ Count next[kClasses];   // where the next document of a class goes
+  using Count = unsigned;  // of malformed documents, which may overlap, it may come out too small: never an address outside
+  __shared__ Count next[kClasses];  // where the next document of a class goes
   __shared__ Count sums[33];
   const Index* cu_seqlens = static_cast<const Index*>(p.cu_seqlens);
   const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };

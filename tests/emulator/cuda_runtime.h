@@ -74,7 +74,7 @@ T __shfl_up_sync(unsigned, T value, int by) {
 inline unsigned long long atomicAdd(unsigned long long* address, unsigned long long value) {
   return std::exchange(*address, *address + value);
 }
-inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
+inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
 
 template <typename T>
 T aligned_load(const T* p) {
