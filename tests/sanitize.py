@@ -382,6 +382,19 @@ def attention(device: torch.device) -> Iterator[str]:
         yield f"cu_seqlens {bounds}"
 
 
+@cases
+def rms_norm(device: torch.device) -> Iterator[str]:
+    """Teams of one warp to eight, vectors that are not there, rows fewer than teams and more than blocks, off the alignment."""
+    for dtype in FLOATS:
+        for rows, columns, offset in ((1, 8, 0), (5, 1032, 0), (700, 64, 3), (3, 2304, 0), (2, 4096, 1), (0, 64, 0)):
+            buffer = torch.randn(offset + rows * 2 * columns, device=device).to(dtype)
+            x = buffer[offset:].view(rows, 2 * columns)[:, :columns].requires_grad_()
+            weight = torch.randn(columns, device=device).to(dtype).requires_grad_()
+            for zero_centered in (False, True):
+                backward(packops.rms_norm(x, weight, eps=1e-6, zero_centered=zero_centered), x, weight)
+            yield f"{dtype} {rows} rows of {columns}, offset {offset}"
+
+
 # --------------------------------------------------------------------------------------------------------------------------------
 # The driver.
 
