@@ -10,7 +10,6 @@
 #include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/partials.cuh"
-#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "rms_norm_launch.h"
@@ -18,8 +17,8 @@
 namespace packops {
 namespace {
 
-// Sums over a team, for all of its threads. Each round uses the other half of `shared`: who has passed the barrier of a round has
-// read what the round before left.
+// Sums over a team, for all of its threads, at once for all teams of the block. Each round uses the other half of `shared`: who has
+// passed the barrier of a round has read what the round before left.
 template <int N>
 __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int round, float (*shared)[kRmsNormThreads / 32][N]) {
 #pragma unroll
@@ -28,7 +27,7 @@ __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int 
   const int warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0)
     for (int i = 0; i < N; i++) shared[round % 2][warp][i] = x[i];
-  named_barrier(1 + team, size);
+  __syncthreads();
   for (int i = 0; i < N; i++) {
     x[i] = 0;
     for (int w = team * size / 32; w < (team + 1) * size / 32; w++) x[i] += shared[round % 2][w][i];
@@ -56,12 +55,14 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
   };
 
   int round = 0;
-  for (int64_t row = int64_t(blockIdx.x) * teams + team; row < p.rows; row += int64_t(gridDim.x) * teams, round++) {
+  for (int64_t first = int64_t(blockIdx.x) * teams; first < p.rows; first += int64_t(gridDim.x) * teams, round++) {
+    const int64_t row = first + team;
+    const bool has_row = row < p.rows;
     const T *x = static_cast<const T*>(p.x) + row * p.x_row, *grad = static_cast<const T*>(p.grad) + row * p.grad_row;
     uint4 xs[V], grads[V];
 #pragma unroll
     for (int v = 0; v < V; v++) {
-      const bool there = column(v) < columns;
+      const bool there = has_row && column(v) < columns;
       xs[v] = there ? load_streaming(x + column(v)) : uint4{0, 0, 0, 0};
       if constexpr (kBackward) grads[v] = there ? load_streaming(grad + column(v)) : uint4{0, 0, 0, 0};
     }
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
           a[j] = n * (w[j] + one);
         }
       }
-      if (column(v) < columns) store_streaming(out + column(v), pack<T>(a));
+      if (has_row && column(v) < columns) store_streaming(out + column(v), pack<T>(a));
     }
   }
 
