@@ -258,7 +258,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def draw(data: dict[str, Any], path: Path) -> None:
     """A line for each shape and corpus: the forward, and with it the backward."""
-    harness.draw_bars(data, path, columns=2)
+    harness.draw_bars(data, path, columns=2, width=6.5)
 
 
 def extend(parser: argparse.ArgumentParser) -> None:

@@ -470,9 +470,14 @@ def bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
 
 
 def draw_bars(
-    data: dict[str, Any], path: Path, *, only: Callable[[dict[str, Any]], bool] = lambda case: True, columns: int = 3
+    data: dict[str, Any],
+    path: Path,
+    *,
+    only: Callable[[dict[str, Any]], bool] = lambda case: True,
+    columns: int = 3,
+    width: float = 5,
 ) -> None:
-    """One panel for each case that ``only`` takes."""
+    """One panel, ``width`` inches wide, for each case that ``only`` takes."""
     cases = [case for case in data["cases"] if case["rows"] and only(case)]
     if not cases:
         return
@@ -481,7 +486,7 @@ def draw_bars(
     lines = math.ceil(len(cases) / columns)
     deepest = max(len(case["rows"]) for case in cases)
     figure, axes = plot.subplots(
-        lines, columns, figsize=(5 * columns, lines * (1.2 + 0.27 * deepest)), constrained_layout=True, squeeze=False
+        lines, columns, figsize=(width * columns, lines * (1.2 + 0.27 * deepest)), constrained_layout=True, squeeze=False
     )
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
