@@ -480,6 +480,21 @@ def test_compiles_in_one_graph(monkeypatch):
         compiled(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
 
 
+@pytest.mark.gpu
+def test_compiles_in_one_graph_with_the_kernels():
+    torch._dynamo.reset()
+    config = transformers.LlamaConfig(**{**SMALL, "hidden_size": 256}, head_dim=64)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to("cuda")
+    model.set_attn_implementation(attention.NAME)
+    inputs = packed(documents_of((70, 5, 130)), "cuda")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    direction = torch.randn(205, SMALL["vocab_size"], dtype=torch.bfloat16, device="cuda")
+    found, expected = (logits_and_gradients(model, lambda f=f: f(**inputs).logits[0], direction) for f in (compiled, model))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+    torch._dynamo.reset()
+
+
 def in_one_graph(q, k, v, documents, rule):
     """Attention that dynamo can trace: with a mask made of the boundaries."""
     token = torch.arange(q.shape[0])
