@@ -13,6 +13,7 @@ import sys
 import threading
 import traceback
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -737,6 +738,20 @@ def test_a_norm_reads_its_epsilon_at_every_call():
         setattr(twin, hf_norm.recognise(norm).eps, 2.0)
         setattr(norm, hf_norm.recognise(norm).eps, 2.0)
         torch.testing.assert_close(twin(x), norm(x))
+
+
+def test_which_rows_have_a_kernel(monkeypatch):
+    def has_kernel(columns, dtype=torch.bfloat16, is_cuda=True):
+        x = SimpleNamespace(shape=(3, columns), dtype=dtype, is_cuda=is_cuda, element_size=lambda: dtype.itemsize)
+        return hf_norm.has_kernel(x)
+
+    monkeypatch.setattr(hf_norm, "HAS_KERNELS", True)
+    f32 = torch.float32
+    assert all(has_kernel(*row) for row in ((8,), (8192,), (4, f32), (4096, f32)))
+    assert not any(has_kernel(*row) for row in ((0,), (12,), (8200,), (8192, f32), (64, torch.float64)))
+    assert not has_kernel(64, is_cuda=False)
+    monkeypatch.setattr(hf_norm, "HAS_KERNELS", False)
+    assert not has_kernel(64)
 
 
 @pytest.mark.gpu

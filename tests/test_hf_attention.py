@@ -245,6 +245,14 @@ def test_sdpa(lengths, options, grouped, monkeypatch):
     assert_same(found, gradients(inputs, dense(*inputs, lengths, **options), direction), 1e-12)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_packops(options):
+    inputs, documents = problem(PATTERNS["long"])
+    direction = torch.randn(sum(PATTERNS["long"]), 4, 16, dtype=torch.float64)
+    found = gradients(inputs, attention_paths.attend_packops(*inputs, documents, Rule(**options)), direction)
+    assert_same(found, gradients(inputs, dense(*inputs, PATTERNS["long"], **options), direction), 1e-12)
+
+
 def test_groups_hold_every_token_once_and_waste_little():
     lengths = [1, 700, 3, 650, 80, 4, 76, 90, 5, 5, 300]
     _, documents = problem(lengths)

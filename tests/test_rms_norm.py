@@ -112,10 +112,11 @@ def test_gradcheck():
 def test_the_op_itself(device):
     x, weight, grad = problem(device=device)
     torch.library.opcheck(OPS.rms_norm.default, (x, weight), {"eps": 1e-5, "zero_centered": True})
-    want = results(packops.rms_norm, x, weight, grad, eps=1e-5)
-    for call in (torch.compile(packops.rms_norm, backend="aot_eager", fullgraph=True), OPS.rms_norm):
-        for a, b in zip(results(call, x, weight, grad, eps=1e-5), want, strict=True):
-            assert torch.equal(a, b)
+    for options in ({"eps": 1e-5}, {"eps": 1e-2, "zero_centered": True}):
+        want = results(packops.rms_norm, x, weight, grad, **options)
+        for call in (torch.compile(packops.rms_norm, backend="aot_eager", fullgraph=True), OPS.rms_norm):
+            for a, b in zip(results(call, x, weight, grad, **options), want, strict=True):
+                assert torch.equal(a, b)
     assert not packops.rms_norm(x.detach(), weight.detach(), eps=1e-5).requires_grad
 
 
