@@ -13,14 +13,12 @@
 // Rows past the end of a document are zeros.
 #include "attention.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cmath>
 
 #include "attention_launch.h"
 #include "attention_products.cuh"
 #include "common/device.cuh"
-#include "common/documents.h"
 #include "common/launch.cuh"
 
 namespace packops {
@@ -551,6 +549,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
 template <typename... P>
 cudaError_t launch_large(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
                          const std::type_identity_t<P>&... arguments) {
+  if (blocks == 0) return cudaSuccess;  // no heads
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error != cudaSuccess) return error;

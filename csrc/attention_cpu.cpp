@@ -7,22 +7,12 @@
 
 #include "attention.h"
 #include "common/convert.h"
+#include "common/real.h"
 
 namespace packops {
 namespace {
 
 constexpr double kLn2 = 0.6931471805599453;
-
-double to_real(double x) { return x; }
-template <typename T>
-float to_real(T x) {
-  return to_float(x);
-}
-void store(double& to, double x) { to = x; }
-template <typename T>
-void store(T& to, float x) {
-  to = from_float<T>(x);
-}
 
 // One document and one head of keys and values.
 template <typename T>

@@ -5,23 +5,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/convert.h"
+#include "common/real.h"
 
 namespace packops {
 namespace {
 
 constexpr int64_t kShares = 64;
-
-double to_real(double x) { return x; }
-template <typename T>
-float to_real(T x) {
-  return to_float(x);
-}
-void store(double& to, double x) { to = x; }
-template <typename T>
-void store(T& to, float x) {
-  to = from_float<T>(x);
-}
 
 template <typename T>
 void run_share(const RmsNormParams& p, int64_t share) {

@@ -87,6 +87,17 @@ def test_lengths(lengths, device):
     check(*problem(lengths, heads=(2, 1), device=device, padding=0 if sum(lengths) else 3))
 
 
+@pytest.mark.parametrize("lengths", [[], [0, 0]], ids=str)
+def test_empty(lengths, device):
+    q, k, v, grad, bounds = problem(lengths, device=device)
+    assert [x.shape for x in results(packops.attention, q, k, v, grad, bounds)] == [q.shape, q.shape, k.shape, v.shape]
+    q, k, v, grad, bounds = problem([5], heads=(0, 1), device=device)
+    out, _, grad_k, grad_v = results(packops.attention, q, k, v, grad, bounds)
+    assert out.shape == (5, 0, 64)
+    assert not grad_k.any()
+    assert not grad_v.any()
+
+
 @gpu
 def test_many_documents_and_long_ones():
     lengths = torch.randint(0, 5, (20000,)).tolist()
