@@ -1,4 +1,4 @@
-// The Python module packops._C. Importing it registers the torch ops (static initialisers in torch/library.cpp); its own
+// The Python module packops._C. Importing it registers the torch ops (static initialisers in torch/ops_*.cpp); its own
 // functions speak numbers, strings and numpy arrays, never tensors, so that the wheel is not tied to one torch.
 #include "common/build_info.h"
 // Some torch releases ship a pybind11 that refuses to be included where a stable-ABI target is named. It is right about tensors,

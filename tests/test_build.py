@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -96,12 +97,34 @@ def test_bad_architectures(text):
         _build.split_arch_list(text)
 
 
-def test_every_source_is_built_and_every_built_source_is_there():
+@pytest.mark.parametrize("cuda", [False, True])
+def test_sources_are_found(tmp_path, cuda):
+    """A new op is compiled because its files are there; the Python module only where there is one."""
+    for name in ("my_op_cpu.cpp", "my_op.cu", "my_op.h", "bindings.cpp", "torch/ops_my_op.cpp", "common/tables.cpp"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+
+    def units(python_module):
+        found = _build.translation_units(tmp_path, cuda=cuda, python_module=python_module)
+        return [path.relative_to(tmp_path).as_posix() for path in found]
+
+    kernels = ["common/tables.cpp", *(["my_op.cu"] if cuda else []), "my_op_cpu.cpp", "torch/ops_my_op.cpp"]
+    assert units(False) == kernels
+    assert units(True) == ["bindings.cpp", *kernels]
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_cmake_finds_the_same_sources(tmp_path):
     csrc = _build.find_csrc()
-    config = _build.read_config(csrc)
-    listed = [name for key in ("kernels", "cuda_kernels", "torch_glue", "python_module") for name in config[key]]
-    there = [p.relative_to(csrc).as_posix() for p in _build.source_files(csrc) if p.suffix in (".cpp", ".cu")]
-    assert sorted(listed) == sorted(there)
+    globs = re.findall(r"file\(GLOB (?:kernels|cuda_kernels|torch_glue) .*\)", (ROOT / "CMakeLists.txt").read_text())
+    assert len(globs) == 3
+    script = tmp_path / "list.cmake"
+    script.write_text(f"set(CSRC {csrc})\n" + "\n".join(globs).replace("CONFIGURE_DEPENDS ", ""))
+    script.write_text(script.read_text() + '\nmessage("${kernels};${cuda_kernels};${torch_glue}")\n')
+    out = subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True, check=True).stderr
+    assert set(filter(None, out.strip().split(";"))) == set(
+        map(str, _build.translation_units(csrc, cuda=True, python_module=True))
+    )
 
 
 def test_kernels_know_no_torch():

@@ -22,14 +22,14 @@ pytest.importorskip("platformdirs", reason="needs packops[jit]")
 pytest.importorskip("filelock", reason="needs packops[jit]")
 
 LIBRARY = """
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include <torch/csrc/stable/tensor.h>
 #ifndef FACTOR
 #define FACTOR 2
 #endif
 int64_t scale(int64_t x) { return FACTOR * x; }
-PACKOPS_LIBRARY(m) { m.def("scale(int x) -> int"); }
-PACKOPS_LIBRARY_IMPL(CompositeExplicitAutograd, m) { m.impl("scale", TORCH_BOX(&scale)); }
+PACKOPS_SCHEMAS(m) { m.def("scale(int x) -> int"); }
+PACKOPS_KERNELS_FOR(CompositeExplicitAutograd, m) { m.impl("scale", TORCH_BOX(&scale)); }
 """
 
 CUDA = """
@@ -51,10 +51,9 @@ def csrc(tmp_path):
     """A small csrc with one op: three seconds to compile."""
     folder = tmp_path / "csrc"
     (folder / "torch").mkdir(parents=True)
-    shutil.copy(_build.find_csrc() / "torch" / "namespace.h", folder / "torch")
+    shutil.copy(_build.find_csrc() / "torch" / "register.h", folder / "torch")
     config = _build.read_config(_build.find_csrc())
-    config |= {"cxx_flags": ["-std=c++20", "-O0"], "kernels": [], "cuda_kernels": [], "python_module": []}
-    config["torch_glue"] = ["library.cpp"]
+    config["cxx_flags"] = ["-std=c++20", "-O0"]
     (folder / "build.json").write_text(json.dumps(config))
     (folder / "library.cpp").write_text(LIBRARY)
     return folder
@@ -251,8 +250,6 @@ def test_old_builds_go(cache, monkeypatch):
 @pytest.mark.skipif(_build.find_cuda_home() is None, reason="needs nvcc")
 def test_cuda_kernels_compile_under_any_torch(csrc, cache, monkeypatch):
     """Also where torch is CPU-only: the library then loads, and has device code in it."""
-    config = json.loads((csrc / "build.json").read_text()) | {"cuda_kernels": ["touch.cu"]}
-    (csrc / "build.json").write_text(json.dumps(config))
     (csrc / "touch.cu").write_text(CUDA)
     monkeypatch.setenv(_build.CUDA_REQUEST, "1")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")

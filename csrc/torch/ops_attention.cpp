@@ -9,7 +9,7 @@
 #include "common/convert.h"
 #include "metadata.h"
 #include "torch/dispatch.h"
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include "torch/stream.h"
 
 namespace packops {
@@ -165,16 +165,29 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   return {grad_q, grad_k, grad_v};
 }
 
+// What a caller wants of it: the result alone.
+Tensor attention_output(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, std::optional<int64_t> window,
+                        std::optional<double> softcap, std::optional<double> scale) {
+  return std::get<0>(attention(q, k, v, cu_seqlens, causal, window, softcap, scale));
+}
+
 }  // namespace
 }  // namespace packops
 
-#define PACKOPS_ATTENTION_IMPLS(m)                      \
-  m.impl("_attention", TORCH_BOX(&packops::attention)); \
-  m.impl("_attention_backward", TORCH_BOX(&packops::attention_backward));
+#define ATTENTION_RULE "bool causal=True, int? window=None, float? softcap=None, float? scale=None"
 
-PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_ATTENTION_IMPLS(m)}
-#ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) {
-  PACKOPS_ATTENTION_IMPLS(m)
+PACKOPS_SCHEMAS(m) {
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, *, " ATTENTION_RULE ") -> Tensor");
+  // tiles: what the CUDA kernels cut the documents into, once for both passes.
+  m.def("_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, " ATTENTION_RULE
+        ") -> (Tensor out, Tensor lse, Tensor tiles)");
+  m.def(
+      "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor tiles, "
+      "Tensor cu_seqlens, " ATTENTION_RULE ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
-#endif
+
+PACKOPS_KERNELS(m) {
+  m.impl("attention", TORCH_BOX(&packops::attention_output));
+  m.impl("_attention", TORCH_BOX(&packops::attention));
+  m.impl("_attention_backward", TORCH_BOX(&packops::attention_backward));
+}

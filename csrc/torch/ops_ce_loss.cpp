@@ -1,4 +1,6 @@
-// Cross entropy as torch ops: checks, allocation, and the call of the CPU or the CUDA kernel. Schemas: library.cpp.
+// Cross entropy as torch ops: checks, allocation, and the call of the CPU or the CUDA kernel.
+//
+// (linear_cross_entropy is a loop over these ops and torch's products: Python defines it.)
 #include <optional>
 #include <string>
 #include <tuple>
@@ -9,7 +11,7 @@
 #include "ce_loss.h"
 #include "torch/check.h"
 #include "torch/dispatch.h"
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include "torch/stream.h"
 #include "torch/string.h"
 
@@ -19,7 +21,15 @@ namespace {
 using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kOp = "cross_entropy";
 
-// What most of the schemas in library.cpp have in common, spelled once: an op's signature is how its arguments are unboxed.
+// What most of the schemas have in common, spelled once: in the schema, as parameters, and as arguments.
+#define CE_MATHS \
+  "Tensor? class_weight=None, float label_smoothing=0.0, float z_loss=0.0, float? softcap=None, float logit_scale=1.0"
+#define CE_LABELS                                                                                                 \
+  "Tensor labels, *, Tensor? cu_seqlens=None, bool shift=False, str reduction=\"mean\", Tensor? num_items=None, " \
+  "int ignore_index=-100, Tensor? token_weight=None, "
+// A shard of the vocabulary: its first class, and the number of classes of all shards.
+#define CE_SHARD ", int first_class=0, int? vocab_size=None"
+#define CE_STATS "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss)"
 #define MATHS_PARAMETERS \
   OptionalTensor class_weight, double label_smoothing, double z_loss, std::optional<double> softcap, double logit_scale
 #define LOSS_PARAMETERS                                                                                            \
@@ -455,23 +465,37 @@ std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, LOSS_PARAMETERS, bool 
   return {target, scale, counts};
 }
 
-template <typename Library>
-void implement(Library& m) {
-  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  m.impl("cross_entropy_stats", TORCH_BOX(&cross_entropy_stats));
-  m.impl("_cross_entropy_prepare", TORCH_BOX(&prepare));
-  m.impl("_cross_entropy_forward", TORCH_BOX(&forward));
-  m.impl("_cross_entropy_forward_", TORCH_BOX(&forward_inplace));
-  m.impl("_cross_entropy_partial", TORCH_BOX(&partial));
-  m.impl("_cross_entropy_combine", TORCH_BOX(&combine));
-  m.impl("_cross_entropy_backward", TORCH_BOX(&backward));
-  m.impl("_cross_entropy_backward_", TORCH_BOX(&backward_inplace));
-}
-
 }  // namespace
 }  // namespace packops
 
-PACKOPS_LIBRARY_IMPL(CPU, m) { packops::implement(m); }
-#ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) { packops::implement(m); }
-#endif
+PACKOPS_SCHEMAS(m) {
+  m.def("cross_entropy(Tensor logits, " CE_LABELS CE_MATHS ") -> Tensor");
+  m.def("cross_entropy_stats(Tensor logits, " CE_LABELS CE_MATHS ") -> (Tensor loss, " CE_STATS);
+  m.def("_cross_entropy_prepare(SymInt vocab, " CE_LABELS CE_MATHS
+        ", bool double_precision=False) -> (Tensor target, Tensor scale, Tensor counts)");
+  m.def("_cross_entropy_forward(Tensor logits, " CE_LABELS CE_MATHS
+        ", bool with_grad=False, bool with_stats=False) -> (Tensor loss, Tensor grad_logits, " CE_STATS);
+  m.def("_cross_entropy_forward_(Tensor(a!) logits, " CE_LABELS CE_MATHS ", bool with_stats=False) -> (Tensor loss, " CE_STATS);
+  m.def("_cross_entropy_backward(Tensor grad_output, Tensor logits, Tensor floats, Tensor ints, *, " CE_MATHS CE_SHARD
+        ") -> Tensor");
+  m.def(
+      "_cross_entropy_backward_(Tensor(a!) grad_logits, Tensor grad_output, Tensor? logits, Tensor floats, Tensor ints, *, "
+      "bool holds_gradient=True, " CE_MATHS CE_SHARD ") -> ()");
+  m.def("_cross_entropy_partial(Tensor logits, " CE_LABELS CE_MATHS
+        ", int first_class, int vocab_size) -> (Tensor partial, Tensor floats, Tensor ints)");
+  m.def(
+      "_cross_entropy_combine(Tensor partials, Tensor logits, Tensor(a!) floats, Tensor ints, *, str "
+      "reduction=\"mean\", " CE_MATHS ", int first_class, int vocab_size) -> Tensor");
+}
+
+PACKOPS_KERNELS(m) {
+  m.impl("cross_entropy", TORCH_BOX(&packops::cross_entropy));
+  m.impl("cross_entropy_stats", TORCH_BOX(&packops::cross_entropy_stats));
+  m.impl("_cross_entropy_prepare", TORCH_BOX(&packops::prepare));
+  m.impl("_cross_entropy_forward", TORCH_BOX(&packops::forward));
+  m.impl("_cross_entropy_forward_", TORCH_BOX(&packops::forward_inplace));
+  m.impl("_cross_entropy_partial", TORCH_BOX(&packops::partial));
+  m.impl("_cross_entropy_combine", TORCH_BOX(&packops::combine));
+  m.impl("_cross_entropy_backward", TORCH_BOX(&packops::backward));
+  m.impl("_cross_entropy_backward_", TORCH_BOX(&packops::backward_inplace));
+}

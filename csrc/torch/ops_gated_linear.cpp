@@ -6,7 +6,7 @@
 
 #include "gated_linear.h"
 #include "torch/dispatch.h"
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include "torch/rows.h"
 #include "torch/stream.h"
 #include "torch/string.h"
@@ -105,14 +105,16 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gated_activation_back
 }  // namespace
 }  // namespace packops
 
-#define PACKOPS_GATED_IMPLS(m)                                        \
-  m.impl("gated_activation", TORCH_BOX(&packops::gated_activation));  \
-  m.impl("_gated_activation", TORCH_BOX(&packops::gated_activation)); \
-  m.impl("_gated_activation_backward", TORCH_BOX(&packops::gated_activation_backward));
-
-PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_GATED_IMPLS(m)}
-#ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) {
-  PACKOPS_GATED_IMPLS(m)
+PACKOPS_SCHEMAS(m) {
+  m.def("gated_activation(Tensor gate, Tensor up, *, str activation=\"silu\") -> Tensor");
+  m.def("_gated_activation(Tensor gate, Tensor up, str activation) -> Tensor");  // the same without autograd
+  m.def(
+      "_gated_activation_backward(Tensor grad, Tensor gate, Tensor up, str activation, bool with_product=True, "
+      "bool with_gate=True, bool with_up=True) -> (Tensor? product, Tensor? grad_gate, Tensor? grad_up)");
 }
-#endif
+
+PACKOPS_KERNELS(m) {
+  m.impl("gated_activation", TORCH_BOX(&packops::gated_activation));
+  m.impl("_gated_activation", TORCH_BOX(&packops::gated_activation));
+  m.impl("_gated_activation_backward", TORCH_BOX(&packops::gated_activation_backward));
+}

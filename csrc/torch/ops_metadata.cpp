@@ -6,7 +6,7 @@
 #include "common/convert.h"
 #include "metadata.h"
 #include "torch/dispatch.h"
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include "torch/stream.h"
 
 namespace packops {
@@ -56,12 +56,20 @@ Metadata prepare_metadata(const Tensor& cu_seqlens, int64_t total_tokens) {
   return {checked, position_ids, seq_idx, params};
 }
 
-std::tuple<Tensor, Tensor> packed_metadata_on_cpu(const Tensor& cu_seqlens, int64_t total_tokens) {
+std::tuple<Tensor, Tensor> packed_metadata(const Tensor& cu_seqlens, int64_t total_tokens) {
   const Metadata metadata = prepare_metadata(cu_seqlens, total_tokens);
-  const PackedAxis& axis = metadata.params.axis;
-  check_boundaries(axis, "packed_metadata");
-  torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
-                              [&](int64_t begin, int64_t end) { packed_metadata_cpu(metadata.params, begin, end); });
+  if (cu_seqlens.is_cpu()) {
+    const PackedAxis& axis = metadata.params.axis;
+    check_boundaries(axis, "packed_metadata");
+    torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
+                                [&](int64_t begin, int64_t end) { packed_metadata_cpu(metadata.params, begin, end); });
+  }
+#ifdef PACKOPS_WITH_CUDA
+  else {
+    const CudaScope scope(cu_seqlens);
+    check_cuda(packed_metadata_cuda(metadata.params, scope.stream()), "packed_metadata");
+  }
+#endif
   return {metadata.position_ids, metadata.seq_idx};
 }
 
@@ -93,45 +101,34 @@ Labels prepare_labels(const Tensor& labels, const Tensor& cu_seqlens, bool shift
   return {checked, target, counts, params};
 }
 
-std::tuple<Tensor, Tensor> packed_labels_on_cpu(const Tensor& labels, const Tensor& cu_seqlens, bool shift,
-                                                int64_t ignore_index) {
+std::tuple<Tensor, Tensor> packed_labels(const Tensor& labels, const Tensor& cu_seqlens, bool shift, int64_t ignore_index) {
   const Labels prepared = prepare_labels(labels, cu_seqlens, shift, ignore_index);
-  const PackedAxis& axis = prepared.params.axis;
-  check_boundaries(axis, "packed_labels");
-  torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
-                              [&](int64_t begin, int64_t end) { packed_labels_cpu(prepared.params, begin, end); });
-  return {prepared.target, prepared.counts};
-}
-
+  if (labels.is_cpu()) {
+    const PackedAxis& axis = prepared.params.axis;
+    check_boundaries(axis, "packed_labels");
+    torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
+                                [&](int64_t begin, int64_t end) { packed_labels_cpu(prepared.params, begin, end); });
+  }
 #ifdef PACKOPS_WITH_CUDA
-std::tuple<Tensor, Tensor> packed_metadata_on_cuda(const Tensor& cu_seqlens, int64_t total_tokens) {
-  const CudaScope scope(cu_seqlens);
-  const Metadata metadata = prepare_metadata(cu_seqlens, total_tokens);
-  check_cuda(packed_metadata_cuda(metadata.params, scope.stream()), "packed_metadata");
-  return {metadata.position_ids, metadata.seq_idx};
-}
-
-std::tuple<Tensor, Tensor> packed_labels_on_cuda(const Tensor& labels, const Tensor& cu_seqlens, bool shift,
-                                                 int64_t ignore_index) {
-  const CudaScope scope(labels);
-  const Labels prepared = prepare_labels(labels, cu_seqlens, shift, ignore_index);
-  check_cuda(packed_labels_cuda(prepared.params, scope.stream()), "packed_labels");
+  else {
+    const CudaScope scope(labels);
+    check_cuda(packed_labels_cuda(prepared.params, scope.stream()), "packed_labels");
+  }
+#endif
   return {prepared.target, prepared.counts};
 }
-#endif
 
 }  // namespace
-
 }  // namespace packops
 
-PACKOPS_LIBRARY_IMPL(CPU, m) {
-  m.impl("packed_metadata", TORCH_BOX(&packops::packed_metadata_on_cpu));
-  m.impl("packed_labels", TORCH_BOX(&packops::packed_labels_on_cpu));
+PACKOPS_SCHEMAS(m) {
+  m.def("packed_metadata(Tensor cu_seqlens, SymInt total_tokens) -> (Tensor position_ids, Tensor seq_idx)");
+  m.def(
+      "packed_labels(Tensor labels, Tensor cu_seqlens, *, bool shift=True, int ignore_index=-100) "
+      "-> (Tensor target, Tensor counts)");
 }
 
-#ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) {
-  m.impl("packed_metadata", TORCH_BOX(&packops::packed_metadata_on_cuda));
-  m.impl("packed_labels", TORCH_BOX(&packops::packed_labels_on_cuda));
+PACKOPS_KERNELS(m) {
+  m.impl("packed_metadata", TORCH_BOX(&packops::packed_metadata));
+  m.impl("packed_labels", TORCH_BOX(&packops::packed_labels));
 }
-#endif

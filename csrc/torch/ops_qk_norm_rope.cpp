@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "qk_norm_rope.h"
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include "torch/rope_args.h"
 #include "torch/stream.h"
 
@@ -57,23 +57,18 @@ void run(const QkNormRopeParams& p, const Tensor& q, bool backward) {
 
 std::tuple<Tensor, OptionalTensor> qk_norm_rope(Tensor q, OptionalTensor k, Tensor q_weight, OptionalTensor k_weight, Tensor cos,
                                                 Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps,
-                                                bool zero_centered, OptionalString layout_name, std::optional<int64_t> rotary_dim,
-                                                int64_t rotary_offset, bool interleaved, OptionalInts mrope_section,
-                                                bool mrope_interleaved, bool per_token_table) {
-  const Layout layout = layout_of(kOp, q, layout_name);
+                                                bool zero_centered, ROPE_PARAMETERS) {
+  const Layout dims = layout_of(kOp, q, layout);
   QkNormRopeParams p;
-  p.rope = make_rope_params(q, k, cos, sin,
-                            {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
-                             mrope_interleaved, per_token_table, false},
-                            layout);
+  p.rope = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, false}, dims);
   set_weights(p, q, q_weight, k_weight, eps, zero_centered);
   if (q.is_cpu()) check_rope_positions(kOp, p.rope);
   Tensor q_out = empty_heads_like(q);
-  set_output(p.rope.q, q_out, layout);
+  set_output(p.rope.q, q_out, dims);
   OptionalTensor k_out;
   if (k) {
     k_out = empty_heads_like(*k);
-    set_output(p.rope.k, *k_out, layout);
+    set_output(p.rope.k, *k_out, dims);
   }
   run(p, q, false);
   return {q_out, k_out};
@@ -88,33 +83,28 @@ void check_gradient(const Tensor& grad, const Tensor& like, const char* name) {
 
 std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward(
     Tensor q_grad, OptionalTensor k_grad, Tensor q, OptionalTensor k, Tensor q_weight, OptionalTensor k_weight, Tensor cos,
-    Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps, bool zero_centered,
-    OptionalString layout_name, std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
-    OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table) {
-  const Layout layout = layout_of(kOp, q, layout_name);
+    Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps, bool zero_centered, ROPE_PARAMETERS) {
+  const Layout dims = layout_of(kOp, q, layout);
   QkNormRopeParams p;
-  p.rope = make_rope_params(q, k, cos, sin,
-                            {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved, mrope_section,
-                             mrope_interleaved, per_token_table, true},
-                            layout);
+  p.rope = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, true}, dims);
   set_weights(p, q, q_weight, k_weight, eps, zero_centered);
   if (q.is_cpu()) check_rope_positions(kOp, p.rope);
   PACKOPS_CHECK(k.has_value() == k_grad.has_value(), ValueError, kOp, ": k and its gradient must be given together");
   check_gradient(q_grad, q, "the gradient of q");
   check_device(kOp, q, q_grad, "the gradient of q");
-  p.q_grad = heads_of(kOp, q_grad, layout, "the gradient of q");
+  p.q_grad = heads_of(kOp, q_grad, dims, "the gradient of q");
 
   Tensor dq = empty_heads_like(q), dq_weight = torch::stable::empty_like(q_weight), q_partial, k_partial;
   OptionalTensor dk, dk_weight;
-  set_output(p.rope.q, dq, layout);
+  set_output(p.rope.q, dq, dims);
   p.q_weight_grad = dq_weight.data_ptr();
   if (k) {
     check_gradient(*k_grad, *k, "the gradient of k");
     check_device(kOp, q, *k_grad, "the gradient of k");
-    p.k_grad = heads_of(kOp, *k_grad, layout, "the gradient of k");
+    p.k_grad = heads_of(kOp, *k_grad, dims, "the gradient of k");
     dk = empty_heads_like(*k);
     dk_weight = torch::stable::empty_like(*k_weight);
-    set_output(p.rope.k, *dk, layout);
+    set_output(p.rope.k, *dk, dims);
     p.k_weight_grad = dk_weight->data_ptr();
   }
 
@@ -141,14 +131,19 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward
 }  // namespace
 }  // namespace packops
 
-#define PACKOPS_QK_NORM_ROPE_IMPLS(m)                         \
-  m.impl("qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));  \
-  m.impl("_qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope)); \
-  m.impl("_qk_norm_rope_backward", TORCH_BOX(&packops::qk_norm_rope_backward));
+#define QK_INPUTS "Tensor q, Tensor? k, Tensor q_weight, Tensor? k_weight, Tensor cos, Tensor sin, Tensor? position_ids"
+#define NORM_OPTIONS "float eps, bool zero_centered=False, "
 
-PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_QK_NORM_ROPE_IMPLS(m)}
-#ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) {
-  PACKOPS_QK_NORM_ROPE_IMPLS(m)
+PACKOPS_SCHEMAS(m) {
+  m.def("qk_norm_rope(" QK_INPUTS "=None, Tensor? cu_seqlens=None, *, " NORM_OPTIONS ROPE_OPTIONS ") -> (Tensor, Tensor?)");
+  // The same without autograd.
+  m.def("_qk_norm_rope(" QK_INPUTS ", Tensor? cu_seqlens, " NORM_OPTIONS ROPE_OPTIONS ") -> (Tensor, Tensor?)");
+  m.def("_qk_norm_rope_backward(Tensor q_grad, Tensor? k_grad, " QK_INPUTS ", Tensor? cu_seqlens, " NORM_OPTIONS ROPE_OPTIONS
+        ") -> (Tensor, Tensor?, Tensor, Tensor?)");
 }
-#endif
+
+PACKOPS_KERNELS(m) {
+  m.impl("qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));
+  m.impl("_qk_norm_rope", TORCH_BOX(&packops::qk_norm_rope));
+  m.impl("_qk_norm_rope_backward", TORCH_BOX(&packops::qk_norm_rope_backward));
+}

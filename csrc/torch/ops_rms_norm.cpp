@@ -6,7 +6,7 @@
 #include "rms_norm.h"
 #include "rms_norm_launch.h"
 #include "torch/dispatch.h"
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include "torch/rows.h"
 #include "torch/stream.h"
 
@@ -105,14 +105,16 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
 }  // namespace
 }  // namespace packops
 
-#define PACKOPS_RMS_NORM_IMPLS(m)                     \
-  m.impl("rms_norm", TORCH_BOX(&packops::rms_norm));  \
-  m.impl("_rms_norm", TORCH_BOX(&packops::rms_norm)); \
-  m.impl("_rms_norm_backward", TORCH_BOX(&packops::rms_norm_backward));
-
-PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_RMS_NORM_IMPLS(m)}
-#ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) {
-  PACKOPS_RMS_NORM_IMPLS(m)
+PACKOPS_SCHEMAS(m) {
+  m.def("rms_norm(Tensor x, Tensor weight, *, float eps, bool zero_centered=False) -> Tensor");
+  m.def("_rms_norm(Tensor x, Tensor weight, float eps, bool zero_centered) -> Tensor");  // the same without autograd
+  m.def(
+      "_rms_norm_backward(Tensor grad, Tensor x, Tensor weight, float eps, bool zero_centered) "
+      "-> (Tensor grad_x, Tensor grad_weight)");
 }
-#endif
+
+PACKOPS_KERNELS(m) {
+  m.impl("rms_norm", TORCH_BOX(&packops::rms_norm));
+  m.impl("_rms_norm", TORCH_BOX(&packops::rms_norm));
+  m.impl("_rms_norm_backward", TORCH_BOX(&packops::rms_norm_backward));
+}

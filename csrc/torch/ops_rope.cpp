@@ -2,7 +2,7 @@
 #include <tuple>
 
 #include "rope.h"
-#include "torch/namespace.h"
+#include "torch/register.h"
 #include "torch/rope_args.h"
 #include "torch/stream.h"
 
@@ -32,71 +32,61 @@ void run(const RopeParams& p, const Tensor& q, const OptionalInts& tuning) {
 }
 
 std::tuple<Tensor, OptionalTensor> rope_raw(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
-                                            OptionalTensor cu_seqlens, OptionalString layout_name,
-                                            std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
-                                            OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table,
-                                            bool transposed, OptionalInts tuning) {
-  const Layout layout = layout_of(kOp, q, layout_name);
-  RopeParams p = make_rope_params(q, k, cos, sin,
-                                  {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved,
-                                   mrope_section, mrope_interleaved, per_token_table, transposed},
-                                  layout);
+                                            OptionalTensor cu_seqlens, ROPE_PARAMETERS, bool transposed, OptionalInts tuning) {
+  const Layout dims = layout_of(kOp, q, layout);
+  RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims);
   Tensor q_out = empty_heads_like(q);
-  set_output(p.q, q_out, layout);
+  set_output(p.q, q_out, dims);
   OptionalTensor k_out;
   if (k) {
     k_out = empty_heads_like(*k);
-    set_output(p.k, *k_out, layout);
+    set_output(p.k, *k_out, dims);
   }
   run(p, q, tuning);
   return {q_out, k_out};
 }
 
 void rope_raw_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens,
-               OptionalString layout_name, std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
-               OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table, bool transposed, OptionalInts tuning) {
-  const Layout layout = layout_of(kOp, q, layout_name);
-  RopeParams p = make_rope_params(q, k, cos, sin,
-                                  {kOp, position_ids, cu_seqlens, layout_name, rotary_dim, rotary_offset, interleaved,
-                                   mrope_section, mrope_interleaved, per_token_table, transposed},
-                                  layout);
+               ROPE_PARAMETERS, bool transposed, OptionalInts tuning) {
+  const Layout dims = layout_of(kOp, q, layout);
+  RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims);
   p.in_place = true;
   check_no_overlap(kOp, q, "q");
-  set_output(p.q, q, layout);
+  set_output(p.q, q, dims);
   if (k) {
     check_no_overlap(kOp, *k, "k");
-    set_output(p.k, *k, layout);
+    set_output(p.k, *k, dims);
   }
   run(p, q, tuning);
 }
 
 std::tuple<Tensor, OptionalTensor> rope(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
-                                        OptionalTensor cu_seqlens, OptionalString layout, std::optional<int64_t> rotary_dim,
-                                        int64_t rotary_offset, bool interleaved, OptionalInts mrope_section,
-                                        bool mrope_interleaved, bool per_token_table) {
-  return rope_raw(q, k, cos, sin, position_ids, cu_seqlens, layout, rotary_dim, rotary_offset, interleaved, mrope_section,
-                  mrope_interleaved, per_token_table, false, {});
+                                        OptionalTensor cu_seqlens, ROPE_PARAMETERS) {
+  return rope_raw(q, k, cos, sin, position_ids, cu_seqlens, ROPE_ARGUMENTS, false, {});
 }
 
 void rope_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens,
-           OptionalString layout, std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved,
-           OptionalInts mrope_section, bool mrope_interleaved, bool per_token_table) {
-  rope_raw_(q, k, cos, sin, position_ids, cu_seqlens, layout, rotary_dim, rotary_offset, interleaved, mrope_section,
-            mrope_interleaved, per_token_table, false, {});
+           ROPE_PARAMETERS) {
+  rope_raw_(q, k, cos, sin, position_ids, cu_seqlens, ROPE_ARGUMENTS, false, {});
 }
 
 }  // namespace
 }  // namespace packops
 
-#define PACKOPS_ROPE_IMPLS(m)                     \
-  m.impl("rope", TORCH_BOX(&packops::rope));      \
-  m.impl("_rope", TORCH_BOX(&packops::rope_raw)); \
-  m.impl("rope_", TORCH_BOX(&packops::rope_));    \
-  m.impl("_rope_", TORCH_BOX(&packops::rope_raw_));
+#define ROPE_TABLES "Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, "
+// transposed: the backward pass. tuning: for benchmarks.
+#define RAW_OPTIONS ", bool transposed=False, int[]? tuning=None"
 
-PACKOPS_LIBRARY_IMPL(CPU, m){PACKOPS_ROPE_IMPLS(m)}
-#ifdef PACKOPS_WITH_CUDA
-PACKOPS_LIBRARY_IMPL(CUDA, m) {
-  PACKOPS_ROPE_IMPLS(m)
+PACKOPS_SCHEMAS(m) {
+  m.def("rope(Tensor q, Tensor? k, " ROPE_TABLES "*, " ROPE_OPTIONS ") -> (Tensor, Tensor?)");
+  m.def("_rope(Tensor q, Tensor? k, " ROPE_TABLES ROPE_OPTIONS RAW_OPTIONS ") -> (Tensor, Tensor?)");
+  m.def("rope_(Tensor(a!) q, Tensor(b!)? k, " ROPE_TABLES "*, " ROPE_OPTIONS ") -> ()");
+  m.def("_rope_(Tensor(a!) q, Tensor(b!)? k, " ROPE_TABLES ROPE_OPTIONS RAW_OPTIONS ") -> ()");
 }
-#endif
+
+PACKOPS_KERNELS(m) {
+  m.impl("rope", TORCH_BOX(&packops::rope));
+  m.impl("_rope", TORCH_BOX(&packops::rope_raw));
+  m.impl("rope_", TORCH_BOX(&packops::rope_));
+  m.impl("_rope_", TORCH_BOX(&packops::rope_raw_));
+}

@@ -19,6 +19,15 @@ using OptionalTensor = std::optional<Tensor>;
 using OptionalInts = std::optional<std::vector<int64_t>>;
 using OptionalString = std::optional<StringArgument>;
 
+// The arguments that every op of RoPE ends with, spelled once: in the schema, as parameters, and as arguments.
+#define ROPE_OPTIONS                                                                      \
+  "str? layout=None, int? rotary_dim=None, int rotary_offset=0, bool interleaved=False, " \
+  "int[]? mrope_section=None, bool mrope_interleaved=False, bool per_token_table=False"
+#define ROPE_PARAMETERS                                                                                                          \
+  OptionalString layout, std::optional<int64_t> rotary_dim, int64_t rotary_offset, bool interleaved, OptionalInts mrope_section, \
+      bool mrope_interleaved, bool per_token_table
+#define ROPE_ARGUMENTS layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table
+
 // The dimensions of q and k.
 struct Layout {
   bool has_batch;

@@ -52,6 +52,13 @@ def source_files(csrc: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.relative_to(csrc).as_posix())
 
 
+def translation_units(csrc: Path, *, cuda: bool, python_module: bool) -> list[Path]:
+    """What is compiled: every ``.cpp`` file, with ``cuda`` every ``.cu`` file too; ``bindings.cpp`` only if asked for."""
+    suffixes = (".cpp", ".cu") if cuda else (".cpp",)
+    found = [path for path in source_files(csrc) if path.suffix in suffixes]
+    return [path for path in found if python_module or path != csrc / "bindings.cpp"]
+
+
 def source_digest(csrc: Path) -> str:
     """sha256 over the relative paths and contents of :func:`source_files`: which sources a build or a test run speaks of."""
     digest = hashlib.sha256()
@@ -145,7 +152,7 @@ def make_extension(
     defines: tuple[str, ...] = (),
     root: Path | None = None,
 ):
-    """One ``CppExtension`` out of ``csrc/build.json``. ``root``: make source paths relative to it, as setuptools wants."""
+    """One ``CppExtension`` out of ``csrc``. ``root``: make source paths relative to it, as setuptools wants."""
     try:
         from torch.utils import cpp_extension
     except ModuleNotFoundError as error:
@@ -154,15 +161,12 @@ def make_extension(
         ) from None
 
     config = read_config(csrc)
-    sources = config["kernels"] + config["torch_glue"]
     macros = config["defines"] + list(defines)
     link_flags = list(config["link_flags"])
     if python_module:
-        sources = sources + config["python_module"]
         link_flags.append("-Wl,-rpath,$ORIGIN/../torch/lib")
     archs = (archs or choose_archs(config)) if cuda_home else []
     if cuda_home:
-        sources = sources + config["cuda_kernels"]
         # Unquoted, one token each: quotes and semicolons do not survive every shell between here and the compiler.
         macros += config["cuda_defines"] + [
             f"PACKOPS_CUDA_VERSION={nvcc_version(cuda_home)}",
@@ -177,9 +181,10 @@ def make_extension(
     if cuda_home:
         compile_args["nvcc"] = config["nvcc_flags"] + macros + arch_flags(archs)
     base = csrc if root is None else csrc.relative_to(root)
+    units = translation_units(csrc, cuda=cuda_home is not None, python_module=python_module)
     extension = cpp_extension.CppExtension(
         name,
-        [str(base / source) for source in sources],
+        [str(base / path.relative_to(csrc)) for path in units],
         include_dirs=[str(csrc), *([f"{cuda_home}/include"] if cuda_home else [])],
         extra_compile_args=compile_args,
         extra_link_args=link_flags,
