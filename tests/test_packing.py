@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from packops import _C, pack
-from packops.packing import STRATEGIES
+from packops.data.packing import STRATEGIES
 
 WHOLE = [s for s in STRATEGIES if s != "wrapped"]
 

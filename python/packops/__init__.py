@@ -12,10 +12,13 @@ _register.register("packops")
 
 # The ops must be registered before the modules that use them.
 from ._checks import checks  # noqa: E402
-from .batch import PackedBatch  # noqa: E402
-from .collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
+from .data.batch import PackedBatch  # noqa: E402
+from .data.collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
+from .data.documents import SlicedDataset  # noqa: E402
+from .data.packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .data.sampler import PackedBatchSampler  # noqa: E402
+from .data.stream import StreamPacker  # noqa: E402
 from .distributed import loss_normalizer  # noqa: E402
-from .documents import SlicedDataset  # noqa: E402
 from .functional import (  # noqa: E402
     CrossEntropyStats,
     apply_qk_norm_rope,
@@ -30,10 +33,7 @@ from .functional import (  # noqa: E402
     rms_norm,
 )
 from .modules import CrossEntropyLoss, RotaryEmbedding  # noqa: E402
-from .packing import DocumentSlice, PackingPlan, pack  # noqa: E402
 from .rotary import rope_table  # noqa: E402
-from .sampler import PackedBatchSampler  # noqa: E402
-from .stream import StreamPacker  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
 
 __version__ = "0.1.0"

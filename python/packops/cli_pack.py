@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .packing import STRATEGIES, IntArray, PackingPlan, as_lengths, pack
+from .data.packing import STRATEGIES, IntArray, PackingPlan, as_lengths, pack
 
 PADDED_BATCH = 8  # documents of the padded batches that packing is compared with
 

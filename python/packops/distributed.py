@@ -9,8 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .batch import PackedBatch
+from .data.batch import PackedBatch
 from .functional import packed_labels, packed_metadata
+
+__all__ = ["loss_normalizer"]
 
 DENOMINATORS = {"mean": "tokens", "seq-mean-token-mean": "documents", "seq-mean-token-sum": "documents"}
 

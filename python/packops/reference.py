@@ -17,7 +17,7 @@ from torch.nn import functional as F
 REDUCTIONS = ("none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum")
 
 
-class Documents(NamedTuple):
+class DocumentRows(NamedTuple):
     """Which document each of T rows belongs to (-1: padding), and whether it is its document's last row."""
 
     index: Tensor  # type: ignore[assignment]
@@ -25,7 +25,7 @@ class Documents(NamedTuple):
     count: int  # type: ignore[assignment]
 
 
-def documents_of(batch_shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> Documents:
+def documents_of(batch_shape: torch.Size, cu_seqlens: Tensor | None, device: torch.device) -> DocumentRows:
     """Documents from ``cu_seqlens`` (S+1,), or one per row of a ``(..., length)`` batch."""
     rows = batch_shape.numel()
     index = torch.full((rows,), -1, dtype=torch.int64, device=device)
@@ -39,7 +39,7 @@ def documents_of(batch_shape: torch.Size, cu_seqlens: Tensor | None, device: tor
         index[begin:end] = document
         if end > begin:
             is_last[end - 1] = True
-    return Documents(index, is_last, len(bounds) - 1)
+    return DocumentRows(index, is_last, len(bounds) - 1)
 
 
 def cross_entropy(

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .batch import PackedBatch
-from .collator import PackingCollator
+from .data.batch import PackedBatch
+from .data.collator import PackingCollator
+from .data.documents import length_of
+from .data.packing import pack
 from .distributed import DENOMINATORS, loss_normalizer
-from .documents import length_of
-from .packing import pack
 
 Forward = Callable[[nn.Module, PackedBatch], Tensor]
 Loss = Callable[[nn.Module, PackedBatch, Tensor], Tensor]

@@ -24,7 +24,7 @@ import packops
 
 IGNORE = -100
 DOCUMENT_ATTENTION = "packops_demo_documents"
-Documents = Sequence[NDArray[Any]]
+TokenArrays = Sequence[NDArray[Any]]
 
 
 class Way(Protocol):
@@ -34,7 +34,7 @@ class Way(Protocol):
     @property
     def attention(self) -> str: ...
 
-    def batches(self, documents: Documents, step: int) -> list[Any]: ...
+    def batches(self, documents: TokenArrays, step: int) -> list[Any]: ...
 
     def loss(self, model: LlamaForCausalLM, batch: Any) -> Tensor: ...
 
@@ -55,7 +55,7 @@ class Padded:
     name: str = "padded"
     attention: str = "sdpa"
 
-    def batches(self, documents: Documents, step: int = 0) -> list[PaddedBatch]:
+    def batches(self, documents: TokenArrays, step: int = 0) -> list[PaddedBatch]:
         found = []
         for start in range(0, len(documents), self.documents_per_batch):
             rows = [torch.from_numpy(row) for row in documents[start : start + self.documents_per_batch]]
@@ -85,7 +85,7 @@ class Pack:
     documents_in_step: int
 
 
-def make_packs(documents: Documents, pack_length: int, *, seed: int, step: int, device: torch.device) -> list[Pack]:
+def make_packs(documents: TokenArrays, pack_length: int, *, seed: int, step: int, device: torch.device) -> list[Pack]:
     """The documents of a step in as few packs of at most ``pack_length`` tokens as best fit manages."""
     plan = packops.pack([len(document) for document in documents], pack_length, seed=seed, epoch=step)
     packs = []
@@ -113,7 +113,7 @@ class Careless:
     name: str = "careless"
     attention: str = "sdpa"
 
-    def batches(self, documents: Documents, step: int) -> list[Pack]:
+    def batches(self, documents: TokenArrays, step: int) -> list[Pack]:
         return make_packs(documents, self.pack_length, seed=self.seed, step=step, device=self.device)
 
     def loss(self, model: LlamaForCausalLM, batch: Pack) -> Tensor:
@@ -130,7 +130,7 @@ class Packops:
     name: str = "packops"
     attention: str = DOCUMENT_ATTENTION
 
-    def batches(self, documents: Documents, step: int) -> list[Pack]:
+    def batches(self, documents: TokenArrays, step: int) -> list[Pack]:
         return make_packs(documents, self.pack_length, seed=self.seed, step=step, device=self.device)
 
     def loss(self, model: LlamaForCausalLM, batch: Pack) -> Tensor:

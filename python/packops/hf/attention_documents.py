@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..data.documents import document_begins
 from ..functional import packed_metadata
 
 NAME = "packops_varlen"
@@ -182,8 +183,7 @@ def _check_bounds(bounds: Tensor, other: Tensor | None, query: Tensor) -> None:
 
 def _from_positions(positions: Tensor, padding: Tensor | None) -> Documents:
     """A document begins at each row, wherever positions do not go up by one, and where padding begins or ends. Waits."""
-    begins = torch.ones_like(positions, dtype=torch.bool)
-    begins[:, 1:] = positions[:, 1:] != positions[:, :-1] + 1
+    begins = document_begins(positions)
     if padding is not None:
         resumes = torch.zeros_like(begins)
         resumes[:, 1:] = padding[:, 1:] & ~padding[:, :-1] & ~begins[:, 1:]

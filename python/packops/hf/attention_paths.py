@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _C
-from ..collator import max_docs_for_flash_attention
+from ..data.collator import max_docs_for_flash_attention
 from ..functional import attention
 from .attention_documents import FLEX_BLOCK, Documents
 

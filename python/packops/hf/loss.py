@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import packops
 
+from ..data.documents import document_begins
 from ..distributed import DENOMINATORS
 from ..functional import cross_entropy
 from . import rewrite
@@ -174,11 +175,9 @@ def documents_of(position_ids: Tensor, rows: torch.Size) -> Tensor:
         raise ValueError(
             f"packops.hf: position_ids of shape {tuple(position_ids.shape)} do not say where documents begin: pass cu_seq_lens_q"
         )
-    ids = position_ids.expand(rows)
-    begins = torch.ones_like(ids, dtype=torch.bool)
-    begins[:, 1:] = ids[:, 1:] != ids[:, :-1] + 1
-    tokens = ids.numel()
-    index = torch.arange(tokens, device=ids.device, dtype=torch.int32)
+    begins = document_begins(position_ids.expand(rows))
+    tokens = begins.numel()
+    index = torch.arange(tokens, device=begins.device, dtype=torch.int32)
     starts = torch.where(begins.reshape(-1), index, tokens).to(torch.int32).sort().values
     return torch.cat((starts, starts.new_full((1,), tokens)))
 

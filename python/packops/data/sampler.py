@@ -11,6 +11,8 @@ from numpy.typing import ArrayLike
 
 from .packing import _C, DocumentSlice, IntArray, Overlong, PackingPlan, Strategy, as_lengths, pack
 
+__all__ = ["PackedBatchSampler"]
+
 Balance = Literal["none", "tokens", "attention"]
 
 # Steps whose packs are exchanged to even out the ranks: large enough to find packs of equal cost, small enough that a step's

@@ -13,6 +13,8 @@ import torch
 from .batch import PackedBatch
 from .documents import tokens_of
 
+__all__ = ["PackingCollator", "max_docs_for_flash_attention"]
+
 # So many documents in one row are worth a warning, whatever the model.
 MANY_DOCUMENTS = 1024
 

@@ -10,7 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .functional import packed_labels, packed_metadata
+from ..functional import packed_labels, packed_metadata
+from .documents import document_begins
+
+__all__ = ["PackedBatch"]
 
 
 @dataclasses.dataclass
@@ -135,9 +138,7 @@ class PackedBatch:
     ) -> PackedBatch:
         """From a packed row and its position ids: a document begins wherever they do not go up by one."""
         positions = _one_row(position_ids, "position_ids")
-        starts = torch.ones(len(positions), dtype=torch.bool, device=positions.device)
-        starts[1:] = positions[1:] != positions[:-1] + 1
-        boundaries = [*starts.nonzero().flatten().tolist(), len(positions)]
+        boundaries = [*document_begins(positions).nonzero().flatten().tolist(), len(positions)]
         cu_seqlens = torch.tensor(boundaries if len(positions) else [0], dtype=torch.int32)
         return cls.from_cu_seqlens(input_ids, cu_seqlens, labels=labels, **options)
 

@@ -10,6 +10,8 @@ from typing import Any, Generic, TypeVar
 from .documents import length_of, slice_document
 from .packing import Overlong
 
+__all__ = ["StreamPacker"]
+
 Document = TypeVar("Document")
 
 

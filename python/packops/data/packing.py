@@ -15,7 +15,9 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from . import _loader
+from .. import _loader
+
+__all__ = ["STRATEGIES", "DocumentSlice", "PackingPlan", "pack"]
 
 _C = _loader.load()
 

@@ -6,8 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from .packing import DocumentSlice
+
+__all__ = ["SlicedDataset", "document_begins", "length_of", "slice_document", "tokens_of"]
 
 TOKENS = "input_ids"
 
@@ -36,6 +40,13 @@ def slice_document(document: Any, start: int, length: int) -> Any:
     if not isinstance(document, Mapping):
         return document[start : start + length]
     return {key: value[start : start + length] if _is_per_token(value, total) else value for key, value in document.items()}
+
+
+def document_begins(position_ids: Tensor) -> Tensor:
+    """(..., L) bool: where a document begins. That is at the start of each row, and wherever positions do not rise by one."""
+    begins = torch.ones_like(position_ids, dtype=torch.bool)
+    begins[..., 1:] = position_ids[..., 1:] != position_ids[..., :-1] + 1
+    return begins
 
 
 def _is_per_token(value: Any, total: int) -> bool:
