@@ -1,6 +1,6 @@
 """A packed training loop with Accelerate: gradient accumulation and several processes, and still one mean over the whole step.
 
-    pip install 'packops[hf]'
+    pip install '.[hf]'
     python examples/accelerate_loop.py                                            # one process
     accelerate launch --cpu --num_processes 2 examples/accelerate_loop.py         # two share every step
 

@@ -1,6 +1,6 @@
 """Packed training of a Hugging Face model in ``transformers.Trainer``, with the losses of unpacked training.
 
-    pip install 'packops[hf]'
+    pip install '.[hf]'
     python examples/hf_trainer.py
 
 Runs on a CPU in well under a minute, on real text: networkx's docstrings. Four things make it packed: the plan of the

@@ -4,7 +4,7 @@
 
 The question here: the CPU kernel of the cross entropy goes through a row in blocks, so that a block is still in the L1 cache when
 it is read for the second time (first for its maximum, then for its sum). How long should a block be? Put your own question in its
-place: an edit of a copy of ``csrc/`` and a namespace for it is all it takes. Needs ``pip install 'packops[jit]'`` and a compiler.
+place: an edit of a copy of ``csrc/`` and a namespace for it is all it takes. Needs ``pip install '.[jit]'`` and a compiler.
 """
 
 import argparse

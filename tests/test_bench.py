@@ -15,7 +15,8 @@ import pytest
 import torch
 
 import packops
-from packops import cli, cli_bench
+from packops import cli
+from packops.cli import bench as cli_bench
 
 BENCH = Path(__file__).parents[1] / "bench"
 

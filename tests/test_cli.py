@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+import os
+import re
+import signal
 import subprocess
 import sys
+import time
 import types
+from pathlib import Path
 
 import pytest
 
 import packops
 from packops import cli
+from packops.cli import device, info, program
+from packops.data.packing import STRATEGIES
+from packops.distributed import DENOMINATORS
+
+PYTHON = str(Path(packops.__file__).parents[1])
 
 
 def test_info(capsys):
@@ -30,7 +40,7 @@ def test_info_as_a_program_without_the_extras():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert "packops[demo]  missing matplotlib, tqdm, transformers" in result.stdout
+    assert "extra demo    missing matplotlib, tqdm, transformers: pip install '.[demo]'" in result.stdout
 
 
 def test_info_shows_a_stale_build(monkeypatch, capsys):
@@ -61,27 +71,145 @@ def test_info_shows_variables(monkeypatch, capsys):
     ],
 )
 def test_coverage(capability, archs, expected):
-    assert cli.coverage(capability, archs) == expected
+    assert info.coverage(capability, archs) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpu", "cuda", "archs", "expected"),
+    [
+        (False, "", "", "the CPU kernels are usable"),
+        (False, "13.0", "9.0", "the CPU kernels are usable; the CUDA kernels are there, but this torch sees no GPU"),
+        (True, "", "", "WITHOUT CUDA kernels"),
+        (True, "13.0", "8.0", "the CUDA kernels NOT on every GPU here"),
+        (True, "13.0", "9.0", "the CPU and the CUDA kernels are usable"),
+    ],
+)
+def test_the_last_line_of_info_says_what_matters_most(monkeypatch, gpu, cuda, archs, expected):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda index: (9, 0))
+    assert expected in info._summary({"cuda": cuda, "cuda_archs": archs})
 
 
 def test_a_command_gets_its_arguments(monkeypatch):
     module = types.ModuleType("packops_test_command")
-    module.add_parser = lambda commands: commands.add_parser("demo").add_argument("--steps", type=int)
     module.main = lambda arguments: arguments.steps
     monkeypatch.setitem(sys.modules, "packops_test_command", module)
-    monkeypatch.setitem(cli.COMMANDS, "demo", ("packops_test_command", "help", "demo"))
+    monkeypatch.setitem(program.COMMANDS, "demo", ("packops_test_command", "help"))
     assert cli.main(["demo", "--steps", "3"]) == 3
 
 
-def test_a_missing_extra_is_named(monkeypatch):
-    monkeypatch.setitem(cli.COMMANDS, "demo", ("surely_not_installed", "help", "demo"))
-    with pytest.raises(SystemExit, match=r"packops demo: No module named 'surely_not_installed': pip install 'packops\[demo\]'"):
-        cli.main(["demo"])
+def test_the_names_spelled_for_a_parser_without_torch_are_those_of_the_package():
+    assert program.STRATEGIES == STRATEGIES
+    assert tuple(DENOMINATORS) == program.REDUCTIONS
+    assert program.version() == packops.__version__
+    assert set(program.ARGUMENTS) == set(program.COMMANDS)
 
 
-@pytest.mark.parametrize("argv", [[], ["nonsense"], ["info", "--nonsense"]])
+def test_alone_it_prints_help(capsys):
+    assert cli.main([]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith("usage: packops")
+    assert all(f"    {name} " in shown for name in program.COMMANDS)
+
+
+@pytest.mark.parametrize("argv", [["nonsense"], ["info", "--nonsense"], ["pack"], ["pack", "x", "--max-length", "0"]])
 def test_misuse(argv, capsys):
     with pytest.raises(SystemExit) as error:
         cli.main(argv)
     assert error.value.code == 2
     assert "usage: packops" in capsys.readouterr().err
+
+
+CONSOLE_SCRIPT = ["-c", "import sys; sys.argv[0] = 'packops'; from _packops_cli import main; sys.exit(main())"]
+
+
+def program_of(start, *arguments, **options):
+    environment = {**os.environ, "PYTHONPATH": PYTHON}
+    return subprocess.Popen([sys.executable, *start, *arguments], env=environment, text=True, stderr=subprocess.PIPE, **options)
+
+
+@pytest.mark.parametrize("start", [["-m", "packops"], CONSOLE_SCRIPT], ids=["module", "script"])
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [
+        ([], 0),
+        (["--help"], 0),
+        (["--version"], 0),
+        (["bench"], 0),
+        (["nonsense"], 2),
+        *([[name, "-h"], 0] for name in program.COMMANDS),
+    ],
+    ids=str,
+)
+def test_help_and_mistakes_do_not_import_torch(tmp_path, start, arguments, status):
+    """Which would take seconds. A torch and a numpy that cannot be imported stand in for the clock."""
+    for name in ("torch", "numpy"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PYTHON}"}
+    done = subprocess.run([sys.executable, *start, *arguments], env=environment, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    assert "imported" not in done.stderr
+    assert "packops" in (done.stderr if status else done.stdout)
+
+
+def test_a_program_that_is_called_packops_or_imports_it_is_left_alone(tmp_path):
+    script = tmp_path / "packops_script.py"
+    script.write_text("import sys, packops; print(sys.argv[1:])")
+    environment = {**os.environ, "PYTHONPATH": f"{PYTHON}{os.pathsep}{tmp_path}"}
+    for start in ([str(script)], ["-m", "packops_script"]):
+        done = subprocess.run([sys.executable, *start, "--help"], env=environment, capture_output=True, text=True)
+        assert done.stdout == "['--help']\n", done.stderr
+
+
+def test_a_reader_that_has_seen_enough_ends_it_silently(tmp_path):
+    """``packops info | head -1``: here the pipe is closed before anything is written."""
+    read, write = os.pipe()
+    process = program_of(["-m", "packops"], "info", stdout=write)
+    os.close(write)
+    os.close(read)
+    assert process.communicate()[1] == ""
+    assert process.returncode == 141
+
+
+@pytest.mark.parametrize("start", [["-m", "packops"], CONSOLE_SCRIPT], ids=["module", "script"])
+def test_an_interrupt_ends_it_without_a_traceback(tmp_path, start):
+    fifo = tmp_path / "lengths.txt"
+    os.mkfifo(fifo)
+    process = program_of(start, "pack", str(fifo), stdout=subprocess.PIPE)
+    with fifo.open("w") as writer:  # opens when the command reads, and stays open: the command waits for a line
+        time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == ("", "")
+        writer.flush()
+    assert process.returncode == -signal.SIGINT
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("tpu", "'tpu' is no device"),
+        ("meta", "not on meta"),
+        ("cuda:99", r"there is no cuda:99 here; this torch sees \d+ GPUs"),
+    ],
+)
+def test_a_device_that_is_not_there(text, says):
+    with pytest.raises(ValueError, match=says):
+        device.choose_device(text)
+
+
+def test_a_gpu_without_kernels_for_it_is_not_chosen(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr(device, "_C", types.SimpleNamespace(build_info=lambda: {"cuda": ""}))
+    assert device.choose_device(None).type == "cpu"
+    with pytest.raises(ValueError, match="built without them"):
+        device.choose_device("cuda")
+
+
+def test_no_message_names_an_index_where_the_package_is_not():
+    root = Path(__file__).resolve().parents[1]
+    folders = ("python", "examples", "docs", "tools", "bench")
+    sources = [p for f in folders for p in (root / f).rglob("*") if p.suffix in (".py", ".md", ".sh")]
+    named = [str(p) for p in [*sources, root / "README.md"] if re.search(r"pip install '?packops", p.read_text())]
+    assert not named

@@ -2,51 +2,90 @@
 
 from __future__ import annotations
 
-import argparse
+import contextlib
+import gzip
 import json
+import sys
 
 import numpy as np
 import pytest
 
-from packops import cli_pack, cli_verify
+from packops import cli
+from packops.cli import verify as cli_verify
 
 
-def command(module, *argv):
-    parser = argparse.ArgumentParser()
-    module.add_parser(parser.add_subparsers())
-    name = module.__name__.rpartition("_")[2]
-    return module.main(parser.parse_args([name, *map(str, argv)]))
+def command(name, *argv):
+    return cli.main([name, *map(str, argv)])
 
 
 LENGTHS = [6, 5, 3, 0, 2, 4]
 
 
-@pytest.fixture(params=["npy", "txt", "jsonl numbers", "jsonl lists", "jsonl column", "jsonl text"])
+FORMS = [
+    "npy",
+    "txt",
+    "txt.gz",
+    "jsonl numbers",
+    "jsonl lists",
+    "jsonl input_ids",
+    "jsonl column",
+    "jsonl text",
+    "jsonl.gz lists",
+]
+FORMS += ["csv alone", "csv column", "csv lists", "csv.gz column", "parquet lists", "parquet column", "parquet text"]
+
+
+@pytest.fixture(params=FORMS)
 def source(request, tmp_path):
     kind, _, form = request.param.partition(" ")
     path, options = tmp_path / f"lengths.{kind}", []
     if kind == "npy":
         np.save(path, np.array(LENGTHS, np.int32))
-    elif kind == "txt":
-        path.write_text("".join(f"{n}\n" for n in LENGTHS) + "\n")
+    elif kind.startswith("txt"):
+        write(path, "".join(f"{n}\n" for n in LENGTHS) + "\n")
+    elif kind.startswith("csv"):
+        header = {"alone": "", "column": "id,size\n", "lists": '"input_ids","id"\n'}[form]
+        row = {"alone": "{n}\n", "column": '"a, b",{n}\n', "lists": '"{ids}",7\n'}[form]
+        write(path, header + "".join(row.format(n=n, ids=[7] * n) for n in LENGTHS))
+        options = ["--column", "size"] if form == "column" else []
+    elif kind == "parquet":
+        pyarrow = pytest.importorskip("pyarrow")
+        parquet = pytest.importorskip("pyarrow.parquet")
+        columns = {
+            "lists": {"id": list("abcdef"), "input_ids": [[7] * n for n in LENGTHS]},
+            "column": {"id": [9] * 6, "n": LENGTHS},
+        }
+        columns["text"] = {"text": ["word " * n for n in LENGTHS]}
+        parquet.write_table(pyarrow.table(columns[form]), path, row_group_size=4)
+        options = {"lists": [], "column": ["--column", "n"], "text": ["--tokenizer", words(tmp_path)]}[form]
     else:
         values = {"numbers": LENGTHS, "lists": [[7] * n for n in LENGTHS]}.get(form)
+        if form == "input_ids":
+            values = [{"id": "x", "input_ids": [7] * n} for n in LENGTHS]
         if form == "column":
-            values, options = [{"id": "x", "input_ids": [7] * n} for n in LENGTHS], ["--column", "input_ids"]
+            values, options = [{"input_ids": [], "ids": [7] * n} for n in LENGTHS], ["--column", "ids"]
         if form == "text":
-            tokenizers = pytest.importorskip("tokenizers")
-            words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
-            words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-            words.save(str(tmp_path / "tokenizer.json"))
-            values = [{"text": "word " * n} for n in LENGTHS]
-            options = ["--column", "text", "--tokenizer", tmp_path / "tokenizer.json"]
-        path.write_text("".join(json.dumps(v) + "\n" for v in values))
+            values, options = [{"text": "word " * n} for n in LENGTHS], ["--tokenizer", words(tmp_path)]
+        write(path, "".join(json.dumps(v) + "\n" for v in values))
     return path, options
+
+
+def write(path, text):
+    with gzip.open(path, "wt") if path.suffix == ".gz" else path.open("w") as file:
+        file.write(text)
+
+
+def words(folder):
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0}, unk_token="a"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"
 
 
 def test_pack_reads_every_form(source, capsys):
     path, options = source
-    assert command(cli_pack, path, "--max-length", 10, "--strategy", "bfd", *options) == 0
+    assert command("pack", path, "--max-length", 10, "--strategy", "bfd", *options) == 0
     out = capsys.readouterr().out
     assert "6 documents, 20 tokens: mean 3, median 3, 95 % below 5, longest 6" in out
     assert "bfd" in out
@@ -60,8 +99,7 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
     np.save(tmp_path / "l.npy", lengths)
     files = {name: tmp_path / name for name in ("out.json", "out.png", "out.npz")}
     assert (
-        command(cli_pack, tmp_path / "l.npy", "--max-length", 256, "--json", files["out.json"], "--picture", files["out.png"])
-        == 0
+        command("pack", tmp_path / "l.npy", "--max-length", 256, "--json", files["out.json"], "--picture", files["out.png"]) == 0
     )
     table = capsys.readouterr().out
     data = json.loads(files["out.json"].read_text())
@@ -71,7 +109,7 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
         assert f"{plan['num_packs']:,}" in table
     assert 0.3 < data["padded_efficiency"] < 0.9
     assert files["out.png"].read_bytes()[:4] == b"\x89PNG"
-    assert command(cli_pack, tmp_path / "l.npy", "--max-length", 256, "--strategy", "best_fit", "--plan", files["out.npz"]) == 0
+    assert command("pack", tmp_path / "l.npy", "--max-length", 256, "--strategy", "best_fit", "--plan", files["out.npz"]) == 0
     plan = np.load(files["out.npz"])
     assert np.array_equal(np.sort(plan["indices"]), np.arange(3000))
     assert np.array_equal(plan["lengths"], lengths[plan["indices"]])
@@ -82,11 +120,27 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
     [
         ("l.txt", "3\nx4\n", [], r"line 2: want an integer, got 'x4'"),
         ("l.jsonl", "{", [], r"line 1: want JSON, got '{'"),
-        ("l.jsonl", '{"text": "a"}', [], r"line 1: --column must name one of the fields 'text'"),
+        ("l.jsonl", '{"text": "a", "b": 3}', [], r"line 1: --column must name one of the fields 'text', 'b'"),
         ("l.jsonl", '{"text": "a"}', ["--column", "ids"], r"--column must name one of the fields 'text', got 'ids'"),
         ("l.jsonl", '"some text"', [], r"line 1: text needs --tokenizer to be counted in tokens"),
         ("l.jsonl", "1.5", [], r"line 1: want a length, a list of token ids or text, got float"),
-        ("l.csv", "3", [], r"LENGTHS must end in .npy, .txt or .jsonl"),
+        ("l.xml", "3", [], r"LENGTHS must end in .npy, .txt, .jsonl, .csv, .parquet (.gz may follow), or --format must say"),
+        ("l.txt", "", [], r"l.txt is empty: want the length of at least one document"),
+        ("l.jsonl", "\n\n", [], r"l.jsonl is empty"),
+        ("l.csv", "input_ids,id\n", [], r"l.csv is empty"),
+        ("l.txt", "3\n\n-4\n", [], r"line 3: a document has 0 to 2^31 - 1 tokens, got -4"),
+        ("l.txt", "3\n1000000000000000000000\n", [], r"line 2: a document has 0 to 2^31 - 1 tokens, got 1000000000000000000000"),
+        ("l.jsonl", "3\n2147483648\n", [], r"line 2: a document has 0 to 2^31 - 1 tokens, got 2147483648"),
+        ("l.txt", "9" * 5000, [], r"line 1: want an integer, got '999"),
+        ("l.jsonl", "[" * 100000, [], r"line 1: want JSON, got '[[["),
+        ("l.jsonl", "true", [], r"line 1: want a length, a list of token ids or text, got bool"),
+        ("l.csv", "size,id\n3,4\n", [], r"line 2: --column must name one of the fields 'size', 'id'"),
+        ("l.csv", "size,id\n3\n", [], r"line 2: want 2 columns as in the header, got 1"),
+        ("l.csv", "3\n4,5\n", [], r"line 2: want one column as in the rows before, got 2"),
+        ("l.csv", 'length\n"three"\n', [], r"line 2: text needs --tokenizer"),
+        ("l.txt.gz", "3\n", [], r"l.txt.gz, line 1 or later: Not a gzipped file"),
+        ("l.npy", "3\n", [], r"l.npy: want an array as numpy.save writes it"),
+        ("l.parquet", "3\n", [], r"l.parquet"),
         (
             "l.txt",
             "3\n5000",
@@ -98,11 +152,47 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
 )
 def test_pack_names_what_is_wrong(tmp_path, capsys, name, content, options, message):
     (tmp_path / name).write_text(content)
-    assert command(cli_pack, tmp_path / name, *options) == 2
+    assert command("pack", tmp_path / name, *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("packops pack: ")
     assert message in error
-    assert command(cli_pack, tmp_path / "nowhere.txt") == 2
+    assert command("pack", tmp_path / "nowhere.txt") == 2
+
+
+def test_pack_names_a_bad_element_of_an_array(tmp_path, capsys):
+    for values, message in (([3, -1], "l.npy, element 1: a document has 0"), ([3.5], "l.npy: lengths must be integers")):
+        np.save(tmp_path / "l.npy", np.array(values))
+        assert command("pack", tmp_path / "l.npy") == 2
+        assert message in capsys.readouterr().err
+
+
+def test_pack_names_a_bad_row_of_a_parquet_file(tmp_path, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for values, message in (([3, 4, -1], "element 2: a document has 0"), ([3, None, 4], "row 1: 'length' is null")):
+        parquet.write_table(pyarrow.table({"length": values, "id": values}), tmp_path / "l.parquet", row_group_size=2)
+        assert command("pack", tmp_path / "l.parquet") == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [("3\n4\n5\n", []), ('{"input_ids": [1, 2, 3]}\n4\n[1, 2, 3, 4, 5]', []), ("n\n3\n4\n5\n", ["--format", "csv"])],
+    ids=["numbers", "jsonl", "csv"],
+)
+def test_pack_reads_the_standard_input(tmp_path, monkeypatch, capsys, text, options):
+    (tmp_path / "in").write_text(text)
+    with (tmp_path / "in").open() as file:
+        monkeypatch.setattr(sys, "stdin", file)
+        assert command("pack", "-", *options) == 0
+    assert "3 documents, 12 tokens" in capsys.readouterr().out
+
+
+def test_pack_says_what_it_wrote(tmp_path, capsys):
+    (tmp_path / "l.txt").write_text("3\n4\n")
+    plan, report = tmp_path / "plan", tmp_path / "r.json"
+    assert command("pack", tmp_path / "l.txt", "--strategy", "bfd", "--plan", plan, "--json", report) == 0
+    assert capsys.readouterr().out.splitlines()[-2:] == [f"wrote {report}", f"wrote {plan}"]
+    assert np.load(plan)["lengths"].tolist() == [4, 3]
 
 
 @pytest.fixture(scope="module")
@@ -117,24 +207,78 @@ def model(tmp_path_factory):
 
 
 def test_verify_says_yes(model, tmp_path, capsys):
-    assert command(cli_verify, model, "--device", "cpu", "--json", tmp_path / "r.json") == 0
-    assert "packed EQUALS one by one: 8 documents" in capsys.readouterr().out
+    assert command("verify", model, "--device", "cpu", "--json", tmp_path / "r.json") == 0
+    shown = capsys.readouterr()
+    assert "packed EQUALS one by one: 8 documents" in shown.out
+    assert shown.out.endswith(f"wrote {tmp_path / 'r.json'}\n")
+    assert "M parameters on cpu, 28 forward passes" in shown.err
+    assert " s left after 3 of 28" in shown.err
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["ok"] is True
     assert len(report["leaks"]) == 8
-    assert command(cli_verify, model, "--device", "cpu", "--random-weights", "--attention", "eager", "--no-gradients") == 0
+    assert command("verify", model, "--device", "cpu", "--random-weights", "--attention", "eager", "--no-gradients") == 0
 
 
 def test_verify_says_no(model, capsys):
     """transformers' own loss is a mean over tokens, whatever else is asked for."""
-    assert command(cli_verify, model, "--device", "cpu", "--reduction", "seq-mean-token-mean") == 1
+    assert command("verify", model, "--device", "cpu", "--reduction", "seq-mean-token-mean") == 1
     assert "DOES NOT EQUAL" in capsys.readouterr().out
 
 
 def test_verify_could_not_tell(model, tmp_path, capsys):
-    assert command(cli_verify, tmp_path / "nowhere", "--device", "cpu") == 2
+    assert command("verify", tmp_path / "nowhere", "--device", "cpu") == 2
     (tmp_path / "d.jsonl").write_text('[1, 2]\n{"input_ids": [3, "x"]}\n')
-    assert command(cli_verify, model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 2
+    assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 2
     assert "line 2: want a list of token ids" in capsys.readouterr().err
     (tmp_path / "d.jsonl").write_text('[1, 2, 3]\n{"input_ids": [3, 4, 5, 6]}\n')
-    assert command(cli_verify, model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 0
+    assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 0
+
+
+def test_verify_counts_the_passes_that_it_announces(model, monkeypatch):
+    """The time that it names is a share of them."""
+    calls = []
+    monkeypatch.setattr(cli_verify, "progress", lambda m, total, device: counting(m, total, calls))
+    assert command("verify", model, "--device", "cpu", "--max-length", 100) == 0
+    (total, done) = calls
+    assert total == done > 28
+
+
+@contextlib.contextmanager
+def counting(model, total, calls):
+    count = [0]
+    hook = model.register_forward_hook(lambda *_: count.__setitem__(0, count[0] + 1))
+    yield
+    hook.remove()
+    calls += [total, count[0]]
+
+
+def test_verify_checks_what_is_cheap_first(model, tmp_path, monkeypatch, capsys):
+    import transformers
+
+    def load(*args, **options):
+        raise AssertionError("the weights were loaded")
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load)
+    assert command("verify", model, "--device", "cuda:99") == 2
+    assert "there is no cuda:99 here" in capsys.readouterr().err
+    for text, message in (
+        ("[1, 2]\n[3, 53]\n", "line 2: token id 53 is outside the model's vocabulary [0, 53)"),
+        ("[1, -1]\n[3]\n", "line 1: token id -1 is outside"),
+        ("[1, 2]\n\n", "want at least two documents with a token, got 1"),
+        ("[1, 2]\n{", "line 2: want JSON, got '{'"),
+    ):
+        (tmp_path / "d.jsonl").write_text(text)
+        assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("error", [RuntimeError("out of memory"), AssertionError("x"), ZeroDivisionError()])
+def test_a_crash_of_verify_does_not_look_like_a_difference(model, monkeypatch, capsys, error):
+    def crash(*args, **options):
+        raise error
+
+    monkeypatch.setattr(cli_verify, "verify", crash)
+    assert command("verify", model, "--device", "cpu") == 2
+    shown = capsys.readouterr().err
+    assert "Traceback" in shown
+    assert f"packops verify: crashed: {error!r}" in shown

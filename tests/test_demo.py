@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 
@@ -15,7 +14,7 @@ for _package in ("matplotlib", "tokenizers", "tqdm", "transformers"):
     pytest.importorskip(_package, reason="needs the demo extra")
 
 import packops  # noqa: E402
-from packops import demo  # noqa: E402
+from packops import cli, demo  # noqa: E402
 from packops.demo import corpus, report, train, ways  # noqa: E402
 
 SIZES = {
@@ -228,8 +227,6 @@ def test_report(result, tmp_path):
 
 
 def test_command(monkeypatch, capsys, tmp_path, text):
-    parser = argparse.ArgumentParser()
-    demo.add_parser(parser.add_subparsers(dest="command"))
     small = train.Settings(**SIZES | {"steps": 2})
     asked = {}
 
@@ -239,8 +236,7 @@ def test_command(monkeypatch, capsys, tmp_path, text):
 
     monkeypatch.setattr(train.Settings, "for_device", for_device)
     monkeypatch.setattr(corpus, "load", lambda **sizes: text)
-    args = parser.parse_args(["demo", "--device", "cpu", "--steps", "2", "--seed", "4", "--out", str(tmp_path)])
-    assert demo.main(args) == 0
+    assert cli.main(["demo", "--device", "cpu", "--steps", "2", "--seed", "4", "--out", str(tmp_path)]) == 0
     assert asked == {"device": torch.device("cpu"), "steps": 2, "seed": 4}
     shown = capsys.readouterr().out
     assert "largest weight difference" in shown
@@ -249,26 +245,17 @@ def test_command(monkeypatch, capsys, tmp_path, text):
 
 def test_a_missing_package_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(demo, "REQUIRED", ("tqdm", "surely_not_installed"))
-    assert demo.main(argparse.Namespace(device=None, steps=1, seed=0, out=tmp_path)) == 1
-    assert "needs surely_not_installed: pip install 'packops[demo]'" in capsys.readouterr().err
+    assert cli.main(["demo", "--out", str(tmp_path)]) == 2
+    assert "needs surely_not_installed: pip install '.[demo]'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["--steps", "0"], "must be a positive integer, got 0"),
-        (["--steps", "-3"], "must be a positive integer, got -3"),
-        (["--device", "tpu"], "'tpu' is no device"),
-        (["--device", "meta"], "not on meta"),
-        (["--device", "cuda:99"], "no cuda:99 here"),
-    ],
-)
-def test_bad_arguments_end_in_one_line(words, says, capsys):
-    parser = argparse.ArgumentParser()
-    demo.add_arguments(parser)
-    with pytest.raises(SystemExit):
-        parser.parse_args(words)
-    assert says in capsys.readouterr().err.splitlines()[-1]
+def test_bad_arguments_end_in_one_line(capsys):
+    for steps in ("0", "-3"):
+        with pytest.raises(SystemExit):
+            cli.main(["demo", f"--steps={steps}"])
+        assert f"must be an integer from 1 to 2^31 - 1, got {steps}" in capsys.readouterr().err.splitlines()[-1]
+    assert cli.main(["demo", "--device", "cuda:99"]) == 2
+    assert capsys.readouterr().err.startswith("packops demo: --device: there is no cuda:99 here")
 
 
 @pytest.mark.parametrize("steps", [0, -3])

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import importlib as _importlib
+import sys as _sys
 from typing import Any as _Any
 
+if _sys.argv[:1] == ["-m"]:  # `python -m packops --help` is answered before torch is imported
+    from .cli import program as _program
+
+    _program.early()
+
 from . import _loader, _register
+from ._version import __version__
 
 _C = _loader.load()
 _register.register("packops")
@@ -36,7 +43,6 @@ from .modules import CrossEntropyLoss, RotaryEmbedding  # noqa: E402
 from .rotary import rope_table  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
 
-__version__ = "0.1.0"
 __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",

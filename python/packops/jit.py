@@ -95,7 +95,7 @@ def installed_csrc() -> Path:
 def _need_extras() -> None:
     missing = [name for name in ("filelock", "platformdirs", "setuptools") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ImportError(f"packops.jit needs {', '.join(missing)}: pip install 'packops[jit]'")
+        raise ImportError(f"packops.jit needs {', '.join(missing)}: pip install '.[jit]'")
 
 
 def _checked(namespace: str) -> str:

@@ -188,6 +188,11 @@ def verify(
             parameter.grad = grads[name]
 
 
+def default_max_length(lengths: Sequence[int]) -> int:
+    """A capacity that gives about two packs, the first of which holds at least two documents."""
+    return max(-(-sum(lengths) // 2), *lengths, sum(lengths[:2]))
+
+
 def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
     from .functional import cross_entropy
 
@@ -222,7 +227,7 @@ class _Run:
             tolerance = TOLERANCES.get(parameter.dtype, 4e-2)
         device = parameter.device
         lengths = [length_of(document) for document in documents]
-        capacity = max_length or max(-(-sum(lengths) // 2), *lengths, lengths[0] + lengths[1])
+        capacity = max_length or default_max_length(lengths)
         packs = [list(map(int, p)) for p in pack(lengths, capacity, strategy="sequential")]
         if all(len(members) == 1 for members in packs):
             raise ValueError(f"max_length = {max_length} leaves every document in a pack of its own: nothing would be verified")

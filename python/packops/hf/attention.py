@@ -48,7 +48,7 @@ def register() -> str:
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
     except ImportError as error:
-        raise ModuleNotFoundError("packops.hf needs transformers >= 5: pip install 'packops[hf]'") from error
+        raise ModuleNotFoundError("packops.hf needs transformers >= 5: pip install '.[hf]'") from error
     AttentionInterface.register(NAME, packed_attention)
     AttentionMaskInterface.register(NAME, packed_mask)
     return NAME

@@ -1,76 +1,32 @@
-"""The command line: ``packops info | demo | bench | pack | verify``.
-
-A command's module is imported when its command is used, so that ``packops info`` works on an installation that lacks what the
-others need.
-"""
+"""``packops info``: what this installation is and what it can use."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.util
 import os
 import platform
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from . import _build
+import packops
+from packops import _build
 
-# name -> (module with add_parser(subparsers) and main(arguments) -> exit status, one line of help, the extra it needs)
-COMMANDS = {
-    "demo": ("packops.demo", "train the same small Llama padded, packed carelessly, and packed with packops", "demo"),
-    "bench": ("packops.cli_bench", "measure the ops of this checkout against the peers that are installed", ""),
-    "pack": ("packops.cli_pack", "pack a list of document lengths and say how full the packs are", ""),
-    "verify": ("packops.cli_verify", "prove for a model that packed equals unpacked", "hf"),
-}
 EXTRAS = {
     "jit": ("filelock", "platformdirs", "setuptools", "ninja"),
+    "hf": ("transformers", "accelerate"),
     "demo": ("matplotlib", "tqdm", "transformers", "tokenizers"),
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the result is the exit status."""
-    argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="packops", description="Packed LLM training that is exactly the training you meant.")
-    parser.add_argument("--version", action="version", version=f"packops {_version()}")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    commands.add_parser("info", help="versions, build, device, and what is usable here", description="Say what is usable here.")
-    implementation = None
-    for name, (module, text, extra) in COMMANDS.items():
-        if name in argv[:1]:
-            implementation = _import(name, module, extra)
-            implementation.add_parser(commands)
-        elif importlib.util.find_spec(module):
-            commands.add_parser(name, help=text)
-    arguments = parser.parse_args(argv)
-    if implementation is None:
-        print(format_info(info()))
-        return 0
-    return implementation.main(arguments) or 0
-
-
-def _import(name: str, module: str, extra: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ModuleNotFoundError as error:
-        foreign = extra and not str(error.name).startswith("packops")
-        sys.exit(f"packops {name}: {error}" + (f": pip install 'packops[{extra}]'" if foreign else ""))
-
-
-def _version() -> str:
-    from . import __version__
-
-    return __version__
+def main(args: argparse.Namespace) -> int:
+    print(format_info(info()))
+    return 0
 
 
 def info() -> dict[str, Any]:
     """What this installation is and what it can use: plain values, for ``packops info`` and for bug reports."""
-    import packops
-
     build = packops._C.build_info()
     threads = f"{torch.get_num_threads()} threads"
     cuda = f"CUDA {build['cuda']}, for {build['cuda_archs'].replace('_', ', ')}" if build["cuda"] else "none, built without nvcc"
@@ -89,8 +45,22 @@ def info() -> dict[str, Any]:
     }
     for extra, modules in EXTRAS.items():
         missing = [name for name in modules if importlib.util.find_spec(name) is None]
-        facts[f"packops[{extra}]"] = f"missing {', '.join(missing)}" if missing else "usable"
-    return facts
+        facts[f"extra {extra}"] = f"missing {', '.join(missing)}: pip install '.[{extra}]'" if missing else "usable"
+    return facts | {"in short": _summary(build)}
+
+
+def _summary(build: dict[str, str]) -> str:
+    """What a user most needs to know, as the last line."""
+    if not torch.cuda.is_available():
+        return "the CPU kernels are usable" + (
+            "; the CUDA kernels are there, but this torch sees no GPU" if build["cuda"] else ""
+        )
+    if not build["cuda"]:
+        return "this torch sees a GPU, but packops was built WITHOUT CUDA kernels: put nvcc on the PATH and install again"
+    capabilities = (torch.cuda.get_device_capability(index) for index in range(torch.cuda.device_count()))
+    if any(coverage(capability, build["cuda_archs"]).startswith("NOT") for capability in capabilities):
+        return "the CPU kernels are usable, the CUDA kernels NOT on every GPU here"
+    return "the CPU and the CUDA kernels are usable"
 
 
 def _sources(digest: str) -> str:

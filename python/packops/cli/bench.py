@@ -1,6 +1,6 @@
 """``packops bench NAME``: runs a benchmark of the source tree that this packops was imported from.
 
-Benchmarks and their peers are no part of an installed package.
+Benchmarks and their peers are no part of an installed package. Standard library only: the list is shown without torch.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ import difflib
 import runpy
 import sys
 from pathlib import Path
-from typing import Any
 
-FOLDER = Path(__file__).resolve().parents[2] / "bench"
+FOLDER = Path(__file__).resolve().parents[3] / "bench"
 
 
 def benchmarks() -> dict[str, tuple[Path, str]]:
@@ -25,15 +24,6 @@ def benchmarks() -> dict[str, tuple[Path, str]]:
             if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == "NAME":
                 found[str(ast.literal_eval(node.value))] = path, (ast.get_docstring(tree) or "").partition("\n")[0]
     return dict(sorted(found.items()))
-
-
-def add_parser(subparsers: Any) -> argparse.ArgumentParser:
-    parser = subparsers.add_parser(
-        "bench", help="measure the ops of this checkout against the peers that are installed", add_help=False
-    )
-    parser.add_argument("-h", "--help", action="store_true", dest="wants_list")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER)  # of the benchmark, --help among them
-    return parser
 
 
 def listing(found: dict[str, tuple[Path, str]]) -> str:
@@ -50,6 +40,13 @@ def listing(found: dict[str, tuple[Path, str]]) -> str:
     )
 
 
+def print_list() -> bool:
+    """Print what ``packops bench`` can run; False where there are no benchmarks."""
+    if found := benchmarks():
+        print(listing(found))
+    return bool(found)
+
+
 def main(arguments: argparse.Namespace) -> int:
     found = benchmarks()
     if not found:
@@ -59,9 +56,6 @@ def main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
-    if arguments.wants_list or not arguments.arguments:
-        print(listing(found))
-        return 0
     name, *rest = arguments.arguments
     if name not in found:
         near = difflib.get_close_matches(name, found, 1, 0.4)

@@ -1,0 +1,204 @@
+"""The arguments of every command, and how the program ends. Standard library only: ``--help`` must not wait for torch.
+
+``packops`` (the console script, ``_packops_cli.py``) and ``python -m packops`` both read their arguments here before packops
+itself is imported. A command's own module is imported when the command runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import bench
+
+# name -> (module with main(arguments) -> exit status, one line of help)
+COMMANDS = {
+    "info": ("packops.cli.info", "versions, build, device, and what is usable here"),
+    "demo": ("packops.demo", "train the same small Llama padded, packed carelessly, and packed with packops"),
+    "bench": ("packops.cli.bench", "measure the ops of this checkout against the peers that are installed"),
+    "pack": ("packops.cli.pack", "pack a list of document lengths and say how full the packs are"),
+    "verify": ("packops.cli.verify", "prove for a model that packed equals unpacked"),
+}
+STRATEGIES = ("best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped")
+REDUCTIONS = ("mean", "seq-mean-token-mean", "seq-mean-token-sum")
+LENGTH_FORMATS = ("npy", "txt", "jsonl", "csv", "parquet")
+DTYPES = ("fp32", "bf16", "fp16", "fp64")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the result is the exit status."""
+    try:
+        arguments = read(sys.argv[1:] if argv is None else argv)
+        status = importlib.import_module(COMMANDS[arguments.command][0]).main(arguments) if arguments else 0
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever read our output, head or less, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains when it flushes
+        return 141  # what a shell reports for a program that SIGPIPE ended
+
+
+def run() -> int:
+    """:func:`main` as a program of its own: Ctrl-C ends it without a traceback."""
+    hush_interrupts()
+    return main()
+
+
+def early() -> None:
+    """Answer ``python -m packops --help`` and mistakes now. For ``packops/__init__.py``, before it imports torch.
+
+    While ``-m packops`` is being found, ``sys.argv[0]`` is ``"-m"``, and nothing but the arguments follows the name.
+    """
+    if sys.argv[:1] == ["-m"] and sys.orig_argv[-len(sys.argv)] == "packops":
+        hush_interrupts()
+        if read(sys.argv[1:]) is None:
+            sys.exit(0)
+
+
+def hush_interrupts() -> None:
+    """End by SIGINT without a traceback when Ctrl-C is pressed, also while torch is being imported."""
+    previous = sys.excepthook
+
+    def hook(kind: Any, error: Any, trace: Any) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            previous(kind, error, trace)
+
+    sys.excepthook = hook
+
+
+def read(argv: Sequence[str]) -> argparse.Namespace | None:
+    """The arguments of a command, or None if help was all that was asked for and has been printed. Mistakes exit with 2."""
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.command is None:
+        parser.print_help()
+        return None
+    if arguments.command == "bench" and (arguments.wants_list or not arguments.arguments) and bench.print_list():
+        return None
+    return arguments
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="packops", description="Packed LLM training with the loss and the gradients of padded training."
+    )
+    parser.add_argument("--version", action="version", version=f"packops {version()}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, (_, text) in COMMANDS.items():
+        add_arguments, options = ARGUMENTS[name]
+        command = commands.add_parser(
+            name, **{"help": text, "description": text, "formatter_class": argparse.RawDescriptionHelpFormatter} | options
+        )
+        add_arguments(command)
+    return parser
+
+
+def version() -> str:
+    """The version without importing packops: the literal in ``_version.py``."""
+    text = (Path(__file__).resolve().parents[1] / "_version.py").read_text(encoding="utf-8")
+    return text.partition('__version__ = "')[2].partition('"')[0]
+
+
+def positive(text: str) -> int:
+    """A positive number of tokens, documents or steps that fits int32."""
+    if not text.isdecimal() or not 0 < int(text) < 2**31:
+        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 2^31 - 1, got {text}")
+    return int(text)
+
+
+# ---- the commands ----------------------------------------------------------------------------------------------------------
+
+
+def info_arguments(parser: argparse.ArgumentParser) -> None:
+    pass
+
+
+def demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else cpu)")
+    parser.add_argument(
+        "--steps", type=positive, help="optimizer steps of each run (default: 50; 200 on a GPU, with a larger model)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="chooses weights, documents and their order (default: 0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("demo_out"), help="folder for demo.png and demo.json (default: demo_out)"
+    )
+
+
+def bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-h", "--help", action="store_true", dest="wants_list")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER)  # of the benchmark, --help among them
+
+
+def pack_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("lengths", metavar="LENGTHS", type=Path, help="a file, or - for the standard input")
+    parser.add_argument("--max-length", type=positive, default=4096, metavar="TOKENS", help="capacity of a pack (default 4096)")
+    parser.add_argument("--strategy", choices=[*STRATEGIES, "all"], default="all", help="how to pack (default: compare all)")
+    parser.add_argument("--seed", type=int, default=0, help="order of the documents (default 0)")
+    parser.add_argument("--max-docs-per-pack", type=positive, metavar="N", help="at most so many documents a pack")
+    parser.add_argument(
+        "--overlong",
+        choices=["error", "truncate", "split", "drop"],
+        default="error",
+        help="documents longer than a pack (default: an error that names the first)",
+    )
+    parser.add_argument("--pad-doc-to-multiple-of", type=positive, default=1, metavar="N", help="room of a document, rounded up")
+    parser.add_argument(
+        "--column", help="field to read: a length, token ids or text (default: input_ids, or the only field there is)"
+    )
+    parser.add_argument("--format", choices=LENGTH_FORMATS, help="default: by the file's name; jsonl for the standard input")
+    parser.add_argument("--tokenizer", metavar="NAME", help="a tokenizer.json, or what transformers' AutoTokenizer takes")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and the histograms")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw documents per pack and fill (needs matplotlib)")
+    parser.add_argument("--plan", type=Path, metavar="FILE.npz", help="write the packs of one --strategy: indices, offsets, ...")
+
+
+def verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="what AutoModelForCausalLM.from_pretrained takes: a name or a folder")
+    parser.add_argument("--random-weights", action="store_true", help="only MODEL's configuration is needed, not its weights")
+    parser.add_argument("--attention", metavar="NAME", help="attn_implementation: sdpa, eager, flash_attention_2, ...")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default fp32)")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else cpu)")
+    parser.add_argument("--reduction", choices=REDUCTIONS, default="mean", help="the loss that is meant (default mean)")
+    parser.add_argument("--documents", type=Path, metavar="FILE.jsonl", help="a list of token ids a line; default: random ones")
+    parser.add_argument("--max-length", type=positive, metavar="TOKENS", help="capacity of a pack; default: about two packs")
+    parser.add_argument("--tolerance", type=float, help="largest relative difference (default: by dtype, 1e-4 for fp32)")
+    parser.add_argument("--no-gradients", action="store_true", help="compare losses and logits only")
+    parser.add_argument("--trust-remote-code", action="store_true", help="let MODEL bring its own code")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+
+
+DEMO = """\
+Trains the same small Llama three times, from the same weights, on the same documents in the same steps:
+
+  padded    each document in a row of its own, the mean over documents of each document's mean token loss: what you meant
+  careless  documents end to end in packs, model(input_ids=pack, labels=pack).loss averaged over the packs
+  packops   the same packs, with the attention, the positions and the loss of each document kept apart
+
+prints a table and writes a picture. Needs no GPU and no internet: the text is the docstrings of installed packages."""
+PACK = """\
+Pack documents and say how full the packs are.
+
+LENGTHS is one of
+  lengths.npy     a one-dimensional array of integers, tokens per document
+  lengths.txt     one integer a line
+  data.jsonl      one JSON value a line: a number, a list of token ids, or an object with such a field
+  data.csv        one document a row: a number or a JSON list of token ids in a column
+  data.parquet    the same (needs pyarrow)
+  -               the standard input: numbers or JSON, one a line (another --format if you say so)
+
+.gz after .txt, .jsonl and .csv is read too. --column names the field; without it input_ids is taken, or else the only field
+there is. Text needs --tokenizer."""
+VERIFY = """\
+Run documents one by one and packed through a Hugging Face causal language model, and compare the loss, the gradient of every
+parameter, and whether one document sees another. Exit status 0: equal, 1: different, 2: not run, or crashed."""
+ARGUMENTS: dict[str, tuple[Callable[[argparse.ArgumentParser], None], dict[str, Any]]] = {
+    "info": (info_arguments, {}),
+    "demo": (demo_arguments, {"description": DEMO}),
+    "bench": (bench_arguments, {"add_help": False}),
+    "pack": (pack_arguments, {"description": PACK}),
+    "verify": (verify_arguments, {"description": VERIFY}),
+}
