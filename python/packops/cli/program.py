@@ -90,9 +90,8 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     for name, (_, text) in COMMANDS.items():
         add_arguments, options = ARGUMENTS[name]
-        command = commands.add_parser(
-            name, **{"help": text, "description": text, "formatter_class": argparse.RawDescriptionHelpFormatter} | options
-        )
+        defaults: dict[str, Any] = {"description": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
+        command = commands.add_parser(name, help=text, **defaults | options)
         add_arguments(command)
     return parser
 
