@@ -147,6 +147,26 @@ def linear_cross_entropy(device: torch.device) -> Iterator[str]:
 
 
 @cases
+def linear_log_probs(device: torch.device) -> Iterator[str]:
+    """Chunks with a rest, compaction by an exact and by a wrong count, an odd vocabulary; sums of documents, well formed or not."""
+    for dtype in FLOATS:
+        hidden, weight = (torch.randn(n, 24, device=device).to(dtype).requires_grad_() for n in (17, 1031))
+        labels = torch.randint(0, 1031, (17,), device=device)
+        labels[5] = -100
+        cu_seqlens = torch.tensor([0, 3, 3, 11, 15], dtype=torch.int32, device=device)
+        options = {"cu_seqlens": cu_seqlens, "shift": True, "chunk_tokens": 4, "softcap": 5.0}
+        for num_valid in (None, 11, 14):
+            ours = packops.linear_log_probs(hidden, weight, labels, num_valid=num_valid, **options)
+            backward(packops.document_sums(ours.log_probs + ours.entropy, cu_seqlens), hidden, weight)
+        yield f"{dtype}"
+    values = torch.randn(17, device=device)
+    for bounds in ([0], [0, 17], [5, 3, 40], [-7, 2**31 - 1, 4]):
+        with bad_ids(device):
+            packops.document_sums(values, torch.tensor(bounds, device=device))
+        yield f"sums of {bounds}"
+
+
+@cases
 def vocab_parallel(device: torch.device) -> Iterator[str]:
     """Shards that are empty, of one class, streamed and resident; targets before, in and after each."""
     from packops._errors import raise_typed

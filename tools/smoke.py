@@ -77,6 +77,14 @@ def check_linear_and_sharded_losses() -> None:
         same(sharded(hidden, weight, labels, local_bias=bias, reduction=reduction, **options), want, inputs)
         logits = F.linear(hidden, weight, bias)
         same(packops.vocab_parallel_cross_entropy(logits, labels, reduction=reduction, **options), want, inputs)
+    options = {"cu_seqlens": CU_SEQLENS, "shift": True, "logit_scale": 1.3, "softcap": 6.0}
+    want = reference.linear_log_probs(hidden, weight, labels, bias=bias, **options)
+    for function in (packops.linear_log_probs, ops.linear_log_probs):
+        same(tuple(function(hidden, weight, labels, bias=bias, **options)), want, inputs)
+    same(tuple(packops.vocab_parallel_linear_log_probs(hidden, weight, labels, local_bias=bias, **options)), want, inputs)
+    values = torch.randn(TOKENS, requires_grad=True)
+    for function in (packops.document_sums, ops.document_sums):
+        same(function(values, CU_SEQLENS), reference.document_sums(values, CU_SEQLENS), [values])
     dist.destroy_process_group()
 
 

@@ -19,6 +19,8 @@ _register.register("packops")
 
 # The ops must be registered before the modules that use them.
 from ._checks import checks  # noqa: E402
+from ._register.document_sums import document_sums  # noqa: E402
+from ._register.linear_log_probs import LinearLogProbs, linear_log_probs  # noqa: E402
 from .data.batch import PackedBatch  # noqa: E402
 from .data.collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
 from .data.documents import SlicedDataset  # noqa: E402
@@ -47,6 +49,7 @@ __all__ = [
     "CrossEntropyLoss",
     "CrossEntropyStats",
     "DocumentSlice",
+    "LinearLogProbs",
     "PackedBatch",
     "PackedBatchSampler",
     "PackingCollator",
@@ -61,9 +64,11 @@ __all__ = [
     "attention",
     "checks",
     "cross_entropy",
+    "document_sums",
     "gated_activation",
     "gated_linear",
     "linear_cross_entropy",
+    "linear_log_probs",
     "loss_normalizer",
     "max_docs_for_flash_attention",
     "pack",
@@ -74,6 +79,7 @@ __all__ = [
     "verify",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",
+    "vocab_parallel_linear_log_probs",
 ]
 
 _MODULES = ("distributed", "hf", "jit", "reference", "testing")
@@ -81,7 +87,7 @@ _MODULES = ("distributed", "hf", "jit", "reference", "testing")
 
 def __getattr__(name: str) -> _Any:
     """``packops.jit`` and its like are imported when they are first used; so is what brings torch's compiler along."""
-    if name in ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"):
+    if name.startswith("vocab_parallel_") and name in __all__:
         return getattr(_importlib.import_module(f"{__name__}.vocab_parallel"), name)
     if name in _MODULES:
         return _importlib.import_module(f"{__name__}.{name}")

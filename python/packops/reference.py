@@ -114,6 +114,44 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias
     return cross_entropy(logits if bias is None else logits + bias.double(), labels, **options)
 
 
+def linear_log_probs(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`packops.linear_log_probs` computes, in fp64 and differentiable by autograd: log_probs, entropy, lse."""
+    options = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
+    options |= {"logit_scale": logit_scale, "softcap": softcap}
+    log_probs = -linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="none", **options)
+
+    documents = documents_of(labels.shape, cu_seqlens, labels.device)
+    target = labels.reshape(-1)
+    if shift:
+        target = torch.cat([target[1:], target[:1]]).masked_fill(documents.is_last, ignore_index)
+    counted = ((target != ignore_index) & (documents.index >= 0)).view(labels.shape)
+    x = torch.where(counted[..., None], hidden.double(), 0.0) @ weight.double().t() * logit_scale
+    x = x if bias is None else x + bias.double() * logit_scale
+    x = x if softcap is None else softcap * torch.tanh(x / softcap)
+    log_p = torch.log_softmax(x, -1)
+    entropy = -torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(-1)
+    return log_probs, torch.where(counted, entropy, 0.0), torch.where(counted, x.logsumexp(-1), 0.0)
+
+
+def document_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sum of each document's values, in fp64 and differentiable by autograd."""
+    flat = values.reshape(-1).double()
+    return torch.stack([flat[begin:end].sum() for begin, end in pairwise(cu_seqlens.tolist())] or [flat[:0].sum()])[
+        : len(cu_seqlens) - 1
+    ]
+
+
 def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """Positions that restart in every document, and document ids; padding is one trailing document with id -1."""
     bounds = cu_seqlens.tolist()

@@ -13,6 +13,7 @@ from . import _checks
 from ._errors import raise_typed
 from ._register import ce_loss as _ce
 from ._register import linear_ce_loss as _linear
+from ._register import linear_log_probs as _log_probs
 from ._register import vocab_parallel as _vp
 from .functional import Reduction, _as_num_items
 
@@ -153,17 +154,9 @@ def vocab_parallel_linear_cross_entropy(
             :func:`vocab_parallel_cross_entropy`.
     """
     op = "vocab_parallel_linear_cross_entropy"
-    if hasattr(local_weight, "full_tensor"):
-        raise TypeError(f"packops.{op}: local_weight must be a plain tensor, got a DTensor; pass local_weight.to_local()")
-    if isinstance(num_valid, Tensor):
-        raise TypeError(f"packops.{op}: num_valid must be an int on the host, got a Tensor; reading it would wait for the device")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:  # as autocast treats a linear layer
-        dtype = torch.get_autocast_dtype(device)
-        hidden, local_weight = hidden.to(dtype), local_weight.to(dtype)
-        local_bias = None if local_bias is None else local_bias.to(dtype)
+    hidden, local_weight, local_bias = _check_head(op, hidden, local_weight, local_bias, num_valid)
     chunks: dict[str, Any] = {"num_valid": num_valid, "chunk_tokens": chunk_tokens, "accum_dtype": accum_dtype}
-    _linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks)
+    _linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
     if min(sizes) == 0:
         raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
@@ -186,11 +179,96 @@ def vocab_parallel_linear_cross_entropy(
         **chunks,
     }
     try:
-        with torch.autocast(device, enabled=False):
+        with torch.autocast(hidden.device.type, enabled=False):
             ops = _vp.linear_ops(_OPS, shard)
             return _apply(_linear.LinearCrossEntropyFunction, ops, hidden, local_weight, local_bias, labels, options)
     except RuntimeError as error:
         raise_typed(error, op)
+
+
+def vocab_parallel_linear_log_probs(
+    hidden: Tensor,
+    local_weight: Tensor,
+    labels: Tensor,
+    *,
+    group: dist.ProcessGroup | None = None,
+    shard_sizes: Sequence[int] | None = None,
+    local_bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    ignore_index: int = -100,
+    logit_scale: float = 1.0,
+    softcap: float | None = None,
+    entropy: bool = True,
+    num_valid: int | None = None,
+    chunk_tokens: int | None = None,
+) -> _log_probs.LinearLogProbs:
+    """:func:`packops.linear_log_probs` with the rows of ``weight`` split over the processes of ``group``.
+
+    A chunk's ranks exchange five fp32 numbers per row in the forward and nothing in the backward but the gradient of ``hidden``,
+    which is added up over the group in fp32, so that every rank gets the whole of it.
+
+    Args:
+        hidden, local_weight, labels, group, shard_sizes, local_bias: as in :func:`vocab_parallel_linear_cross_entropy`.
+        chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
+        cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy, num_valid: as in :func:`packops.linear_log_probs`; the same
+            on every rank.
+
+    Returns:
+        :class:`packops.LinearLogProbs` of the whole vocabulary, the same bits on every rank. Differentiable once in ``hidden``,
+        ``local_weight`` and ``local_bias``; every rank has to pass the same gradients on.
+
+    Raises:
+        TypeError, ValueError, IndexError, RuntimeError: as :func:`packops.linear_log_probs` and
+            :func:`vocab_parallel_cross_entropy`.
+    """
+    op = "vocab_parallel_linear_log_probs"
+    hidden, local_weight, local_bias = _check_head(op, hidden, local_weight, local_bias, num_valid)
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "entropy": entropy,
+        "num_valid": num_valid,
+        "chunk_tokens": chunk_tokens,
+    }
+    _log_probs.check(op, hidden, local_weight, local_bias, labels, options)
+    shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
+    if min(sizes) == 0:
+        raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
+    if sum(sizes) > 1 << 24:  # places of shards travel as fp32
+        raise ValueError(f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {sum(sizes)}")
+    tokens = labels.numel()
+    if chunk_tokens is None:
+        compacted = num_valid if num_valid is not None and num_valid < tokens else None
+        options["chunk_tokens"] = _log_probs.choose_chunk_tokens(
+            tokens, hidden.shape[-1], max(sizes), hidden.dtype, num_valid=compacted
+        )
+    try:
+        with torch.autocast(hidden.device.type, enabled=False):
+            ops = _log_probs.forward_and_backward(_log_probs.raw_ops("packops"), op, shard)
+            found = _apply(_log_probs.LinearLogProbsFunction, _log_probs.as_ops(ops), hidden, local_weight, local_bias, labels, options)
+    except RuntimeError as error:
+        raise_typed(error, op)
+    log_probs, entropies, lse = _log_probs.results(found, labels.shape, entropy)
+    return _log_probs.LinearLogProbs(log_probs, entropies if entropy else None, lse)
+
+
+def _check_head(
+    op: str, hidden: Tensor, local_weight: Tensor, local_bias: Tensor | None, num_valid: int | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The head in autocast's dtype, as autocast treats a linear layer."""
+    if hasattr(local_weight, "full_tensor"):
+        raise TypeError(f"packops.{op}: local_weight must be a plain tensor, got a DTensor; pass local_weight.to_local()")
+    if isinstance(num_valid, Tensor):
+        raise TypeError(f"packops.{op}: num_valid must be an int on the host, got a Tensor; reading it would wait for the device")
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+        return hidden.to(dtype), local_weight.to(dtype), None if local_bias is None else local_bias.to(dtype)
+    return hidden, local_weight, local_bias
 
 
 @torch.compiler.disable(reason="it communicates over a process group")
@@ -218,7 +296,7 @@ def _shard(
         # torch 2.13 renamed it, and warns of the old name.
         all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
         all_gather(partials, partial, group=group)
-        if partials.is_cuda and _checks.enabled():
+        if not partials.is_cuda or _checks.enabled():
             _raise_bad_shards(partials.view(world_size, -1), op, sum(sizes))
         return partials
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from . import attention, ce_loss, gated_linear, linear_ce_loss, metadata, qk_norm_rope, rms_norm, rope, vocab_parallel
+from . import attention, ce_loss, document_sums, gated_linear, linear_ce_loss, linear_log_probs, metadata, qk_norm_rope, rms_norm, rope, vocab_parallel
 
 
 def register(namespace: str) -> None:
     """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
     ce_loss.register(namespace)
     linear_ce_loss.register(namespace)
+    linear_log_probs.register(namespace)
     vocab_parallel.register(namespace)
     metadata.register(namespace)
+    document_sums.register(namespace)
     rope.register(namespace)
     qk_norm_rope.register(namespace)
     gated_linear.register(namespace)

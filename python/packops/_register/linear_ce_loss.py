@@ -39,11 +39,11 @@ COLUMN_MULTIPLE = 64  # of the tiles of matrix products
 CPU_BLOCKS = 32  # pieces of the vocabulary in which the CPU widens 16-bit operands
 
 
-def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid: int | None = None) -> int:
+def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid: int | None = None, copies: int = 1) -> int:
     """Rows of a chunk: all, where they fit, or else a power of two.
 
     A chunk of c rows takes ``c (V + H)`` elements of the hidden states' dtype: its logits, which become their own gradient, and a
-    copy of its hidden rows without what does not count. Compacted rows (``num_valid``) take another c H in fp32. This may be
+    copy of its hidden rows without what does not count; ``c (copies V + H)`` where the logits are wider than that. Compacted rows (``num_valid``) take another c H in fp32. This may be
     ``LOGITS_SHARE`` of the whole logits' memory, but always ``MIN_ROWS`` rows and never more than ``MAX_ROWS``. (Below
     ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS`` decides and the share is larger.)
 
@@ -55,7 +55,7 @@ def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid:
     with ``accum_dtype=torch.bfloat16``; where the parameters are fp32 the accumulators become the gradients).
     """
     rows = tokens if num_valid is None else num_valid
-    row = vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
+    row = copies * vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
     most = min(max(int(LOGITS_SHARE * tokens * vocab / max(row, 1)), MIN_ROWS), MAX_ROWS)
     return max(rows, 1) if rows <= most else 1 << (most.bit_length() - 1)
 
@@ -127,11 +127,7 @@ def run_chunks(
     )
     grad_bias = torch.zeros((vocab,), dtype=dtype, device=device) if wanted.bias else None
 
-    # Rows of an odd vocabulary would begin anywhere; the buffer is ours, so they begin where vector loads and products want them.
-    width = vocab if vocab % 8 == 0 else -(-vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    buffer = hidden.new_empty((min(chunk_tokens, rows), width))
-    buffer[:, vocab:].zero_()  # products read whole vectors
-    buffer = buffer[:, :vocab]
+    buffer = logits_buffer(hidden, min(chunk_tokens, rows), vocab, hidden.dtype)
     for begin in range(0, rows, chunk_tokens):
         here = slice(begin, min(begin + chunk_tokens, rows))
         logits = buffer[: here.stop - begin]
@@ -143,23 +139,48 @@ def run_chunks(
             at = order[here]
             y, s = target.index_select(0, at), scale.index_select(0, at)
             h = hidden.index_select(0, at).masked_fill_((y < 0)[:, None], 0)
-        if bias is None:
-            torch.mm(h, weight.t(), out=logits)
-        else:
-            torch.addmm(bias, h, weight.t(), out=logits)
+        make_logits(h, weight, bias, out=logits)
         loss = chunk_loss(logits, y, s)
         if order is None:
             losses[here] = loss
             part = None if grad_hidden is None else grad_hidden[here]
-            _multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
+            multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
         else:
             losses.index_copy_(0, at, loss)
             part = None if grad_hidden is None else torch.empty_like(h, dtype=dtype)
-            _multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
+            multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
             if grad_hidden is not None and part is not None:
                 grad_hidden.index_copy_(0, at, part)
         del h, part  # before the next chunk's are made
     return Chunked(losses, grad_hidden, grad_weight, grad_bias)
+
+
+def logits_buffer(hidden: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the logits of a chunk. Rows of an odd vocabulary would begin anywhere; here they begin where vector loads and
+    products want them."""
+    width = vocab if vocab % 8 == 0 else -(-vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    buffer = hidden.new_empty((rows, width), dtype=dtype)
+    buffer[:, vocab:].zero_()  # products read whole vectors
+    return buffer[:, :vocab]
+
+
+def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = hidden @ weight.T + bias, in the dtype of ``out``: that of the operands or, for 16-bit operands, fp32."""
+    if out.dtype == hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
+        return
+    if hidden.is_cuda:
+        torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+    else:  # whose products cannot write a wider dtype than they read: a block of the vocabulary at a time
+        hidden = hidden.to(out.dtype)
+        columns = -(-weight.shape[0] // CPU_BLOCKS)
+        for block, rows in zip(out.split(columns, dim=1), weight.split(columns), strict=True):
+            torch.mm(hidden, rows.to(out.dtype).t(), out=block)
+    if bias is not None:
+        out += bias
 
 
 def losses_and_gradients(
@@ -212,7 +233,7 @@ def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
 
 
-def _multiply(
+def multiply(
     grad_logits: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -353,12 +374,13 @@ def check_arguments(
     num_valid: int | None,
     chunk_tokens: int | None,
     accum_dtype: torch.dtype,
+    op: str = OP,
 ) -> None:
     """TypeError or ValueError for what the ops that do the work would not name as the caller does."""
 
     def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
         if not condition:
-            raise error(f"packops.{OP}: {message}")
+            raise error(f"packops.{op}: {message}")
 
     def show(x: Tensor) -> str:
         return str(tuple(x.shape))
@@ -394,14 +416,16 @@ def check_arguments(
     )
 
 
-def prepare(ops: SimpleNamespace, hidden: Tensor, vocab: int, labels: Tensor, options: dict[str, Any]) -> tuple[Tensor, ...]:
+def prepare(
+    ops: SimpleNamespace, hidden: Tensor, vocab: int, labels: Tensor, options: dict[str, Any], op: str = OP
+) -> tuple[Tensor, ...]:
     """target, scale and counts of the rows; data that is wrong raises here on the CPU, and on CUDA with checks on."""
     num_valid = options["num_valid"]
     options = {name: options[name] for name in CE_DEFAULTS}
     try:
         target, scale, counts = ops.prepare(vocab, labels, **options, double_precision=hidden.dtype == torch.float64)
     except RuntimeError as error:
-        raise_typed(error, op=OP)
+        raise_typed(error, op=op)
     checked = not hidden.is_cuda or _checks.enabled()
     if checked and hidden.is_cuda:
         _checks.raise_bad_rows(
@@ -411,11 +435,11 @@ def prepare(ops: SimpleNamespace, hidden: Tensor, vocab: int, labels: Tensor, op
             shift=options["shift"],
             ignore_index=options["ignore_index"],
             vocab=vocab,
-            op=OP,
+            op=op,
         )
     if checked and num_valid is not None and num_valid < int(counts[0]):
         counted = int(counts[0])
-        raise ValueError(f"packops.{OP}: num_valid must be at least the number of rows that count ({counted}), got {num_valid}")
+        raise ValueError(f"packops.{op}: num_valid must be at least the number of rows that count ({counted}), got {num_valid}")
     return target, scale, counts
 
 
@@ -551,8 +575,14 @@ def register(namespace: str) -> None:
 
     library.impl(OP, autograd, "Autograd")
 
-    def autocast(device_type: str, key: str):
-        # As autocast treats a linear layer; labels, weights of tokens and classes, and num_items keep their dtypes.
+    implement_autocast(library, OP, public)
+    _LIBRARIES.append(library)
+
+
+def implement_autocast(library: torch.library.Library, op: str, public: Callable[..., Any]) -> None:
+    """As autocast treats a linear layer; labels, weights of tokens and classes, and num_items keep their dtypes."""
+
+    def implement(device_type: str, key: str):
         def cast(x: Tensor | None) -> Tensor | None:
             castable = x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type
             return x.to(torch.get_autocast_dtype(device_type)) if x is not None and castable else x
@@ -561,11 +591,10 @@ def register(namespace: str) -> None:
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                 return public(cast(hidden), cast(weight), labels, bias=cast(bias), **given)
 
-        library.impl(OP, call, key)
+        library.impl(op, call, key)
 
-    autocast("cpu", "AutocastCPU")
-    autocast("cuda", "AutocastCUDA")
-    _LIBRARIES.append(library)
+    implement("cpu", "AutocastCPU")
+    implement("cuda", "AutocastCUDA")
 
 
 _LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected

@@ -1,0 +1,103 @@
+"""Sums of per-token values over the documents of a packed axis."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _checks
+
+OP = "document_sums"
+
+
+def document_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """The sum of each document's values: of log-probabilities, what DPO, KTO and sequence-level GRPO compare.
+
+    Summed in fp64 and rounded once, the same bits in every run. A document's sum does not depend on other documents: NaN or inf
+    in one leaves the others alone. Divide by ``cu_seqlens.diff()`` for means over all tokens, or by the sums of a mask.
+
+    Args:
+        values: (T,), or any shape of T elements in the order of the packed axis; fp32 or fp64.
+        cu_seqlens: (S+1,) int32 or int64 on the device of ``values``: where each of S documents begins, as attention kernels take
+            it. Values at or past ``cu_seqlens[-1]`` are padding and count for nothing; the sum of an empty document is 0.
+
+    Returns:
+        (S,) in the dtype of ``values``. Differentiable any number of times: the gradient of a token is that of its document.
+
+    Raises:
+        TypeError, ValueError: a wrong dtype, shape or device; on the CPU also ``cu_seqlens`` that does not start at 0, decreases
+            or exceeds T. On CUDA such values are clamped, unless :func:`packops.checks` is on.
+    """
+    for name, x in (("values", values), ("cu_seqlens", cu_seqlens)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"packops.{OP}: {name} must be a tensor, got {type(x).__name__}")
+    return torch.ops.packops.document_sums(values, cu_seqlens)
+
+
+def _check(values: Tensor, cu_seqlens: Tensor) -> None:
+    if values.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"packops.{OP}: values must be float32 or float64, got {values.dtype}")
+    if cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"packops.{OP}: cu_seqlens must be int32 or int64, got {cu_seqlens.dtype}")
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] == 0:
+        raise ValueError(f"packops.{OP}: cu_seqlens must have shape (documents + 1,), got {tuple(cu_seqlens.shape)}")
+    if cu_seqlens.device != values.device:
+        raise ValueError(f"packops.{OP}: cu_seqlens must be on the device of values, {values.device}, got {cu_seqlens.device}")
+
+
+def register(namespace: str) -> None:
+    """Define ``document_sums`` and its transpose, each the other's gradient."""
+    ops = getattr(torch.ops, namespace)
+    library = torch.library.Library(namespace, "FRAGMENT")
+    library.define(f"{OP}(Tensor values, Tensor cu_seqlens) -> Tensor")
+    library.define("_document_spread(Tensor sums, Tensor cu_seqlens, SymInt tokens) -> Tensor")
+
+    def sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+        _check(values, cu_seqlens)
+        tokens = values.numel()
+        if not values.is_cuda or _checks.enabled():
+            _checks.raise_bad_cu_seqlens(OP, cu_seqlens, tokens)
+        else:
+            cu_seqlens = cu_seqlens.clamp(0, tokens).cummax(0).values
+        if tokens == 0 or cu_seqlens.shape[0] == 1:
+            return values.new_zeros(cu_seqlens.shape[0] - 1)
+        flat = values.reshape(-1).double()
+        return torch.segment_reduce(flat, "sum", offsets=cu_seqlens.long(), unsafe=True, initial=0).to(values.dtype)
+
+    def spread(sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+        if tokens == 0 or sums.shape[0] == 0:
+            return sums.new_zeros(tokens)
+        document = ops.packed_metadata(cu_seqlens, tokens)[1]
+        return torch.where(document < 0, 0, sums[document.clamp(min=0).long()])
+
+    for key in ("CPU", "CUDA"):
+        library.impl(OP, sums, key)
+        library.impl("_document_spread", spread, key)
+
+    @torch.library.register_fake(f"{namespace}::{OP}")
+    def _(values, cu_seqlens):
+        _check(values, cu_seqlens)
+        return values.new_empty((cu_seqlens.shape[0] - 1,))
+
+    @torch.library.register_fake(f"{namespace}::_document_spread")
+    def _(sums, cu_seqlens, tokens):
+        return sums.new_empty((tokens,))
+
+    def keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        ctx.save_for_backward(inputs[1])
+        ctx.shape = inputs[0].shape
+
+    def sums_backward(ctx: Any, grad: Tensor):
+        return ops._document_spread(grad, ctx.saved_tensors[0], ctx.shape.numel()).view(ctx.shape), None
+
+    def spread_backward(ctx: Any, grad: Tensor):
+        return getattr(ops, OP)(grad, ctx.saved_tensors[0]), None, None
+
+    torch.library.register_autograd(f"{namespace}::{OP}", sums_backward, setup_context=keep, lib=library)
+    torch.library.register_autograd(f"{namespace}::_document_spread", spread_backward, setup_context=keep, lib=library)
+    _LIBRARIES.append(library)
+
+
+_LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
