@@ -148,7 +148,7 @@ def linear_cross_entropy(device: torch.device) -> Iterator[str]:
 
 @cases
 def linear_log_probs(device: torch.device) -> Iterator[str]:
-    """Chunks with a rest, compaction by an exact and by a wrong count, an odd vocabulary; sums of documents, well formed or not."""
+    """Chunks with a rest, compaction by an exact and by a wrong count, an odd vocabulary; sums of documents, some malformed."""
     for dtype in FLOATS:
         hidden, weight = (torch.randn(n, 24, device=device).to(dtype).requires_grad_() for n in (17, 1031))
         labels = torch.randint(0, 1031, (17,), device=device)

@@ -127,9 +127,18 @@ def linear_log_probs(
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`packops.linear_log_probs` computes, in fp64 and differentiable by autograd: log_probs, entropy, lse."""
-    options = {"cu_seqlens": cu_seqlens, "shift": shift, "ignore_index": ignore_index}
-    options |= {"logit_scale": logit_scale, "softcap": softcap}
-    log_probs = -linear_cross_entropy(hidden, weight, labels, bias=bias, reduction="none", **options)
+    log_probs = -linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        reduction="none",
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        ignore_index=ignore_index,
+        logit_scale=logit_scale,
+        softcap=softcap,
+    )
 
     documents = documents_of(labels.shape, cu_seqlens, labels.device)
     target = labels.reshape(-1)

@@ -211,8 +211,8 @@ def vocab_parallel_linear_log_probs(
     Args:
         hidden, local_weight, labels, group, shard_sizes, local_bias: as in :func:`vocab_parallel_linear_cross_entropy`.
         chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
-        cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy, num_valid: as in :func:`packops.linear_log_probs`; the same
-            on every rank.
+        cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy, num_valid: as in :func:`packops.linear_log_probs`; the
+            same on every rank.
 
     Returns:
         :class:`packops.LinearLogProbs` of the whole vocabulary, the same bits on every rank. Differentiable once in ``hidden``,
@@ -248,8 +248,9 @@ def vocab_parallel_linear_log_probs(
         )
     try:
         with torch.autocast(hidden.device.type, enabled=False):
-            ops = _log_probs.forward_and_backward(_log_probs.raw_ops("packops"), op, shard)
-            found = _apply(_log_probs.LinearLogProbsFunction, _log_probs.as_ops(ops), hidden, local_weight, local_bias, labels, options)
+            ops = _log_probs.as_ops(_log_probs.forward_and_backward(_log_probs.raw_ops("packops"), op, shard))
+            function = _log_probs.LinearLogProbsFunction
+            found = _apply(function, ops, hidden, local_weight, local_bias, labels, options)
     except RuntimeError as error:
         raise_typed(error, op)
     log_probs, entropies, lse = _log_probs.results(found, labels.shape, entropy)

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from . import attention, ce_loss, document_sums, gated_linear, linear_ce_loss, linear_log_probs, metadata, qk_norm_rope, rms_norm, rope, vocab_parallel
+from . import (
+    attention,
+    ce_loss,
+    document_sums,
+    gated_linear,
+    linear_ce_loss,
+    linear_log_probs,
+    metadata,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+    vocab_parallel,
+)
 
 
 def register(namespace: str) -> None:

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .._errors import raise_typed
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
 from .linear_ce_loss import IGNORED, Wanted
@@ -88,8 +87,8 @@ def linear_log_probs(
         logit_scale: 1 / temperature.
         softcap: caps the scaled logits, as in :func:`cross_entropy`.
         entropy: whether to return it.
-        num_valid, chunk_tokens: as in :func:`linear_cross_entropy`. If more than ``num_valid`` rows count, that is a ValueError on
-            the CPU, and on CUDA with :func:`packops.checks` on; otherwise all results are NaN.
+        num_valid, chunk_tokens: as in :func:`linear_cross_entropy`. If more than ``num_valid`` rows count, that is a ValueError
+            on the CPU, and on CUDA with :func:`packops.checks` on; otherwise all results are NaN.
 
     Returns:
         :class:`LinearLogProbs`, of the labels' shape, fp32 (fp64 for fp64); 0 where a row does not count. Every part is
@@ -275,20 +274,20 @@ def gradient_of_logits_(
         at = column[here]
         if g is not None:
             # 1 - p of the label, to the digits that a confident row has left
-            label = g_[here, None] * -log_p.gather(1, at).expm1()
+            of_one = g_[here, None] * -log_p.gather(1, at).expm1()
         if h is None:
             x.exp_()
-            rest = x.gather(1, at) * (of_p + g_)[here, None] if g is not None else None
+            of_label = x.gather(1, at) * (of_p + g_)[here, None]
             x.mul_(of_p[here, None])
         else:
             p = x.exp()
             x.clamp_(min=-1e4).neg_()  # where p is 0, p log p is 0
             x.mul_(h[here, None])
-            rest = (x.gather(1, at) + (of_p + g_)[here, None]) * p.gather(1, at) if g is not None else None
+            of_label = (x.gather(1, at) + (of_p + g_)[here, None]) * p.gather(1, at)
             x.add_(of_p[here, None]).mul_(p)
             del p
         if g is not None:
-            x.scatter_(1, at, torch.where(has_label[here], label + rest, x.gather(1, at)))
+            x.scatter_(1, at, torch.where(has_label[here], of_one + of_label, x.gather(1, at)))
         if logit_scale != 1:
             x.mul_(logit_scale)
         if slope is not None:
@@ -323,7 +322,8 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
             x = x.masked_fill(unread, 0)
             return x if wrong is None else x.masked_fill_(wrong, torch.nan)
 
-        return finish(log_probs), Rows(*(None if x is None else finish(x) for x in rows)), target
+        entropy = None if rows.entropy is None else finish(rows.entropy)
+        return finish(log_probs), Rows(entropy, finish(row_max), finish(log_sum)), target
 
     def backward(
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -348,7 +348,8 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
         grad_bias = torch.zeros(vocab, dtype=dtype, device=device) if wanted.bias else None
         maths = {name: given[name] for name in MATHS}
         for number, chunk in enumerate(chunks(flat, weight, bias, target, **{name: given[name] for name in CHUNKS})):
-            of_rows = Rows(*(None if x is None else x[chunk.rows] for x in rows))
+            entropy = None if rows.entropy is None else rows.entropy[chunk.rows]
+            of_rows = Rows(entropy, rows.row_max[chunk.rows], rows.log_sum[chunk.rows])
             column = chunk.target
             if shard is not None:
                 column = _column(column, shard, vocab, elsewhere=IGNORED)
@@ -492,9 +493,7 @@ def register(namespace: str) -> None:
     def _(grad_log_probs, grad_entropy, grad_lse, hidden, weight, *args, **given):
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
         wanted = linear.wanted_of(given)
-        return tuple(
-            hidden.new_empty(shape if want else (0,)) for want, shape in zip(wanted, shapes, strict=True)
-        )
+        return tuple(hidden.new_empty(shape if want else (0,)) for want, shape in zip(wanted, shapes, strict=True))
 
     def autograd(hidden, weight, labels, *, bias=None, **given):
         needs = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
