@@ -45,7 +45,7 @@ def specified(hidden, weight, bias, labels, weights, **options):
     return results, grads
 
 
-def assert_matches(hidden, weight, bias, labels, weights=None, *, **options):
+def assert_matches(hidden, weight, bias, labels, weights=None, **options):
     weights = upstream(labels.shape, hidden.device) if weights is None else weights
     ours = packops.linear_log_probs(hidden, weight, labels, bias=bias, **options)
     exact, exact_grads = specified(hidden, weight, bias, labels, weights, **options)
@@ -55,9 +55,7 @@ def assert_matches(hidden, weight, bias, labels, weights=None, *, **options):
         assert found.dtype == state
         assert found.shape == labels.shape
         assert found.requires_grad
-        torch.testing.assert_close(
-            found.double(), expected, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}"
-        )
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
     grads = torch.autograd.grad(weighted(ours, weights), [x for x in (hidden, weight, bias) if x is not None])
     for name, found, expected in zip(("hidden", "weight", "bias"), grads, exact_grads, strict=False):
         assert found.dtype == hidden.dtype

@@ -44,8 +44,8 @@ def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid:
 
     A chunk of c rows takes ``c (V + H)`` elements of the hidden states' dtype: its logits, which become their own gradient, and a
     copy of its hidden rows without what does not count; ``c (copies V + H)`` where the logits are wider than that. Compacted rows
-    (``num_valid``) take another c H in fp32. This may be ``LOGITS_SHARE`` of the whole logits' memory, but always ``MIN_ROWS`` rows
-    and never more than ``MAX_ROWS``. (Below ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS`` decides and the share is
+    (``num_valid``) take another c H in fp32. This may be ``LOGITS_SHARE`` of the memory of all logits, but always
+    ``MIN_ROWS`` rows and never more than ``MAX_ROWS``. (Below ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS`` decides and the share is
     larger.)
 
     A power of two, because a chunk's gradient of the hidden states has few tiles, about ``(c / 128) (H / 256)``: where these do
