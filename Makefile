@@ -25,7 +25,8 @@ export PYTHONUNBUFFERED := 1
 TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1),9.0)
 
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml python/packops/_build.py
-# One stamp for one way to build: another interpreter or architecture builds again.
+# One stamp and one folder of objects for one way to build: another interpreter or architecture builds again, and going back to
+# the one before only links (--force: the library of another way is no younger than the sources, and no use).
 WAY := $(shell echo "$(PY) $(TORCH_CUDA_ARCH_LIST) $(PACKOPS_CUDA) $$($(PY) --version 2>&1)" | cksum | cut -d' ' -f1)
 BUILT := build/stamps/library-$(WAY)
 
@@ -33,7 +34,7 @@ BUILT := build/stamps/library-$(WAY)
 help:
 	@echo "make demo      train the same small Llama padded, packed carelessly, and packed with packops"
 	@echo "make test      build, then run the tests"
-	@echo "make test-gpu  the same on a GPU; writes tests/gpu_record.json"
+	@echo "make test-gpu  the GPU tests, built for the card and from PTX of 8.0; writes tests/gpu_record.json"
 	@echo "make sanitize  the CUDA kernels under compute-sanitizer; adds to tests/gpu_record.json"
 	@echo "make bench     list the benchmarks; make bench ARGS=rope runs one against the peers that are installed"
 	@echo "make cpp       build without Python (CMake), run the C++ tests and the CUDA kernels on an emulator"
@@ -48,7 +49,7 @@ $(VENV)/.ready: requirements-dev.txt
 	@touch $@
 
 $(BUILT): $(SOURCES) $(VENV_READY)
-	@TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(PY) setup.py --quiet build_ext --inplace
+	@TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(PY) setup.py --quiet build_ext --inplace --force --build-temp build/objects-$(WAY)
 	@mkdir -p $(@D) && rm -f $(@D)/library-* && touch $@
 
 .PHONY: build
@@ -62,10 +63,22 @@ demo: $(BUILT)
 test: $(BUILT)
 	@$(PY) -m pytest $(ARGS)
 
+# The whole GPU suite on two builds, two parts of one record: as built for the card, and as its driver compiles it from PTX of 8.0,
+# which is the code of older cards. In several processes where pytest-xdist is installed: the tests keep the host busy, not the GPU.
+GPU_PROCESSES ?= 8
 .PHONY: test-gpu
-test-gpu: export PACKOPS_CUDA := 1
-test-gpu: $(BUILT)
-	@$(PY) -m pytest --gpu-record tests/gpu_record.json $(ARGS)
+test-gpu:
+	@status=0; for build in card ptx; do $(MAKE) --no-print-directory test-gpu-$$build || status=1; done; exit $$status
+
+.PHONY: test-gpu-card test-gpu-ptx
+test-gpu-ptx: override TORCH_CUDA_ARCH_LIST := 8.0+PTX
+test-gpu-ptx: export CUDA_CACHE_MAXSIZE := 4294967296
+test-gpu-card test-gpu-ptx: export PACKOPS_CUDA := 1
+test-gpu-card test-gpu-ptx: $(VENV_READY)
+	@$(MAKE) --no-print-directory build TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)'
+	@$(if $(findstring ptx,$@),$(PY) tests/sanitize.py --warm-up)
+	@parallel=$$($(PY) -c 'import xdist' 2>/dev/null && echo "-n $(GPU_PROCESSES) --dist loadgroup" || true); \
+	$(PY) -m pytest -m gpu $$parallel --gpu-record tests/gpu_record.json $(ARGS)
 
 .PHONY: sanitize
 sanitize: export PACKOPS_CUDA := 1

@@ -10,7 +10,6 @@ from __future__ import annotations
 import gc
 import random
 import sys
-import warnings
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -23,6 +22,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "bench"))  # as it is for a benchmark run as a program
 sys.path.insert(0, str(Path(__file__).parent))  # for the helpers beside this file, under any import mode
 import gpu_record
+
+HERE = Path(__file__).resolve().parent
 
 # No wall time decides a test; the same examples everywhere, so that a red run on one machine is red on the next.
 hypothesis.settings.register_profile("packops", deadline=None, derandomize=True, print_blob=True)
@@ -54,6 +55,7 @@ def why_no_gpu() -> str | None:
 def pytest_configure(config):
     config.packops_no_gpu = why_no_gpu()
     config.packops_outcomes = {"gpu": Counter(), "cpu": Counter()}
+    config.packops_skips = Counter()  # of GPU tests, by reason
     if config.getoption("--gpu-record") and config.packops_no_gpu:
         raise pytest.UsageError(f"--gpu-record: {config.packops_no_gpu}, so there is nothing to record")
 
@@ -133,6 +135,12 @@ def outcome_of(report) -> str | None:
     return "passed" if report.when == "call" else None
 
 
+def reason_of(report) -> str:
+    if isinstance(report.longrepr, tuple):
+        return report.longrepr[2].removeprefix("Skipped: ")
+    return "expected to fail" if hasattr(report, "wasxfail") else str(report.longrepr)
+
+
 _config = None
 
 
@@ -144,40 +152,65 @@ def pytest_sessionstart(session):
 def pytest_runtest_logreport(report):
     outcome = outcome_of(report)
     if outcome:
-        _config.packops_outcomes["gpu" if "gpu" in report.keywords else "cpu"][outcome] += 1
+        where = "gpu" if "gpu" in report.keywords else "cpu"
+        _config.packops_outcomes[where][outcome] += 1
+        if (where, outcome) == ("gpu", "skipped"):
+            _config.packops_skips[reason_of(report)] += 1
 
 
 def pytest_terminal_summary(terminalreporter, config):
     gpu = config.packops_outcomes["gpu"]
-    if gpu["skipped"]:
-        because = config.packops_no_gpu or "see their reasons above"
+    if gpu["skipped"] and config.packops_no_gpu:
         terminalreporter.section("GPU tests that did not run", sep="!", red=True, bold=True)
         terminalreporter.line(
-            f"{gpu['skipped']} GPU tests were SKIPPED ({because}). They proved nothing about the CUDA kernels. "
+            f"{gpu['skipped']} GPU tests were SKIPPED ({config.packops_no_gpu}). They proved nothing about the CUDA kernels. "
             "`make test-gpu` on a machine with a GPU runs them."
         )
-        terminalreporter.line(gpu_record.describe(gpu_record.PATH))
     if gpu["out_of_memory"]:
         terminalreporter.section("GPU tests that ran out of memory", sep="!", red=True, bold=True)
         terminalreporter.line(f"{gpu['out_of_memory']} GPU tests ran OUT OF MEMORY and proved nothing.")
-    path = config.getoption("--gpu-record")
-    if path and not hasattr(config, "workerinput"):
-        record = gpu_record.merge_tests(path, config.packops_outcomes, selection=selection_of(config))
-        terminalreporter.section("GPU record")
-        terminalreporter.line(f"{path}: {record['tests']['gpu']}")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """Write the record, and fail a run whose record is partial, or a whole run on a GPU beside a record that is stale."""
+    config = session.config
+    config.packops_last_line = None
+    if hasattr(config, "workerinput") or config.option.collectonly:
+        return
+    path, selection = config.getoption("--gpu-record"), selection_of(config)
+    if path:
+        build, record = gpu_record.merge_tests(path, config.packops_outcomes, config.packops_skips, selection)
+        found = gpu_record.problems(path, (build,))
+        config.packops_last_line = f"GPU record: {path}: {record['tests'][build]['gpu']} {gpu_record.BUILDS[build]}" + (
+            f": {'; '.join(found)}" if found else ""
+        )
+    else:
+        found = [] if config.packops_no_gpu or selection else gpu_record.problems(gpu_record.PATH)
+        if found or not selection or config.packops_outcomes["gpu"]["skipped"]:
+            config.packops_last_line = gpu_record.describe(gpu_record.PATH)
+    if found and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure(config):
+    """After everything else, so that it is the last line."""
+    if getattr(config, "packops_last_line", None):
+        config.get_terminal_writer().line(config.packops_last_line)
 
 
 def selection_of(config) -> str:
-    """How this run was narrowed down, so that a partial run never passes for a whole one."""
-    parts = [f"-k {config.option.keyword}"] if config.option.keyword else []
-    parts += [f"-m {config.option.markexpr}"] if config.option.markexpr not in ("", "gpu") else []  # all that a GPU is needed for
-    parts += config.option.deselect or []
-    if [Path(a).name for a in config.args] != ["tests"]:
-        parts += [str(a) for a in config.args]
+    """How this run was narrowed down, so that a partial run never passes for a whole one; "" for all that a GPU is needed for."""
+    option = config.option
+    parts = [f"-k {option.keyword}"] if option.keyword else []
+    parts += [f"-m {option.markexpr}"] if option.markexpr not in ("", "gpu") else []
+    for name in ("deselect", "ignore", "ignore_glob"):
+        parts += [f"--{name.replace('_', '-')} {value}" for value in getattr(option, name, None) or []]
+    for name in ("lf", "stepwise", "stepwise_skip", "setuponly", "setupplan", "collectonly"):
+        parts += [f"--{name.replace('_', '-')}"] if getattr(option, name, False) else []
+    parts += [f"--maxfail {option.maxfail}"] if option.maxfail else []
+    here = config.invocation_params.dir
+    if [(here / argument).resolve() for argument in config.args] != [HERE]:
+        parts += [str(argument) for argument in config.args]
     return " ".join(parts)
-
-
-@pytest.fixture
-def loud():
-    """``loud(message)`` puts a message into the warnings summary: for what is no failure but must not go unseen."""
-    return lambda message: warnings.warn(message, stacklevel=2)

@@ -3,31 +3,37 @@
     python tests/sanitize.py                    all tools
     python tests/sanitize.py memcheck           one tool
     python tests/sanitize.py --cases            the cases alone, without a sanitizer (it then needs a GPU, but no sanitizer)
+    python tests/sanitize.py --warm-up          the same in many processes: the driver compiles all PTX and keeps the results
 
 memcheck: accesses out of bounds. racecheck: shared-memory races. synccheck: divergent barriers. initcheck: reads of memory that
-nobody wrote. The allocator's cache is off, because inside its big blocks an overrun looks legal.
+nobody wrote. The allocator's cache is off, because inside its big blocks an overrun looks legal. Each tool must first find an
+error that is planted for it (``planted_errors.cu``): one that cannot on this machine has nothing to say about the kernels.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import os
 import re
 import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+import gpu_record
 import packops
+from gpu_record import TOOLS
 
-TOOLS = ("memcheck", "racecheck", "synccheck", "initcheck")
 CASES: list[Callable[[torch.device], Iterator[str]]] = []
 Case = Callable[[torch.device], Iterator[str]]
 
@@ -419,11 +425,11 @@ def rms_norm(device: torch.device) -> Iterator[str]:
 # The driver.
 
 
-def run_cases(device: torch.device) -> int:
-    """Run them all; the exit status."""
+def run_cases(device: torch.device, functions: list[Case] | None = None) -> int:
+    """Run them all, or those of some functions; the exit status."""
     torch.manual_seed(0)
     count = 0
-    for function in CASES:
+    for function in functions or CASES:
         for name in function(device):
             if device.type == "cuda":
                 torch.cuda.synchronize()
@@ -434,47 +440,135 @@ def run_cases(device: torch.device) -> int:
     return 0 if count else 1
 
 
-def run_tool(tool: str, log: Path) -> dict[str, int | float]:
-    sanitizer = ["compute-sanitizer", f"--tool={tool}", "--error-exitcode=99", "--print-limit=0"]  # all of them
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
+def warm_up() -> None:
+    """Every function's cases in a process of its own. Each runs other kernels, so the driver compiles them side by side."""
     started = time.monotonic()
-    command = [*sanitizer, sys.executable, __file__, "--cases"]
+    commands = [[sys.executable, __file__, "--cases", "--only", function.__name__] for function in CASES]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        statuses = list(pool.map(lambda command: subprocess.run(command, **quiet).returncode, commands))
+    failed = [function.__name__ for function, status in zip(CASES, statuses, strict=True) if status]
+    print(f"warm-up: {time.monotonic() - started:.0f} s" + (f", failed: {', '.join(failed)}" if failed else ""), flush=True)
+
+
+ERROR_STATUS = 99  # of the sanitizer, when it found something
+
+
+def run_sanitizer(tool: str, log: Path, *arguments: str) -> int:
+    """This script under a tool, its output in ``log``; the exit status."""
+    sanitizer = ["compute-sanitizer", f"--tool={tool}", f"--error-exitcode={ERROR_STATUS}", "--print-limit=0"]  # all of them
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
     with log.open("w") as file:
-        status = subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-    seconds = round(time.monotonic() - started, 1)
-    return {**read_log(log.read_text(), status), "seconds": seconds}
+        command = [*sanitizer, sys.executable, __file__, *arguments]
+        return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
 
 
-BULK_COPY = "packops::bulk_load("
+def run_tool(tool: str, log: Path) -> dict[str, Any]:
+    started = time.monotonic()
+    status = run_sanitizer(tool, log, "--cases")
+    return {**read_log(log.read_text(), status), "seconds": round(time.monotonic() - started, 1)}
 
 
-def races(text: str) -> tuple[int, int]:
-    """How many hazards racecheck reports, and how many of them are between a bulk copy and a reader of the ring it fills.
+# --------------------------------------------------------------------------------------------------------------------------------
+# Planted errors
+
+PLANTED = Path(__file__).with_name("planted_errors.cu")
+# What a tool says about its own: the message, and the kernel that it names.
+PLANTED_MESSAGE = {
+    "memcheck": (r"Invalid __global__ write of size 4 bytes", "planted_write_out_of_bounds"),
+    "racecheck": (r"Race reported between", "planted_race"),
+    "synccheck": (r"Barrier error detected\. Divergent thread", "planted_divergent_barrier"),
+    "initcheck": (r"Uninitialized __global__ memory read of size 4 bytes", "planted_read_of_nothing"),
+}
+
+
+def compile_planted(folder: Path) -> Path:
+    """``planted_errors.cu`` as a library for the GPU of this machine, or for Hopper where there is none."""
+    home = gpu_record._build.find_cuda_home()
+    if home is None:
+        raise RuntimeError("no nvcc, so no error can be planted: set CUDA_HOME or put nvcc on PATH")
+    arch = ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "9.0"
+    library = folder.absolute() / "planted_errors.so"
+    flags = ["-shared", "-Xcompiler=-fPIC", "-lineinfo", *gpu_record._build.arch_flags([arch])]
+    subprocess.run([home / "bin" / "nvcc", *flags, "-o", library, PLANTED], check=True)
+    return library
+
+
+def run_planted(tool: str, library: Path) -> int:
+    """In this process; memory as the cases have it, from torch's allocator."""
+    data = torch.empty(1000, device="cuda") if tool == "initcheck" else torch.zeros(1000, device="cuda")
+    error = getattr(ctypes.CDLL(str(library)), f"planted_{tool}")(ctypes.c_void_p(data.data_ptr()), ctypes.c_int(data.numel()))
+    print(f"planted {tool}: CUDA error {error}", flush=True)
+    return 0
+
+
+def found_planted(tool: str, text: str, status: int) -> bool:
+    """Whether a run says that the tool found its planted error, where it was planted."""
+    message, kernel = PLANTED_MESSAGE[tool]
+    return status == ERROR_STATUS and re.search(rf"========= .*{message}.*(\n=========.*){{0,3}}?{kernel}", text) is not None
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# Logs
+
+# A raw bulk copy (csrc/common/ptx.cuh) and the one kernel that has a ring of them.
+BULK_COPY = "bulk_load"
+RING_KERNEL = "resident_kernel"
+ACCESS = re.compile(r"(Read|Write) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?):(\d+))?(?= |$)")
+
+
+def excusable(hazard: str) -> list[str] | None:
+    """The places that read what a bulk copy wrote, if that is all that this hazard is about; else None.
 
     racecheck takes a raw bulk copy for a store by the thread that asks for it. Where the copies are issued in a loop it does not
     see that mbarriers order them with what other warps read; FlashAttention-4 describes the same (AI/RACECHECK_TMA_HAZARD.md in
-    its repository). Those are excused here: the emulator runs these copies late and out of order, and finds real ones.
+    its repository). Only such pairs are excused, each with its line, and ``gpu_record.EXCUSED_HAZARDS`` says how many there are:
+    the emulator runs these copies late and out of order, and finds real ones.
     """
+    accesses = [ACCESS.search(line) for line in hazard.splitlines() if " access at " in line]
+    if len(accesses) < 2 or not all(accesses):
+        return None
+    copies = [re.search(rf"\b{BULK_COPY}\(", access[2]) is not None and access[1] == "Write" for access in accesses]
+    if any(copies[0] == copy for copy in copies[1:]):
+        return None
+    readers = [access for access, copy in zip(accesses, copies, strict=True) if not copy]
+    if any(access[1] != "Read" for access in readers):
+        return None
+    kernels = {kernel for access in readers for kernel in re.findall(r"\b\w+_kernel\b", access[2])}
+    return [place_of(access) for access in readers] if kernels <= {RING_KERNEL} else None
+
+
+def place_of(access: re.Match) -> str:
+    """Where an access is, in words that stay while lines move: its file and the text of its line, or its function."""
+    function, file, line = access[2], access[3], access[4]
+    if file is None:
+        return re.sub(r"[<(].*", "", function.removeprefix("void ").replace("<unnamed>", "{}")).replace("{}", "<unnamed>")
+    sources = [path for path in gpu_record._build.source_files(gpu_record.ROOT / "csrc") if path.name == Path(file).name]
+    lines = sources[0].read_text().splitlines() if sources else []
+    return f"{Path(file).name}: {lines[int(line) - 1].strip() if int(line) <= len(lines) else f'line {line}'}"
+
+
+def races(text: str) -> tuple[int, int, Counter[str]]:
+    """How many hazards racecheck reports, how many of them are excused, and the readers of these by place."""
     hazards = re.split(r"^========= (?:Error|Warning): Race reported between ", text, flags=re.MULTILINE)[1:]
-    excused = 0
-    for hazard in hazards:
-        first, *others = [line for line in hazard.splitlines() if " access at " in line]
-        excused += bool(others) and all((BULK_COPY in first) != (BULK_COPY in other) for other in others)
-    return len(hazards), excused
+    readers = [places for places in map(excusable, hazards) if places]
+    return len(hazards), len(readers), Counter(place for places in readers for place in places)
 
 
-def read_log(text: str, status: int) -> dict[str, int]:
+def read_log(text: str, status: int) -> dict[str, Any]:
     """Errors and cases of one run. A run that did not reach its end, or whose summary is missing, never counts as clean."""
     ran = re.search(r"^(\d+) cases ran on ", text, re.MULTILINE)
-    summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard", text)
+    summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard.*\((\d+) error", text)
     errors = int(summary[1] or summary[2]) if summary else -1
-    found, excused = races(text)
+    found, excused, places = races(text)
+    # Hazards may be warnings alone: those may leave the status as it is.
+    expected = {0} if not found else {ERROR_STATUS} if summary and int(summary[1] or summary[3]) else {0, ERROR_STATUS}
     if summary and summary[2] and found == errors:
         errors -= excused
-    if errors == 0 and ((status != 0 and not excused) or ran is None):
+    if errors == 0 and (status not in expected or ran is None):
         errors = -1
     result = {"errors": errors, "cases": int(ran[1]) if ran else len(re.findall(r"^case ", text, re.MULTILINE))}
-    return {**result, "excused": excused} if excused else result
+    return {**result, "excused": dict(sorted(places.items()))} if places else result
 
 
 def findings(text: str, most: int = 6000) -> str:
@@ -491,35 +585,70 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", default=[], metavar="TOOL", help=f"any of {', '.join(TOOLS)}; all by default")
     parser.add_argument("--cases", action="store_true", help="run the cases in this process")
+    parser.add_argument("--only", action="append", metavar="FUNCTION", help="with --cases: these cases alone")
+    parser.add_argument("--warm-up", action="store_true", help="run the cases in many processes, whatever comes of it")
+    parser.add_argument("--planted", nargs=2, metavar=("TOOL", "LIBRARY"), help="run one planted error in this process")
     parser.add_argument("--logs", type=Path, default=Path("build/sanitize"), help="folder of the full logs")
     arguments = parser.parse_args()
     if unknown := set(arguments.tools) - set(TOOLS):
         parser.error(f"unknown tool {', '.join(sorted(unknown))}; choose from {', '.join(TOOLS)}")
     if arguments.cases:
-        return run_cases(torch.device("cuda"))
+        return run_cases(torch.device("cuda"), [f for f in CASES if f.__name__ in (arguments.only or [f.__name__])])
+    if arguments.planted:
+        return run_planted(*arguments.planted)
+    if arguments.warm_up:
+        warm_up()
+        return 0
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on PATH; it comes with the CUDA toolkit", file=sys.stderr)
         return 2
-    import gpu_record
+    return run_tools(arguments.tools or list(TOOLS), arguments.logs)
 
-    arguments.logs.mkdir(parents=True, exist_ok=True)
-    tools = arguments.tools or TOOLS
-    logs = {tool: arguments.logs / f"{tool}.log" for tool in tools}
+
+def run_tools(tools: list[str], logs: Path) -> int:
+    """Plant an error for each tool, then run the cases under each; put all into the record if these were all the tools."""
+    logs.mkdir(parents=True, exist_ok=True)
+    library = compile_planted(logs)
     print(f"{', '.join(tools)}: each in a process of its own, a few minutes", flush=True)
-    results = {}
+
+    def plant(tool: str) -> bool:
+        log = logs / f"planted_{tool}.log"
+        status = run_sanitizer(tool, log, "--planted", tool, str(library))
+        return found_planted(tool, log.read_text(), status)
+
+    def run(tool: str) -> tuple[bool, dict[str, Any]]:
+        return plant(tool), run_tool(tool, logs / f"{tool}.log")
+
+    found, results = {}, {}
     with ThreadPoolExecutor() as pool:  # a sanitizer keeps the host busy, hardly the GPU
-        running = {pool.submit(run_tool, tool, logs[tool]): tool for tool in tools}
+        running = {pool.submit(run, tool): tool for tool in tools}
         for future in as_completed(running):
-            tool, result = running[future], future.result()
-            results[tool] = result
-            print(
-                f"{tool}: {result['errors']} errors in {result['cases']} cases, {result['seconds']} s ({logs[tool]})", flush=True
-            )
-            if result["errors"]:
-                print(findings(logs[tool].read_text()))
+            tool = running[future]
+            found[tool], results[tool] = result = future.result()
+            report(tool, *result, logs)
+    clean = all(found.values()) and not any(result["errors"] for result in results.values())
     if set(results) == set(TOOLS):
-        gpu_record.merge_sanitizer(gpu_record.PATH, {tool: results[tool] for tool in TOOLS})
-    return 1 if any(result["errors"] for result in results.values()) else 0
+        gpu_record.merge_sanitizer(gpu_record.PATH, {t: results[t] for t in TOOLS}, {t: found[t] for t in TOOLS})
+        problems = gpu_record.problems(gpu_record.PATH, ("sanitizer",))
+        print("\n".join(problems or ["GPU record: the sanitizer's part is good"]), flush=True)
+        clean = clean and not problems
+    return 0 if clean else 1
+
+
+def report(tool: str, found: bool, result: dict[str, Any], logs: Path) -> None:
+    kernel = PLANTED_MESSAGE[tool][1]
+    print(f"{tool} {'found' if found else 'DID NOT FIND'} its planted error, {kernel} ({logs / f'planted_{tool}.log'})")
+    if not found:
+        print(findings((logs / f"planted_{tool}.log").read_text()))
+    excused = sum(result.get("excused", {}).values())
+    print(
+        f"{tool}: {result['errors']} errors in {result['cases']} cases"
+        + (f", {excused} hazards excused" if excused else "")
+        + f", {result['seconds']} s ({logs / f'{tool}.log'})",
+        flush=True,
+    )
+    if result["errors"]:
+        print(findings((logs / f"{tool}.log").read_text()), flush=True)
 
 
 if __name__ == "__main__":
