@@ -240,3 +240,20 @@ def test_rows_of_very_many_documents():
     with pytest.raises(ValueError, match="overflows FlashAttention-2's backward in a model with 128 heads of 128"):
         PackingCollator(attention_shape=(128, 128))(documents)
     PackingCollator(attention_shape=(16, 64))(documents)
+
+
+def test_real_tokens():
+    """Which tokens are padding, at the end of the row and of documents; None where none is."""
+    documents = [[1, 2, 3], [4], [5, 6]]
+    assert PackingCollator()(documents).real_tokens is None
+    assert "real_tokens" not in PackingCollator(names="hf")(documents)
+    batch = PackingCollator(pad_to_length=11, pad_doc_to_multiple_of=2, num_documents=6)(documents)
+    assert batch.real_tokens.tolist() == [[True, True, True, False, True, False, True, True, False, False, False]]
+    assert torch.equal(batch.to_hf()["real_tokens"], batch.real_tokens)
+    assert not PackingCollator(pad_to_length=5)([]).real_tokens.any()
+
+
+def test_images_are_refused():
+    with pytest.raises(ValueError, match="document 1 holds pixel_values, image_grid_thw: PackingCollator packs text"):
+        PackingCollator()([[1, 2], {"input_ids": [3], "pixel_values": torch.zeros(1), "image_grid_thw": [[1, 2, 2]]}])
+    PackingCollator()([{"input_ids": [3, 4], "pixel_values": None}])

@@ -210,3 +210,27 @@ def test_bad_arguments():
         PackedBatchSampler([1, 2], 4).load_state_dict(PackedBatchSampler([3, 2], 4).state_dict())
     with pytest.raises(ValueError, match="step must be between 0 and 1, got 2"):
         PackedBatchSampler([1, 2], 4).state_dict(step=2)
+
+
+def test_all_ranks_in_turn():
+    """For loaders that share batches out themselves: what the ranks would yield, a step's batches one after the other."""
+    options = {"max_length": 64, "world_size": 3, "seed": 5}
+    lengths = [5 + i % 17 for i in range(100)]
+    ranks = [list(PackedBatchSampler(lengths, rank=rank, **options)) for rank in range(3)]
+    together = PackedBatchSampler(lengths, rank=0, all_ranks=True, **options)
+    assert [batch for step in zip(*ranks, strict=True) for batch in step] == list(together)
+    assert len(together) == 3 * len(ranks[0])
+    state = together.state_dict(step=2)
+    together.load_state_dict(state)
+    assert list(together) == [batch for step in zip(*(rank[2:] for rank in ranks), strict=True) for batch in step]
+    with pytest.raises(ValueError, match=f"step must be between 0 and {len(ranks[0])}"):
+        together.state_dict(step=len(ranks[0]) + 1)
+
+
+def test_sharing_out_a_share_is_refused():
+    """accelerate asks a batch sampler for its batch_size before it shares out its batches."""
+    lengths = [5] * 20
+    with pytest.raises(ValueError, match="all_ranks=True"):
+        _ = PackedBatchSampler(lengths, 16, rank=0, world_size=2).batch_size
+    assert not hasattr(PackedBatchSampler(lengths, 16, rank=0, world_size=2, all_ranks=True), "batch_size")
+    assert not hasattr(PackedBatchSampler(lengths, 16, rank=0, world_size=1), "batch_size")

@@ -37,6 +37,7 @@ class PackedBatch:
         boundaries: ``cu_seqlens`` as host ints.
         lengths: tokens of each document, without padding.
         shift_labels: (1, T) int64, row t scored against token t + 1; None unless asked for.
+        real_tokens: (1, T) bool, False for padding; None where there is none.
         columns: further (1, T) tensors by name.
         ignore_index: what a label that is not scored holds.
     """
@@ -53,6 +54,7 @@ class PackedBatch:
     boundaries: tuple[int, ...]
     lengths: tuple[int, ...]
     shift_labels: Tensor | None = None
+    real_tokens: Tensor | None = None
     columns: dict[str, Tensor] = dataclasses.field(default_factory=dict)
     ignore_index: int = -100
 
@@ -95,6 +97,12 @@ class PackedBatch:
         position_ids, seq_idx = packed_metadata(cu_seqlens, len(input_ids))
         masked, counts = packed_labels(labels, cu_seqlens, shift=False, ignore_index=ignore_index)
         counts_on_host = counts.tolist()
+        lengths = spans if lengths is None else tuple(lengths)
+        real_tokens = None
+        if sum(lengths) < len(input_ids):
+            size = torch.zeros(len(boundaries) - 1, dtype=torch.int64)
+            size[: len(lengths)] = torch.tensor(lengths, dtype=torch.int64)
+            real_tokens = (position_ids < size.to(input_ids.device)[seq_idx.long()])[None]
         num_items = sum(counts_on_host)
         return cls(
             input_ids=input_ids[None],
@@ -107,8 +115,9 @@ class PackedBatch:
             num_valid=num_items,
             num_sequences=sum(count > 0 for count in counts_on_host),
             boundaries=boundaries,
-            lengths=spans if lengths is None else tuple(lengths),
+            lengths=lengths,
             shift_labels=packed_labels(labels, cu_seqlens, ignore_index=ignore_index)[0][None] if shift_labels else None,
+            real_tokens=real_tokens,
             columns={name: column[None] for name, column in (columns or {}).items()},
             ignore_index=ignore_index,
         )
@@ -222,7 +231,8 @@ class PackedBatch:
         No ``attention_mask``, since one of ones would turn the detection of packed rows off; ``use_cache=False``, since the cache
         that a configuration asks for by default does the same. ``cu_seq_lens_*`` spare FlashAttention a host sync in every layer,
         and ``num_valid`` spares the lm_head of :func:`packops.hf.apply` the tokens that are not scored; other models ignore it.
-        ``seq_idx`` adds that too, for models with Mamba layers.
+        Where there is padding, ``real_tokens`` keeps it out of the router loss of a mixture of experts, in models that went through
+        :func:`packops.hf.apply`. ``seq_idx`` adds that too, for models with Mamba layers.
         """
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
@@ -237,6 +247,8 @@ class PackedBatch:
         }
         if self.shift_labels is not None:
             inputs["shift_labels"] = self.shift_labels
+        if self.real_tokens is not None:
+            inputs["real_tokens"] = self.real_tokens
         if seq_idx:
             inputs["seq_idx"] = self.seq_idx
         return inputs | self.columns

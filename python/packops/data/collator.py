@@ -32,12 +32,16 @@ def max_docs_for_flash_attention(total_tokens: int, num_heads: int, head_dim: in
     return max(0, ((2**31 - 1) // per_token - total_tokens) // 128)
 
 
+# What processors make of images, videos and sound. Their tokens have positions that only the model can tell (M-RoPE).
+OTHER_THAN_TEXT = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "input_features")
+
+
 class PackingCollator:
     """Concatenates documents into one :class:`packops.PackedBatch`.
 
     A document is a sequence of token ids, or a mapping with ``input_ids`` and, optionally, ``labels`` (its ids, ``ignore_index``
     where not scored), ``completion_mask`` or ``assistant_masks`` (true where scored), and the columns asked for. Without labels
-    and masks every token is scored but a document's first. No document at all is legal and gives a row of nothing but padding,
+    and masks every token is scored but a document's first. Text only: a document that holds images or sound is refused. No document at all is legal and gives a row of nothing but padding,
     which costs a rank that has run out of documents a step without a gradient.
 
     Args:
@@ -86,6 +90,8 @@ class PackingCollator:
         self.attention_shape = attention_shape
 
     def __call__(self, documents: Sequence[Any]) -> PackedBatch | dict[str, Any]:
+        for number, document in enumerate(documents):
+            _check_text(document, number)
         tokens = [_ids(tokens_of(document), "input_ids", number) for number, document in enumerate(documents)]
         numbered = list(zip(documents, tokens, range(len(tokens)), strict=True))
         labels = [self._labels(*entry) for entry in numbered]
@@ -158,6 +164,15 @@ class PackingCollator:
             raise ValueError(message)
         if documents >= MANY_DOCUMENTS:
             warnings.warn(message + ", or name your model's attention_shape=(num_heads, head_dim)", stacklevel=3)
+
+
+def _check_text(document: Any, number: int) -> None:
+    other = [name for name in OTHER_THAN_TEXT if isinstance(document, Mapping) and document.get(name) is not None]
+    if other:
+        raise ValueError(
+            f"document {number} holds {', '.join(other)}: PackingCollator packs text, and gives every token the position of text. "
+            "Collate images yourself, with the positions of the model's get_rope_index"
+        )
 
 
 def _ids(values: Any, name: str, number: int) -> np.ndarray:

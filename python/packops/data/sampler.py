@@ -52,6 +52,8 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             packs' order is random too, unless ``seed`` is None or the strategy ``"sequential"``.
         packs_per_batch: packs a rank takes at each step; they become one row of up to ``packs_per_batch * max_length`` tokens.
         rank, world_size: this process and how many there are; by default those of ``torch.distributed``, or one process.
+        all_ranks: yield the batches of all ranks in turn, those of a step one after the other, and leave it to the loader to take
+            this rank's. For loaders that share out batches themselves: ``accelerate.prepare``, ``transformers.Trainer``.
         balance: which packs the ranks take at the same step, where the slowest holds up the others. ``"tokens"`` evens out the
             tokens, ``"attention"`` the cost ``a * tokens + b * sum of document length^2``, ``"none"`` nothing.
         cost: (a, b). The default is of a 7B transformer (24 h^2 / 4 h with h = 4096).
@@ -66,6 +68,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         packs_per_batch: int = 1,
         rank: int | None = None,
         world_size: int | None = None,
+        all_ranks: bool = False,
         strategy: Strategy = "best_fit",
         seed: int | None = 0,
         balance: Balance = "attention",
@@ -84,6 +87,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             raise ValueError(f"packs_per_batch must be positive, got {packs_per_batch}")
         if balance not in ("none", "tokens", "attention"):
             raise ValueError(f"balance must be 'none', 'tokens' or 'attention', got {balance!r}")
+        self.all_ranks = all_ranks
         self.packs_per_batch = packs_per_batch
         self.balance = balance
         self.cost = cost
@@ -117,16 +121,33 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         if epoch != self.epoch:
             self.epoch, self._past, self._start, self._step = epoch, [], 0, 0
 
+    @property
+    def sampler(self) -> PackedBatchSampler:
+        """Itself: where the loaders of accelerate look for something that has ``set_epoch``."""
+        return self
+
+    @property
+    def batch_size(self) -> int:
+        """There is none. Loaders that share out batches ask for it, and are told here that this sampler has done so already."""
+        if self.world_size > 1 and not self.all_ranks:
+            raise ValueError(
+                "this PackedBatchSampler yields the batches of its own rank, and the loader is about to share them out over the "
+                "ranks once more, which loses documents: use PackedBatchSampler(..., all_ranks=True) with accelerate.prepare and "
+                "transformers.Trainer, or leave the loader unprepared"
+            )
+        raise AttributeError("batches of whole packs have no fixed size")
+
     def __len__(self) -> int:
-        """Steps in this epoch, the same for every rank; other epochs have a few more or fewer, as their packs differ."""
-        return sum(steps for *_, steps in self._past) + len(self._prepare()[1])
+        """Batches in this epoch, the same for every rank; other epochs have a few more or fewer, as their packs differ."""
+        steps = sum(steps for *_, steps in self._past) + len(self._prepare()[1])
+        return steps * (self.world_size if self.all_ranks else 1)
 
     def __iter__(self) -> Iterator[list[Any]]:
         plan, steps, spans = self._prepare()
         for step in range(self._start, len(steps)):
-            packs = steps[step, self.rank]
             self._step = step + 1
-            yield self._documents(plan, spans.take(packs[packs >= 0]))
+            for packs in steps[step] if self.all_ranks else steps[step, self.rank, None]:
+                yield self._documents(plan, spans.take(packs[packs >= 0]))
         self._past, self._start, self._step = [], 0, 0
 
     def costs(self) -> np.ndarray:
@@ -144,13 +165,14 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         """Where in the epoch this is, the same on every rank.
 
         Args:
-            step: batches of this epoch already trained on. By default those handed out, which is more where a ``DataLoader``
+            step: steps of this epoch already trained on. By default those handed out, which is more where a ``DataLoader``
                 with workers fetches ahead.
         """
         done = sum(steps for *_, steps in self._past)
         current = self._step if step is None else step - done
-        if not 0 <= current <= len(self._prepare()[1]):
-            raise ValueError(f"step must be between {done} and {len(self)}, got {step}")
+        steps = len(self._prepare()[1])
+        if not 0 <= current <= steps:
+            raise ValueError(f"step must be between {done} and {done + steps}, got {step}")
         return {
             "epoch": self.epoch,
             "segments": [*self._past, (self.world_size, self.packs_per_batch, current)],
