@@ -231,7 +231,7 @@ class PackedBatch:
         No ``attention_mask``, since one of ones would turn the detection of packed rows off; ``use_cache=False``, since the cache
         that a configuration asks for by default does the same. ``cu_seq_lens_*`` spare FlashAttention a host sync in every layer,
         and ``num_valid`` spares the lm_head of :func:`packops.hf.apply` the tokens that are not scored; other models ignore it.
-        Where there is padding, ``real_tokens`` keeps it out of the router loss of a mixture of experts, in models that went through
+        Where there is padding, ``real_tokens`` keeps it out of the router loss of a mixture of experts after
         :func:`packops.hf.apply`. ``seq_idx`` adds that too, for models with Mamba layers.
         """
         inputs: dict[str, Any] = {

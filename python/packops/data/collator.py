@@ -41,8 +41,9 @@ class PackingCollator:
 
     A document is a sequence of token ids, or a mapping with ``input_ids`` and, optionally, ``labels`` (its ids, ``ignore_index``
     where not scored), ``completion_mask`` or ``assistant_masks`` (true where scored), and the columns asked for. Without labels
-    and masks every token is scored but a document's first. Text only: a document that holds images or sound is refused. No document at all is legal and gives a row of nothing but padding,
-    which costs a rank that has run out of documents a step without a gradient.
+    and masks every token is scored but a document's first. Text only: a document that holds images or sound is refused. No
+    document at all is legal and gives a row of nothing but padding, which costs a rank that has run out of documents a step
+    without a gradient.
 
     Args:
         pad_token_id: fills the padding.
@@ -170,7 +171,7 @@ def _check_text(document: Any, number: int) -> None:
     other = [name for name in OTHER_THAN_TEXT if isinstance(document, Mapping) and document.get(name) is not None]
     if other:
         raise ValueError(
-            f"document {number} holds {', '.join(other)}: PackingCollator packs text, and gives every token the position of text. "
+            f"document {number} holds {', '.join(other)}: PackingCollator packs text and gives tokens the positions of text. "
             "Collate images yourself, with the positions of the model's get_rope_index"
         )
 
