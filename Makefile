@@ -36,6 +36,7 @@ help:
 	@echo "make test      build, then run the tests"
 	@echo "make test-gpu  the GPU tests, built for the card and from PTX of 8.0; writes tests/gpu_record.json"
 	@echo "make sanitize  the CUDA kernels under compute-sanitizer; adds to tests/gpu_record.json"
+	@echo "make mutants   plant one bug after the other and see which tests find it; make mutants ARGS=rope for some"
 	@echo "make bench     list the benchmarks; make bench ARGS=rope runs one against the peers that are installed"
 	@echo "make cpp       build without Python (CMake), run the C++ tests and the CUDA kernels on an emulator"
 	@echo "make lint      ruff, clang-format, mypy;  make format  mends what can be mended"
@@ -84,6 +85,10 @@ test-gpu-card test-gpu-ptx: $(VENV_READY)
 sanitize: export PACKOPS_CUDA := 1
 sanitize: $(BUILT)
 	@$(PY) tests/sanitize.py $(ARGS)
+
+.PHONY: mutants
+mutants: $(VENV_READY)
+	@$(PY) tests/mutants.py $(ARGS)
 
 .PHONY: bench
 bench: $(BUILT)

@@ -1,0 +1,234 @@
+"""Plants the bugs of ``mutants.toml``, one after the other, in a scratch copy of this checkout, and sees which tests find them.
+
+    make mutants                       all of them; some hours on two cores
+    make mutants ARGS="rope softcap"   those whose name or file has one of these words
+    make mutants ARGS=--list           what there is
+
+A mutant is killed when a test that should find it fails. One that survives is a test that is missing. Before a test may kill, it
+must pass without a bug. Only what a mutant needs is built again. Mutants that only a GPU can see are skipped where there is none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import tomllib
+
+ROOT = Path(__file__).resolve().parents[1]
+LIST = ROOT / "tests" / "mutants.toml"
+SCRATCH = ROOT / "build" / "mutants"
+TIMEOUT = 1200  # seconds for one test command: a bug may also hang
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutant:
+    """One bug: ``old`` in ``file`` (exactly once) becomes ``new``.
+
+    ``tests`` are arguments of pytest, ``cpp`` names of ctest; any of them may kill. ``gpu``: only a GPU can see it.
+    """
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: tuple[str, ...] = ()
+    cpp: tuple[str, ...] = ()
+    gpu: bool = False
+
+    def plant(self, root: Path) -> str:
+        """Change the file; what it held before."""
+        path = root / self.file
+        text = path.read_text()
+        if text.count(self.old) != 1:
+            raise ValueError(f"{self.name}: its text is {text.count(self.old)} times in {self.file}, not once:\n{self.old}")
+        path.write_text(text.replace(self.old, self.new))
+        return text
+
+
+def read_list(path: Path = LIST) -> list[Mutant]:
+    entries = tomllib.loads(path.read_text())["mutants"]
+    return [Mutant(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}) for entry in entries]
+
+
+class Scratch:
+    """A copy of the checkout in which bugs are planted and tests run."""
+
+    def __init__(self, folder: Path, cuda: bool) -> None:
+        self.folder, self.cuda = folder, cuda
+        self.without: dict[tuple[str, ...], tuple[bool, str]] = {}  # what each command does without a bug
+        self.built: str | None = None  # the digest of csrc/ in the library
+
+    def refresh(self) -> None:
+        """Bring the copy up to the checkout, without touching files that did not change: compilers go by their times."""
+        listed = subprocess.run(
+            ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.split("\n")
+        files = [name for name in listed if name and (ROOT / name).is_file()]
+        for name in files:
+            source, target = ROOT / name, self.folder / name
+            if not target.is_file() or target.read_bytes() != source.read_bytes():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+        kept = {self.folder / name for name in files}
+        for top in ("python", "tests", "csrc", "bench", "tools"):
+            for path in (self.folder / top).rglob("*"):
+                if path.is_file() and path not in kept and path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
+                    path.unlink()
+
+    def run(self, command: list[str], timeout: float | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "PYTHONPATH": str(self.folder / "python"), **variables}
+        try:
+            return subprocess.run(
+                command, cwd=self.folder, env=environment, capture_output=True, text=True, timeout=timeout, errors="replace"
+            )
+        except subprocess.TimeoutExpired:
+            return subprocess.CompletedProcess(command, -1, f"ran for more than {timeout} s", "")
+
+    def build_library(self) -> str | None:
+        """packops._C of the copy as it stands; the compiler's words if it refuses."""
+        digest = build_digest(self.folder)
+        if self.built == digest:
+            return None
+        command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force", "--build-temp", "build/objects"]
+        done = self.run(command, PACKOPS_CUDA="1" if self.cuda else "0")
+        self.built = digest if done.returncode == 0 else None
+        return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+
+    def build_cpp(self, test: str) -> str | None:
+        tree = self.folder / "build" / "cmake"
+        if not (tree / "CMakeCache.txt").is_file():
+            options = [f"-DPACKOPS_PYTHON={sys.executable}", "-DPACKOPS_CUDA=OFF", "-DPACKOPS_TORCH=/nowhere"]
+            configured = self.run(["cmake", "-S", ".", "-B", str(tree), *options])
+            if configured.returncode:
+                return configured.stdout + configured.stderr
+        target = test.removesuffix("_sm80")
+        done = self.run(["cmake", "--build", str(tree), "--target", target, "--parallel", str(os.cpu_count())])
+        return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
+
+    def test(self, command: tuple[str, ...]) -> tuple[bool, str]:
+        """Whether it passes, and what it says. ValueError if it cannot be run at all."""
+        if command[0] == "ctest":
+            done = self.run(
+                ["ctest", "--test-dir", "build/cmake", "-R", f"^{command[1]}$", "--no-tests=error", "--output-on-failure"],
+                TIMEOUT,
+            )
+        else:
+            options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--no-header"]
+            done = self.run([sys.executable, "-m", "pytest", *options, *shlex.split(command[1])], TIMEOUT)
+            if done.returncode in (2, 3, 4, 5):
+                raise ValueError(f"pytest {command[1]} does not run:\n{(done.stdout + done.stderr)[-3000:]}")
+        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        said = failed[1] if failed else "ran out of time" if done.returncode == -1 else command[1]
+        return done.returncode == 0, said
+
+    def prepare(self, command: tuple[str, ...]) -> str | None:
+        return self.build_cpp(command[1]) if command[0] == "ctest" else self.build_library()
+
+
+def build_digest(folder: Path) -> str:
+    spec = importlib.util.spec_from_file_location("packops_build", ROOT / "python" / "packops" / "_build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.source_digest(folder / "csrc")
+
+
+def commands_of(mutant: Mutant) -> list[tuple[str, str]]:
+    return [*(("ctest", name) for name in mutant.cpp), *(("pytest", arguments) for arguments in mutant.tests)]
+
+
+def try_mutant(scratch: Scratch, mutant: Mutant) -> tuple[str, str]:
+    """``killed``, ``survived`` or ``broken`` (the entry is no good), and by what or why."""
+    for command in commands_of(mutant):
+        if command not in scratch.without:
+            try:
+                wrong = scratch.prepare(command)
+                scratch.without[command] = (False, wrong) if wrong else scratch.test(command)
+            except ValueError as error:
+                scratch.without[command] = False, str(error)
+        passes, said = scratch.without[command]
+        if not passes:
+            return "broken", f"{' '.join(command)} fails without a bug: {said}"
+    before = mutant.plant(scratch.folder)
+    try:
+        for command in commands_of(mutant):
+            wrong = scratch.prepare(command)
+            if wrong:
+                return "broken", f"does not compile: {wrong}"
+            passes, said = scratch.test(command)
+            if not passes:
+                return "killed", said
+        return "survived", ", ".join(command[1] for command in commands_of(mutant))
+    except ValueError as error:
+        return "broken", str(error)
+    finally:
+        (scratch.folder / mutant.file).write_text(before)
+
+
+def why_no_gpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("words", nargs="*", help="only mutants whose name or file has one of these")
+    parser.add_argument("--list", action="store_true", help="print the mutants")
+    parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where to work")
+    arguments = parser.parse_args()
+    mutants = [
+        mutant
+        for mutant in read_list()
+        if not arguments.words or any(word in f"{mutant.name} {mutant.file}" for word in arguments.words)
+    ]
+    if arguments.list:
+        print("\n".join(f"{mutant.file}: {mutant.name}{' (GPU)' if mutant.gpu else ''}" for mutant in mutants))
+        return 0
+    no_gpu = why_no_gpu()
+    scratch = Scratch(arguments.scratch.absolute(), cuda=not no_gpu)
+    scratch.refresh()
+    results: dict[str, dict[str, str]] = {}
+    # Python's first: they need no other library than the checkout's.
+    for mutant in sorted(mutants, key=lambda mutant: (mutant.file.startswith("csrc"), bool(mutant.cpp), mutant.file)):
+        started = time.monotonic()
+        outcome, said = ("skipped", "needs a GPU") if mutant.gpu and no_gpu else try_mutant(scratch, mutant)
+        results[mutant.name] = {"outcome": outcome, "by": said}
+        print(f"{outcome:8} {mutant.name} [{mutant.file}] {time.monotonic() - started:.0f} s: {said}", flush=True)
+    return report(results, arguments.scratch)
+
+
+def report(results: dict[str, dict[str, str]], folder: Path) -> int:
+    counts = {
+        kind: [n for n, r in results.items() if r["outcome"] == kind] for kind in ("killed", "survived", "broken", "skipped")
+    }
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    tried = len(results) - len(counts["skipped"])
+    print(
+        f"{len(counts['killed'])} of {tried} mutants killed at {commit} on {datetime.date.today().isoformat()}"
+        + (f"; {len(counts['skipped'])} need a GPU" if counts["skipped"] else "")
+    )
+    for kind in ("survived", "broken"):
+        for name in counts[kind]:
+            print(f"  {kind}: {name}")
+    return 1 if counts["survived"] or counts["broken"] else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""The list of planted bugs speaks of the code as it is, and the runner tells a bug that was found from one that was not."""
+
+from __future__ import annotations
+
+import ast
+import collections
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+tomllib = pytest.importorskip("tomllib", reason="tomllib came with Python 3.11")
+import mutants  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[1]
+MUTANTS = {mutant.name: mutant for mutant in mutants.read_list()}
+
+
+def test_there_are_many_and_of_every_kind():
+    assert len(MUTANTS) == len(mutants.read_list()), "two mutants share a name"
+    kinds = collections.Counter(
+        Path(m.file).parts[0] + Path(m.file).suffix + ("" if "torch" not in m.file else " glue") for m in MUTANTS.values()
+    )
+    assert {"python.py", "csrc.cpp"} <= set(kinds), kinds
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_each_can_be_planted(name):
+    mutant = MUTANTS[name]
+    text = (ROOT / mutant.file).read_text()
+    assert text.count(mutant.old) == 1, f"{text.count(mutant.old)} times in {mutant.file}, not once: {mutant.old!r}"
+    assert mutant.old != mutant.new
+    if mutant.file.endswith(".py"):
+        before, after = (ast.dump(ast.parse(t)) for t in (text, text.replace(mutant.old, mutant.new)))
+        assert before != after, "changes nothing but how the file looks"
+    assert mutant.tests or mutant.cpp, "nothing shall kill it"
+    for arguments in mutant.tests:
+        for file in (word for word in shlex.split(arguments) if word.endswith(".py") or ".py::" in word):
+            assert (ROOT / file.split("::")[0]).is_file(), f"no {file}"
+    for test in mutant.cpp:
+        folder, stem = ("emulator", test[len("emulated_") :]) if test.startswith("emulated_") else ("cpp", test)
+        assert (ROOT / "tests" / folder / f"{stem.removesuffix('_sm80')}.cpp").is_file(), f"no {test}"
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# The runner
+
+ADD = mutants.Mutant("adds", "python/small.py", "a + b", "a - b", tests=("tests/test_small.py",))
+
+
+@pytest.fixture
+def scratch(tmp_path, monkeypatch):
+    (tmp_path / "python").mkdir()
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "python" / "small.py").write_text("def add(a, b):\n    return a + b\n")
+    (tmp_path / "tests" / "test_small.py").write_text("from small import add\n\ndef test_add():\n    assert add(2, 1) == 3\n")
+    monkeypatch.setattr(mutants.Scratch, "build_library", lambda self: None)
+    return mutants.Scratch(tmp_path, cuda=False)
+
+
+OUTCOMES = {
+    "found": (ADD, "killed", r"tests/test_small\.py::test_add"),
+    "not found": (dataclasses.replace(ADD, old="def add(a, b)", new="def add(a, b=0)"), "survived", "test_small"),
+    "does not run": (dataclasses.replace(ADD, old="def add", new="def app"), "broken", "ImportError"),
+    "nothing to run": (dataclasses.replace(ADD, tests=("tests/test_small.py -k nothing",)), "broken", "fails|does not run"),
+    "fails without a bug": (dataclasses.replace(ADD, tests=("tests/test_red.py",)), "broken", "fails without a bug"),
+}
+
+
+@pytest.mark.parametrize("case", OUTCOMES)
+def test_outcomes(scratch, case):
+    mutant, outcome, said = OUTCOMES[case]
+    (scratch.folder / "tests" / "test_red.py").write_text("def test_red():\n    assert False\n")
+    before = (scratch.folder / mutant.file).read_text()
+    got = mutants.try_mutant(scratch, mutant)
+    assert got[0] == outcome, got
+    assert re.search(said, got[1])
+    assert (scratch.folder / mutant.file).read_text() == before, "the bug was left behind"
+
+
+def test_a_text_that_is_not_there_once_is_refused(scratch):
+    with pytest.raises(ValueError, match="2 times"):
+        dataclasses.replace(ADD, old="b").plant(scratch.folder)
+
+
+def test_the_score_fails_unless_all_are_killed(tmp_path, capsys):
+    results = {"a": {"outcome": "killed", "by": "x"}, "b": {"outcome": "skipped", "by": "needs a GPU"}}
+    assert mutants.report(results, tmp_path) == 0
+    assert "1 of 1 mutants killed" in capsys.readouterr().out
+    assert mutants.report({**results, "c": {"outcome": "survived", "by": "x"}}, tmp_path) == 1
+    assert "survived: c" in capsys.readouterr().out
