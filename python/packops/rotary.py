@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+from .functional import apply_rope
 
 __all__ = ["RotaryEmbedding", "rope_inverse_frequencies", "rope_table"]
 
@@ -45,7 +49,7 @@ def rope_inverse_frequencies(
             f"packops.rope_table: scaling of type {kind!r} needs {' or '.join(map(repr, keys))}, got {sorted(scaling)}"
         )
 
-    index = torch.arange(0, rotary_dim, 2, dtype=torch.float64)
+    index = torch.arange(0, rotary_dim, 2, dtype=torch.float64, device="cpu")  # whatever torch.device() surrounds the call
     plain = base ** -(index / rotary_dim)
     if kind == "default":
         return plain, 1.0
@@ -56,9 +60,9 @@ def rope_inverse_frequencies(
         return torch.where(index < 2 * turning, plain, 0.0) / scaling.get("factor", 1.0), 1.0
     if kind == "dynamic":
         factor, trained = need("factor"), need("original_max_position_embeddings", "max_position_embeddings")
-        length = max(max_position or trained, trained)
-        grown = base * (factor * length / trained - (factor - 1)) ** (rotary_dim / (rotary_dim - 2))
-        return grown ** -(index / rotary_dim), 1.0
+        if max_position is None or max_position <= trained:
+            return plain, 1.0
+        return _dynamic(base, factor, trained, max_position, index), 1.0
     trained = need("original_max_position_embeddings")
     if kind == "llama3":
         return _llama3(plain, trained, need("factor"), need("low_freq_factor"), need("high_freq_factor")), 1.0
@@ -67,7 +71,7 @@ def rope_inverse_frequencies(
         factor = need("factor", "max_position_embeddings") / trained
     if kind == "longrope":
         name = "long_factor" if max_position is not None and max_position > trained else "short_factor"
-        stretch = torch.tensor(need(name), dtype=torch.float64)
+        stretch = torch.tensor(need(name), dtype=torch.float64, device="cpu")
         if stretch.shape != plain.shape:
             raise ValueError(
                 f"packops.rope_table: scaling[{name!r}] must have rotary_dim / 2 = {len(plain)} numbers, got {len(stretch)}"
@@ -77,6 +81,14 @@ def rope_inverse_frequencies(
             attention = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(trained))
         return plain / stretch, float(attention)
     return _yarn(plain, base, trained, factor, scaling)
+
+
+def _dynamic(base: float, factor: float, trained: int, length: int | Tensor, index: Tensor) -> Tensor:
+    """NTK-aware scaling: the base grows with the length beyond the trained one. ``length`` may be a tensor on any device."""
+    dim = 2 * len(index)
+    if dim == 2:
+        raise ValueError("packops.rope_table: scaling of type 'dynamic' needs a rotary_dim of at least 4, got 2")
+    return (base * (factor * length / trained - (factor - 1)) ** (dim / (dim - 2))) ** -(index / dim)
 
 
 def _llama3(plain: Tensor, trained: float, factor: float, low: float, high: float) -> Tensor:
@@ -99,7 +111,7 @@ def _yarn(plain: Tensor, base: float, trained: float, factor: float, scaling: Ma
     first, last = max(first, 0), min(last, dim - 1)
     if first == last:
         last += 0.001
-    stretched = ((torch.arange(len(plain), dtype=torch.float64) - first) / (last - first)).clamp(0, 1)
+    stretched = ((torch.arange(len(plain), dtype=torch.float64, device="cpu") - first) / (last - first)).clamp(0, 1)
 
     def temperature(weight: float = 1.0) -> float:
         return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1
@@ -138,33 +150,145 @@ def rope_table(
         ValueError: an odd ``rotary_dim``, an unknown ``rope_type``, or a missing entry of ``scaling``.
     """
     frequencies, factor = rope_inverse_frequencies(rotary_dim, base=base, scaling=scaling, max_position=max_position)
-    cos, sin = (torch.empty(max_position, rotary_dim // 2, dtype=dtype, device=device) for _ in range(2))
+    return _table(frequencies, factor, max_position, dtype, device)
+
+
+def _table(
+    frequencies: Tensor, factor: float, rows: int, dtype: torch.dtype, device: torch.device | str | None
+) -> tuple[Tensor, Tensor]:
+    cos, sin = (torch.empty(rows, len(frequencies), dtype=dtype, device=device) for _ in range(2))
     # In pieces: a table of a million positions would need a gigabyte of fp64 temporaries.
-    for begin in range(0, max_position, 65536):
-        rows = slice(begin, min(begin + 65536, max_position))
-        angles = torch.outer(torch.arange(rows.start, rows.stop, dtype=torch.float64), frequencies)
-        cos[rows] = (angles.cos() * factor).to(dtype)
-        sin[rows] = (angles.sin() * factor).to(dtype)
+    for begin in range(0, rows, 65536):
+        piece = slice(begin, min(begin + 65536, rows))
+        angles = torch.outer(torch.arange(piece.start, piece.stop, dtype=torch.float64, device="cpu"), frequencies)
+        cos[piece] = (angles.cos() * factor).to(dtype)
+        sin[piece] = (angles.sin() * factor).to(dtype)
     return cos, sin
 
 
-class RotaryEmbedding(nn.Module):
-    """Rotates query and key heads, and owns the table of sines and cosines.
+class Settings(NamedTuple):
+    """What the frequencies depend on besides a length, as a key of a dictionary."""
 
-    The table grows when a call has more tokens in a row than it has rows, which needs no look at the device: positions of packed
-    or padded rows stay below their length. Where ``position_ids`` go further (decoding, left padding), say so with
-    ``max_position``. The table is fp32 whatever the model's dtype, moves with the model, and is not part of its state dict.
+    rotary_dim: int
+    base: float
+    scaling: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, rotary_dim: int, base: float, scaling: Mapping[str, Any] | None) -> Settings:
+        items = ((key, tuple(value) if isinstance(value, list) else value) for key, value in (scaling or {}).items())
+        return cls(rotary_dim, base, tuple(sorted(items)))
+
+
+class Tables:
+    """The tables of one setting: one object for all modules that share it, so that the layers of a model share them too.
+
+    They are no buffers of a module, so no broadcast, average, cast or load changes them. What a table holds depends on the
+    settings and on its key, never on the calls before.
+
+    Attributes:
+        kind: the type of scaling.
+        trained: up to this length "dynamic" and "longrope" scale nothing; None for scalings that look at no length.
+    """
+
+    _shared: ClassVar[WeakValueDictionary[Settings, Tables]] = WeakValueDictionary()
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.scaling = dict(settings.scaling)
+        self.kind = self.scaling.get("rope_type", self.scaling.get("type", "default"))
+        self._made: dict[tuple[torch.device, int, bool], tuple[Tensor, Tensor]] = {}
+        self.trained: int | None = None
+        if self.kind in ("dynamic", "longrope"):
+            self.trained = self.scaling.get("original_max_position_embeddings") or self.scaling.get("max_position_embeddings")
+        self._frequencies(is_long=True)  # bad settings are an error here, not in the training loop
+        self._frequencies(is_long=False)
+
+    @classmethod
+    def of(cls, settings: Settings) -> Tables:
+        tables = cls._shared.get(settings)
+        return tables if tables is not None else cls._shared.setdefault(settings, cls(settings))
+
+    def __reduce__(self):
+        return Tables.of, (self.settings,)
+
+    def _frequencies(self, is_long: bool) -> tuple[Tensor, float]:
+        length = self.trained + 1 if is_long and self.trained is not None else None
+        return rope_inverse_frequencies(
+            self.settings.rotary_dim, base=self.settings.base, scaling=self.scaling, max_position=length
+        )
+
+    def get(self, device: torch.device, rows: int, is_long: bool = False) -> tuple[Tensor, Tensor]:
+        """``(cos, sin)`` of ``rows`` positions; ``is_long``: for a document longer than ``trained`` (LongRoPE)."""
+        key = (device, rows, is_long)
+        known = self._made.get(key)
+        if known is None:
+            known = self.make(*key)
+            # Under FakeTensorMode or a transform of torch.func the tensors mean nothing to later calls.
+            if type(known[0]) is Tensor and not torch._C._functorch.is_functorch_wrapped_tensor(known[0]):
+                self._made[key] = known
+        return known
+
+    def make(self, device: torch.device, rows: int, is_long: bool) -> tuple[Tensor, Tensor]:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"packops.RotaryEmbedding: its table of {rows} positions on {device} must exist before a CUDA graph is captured: "
+                "call the module once before, or make it with device= and max_position="
+            )
+        with torch.inference_mode(False):  # a table made under inference mode could serve no backward pass later
+            return _table(*self._frequencies(is_long), rows, torch.float32, device)
+
+    def grown(self, longest: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """The table of "dynamic" for ``longest``, a tensor without dimensions: computed where it is, without waiting for it."""
+        base, dim = float(self.scaling.get("rope_theta") or self.settings.base), self.settings.rotary_dim
+        index = torch.arange(0, dim, 2, dtype=torch.float64, device=longest.device)
+        length = longest.double().clamp(min=self.trained)
+        frequencies = _dynamic(base, self.scaling["factor"], self.trained or 1, length, index)
+        angles = torch.outer(torch.arange(rows, dtype=torch.float64, device=longest.device), frequencies)
+        return angles.cos().float(), angles.sin().float()
+
+
+@torch.compiler.assume_constant_result
+def _constant_table(settings: Settings, device: torch.device, rows: int, is_long: bool) -> tuple[Tensor, Tensor]:
+    """:meth:`Tables.get` under torch.compile and torch.export, where its result is a constant of the graph."""
+    return Tables.of(settings).get(device, rows, is_long)
+
+
+def _longest_document(position_ids: Tensor | None, cu_seqlens: Tensor | None, tokens: int) -> Tensor | int:
+    """A tensor without dimensions where the lengths are, or 0."""
+    if position_ids is not None:
+        if cu_seqlens is not None and tokens and position_ids.numel() % tokens == 0:  # what lies past it is padding
+            inside = torch.arange(tokens, device=cu_seqlens.device) < cu_seqlens[-1]
+            position_ids = torch.where(inside, position_ids.reshape(-1, tokens), 0)
+        return position_ids.max() + 1 if position_ids.numel() else 0
+    assert cu_seqlens is not None
+    return cu_seqlens.diff().max() if cu_seqlens.numel() > 1 else 0
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates query and key heads, and knows the table of sines and cosines.
+
+    What it returns depends on its arguments alone. It has no parameters and no buffers: the table is fp32 whatever the model's
+    dtype, is made on q's device when it is first needed, and is shared by all modules of the same settings. It has
+    ``max_position`` rows, doubled until the tokens of a row fit, which needs no look at the device: positions of packed or padded
+    rows stay below their length. Where ``position_ids`` go further (decoding, left padding), say so with ``max_position``.
+
+    The scalings "dynamic" and "longrope" look at the length of the longest document of the call, as the model would that is
+    called on this document alone: that is ``max_seqlen``; else the longest of ``cu_seqlens``, or the largest of ``position_ids``
+    plus one; without either, the length of a row. Up to the trained length they scale nothing. If the lengths are on the GPU,
+    nothing waits for them: the table is chosen (longrope) or computed (dynamic) there. ``max_seqlen`` saves that work.
 
     Args:
         rotary_dim, base, scaling: as in :func:`rope_table`.
         max_position: rows to begin with.
+        interleaved, rotary_offset, mrope_section, mrope_interleaved: as in :func:`packops.apply_rope`.
+        device: make the first table there now, and not in the first call.
+
+    Raises:
+        ValueError: as :func:`rope_table`.
 
     >>> rope = RotaryEmbedding(64)
     >>> q, k = rope(torch.randn(7, 4, 64), torch.randn(7, 1, 64), cu_seqlens=torch.tensor([0, 3, 7]))
     """
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(
         self,
@@ -180,7 +304,10 @@ class RotaryEmbedding(nn.Module):
         device: torch.device | str | None = None,
     ):
         super().__init__()
-        self.rotary_dim, self.base, self.scaling = rotary_dim, base, scaling
+        if max_position < 1:
+            raise ValueError(f"packops.RotaryEmbedding: max_position must be positive, got {max_position}")
+        self.settings = Settings.of(rotary_dim, base, scaling)
+        self.max_position = max_position
         self.options: dict[str, Any] = {
             "rotary_dim": rotary_dim,
             "interleaved": interleaved,
@@ -188,25 +315,23 @@ class RotaryEmbedding(nn.Module):
             "mrope_section": mrope_section,
             "mrope_interleaved": mrope_interleaved,
         }
-        self._make_table(max_position, device)
+        self._tables = Tables.of(self.settings)
+        if device is not None:
+            self._tables.get(torch.empty(0, device=device).device, max_position)
 
-    def _make_table(self, rows: int, device: torch.device | str | None) -> None:
-        cos, sin = rope_table(self.rotary_dim, rows, base=self.base, scaling=self.scaling, device=device)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+    @property
+    def cos(self) -> Tensor:
+        """(max_position, rotary_dim / 2) fp32 on the CPU, for documents within the trained length."""
+        return self._tables.get(torch.device("cpu"), self.max_position)[0]
 
-    def _apply(self, fn, recurse=True):
-        """``.to(bfloat16)`` must not round the table, and ``.to_empty()`` must not leave it empty."""
-        before = self.cos
-        super()._apply(fn, recurse)
-        if self.cos.dtype != before.dtype or self.cos.device != before.device:
-            self._make_table(before.shape[0], self.cos.device)
-        return self
+    @property
+    def sin(self) -> Tensor:
+        """As :attr:`cos`."""
+        return self._tables.get(torch.device("cpu"), self.max_position)[1]
 
     def extend(self, max_position: int) -> None:
-        """Make the table at least this long; a longer one than needed now, so that growing stays rare."""
-        if max_position > self.cos.shape[0]:
-            self._make_table(max(max_position, 2 * self.cos.shape[0]), self.cos.device)
+        """Begin with at least so many rows from now on."""
+        self.max_position = max(self.max_position, max_position)
 
     def forward(
         self,
@@ -217,17 +342,37 @@ class RotaryEmbedding(nn.Module):
         cu_seqlens: Tensor | None = None,
         layout: str | None = None,
         max_position: int | None = None,
+        max_seqlen: int | Tensor | None = None,
         inplace: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As :func:`packops.apply_rope`. ``max_position``: one more than the largest position, where that exceeds the tokens."""
-        from .functional import apply_rope
+        """As :func:`packops.apply_rope`.
 
-        self.extend(max_position or q.shape[0 if q.dim() == 3 else 2 if layout == "bhsd" else 1])
+        Args:
+            max_position: one more than the largest position, where that exceeds the tokens.
+            max_seqlen: length of the longest document, where a scaling looks at it. A document that began in an earlier call
+                (decoding) counts from its beginning.
+        """
+        if not isinstance(q, Tensor):
+            raise TypeError(f"packops.RotaryEmbedding: q must be a tensor, got {type(q).__name__}")
+        row = q.shape[0 if q.dim() == 3 else 2 if layout == "bhsd" else 1] if q.dim() in (3, 4) else 1
+        tokens = row * q.shape[0] if q.dim() == 4 else row
+        reach = max_position or (row if cu_seqlens is None else tokens)  # documents of cu_seqlens may cross rows
+        rows = self.max_position
+        while rows < reach:
+            rows *= 2
+        trained = self._tables.trained
+        if trained is None:
+            cos, sin = self._table(q, rows)
+        else:
+            if max_seqlen is None:
+                no_lengths = position_ids is None and cu_seqlens is None
+                max_seqlen = row if no_lengths else _longest_document(position_ids, cu_seqlens, tokens)
+            cos, sin = self._table_for(q, rows, max_seqlen, trained, rows if position_ids is not None else reach)
         return apply_rope(
             q,
             k,
-            self.cos,
-            self.sin,
+            cos,
+            sin,
             position_ids=position_ids,
             cu_seqlens=cu_seqlens,
             layout=layout,
@@ -235,6 +380,35 @@ class RotaryEmbedding(nn.Module):
             **self.options,
         )
 
+    def _table(self, q: Tensor, rows: int, is_long: bool = False) -> tuple[Tensor, Tensor]:
+        if torch.compiler.is_compiling():
+            return _constant_table(self.settings, q.device, rows, is_long)
+        if type(q) is not Tensor and is_fake(q):
+            return self._tables.make(q.device, rows, is_long)
+        return self._tables.get(q.device, rows, is_long)
+
+    def _table_for(self, q: Tensor, rows: int, longest: int | Tensor, trained: int, reach: int) -> tuple[Tensor, Tensor]:
+        """The table for a longest document. Only ``reach`` of its rows are read."""
+        if isinstance(longest, Tensor) and longest.is_cpu and type(longest) is Tensor and not torch.compiler.is_compiling():
+            longest = int(longest)
+        if not isinstance(longest, Tensor):
+            if longest <= trained:  # a branch, since under torch.compile a comparison alone would be symbolic
+                return self._table(q, rows)
+            if self._tables.kind == "longrope":
+                return self._table(q, rows, is_long=True)
+            longest = torch.full((), longest, dtype=torch.float64, device=q.device)
+        if self._tables.kind == "dynamic":
+            return self._tables.grown(longest, reach)
+        short, long = self._table(q, rows), self._table(q, rows, is_long=True)
+        exceeds = longest > trained
+        return torch.where(exceeds, long[0], short[0]), torch.where(exceeds, long[1], short[1])
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """A checkpoint of a module that kept its table among its buffers loads: the table follows from the settings."""
+        for name in ("cos", "sin"):
+            state_dict.pop(prefix + name, None)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def extra_repr(self) -> str:
-        kind = (self.scaling or {}).get("rope_type", "default")
-        return f"rotary_dim={self.rotary_dim}, rows={self.cos.shape[0]}, base={self.base}, rope_type={kind}"
+        rotary_dim, base, _ = self.settings
+        return f"rotary_dim={rotary_dim}, max_position={self.max_position}, base={base}, rope_type={self._tables.kind}"
