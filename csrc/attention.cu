@@ -13,7 +13,6 @@
 // Rows past the end of a document are zeros.
 #include "attention.h"
 
-#include <atomic>
 #include <cmath>
 
 #include "attention_launch.h"
@@ -171,7 +170,7 @@ template <typename T, int D, bool kGroup>
 __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
                                   attention_forward_shape(D, kGroup).per_multiprocessor)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
-  if constexpr (kGroup && !kHasGroupProducts) return;
+  if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_forward_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn;
   using Product = Products<T, D, kGroup>;
@@ -304,7 +303,7 @@ template <typename T, int D, bool kGroup>
 __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
                                   attention_queries_shape(D, kGroup).per_multiprocessor)
     queries_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
-  if constexpr (kGroup && !kHasGroupProducts) return;
+  if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step;
   using Product = Products<T, D, kGroup>;
@@ -434,7 +433,7 @@ template <typename T, int D, bool kGroup, int kTeams, Half kHalf>
 __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kTeams,
                                   attention_keys_shape(D, kGroup).per_multiprocessor)
     keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
-  if constexpr (kGroup && !kHasGroupProducts) return;
+  if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_keys_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step;
   constexpr int kTurnBytes = 2 * 2 * D * kQueries;
@@ -585,29 +584,11 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Devic
   return with_teams(std::integral_constant<int, 1>{});
 }
 
-// Whether the code that runs on this device has products by warp groups, which code compiled for another architecture (PTX of 8.0, or
-// 9.0 without the a) has not: by the threads that this kernel may have, which the host can ask for without running anything.
-constexpr int kGroupMark = 96;
-__global__ void __launch_bounds__(kHasGroupProducts ? kGroupMark : 2 * kGroupMark) marker_kernel() {}
-
-bool has_group_products(const Device& device) {
-  static std::atomic<int> known[kMaxDevices];  // 1: no, 2: yes
-  if (device.architecture != 90) return false;
-  auto& here = known[device.index % kMaxDevices];
-  if (here.load(std::memory_order_relaxed) == 0) {
-    cudaFuncAttributes attributes;
-    if (cudaFuncGetAttributes(&attributes, marker_kernel) != cudaSuccess) return false;
-    here.store(attributes.maxThreadsPerBlock == kGroupMark ? 2 : 1, std::memory_order_relaxed);
-  }
-  return here.load(std::memory_order_relaxed) == 2;
-}
-
 // f(element type, head_dim, whether by warp groups)
 template <typename F>
 cudaError_t dispatch(const AttentionParams& p, const Device& device, F&& f) {
-  const bool by_group = has_group_products(device);
-  const auto with_dim = [&](auto type, auto dim) {
-    return by_group ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
+    const auto with_dim = [&](auto type, auto dim) {
+    return device.has_wgmma ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
   };
   const auto with_type = [&](auto type) {
     switch (p.head_dim) {

@@ -63,7 +63,7 @@ inline CeLossConfig choose_ce_loss_config(int64_t vocab, int element_bytes, bool
     config.threads = device.shared_per_sm / (config.shared_bytes + kStagedOverhead) >= 4 ? 128 : 256;
     return config;
   }
-  if (device.architecture < 90) return config;
+  if (!device.has_clusters()) return config;
   const int chunk = chunk_bytes(grad);
   for (int cluster = 1; cluster <= kMaxCluster; cluster *= 2) {
     const int overhead = resident_overhead(cluster, partial_bytes);
@@ -103,7 +103,7 @@ inline constexpr int kTile = 1024;  // rows, and threads, of a block that prepar
 inline int prepare_cluster(int64_t rows, bool documents, const DeviceLimits& device) {
   const int64_t tiles = (rows + kTile - 1) / kTile;
   if (tiles <= (documents ? 2 : 1)) return 1;
-  if (documents || device.architecture < 90 || tiles > 8 * kMaxCluster) return 0;  // a document may be as long as all rows
+  if (documents || !device.has_clusters() || tiles > 8 * kMaxCluster) return 0;  // a document may be as long as all rows
   int cluster = 2;
   while (cluster < kMaxCluster && cluster < tiles) cluster *= 2;
   return cluster;

@@ -556,14 +556,19 @@ int element_size(const QkNormRopeParams& p) { return p.rope.dtype == DType::f32 
 
 }  // namespace
 
-void qk_norm_rope_cuda_partials(QkNormRopeParams& p) {
-  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), multiprocessors(), true);
+cudaError_t qk_norm_rope_cuda_partials(QkNormRopeParams& p) {
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), device.multiprocessors, true);
   p.q_partials = launch.q_blocks;
   p.k_partials = launch.k_blocks;
+  return cudaSuccess;
 }
 
 cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStream_t stream) {
-  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), multiprocessors(), backward);
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), device.multiprocessors, backward);
   if (launch.q_blocks + launch.k_blocks > 0)
     dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, backward, stream); });
   if (backward) {

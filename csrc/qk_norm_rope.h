@@ -39,7 +39,7 @@ void qk_norm_rope_cpu_finish(const QkNormRopeParams& params);  // sums the parti
 
 #ifdef PACKOPS_WITH_CUDA
 // Sets q_partials and k_partials: rows of partial sums the backward pass will write.
-void qk_norm_rope_cuda_partials(QkNormRopeParams& params);
+cudaError_t qk_norm_rope_cuda_partials(QkNormRopeParams& params);
 cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& params, bool backward, cudaStream_t stream);
 #endif
 

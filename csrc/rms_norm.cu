@@ -129,13 +129,18 @@ int element_size(const RmsNormParams& p) { return p.dtype == DType::f32 ? 4 : 2;
 
 }  // namespace
 
-void rms_norm_cuda_partials(RmsNormParams& p) {
-  p.partials = choose_rms_norm_launch(p, element_size(p), multiprocessors(), true).blocks;
+cudaError_t rms_norm_cuda_partials(RmsNormParams& p) {
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  p.partials = choose_rms_norm_launch(p, element_size(p), device.multiprocessors, true).blocks;
+  return cudaSuccess;
 }
 
 cudaError_t rms_norm_cuda(const RmsNormParams& p, cudaStream_t stream) {
   if (!rms_norm_fits(p.columns, element_size(p))) return cudaErrorInvalidValue;
-  const RmsNormLaunch choice = choose_rms_norm_launch(p, element_size(p), multiprocessors(), p.backward());
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  const RmsNormLaunch choice = choose_rms_norm_launch(p, element_size(p), device.multiprocessors, p.backward());
   const int shared = p.backward() ? int(kRmsNormThreads / choice.team * p.columns * sizeof(float)) : 0;
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
     using T = decltype(type);

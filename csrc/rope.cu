@@ -130,8 +130,11 @@ void launch_pairs(const RopeParams& p, const RopeLaunch& launch, cudaStream_t st
 cudaError_t rope_cuda(const RopeParams& p, const int* tuning, cudaStream_t stream) {
   if (p.batch * p.tokens == 0 || p.q.heads + p.k.heads == 0) return cudaSuccess;
   const int element_size = p.dtype == DType::f32 ? 4 : 2;
-  const RopeLaunch launch = tuning ? choose_rope_launch(p, element_size, multiprocessors(), tuning[0], tuning[1], tuning[2])
-                                   : choose_rope_launch(p, element_size, multiprocessors());
+  Device device;
+  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  const RopeLaunch launch =
+      tuning ? choose_rope_launch(p, element_size, device.multiprocessors, tuning[0], tuning[1], tuning[2])
+             : choose_rope_launch(p, element_size, device.multiprocessors);
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, stream); });
   return known ? cudaGetLastError() : cudaErrorInvalidValue;
 }

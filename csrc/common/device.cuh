@@ -1,4 +1,4 @@
-// What a launcher asks about the current device, once per device and process.
+// What a launcher asks about the current device and about the code loaded for it, once per device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -7,6 +7,7 @@
 #include <atomic>
 
 #include "common/device.h"
+#include "common/ptx.cuh"
 
 namespace packops {
 
@@ -14,10 +15,32 @@ inline constexpr int kMaxDevices = 64;
 
 struct Device : DeviceLimits {
   int index = 0;
-  bool overlaps_launches() const { return architecture >= 90; }  // see launch_with
 };
 
-inline cudaError_t current_device(Device& device) {
+// Every .cu file asks about its own code: hence the unnamed namespace.
+namespace {
+
+// Says by its launch bounds, which the host can read without running anything, whether it was compiled with wgmma. An architecture's
+// number does not: code for 9.0 has none, code for 9.0a has.
+constexpr int kWgmmaThreads = 96;
+__global__ void __launch_bounds__(kHasWgmma ? kWgmmaThreads : 2 * kWgmmaThreads) marker_kernel() {}
+
+cudaError_t loaded_code(int device, LoadedCode& code) {
+  static std::atomic<int> known[kMaxDevices];  // 2 * architecture + has_wgmma; 0: not asked yet
+  auto& here = known[device % kMaxDevices];
+  int value = here.load(std::memory_order_relaxed);
+  if (value == 0) {
+    cudaFuncAttributes attributes;
+    const cudaError_t error = cudaFuncGetAttributes(&attributes, marker_kernel);
+    if (error != cudaSuccess) return error;
+    value = 2 * attributes.ptxVersion + (attributes.maxThreadsPerBlock == kWgmmaThreads);
+    here.store(value, std::memory_order_relaxed);
+  }
+  code = {value / 2, value % 2 == 1};
+  return cudaSuccess;
+}
+
+cudaError_t current_device(Device& device) {
   constexpr cudaDeviceAttr kWanted[] = {cudaDevAttrMultiProcessorCount, cudaDevAttrMaxSharedMemoryPerMultiprocessor,
                                         cudaDevAttrMaxSharedMemoryPerBlockOptin, cudaDevAttrComputeCapabilityMinor,
                                         cudaDevAttrComputeCapabilityMajor};
@@ -33,13 +56,11 @@ inline cudaError_t current_device(Device& device) {
     }
   }
   for (int i = 0; i < 5; i++) values[i] = here[i].load(std::memory_order_relaxed);
-  static_cast<DeviceLimits&>(device) = {values[4] * 10 + values[3], values[0], values[1], values[2]};
+  LoadedCode code;
+  if ((error = loaded_code(device.index, code)) != cudaSuccess) return error;
+  static_cast<DeviceLimits&>(device) = usable_limits({values[4] * 10 + values[3], values[0], values[1], values[2]}, code);
   return cudaSuccess;
 }
 
-inline int multiprocessors() {
-  Device device;
-  return current_device(device) == cudaSuccess ? device.multiprocessors : 1;
-}
-
+}  // namespace
 }  // namespace packops

@@ -99,9 +99,9 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a
 // multiples of 1024 bytes. Sums are as in multiply_add, 16 rows to a warp.
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-inline constexpr bool kHasGroupProducts = true;
+inline constexpr bool kHasWgmma = true;
 #else
-inline constexpr bool kHasGroupProducts = false;
+inline constexpr bool kHasWgmma = false;
 #endif
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL

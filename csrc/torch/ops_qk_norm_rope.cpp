@@ -112,7 +112,7 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward
 #ifdef PACKOPS_WITH_CUDA
   else {
     const CudaScope scope(q);
-    qk_norm_rope_cuda_partials(p);
+    check_cuda(qk_norm_rope_cuda_partials(p), kOp);
   }
 #endif
   const auto sums = p.rope.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;

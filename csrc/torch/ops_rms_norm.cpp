@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
 #ifdef PACKOPS_WITH_CUDA
   else {
     const CudaScope scope(x);
-    rms_norm_cuda_partials(p);
+    check_cuda(rms_norm_cuda_partials(p), kOp);
   }
 #endif
   const Tensor partial =

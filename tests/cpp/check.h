@@ -84,8 +84,11 @@ class Random {
       check::fail(__FILE__, __LINE__, #got " is " + check::show(got_) + ", not close to " + check::show(want_)); \
   } while (0)
 
-int main() {
+int main(int count, char** arguments) {  // names of cases, or none for all
   for (const auto& test : check::cases()) {
+    bool wanted = count == 1;
+    for (int i = 1; i < count; i++) wanted |= test.name == std::string(arguments[i]);
+    if (!wanted) continue;
     const int before = check::failures;
     try {
       test.run();

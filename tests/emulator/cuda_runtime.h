@@ -162,11 +162,13 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int) {
   return cudaSuccess;
 }
 struct cudaFuncAttributes {
-  int maxThreadsPerBlock;  // as the launch bounds have it, here those of attention.cu's marker
+  int maxThreadsPerBlock;  // as the launch bounds have it, here those of common/device.cuh's marker
+  int ptxVersion;
 };
 template <typename Kernel>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, Kernel) {
-  return attributes->maxThreadsPerBlock = 96, cudaSuccess;
+  *attributes = {emulator::code_has_wgmma ? 96 : 192, emulator::code_architecture};
+  return cudaSuccess;
 }
 template <typename Kernel>
 cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, Kernel, const cudaLaunchConfig_t*) {
@@ -182,7 +184,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
     if (attribute.id == cudaLaunchAttributeClusterDimension) cluster = int(attribute.val.clusterDim.x);
     else follows = attribute.val.programmaticStreamSerializationAllowed;
   }
-  if (cluster) emulator::cluster_launches++;
+  if (cluster) {
+    emulator::needs_sm90("clusters");
+    emulator::cluster_launches++;
+  }
   emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1, [&] {
     kernel(arguments...);
     // Launches run one after the other here. On a GPU this one could read what the one before has not written yet.

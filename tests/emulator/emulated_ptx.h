@@ -17,7 +17,8 @@ inline float exp2_approx(float x) { return flush(std::exp2(x)); }
 inline float reciprocal_approx(float x) { return flush(1 / x); }
 inline float log2_approx(float x) { return std::log2(x); }
 
-inline void wait_for_launch_before() { emulator::fibers[emulator::current].waited_for_launch = true; }
+// Code for older architectures has nothing here, so its launches must not overlap.
+inline void wait_for_launch_before() { emulator::fibers[emulator::current].waited_for_launch = emulator::code_architecture >= 90; }
 
 inline void named_barrier(int id, int threads) {
   if (id == 0) return __syncthreads();
@@ -27,6 +28,7 @@ inline void named_barrier(int id, int threads) {
 using MBarrier = uint64_t;
 
 inline void barrier_init(MBarrier* barrier, uint32_t arrivals) {
+  emulator::needs_sm90("mbarriers");
   emulator::barriers[barrier] = {.arrivals = int(arrivals), .missing = int(arrivals)};
 }
 inline void fence_barrier_init() {}
@@ -114,9 +116,12 @@ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 
 // ---- Products by a warp group. Done when they are issued: that somebody forgot to wait is not seen.
 
-inline constexpr bool kHasGroupProducts = true;
+inline constexpr bool kHasWgmma = true;
+inline void needs_wgmma() {
+  emulator::require(emulator::code_has_wgmma && emulator::architecture == 90, "this code has no wgmma");
+}
 inline void show_to_group_products() {}
-inline void begin_group_products() {}
+inline void begin_group_products() { needs_wgmma(); }
 inline void close_group_products() {}
 template <int kNewest>
 void wait_for_group_products_before() {}

@@ -19,6 +19,7 @@
 #include <cstring>
 #include <functional>
 #include <random>
+#include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -33,6 +34,12 @@ namespace emulator {
 
 // Of the device that the runtime describes; a process asks once.
 inline const int architecture = std::getenv("EMULATED_ARCHITECTURE") ? std::atoi(std::getenv("EMULATED_ARCHITECTURE")) : 90;
+// What its code was compiled for, 80, 90, 90a, ...: PTX of an older architecture runs too, without what that has not.
+inline const std::string code = std::getenv("EMULATED_CODE")  ? std::getenv("EMULATED_CODE")
+                                : architecture == 90          ? "90a"
+                                                              : std::to_string(architecture);
+inline const int code_architecture = std::atoi(code.c_str());
+inline const bool code_has_wgmma = code == "90a";
 inline int cluster_launches = 0;  // so far
 inline std::mt19937 random(1);
 
@@ -42,6 +49,13 @@ inline std::mt19937 random(1);
 }
 inline void require(bool condition, const char* what) {
   if (!condition) fail(what);
+}
+
+// Instructions that not every code has.
+inline void needs_sm90(const char* what) {
+  if (code_architecture >= 90) return;
+  std::fprintf(stderr, "emulator: code for sm_%s has no %s\n", code.c_str(), what);
+  std::abort();
 }
 
 // ---- Threads

@@ -185,7 +185,7 @@ void check_read_once(int64_t rows, int64_t vocab, bool staged = false) {
   for (const Options& o : kOptions)
     for (int64_t offset : {0, 3}) {  // odd strides and addresses, the gradient's like the logits'
       const Problem<T> problem(rows, vocab, o, uint64_t(vocab), offset, offset);
-      const bool in_ring = emulator::architecture >= 90 && !(staged && o.grad);
+      const bool in_ring = emulator::code_architecture >= 90 && !(staged && o.grad);
       CHECK_EQ(cluster_launches([&] { compare(problem, o); }), in_ring);
     }
 }
@@ -263,7 +263,7 @@ CASE(targets_and_scales_of_many_rows) {  // by one block, a cluster, and several
       check_prepared(rows, {.reduction = reduction, .weights = true, .statistics = true, .shift = true, .documents = true});
   for (int64_t rows : {1024, 1025, 5000, 9000, 70000})
     CHECK_EQ(cluster_launches([&] { check_prepared(rows, {.weights = true, .shift = true, .documents = true}); }),
-             emulator::architecture >= 90 && rows > 1024 && rows <= 65536);
+             emulator::code_architecture >= 90 && rows > 1024 && rows <= 65536);
 }
 
 CASE(backward_for_any_grad_output) {
@@ -362,7 +362,7 @@ void check_softcap(int64_t vocab, double softcap, double logit_scale, bool stage
   for (int64_t t = 0; t < kRows; t++) problem.token_weight[t] = t % 3 ? 1.5f : -0.5f;
   problem.p.token_weight = problem.token_weight.data();
   Outputs<T> cuda(problem, o);
-  const bool in_ring = emulator::architecture >= 90 && !staged;
+  const bool in_ring = emulator::code_architecture >= 90 && !staged;
   CHECK_EQ(cluster_launches([&] { cuda.run_cuda(); }), in_ring);
 
   for (int64_t t = 0; t < kRows; t++) {
