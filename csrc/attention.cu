@@ -587,7 +587,7 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Devic
 // f(element type, head_dim, whether by warp groups)
 template <typename F>
 cudaError_t dispatch(const AttentionParams& p, const Device& device, F&& f) {
-    const auto with_dim = [&](auto type, auto dim) {
+  const auto with_dim = [&](auto type, auto dim) {
     return device.has_wgmma ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
   };
   const auto with_type = [&](auto type) {

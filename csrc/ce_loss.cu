@@ -523,7 +523,7 @@ __device__ void prepare_targets(const CeLossParams& p, int64_t tile, Scratch& sc
   if (t < p.rows) {
     int32_t target = kIgnored;
     const int64_t d = p.cu_seqlens || p.shift ? document_of(p, t) : 0;
-    if (d >= 0 && !(p.shift && t + 1 >= bound(p, d + 1))) {
+    if (d >= 0 && !(p.shift && t + 1 >= bound(p, d + 1)) && token_weight(p, t) != 0) {
       const int64_t label = integer_at(p.labels, p.labels_dtype, t + (p.shift ? 1 : 0));
       if (label != p.ignore_index) target = label >= 0 && label < class_count(p) ? int32_t(label) : kBadLabel;
     }

@@ -60,7 +60,7 @@ struct CeLossParams {
   DType num_items_dtype = DType::f32;
   double num_items_value = 0;
 
-  const float* token_weight = nullptr;  // (rows,) or null: 1
+  const float* token_weight = nullptr;  // (rows,) or null: 1. A row of weight 0 is ignored
   const float* class_weight = nullptr;  // column 0's, those of other shards lie before and after it; or null: 1
   float label_smoothing = 0;
   float z_loss = 0;

@@ -133,7 +133,7 @@ CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p) {
   for (int64_t d = 0; d < p.documents; d++) {
     for (int64_t t = bound(p, d); t + ahead < bound(p, d + 1); t++) {
       const int64_t label = integer_at(p.labels, p.labels_dtype, t + ahead);
-      if (label == p.ignore_index) continue;
+      if (label == p.ignore_index || token_weight(p, t) == 0) continue;
       const bool valid = label >= 0 && label < class_count(p);
       p.target[t] = valid ? int32_t(label) : kBadLabel;
       if (!valid && status.error == CeLossError::ok) status = {CeLossError::bad_label, t + ahead, label};

@@ -132,9 +132,8 @@ cudaError_t rope_cuda(const RopeParams& p, const int* tuning, cudaStream_t strea
   const int element_size = p.dtype == DType::f32 ? 4 : 2;
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
-  const RopeLaunch launch =
-      tuning ? choose_rope_launch(p, element_size, device.multiprocessors, tuning[0], tuning[1], tuning[2])
-             : choose_rope_launch(p, element_size, device.multiprocessors);
+  const RopeLaunch launch = tuning ? choose_rope_launch(p, element_size, device.multiprocessors, tuning[0], tuning[1], tuning[2])
+                                   : choose_rope_launch(p, element_size, device.multiprocessors);
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, stream); });
   return known ? cudaGetLastError() : cudaErrorInvalidValue;
 }

@@ -33,11 +33,13 @@ struct RopeParams {
   int32_t head_dim = 0, rotary_dim = 0, rotary_offset = 0;
   bool interleaved = false, transposed = false, in_place = false;
 
-  // cos and sin (table_rows, >= rotary_dim / 2), or one row per token when per_token_table. Strides in elements.
+  // cos and sin (table_rows, >= rotary_dim / 2), or one row per token when per_token_table. Strides in elements. Pair i has column
+  // table_step * i: 2 i in a full-width table of interleaved pairs, whose columns belong to features.
   const void *cos = nullptr, *sin = nullptr;
   DType table_dtype = DType::f32;
   bool per_token_table = false;
   int64_t table_rows = 0;
+  int32_t table_step = 1;
   int64_t cos_batch = 0, cos_row = 0, sin_batch = 0, sin_row = 0;
 
   // The position of a token: position_ids, or else its distance from the start of its document (cu_seqlens, of the flattened

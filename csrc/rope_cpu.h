@@ -70,8 +70,8 @@ void fill_coefficients(const RopeParams& p, const RopeWalk::Token& at, State* co
   const int64_t table_batch = p.per_token_table ? at.batch : 0;
   for (int i = 0; i < half; i++) {
     const int64_t row = p.mrope ? position_at(p, rope_mrope_axis(p, i), at.batch, at.token) : at.position;
-    const State c = table_at<State>(p.cos, p.table_dtype, table_batch * p.cos_batch + row * p.cos_row + i);
-    const State s = sign * table_at<State>(p.sin, p.table_dtype, table_batch * p.sin_batch + row * p.sin_row + i);
+    const State c = table_at<State>(p.cos, p.table_dtype, table_batch * p.cos_batch + row * p.cos_row + i * p.table_step);
+    const State s = sign * table_at<State>(p.sin, p.table_dtype, table_batch * p.sin_batch + row * p.sin_row + i * p.table_step);
     if (p.interleaved) {
       cos[2 * i] = cos[2 * i + 1] = c;
       sin[2 * i] = -s;

@@ -22,17 +22,18 @@ __device__ inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
 // How a table is read: a property of all its rows, so decided once.
 struct TableFormat {
   DType dtype;
-  bool vectors;  // else number by number, converted at once: fp64, or runs that are not aligned
+  bool vectors;  // else number by number, converted at once: fp64, runs that are not aligned, or numbers that are not neighbours
+  int step;      // from one number of a run to the next
 
   // Of runs of N numbers. addresses: where tables begin; strides: between runs, in numbers. Ored together, since only low bits count.
   template <int N>
-  static __device__ TableFormat of(DType dtype, uintptr_t addresses, int64_t strides) {
+  static __device__ TableFormat of(DType dtype, uintptr_t addresses, int64_t strides, int step = 1) {
     const uint32_t size = dtype == DType::f32 ? 4 : 2, vector = N * size < 16 ? N * size : 16;
-    return {dtype, dtype != DType::f64 && (uint32_t(addresses) | uint32_t(strides) * size) % vector == 0};
+    return {dtype, dtype != DType::f64 && step == 1 && (uint32_t(addresses) | uint32_t(strides) * size) % vector == 0, step};
   }
 };
 
-// N consecutive numbers of a table.
+// N numbers of a row of a table, format.step columns apart.
 template <int N>
 struct TableRun {
   uint32_t words[N];  // as in the table, 16-bit numbers in the first half of the words; floats, where it has no vectors
@@ -40,10 +41,10 @@ struct TableRun {
   __device__ void load(const void* table, TableFormat format, int64_t i) {
     if (!format.vectors) {
       switch (format.dtype) {
-        case DType::f32: return load_numbers(static_cast<const float*>(table) + i);
-        case DType::bf16: return load_numbers(static_cast<const bf16_t*>(table) + i);
-        case DType::f16: return load_numbers(static_cast<const half_t*>(table) + i);
-        default: return load_numbers(static_cast<const double*>(table) + i);
+        case DType::f32: return load_numbers(static_cast<const float*>(table) + i, format.step);
+        case DType::bf16: return load_numbers(static_cast<const bf16_t*>(table) + i, format.step);
+        case DType::f16: return load_numbers(static_cast<const half_t*>(table) + i, format.step);
+        default: return load_numbers(static_cast<const double*>(table) + i, format.step);
       }
     }
     if (format.dtype == DType::f32) load_vectors<N * 4>(static_cast<const float*>(table) + i);
@@ -63,9 +64,9 @@ struct TableRun {
 
  private:
   template <typename T>
-  __device__ void load_numbers(const T* p) {
+  __device__ void load_numbers(const T* p, int step) {
 #pragma unroll
-    for (int j = 0; j < N; j++) words[j] = __float_as_uint(to_float(p[j]));
+    for (int j = 0; j < N; j++) words[j] = __float_as_uint(to_float(p[j * step]));
   }
   template <int kBytes>
   __device__ void load_vectors(const void* p) {
@@ -231,13 +232,14 @@ struct RopeCoefficients {
     constexpr int kRuns = W / kRun;
     const TableFormat format =
         TableFormat::of<kRun>(p.table_dtype, reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin),
-                              p.cos_batch | p.cos_row | p.sin_batch | p.sin_row);
+                              p.cos_batch | p.cos_row | p.sin_batch | p.sin_row, p.table_step);
     const int64_t batch = p.per_token_table ? at.batch : 0, cos_base = batch * p.cos_batch, sin_base = batch * p.sin_batch;
     TableRun<kRun> cos_run[kRuns], sin_run[kRuns];
 #pragma unroll
     for (int r = 0; r < kRuns; r++) {
-      cos_run[r].load(p.cos, format, cos_base + row * p.cos_row + first_pair(p, lane, r));
-      sin_run[r].load(p.sin, format, sin_base + row * p.sin_row + first_pair(p, lane, r));
+      const int column = first_pair(p, lane, r) * p.table_step;
+      cos_run[r].load(p.cos, format, cos_base + row * p.cos_row + column);
+      sin_run[r].load(p.sin, format, sin_base + row * p.sin_row + column);
     }
 #pragma unroll
     for (int r = 0; r < kRuns; r++) {
@@ -316,7 +318,8 @@ struct RopeCoefficients {
   static __device__ float2 mrope_number(const RopeParams& p, const RopePosition<true>& position, int lane, uint32_t j) {
     const int pair = first_pair(p, lane, j / kRun) + j % kRun, axis = rope_mrope_axis(p, pair);
     const int64_t row = axis == 0 ? position.row[0] : axis == 1 ? position.row[1] : position.row[2];
-    const int64_t c = row * p.cos_row + pair, s = row * p.sin_row + pair;
+    const int column = pair * p.table_step;
+    const int64_t c = row * p.cos_row + column, s = row * p.sin_row + column;
     if (p.table_dtype == DType::f64)
       return {to_float(static_cast<const double*>(p.cos)[c]), to_float(static_cast<const double*>(p.sin)[s])};
     const auto bits = [&](const void* table, int64_t i) -> uint32_t {

@@ -290,6 +290,68 @@ def test_ignored_rows_may_hold_anything(device):
     assert (logits.grad[[1, 3]] != 0).any()
 
 
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+@pytest.mark.parametrize("options", [{}, {"label_smoothing": 0.1, "z_loss": 1e-3, "softcap": 20.0, "shift": True}])
+@pytest.mark.parametrize("form", ["plain", "in place", "linear", "linear, num_valid", "shards"])
+def test_a_row_of_weight_zero_is_not_counted(device, reduction, options, form):
+    """It is not read, whatever it holds, and counts in no denominator: as if its label were ignored."""
+    from test_vocab_parallel import sharded
+
+    rows, vocab = 24, 300
+    weight = torch.rand(rows, device=device) + 0.5
+    weight[[0, 2, 3, 9, 10, 11, 12, 20]] = torch.tensor([0.0, -0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], device=device)
+    hidden, classes = torch.randn(rows, 16, device=device), torch.randn(vocab, 16, device=device)
+    labels = torch.randint(0, vocab, (rows,), device=device)
+    cu_seqlens = torch.tensor([0, 5, 9, 13, 23], device=device)  # nothing counts in [9, 13)
+    options = {**options, "reduction": reduction, "cu_seqlens": cu_seqlens}
+    shift = int(options.pop("shift", False))
+    masked = labels.roll(-shift).masked_fill(weight == 0, -100)
+    if shift:
+        masked[cu_seqlens[1:].long() - 1] = -100
+    options["class_weight"] = torch.rand(vocab, device=device) + 0.5
+
+    def run(poison, labels, **more):
+        h, w = hidden.clone(), classes.clone().requires_grad_()
+        if poison and form.startswith("linear"):
+            h[weight == 0] = torch.tensor([math.nan, math.inf], device=device).repeat(8)
+        h.requires_grad_()
+        if form.startswith("linear"):
+            extra = {"num_valid": 20} if "num_valid" in form else {}
+            loss = packops.linear_cross_entropy(h, w, labels, **options, **more, **extra)
+            loss.sum().backward()
+            return loss.detach(), h.grad, w.grad
+        logits = (hidden @ classes.t()).detach()
+        if poison:
+            logits[[0, 3]], logits[2, 5], logits[[9, 10, 11, 12]], logits[20] = math.nan, math.inf, -math.inf, math.nan
+        if form == "shards":
+            return sharded(logits, labels, (100, 0, 200), **options, **more)
+        logits.requires_grad_()
+        loss, stats = packops.cross_entropy(logits * 1, labels, **options, **more, return_stats=True, inplace=form == "in place")
+        loss.sum().backward()
+        return loss.detach(), logits.grad, *stats
+
+    got = run(True, labels, token_weight=weight, shift=bool(shift))
+    want = run(False, masked, token_weight=weight)
+    for a, b in zip(got, want, strict=True):
+        assert torch.equal(a, b)
+    assert got[0].isfinite().all()
+    if form != "linear":
+        assert (got[1][weight == 0] == 0).all()
+
+
+def test_a_class_of_weight_zero_contributes_nothing_as_in_torch(device):
+    weight = torch.tensor([0.0, 1.0, 2.0, 0.0, 1.0], device=device)
+    logits, labels = torch.randn(6, 5, device=device), torch.tensor([0, 1, 3, 2, 4, 0], device=device)
+    for options in ({}, {"label_smoothing": 0.2}):
+        ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
+        loss = packops.cross_entropy(ours, labels, class_weight=weight, **options)
+        expected = F.cross_entropy(theirs, labels, weight=weight, **options)
+        loss.backward()
+        expected.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(ours.grad, theirs.grad)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_grad_output_of_every_kind(device, dtype):
     logits, labels = (torch.randn(4, 6, 33, device=device)).to(dtype), torch.randint(0, 33, (4, 6), device=device)

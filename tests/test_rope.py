@@ -160,7 +160,7 @@ def test_table_kinds(device, table_dtype, interleaved):
     q, k, _ = make_qk("bshd", torch.bfloat16, device)
     cos, sin = (t.to(table_dtype) for t in packops.rope_table(64, 40, device=device))
     check(q, k, cos, sin, interleaved=interleaved)
-    full = [torch.cat([t, t], -1) for t in (cos, sin)]
+    full = [t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1) for t in (cos, sin)]
     check(q, k, *full, interleaved=interleaved, rotary_dim=64)
     odd_rows = [torch.cat([t, t[:, :3]], -1)[:, 1:-2] for t in (cos, sin)]
     assert odd_rows[0].stride(0) == 35
@@ -183,10 +183,62 @@ def test_width_of_the_table_and_of_the_rotation(device):
     assert torch.equal(partial[..., 32:], q[..., 32:])
     assert not torch.equal(partial[1:, :, :32], q[1:, :, :32])
     assert torch.equal(packops.apply_rope(q, None, *full, rotary_dim=32)[0], partial)
-    assert not torch.equal(packops.apply_rope(q, None, *full)[0], partial)
+    pairs = [t.repeat_interleave(2, -1) for t in (cos, sin)]
+    if device == "cpu":  # where the table can be read; rows of position 0 alone say nothing
+        for wide in (full, pairs):
+            for table in (wide, [t[[0, 0, 3]] for t in wide], [t.bfloat16() for t in wide]):
+                heads = q[: len(table[0])]
+                with pytest.raises(ValueError, match="pass rotary_dim=32"):
+                    packops.apply_rope(heads, None, *table)
+                with pytest.raises(ValueError, match="pass rotary_dim=32"):
+                    packops.apply_rope(heads, None, *table, per_token_table=True)
+        assert torch.equal(packops.apply_rope(q[:1], None, *(t[:1] for t in full))[0], q[:1])
     wide = packops.rope_table(64, 5, device=device)
     duplicated = [torch.cat([t, t], -1) for t in wide]
     assert torch.equal(packops.apply_rope(q, None, *duplicated)[0], packops.apply_rope(q, None, *wide)[0])
+
+
+@pytest.mark.parametrize("mrope", [False, True])
+@pytest.mark.parametrize("per_token_table", [False, True])
+@pytest.mark.parametrize("interleaved", [False, True])
+@pytest.mark.parametrize("fused_norm", [False, True])
+@pytest.mark.parametrize("rotary_dim", [64, 24])
+def test_full_width_tables_belong_to_features(device, mrope, per_token_table, interleaved, fused_norm, rotary_dim):
+    """Column j belongs to feature j (Cohere, GLM and ERNIE repeat neighbours): the bits of the half table, gradients too."""
+    if mrope and per_token_table:
+        return
+    q, k, _ = make_qk("bshd", torch.float32, device)
+    cos, sin = packops.rope_table(rotary_dim, 40, device=device)
+    ids = torch.randint(0, 40, (3, 2, 13) if mrope else (2, 13), device=device)
+    options = {"interleaved": interleaved, "rotary_dim": rotary_dim, "rotary_offset": 64 - rotary_dim}
+    if per_token_table:
+        cos, sin, options["per_token_table"] = cos[ids], sin[ids], True
+    else:
+        options["position_ids"] = ids
+    if mrope:
+        options |= {"mrope_section": (rotary_dim // 2 - 8, 5, 3), "mrope_interleaved": rotary_dim == 64}
+    results = []
+    for table in ((cos, sin), [t.repeat_interleave(2, -1) if interleaved else torch.cat([t, t], -1) for t in (cos, sin)]):
+        x, y = q.detach().clone().requires_grad_(), k.detach().clone().requires_grad_()
+        if fused_norm:
+            w = torch.linspace(0.5, 2, 64, device=device)
+            out = packops.apply_qk_norm_rope(x, y, w, w + 1, *table, eps=1e-6, **options)
+        else:
+            out = packops.apply_rope(x, y, *table, **options)
+        sum(o.square().mul(0.1).cos().sum() for o in out).backward()
+        results.append((*out, x.grad, y.grad))
+    for half, full in zip(*results, strict=True):
+        assert torch.equal(half, full)
+
+
+def test_equals_cohere(device):
+    cohere = pytest.importorskip("transformers.models.cohere.modeling_cohere")
+    q = make_heads((2, 3, 10, 64), torch.float32, device)
+    cos, sin = (t.repeat_interleave(2, -1)[None] for t in packops.rope_table(64, 10, device=device))
+    theirs = cohere.apply_rotary_pos_emb(q, q, cos, sin)[0]
+    for options in ({}, {"rotary_dim": 64}):
+        ours = packops.apply_rope(q, None, cos, sin, layout="bhsd", interleaved=True, per_token_table=True, **options)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -8,7 +8,7 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include "rope.h"
+#include "rope_cpu.h"
 #include "torch/check.h"
 #include "torch/dispatch.h"
 #include "torch/string.h"
@@ -108,6 +108,26 @@ struct RopeOptions {
   bool mrope_interleaved, per_token_table, transposed;
 };
 
+// Without rotary_dim a table that fits twice into a head is read as half a table. Hugging Face's tables of partial rotary embeddings
+// hold every number twice and would be misread: raise on the host, where that shows.
+inline void check_half_table(const char* op, const RopeParams& p) {
+  const int width = p.rotary_dim / 2, half = width / 2;
+  if (width % 2 != 0) return;
+  bool halves_alike = true, neighbours_alike = true, turns = false;
+  for (int64_t batch = 0; batch < (p.per_token_table ? p.batch : 1); batch++)
+    for (int64_t row = 0; row < p.table_rows; row++) {
+      const auto sine = [&](int i) { return table_at<double>(p.sin, p.table_dtype, batch * p.sin_batch + row * p.sin_row + i); };
+      for (int i = 0; i < half; i++) {
+        halves_alike &= sine(i) == sine(i + half);
+        neighbours_alike &= sine(2 * i) == sine(2 * i + 1);
+        turns |= sine(i) != 0;
+        if (!halves_alike && !neighbours_alike) return;
+      }
+    }
+  PACKOPS_CHECK(!turns, ValueError, op, ": cos and sin hold every number twice, as Hugging Face makes them for ", width,
+                " rotary features: pass rotary_dim=", width, ", or else they are half a table of ", p.rotary_dim, " features");
+}
+
 // Everything but the outputs.
 inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, const Tensor& cos, const Tensor& sin,
                                    const RopeOptions& options, const Layout& layout) {
@@ -161,6 +181,7 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   p.rotary_dim = int32_t(rotary_dim);
   p.rotary_offset = int32_t(options.rotary_offset);
   p.interleaved = options.interleaved;
+  p.table_step = options.interleaved && width == rotary_dim ? 2 : 1;
   p.transposed = options.transposed;
   p.cos = cos.data_ptr();
   p.sin = sin.data_ptr();
@@ -176,6 +197,8 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
     p.cos_row = cos.stride(0);
     p.sin_row = sin.stride(0);
   }
+
+  if (!options.rotary_dim && width < rotary_dim && q.is_cpu()) check_half_table(op, p);
 
   p.mrope = options.mrope_section.has_value();
   p.mrope_interleaved = options.mrope_interleaved;

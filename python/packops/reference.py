@@ -70,12 +70,12 @@ def cross_entropy(
     if shift:
         target = torch.cat([target[1:], target[:1]])  # the last row's wraps around and is masked below
         target = target.masked_fill(documents.is_last, ignore_index)
-    counted = (target != ignore_index) & (documents.index >= 0)
+    weight = torch.ones(rows, dtype=x.dtype, device=x.device) if token_weight is None else token_weight.reshape(-1).double()
+    counted = (target != ignore_index) & (documents.index >= 0) & (weight != 0)
     safe = torch.where(counted, target, 0)
     x = torch.where(counted[:, None], x, 0.0)  # an ignored row may hold anything, NaN included
 
     class_weight = torch.ones(vocab, dtype=x.dtype, device=x.device) if class_weight is None else class_weight.double()
-    weight = torch.ones(rows, dtype=x.dtype, device=x.device) if token_weight is None else token_weight.reshape(-1).double()
     lse = torch.logsumexp(x, -1)
     log_p = torch.log_softmax(x, -1)  # not x - lse, which forgets log(V) beside logits of 1e38
     target_weight = class_weight[safe] if vocab else x.new_zeros(rows)
@@ -211,7 +211,9 @@ def rope(
         rotary_dim = 2 * width if 2 * width <= head_dim else width
     half = rotary_dim // 2
     batch, tokens = {"thd": (1, q.shape[0]), "bshd": q.shape[:2], "bhsd": (q.shape[0], q.shape[2])}[layout]
-    cos, sin = cos.double()[..., :half], sin.double()[..., :half]
+    # In a full-width table column j belongs to feature j, so interleaved pairs have columns 2i and 2i + 1.
+    columns = slice(0, None, 2) if interleaved and width == rotary_dim else slice(half)
+    cos, sin = cos.double()[..., columns], sin.double()[..., columns]
 
     # Tokens past the last document do not turn at all.
     index = torch.arange(batch * tokens, device=q.device)

@@ -18,7 +18,9 @@ inline float reciprocal_approx(float x) { return flush(1 / x); }
 inline float log2_approx(float x) { return std::log2(x); }
 
 // Code for older architectures has nothing here, so its launches must not overlap.
-inline void wait_for_launch_before() { emulator::fibers[emulator::current].waited_for_launch = emulator::code_architecture >= 90; }
+inline void wait_for_launch_before() {
+  emulator::fibers[emulator::current].waited_for_launch = emulator::code_architecture >= 90;
+}
 
 inline void named_barrier(int id, int threads) {
   if (id == 0) return __syncthreads();

@@ -35,9 +35,9 @@ namespace emulator {
 // Of the device that the runtime describes; a process asks once.
 inline const int architecture = std::getenv("EMULATED_ARCHITECTURE") ? std::atoi(std::getenv("EMULATED_ARCHITECTURE")) : 90;
 // What its code was compiled for, 80, 90, 90a, ...: PTX of an older architecture runs too, without what that has not.
-inline const std::string code = std::getenv("EMULATED_CODE")  ? std::getenv("EMULATED_CODE")
-                                : architecture == 90          ? "90a"
-                                                              : std::to_string(architecture);
+inline const std::string code = std::getenv("EMULATED_CODE") ? std::getenv("EMULATED_CODE")
+                                : architecture == 90         ? "90a"
+                                                             : std::to_string(architecture);
 inline const int code_architecture = std::atoi(code.c_str());
 inline const bool code_has_wgmma = code == "90a";
 inline int cluster_launches = 0;  // so far

@@ -58,7 +58,9 @@ template <typename T>
 void compare(const Shape& s, bool interleaved, bool zero_centered, bool documents, bool mrope = false) {
   check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
   Side<T> inputs[2] = {Side<T>(s, s.q_heads, random), Side<T>(s, s.k_heads, random)};
-  std::vector<float> cos(size_t(s.tokens * s.rotary_dim / 2)), sin(cos.size());
+  // Full-width tables whose columns all differ, cos and sin of their own strides.
+  const int64_t cos_row = s.rotary_dim, sin_row = cos_row + 4;
+  std::vector<float> cos(size_t(s.tokens * cos_row)), sin(size_t(s.tokens * sin_row));
   for (float& c : cos) c = float(2 * random.uniform() - 1);
   for (float& x : sin) x = float(2 * random.uniform() - 1);
   const std::vector<int32_t> cu_seqlens = {0, 0, int32_t(s.tokens / 3), int32_t(s.tokens - s.tokens / 5)};
@@ -69,7 +71,8 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
   r.tokens = s.tokens;
   r.head_dim = s.head_dim, r.rotary_dim = s.rotary_dim, r.rotary_offset = s.offset;
   r.interleaved = interleaved;
-  r.cos = cos.data(), r.sin = sin.data(), r.table_rows = s.tokens, r.cos_row = r.sin_row = s.rotary_dim / 2;
+  r.cos = cos.data(), r.sin = sin.data(), r.table_rows = s.tokens, r.cos_row = cos_row, r.sin_row = sin_row;
+  r.table_step = interleaved && zero_centered ? 2 : 1;
   if (documents) r.cu_seqlens = cu_seqlens.data(), r.num_documents = 3;
   std::vector<int64_t> ids(size_t(3 * s.tokens));
   for (int64_t& id : ids) id = random.below(s.tokens);

@@ -47,12 +47,14 @@ struct Side {
 
 // Table: a type of cosines and sines; shift: numbers by which they miss the alignment of a vector.
 template <typename T, typename Table = float>
-void compare(const Shape& s, Positions positions, bool interleaved, bool transposed, bool in_place, int shift = 0) {
+void compare(const Shape& s, Positions positions, bool interleaved, bool transposed, bool in_place, int shift = 0,
+             bool full_width = false) {
   constexpr int64_t kRows = 64;
   check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
   Side<T> q(s, s.q_heads, random), k(s, s.k_heads, random);
-  const int64_t all = s.batch * s.tokens, width = s.rotary_dim / 2;
-  std::vector<Table> cos(size_t(std::max(kRows, all) * width + shift)), sin(cos.size());
+  const int64_t all = s.batch * s.tokens, width = s.rotary_dim / 2, cos_row = full_width ? 2 * width : width,
+                sin_row = cos_row + 8;
+  std::vector<Table> cos(size_t(std::max(kRows, all) * cos_row + shift)), sin(size_t(std::max(kRows, all) * sin_row + shift));
   for (auto* table : {&cos, &sin})
     for (Table& x : *table) {
       const double number = 2 * random.uniform() - 1;
@@ -70,7 +72,8 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
   p.interleaved = interleaved, p.transposed = transposed, p.in_place = in_place;
   p.cos = cos.data() + shift, p.sin = sin.data() + shift, p.table_dtype = kType<Table>;
   p.table_rows = kRows;
-  p.cos_row = p.sin_row = width;
+  p.cos_row = cos_row, p.sin_row = sin_row;
+  p.table_step = full_width && interleaved ? 2 : 1;
   if (positions == Positions::documents || positions == Positions::axes_in_turn) {
     p.cu_seqlens = cu_seqlens.data();
     p.num_documents = 3;
@@ -78,7 +81,7 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
   if (positions == Positions::per_token_table) {
     p.per_token_table = true;
     p.table_rows = all;
-    p.cos_batch = p.sin_batch = s.tokens * width;
+    p.cos_batch = s.tokens * cos_row, p.sin_batch = s.tokens * sin_row;
   } else if (positions != Positions::counted && positions != Positions::documents) {
     p.position_ids = ids.data();
     p.position_axis = all, p.position_batch = s.tokens, p.position_token = 1;
@@ -145,6 +148,15 @@ CASE(tables_of_every_type_and_alignment) {
   check(half_t{});
   check(bf16_t{});
   check(double{});
+}
+
+CASE(full_width_tables) {
+  for (const Shape& shape : kShapes)
+    for (Positions positions : {Positions::documents, Positions::per_token_table, Positions::axes_in_turn})
+      for (bool interleaved : {false, true}) {
+        compare<bf16_t, bf16_t>(shape, positions, interleaved, false, false, 0, true);
+        compare<float>(shape, positions, interleaved, true, true, 0, true);
+      }
 }
 
 CASE(every_configuration_gives_the_same_bits) {
