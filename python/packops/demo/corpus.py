@@ -83,6 +83,7 @@ def load(
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    print(f"text    {len(documents)} docstrings read; learning {vocab_size} tokens from them takes some seconds ...", flush=True)
     tokenizer.train_from_iterator(texts[num_held_out:], trainer)
     end = tokenizer.token_to_id(END_OF_TEXT)
     used = texts[: num_held_out + num_training]

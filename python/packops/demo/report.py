@@ -50,7 +50,9 @@ def table(result: Result) -> str:
         ["useful tokens/s", *(f"{shown[name]['useful_tokens_per_second']:,.0f}" for name in names)],
         ["useful share of tokens", *(f"{shown[name]['useful_share']:.1%}" for name in names)],
     ]
-    for index, step in enumerate(result.checkpoints):
+    shown_checkpoints = range(len(result.checkpoints))[:: -(-len(result.checkpoints) // 6)]  # six rows are enough to read
+    for index in sorted({*shown_checkpoints, len(result.checkpoints) - 1}):
+        step = result.checkpoints[index]
         rows.append([f"held-out loss after step {step}", *(f"{shown[name]['held_out_loss'][index]:.6f}" for name in names)])
     rows += [
         ["largest held-out difference", "-", *(f"{shown[name]['largest_held_out_difference']:.1e}" for name in names[1:])],
@@ -93,7 +95,7 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     factor = runs["packops"]["useful_tokens_per_second"] / runs["padded"]["useful_tokens_per_second"]
     title = f"Packed with packops, a Llama trains as if its documents had been padded, at {factor:.1f} times the speed"
     figure.suptitle(title, fontsize=14, fontweight="bold", x=0.008, ha="left")
-    draw_losses(axes[0], runs)
+    draw_losses(axes[0], shown)
     draw_distances(axes[1], shown)
     draw_speed(axes[2], runs)
     for each in axes:
@@ -101,23 +103,23 @@ def draw(shown: dict[str, Any], path: Path) -> None:
     figure.savefig(path)
 
 
-def draw_losses(axes: Any, runs: dict[str, Any]) -> None:
-    """Every step after the first steep ones, so that the curves fill the panel."""
-    losses = {name: run["training_loss"] for name, run in runs.items()}
-    total = len(losses["padded"])
-    first = total // 6
-    steps = range(first, total)
+def draw_losses(axes: Any, shown: dict[str, Any]) -> None:
+    """The loss that is meant, on held-out documents, evaluated alike for all: the runs' own training losses are not comparable,
+    as the careless one scores other things. Without the first steep steps, so that the curves fill the panel."""
+    steps = shown["checkpoints"]
+    first = next(index for index, step in enumerate(steps) if step >= steps[-1] // 6)
     looks = {
         "padded": {"linewidth": 7, "alpha": 0.6, "solid_capstyle": "round", "solid_joinstyle": "round"},
-        "careless": {"linewidth": 1.4, "marker": "s", "markersize": 3.5},
-        "packops": {"linewidth": 1.4, "marker": "o", "markersize": 3.5},
+        "careless": {"linewidth": 1.4, "marker": "s", "markersize": 4},
+        "packops": {"linewidth": 1.4, "marker": "o", "markersize": 4},
     }
     for name, look in looks.items():
-        label = f"{TITLES[name]}: {losses[name][-1]:.4f} at the last step"
-        axes.plot(steps, losses[name][first:], color=COLOURS[name], label=label, **look)
-    axes.set_title("Training loss, as each run logs it", loc="left", fontsize=11)
+        losses = shown["runs"][name]["held_out_loss"]
+        label = f"{TITLES[name]}: {losses[-1]:.4f} at the end"
+        axes.plot(steps[first:], losses[first:], color=COLOURS[name], label=label, **look)
+    axes.set_title("Held-out loss, each document alone (lower is better)", loc="left", fontsize=11)
     axes.set_xlabel("optimizer step")
-    axes.set_ylabel("nats per token")
+    axes.set_ylabel("mean over documents of nats per token")
     axes.legend(frameon=False, labelcolor="linecolor", loc="upper right", prop={"weight": "bold", "size": 9.5})
 
 

@@ -48,7 +48,7 @@ class Settings:
     heads: int = 4
     learning_rate: float = 5e-3
     held_out: int = 96
-    checkpoints: int = 5
+    checkpoints: int = 10
 
     @classmethod
     def for_device(cls, device: str | torch.device | None = None, *, steps: int | None = None, seed: int = 0) -> Settings:
@@ -230,8 +230,11 @@ def train(settings: Settings, text: corpus.Corpus) -> Result:
     initial = copy.deepcopy(padded.state_dict())
     evaluate_at = {round(i * settings.steps / settings.checkpoints) for i in range(settings.checkpoints + 1)}
     result = Result(settings, runs, [], 0, initial, text.description, model)
+    started = time.perf_counter()
     for each in runs.values():
         gradients(each, steps[0], 0)  # first calls allocate and choose kernels; without an optimizer step they train nothing
+    seconds = 1.5 * settings.steps * (time.perf_counter() - started)  # the half is for the evaluations
+    print(f"time    {settings.steps} steps of each of the three, in turn: about {seconds:.0f} s", flush=True)
     with tqdm(total=settings.steps, desc="training", unit="step") as progress:
         for step in range(settings.steps + 1):
             if step in evaluate_at:
