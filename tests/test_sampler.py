@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 
@@ -223,7 +224,7 @@ def test_all_ranks_in_turn():
     state = together.state_dict(step=2)
     together.load_state_dict(state)
     assert list(together) == [batch for step in zip(*(rank[2:] for rank in ranks), strict=True) for batch in step]
-    with pytest.raises(ValueError, match=f"step must be between 0 and {len(ranks[0])}"):
+    with pytest.raises(ValueError, match=f"step must be between 2 and {len(ranks[0])}"):
         together.state_dict(step=len(ranks[0]) + 1)
 
 
@@ -234,3 +235,199 @@ def test_sharing_out_a_share_is_refused():
         _ = PackedBatchSampler(lengths, 16, rank=0, world_size=2).batch_size
     assert not hasattr(PackedBatchSampler(lengths, 16, rank=0, world_size=2, all_ranks=True), "batch_size")
     assert not hasattr(PackedBatchSampler(lengths, 16, rank=0, world_size=1), "batch_size")
+
+
+# ---- resuming twice, late, in the middle of fetching ahead, or with something else --------------------------------------------
+
+
+def count(batches):
+    return Counter(document for batch in batches for document in batch)
+
+
+def take(samplers, steps):
+    return count(batch for sampler in samplers for batch in itertools.islice(sampler, steps))
+
+
+def resumed(samplers, state):
+    for sampler in samplers:
+        sampler.load_state_dict(json.loads(json.dumps(state)))
+    return samplers
+
+
+def fetched_ahead(sampler, dataset_size, steps):
+    """The batches of the first ``steps`` steps, by a loader whose worker has fetched more."""
+    loader = torch.utils.data.DataLoader(range(dataset_size), batch_sampler=sampler, num_workers=1, collate_fn=list)
+    return loader, list(itertools.islice(loader, steps))
+
+
+@pytest.mark.parametrize("left", [1, 2])
+def test_an_elastic_resume_goes_on_while_workers_fetch_ahead(left):
+    """The workers take the last batches before they are trained on; a state taken then still knows the first segment."""
+    lengths = np.random.default_rng(0).integers(1, 100, 120)
+    first, second = ranks(lengths, 256, 4), ranks(lengths, 256, 2)
+    seen = take(first, 3)
+    resumed(second, first[0].state_dict(step=3))
+    total = len(second[0])
+    loader, batches = fetched_ahead(second[0], len(lengths), total - 3 - left)
+    seen += count(batches) + take(second[1:], total - 3 - left)
+    assert len(loader) == total
+    state = second[0].state_dict(step=total - left)
+    assert state["segments"] == [(4, 1, 3), (2, 1, total - 3 - left)]
+    for sampler in resumed(ranks(lengths, 256, 3), state):
+        seen += count(sampler)
+    assert seen == Counter(range(len(lengths)))
+
+
+def test_a_state_without_step_counts_what_was_handed_out_to_workers():
+    lengths = np.arange(1, 60)
+    sampler = PackedBatchSampler(lengths, 100)
+    total = len(sampler)
+    _, batches = fetched_ahead(sampler, len(lengths), total - 1)
+    assert len(batches) == total - 1
+    assert sampler.state_dict()["segments"] == [(1, 1, total)]
+    assert sampler.state_dict(step=total - 1)["segments"] == [(1, 1, total - 1)]
+
+
+def test_a_state_after_the_last_step_leaves_nothing_of_the_epoch():
+    lengths = np.arange(1, 60)
+    sampler = PackedBatchSampler(lengths, 100)
+    sampler.set_epoch(3)
+    whole = list(sampler)
+    for state in (sampler.state_dict(), sampler.state_dict(step=len(whole))):
+        for world_size in (1, 2):
+            (after, *_) = resumed(ranks(lengths, 100, world_size), state)
+            after.set_epoch(3)
+            assert list(after) == []
+            after.set_epoch(4)
+            assert count(after) if world_size == 1 else True
+            assert after.state_dict()["epoch"] == 4
+    (after,) = resumed([PackedBatchSampler(lengths, 100)], sampler.state_dict())
+    sampler.set_epoch(4)
+    assert list(after) == []
+    after.set_epoch(4)
+    assert list(after) == list(sampler) != whole
+
+
+def test_the_pass_after_an_elastic_resume_is_whole():
+    lengths = np.random.default_rng(1).integers(1, 50, 100)
+    first = ranks(lengths, 64, 3)
+    take(first, 4)
+    second = resumed(ranks(lengths, 64, 2), first[0].state_dict(step=4))
+    fresh = [list(s) for s in ranks(lengths, 64, 2)]
+    rest = [list(s) for s in second]
+    assert rest != fresh
+    assert second[0].state_dict()["segments"] == [(3, 1, 4), (2, 1, len(rest[0]))]
+    assert [list(s) for s in second] == fresh  # nobody has called set_epoch
+    assert len(second[0]) == len(fresh[0])
+    assert second[0].state_dict(step=5)["segments"] == [(2, 1, 5)]
+    second[0].set_epoch(1)
+    fresh[0] = PackedBatchSampler(lengths, 64, rank=0, world_size=2)
+    fresh[0].set_epoch(1)
+    assert list(second[0]) == list(fresh[0])
+
+
+def test_an_abandoned_pass_after_a_resume_begins_where_the_resume_did():
+    lengths = np.arange(1, 60)
+    whole = list(PackedBatchSampler(lengths, 100))
+    (sampler,) = resumed([PackedBatchSampler(lengths, 100)], PackedBatchSampler(lengths, 100).state_dict(step=4))
+    abandoned = iter(sampler)
+    assert [next(abandoned), next(abandoned)] == whole[4:6]
+    again = iter(sampler)
+    assert next(again) == whole[4]
+    list(abandoned)  # a loader that still fetches for the old pass says nothing about the new one
+    assert sampler.state_dict()["segments"] == [(1, 1, 5)]
+    assert list(again) == whole[5:]
+    assert list(sampler) == whole
+
+
+def test_steps_after_a_resume_count_from_the_beginning_of_the_epoch():
+    lengths = np.arange(1, 60)
+    first = ranks(lengths, 100, 2)
+    (same, _) = resumed(ranks(lengths, 100, 2), first[0].state_dict(step=4))
+    assert same.state_dict()["segments"] == [(2, 1, 4)]
+    with pytest.raises(ValueError, match=rf"step must be between 4 and {len(same)}, got 2: it counts from"):
+        same.state_dict(step=2)
+    (other,) = resumed([PackedBatchSampler(lengths, 100)], same.state_dict(step=6))
+    with pytest.raises(ValueError, match=f"step must be between 6 and {len(other)}, got 5"):
+        other.state_dict(step=5)
+    assert other.state_dict(step=8)["segments"] == [(2, 1, 6), (1, 1, 2)]
+
+
+OTHER_ORDERS = {
+    "balance": ({}, {"balance": "none"}),
+    "what is balanced": ({}, {"balance": "tokens"}),
+    "cost": ({}, {"cost": (1.0, 1.0)}),
+    "seed": ({"strategy": "bfd", "seed": 0}, {"strategy": "bfd", "seed": 1}),
+    "no seed": ({"strategy": "bfd", "seed": 0}, {"strategy": "bfd", "seed": None}),
+    "drop_last": ({}, {"drop_last": True}),
+    "strategy": ({}, {"strategy": "bfd"}),
+    "max_docs_per_pack": ({}, {"max_docs_per_pack": 3}),
+}
+
+
+@pytest.mark.parametrize("name", OTHER_ORDERS)
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_another_order_is_refused_and_changes_nothing(name, world_size):
+    lengths = np.random.default_rng(1).permutation(np.arange(1, 203))
+    before, after = OTHER_ORDERS[name]
+    state = ranks(lengths, 256, 2, **before)[0].state_dict(step=20)
+    sampler = PackedBatchSampler(lengths, 256, rank=0, world_size=world_size, **after)
+    sampler.set_epoch(2)
+    next(iter(sampler))
+    own, batches = sampler.state_dict(), list(PackedBatchSampler(lengths, 256, rank=0, world_size=world_size, **after))
+    with pytest.raises(ValueError, match="other lengths, packing arguments or order"):
+        sampler.load_state_dict(state)
+    assert (sampler.epoch, sampler.state_dict()) == (2, own)
+    sampler.set_epoch(0)
+    assert list(sampler) == batches
+    # The same order under another name is none.
+    same = PackedBatchSampler(lengths, 256, rank=0, world_size=world_size, **before)
+    same.load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"segments": [(1, 1, 99)]}, "step 99 where there are"),
+        ({"segments": [(1, 1, -1)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(0, 1, 1)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": []}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(1, 1)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(1, 1, 2.0)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(2, 1, 99)]}, "other lengths|step 99 where"),
+        ({"epoch": 1}, "other lengths"),
+        ({"epoch": -1}, "epoch must be between 0"),
+        ({"plan": "0"}, "other lengths"),
+        ({"plan": None, "segments": None}, "not the state of a PackedBatchSampler"),
+    ],
+)
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_states_that_no_sampler_made_are_refused(change, message, world_size):
+    lengths = np.arange(1, 60)
+    state = PackedBatchSampler(lengths, 100).state_dict(step=4) | change
+    sampler = PackedBatchSampler(lengths, 100, rank=0, world_size=world_size)
+    own = sampler.state_dict()
+    with pytest.raises(ValueError, match=message):
+        sampler.load_state_dict(state)
+    assert sampler.state_dict() == own
+    with pytest.raises(ValueError, match="not the state"):
+        sampler.load_state_dict({})
+    with pytest.raises(ValueError, match="epoch must be between 0"):
+        sampler.set_epoch(-1)
+    assert sampler.state_dict() == own
+
+
+def test_the_callers_lengths_are_neither_kept_nor_written():
+    lengths = np.arange(1, 60)
+    before = lengths.copy()
+    sampler = PackedBatchSampler(lengths, 100)
+    expected = list(PackedBatchSampler(before.copy(), 100, rank=0, world_size=1))
+    lengths[:] = 1
+    sampler.set_epoch(1)
+    _ = sampler.plan
+    sampler.set_epoch(0)
+    assert list(sampler) == expected
+    frozen = before.copy()
+    frozen.flags.writeable = False
+    for strategy in ("best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped"):
+        list(PackedBatchSampler(frozen, 100, strategy=strategy))

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
+import hashlib
+import operator
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,6 +32,51 @@ class Spans(NamedTuple):
 
     def take(self, which: IntArray) -> Spans:
         return Spans(self.begin[which], self.end[which])
+
+
+class Segment(NamedTuple):
+    """Steps of an epoch that were taken with one number of ranks and packs per batch."""
+
+    world_size: int
+    packs_per_batch: int
+    steps: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Epoch:
+    """The packs of an epoch and how they are shared out: what earlier segments leave goes to the next one.
+
+    Attributes:
+        plan: the packs as :func:`packops.pack` made them.
+        shares: for each earlier segment and, last, for the present settings: the packs as ranges of the plan's pieces, and
+            (steps, ranks, packs_per_batch) which of them are taken where, -1 for none.
+    """
+
+    plan: PackingPlan
+    shares: list[tuple[Spans, IntArray]]
+
+    @property
+    def spans(self) -> Spans:
+        return self.shares[-1][0]
+
+    @property
+    def steps(self) -> IntArray:
+        return self.shares[-1][1]
+
+    @cached_property
+    def _digests(self) -> list[str]:
+        digest = hashlib.blake2b(self.plan.hash().encode(), digest_size=16)
+        found = []
+        for spans, steps in self.shares:
+            digest.update(repr(steps.shape).encode())
+            for array in (*spans, steps):
+                digest.update(np.ascontiguousarray(array).astype("<i8", copy=False).tobytes())
+            found.append(digest.hexdigest())
+        return found
+
+    def hash(self, segments: int) -> str:
+        """Of the plan and of which packs the first ``segments`` take at which step."""
+        return self._digests[segments - 1]
 
 
 class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
@@ -94,7 +143,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         self.drop_last = drop_last
         self.seed = None if strategy == "sequential" else seed
         self.epoch = 0
-        self._lengths = as_lengths(lengths)
+        self._lengths = as_lengths(lengths).copy()  # the caller may go on to change theirs
         self._max_length = max_length
         self._options: dict[str, Any] = {
             "strategy": strategy,
@@ -103,10 +152,12 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             "overlong": overlong,
             "pad_doc_to_multiple_of": pad_doc_to_multiple_of,
         }
-        self._past: list[tuple[int, int, int]] = []  # (world_size, packs_per_batch, steps) of this epoch under other settings
-        self._start = 0  # batches of these settings done before this process began
+        self._past: list[Segment] = []  # of this epoch, under other settings
+        self._start = 0  # steps of these settings done before this process began
         self._step = 0  # ... and handed out by now
-        self._cached: tuple[Any, PackingPlan, IntArray, Spans] | None = None
+        self._pass: object = None  # the iterator that says what is handed out
+        self._is_over = False  # it has handed out everything; a loader's workers may still be training on it
+        self._cached: tuple[Any, Epoch] | None = None
         _ = self.plan  # a bad argument is an error here, not in the training loop
 
     # ---- an epoch ------------------------------------------------------------------------------------------------------
@@ -114,12 +165,17 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
     @property
     def plan(self) -> PackingPlan:
         """This epoch's packs, before they are shared out."""
-        return self._prepare()[0]
+        return self._prepare().plan
 
     def set_epoch(self, epoch: int) -> None:
         """Pack and order anew. Setting the current epoch changes nothing, so that a resumed epoch goes on where it stopped."""
         if epoch != self.epoch:
-            self.epoch, self._past, self._start, self._step = epoch, [], 0, 0
+            self._prepare(epoch, [])  # raises for an epoch that there is not
+            self._begin(epoch, [], 0)
+
+    def _begin(self, epoch: int, past: list[Segment], start: int) -> None:
+        self.epoch, self._past, self._start, self._step = epoch, past, start, start
+        self._pass, self._is_over = None, False
 
     @property
     def sampler(self) -> PackedBatchSampler:
@@ -139,25 +195,34 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
 
     def __len__(self) -> int:
         """Batches in this epoch, the same for every rank; other epochs have a few more or fewer, as their packs differ."""
-        steps = sum(steps for *_, steps in self._past) + len(self._prepare()[1])
+        steps = self._steps_before() + len(self._prepare().steps)
         return steps * (self.world_size if self.all_ranks else 1)
 
+    def _steps_before(self) -> int:
+        return sum(segment.steps for segment in self._past)
+
     def __iter__(self) -> Iterator[list[Any]]:
-        plan, steps, spans = self._prepare()
-        for step in range(self._start, len(steps)):
-            self._step = step + 1
-            for packs in steps[step] if self.all_ranks else steps[step, self.rank, None]:
-                yield self._documents(plan, spans.take(packs[packs >= 0]))
-        self._past, self._start, self._step = [], 0, 0
+        if self._is_over:  # the pass after a whole one, or after the rest of a resumed one, is a whole one
+            self._begin(self.epoch, [], 0)
+        this_pass = self._pass = object()
+        self._step = self._start
+        epoch = self._prepare()
+        for step in range(self._start, len(epoch.steps)):
+            for packs in epoch.steps[step] if self.all_ranks else epoch.steps[step, self.rank, None]:
+                if self._pass is this_pass:
+                    self._step = step + 1
+                yield self._documents(epoch.plan, epoch.spans.take(packs[packs >= 0]))
+        if self._pass is this_pass:
+            self._is_over = True
 
     def costs(self) -> np.ndarray:
         """(steps, world_size): ``a * tokens + b * sum of document length^2`` of each rank's batch, whatever is balanced.
 
         The slowest rank of a step holds up the others: ``costs.mean(1).sum() / costs.max(1).sum()`` is the share of time worked.
         """
-        plan, steps, spans = self._prepare()
-        per_pack = np.append(self._span_costs(plan, spans, *self.cost), 0.0)  # -1, no pack, costs nothing
-        return per_pack[steps].sum(2)
+        epoch = self._prepare()
+        per_pack = np.append(self._span_costs(epoch.plan, epoch.spans, *self.cost), 0.0)  # -1, no pack, costs nothing
+        return per_pack[epoch.steps].sum(2)
 
     # ---- resuming ------------------------------------------------------------------------------------------------------
 
@@ -165,52 +230,74 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         """Where in the epoch this is, the same on every rank.
 
         Args:
-            step: steps of this epoch already trained on. By default those handed out, which is more where a ``DataLoader``
-                with workers fetches ahead.
+            step: steps of this epoch already trained on, counted from its beginning, those before a resume included. By default
+                those handed out, which is more where a ``DataLoader`` with workers fetches ahead: what it has fetched would then
+                not be trained on.
+
+        Raises:
+            ValueError: ``step`` is before the steps that this process resumed after, or past the epoch's last one.
         """
-        done = sum(steps for *_, steps in self._past)
-        current = self._step if step is None else step - done
-        steps = len(self._prepare()[1])
-        if not 0 <= current <= steps:
-            raise ValueError(f"step must be between {done} and {done + steps}, got {step}")
-        return {
-            "epoch": self.epoch,
-            "segments": [*self._past, (self.world_size, self.packs_per_batch, current)],
-            "plan": self.plan.hash(),
-        }
+        epoch, before = self._prepare(), self._steps_before()
+        current = self._step if step is None else operator.index(step) - before
+        if not self._start <= current <= len(epoch.steps):
+            raise ValueError(
+                f"step must be between {before + self._start} and {before + len(epoch.steps)}, got {step}: it counts from the "
+                "beginning of the epoch"
+            )
+        segments = [*self._past, Segment(self.world_size, self.packs_per_batch, current)]
+        return {"epoch": self.epoch, "segments": [tuple(s) for s in segments], "plan": epoch.hash(len(segments))}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from ``state``, exactly once still, even on another number of ranks or packs per batch."""
-        *past, (world_size, packs_per_batch, step) = [tuple(segment) for segment in state["segments"]]
-        if (world_size, packs_per_batch) != (self.world_size, self.packs_per_batch):
-            past, step = [*past, (world_size, packs_per_batch, step)], 0
-        self.epoch, self._past, self._start, self._step = state["epoch"], past, step, step
-        if self.plan.hash() != state["plan"]:
-            raise ValueError("the state belongs to other lengths or packing arguments: its plan is not this sampler's")
+        """Go on from ``state``, exactly once still, even on another number of ranks or packs per batch.
+
+        A state of the end of an epoch resumes after its last step: what is left of that epoch is nothing.
+
+        Raises:
+            ValueError: the state belongs to other lengths, packing arguments or order (``balance``, ``cost``, ``seed``,
+                ``drop_last``), or is none. The sampler stays as it was.
+        """
+        number, segments, plan = _parse_state(state)
+        past, start = segments[:-1], segments[-1].steps
+        if segments[-1][:2] != (self.world_size, self.packs_per_batch):
+            past, start = segments, 0
+        epoch = self._prepare(number, past)
+        if epoch.hash(len(segments)) != plan:
+            raise ValueError(
+                "the state belongs to other lengths, packing arguments or order (balance, cost, seed, drop_last): "
+                "its plan is not this sampler's"
+            )
+        for segment, (_, steps) in zip(segments, epoch.shares, strict=False):
+            if segment.steps > len(steps):
+                raise ValueError(f"the state is of step {segment.steps} where there are {len(steps)} steps")
+        self._begin(number, past, start)
 
     # ---- sharing out ---------------------------------------------------------------------------------------------------
 
-    def _prepare(self) -> tuple[PackingPlan, IntArray, Spans]:
-        """The plan, the packs of each (step, rank, place) or -1, and the packs as ranges of the plan's pieces."""
-        key = (self.epoch, tuple(self._past), self.world_size, self.packs_per_batch)
+    def _prepare(self, number: int | None = None, past: Sequence[Segment] | None = None) -> Epoch:
+        """An epoch after some segments; by default the present ones."""
+        number, past = self.epoch if number is None else number, self._past if past is None else past
+        key = (number, tuple(past), self.world_size, self.packs_per_batch)
         if self._cached is None or self._cached[0] != key:
-            plan = pack(self._lengths, self._max_length, epoch=self.epoch, **self._options)
+            plan = pack(self._lengths, self._max_length, epoch=number, **self._options)
             spans = Spans(plan.offsets[:-1].copy(), plan.offsets[1:].copy())
-            for world_size, packs_per_batch, steps in self._past:
-                spans, order = self._share_out(plan, spans, world_size, packs_per_batch)
-                left = order[steps:].ravel()
+            shares = []
+            for segment in (*past, Segment(self.world_size, self.packs_per_batch, 0)):
+                spans, steps = self._share_out(plan, number, spans, segment.world_size, segment.packs_per_batch)
+                shares.append((spans, steps))
+                left = steps[segment.steps :].ravel()
                 spans = spans.take(left[left >= 0])
                 spans = spans.take(np.flatnonzero(spans.end > spans.begin))
-            spans, order = self._share_out(plan, spans, self.world_size, self.packs_per_batch)
-            self._cached = (key, plan, order, spans)
-        return self._cached[1:]
+            self._cached = (key, Epoch(plan, shares))
+        return self._cached[1]
 
-    def _share_out(self, plan: PackingPlan, spans: Spans, world_size: int, packs_per_batch: int) -> tuple[Spans, IntArray]:
+    def _share_out(
+        self, plan: PackingPlan, epoch: int, spans: Spans, world_size: int, packs_per_batch: int
+    ) -> tuple[Spans, IntArray]:
         per_step = world_size * packs_per_batch
         if not self.drop_last:
             spans = _make_divisible(spans, np.concatenate([[0], np.cumsum(plan.padded_lengths)]), world_size)
         count = len(spans.begin)
-        order = np.arange(count) if self.seed is None else _C.permutation(count, self.seed, self.epoch)
+        order = np.arange(count) if self.seed is None else _C.permutation(count, self.seed, epoch)
         full, rest = count // per_step, count % per_step
         if self.balance != "none":
             cost = self._span_costs(plan, spans, *(self.cost if self.balance == "attention" else (1.0, 0.0)))
@@ -250,6 +337,18 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             return documents
         parts = zip(documents, plan.starts[pieces].tolist(), plan.lengths[pieces].tolist(), strict=True)
         return [DocumentSlice(*part) for part in parts]
+
+
+def _parse_state(state: Any) -> tuple[int, list[Segment], str]:
+    """(epoch, segments, plan), or ValueError for what no sampler has made."""
+    try:
+        number, plan = operator.index(state["epoch"]), str(state["plan"])
+        segments = [Segment(*map(operator.index, segment)) for segment in state["segments"]]
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not the state of a PackedBatchSampler: {state!r}") from error
+    if not segments or any(min(s.world_size, s.packs_per_batch) < 1 or s.steps < 0 for s in segments):
+        raise ValueError(f"not the state of a PackedBatchSampler: {state!r}")
+    return number, segments, plan
 
 
 def _deal(packs: IntArray) -> IntArray:
