@@ -28,7 +28,7 @@ import harness
 import packops
 import peers
 from harness import Candidate, Case, Target
-from packops._register.linear_ce_loss import choose_chunk_tokens
+from packops.ops.linear_ce_loss import choose_chunk_tokens
 
 NAME = "linear-cross-entropy"
 STEM = "linear_ce_loss"

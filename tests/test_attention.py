@@ -181,12 +181,12 @@ def test_gradcheck():
 def test_the_op_itself(device):
     """Differentiable, with fake kernels, and in one graph of torch.compile."""
     q, k, v, grad, bounds = problem(device=device)
-    torch.library.opcheck(OPS._attention.default, (q, k, v, bounds, True, 20, 3.0, 0.2))
+    torch.library.opcheck(OPS.attention.default, (q, k, v, bounds), {"window": 20, "softcap": 3.0, "scale": 0.2})
     want = results(packops.attention, q, k, v, grad, bounds, window=20)
     call = torch.compile(functools.partial(packops.attention, window=20), backend="aot_eager", fullgraph=True)
     for found in (
         results(call, q, k, v, grad, bounds),
-        results(lambda *x: OPS._attention(*x, True, 20)[0], q, k, v, grad, bounds),
+        results(functools.partial(OPS.attention, window=20), q, k, v, grad, bounds),
     ):
         for a, b in zip(found, want, strict=True):
             assert torch.equal(a, b)

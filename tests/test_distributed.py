@@ -16,7 +16,7 @@ import packops
 import packops.hf
 from cuda_streams import capture, no_host_sync
 from packops import PackedBatch, PackedBatchSampler, PackingCollator, reference
-from packops._register import linear_ce_loss
+from packops.ops import linear_ce_loss
 from ranks import fabrics, run_ranks, this_device
 from test_ce_loss import EPS, OPTIONS, assert_close, options_on, problem
 

@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import packops
 from cuda_streams import capture, no_host_sync
 from packops import reference
+from packops.ops import gated_linear
 from packops.testing import assert_close, assert_no_worse_than
 
 ACTIVATIONS = ("silu", "gelu_tanh", "gelu")
@@ -266,13 +267,13 @@ def test_frozen_parts(device):
 def test_what_nobody_wants_is_not_made(monkeypatch):
     """The kernel is asked for exactly the gradients that have somewhere to go, and for the product if the weight's has."""
     asked = []
-    raw = packops.functional._GATED_BACKWARD
+    raw = gated_linear._OP.raw_backward
 
     def spy(grad, gate, up, activation, *flags):
         asked.append(flags)
         return raw(grad, gate, up, activation, *flags)
 
-    monkeypatch.setattr(packops.functional, "_GATED_BACKWARD", spy)
+    monkeypatch.setattr(gated_linear._OP, "raw_backward", spy)
     for gate, up, weight in ((1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 0), (0, 0, 1)):
         inputs = problem(bias=False)
         for x, wanted in zip(inputs, (gate, up, weight), strict=True):

@@ -15,8 +15,8 @@ import packops
 from cuda_streams import capture, no_host_sync
 from device_memory import peak_memory
 from packops import reference
-from packops._register import linear_ce_loss
-from packops._register.linear_ce_loss import MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
+from packops.ops import linear_ce_loss
+from packops.ops.linear_ce_loss import MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
 from ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 import packops
 from cuda_streams import no_host_sync
 from packops import reference
-from packops._register import linear_log_probs as module
+from packops.ops import linear_log_probs as module
 from ranks import run_ranks
 from test_linear_ce_loss import DTYPES, EPS, allocated_peak, problem, rms
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import packops
 from cuda_streams import capture, no_host_sync
 from packops import reference
-from packops._register import rope as _rope
+from packops.ops import rope as _rope
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -158,7 +158,7 @@ ScalarType state_type(const Tensor& logits) {
   return logits.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
-// Rows of the state tensors; python/packops/_register/ce_loss.py names the same ones.
+// Rows of the state tensors; python/packops/ops/ce_loss.py names the same ones.
 enum FloatState { kScale, kMax, kSum, kLoss, kFloatStates, kEntropy = kFloatStates, kFloatStatesWithStats };
 enum IntState { kTarget, kIntStates, kPrediction = kIntStates, kIntStatesWithStats };
 

@@ -11,16 +11,17 @@ if _sys.argv[:1] == ["-m"]:  # `python -m packops --help` is answered before tor
 
     _program.early()
 
-from . import _loader, _register
+from . import _loader
 from ._version import __version__
 
 _C = _loader.load()
-_register.register("packops")
 
-# The ops must be registered before the modules that use them.
+# The native ops must be there before the modules that bind and use them.
+from . import ops  # noqa: E402
+
+ops.register("packops")
+
 from ._checks import checks  # noqa: E402
-from ._register.document_sums import document_sums  # noqa: E402
-from ._register.linear_log_probs import LinearLogProbs, linear_log_probs  # noqa: E402
 from .data.batch import PackedBatch  # noqa: E402
 from .data.collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
 from .data.documents import SlicedDataset  # noqa: E402
@@ -42,6 +43,8 @@ from .functional import (  # noqa: E402
     rms_norm,
 )
 from .modules import CrossEntropyLoss, RotaryEmbedding  # noqa: E402
+from .ops.document_sums import document_sums  # noqa: E402
+from .ops.linear_log_probs import LinearLogProbs, linear_log_probs  # noqa: E402
 from .rotary import rope_table  # noqa: E402
 from .verify import VerifyReport, verify  # noqa: E402
 
@@ -88,7 +91,7 @@ _MODULES = ("distributed", "hf", "jit", "reference", "testing")
 def __getattr__(name: str) -> _Any:
     """``packops.jit`` and its like are imported when they are first used; so is what brings torch's compiler along."""
     if name.startswith("vocab_parallel_") and name in __all__:
-        return getattr(_importlib.import_module(f"{__name__}.vocab_parallel"), name)
+        return getattr(_importlib.import_module(f"{__name__}.ops.vocab_parallel"), name)
     if name in _MODULES:
         return _importlib.import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

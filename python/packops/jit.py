@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 
-from . import _build, _register
+from . import _build, ops
 
 CACHE_DIR = "PACKOPS_CACHE_DIR"
 DISABLE = "PACKOPS_DISABLE_JIT"
@@ -82,7 +82,7 @@ def load(
         cache = _private_folder()
         library = _find(cache, key) or _compile(cache, request, verbose)
         torch.ops.load_library(library)
-        _register.register(namespace)
+        ops.register(namespace)
         _loaded[namespace] = _key(request)
     return getattr(torch.ops, namespace)
 

@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from .op import library
+
+__all__ = ["document_sums"]
 
 OP = "document_sums"
 
@@ -50,9 +53,9 @@ def _check(values: Tensor, cu_seqlens: Tensor) -> None:
 def register(namespace: str) -> None:
     """Define ``document_sums`` and its transpose, each the other's gradient."""
     ops = getattr(torch.ops, namespace)
-    library = torch.library.Library(namespace, "FRAGMENT")
-    library.define(f"{OP}(Tensor values, Tensor cu_seqlens) -> Tensor")
-    library.define("_document_spread(Tensor sums, Tensor cu_seqlens, SymInt tokens) -> Tensor")
+    kernels = library(namespace)
+    kernels.define(f"{OP}(Tensor values, Tensor cu_seqlens) -> Tensor")
+    kernels.define("_document_spread(Tensor sums, Tensor cu_seqlens, SymInt tokens) -> Tensor")
 
     def sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         _check(values, cu_seqlens)
@@ -73,8 +76,8 @@ def register(namespace: str) -> None:
         return torch.where(document < 0, 0, sums[document.clamp(min=0).long()])
 
     for key in ("CPU", "CUDA"):
-        library.impl(OP, sums, key)
-        library.impl("_document_spread", spread, key)
+        kernels.impl(OP, sums, key)
+        kernels.impl("_document_spread", spread, key)
 
     @torch.library.register_fake(f"{namespace}::{OP}")
     def _(values, cu_seqlens):
@@ -95,9 +98,5 @@ def register(namespace: str) -> None:
     def spread_backward(ctx: Any, grad: Tensor):
         return getattr(ops, OP)(grad, ctx.saved_tensors[0]), None, None
 
-    torch.library.register_autograd(f"{namespace}::{OP}", sums_backward, setup_context=keep, lib=library)
-    torch.library.register_autograd(f"{namespace}::_document_spread", spread_backward, setup_context=keep, lib=library)
-    _LIBRARIES.append(library)
-
-
-_LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
+    torch.library.register_autograd(f"{namespace}::{OP}", sums_backward, setup_context=keep, lib=kernels)
+    torch.library.register_autograd(f"{namespace}::_document_spread", spread_backward, setup_context=keep, lib=kernels)

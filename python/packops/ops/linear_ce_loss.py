@@ -26,7 +26,10 @@ from torch import Tensor
 from .. import _checks
 from .._errors import raise_typed
 from .ce_loss import DEFAULTS as CE_DEFAULTS
-from .ce_loss import MATHS, graph_is_kept
+from .ce_loss import MATHS, Reduction, as_num_items, graph_is_kept
+from .op import library
+
+__all__ = ["linear_cross_entropy"]
 
 OP = "linear_cross_entropy"
 CHUNKS = ("num_valid", "chunk_tokens", "accum_dtype")
@@ -45,8 +48,8 @@ def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid:
     A chunk of c rows takes ``c (V + H)`` elements of the hidden states' dtype: its logits, which become their own gradient, and a
     copy of its hidden rows without what does not count; ``c (copies V + H)`` where the logits are wider than that. Compacted rows
     (``num_valid``) take another c H in fp32. This may be ``LOGITS_SHARE`` of the memory of all logits, but always
-    ``MIN_ROWS`` rows and never more than ``MAX_ROWS``. (Below ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS`` decides and the share is
-    larger.)
+    ``MIN_ROWS`` rows and never more than ``MAX_ROWS``. (Below ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS``
+    decides and the share is larger.)
 
     A power of two, because a chunk's gradient of the hidden states has few tiles, about ``(c / 128) (H / 256)``: where these do
     not come out even over the multiprocessors, most of the device waits for the last ones. A last chunk that is shorter lacks
@@ -490,19 +493,19 @@ def register(namespace: str) -> None:
     """Define ``linear_cross_entropy`` and the ops its autograd formula is made of, with the options of ``cross_entropy``."""
     ops = getattr(torch.ops, namespace)
     ce = raw_ops(namespace)
-    library = torch.library.Library(namespace, "FRAGMENT")
+    kernels = library(namespace)
 
     options = str(ops.cross_entropy.default._schema).split("Tensor labels, *, ")[1].split(") ->")[0]
     maths = options[options.index("Tensor? class_weight") :]
     chunks = "SymInt? num_valid=None, SymInt? chunk_tokens=None, ScalarType accum_dtype=float"
     flags = "bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False"
     inputs = "Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None"
-    library.define(f"{OP}({inputs}, {options}, {chunks}) -> Tensor")
-    library.define(
+    kernels.define(f"{OP}({inputs}, {options}, {chunks}) -> Tensor")
+    kernels.define(
         f"_{OP}_forward({inputs}, {options}, {chunks}, {flags}) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, "
         "Tensor grad_bias, Tensor unit, Tensor target, Tensor scale)"
     )
-    library.define(
+    kernels.define(
         f"_{OP}_backward(Tensor grad_output, Tensor hidden, Tensor weight, Tensor target, Tensor scale, *, Tensor? bias=None, "
         f"{maths}, {chunks}, {flags}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
     )
@@ -530,9 +533,9 @@ def register(namespace: str) -> None:
         return forward(hidden, weight, labels, **given)[0]
 
     for key in ("CPU", "CUDA"):
-        library.impl(OP, loss_only, key)
-        library.impl(f"_{OP}_forward", forward, key)
-        library.impl(f"_{OP}_backward", backward, key)
+        kernels.impl(OP, loss_only, key)
+        kernels.impl(f"_{OP}_forward", forward, key)
+        kernels.impl(f"_{OP}_backward", backward, key)
 
     def state_like(hidden: Tensor) -> Tensor:
         return hidden.new_empty((0,), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -574,13 +577,12 @@ def register(namespace: str) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return public(hidden, weight, labels, bias=bias, **given)
 
-    library.impl(OP, autograd, "Autograd")
+    kernels.impl(OP, autograd, "Autograd")
 
-    implement_autocast(library, OP, public)
-    _LIBRARIES.append(library)
+    implement_autocast(kernels, OP, public)
 
 
-def implement_autocast(library: torch.library.Library, op: str, public: Callable[..., Any]) -> None:
+def implement_autocast(kernels: torch.library.Library, op: str, public: Callable[..., Any]) -> None:
     """As autocast treats a linear layer; labels, weights of tokens and classes, and num_items keep their dtypes."""
 
     def implement(device_type: str, key: str):
@@ -592,10 +594,92 @@ def implement_autocast(library: torch.library.Library, op: str, public: Callable
             with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
                 return public(cast(hidden), cast(weight), labels, bias=cast(bias), **given)
 
-        library.impl(op, call, key)
+        kernels.impl(op, call, key)
 
     implement("cpu", "AutocastCPU")
     implement("cuda", "AutocastCUDA")
 
 
-_LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    num_valid: int | None = None,
+    chunk_tokens: int | None = None,
+    accum_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """``cross_entropy(hidden @ weight.T + bias, labels, ...)`` without the logits: the lm_head and the loss in one.
+
+    The logits exist a chunk of tokens at a time. Their gradient, and from it those of ``hidden``, ``weight`` and ``bias``, are
+    formed while they do; a gradient nobody wants (``requires_grad=False``) costs no product. Peak memory beyond the gradients is
+    at most 0.35 of what the logits would take for 3000 tokens or more, plus the accumulators (see ``accum_dtype``). Nothing waits
+    for the device.
+
+    Args:
+        hidden: (..., H) bf16, fp16 or fp32 (fp64 on the CPU): what the lm_head is applied to. Rows that do not count may hold
+            anything, NaN included.
+        weight: (V, H), of the same dtype: a plain tensor. FSDP gathers it for the forward of the module that owns it, so the loss
+            belongs there.
+        labels: (...) int32 or int64.
+        bias: (V,) or None.
+        cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, class_weight, label_smoothing, z_loss, softcap,
+            logit_scale: as in :func:`cross_entropy`.
+        num_valid: how many rows count, after ``shift``, boundaries and ``ignore_index``, or an upper bound of it: a host int,
+            which whoever packed the batch knows (``PackedBatch.num_valid``). Then the other rows cost no matrix product. If more
+            rows count, that is a ValueError on the CPU, and on CUDA with :func:`packops.checks` on; otherwise the loss is NaN.
+        chunk_tokens: rows of a chunk; None: chosen from the shapes. Fewer need less memory; below about 1000 the matrix units
+            idle.
+        accum_dtype: in which the gradients are accumulated over the chunks: ``torch.float32`` (``4 V H + 4 T H`` bytes, held
+            until the backward), or for bf16 parameters ``torch.bfloat16`` (half of that, and less accurate with every chunk).
+
+    Returns:
+        The loss, fp32 (fp64 for fp64): () or, for ``"none"``, the labels' shape. Differentiable once, for any ``grad_output``.
+        ``reduction="none"`` makes the logits twice if ``weight`` or ``bias`` needs a gradient: in the backward again, because
+        the weight's gradient depends on each token's ``grad_output``.
+
+    Raises:
+        TypeError, ValueError, IndexError: as :func:`cross_entropy`.
+    """
+    if hasattr(weight, "full_tensor"):
+        raise TypeError(
+            "packops.linear_cross_entropy: weight must be a plain tensor, got a DTensor, a sharded parameter; compute the loss "
+            "within the forward of the module that owns it, where FSDP has gathered it"
+        )
+    if num_valid is not None and isinstance(num_valid, Tensor):
+        raise TypeError(
+            "packops.linear_cross_entropy: num_valid must be an int on the host, got a Tensor; reading it would wait for the "
+            "device"
+        )
+    return torch.ops.packops.linear_cross_entropy(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        cu_seqlens=cu_seqlens,
+        shift=shift,
+        reduction=reduction,
+        num_items=as_num_items(num_items),
+        ignore_index=ignore_index,
+        token_weight=token_weight,
+        class_weight=class_weight,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        softcap=softcap,
+        logit_scale=logit_scale,
+        num_valid=num_valid,
+        chunk_tokens=chunk_tokens,
+        accum_dtype=accum_dtype,
+    )

@@ -9,15 +9,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from . import _checks
-from ._errors import raise_typed
-from ._register import ce_loss as _ce
-from ._register import linear_ce_loss as _linear
-from ._register import linear_log_probs as _log_probs
-from ._register import vocab_parallel as _vp
-from .functional import Reduction, _as_num_items
+from .. import _checks
+from .._errors import raise_typed
+from . import ce_loss as ce
+from . import linear_ce_loss as linear
+from . import linear_log_probs as lp
+from . import vocab_shard
+from .ce_loss import Reduction, as_num_items
 
-_OPS = _vp.raw_ops("packops")
+__all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy", "vocab_parallel_linear_log_probs"]
+
+_OPS = vocab_shard.raw_ops("packops")
 
 
 def vocab_parallel_cross_entropy(
@@ -81,7 +83,7 @@ def vocab_parallel_cross_entropy(
         "cu_seqlens": cu_seqlens,
         "shift": shift,
         "reduction": reduction,
-        "num_items": _as_num_items(num_items),
+        "num_items": as_num_items(num_items),
         "ignore_index": ignore_index,
         "token_weight": token_weight,
         "class_weight": class_weight,
@@ -91,14 +93,14 @@ def vocab_parallel_cross_entropy(
         "logit_scale": logit_scale,
     }
     if inplace and local_logits.requires_grad and torch.is_grad_enabled():
-        _ce.check_may_overwrite(local_logits, op)
+        ce.check_may_overwrite(local_logits, op)
     try:
-        loss, ints = _apply(_vp.VocabParallelCrossEntropyFunction, _OPS, shard, local_logits, labels, options, inplace)
+        loss, ints = _apply(vocab_shard.VocabParallelCrossEntropyFunction, _OPS, shard, local_logits, labels, options, inplace)
     except RuntimeError as error:
         raise_typed(error, op)
     if local_logits.is_cuda and _checks.enabled():
         _checks.raise_bad_rows(
-            labels, cu_seqlens, ints[_ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=shard.vocab_size, op=op
+            labels, cu_seqlens, ints[ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=shard.vocab_size, op=op
         )
     return loss
 
@@ -156,19 +158,19 @@ def vocab_parallel_linear_cross_entropy(
     op = "vocab_parallel_linear_cross_entropy"
     hidden, local_weight, local_bias = _check_head(op, hidden, local_weight, local_bias, num_valid)
     chunks: dict[str, Any] = {"num_valid": num_valid, "chunk_tokens": chunk_tokens, "accum_dtype": accum_dtype}
-    _linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
+    linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
     if min(sizes) == 0:
         raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
     tokens = labels.numel()
     if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
         compacted = num_valid if num_valid is not None and num_valid < tokens else None
-        chunks["chunk_tokens"] = _linear.choose_chunk_tokens(tokens, hidden.shape[-1], max(sizes), num_valid=compacted)
+        chunks["chunk_tokens"] = linear.choose_chunk_tokens(tokens, hidden.shape[-1], max(sizes), num_valid=compacted)
     options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
         "reduction": reduction,
-        "num_items": _as_num_items(num_items),
+        "num_items": as_num_items(num_items),
         "ignore_index": ignore_index,
         "token_weight": token_weight,
         "class_weight": class_weight,
@@ -180,8 +182,8 @@ def vocab_parallel_linear_cross_entropy(
     }
     try:
         with torch.autocast(hidden.device.type, enabled=False):
-            ops = _vp.linear_ops(_OPS, shard)
-            return _apply(_linear.LinearCrossEntropyFunction, ops, hidden, local_weight, local_bias, labels, options)
+            ops = vocab_shard.linear_ops(_OPS, shard)
+            return _apply(linear.LinearCrossEntropyFunction, ops, hidden, local_weight, local_bias, labels, options)
     except RuntimeError as error:
         raise_typed(error, op)
 
@@ -202,7 +204,7 @@ def vocab_parallel_linear_log_probs(
     entropy: bool = True,
     num_valid: int | None = None,
     chunk_tokens: int | None = None,
-) -> _log_probs.LinearLogProbs:
+) -> lp.LinearLogProbs:
     """:func:`packops.linear_log_probs` with the rows of ``weight`` split over the processes of ``group``.
 
     A chunk's ranks exchange five fp32 numbers per row in the forward and nothing in the backward but the gradient of ``hidden``,
@@ -234,7 +236,7 @@ def vocab_parallel_linear_log_probs(
         "num_valid": num_valid,
         "chunk_tokens": chunk_tokens,
     }
-    _log_probs.check(op, hidden, local_weight, local_bias, labels, options)
+    lp.check(op, hidden, local_weight, local_bias, labels, options)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
     if min(sizes) == 0:
         raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
@@ -243,18 +245,16 @@ def vocab_parallel_linear_log_probs(
     tokens = labels.numel()
     if chunk_tokens is None:
         compacted = num_valid if num_valid is not None and num_valid < tokens else None
-        options["chunk_tokens"] = _log_probs.choose_chunk_tokens(
-            tokens, hidden.shape[-1], max(sizes), hidden.dtype, num_valid=compacted
-        )
+        options["chunk_tokens"] = lp.choose_chunk_tokens(tokens, hidden.shape[-1], max(sizes), hidden.dtype, num_valid=compacted)
     try:
         with torch.autocast(hidden.device.type, enabled=False):
-            ops = _log_probs.as_ops(_log_probs.forward_and_backward(_log_probs.raw_ops("packops"), op, shard))
-            function = _log_probs.LinearLogProbsFunction
+            ops = lp.as_ops(lp.forward_and_backward(lp.raw_ops("packops"), op, shard))
+            function = lp.LinearLogProbsFunction
             found = _apply(function, ops, hidden, local_weight, local_bias, labels, options)
     except RuntimeError as error:
         raise_typed(error, op)
-    log_probs, entropies, lse = _log_probs.results(found, labels.shape, entropy)
-    return _log_probs.LinearLogProbs(log_probs, entropies if entropy else None, lse)
+    log_probs, entropies, lse = lp.results(found, labels.shape, entropy)
+    return lp.LinearLogProbs(log_probs, entropies if entropy else None, lse)
 
 
 def _check_head(
@@ -279,7 +279,7 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 def _shard(
     width: int, group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, op: str
-) -> tuple[_vp.Shard, list[int]]:
+) -> tuple[vocab_shard.Shard, list[int]]:
     """This rank's shard, ``width`` classes of the vocabulary, and the widths of all ranks."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(f"packops.{op}: torch.distributed is not initialised, so there is no group to share a vocabulary")
@@ -304,7 +304,7 @@ def _shard(
     def add_up(x: Tensor) -> None:
         dist.all_reduce(x, group=group)
 
-    return _vp.Shard(sum(sizes[:rank]), sum(sizes), gather, add_up), sizes
+    return vocab_shard.Shard(sum(sizes[:rank]), sum(sizes), gather, add_up), sizes
 
 
 def _raise_bad_shards(partials: Tensor, op: str, vocab_size: int) -> None:

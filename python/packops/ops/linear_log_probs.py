@@ -26,7 +26,10 @@ from .. import _checks
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
 from .linear_ce_loss import IGNORED, Wanted
-from .vocab_parallel import Shard
+from .op import library
+from .vocab_shard import Shard
+
+__all__ = ["LinearLogProbs", "linear_log_probs"]
 
 OP = "linear_log_probs"
 BAD_LABEL = _checks.BAD_LABEL
@@ -438,14 +441,14 @@ def results(found: Sequence[Tensor], shape: torch.Size, with_entropy: bool) -> t
 def register(namespace: str) -> None:
     """Define ``linear_log_probs`` and the ops that its autograd formula is made of."""
     ops = getattr(torch.ops, namespace)
-    library = torch.library.Library(namespace, "FRAGMENT")
+    kernels = library(namespace)
     rows = "Tensor? cu_seqlens=None, bool shift=False, int ignore_index=-100"
     maths = "float logit_scale=1.0, float? softcap=None"
     chunk = "SymInt? num_valid=None, SymInt? chunk_tokens=None"
     inputs = f"Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None, {rows}, {maths}, bool entropy=True, {chunk}"
-    library.define(f"{OP}({inputs}) -> (Tensor, Tensor, Tensor)")
-    library.define(f"_{OP}_forward({inputs}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
-    library.define(
+    kernels.define(f"{OP}({inputs}) -> (Tensor, Tensor, Tensor)")
+    kernels.define(f"_{OP}_forward({inputs}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
+    kernels.define(
         f"_{OP}_backward(Tensor? grad_log_probs, Tensor? grad_entropy, Tensor? grad_lse, Tensor hidden, Tensor weight, Tensor "
         "target, Tensor entropy, Tensor row_max, Tensor log_sum, *, Tensor? bias=None, "
         f"{maths}, {chunk}, bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False) -> (Tensor, Tensor, Tensor)"
@@ -468,9 +471,9 @@ def register(namespace: str) -> None:
         return results(forward(hidden, weight, labels, entropy=entropy, **given), labels.shape, entropy)
 
     for key in ("CPU", "CUDA"):
-        library.impl(OP, plain, key)
-        library.impl(f"_{OP}_forward", forward, key)
-        library.impl(f"_{OP}_backward", backward, key)
+        kernels.impl(OP, plain, key)
+        kernels.impl(f"_{OP}_forward", forward, key)
+        kernels.impl(f"_{OP}_backward", backward, key)
 
     def row_like(hidden: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
         dtype = state_dtype(hidden)
@@ -504,9 +507,8 @@ def register(namespace: str) -> None:
         with torch._C._AutoDispatchBelowAutograd():
             return public(hidden, weight, labels, bias=bias, **given)
 
-    library.impl(OP, autograd, "Autograd")
-    linear.implement_autocast(library, OP, public)
-    _LIBRARIES.append(library)
+    kernels.impl(OP, autograd, "Autograd")
+    linear.implement_autocast(kernels, OP, public)
 
 
 def as_ops(work: SimpleNamespace) -> SimpleNamespace:
@@ -549,6 +551,3 @@ def check(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: 
     linear.check_arguments(
         hidden, weight, bias, labels, **{name: given[name] for name in CHUNKS}, accum_dtype=torch.float32, op=op
     )
-
-
-_LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected

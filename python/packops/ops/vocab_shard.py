@@ -1,4 +1,4 @@
-"""Cross entropy of a vocabulary that is split over processes: fake kernels, and the autograd of one process's shard.
+"""Cross entropy of a vocabulary that is split over processes: one process's shard, and its autograd.
 
 The forward reads the shard once and leaves four numbers per row. Every process gathers those of all processes and combines them
 in the order of the shards, so that all of them have the same loss to the last bit, whatever the collective does. The backward
@@ -17,9 +17,7 @@ import torch
 from torch import Tensor
 
 from . import linear_ce_loss as linear
-from .ce_loss import MATHS, graph_is_kept, loss_like, stats_like
-
-PARTIAL_STATES = 4  # numbers per row of a partial state; two more follow: csrc/ce_loss.h
+from .ce_loss import MATHS, graph_is_kept
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:
@@ -100,14 +98,3 @@ def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:
         loss_and_gradient_=lambda logits, target, **options: loss_of(logits, target, True, options),
     )
     return linear.forward_and_backward(of_chunk, vocab_size=shard.vocab_size, add_up=shard.add_up)
-
-
-def register(namespace: str) -> None:
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_partial")
-    def _(logits, labels, *, cu_seqlens=None, **options):
-        floats, ints, *_ = stats_like(logits, cu_seqlens, False)
-        return floats.new_empty((PARTIAL_STATES * logits.shape[:-1].numel() + 2,)), floats, ints
-
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_combine")
-    def _(partials, logits, floats, ints, *, reduction="mean", **options):
-        return loss_like(logits, reduction)

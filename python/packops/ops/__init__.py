@@ -1,0 +1,35 @@
+"""The ops, a module each: the public function, the fake kernels, the autograd. :mod:`.op` binds what is common to them."""
+
+from __future__ import annotations
+
+from . import (
+    attention,
+    ce_loss,
+    document_sums,
+    gated_linear,
+    linear_ce_loss,
+    linear_log_probs,
+    metadata,
+    qk_norm_rope,
+    rms_norm,
+    rope,
+)
+
+MODULES = (
+    ce_loss,
+    linear_ce_loss,
+    linear_log_probs,
+    metadata,
+    document_sums,
+    rope,
+    qk_norm_rope,
+    gated_linear,
+    rms_norm,
+    attention,
+)
+
+
+def register(namespace: str) -> None:
+    """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
+    for module in MODULES:
+        module.register(namespace)

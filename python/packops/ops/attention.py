@@ -1,0 +1,91 @@
+"""Attention within documents. Autograd keeps q, k, v, the result and a number per query and head."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from .. import _checks
+from .op import Op
+
+__all__ = ["attention"]
+
+ROWS = 64  # csrc/attention.h: kAttentionRows
+
+
+class Attention(Op):
+    name = "attention"
+    differentiable = ("q", "k", "v")
+
+    def fake(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rule: Any, **keywords: Any) -> tuple:
+        tokens, heads, _ = q.shape
+        tiles = tokens // ROWS + cu_seqlens.shape[0] if q.is_cuda else 0
+        return (
+            q.new_empty(q.shape),
+            q.new_empty((heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
+            q.new_empty((tiles, 4), dtype=torch.int32),
+        )
+
+    def fake_backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple:
+        return tuple(x.new_empty(x.shape) for x in (q, k, v))
+
+    def result(self, outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        return outputs[0]
+
+    def save(self, ctx: Any, tensors: tuple, outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        q, k, v, cu_seqlens = tensors
+        ctx.save_for_backward(q, k, v, *outputs, cu_seqlens)
+        return outputs[0]
+
+
+def register(namespace: str) -> None:
+    Attention(namespace).register()
+
+
+_OP = Attention("packops")
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention of packed documents, none of which sees another: ``softmax(scale * q k^T) v`` within each.
+
+    FlashAttention-2's algorithm (Dao 2023, https://arxiv.org/abs/2307.08691) on tiles of 64 tokens of one document, however long
+    or short documents are: no grid that is as wide as the longest, no ``max_seqlen``, and nothing waits for the device. Gradients
+    are the same bits at every run, and do not depend on a document's neighbours. Scores are fp32 (fp64 for fp64), weights are
+    rounded to the dtype of ``v`` before they multiply it. Differentiable once.
+
+    Args:
+        q: ``(T, heads, head_dim)``, any strides (a slice of a fused projection). On CUDA fp16 or bf16, compute capability 8.0 or
+            later, and ``head_dim`` 64, 128 or 256; on the CPU also fp32 and fp64, and any ``head_dim``, in plain code:
+            ``scaled_dot_product_attention`` per document is faster there.
+        k, v: ``(T, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``: query head h meets ``h * kv_heads // heads``.
+        cu_seqlens: ``(documents + 1,)`` int32 or int64, where documents begin, on the device of ``q``. Tokens at or past
+            ``cu_seqlens[-1]`` are padding: their rows of the result and of all gradients are 0, whatever they hold.
+        causal: a token sees no later one.
+        window: a token sees itself and the ``window - 1`` tokens before it; None: all before it. Only with ``causal``.
+        softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: as they are.
+        scale: of the products of queries and keys, positive; None: ``head_dim ** -0.5``.
+
+    Returns:
+        ``(T, heads, head_dim)``, contiguous, of the dtype of ``q``.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it, what it got and what it wants.
+        ValueError: ``cu_seqlens`` that do not start at 0, decrease, or end past T; on CUDA only with :func:`packops.checks` on
+            (without, no address outside the tensors is read, and what comes out is unspecified).
+    """
+    if cu_seqlens.is_cuda and not is_compiling() and _checks.enabled():
+        _checks.raise_bad_cu_seqlens("attention", cu_seqlens, q.shape[0])
+    return cast(Tensor, _OP((q, k, v, cu_seqlens), (causal, window, softcap, scale)))

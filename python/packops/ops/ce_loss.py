@@ -1,0 +1,408 @@
+"""Cross entropy, with the autograd that reads the logits once.
+
+Where the logits need a gradient, the forward kernel also writes d loss / d logits for ``grad_output = 1`` into a buffer. The
+backward hands that buffer out; a kernel first rewrites the rows whose ``grad_output`` turns out not to be 1, from the logits,
+because scaling a rounded gradient would round it twice. Nothing waits for the device to find out.
+
+Half precision and ``reduction="none"`` form the gradient in the backward only: a loss scale, or per-token weights, would make
+the forward's gradient useless, and fp16 could not even hold it.
+"""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.compiler import is_compiling
+
+from .. import _checks
+from .._errors import raise_typed
+from .op import library
+
+__all__ = ["CrossEntropyLoss", "CrossEntropyStats", "Reduction", "cross_entropy"]
+
+Reduction = Literal["none", "sum", "mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+# Rows of the `floats` and `ints` state tensors, as csrc/torch/ops_ce_loss.cpp lays them out.
+SCALE, MAX, SUM, LOSS, ENTROPY = range(5)
+TARGET, PREDICTION = range(2)
+PARTIAL_STATES = 4  # numbers per row of a shard's partial state; two more follow: csrc/ce_loss.h
+
+MATHS = ("class_weight", "label_smoothing", "z_loss", "softcap", "logit_scale")
+DEFAULTS: dict[str, Any] = {
+    "cu_seqlens": None,
+    "shift": False,
+    "reduction": "mean",
+    "num_items": None,
+    "ignore_index": -100,
+    "token_weight": None,
+    "class_weight": None,
+    "label_smoothing": 0.0,
+    "z_loss": 0.0,
+    "softcap": None,
+    "logit_scale": 1.0,
+}
+
+
+def raw_ops(namespace: str) -> SimpleNamespace:
+    """The overloads that the autograd formula is made of, looked up once."""
+    ops = getattr(torch.ops, namespace)
+    return SimpleNamespace(
+        forward=ops._cross_entropy_forward.default,
+        forward_=ops._cross_entropy_forward_.default,
+        backward=ops._cross_entropy_backward.default,
+        backward_=ops._cross_entropy_backward_.default,
+    )
+
+
+def graph_is_kept() -> bool:
+    """Whether the running backward keeps its graph, so that it may run again."""
+    return torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def check_may_overwrite(logits: Tensor, op: str) -> None:
+    """ValueError unless the gradient can take the place of the logits."""
+    if logits.is_leaf:
+        raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
+    rows = [(size, stride) for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if size != 1]
+    jumps = sum(outer != size * stride for (_, outer), (size, stride) in itertools.pairwise(rows))
+    if jumps > 1 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
+        raise ValueError(
+            f"packops.{op}: inplace=True needs logits with a contiguous last dimension and at most two strided leading ones, got "
+            f"shape {tuple(logits.shape)} with strides {logits.stride()}"
+        )
+
+
+class CrossEntropyFunction(torch.autograd.Function):
+    """``loss, floats, ints, counts, sequence_loss = apply(ops, logits, labels, options, with_stats, inplace)``.
+
+    Only the loss is differentiable.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, ops: SimpleNamespace, logits: Tensor, labels: Tensor, options: dict[str, Any], with_stats: bool, inplace: bool
+    ):
+        early = options["reduction"] != "none" and logits.dtype != torch.float16
+        ctx.ops, ctx.early, ctx.inplace = ops, early, inplace
+        ctx.maths = {name: options[name] for name in MATHS if name != "class_weight"}
+        if inplace and early:
+            loss, *stats = ops.forward_(logits, labels, **options, with_stats=with_stats)
+            torch.autograd.graph.increment_version(logits)
+            grad = logits
+        else:
+            loss, grad, *stats = ops.forward(logits, labels, **options, with_grad=early, with_stats=with_stats)
+        ctx.save_for_backward(logits, grad, *stats[:2], options["class_weight"])
+        ctx.mark_non_differentiable(*stats)
+        ctx.set_materialize_grads(False)
+        return loss, *stats
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *unused: Any):
+        grad_logits = None
+        if grad_output is not None:
+            logits, grad, floats, ints, class_weight = ctx.saved_tensors
+            if graph_is_kept():  # what is saved must survive, and what is handed out must be the caller's alone
+                if ctx.early and ctx.inplace:
+                    grad_logits = grad * grad_output
+                else:
+                    grad_logits = ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
+            elif ctx.early or ctx.inplace:
+                grad_logits = grad if ctx.early else logits
+                source = None if ctx.inplace else logits
+                options = {"class_weight": class_weight, "holds_gradient": ctx.early, **ctx.maths}
+                ctx.ops.backward_(grad_logits, grad_output, source, floats, ints, **options)
+            else:
+                grad_logits = ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
+        return None, grad_logits, None, None, None, None
+
+
+def loss_like(logits: Tensor, reduction: str) -> Tensor:
+    """What a fake kernel returns as the loss."""
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
+
+
+def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
+    """What a fake kernel returns beside the loss."""
+    batch = logits.shape[:-1]
+    rows = batch.numel()
+    documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch[:-1].numel()
+    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
+    ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
+    counts = logits.new_empty((2 if with_stats else 0,), dtype=torch.int64)
+    return floats, ints, counts, logits.new_empty((documents if with_stats else 0,), dtype=dtype)
+
+
+def register(namespace: str) -> None:
+    ops = getattr(torch.ops, namespace)
+    raw = raw_ops(namespace)
+
+    @torch.library.register_fake(f"{namespace}::cross_entropy")
+    def _(logits, labels, *, reduction="mean", **options):
+        return loss_like(logits, reduction)
+
+    @torch.library.register_fake(f"{namespace}::cross_entropy_stats")
+    def _(logits, labels, *, cu_seqlens=None, reduction="mean", **options):
+        return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, True)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_prepare")
+    def _(vocab, labels, *, double_precision=False, **options):
+        rows = labels.numel()
+        scale = labels.new_empty((rows,), dtype=torch.float64 if double_precision else torch.float32)
+        return labels.new_empty((rows,), dtype=torch.int32), scale, labels.new_empty((2,), dtype=torch.int64)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward")
+    def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_grad=False, with_stats=False, **options):
+        grad = torch.empty_like(logits) if with_grad else logits.new_empty((0,))
+        return loss_like(logits, reduction), grad, *stats_like(logits, cu_seqlens, with_stats)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward_")
+    def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **options):
+        return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, with_stats)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward")
+    def _(grad_output, logits, floats, ints, **maths):
+        return torch.empty_like(logits)
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward_")
+    def _(grad_logits, grad_output, logits, floats, ints, **options):
+        return None
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_partial")
+    def _(logits, labels, *, cu_seqlens=None, **options):
+        floats, ints, *_ = stats_like(logits, cu_seqlens, False)
+        return floats.new_empty((PARTIAL_STATES * logits.shape[:-1].numel() + 2,)), floats, ints
+
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_combine")
+    def _(partials, logits, floats, ints, *, reduction="mean", **options):
+        return loss_like(logits, reduction)
+
+    def differentiable(op: Any, with_stats: bool):
+        def autograd(logits, labels, **options):
+            options = {**DEFAULTS, **options}
+            try:
+                if torch.is_grad_enabled() and logits.requires_grad:
+                    outputs = CrossEntropyFunction.apply(raw, logits, labels, options, with_stats, False)
+                    return outputs if with_stats else outputs[0]
+                with torch._C._AutoDispatchBelowAutograd():
+                    return op(logits, labels, **options)
+            except RuntimeError as error:
+                raise_typed(error)
+
+        return autograd
+
+    kernels = library(namespace)
+    kernels.impl("cross_entropy", differentiable(ops.cross_entropy.default, False), "Autograd")
+    kernels.impl("cross_entropy_stats", differentiable(ops.cross_entropy_stats.default, True), "Autograd")
+
+
+_OPS = raw_ops("packops")
+
+
+class CrossEntropyStats(NamedTuple):
+    """What the loss kernel saw on its way; none of it is differentiable. ``T`` rows have the labels' shape."""
+
+    num_tokens: Tensor  #: () int64: rows that counted
+    num_sequences: Tensor  #: () int64: documents with at least one row that counted
+    lse: Tensor  #: (...) log-sum-exp of the (scaled, capped) logits; 0 where ignored
+    entropy: Tensor  #: (...) of the softmax, in nats; 0 where ignored
+    prediction: Tensor  #: (...) int64 argmax, the first index on ties; -1 where ignored
+    correct: Tensor  #: (...) bool: counted and prediction == label
+    sequence_loss: Tensor  #: (documents,) mean loss of each document (its sum for "seq-mean-token-sum"); 0 if none counted
+
+
+def as_num_items(num_items: Tensor | float | None) -> Tensor | None:
+    # A number becomes a host tensor: the op reads it there, so it costs neither a copy to the device nor a wait for it.
+    if num_items is None or isinstance(num_items, Tensor):
+        return num_items
+    return torch.tensor(num_items, dtype=torch.float64)
+
+
+def cross_entropy(
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    shift: bool = False,
+    reduction: Reduction = "mean",
+    num_items: Tensor | float | None = None,
+    ignore_index: int = -100,
+    token_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    inplace: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+    r"""Cross entropy that knows where packed documents end and by what its loss is divided.
+
+    With :math:`x' = c \tanh(x s / c)` (``softcap`` c, ``logit_scale`` s) a row with target y loses
+
+    .. math:: \ell = w \left[(1-\epsilon)\, u_y\,(\mathrm{lse} - x'_y)
+              + \tfrac{\epsilon}{V} \sum_c u_c\,(\mathrm{lse} - x'_c) + z\,\mathrm{lse}^2\right]
+
+    with ``token_weight`` w, ``class_weight`` u, ``label_smoothing`` ε (as torch defines them) and ``z_loss`` z. The maths is
+    fp32 whatever the logits' dtype (fp64 for fp64), and so is the loss.
+
+    Args:
+        logits: (..., V) bf16, fp16 or fp32 (fp64 on the CPU); rows may be strided, the last dimension contiguous.
+        labels: (...) int32 or int64.
+        cu_seqlens: (S+1,) int32 or int64 on the logits' device: where each of S documents begins in the flattened rows, as
+            attention kernels take it. Rows at or past ``cu_seqlens[-1]`` are padding and never count; empty documents are legal.
+            Without it every row of a (..., L, V) batch is one document of length L.
+        shift: False: row i is scored against ``labels[i]``. True: against ``labels[i+1]``, and the last row of every document
+            against nothing. Labels already masked at the boundaries give the same result.
+        reduction: ``"none"`` (per token, 0 where ignored), ``"sum"``, ``"mean"`` = Σ wℓ / Σ w over counted tokens,
+            ``"seq-mean-token-mean"`` = mean over documents of the document's mean, ``"seq-mean-token-sum"`` = mean over
+            documents of the document's sum. Documents without a counted token do not count.
+        num_items: replaces the local denominator (tokens for "mean", documents for the two others) by a global count over
+            micro-batches and ranks: a number, or a one-element tensor of any numeric dtype on the device or the host.
+        ignore_index: this label does not count.
+        token_weight: (...) float per token.
+        class_weight: (V,) float per class.
+        inplace: overwrite the logits with their gradient: O(rows) extra memory. The logits must not be a leaf.
+        return_stats: also return :class:`CrossEntropyStats`.
+
+    Returns:
+        The loss, fp32 (fp64 for fp64 logits): () or, for ``"none"``, the labels' shape. If nothing counts the loss is 0 and
+        the gradient 0, where torch gives NaN. Differentiable once with respect to the logits, for any ``grad_output``.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or range; it is named.
+        IndexError: a label outside [0, V) that is not ``ignore_index``, on the CPU. On CUDA that row's loss is NaN and its
+            gradient 0, unless :func:`packops.checks` is on.
+    """
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "reduction": reduction,
+        "num_items": as_num_items(num_items),
+        "ignore_index": ignore_index,
+        "token_weight": token_weight,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    if is_compiling():
+        if not return_stats:
+            return torch.ops.packops.cross_entropy(logits, labels, **options)
+        loss, *state = torch.ops.packops.cross_entropy_stats(logits, labels, **options)
+        return loss, _stats(labels.shape, *state)
+    needs_grad = torch.is_grad_enabled() and logits.requires_grad
+    if inplace and needs_grad:
+        check_may_overwrite(logits, "cross_entropy")
+    try:
+        if needs_grad:
+            loss, *state = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, inplace)
+        else:
+            loss, _, *state = _OPS.forward(logits, labels, **options, with_stats=return_stats)
+    except RuntimeError as error:
+        raise_typed(error)
+    if logits.is_cuda and _checks.enabled():
+        _checks.raise_bad_rows(
+            labels, cu_seqlens, state[1][TARGET], shift=shift, ignore_index=ignore_index, vocab=logits.shape[-1]
+        )
+    return (loss, _stats(labels.shape, *state)) if return_stats else loss
+
+
+def _stats(shape: torch.Size, floats: Tensor, ints: Tensor, counts: Tensor, sequence_loss: Tensor) -> CrossEntropyStats:
+    target, prediction = ints[TARGET], ints[PREDICTION]
+    counted = target >= 0
+    lse = torch.where(counted, floats[MAX] + floats[SUM].log(), 0.0)
+    return CrossEntropyStats(
+        num_tokens=counts[0],
+        num_sequences=counts[1],
+        lse=lse.view(shape),
+        entropy=floats[ENTROPY].view(shape),
+        prediction=prediction.long().view(shape),
+        correct=(counted & (prediction == target)).view(shape),
+        sequence_loss=sequence_loss,
+    )
+
+
+class CrossEntropyLoss(nn.Module):
+    """:func:`packops.cross_entropy` with its options fixed.
+
+    Unlike :class:`torch.nn.CrossEntropyLoss` it takes the classes in the last dimension, and gives 0 where nothing counts.
+
+    Args:
+        class_weight: (V,) float per class: a buffer, so it moves with the module and is part of its state dict, as torch's is.
+        shift, reduction, ignore_index, label_smoothing, z_loss, softcap, logit_scale, inplace, return_stats: as in
+            :func:`packops.cross_entropy`.
+
+    Raises:
+        TypeError, ValueError, IndexError: when it is called, as :func:`packops.cross_entropy`.
+
+    >>> loss = CrossEntropyLoss(shift=True, reduction="seq-mean-token-mean")
+    >>> loss(torch.randn(9, 50), torch.arange(9), cu_seqlens=torch.tensor([0, 7, 9])).shape
+    torch.Size([])
+    """
+
+    class_weight: Tensor | None
+
+    def __init__(
+        self,
+        *,
+        shift: bool = False,
+        reduction: Reduction = "mean",
+        ignore_index: int = -100,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
+        inplace: bool = False,
+        return_stats: bool = False,
+    ):
+        super().__init__()
+        self.register_buffer("class_weight", class_weight)
+        self.shift = shift
+        self.reduction: Reduction = reduction
+        self.ignore_index = ignore_index
+        self.label_smoothing = label_smoothing
+        self.z_loss = z_loss
+        self.softcap = softcap
+        self.logit_scale = logit_scale
+        self.inplace = inplace
+        self.return_stats = return_stats
+
+    def forward(
+        self,
+        logits: Tensor,
+        labels: Tensor,
+        *,
+        cu_seqlens: Tensor | None = None,
+        num_items: Tensor | float | None = None,
+        token_weight: Tensor | None = None,
+    ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
+        """What changes from batch to batch: shapes and meaning as in :func:`packops.cross_entropy`."""
+        return cross_entropy(
+            logits,
+            labels,
+            cu_seqlens=cu_seqlens,
+            shift=self.shift,
+            reduction=self.reduction,
+            num_items=num_items,
+            ignore_index=self.ignore_index,
+            token_weight=token_weight,
+            class_weight=self.class_weight,
+            label_smoothing=self.label_smoothing,
+            z_loss=self.z_loss,
+            softcap=self.softcap,
+            logit_scale=self.logit_scale,
+            inplace=self.inplace,
+            return_stats=self.return_stats,
+        )
+
+    def extra_repr(self) -> str:
+        return f"reduction={self.reduction!r}, shift={self.shift}, ignore_index={self.ignore_index}"
