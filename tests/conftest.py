@@ -214,3 +214,13 @@ def selection_of(config) -> str:
     if [(here / argument).resolve() for argument in config.args] != [HERE]:
         parts += [str(argument) for argument in config.args]
     return " ".join(parts)
+
+
+@pytest.fixture(params=[False, True], ids=["logits", "fused"])
+def fused(request, monkeypatch):
+    """A patched Hugging Face model without logits where nobody wants them, and with them, as where the lm_head has LoRA."""
+    from packops.hf import loss
+
+    if not request.param:
+        monkeypatch.setattr(loss, "_is_plain_linear", lambda head: False)
+    return request.param

@@ -11,16 +11,22 @@ transformers' own backends find the documents of a packed row only where there i
 
 from __future__ import annotations
 
+import ast
+import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
+from functools import cache
+from types import FunctionType
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from . import rewrite
 from .attention_documents import NAME, find_documents
 from .attention_paths import ATTEND, Rule, capped_attention, choose_path
+from .record import Record, decoder_of
 
 UNSAID = -1  # the layer did not pass its window at all
 
@@ -54,6 +60,103 @@ def register() -> str:
     return NAME
 
 
+# ---- switching a model to it -------------------------------------------------------------------------------------------------
+
+
+def patch(wrapper: nn.Module, model: nn.Module, name: str, record: Record) -> None:
+    """Have the text part of ``model`` attend with the implementation ``name``; vision and audio towers keep theirs.
+
+    transformers reads the name in the configuration, which several models may share: this one gets a copy of its own.
+    """
+    if name == NAME:
+        register()
+        _check_masks(model)
+    _copy_configurations(wrapper, record)
+    config = cast(Any, model).config
+    text = config.get_text_config(decoder=True)
+    cast(Any, model).set_attn_implementation(_asked_of(config, text, name))
+    if text._attn_implementation != name:
+        raise ValueError(f"packops.hf: {type(model).__name__} does not take attention={name!r}")
+    record.replaced("attention", name)
+
+
+def _copy_configurations(model: nn.Module, record: Record) -> None:
+    from transformers import PreTrainedConfig
+
+    memo: dict[int, Any] = {}  # what is one configuration stays one
+    for path, module in model.named_modules():
+        for attribute, value in list(vars(module).items()):
+            if isinstance(value, PreTrainedConfig):
+                record.set(path or "the model", module, attribute, copy.deepcopy(value, memo))
+
+
+def _asked_of(config: Any, text: Any, name: str) -> dict[str, Any]:
+    """The implementation as transformers wants it for a configuration and the one for text within it, and no other."""
+    asked: dict[str, Any] = {"": name}
+    for key in config.sub_configs:
+        below = getattr(config, key, None)
+        if below is not None and config is not text and _holds(below, text):
+            asked[key] = _asked_of(below, text, name)
+    return asked
+
+
+def _holds(config: Any, text: Any) -> bool:
+    return config is text or any(
+        _holds(below, text) for k in config.sub_configs if (below := getattr(config, k, None)) is not None
+    )
+
+
+def _check_masks(model: nn.Module) -> None:
+    """Raise where layers compute with the mask themselves (sparse attention, dynamic masks): there will be none."""
+    decoder = decoder_of(model)
+    layers = {child for module in decoder.modules() if _attends(rewrite.class_of(module)) for child in module.modules()}
+    for path, module in decoder.named_modules():
+        if module in layers and _reads_mask(rewrite.class_of(module)):
+            raise ValueError(
+                f"packops.hf: {type(model).__name__} does not take attention={NAME!r}: {path} ({type(module).__name__}) computes "
+                "with the attention mask itself, and this implementation makes none. attention=None leaves attention as it is"
+            )
+
+
+def _attends(cls: type) -> bool:
+    return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in rewrite.methods_of(cls))
+
+
+@cache
+def _reads_mask(cls: type) -> bool:
+    """Whether a method of ``cls`` does more with its mask than to pass it on."""
+    return any(
+        _takes_apart(function, name) for function in rewrite.methods_of(cls) for name in _parameters(function) if "mask" in name
+    )
+
+
+def _parameters(function: FunctionType) -> tuple[str, ...]:
+    code = function.__code__
+    return code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+
+
+def _takes_apart(function: FunctionType, name: str) -> bool:
+    try:
+        definition = rewrite.parse(function)
+    except rewrite.CannotRewriteError:
+        return False
+
+    def is_it(node: ast.AST) -> bool:
+        return isinstance(node, ast.Name) and node.id == name
+
+    for node in ast.walk(definition):
+        if isinstance(node, (ast.Attribute, ast.Subscript)) and is_it(node.value):
+            return True
+        if isinstance(node, ast.BinOp) and (is_it(node.left) or is_it(node.right)):
+            return True
+        # torch.where(mask, ...), scores.masked_fill(mask, ...); but not attention_interface(..., mask) and self.indexer(mask)
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value
+            if isinstance(owner, ast.Name) and owner.id != "self" and any(is_it(argument) for argument in node.args):
+                return True
+    return False
+
+
 # ---- who sees whom ---------------------------------------------------------------------------------------------------------
 
 
@@ -70,6 +173,10 @@ class Pattern:
     causal: bool = True
     window: int | None = None
     padding: Tensor | None = None
+    ndim = 4  # as ``generate`` hands on masks that it makes before the forward, with a static cache
+
+    def contiguous(self) -> Pattern:
+        return self
 
 
 def packed_mask(
@@ -80,7 +187,7 @@ def packed_mask(
     kv_offset: int = 0,
     *,
     mask_function: Callable[..., Any],
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Pattern | None = None,
     **options: Any,
 ) -> Pattern | Tensor | None:
     """The mask function of the backend: transformers calls it once in a forward, for each kind of layer.
@@ -91,6 +198,8 @@ def packed_mask(
     Raises:
         NotImplementedError: the model wants another pattern than causal, windowed or bidirectional attention.
     """
+    if isinstance(attention_mask, Pattern):  # made before by ``generate``, for a static cache
+        return attention_mask
     if kv_length != q_length:
         from transformers.masking_utils import sdpa_mask
 
@@ -183,7 +292,7 @@ def packed_attention(
     for name in ("s_aux", "position_bias", "output_attentions", "head_mask"):
         argument = unused.get(name)
         if argument is not None and argument is not False:
-            raise NotImplementedError(f"{NAME} has no {name}; use attn_implementation='eager'")
+            raise NotImplementedError(f"{NAME} has no {name}")
     known = cu_seq_lens_q is not None or cu_seq_lens_k is not None
     if isinstance(attention_mask, Tensor) or key.shape[2] != query.shape[2]:
         if known:
@@ -226,7 +335,8 @@ def packed_attention(
     # (B, heads, S, head_dim) as transformers has it is a view of (T, heads, head_dim)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     output = ATTEND[path](q, k, v, documents, rule)
-    return output.view(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+    # some families go on with .view(), which wants it contiguous
+    return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous(), None
 
 
 def _masked(

@@ -21,7 +21,7 @@ from torch import Tensor
 
 OLDEST, NEWEST = (5, 20), (5, 23)
 
-# config.model_type -> the name people know. Each is in tests/test_hf.py: packed against padded, stock against patched.
+# config.model_type -> the name people know. Each is in tests/test_hf_families.py: packed against padded, stock against patched.
 TESTED = {
     "llama": "Llama",
     "mistral": "Mistral",
@@ -148,7 +148,3 @@ def convention_of(apply_rotary_pos_emb: Callable) -> Convention | None:
             ):
                 return convention
     return None
-
-
-def _alike(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.shape == b.shape and torch.allclose(a, b, atol=1e-5)

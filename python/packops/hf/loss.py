@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-from collections.abc import Callable
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from functools import cache
-from types import FunctionType, MethodType
-from typing import Any
+from types import MethodType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +23,7 @@ import packops
 
 from ..data.documents import document_begins
 from ..distributed import DENOMINATORS
-from ..functional import cross_entropy
+from ..functional import cross_entropy, packed_labels
 from . import rewrite
 from .record import Record
 from .record import is_plain_linear as _is_plain_linear
@@ -117,16 +119,21 @@ class CausalLMLoss:
         targets = labels if shift_labels is None else shift_labels
         if targets is None:
             raise ValueError("packops.hf: the loss needs labels or shift_labels")
+        targets = targets.to(device)
         cu_seqlens = kwargs.get("cu_seq_lens_q")
         if cu_seqlens is None and self.reduction != "mean" and kwargs.get("position_ids") is not None:
             cu_seqlens = documents_of(kwargs["position_ids"], rows)
+        cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
+        num_items = self._denominator(num_items, device)
+        if num_items is not None and cu_seqlens is not None and shift_labels is None and self.reduction == "mean":
+            num_items = _checked_count(num_items, targets, cu_seqlens, ignore_index)
         weight = kwargs.get("token_weight")
         return {
-            "labels": targets.to(device),
+            "labels": targets,
             "shift": shift_labels is None,
-            "cu_seqlens": None if cu_seqlens is None else cu_seqlens.to(device),
+            "cu_seqlens": cu_seqlens,
             "reduction": self.reduction,
-            "num_items": self._denominator(num_items, device),
+            "num_items": num_items,
             "ignore_index": ignore_index,
             "token_weight": None if weight is None else weight.to(device),
         }
@@ -146,19 +153,26 @@ class CausalLMLoss:
 
 
 class AppliedLoss(CausalLMLoss):
-    """The loss that :func:`packops.hf.apply` put into a model. A pickled model comes back stock, so this becomes stock, too."""
-
-    def __reduce__(self) -> tuple:
-        return _stock_loss, ()
-
-    def __deepcopy__(self, memo: dict) -> AppliedLoss:
-        return self
+    """The loss that :func:`packops.hf.apply` put into a model."""
 
 
-def _stock_loss() -> Callable:
-    from transformers.loss.loss_utils import ForCausalLMLoss
+def _checked_count(num_items: Tensor | float, labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor | float:
+    """``num_items``, unless whoever counted the labels counted some that are not scored: the first ones of packed documents.
 
-    return ForCausalLMLoss
+    ``transformers.Trainer`` counts every label but the first of a row. On the CPU a count that cannot be right raises; on CUDA,
+    where looking at it would wait for the device, it becomes NaN, and so does the loss.
+    """
+    counted = (labels[..., 1:] != ignore_index).sum()
+    scored = packed_labels(labels, cu_seqlens, ignore_index=ignore_index)[1].sum()
+    if labels.is_cpu and not torch.compiler.is_compiling():
+        if counted != scored:
+            raise ValueError(
+                f"packops.hf: {int(counted)} labels are set and {int(scored)} of them are scored: the first token of a packed "
+                "document has nothing before it to be predicted from, so its label must be -100, as packops.PackingCollator "
+                "makes it. num_items_in_batch counts it otherwise, and the loss would be too small"
+            )
+        return num_items
+    return torch.where(counted == scored, num_items, float("nan"))
 
 
 def documents_of(position_ids: Tensor, rows: torch.Size) -> Tensor:
@@ -221,7 +235,7 @@ def count_documents(trainer: Any) -> None:
     Raises:
         ValueError: the trainer's model has a loss of packops with reduction ``"mean"``, whose denominator is tokens.
     """
-    from .patch import pretrained
+    from .record import pretrained
 
     loss = getattr(pretrained(trainer.model), "loss_function", None)
     if isinstance(loss, CausalLMLoss) and loss.reduction == "mean":
@@ -241,8 +255,6 @@ def count_documents(trainer: Any) -> None:
 
 
 def _documents_as_labels(batch: Any) -> Tensor:
-    from ..functional import packed_labels
-
     shifted = batch.get("shift_labels")
     labels = batch["labels"] if shifted is None else shifted
     cu_seqlens = batch.get("cu_seq_lens_q")
@@ -260,7 +272,107 @@ def _documents_as_labels(batch: Any) -> Tensor:
 
 # ---- the model's forward ------------------------------------------------------------------------------------------------------
 
-_WANTED, _SKIP = "__packops_skip_logits__", "__packops_skip__"
+_WANTED, _SKIP, _ROUTER = "__packops_skip_logits__", "__packops_skip__", "__packops_router_loss__"
+ROUTER_LOSS = "load_balancing_loss_func"
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A causal language model that refuses calls whose loss would be wrong.
+
+    Attributes:
+        fused: its forward may end without logits.
+    """
+
+    fused: bool
+
+    def methods(self, base: Any) -> dict[str, Callable]:
+        inner, fused = _model_forward(base, self.fused).function, self.fused
+        names = list(inspect.signature(base.forward).parameters)[1:]
+
+        @functools.wraps(base.forward)
+        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+            check_call(self, {**dict(zip(names, args, strict=False)), **kwargs})
+            if fused and not _returns_dict(self, kwargs):
+                if kwargs.get("skip_logits"):
+                    raise ValueError("packops.hf: skip_logits=True would leave a hole in a tuple: it needs return_dict=True")
+                kwargs["skip_logits"] = False
+            return inner(self, *args, **kwargs)
+
+        def set_attribute(self: Any, name: str, value: Any) -> None:
+            base.__setattr__(self, name, _watched(self, value) if name == "forward" else value)
+
+        return {"forward": forward, "__setattr__": set_attribute}
+
+
+def _returns_dict(model: Any, kwargs: Mapping[str, Any]) -> bool:
+    wanted = kwargs.get("return_dict")
+    return bool(model.config.return_dict if wanted is None else wanted)
+
+
+def check_call(model: Any, given: Mapping[str, Any]) -> None:
+    """Raise for calls whose result would be wrong without a word. Reads nothing off a device."""
+    scored = given.get("labels") is not None or given.get("shift_labels") is not None
+    if not scored and model.training and torch.is_grad_enabled() and _by_document(model):
+        raise ValueError(_ignored(model, "it was called without labels"))
+    positions = given.get("position_ids")
+    images = [name for name in _IMAGES if given.get(name) is not None]
+    if images and positions is not None and positions.dim() == 2 and _has_mrope(model.config):
+        raise ValueError(
+            f"packops.hf: {images[0]} with position_ids of shape {tuple(positions.shape)}, but this model gives images positions in "
+            "three dimensions (M-RoPE). Pass those of its get_rope_index, document by document, or none"
+        )
+    bounds = given.get("cu_seq_lens_q")
+    if bounds is None or bounds.numel() <= 2 or positions is not None:
+        return
+    if given.get("input_ids") is None or given.get("past_key_values") is not None:
+        raise ValueError(
+            "packops.hf: cu_seq_lens_q without position_ids, and with embeddings or a cache in place of input_ids. PEFT's prompt "
+            "learning (prompt, prefix and p-tuning) calls so: it drops the positions of packed documents, and puts its tokens "
+            "before the first document alone. Train it on padded rows"
+        )
+    name = model.config.get_text_config(decoder=True)._attn_implementation
+    if name in ("sdpa", "eager", "flex_attention"):
+        raise ValueError(
+            f"packops.hf: cu_seq_lens_q without position_ids, by which alone {name!r} tells documents apart: they would see each "
+            "other. Pass position_ids too, as packops.PackingCollator makes them"
+        )
+
+
+_IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+
+
+def _has_mrope(config: Any) -> bool:
+    parameters = getattr(config.get_text_config(decoder=True), "rope_parameters", None) or {}
+    return "mrope_section" in parameters
+
+
+def _ignored(model: Any, why: str) -> str:
+    return (
+        f"packops.hf: this model's loss has reduction={model.loss_function.reduction!r}, and {why}, so it would not be used. "
+        "TRL's trainers and a compute_loss_func compute a loss of their own: let the model compute it, as docs/hugging_face.md "
+        "shows for TRL, or use packops.hf.apply(model, reduction='mean')"
+    )
+
+
+def _watched(model: Any, forward: Any) -> Any:
+    """A forward that somebody puts in place of the model's: TRL's computes a loss from the hidden states itself."""
+    if not isinstance(forward, MethodType) or forward.__self__ is not model or not _by_document(model):
+        return forward
+    function = forward.__func__
+
+    @functools.wraps(function)
+    def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("fused_lm_head") and _by_document(self):
+            raise ValueError(_ignored(self, "TRL asked it for log-probabilities (fused_lm_head=True)"))
+        return function(self, *args, **kwargs)
+
+    return MethodType(watched, model)
+
+
+def _by_document(model: Any) -> bool:
+    loss = model.loss_function
+    return isinstance(loss, CausalLMLoss) and loss.reduction != "mean"
 
 
 def patch(model: nn.Module, reduction: str, record: Record) -> None:
@@ -273,17 +385,16 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
             "successor. cross_entropy=False leaves it alone"
         )
     record.set("the model", model, "_loss_function", AppliedLoss(reduction))
-    record.say("loss", f"packops.cross_entropy, reduction {reduction!r}")
-    try:
-        head, forward = _model_forward(rewrite.class_of(model))
-    except CannotRewriteError as error:
-        record.note(f"logits are always made: {error}")
-        return
-    if getattr(model, head, None) is not model.get_output_embeddings():  # type: ignore[operator]
-        record.note(f"logits are always made: {head} is not the model's output embedding")
-        return
-    record.set_forward("the model", model, MethodType(forward, model))
-    record.say("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
+    record.replaced("loss", f"packops.cross_entropy, reduction {reduction!r}")
+    ending = _model_forward(rewrite.class_of(model), True)
+    reason = ending.reason
+    if reason is None and getattr(model, ending.head, None) is not model.get_output_embeddings():  # type: ignore[operator]
+        reason = f"{ending.head} is not the model's output embedding"
+    record.set_methods("the model", model, Model(fused=reason is None))
+    if reason is None:
+        record.replaced("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
+    else:
+        record.note(f"logits are always made: {reason}")
 
 
 def _scores_the_next_token(model: nn.Module) -> bool:
@@ -303,10 +414,61 @@ def skip_logits(model: nn.Module, head: str, labels: Tensor | None, kwargs: dict
     return bool(wanted) and isinstance(model.loss_function, CausalLMLoss) and _is_plain_linear(getattr(model, head))
 
 
+def router_loss(
+    function: Callable, kwargs: Mapping[str, Any], *, attention_mask: Tensor | None = None, **options: Any
+) -> Tensor | float:
+    """The load balancing loss of a mixture of experts, of the tokens that are not padding; 0 where there are none."""
+    mask = kwargs.get("real_tokens") if attention_mask is None else attention_mask
+    if mask is None:
+        return function(attention_mask=None, **options)
+    some = (mask != 0).any()
+    return function(attention_mask=torch.where(some, mask, 1), **options) * some
+
+
+class Ending(NamedTuple):
+    """The rewritten forward of a model."""
+
+    function: Callable
+    head: str  # attribute of the lm_head; "" where the logits are always made
+    reason: str | None  # why they are
+
+
 @cache
-def _model_forward(cls: type) -> tuple[str, FunctionType]:
-    """The name of the lm_head and the forward of ``cls`` with a branch that skips the logits."""
-    definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
+def _model_forward(cls: type, fused: bool) -> Ending:
+    """The forward of ``cls`` with a router loss that leaves out padding and, if ``fused``, a branch that skips the logits."""
+    bindings: dict[str, Any] = {}
+    head, reason = "", None
+    try:
+        definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
+        if _rewrite_router_loss(cls, definition):
+            bindings[_ROUTER] = router_loss
+        if fused:
+            try:
+                head = _add_branch(cls, definition)
+                bindings[_WANTED] = skip_logits
+            except CannotRewriteError as error:
+                reason = str(error)
+        function = rewrite.build(cls.forward, definition, bindings) if bindings else cls.forward  # type: ignore[attr-defined]
+    except CannotRewriteError as error:
+        return Ending(cls.forward, "", str(error))  # type: ignore[attr-defined]
+    return Ending(function, head, reason)
+
+
+def _rewrite_router_loss(cls: type, definition: ast.FunctionDef) -> bool:
+    calls = rewrite.calls_of(definition, ROUTER_LOSS)
+    function = inspect.unwrap(cls.forward).__globals__.get(ROUTER_LOSS)  # type: ignore[attr-defined]
+    if not calls or not definition.args.kwarg or "attention_mask" not in inspect.signature(function).parameters:
+        return False
+    for call in calls:
+        names = list(inspect.signature(function).parameters)
+        call.keywords += [ast.keyword(name, value) for name, value in zip(names, call.args, strict=False)]
+        call.args = [ast.Name(ROUTER_LOSS, ast.Load()), ast.Name(definition.args.kwarg.arg, ast.Load())]
+        call.func = ast.Name(_ROUTER, ast.Load())
+    return True
+
+
+def _add_branch(cls: type, definition: ast.FunctionDef) -> str:
+    """Let the forward skip the logits; returns the attribute of the lm_head."""
     tail = _Tail(definition)
     this, body = rewrite.self_name(definition), definition.body
     if not definition.args.kwarg or not {"labels", "position_ids"} <= rewrite.parameter_names(definition):
@@ -324,7 +486,7 @@ def _model_forward(cls: type) -> tuple[str, FunctionType]:
     )
     branch = ast.copy_location(ast.If(ast.Name(_SKIP, ast.Load()), skipping, body[tail.begin : tail.end]), first)
     definition.body = [*ask, *body[: tail.begin], branch, *body[tail.end :]]
-    return tail.head, rewrite.build(cls.forward, definition, {_WANTED: skip_logits})  # type: ignore[attr-defined]
+    return tail.head
 
 
 class _Tail:

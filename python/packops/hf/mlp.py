@@ -29,14 +29,17 @@ class GatedMLP(NamedTuple):
     act: str | None  # the submodule
     activation: Activation
 
+    def methods(self, base: Any) -> dict[str, Callable]:
+        return {"forward": _forward(self)}
+
 
 def patch(model: nn.Module, record: Record) -> None:
     """Replace the gated MLPs of ``model``, except where somebody else replaced one."""
-    changed = record.set_forwards(model, recognise, _forward)
+    changed = record.set_found(model, recognise)
     linears = sum(is_plain_linear(module.get_submodule("down_proj")) for module in changed)
     counts = {"packops.gated_linear": linears, "packops.gated_activation": len(changed) - linears}
     if changed:
-        record.say("mlp", ", ".join(f"{op} in {count} modules" for op, count in counts.items() if count))
+        record.replaced("mlp", ", ".join(f"{op} in {count} modules" for op, count in counts.items() if count))
 
 
 @cache

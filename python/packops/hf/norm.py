@@ -1,7 +1,7 @@
 """RMS norms of one model: on CUDA each runs through :func:`packops.rms_norm`, elsewhere through torch's ``rms_norm``.
 
 transformers writes an RMS norm as some eight elementwise operations, and more of them backward; each reads and writes all hidden
-states, most of them in fp32. Here the norm's ``forward`` is exchanged, on the instance, and rounds once, at its end.
+states, most of them in fp32. Here the norm's ``forward`` is exchanged, for the instance, and rounds once, at its end.
 
 What a module computes is found by asking it, not by its name: see :func:`recognise`.
 """
@@ -33,11 +33,14 @@ class RMSNorm(NamedTuple):
     eps: str  # the attribute
     zero_centered: bool  # the factor is 1 + weight
 
+    def methods(self, base: Any) -> dict[str, Callable]:
+        return {"forward": _forward(self)}
+
 
 def patch(model: nn.Module, record: Record, absorbed: Iterable[nn.Module] = ()) -> None:
     """Replace the RMS norms of ``model``, except for those that RoPE has ``absorbed`` and where somebody else replaced one."""
-    if count := len(record.set_forwards(model, recognise, _forward, leave=absorbed)):
-        record.say("rms_norm", f"packops.rms_norm (torch's on the CPU) in {count} modules")
+    if count := len(record.set_found(model, recognise, leave=absorbed)):
+        record.replaced("rms_norm", f"packops.rms_norm (torch's on the CPU) in {count} modules")
 
 
 @cache

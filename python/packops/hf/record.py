@@ -1,26 +1,66 @@
-"""What :func:`packops.hf.apply` changed in one model, so that it can be undone and told."""
+"""What :func:`packops.hf.apply` changed in one model, so that it can be undone and told.
+
+A module whose forward is replaced becomes an instance of a subclass made for it, of the same name: methods find their ``self``
+wherever the module is copied to, so ``copy.deepcopy``, pickling and the replicas of ``nn.DataParallel`` are patched, too, and
+compute with their own weights. (A bound method in the instance's ``__dict__`` would go on computing with the original's.)
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from types import MethodType
-from typing import Any
+from functools import cache
+from typing import Any, Protocol, cast
 
+import torch
 from torch import nn
 
 ATTRIBUTE = "_packops_hf"
 _ABSENT = "packops: no such attribute"  # a string, so that copies of it are recognised
 
 
-def _nothing() -> None:
-    return None
+class Methods(Protocol):
+    """What makes the methods of a subclass, from its base class; hashable, and pickled in place of them."""
+
+    def __hash__(self) -> int: ...
+
+    def methods(self, base: Any) -> dict[str, Callable]: ...
+
+
+@cache
+def subclass_of(base: Any, methods: Methods) -> Any:
+    """The subclass of ``base`` with these methods; one for equal arguments, so that torch.compile compiles equal layers once."""
+    names = ("__module__", "__qualname__", "__doc__")
+    attributes = {name: getattr(base, name) for name in names} | methods.methods(base)
+    return type(base)(base.__name__, (base,), {**attributes, "__reduce_ex__": _reduce, "_packops": (base, methods)})
+
+
+def _reduce(self: Any, protocol: Any) -> tuple:
+    base, methods = self._packops
+    constructor, _, *state = base.__reduce_ex__(self, max(2, int(protocol)))
+    if constructor.__name__ != "__newobj__":
+        raise TypeError(
+            f"packops.hf: {base.__name__} copies and pickles itself in a way of its own: call packops.hf.revert first"
+        )
+    return (_blank_instance, (base, methods), *state)
+
+
+def _blank_instance(base: Any, methods: Methods) -> Any:
+    cls = subclass_of(base, methods)
+    return cls.__new__(cls)
 
 
 def is_replaced(module: nn.Module) -> bool:
-    """Whether this instance has a ``forward`` other than its class's. (Unpickled, a model that was patched has that, bound.)"""
+    """Whether this instance has a ``forward`` other than its class's. (accelerate leaves that one behind, bound.)"""
     present = vars(module).get("forward")
-    return present is not None and getattr(present, "__func__", None) is not type(module).forward
+    return present is not None and not (
+        getattr(present, "__func__", None) is type(module).forward and getattr(present, "__self__", None) is module
+    )
+
+
+def is_patched(module: nn.Module) -> bool:
+    """Whether its class is one of :func:`subclass_of`'s."""
+    return "_packops" in vars(type(module))
 
 
 def is_bare(module: nn.Module) -> bool:
@@ -31,19 +71,74 @@ def is_bare(module: nn.Module) -> bool:
 
 
 def is_plain_linear(module: nn.Module) -> bool:
-    """Whether weight and bias alone say what the module does: no LoRA, no hooks."""
-    return type(module) is nn.Linear and type(module.weight) is nn.Parameter and is_bare(module)
+    """Whether weight and bias alone say what the module does: no LoRA, no hooks. (A replica's weight is a tensor.)"""
+    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and is_bare(module)
+
+
+def pretrained(model: nn.Module) -> nn.Module:
+    """The transformers model in a wrapper."""
+    from transformers import PreTrainedModel
+
+    found = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if found is None:
+        raise TypeError(f"packops.hf: model must be a transformers.PreTrainedModel or hold one, got {type(model).__name__}")
+    return found
+
+
+def decoder_of(model: nn.Module) -> nn.Module:
+    """The part of a transformers model that reads and writes text, without its head, its vision and its audio towers."""
+    found = cast(Any, model).get_decoder() if hasattr(model, "get_decoder") else None
+    return found if isinstance(found, nn.Module) else model
+
+
+def record_of(model: nn.Module) -> Record | None:
+    """What was changed in a transformers model; None if nothing was."""
+    return vars(model).get(ATTRIBUTE)
 
 
 @dataclasses.dataclass
 class Change:
-    """One instance attribute of one module (or configuration)."""
+    """One attribute of one module."""
 
     path: str
     owner: Any
     attribute: str
     before: Any
     after: Any
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether nobody has changed it since."""
+        present = vars(self.owner).get(self.attribute, _ABSENT)
+        return present is self.after or present in (self.after, _ABSENT)
+
+    def undo(self) -> None:
+        if isinstance(self.before, str) and self.before == _ABSENT:
+            vars(self.owner).pop(self.attribute, None)
+        else:
+            vars(self.owner)[self.attribute] = self.before
+
+
+@dataclasses.dataclass
+class ChangeOfMethods:
+    """The class of one module."""
+
+    path: str
+    owner: Any
+    before: Any
+    methods: Methods  # not the class they make, which pickle would look for by its name
+
+    @property
+    def attribute(self) -> str:
+        return "forward" if is_replaced(self.owner) else "class"
+
+    @property
+    def is_ours(self) -> bool:
+        return type(self.owner) is subclass_of(self.before, self.methods) and not is_replaced(self.owner)
+
+    def undo(self) -> None:
+        vars(self.owner).pop("forward", None)
+        self.owner.__class__ = self.before
 
 
 @dataclasses.dataclass
@@ -75,30 +170,25 @@ class Report:
 
 
 class Record:
-    """The changes to one model; lives in its ``__dict__`` and is copied with it."""
+    """The changes to one model; lives in its ``__dict__``, is copied and pickled with it."""
 
     def __init__(self, report: Report):
         self.report = report
-        self.changes: list[Change] = []
+        self.changes: list[Change | ChangeOfMethods] = []
 
-    def __reduce__(self) -> tuple:
-        # A pickled model comes back without our methods, as Python pickles a bound method by its name. So without a record, too.
-        return _nothing, ()
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        if self.report.replaced.get("attention") == "packops_varlen":  # unpickled, perhaps in a process that does not know it yet
+            from .attention import register
 
-    def __deepcopy__(self, memo: dict) -> Record:
-        from copy import deepcopy
-
-        twin = Record(dataclasses.replace(self.report, replaced=dict(self.report.replaced), notes=list(self.report.notes)))
-        memo[id(self)] = twin
-        twin.changes = deepcopy(self.changes, memo)  # the modules in it are the copy's own
-        return twin
+            register()
 
     def set(self, path: str, owner: Any, attribute: str, value: Any) -> None:
         self.changes.append(Change(path, owner, attribute, vars(owner).get(attribute, _ABSENT), value))
         vars(owner)[attribute] = value
 
-    def set_forward(self, path: str, module: nn.Module, forward: Any) -> None:
-        """Bind ``forward`` on the instance; refuse where somebody else has."""
+    def set_methods(self, path: str, module: nn.Module, methods: Methods) -> None:
+        """Exchange methods of this instance; refuse where somebody else has replaced its forward."""
         if is_replaced(module):
             present = vars(module)["forward"]
             raise ValueError(
@@ -106,25 +196,24 @@ class Record:
                 f"{getattr(present, '__module__', None) or type(present).__module__}: call packops.hf.apply before "
                 "accelerate, DeepSpeed or whatever it was wraps the model"
             )
-        self.set(path, module, "forward", forward)
+        vars(module).pop("forward", None)
+        base: Any = type(module)
+        module.__class__ = subclass_of(base, methods)
+        self.changes.append(ChangeOfMethods(path, module, base, methods))
 
-    def set_forwards(
-        self,
-        model: nn.Module,
-        recognise: Callable[[nn.Module], Any],
-        forward: Callable[[Any], Any],
-        leave: Iterable[nn.Module] = (),
+    def set_found(
+        self, model: nn.Module, recognise: Callable[[nn.Module], Methods | None], leave: Iterable[nn.Module] = ()
     ) -> list[nn.Module]:
-        """Bind ``forward(found)`` on every module that is ``found`` by ``recognise``, but for those to ``leave`` and where
+        """Exchange the methods of every module in which ``recognise`` finds something, but for those to ``leave`` and where
         somebody else has; returns the modules."""
         others, changed = set(leave), []
         for name, module in model.named_modules():
             if module not in others and not is_replaced(module) and (found := recognise(module)) is not None:
-                self.set_forward(name, module, MethodType(forward(found), module))
+                self.set_methods(name, module, found)
                 changed.append(module)
         return changed
 
-    def say(self, what: str, how: str) -> None:
+    def replaced(self, what: str, how: str) -> None:
         self.report.replaced[what] = how
 
     def note(self, text: str) -> None:
@@ -133,14 +222,12 @@ class Record:
     def undo(self) -> None:
         """Put everything back, or, where somebody changed it since, raise RuntimeError and put nothing back."""
         for change in self.changes:
-            if vars(change.owner).get(change.attribute, _ABSENT) not in (change.after, _ABSENT):
+            if not change.is_ours:
+                name = change.attribute
                 raise RuntimeError(
-                    f"packops.hf.revert: {change.attribute} of {change.path} was replaced again after packops.hf.apply (mixed "
-                    f"precision of accelerate does it); undo that first, or delete the attribute: `del model.{change.attribute}`"
+                    f"packops.hf.revert: {name} of {change.path} was replaced again after packops.hf.apply (mixed precision of "
+                    f"accelerate does it, and FSDP); undo that first, or delete the attribute: `del model.{name}`"
                 )
         for change in reversed(self.changes):
-            if change.before == _ABSENT:
-                vars(change.owner).pop(change.attribute, None)
-            else:
-                vars(change.owner)[change.attribute] = change.before
+            change.undo()
         self.changes.clear()

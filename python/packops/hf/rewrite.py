@@ -29,6 +29,13 @@ def class_of(instance: object) -> Any:
 
 
 @cache
+def methods_of(cls: Any) -> list[FunctionType]:
+    """The methods that a class and its bases have from elsewhere than torch."""
+    functions = (inspect.unwrap(m) for base in cls.__mro__ for m in vars(base).values() if callable(m))
+    return [f for f in functions if isinstance(f, FunctionType) and not f.__module__.startswith("torch.")]
+
+
+@cache
 def _source(function: FunctionType) -> str:
     try:
         return "".join(inspect.getsourcelines(function)[0])

@@ -1,6 +1,6 @@
 """RoPE of one model: its attention layers call packops, its tables come in fp32.
 
-Two things are exchanged, both on the instances. The attention layers' ``forward`` keeps every line but calls packops where it
+Two things are exchanged, both for the instances. The attention layers' ``forward`` keeps every line but calls packops where it
 called ``apply_rotary_pos_emb``, and where RMS norms of q and k lie directly before that call, one kernel does both. The rotary
 embedding returns half as wide a table, in fp32 from angles in fp64, where Hugging Face rounds it to the model's dtype: 2.7e-3 of
 rotated bf16 heads becomes 1.7e-3, which is what rounding them once costs.
@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import ast
 import copy
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
 from functools import cache
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from ..functional import apply_qk_norm_rope, apply_rope
 from . import families, rewrite
 from .families import Convention
 from .norm import RMSNorm, recognise
-from .record import Record, is_bare
+from .record import Record, decoder_of, is_bare
 from .rewrite import CannotRewriteError
 
 ROPE = "apply_rotary_pos_emb"
@@ -37,31 +38,43 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     Returns:
         the norms of q and k that one kernel computes together with RoPE.
     """
-    attention = [(name, module) for name, module in model.named_modules() if _calls_rope(rewrite.class_of(module))]
+    decoder = set(decoder_of(model).modules())
+    attention = [(n, m) for n, m in model.named_modules() if m in decoder and _calls_rope(rewrite.class_of(m))]
     if not attention:
         raise _refusal(model, f"no layer of it calls {ROPE}(q, k, cos, sin)")
-    files = {type(module).__module__ for _, module in attention}
-    rotary = [m for m in model.modules() if type(m).__name__.endswith("RotaryEmbedding") and type(m).__module__ in files]
+    # Who makes the tables of these layers, and who else reads them: what lies below the module that holds the rotary embedding.
+    rotary, holders = [], []
+    for name, module in model.named_modules():
+        holder = name.rpartition(".")[0]
+        if type(module).__name__.endswith("RotaryEmbedding") and any(_is_below(layer, holder) for layer, _ in attention):
+            rotary.append(module)
+            holders.append(holder)
+    below = [m for n, m in model.named_modules() if m not in rotary and any(_is_below(n, holder) for holder in holders)]
+    readers = [m for m in below if _reads_tables(rewrite.class_of(m))]
+    for reader in [*readers, *(module for _, module in attention)]:
+        if others := sorted(_rotations(rewrite.class_of(reader)) - {ROPE}):
+            raise _refusal(model, f"{type(reader).__name__} also calls {', '.join(others)}")
     conventions = {_convention(model, rewrite.class_of(module)) for _, module in attention}
     if len(conventions) != 1:
         raise _refusal(model, "its layers rotate in different ways")
     (convention,) = conventions
-    own_tables = bool(rotary) and all(_same_tables(module, convention) for module in rotary)
+    layers = {module for _, module in attention}
+    understood = all(module in layers for module in readers) and all(_same_tables(module, convention) for module in rotary)
+    own_tables = bool(rotary) and understood
     absorbed: list[nn.Module] = []
     for name, module in attention:
-        norms = _norms(module)
         try:
-            forward = _attention_forward(rewrite.class_of(module), convention, own_tables, norms)
+            norms = _norms(module)
+            record.set_methods(name, module, Rotation(convention, own_tables, norms))
         except CannotRewriteError as error:
             raise _refusal(model, str(error)) from None
-        record.set_forward(name, module, MethodType(forward, module))
         if norms is not None:
             absorbed += [getattr(module, norms.q), getattr(module, norms.k)]
     if own_tables:
         for module in rotary:
-            record.set_forward("rotary_emb", module, MethodType(_table_forward(), module))
-    record.say("rope", _describe(len(attention), len(absorbed) // 2, convention))
-    record.say("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
+            record.set_methods("rotary_emb", module, Tables())
+    record.replaced("rope", _describe(len(attention), len(absorbed) // 2, convention))
+    record.replaced("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
     for module in rotary:
         if any(b.dtype in (torch.float16, torch.bfloat16) for n, b in module.named_buffers(recurse=False) if "inv_freq" in n):
             record.note(
@@ -101,11 +114,25 @@ def _definition(cls: type) -> ast.FunctionDef:
     return rewrite.parse(cls.forward)  # type: ignore[attr-defined]
 
 
+def _is_below(path: str, holder: str) -> bool:
+    return not holder or path == holder or path.startswith(f"{holder}.")
+
+
+@cache
+def _rotations(cls: type) -> frozenset[str]:
+    """The functions that rotate heads in any method of a class."""
+    names = (name for function in rewrite.methods_of(cls) for name in function.__code__.co_names)
+    return frozenset(name for name in names if name.startswith("apply_") and "rot" in name)
+
+
+@cache
+def _reads_tables(cls: type) -> bool:
+    """Whether a method of a class takes a table apart, other than to pass it on."""
+    return any({"cos", "sin"} <= set(function.__code__.co_varnames) for function in rewrite.methods_of(cls))
+
+
 def _convention(model: nn.Module, cls: type) -> Convention:
     function = inspect.unwrap(cls.forward)  # type: ignore[attr-defined]
-    others = sorted(n for n in function.__code__.co_names if n.startswith("apply_") and "rotary" in n and n != ROPE)
-    if others:
-        raise _refusal(model, f"{cls.__name__} also calls {', '.join(others)}")
     convention = families.convention_of(function.__globals__[ROPE])
     if convention is None:
         raise _refusal(model, f"its {ROPE} turns heads in a way of its own")
@@ -134,6 +161,18 @@ class Norms(NamedTuple):
             heads = heads.transpose(1, 2)
         out = norm(heads.flatten(2)).view(heads.shape)
         return out.transpose(1, 2) if unsqueeze_dim == 1 else out
+
+
+@dataclasses.dataclass(frozen=True)
+class Rotation:
+    """What an attention layer calls in place of ``apply_rotary_pos_emb``."""
+
+    convention: Convention
+    own_tables: bool
+    norms: Norms | None
+
+    def methods(self, base: Any) -> dict[str, Callable]:
+        return {"forward": _attention_forward(base, self.convention, self.own_tables, self.norms)}
 
 
 @cache
@@ -276,6 +315,14 @@ _TABLE_NAMES = {
     "attention_scaling", "cat", "cos", "device", "device_type", "dtype", "expand", "float", "getattr", "inv_freq",
     "repeat_interleave", "shape", "sin", "stack", "to", "torch", "transpose", "view",
 }  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Tables:
+    """A rotary embedding in fp32, from angles in fp64."""
+
+    def methods(self, base: Any) -> dict[str, Callable]:
+        return {"forward": _table_forward()}
 
 
 @cache

@@ -1,0 +1,397 @@
+"""packops.hf.apply: one instance changes, nothing else, and so do its copies; the undo is exact; what is not known is refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import io
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import traceback
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import packops
+import packops.hf
+from packops.hf import families, record, rewrite
+
+transformers = pytest.importorskip("transformers")
+
+from hf_models import VOCABULARY, attributes, difference, documents, make, packed, run, same_attributes  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "cohere"])
+def test_revert_is_exact(family, fused):
+    model, texts = make(family), documents()
+    before, stock = attributes(model), run(model, packed(texts))
+    model.zero_grad(set_to_none=True)
+    config = copy.deepcopy(model.config.to_dict())
+    packops.hf.apply(model, attention="eager", reduction="seq-mean-token-sum")
+    assert not same_attributes(before, attributes(model))
+    assert float(run(model, packed(texts))[0]) != float(stock[0])
+    packops.hf.revert(model)
+    model.zero_grad(set_to_none=True)
+    assert same_attributes(before, attributes(model))
+    assert model.config.to_dict() == config
+    assert model.config._attn_implementation == "sdpa"
+    again = run(model, packed(texts))
+    assert torch.equal(again[0], stock[0])
+    assert all(torch.equal(again[1][name], gradient) for name, gradient in stock[1].items())
+    assert repr(packops.hf.report(model)) == f"packops.hf: nothing is replaced in {type(model).__name__}"
+    packops.hf.revert(model)  # once more does nothing
+
+
+def test_only_this_instance_changes(fused):
+    from transformers.models.qwen3 import modeling_qwen3 as module
+
+    def world():
+        classes = [value for value in vars(module).values() if isinstance(value, type)]
+        return dict(vars(module)), [dict(vars(cls)) for cls in classes], torch.nn.functional.cross_entropy
+
+    model, other, texts = make("qwen3"), make("qwen3"), documents()
+    stock, before, outside = run(other, packed(texts)), attributes(other), world()
+    packops.hf.apply(model)
+    run(model, packed(texts))
+    other.zero_grad(set_to_none=True)
+    assert same_attributes(before, attributes(other))
+    assert world() == outside
+    again = run(other, packed(texts))
+    assert all(torch.equal(again[1][name], gradient) for name, gradient in stock[1].items())
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    assert model.state_dict().keys() == other.state_dict().keys()
+
+
+def test_apply_again_changes_the_options():
+    model = make("llama")
+    before = attributes(model)
+    packops.hf.apply(model)
+    packops.hf.apply(model, rope=False, reduction="seq-mean-token-mean")
+    assert packops.hf.report(model).replaced["loss"] == "packops.cross_entropy, reduction 'seq-mean-token-mean'"
+    assert "rope" not in packops.hf.report(model).replaced
+    packops.hf.revert(model)
+    assert same_attributes(before, attributes(model))
+
+
+def test_parts():
+    model = make("llama")
+    assert packops.hf.apply(model, cross_entropy=False, rms_norm=False, mlp=False) is model
+    assert set(packops.hf.report(model).replaced) == {"rope", "tables"}
+    assert model.loss_function.__name__ == "ForCausalLMLoss"
+    packops.hf.apply(model, rope=False, cross_entropy=False, mlp=False)
+    assert packops.hf.report(model).replaced == {"rms_norm": "packops.rms_norm (torch's on the CPU) in 5 modules"}
+    packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False)
+    assert packops.hf.report(model).replaced == {"mlp": "packops.gated_linear in 2 modules"}
+    packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False, mlp=False)
+    assert packops.hf.report(model).replaced == {}
+
+
+COPIES = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda model: pickle.loads(pickle.dumps(model)),
+    "torch.save": lambda model: torch.load(saved(model), weights_only=False),
+}
+
+
+def saved(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    return io.BytesIO(buffer.getvalue())
+
+
+@pytest.mark.parametrize("how", COPIES)
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "mixtral", "phi3"])
+def test_copies_are_patched_and_on_their_own(family, how):
+    model, texts = make(family), documents()
+    stock = run(make(family), packed(texts))
+    packops.hf.apply(model, attention="packops_varlen")
+    ours = run(model, packed(texts))
+    twin = COPIES[how](model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    assert difference(run(twin, packed(texts)), ours) == 0, "the copy computes with the original's weights, or is stock"
+    assert repr(packops.hf.report(twin)) == repr(packops.hf.report(model))
+    packops.hf.revert(twin)
+    assert not any(record.is_patched(module) for module in twin.modules())
+    assert record.is_patched(model.model.layers[0].self_attn)
+    assert packops.hf.report(model).replaced
+    if family != "gemma2":  # whose sdpa has no softcap, so that it is eager, which agrees to rounding
+        assert twin.config._attn_implementation == "sdpa"
+    assert difference(run(twin, packed(texts)), stock) < (1e-5 if family == "gemma2" else 1e-30)
+
+
+def test_a_pickled_model_runs_in_another_process(tmp_path):
+    """One that knows neither packops_varlen nor that there is anything to register."""
+    model, texts = packops.hf.apply(make("llama"), attention="packops_varlen").eval(), documents()
+    torch.save(model, tmp_path / "model.pt")
+    torch.save((packed(texts), float(model(**packed(texts)).loss)), tmp_path / "expected.pt")
+    code = (
+        "import sys, torch; model = torch.load(sys.argv[1], weights_only=False); inputs, loss = torch.load(sys.argv[2]); "
+        "torch.set_num_threads(1); assert float(model(**inputs).loss) == loss; import packops.hf; "
+        "assert packops.hf.report(model).replaced['attention'] == 'packops_varlen'; packops.hf.apply(model)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, tmp_path / "model.pt", tmp_path / "expected.pt"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mixtral", "phi3"])
+def test_replicas_of_data_parallel_compute_with_their_own_weights(family):
+    """torch.nn.DataParallel makes a replica of every module on every GPU, and gives them copies of the parameters."""
+    model, texts = packops.hf.apply(make(family)), documents()
+    expected = run(model, packed(texts))[0]
+    replicas = {module: module._replicate_for_data_parallel() for module in model.modules()}
+    for module, replica in replicas.items():
+        for name, child in module._modules.items():
+            replica._modules[name] = None if child is None else replicas[child]
+        for name, parameter in module._parameters.items():
+            setattr(replica, name, None if parameter is None else parameter.detach().clone())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    for module, replica in replicas.items():
+        assert record.is_patched(replica) == record.is_patched(module)
+    outputs = replicas[model](**packed(texts))
+    assert float(outputs.loss) == pytest.approx(float(expected), rel=1e-6)
+    assert outputs.logits is None, "a replica's lm_head is fused as well"
+
+
+def test_two_models_of_one_configuration():
+    config = make("llama").config
+    policy, reference = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    assert policy.config is reference.config
+    packops.hf.apply(policy, attention="packops_varlen")
+    assert policy.config._attn_implementation == "packops_varlen"
+    assert all(layer.self_attn.config._attn_implementation == "packops_varlen" for layer in policy.model.layers)
+    assert reference.config is config
+    assert config._attn_implementation == "sdpa"
+    assert not packops.hf.report(reference).replaced
+    packops.hf.revert(policy)
+    assert policy.config is reference.config is policy.model.layers[1].self_attn.config
+
+
+def test_save_pretrained(tmp_path):
+    model = make("llama")
+    packops.hf.apply(model)
+    model.save_pretrained(tmp_path)
+    again = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert packops.hf.report(again).replaced == {}
+    assert all(torch.equal(again.state_dict()[name], value) for name, value in model.state_dict().items())
+
+
+def test_threads():
+    """Models patched, run and reverted at the same time give what they give alone."""
+    texts, failures = documents(), []
+    stock = {family: run(make(family), packed(texts)) for family in ("llama", "qwen3")}
+
+    def work(family):
+        try:
+            model = make(family)
+            for _ in range(3):
+                packops.hf.apply(model)
+                assert 0 < difference(run(model, packed(texts)), stock[family]) < 1e-5
+                packops.hf.revert(model)
+                assert difference(run(model, packed(texts)), stock[family]) == 0
+        except BaseException:
+            failures.append(traceback.format_exc())
+
+    threads = [threading.Thread(target=work, args=(family,)) for family in ("llama", "qwen3") * 2]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures, failures[0]
+
+
+def test_something_else_in_the_way():
+    model = make("llama")
+    layer = model.model.layers[1].self_attn
+    layer.forward = functools.partial(type(layer).forward, layer)  # as accelerate's hooks do
+    with pytest.raises(
+        ValueError, match=r"forward of model\.layers\.1\.self_attn \(LlamaAttention\) was already replaced.*functools"
+    ):
+        packops.hf.apply(model)
+    assert not record.is_patched(model.model.layers[0].self_attn), "a refusal changes nothing"
+    del layer.forward
+    packops.hf.apply(model)
+    ours = layer.forward
+    layer.forward = functools.partial(ours)
+    with pytest.raises(RuntimeError, match=r"forward of model\.layers\.1\.self_attn was replaced again"):
+        packops.hf.revert(model)
+    assert record.is_patched(model.model.layers[0].self_attn), "all or nothing"
+    del layer.forward  # which is one way out, and putting ours back another
+    packops.hf.revert(model)
+    assert not any("forward" in vars(module) or record.is_patched(module) for module in model.modules())
+
+
+def test_record_says_what_it_cannot_undo():
+    """A record is of one model; undoing it twice is nothing."""
+    model = packops.hf.apply(make("llama"))
+    kept = vars(model)[record.ATTRIBUTE]
+    packops.hf.revert(model)
+    kept.undo()
+    assert not record.is_patched(model)
+
+
+def test_wrappers():
+    """PEFT and its like hold the model; what is below is found, and nothing is changed above."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.base_model = model
+
+    wrapper = Wrapper(make("llama"))
+    assert packops.hf.apply(wrapper) is wrapper
+    assert set(vars(wrapper)) == set(vars(Wrapper(make("llama"))))
+    assert packops.hf.report(wrapper).replaced == packops.hf.report(wrapper.base_model).replaced != {}
+    packops.hf.revert(wrapper)
+    assert packops.hf.report(wrapper).replaced == {}
+    with pytest.raises(TypeError, match=r"must be a transformers\.PreTrainedModel or hold one, got Linear"):
+        packops.hf.apply(nn.Linear(2, 2))
+
+
+def test_signature_and_traceback():
+    """Trainer reads the first, people the second."""
+    model = make("llama")
+    before = inspect.signature(model.forward)
+    packops.hf.apply(model)
+    assert inspect.signature(model.forward) == before
+    layer = model.model.layers[0].self_attn
+    assert inspect.signature(layer.forward) == inspect.signature(type(layer).forward.__get__(layer))
+    layer.q_proj = None
+    with pytest.raises(TypeError) as caught:
+        model(**packed(documents()))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "modeling_llama.py" in shown
+    assert "query_states = self.q_proj(hidden_states).view(hidden_shape).transpose(1, 2)" in shown
+    assert "outputs: BaseModelOutputWithPast = self.model(" in shown
+
+
+# ---- what is not known is refused ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        (("NanoChat", {"head_dim": 8}), "turns heads in a way of its own"),
+        (("GPT2", {"n_embd": 32, "n_layer": 1, "n_head": 4}), "no layer of it calls apply_rotary_pos_emb"),
+    ],
+)
+def test_unknown_families_are_refused(config, reason):
+    prefix, options = config
+    base = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "intermediate_size": 32,
+    }
+    config = getattr(transformers, f"{prefix}Config")(**({} if prefix == "GPT2" else base), **options)
+    name = "GPT2LMHeadModel" if prefix == "GPT2" else f"{prefix}ForCausalLM"
+    model = getattr(transformers, name)(config)
+    before = attributes(model)
+    with pytest.raises(ValueError, match=reason) as caught:
+        packops.hf.apply(model)
+    assert "Llama, Mistral" in str(caught.value)
+    assert "rope=False" in str(caught.value)
+    assert same_attributes(before, attributes(model))
+    packops.hf.apply(model, rope=False)
+    assert "rope" not in packops.hf.report(model).replaced
+    assert "do not cover" in repr(packops.hf.report(model))
+
+
+def test_other_tasks_are_refused():
+    config = make("llama").config
+    model = transformers.LlamaForSequenceClassification(config)
+    with pytest.raises(ValueError, match=r"LlamaForSequenceClassification \('ForSequenceClassification'\): it does not score"):
+        packops.hf.apply(model)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2, "vocab_size": VOCABULARY}
+    with pytest.raises(ValueError, match="does not score each token's successor"):
+        packops.hf.apply(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes)), rope=False)
+    packops.hf.apply(model, cross_entropy=False)
+    assert "rope" in packops.hf.report(model).replaced
+
+
+def test_rewrite_refuses():
+    class Closure(nn.Module):
+        def forward(self):
+            return super().forward()
+
+    with pytest.raises(rewrite.CannotRewriteError, match="closure over __class__"):
+        rewrite.build(Closure.forward, rewrite.parse(Closure.forward), {})
+    with pytest.raises(rewrite.CannotRewriteError, match="not a Python function"):
+        rewrite.parse(len)
+    scope = {}
+    exec("def forward(self): return 1", scope)
+    with pytest.raises(rewrite.CannotRewriteError, match="source of forward is not installed"):
+        rewrite.parse(scope["forward"])
+
+
+def test_bad_arguments():
+    with pytest.raises(
+        ValueError, match="reduction must be one of 'mean', 'seq-mean-token-mean', 'seq-mean-token-sum', got 'sum'"
+    ):
+        packops.hf.apply(make("llama"), reduction="sum")
+    with pytest.raises(ValueError, match="needs labels or shift_labels"):
+        packops.hf.CausalLMLoss()(torch.zeros(1, 2, 3), None)
+
+
+# ---- versions -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def version(monkeypatch):
+    def pretend(value):
+        monkeypatch.setattr(families.importlib.metadata, "version", lambda name: value)
+        families.require_transformers.cache_clear()
+
+    yield pretend
+    families.require_transformers.cache_clear()
+
+
+def test_versions_of_transformers(version, monkeypatch):
+    model = make("llama")
+    version("4.57.1")
+    with pytest.raises(ImportError, match=r"transformers 5\.20 to 5\.23, found 4\.57\.1: pip install '.*\[hf\]'"):
+        packops.hf.apply(model)
+    version("6.0.0.dev0")
+    with pytest.raises(ImportError, match=r"found 6\.0\.0"):
+        packops.hf.apply(model)
+    version("5.99.0")
+    with pytest.warns(UserWarning, match=r"tested with transformers 5\.20 to 5\.23, found 5\.99\.0") as caught:
+        packops.hf.apply(model)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        packops.hf.apply(model)  # once is enough
+    monkeypatch.setattr(families.importlib.util, "find_spec", lambda name: None)
+    families.require_transformers.cache_clear()
+    with pytest.raises(ImportError, match=r"not installed: pip install '.*\[hf\]'"):
+        packops.hf.report(model)
+
+
+def test_import_is_light():
+    """No transformers, and not a word."""
+    code = "import sys, packops.hf; assert 'transformers' not in sys.modules; import packops; packops.hf.apply"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=os.environ)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_apply_is_silent(capfd):
+    model = packops.hf.apply(make("llama"))
+    run(model, packed(documents()))
+    packops.hf.revert(model)
+    assert capfd.readouterr() == ("", "")

@@ -1,0 +1,259 @@
+"""The loss of a patched model, and its lm_head."""
+
+from __future__ import annotations
+
+import functools
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+import packops
+import packops.hf
+from packops import PackingCollator
+from packops.hf import loss as hf_loss
+
+transformers = pytest.importorskip("transformers")
+
+from hf_models import LENGTHS, VOCABULARY, difference, documents, make, mean_of_documents, packed, padded, run  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "seq-mean-token-sum"])
+def test_documents_are_found(reduction, fused):
+    """By cu_seq_lens_q; by position_ids, as DataCollatorWithFlattening and TRL pack; by row, padded."""
+    model, texts = make("llama").train(), documents()
+    want = mean_of_documents(model, texts, reduction)
+    packops.hf.apply(model, reduction=reduction)
+    collated = transformers.DataCollatorWithFlattening()([{"input_ids": text} for text in texts])
+    for inputs in (packed(texts), packed(texts, cu_seq_lens_q=None), {**collated, "use_cache": False}, padded(texts)):
+        assert model(**inputs).loss.item() == pytest.approx(want.item(), rel=1e-5)
+    right = padded(texts)
+    left = {name: value if isinstance(value, bool) else value.flip(1) for name, value in right.items()}
+    for row, text in enumerate(texts):
+        left["input_ids"][row, -len(text) :] = left["labels"][row, -len(text) :] = torch.tensor(text)
+    left["position_ids"] = (left["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    assert model(**left).loss.item() == pytest.approx(want.item(), rel=1e-5), "padded on the left, positions given"
+
+
+def test_documents_of():
+    ids = torch.tensor([[0, 1, 2, 0, 1, 0], [5, 6, 0, 1, 2, 3]])
+    assert hf_loss.documents_of(ids, ids.shape).tolist() == [0, 3, 5, 6, 8] + [12] * 8
+    assert hf_loss.documents_of(torch.arange(4)[None], torch.Size((2, 4))).tolist() == [0, 4] + [8] * 7
+    jumps = torch.tensor([4, 5, 5, 7, 8, 3])
+    assert hf_loss.documents_of(jumps, torch.Size((1, 6))).tolist() == [0, 2, 3, 5, 6, 6, 6]
+    with pytest.raises(ValueError, match=r"of shape \(3, 1, 6\) do not say where documents begin: pass cu_seq_lens_q"):
+        hf_loss.documents_of(jumps.expand(3, 1, 6), torch.Size((1, 6)))
+
+
+@pytest.mark.parametrize("num_items", [29, 29.0, torch.tensor(29), torch.tensor(29.0, dtype=torch.float64), torch.tensor([29])])
+def test_num_items_in_batch(num_items, fused):
+    model, texts = make("llama"), documents()
+    stock = run(model, packed(texts, num_items_in_batch=29))
+    packops.hf.apply(model)
+    assert difference(run(model, packed(texts, num_items_in_batch=num_items)), stock) < 1e-5
+
+
+def counting_trainer(model):
+    """What of a Trainer counts the items of a step, as transformers has it."""
+
+    trainer = SimpleNamespace(
+        model=model,
+        model_accepts_loss_kwargs=True,
+        compute_loss_func=None,
+        _loss_shifts_labels=True,
+        args=SimpleNamespace(average_tokens_across_devices=False, n_gpu=1, world_size=1),
+        get_tp_size=lambda: 1,
+        get_cp_size=lambda: 1,
+        get_sp_size=lambda: 1,
+    )
+    trainer._get_num_items_in_batch = functools.partial(transformers.Trainer._get_num_items_in_batch, trainer)
+    return trainer
+
+
+def test_tokens_are_not_taken_for_documents(fused):
+    """What Trainer counts, unless it is told otherwise, is refused rather than divided by."""
+    model, texts = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean"), documents()
+    tokens = counting_trainer(model)._get_num_items_in_batch([packed(texts)], torch.device("cpu"))
+    assert float(tokens) == sum(LENGTHS) - len(LENGTHS)
+    for count in (tokens, torch.tensor(4)):
+        with pytest.raises(
+            ValueError, match=r"num_items_in_batch is a torch\.\w+ tensor.*packops\.hf\.count_documents\(trainer\)"
+        ):
+            model(**packed(texts, num_items_in_batch=count))
+    model(**packed(texts, num_items_in_batch=torch.tensor(4.0, dtype=torch.float64)))
+    model(**packed(texts, num_items_in_batch=4))
+
+
+def test_count_documents():
+    """Trainer's own count, of documents: of every micro-batch, with each way to tell documents apart."""
+    texts = documents()  # one of them has a single token, so nothing to score
+    batches = [
+        packed(texts),
+        packed(texts, cu_seq_lens_q=None),
+        padded(texts),
+        dict(PackingCollator(names="hf", shift_labels=True)(texts)),
+        {**PackingCollator(names="hf", shift_labels=True)(texts), "cu_seq_lens_q": None},
+    ]
+    model = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean").eval()
+    trainer = counting_trainer(model)
+    packops.hf.count_documents(trainer)
+    for batch in batches:
+        assert float(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == 4
+    count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    assert float(count) == 20
+    alone = [model(**batch).loss for batch in batches[:3]]
+    together = [model(**batch, num_items_in_batch=count).loss for batch in batches[:3]]
+    assert sum(together).item() == pytest.approx(sum(alone).item() * 4 / 20, rel=1e-5)
+    with pytest.raises(ValueError, match=r"reduction='mean', which divides by tokens"):
+        packops.hf.count_documents(counting_trainer(packops.hf.apply(model)))
+
+
+def test_shift_labels_and_token_weight(fused):
+    model, texts = make("llama"), documents()
+    stock = run(model, packed(texts))
+    packops.hf.apply(model)
+    inputs = dict(PackingCollator(names="hf", shift_labels=True)(texts))
+    assert difference(run(model, inputs), stock) < 1e-5
+    inputs["labels"] = torch.full_like(inputs["labels"], 3)  # not looked at
+    assert difference(run(model, inputs), stock) < 1e-5
+    weight = torch.rand(1, sum(LENGTHS))
+    weighted = model(**packed(texts, token_weight=weight)).loss.item()
+    losses = packops.cross_entropy(
+        model(**packed(texts), skip_logits=False).logits, packed(texts)["labels"], shift=True, reduction="none"
+    )
+    scored = packed(texts)["labels"].roll(-1, 1) != -100
+    scored[:, -1] = False
+    shares = losses * weight / (weight * scored).sum()
+    assert weighted == pytest.approx(shares.sum().item(), rel=1e-5)
+
+
+def test_logits_are_there_when_they_are_wanted(fused):
+    model, inputs = packops.hf.apply(make("llama")).train(), packed(documents())
+    unlabelled = {name: value for name, value in inputs.items() if name != "labels"}
+    assert (model(**inputs).logits is None) == fused
+    assert model(**inputs, skip_logits=False).logits.shape == (1, sum(LENGTHS), VOCABULARY)
+    assert model(**unlabelled).logits is not None
+    assert model(**unlabelled, skip_logits=True).logits is not None
+    with torch.no_grad():
+        assert model(**inputs).logits is not None
+    model.eval()
+    assert model(**inputs).logits is not None
+    assert (model(**inputs, skip_logits=True).logits is None) == fused
+
+
+def test_a_tuple_has_its_logits_in_their_place(fused):
+    """A model output leaves out what is None, and everything after it would move up."""
+    inputs = packed(documents())
+    for training in (True, False):
+        model = make("llama").train(training)
+        stock = model(**inputs, return_dict=False)
+        packops.hf.apply(model)
+        ours = model(**inputs, return_dict=False)
+        assert [type(x) for x in ours] == [type(x) for x in stock]
+        torch.testing.assert_close(ours[1], stock[1], rtol=1e-4, atol=1e-5)
+        assert (model(**inputs, return_dict=True).logits is None) == (fused and training)
+        with pytest.raises(ValueError, match="skip_logits=True would leave a hole in a tuple"):
+            model(**inputs, return_dict=False, skip_logits=True)
+
+
+def test_the_count_of_scored_tokens_reaches_the_lm_head(monkeypatch):
+    """num_valid, which spares the others their matrix products."""
+    seen, original = [], packops.linear_cross_entropy
+
+    def note(*inputs, num_valid, **options):
+        seen.append(num_valid)
+        return original(*inputs, num_valid=num_valid, **options)
+
+    monkeypatch.setattr(packops, "linear_cross_entropy", note)
+    model, batch = packops.hf.apply(make("llama")).train(), PackingCollator()(documents())
+    model(**batch.to_hf())
+    model(**packed(documents(), num_valid=None))
+    assert seen == [sum(LENGTHS) - len(LENGTHS), None]
+
+
+def test_only_a_plain_lm_head_is_fused():
+    """What a weight does not tell: LoRA on the head, hooks that gather its shards, a loss that the user put there later, and a
+    parameter whose numbers are not the weight's."""
+    texts = documents()
+
+    class Quantised(nn.Parameter):
+        pass
+
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = packops.hf.apply(make("llama")).train()
+    assert model(**packed(texts)).logits is None
+    hook = model.lm_head.register_forward_pre_hook(lambda module, inputs: (2 * inputs[0],))
+    doubled = model(**packed(texts))
+    assert doubled.logits is not None
+    hook.remove()
+    assert model(**packed(texts)).logits is None
+    weight = model.lm_head.weight
+    model.lm_head = Scaled(32, VOCABULARY, bias=False)
+    model.lm_head.weight = weight
+    assert torch.equal(model(**packed(texts)).loss, doubled.loss)
+    model = packops.hf.apply(make("llama")).train()
+    model.lm_head.weight = Quantised(weight.detach().clone())
+    assert model(**packed(texts)).logits is not None
+    model = packops.hf.apply(make("llama")).train()
+    model.loss_function = lambda logits, labels, **kwargs: logits.sum()
+    assert model(**packed(texts)).logits is not None
+
+
+def test_tied_embeddings_and_a_bias(fused):
+    texts = documents()
+    for model in (make("llama", tie_word_embeddings=True), make("llama")):
+        if not model.config.tie_word_embeddings:
+            model.lm_head.bias = nn.Parameter(torch.randn(VOCABULARY))
+        stock = run(model, packed(texts))
+        assert difference(run(packops.hf.apply(model), packed(texts)), stock) < 1e-5
+
+
+def test_router_loss_is_kept(fused):
+    model, texts = make("mixtral", router_aux_loss_coef=0.7), documents()
+    stock = run(model, packed(texts, output_router_logits=True))
+    packops.hf.apply(model)
+    assert difference(run(model, packed(texts, output_router_logits=True)), stock) < 1e-5
+    assert float(run(model, packed(texts))[0]) < float(stock[0]) - 0.5, "the router's loss is not in it"
+
+
+def test_compute_loss_func():
+    model, texts = make("gemma2"), documents()
+    stock = float(model(**padded(texts)).loss)
+    inputs = padded(texts)
+    labels = inputs.pop("labels")
+    outputs = model(**inputs)
+    assert float(packops.hf.compute_loss_func(outputs, labels)) == pytest.approx(stock, rel=1e-5)
+    assert float(packops.hf.compute_loss_func(dict(outputs), labels, num_items_in_batch=2)) == pytest.approx(
+        stock * (sum(LENGTHS) - len(LENGTHS)) / 2, rel=1e-5
+    )
+    by_document = functools.partial(packops.hf.compute_loss_func, reduction="seq-mean-token-mean")
+    want = mean_of_documents(model.eval(), texts, "seq-mean-token-mean")
+    assert float(by_document(outputs, labels)) == pytest.approx(float(want), rel=1e-5)
+    with pytest.raises(ValueError, match="cannot tell which documents are in a single row"):
+        by_document(model(**{k: v for k, v in packed(texts).items() if k != "labels"}), packed(texts)["labels"])
+    with pytest.raises(ValueError, match="returned no logits"):
+        packops.hf.compute_loss_func({"logits": None}, labels)
+
+
+def test_an_ending_that_is_not_known_keeps_its_logits():
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, position_ids=None, **kwargs):
+            logits = self.lm_head(self.model(input_ids, position_ids=position_ids, **kwargs).last_hidden_state)
+            logits = logits.square()
+            loss = None
+            if labels is not None:
+                loss = self.loss_function(logits, labels, self.vocab_size, **kwargs)
+            return transformers.modeling_outputs.CausalLMOutputWithPast(loss=loss, logits=logits)
+
+    model, texts = Odd(make("llama").config), documents()
+    model.loss_type = "ForCausalLM"
+    stock = run(model, packed(texts))
+    packops.hf.apply(model)
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    assert "logits are always made" in packops.hf.report(model).notes[0]
