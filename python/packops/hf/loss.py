@@ -319,8 +319,8 @@ def check_call(model: Any, given: Mapping[str, Any]) -> None:
     images = [name for name in _IMAGES if given.get(name) is not None]
     if images and positions is not None and positions.dim() == 2 and _has_mrope(model.config):
         raise ValueError(
-            f"packops.hf: {images[0]} with position_ids of shape {tuple(positions.shape)}, but this model gives images positions in "
-            "three dimensions (M-RoPE). Pass those of its get_rope_index, document by document, or none"
+            f"packops.hf: {images[0]} with position_ids of shape {tuple(positions.shape)}, but in this model images have positions "
+            "in three dimensions (M-RoPE). Pass those of its get_rope_index, document by document, or none"
         )
     bounds = given.get("cu_seq_lens_q")
     if bounds is None or bounds.numel() <= 2 or positions is not None:
