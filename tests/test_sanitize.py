@@ -10,6 +10,7 @@ import torch
 
 import gpu_record
 import sanitize
+from op_table import kernels, ops_called_by
 
 CLEAN = "case a: x\ncase a: y\n2 cases ran on NVIDIA H200\n========= ERROR SUMMARY: 0 errors\n"
 
@@ -157,3 +158,10 @@ def test_some_cases_alone(capsys):
     assert sanitize.run_cases(device, [sanitize.metadata]) == 0
     said = capsys.readouterr().out
     assert set(re.findall(r"^case (\w+):", said, re.MULTILINE)) == {"metadata"}
+
+
+def test_every_op_has_a_case():
+    """A kernel that no case calls was never seen by a sanitizer."""
+    called = ops_called_by(lambda: sanitize.run_cases(torch.device("cpu")))
+    assert len(kernels()) > 20
+    assert not kernels() - called, f"tests/sanitize.py has no case that calls {sorted(kernels() - called)}"
