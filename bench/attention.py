@@ -29,17 +29,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import harness
+import command
+import measuring
 import packops
 import peers
-from end_to_end import LENGTHS, draw_lengths
-from harness import OURS, Candidate, Case
+import reporting
+from corpora import LENGTHS, draw_lengths
+from measuring import OURS, Candidate, Case
 from packops import reference
 from packops.hf.attention_documents import Documents
 from packops.hf.attention_paths import Rule, attend_flex, attend_sdpa, attend_varlen
 
 NAME = "attention"
 STEM = "attention"
+DATA = "k, v and gradients from N(0, 1), q from N(0, 16): scores of standard deviation 4; lengths of a corpus"
 VARLEN = "torch varlen_attn"
 FLEX = "FlexAttention"
 SDPA = "SDPA"
@@ -97,7 +100,7 @@ class Problem:
     def __post_init__(self) -> None:
         options: Any = {"device": self.device, "generator": torch.Generator(self.device).manual_seed(0)}
         # On the CPU arithmetic takes far longer than memory: more buffers would only make a sample longer.
-        self.count = harness.buffers_for(self.bytes(), self.device) if self.device == "cuda" else 1
+        self.count = measuring.buffers_for(self.bytes(), self.device) if self.device == "cuda" else 1
 
         def some(heads: int, size: float = 1) -> list[Tensor]:
             shape = (self.tokens, heads, self.dim)
@@ -258,7 +261,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 def draw(data: dict[str, Any], path: Path) -> None:
     """A line for each shape and corpus: the forward, and with it the backward."""
-    harness.draw_bars(data, path, columns=2, width=6.5)
+    reporting.draw_bars(data, path, columns=2, width=6.5)
 
 
 def extend(parser: argparse.ArgumentParser) -> None:
@@ -270,7 +273,9 @@ def extend(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return harness.main(NAME, STEM, __doc__ or "", cases, peers=PEERS, draw=draw, extend=extend, arguments=arguments)
+    return command.main(
+        NAME, STEM, __doc__ or "", cases, peers=PEERS, draw=draw, extend=extend, distribution=DATA, arguments=arguments
+    )
 
 
 if __name__ == "__main__":

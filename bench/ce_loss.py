@@ -23,14 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import harness
+import command
+import measuring
 import packops
 import peers
-from harness import Candidate, Case, Target
+import reporting
+from measuring import Candidate, Case, Target
 from packops import reference
 
 NAME = "cross-entropy"
 STEM = "ce_loss"
+DATA = "logits from N(0, 1), labels uniform over the vocabulary: the loss of a model that knows nothing"
 PEERS = {
     "eager": peers.TORCH,
     "torch.compile": peers.TORCH,
@@ -70,7 +73,7 @@ class Problem:
         bytes_per_call = self.rows * self.vocab * DTYPES[self.dtype].itemsize
         generator = torch.Generator(self.device).manual_seed(0)
         options: Any = {"device": self.device, "generator": generator}
-        count = harness.buffers_for(bytes_per_call, self.device)
+        count = measuring.buffers_for(bytes_per_call, self.device)
         self.logits = [torch.randn(self.rows, self.vocab, dtype=DTYPES[self.dtype], **options) for _ in range(count)]
         self.labels = torch.randint(0, self.vocab, (self.rows,), **options)
         self._references: dict[Any, tuple[Tensor, Tensor]] = {}
@@ -118,7 +121,7 @@ class Problem:
         def forward_and_gradient(i: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
                 leaf = buffers[i].detach().requires_grad_()
-                loss = loss_of(harness.Overwritable.apply(leaf) if computed else leaf, labels)
+                loss = loss_of(measuring.Overwritable.apply(leaf) if computed else leaf, labels)
                 return loss, *torch.autograd.grad(loss, leaf)
 
         return Candidate(
@@ -187,7 +190,7 @@ def peer_candidates(
         return candidate(eager if num_items is None else functools.partial(eager_num_items, num_items=num_items))
 
     def torch_compile() -> Candidate:
-        function = harness.compiled(eager if num_items is None else eager_num_items)
+        function = measuring.compiled(eager if num_items is None else eager_num_items)
         return candidate(function if num_items is None else functools.partial(function, num_items=num_items))
 
     def liger() -> Candidate:
@@ -334,10 +337,10 @@ def cuda_cases(args: argparse.Namespace, make: Callable[..., Problem]) -> Iterat
     rows = args.rows or ROWS
     for vocab in args.vocabularies or (VOCABULARIES[2:3] if args.quick else VOCABULARIES):
         problem = make(rows, vocab, "bf16", gradient=False)
-        yield plain(problem, args, [Target(harness.COPY, FORWARD_LIMIT[vocab])] if vocab in FORWARD_LIMIT else [])
+        yield plain(problem, args, [Target(measuring.COPY, FORWARD_LIMIT[vocab])] if vocab in FORWARD_LIMIT else [])
         problem.gradient = True
-        yield plain(problem, args, [Target(harness.COPY, GRADIENT_LIMIT[vocab])] if vocab in GRADIENT_LIMIT else [])
-        limits = {name: [Target(harness.OURS, limit)] for name, limit in VARIANT_LIMITS.items()}
+        yield plain(problem, args, [Target(measuring.COPY, GRADIENT_LIMIT[vocab])] if vocab in GRADIENT_LIMIT else [])
+        limits = {name: [Target(measuring.OURS, limit)] for name, limit in VARIANT_LIMITS.items()}
         yield make_case(problem, OPTIONS, variants(problem), limits)
         if vocab == 128256:
             yield trainer(problem, args)
@@ -393,28 +396,28 @@ def draw(data: dict[str, Any], path: Path) -> None:
     """Over the vocabularies where there are several; else one panel of bars for each case with a gradient."""
     sweep = [case for case in data["cases"] if case["facts"].get("dtype") == "bf16" and case["facts"].get("rows") == ROWS]
     if len({case["facts"]["vocab"] for case in sweep}) < 3:
-        harness.draw_bars(data, path, only=lambda case: case["facts"].get("work") in (FORWARD, GRADIENT), columns=2)
+        reporting.draw_bars(data, path, only=lambda case: case["facts"].get("work") in (FORWARD, GRADIENT), columns=2)
         return
-    plot = harness.pyplot()
+    plot = reporting.pyplot()
     figure, axes = plot.subplots(1, 2, figsize=(12, 4.6), constrained_layout=True)
-    libraries = dict.fromkeys(harness.base(row["system"]) for case in sweep for row in case["rows"])  # in order
+    libraries = dict.fromkeys(command.base(row["system"]) for case in sweep for row in case["rows"])  # in order
     for axis, work in zip(axes, (FORWARD, GRADIENT), strict=True):
         found = sorted((case for case in sweep if case["facts"]["work"] == work), key=lambda case: case["facts"]["vocab"])
         places = {case["facts"]["vocab"]: place for place, case in enumerate(found)}
         lines: dict[str, list[tuple[int, float]]] = {}
         for case in found:
             for row in case["rows"]:
-                if harness.COPY in row["of"] and not row.get("wrong"):
-                    lines.setdefault(row["system"], []).append((places[case["facts"]["vocab"]], row["of"][harness.COPY]))
+                if measuring.COPY in row["of"] and not row.get("wrong"):
+                    lines.setdefault(row["system"], []).append((places[case["facts"]["vocab"]], row["of"][measuring.COPY]))
         for system, points in lines.items():
-            library = harness.base(system)
+            library = command.base(system)
             number = list(libraries).index(library)
             axis.plot(
                 *zip(*points, strict=True),
                 marker="osv^D<>p"[number % 8],
-                color=harness.COLOURS[harness.OURS] if library == harness.OURS else f"C{number}",
+                color=reporting.COLOURS[measuring.OURS] if library == measuring.OURS else f"C{number}",
                 linestyle={"in place": "--", "one pass": ":"}.get(system.partition(", ")[2], "-"),
-                linewidth=2.6 if system == harness.OURS else 1.2,
+                linewidth=2.6 if system == measuring.OURS else 1.2,
                 markersize=4,
                 label=system,
             )
@@ -426,7 +429,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("time / time to copy as many bytes")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
-    harness.finish(figure, data, path)
+    reporting.finish(figure, data, path)
 
 
 def extend(parser: argparse.ArgumentParser) -> None:
@@ -435,4 +438,4 @@ def extend(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(NAME, STEM, __doc__, cases, peers=PEERS, draw=draw, extend=extend))
+    sys.exit(command.main(NAME, STEM, __doc__, cases, peers=PEERS, draw=draw, extend=extend, distribution=DATA))

@@ -22,6 +22,7 @@ import importlib
 import inspect
 import json
 import os
+import random
 import statistics
 import sys
 import tempfile
@@ -35,9 +36,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-import harness
+import command
+import measuring
 import packops
 import peers
+import reporting
+from measuring import Clock, device_state
 
 NAME = "distributed"
 COST = (24576.0, 1.0)  # of a 7B transformer
@@ -125,28 +129,6 @@ def run_rank(rank: int, name: str, ranks: int, folder: str, options: dict[str, A
     # A gloo thread that lets go of its last work while the interpreter shuts down wants the GIL and aborts the process.
     sys.stdout.flush()
     os._exit(0)
-
-
-class Clock:
-    """Milliseconds on this rank's device."""
-
-    def __init__(self, device: torch.device):
-        self.on_gpu = device.type == "cuda"
-
-    def now(self) -> Any:
-        if not self.on_gpu:
-            import time
-
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def between(self, begin: Any, end: Any) -> float:
-        if not self.on_gpu:
-            return 1e3 * (end - begin)
-        end.synchronize()
-        return begin.elapsed_time(end)
 
 
 def slowest(values: list[float], device: torch.device) -> list[float]:
@@ -272,17 +254,20 @@ def vocab(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
 
     samples: dict[str, list[float]] = {name: [] for name in calls}
     group = 1 if device.type == "cpu" else 5
+    order = random.Random(0)  # the same on every rank
     for number in range(options["rounds"] + 1):
-        for name, call in calls.items():
+        for name in order.sample(list(calls), len(calls)):
+            call = calls[name]
             dist.barrier()
             begin = clock.now()
             for _ in range(group):
                 call()
-            milliseconds = clock.between(begin, clock.now()) / group
+            milliseconds = clock.milliseconds(begin, clock.now()) / group
             if number:  # the first round warms up
                 samples[name].append(milliseconds)
     for name in calls:
-        facts[name]["milliseconds"] = statistics.median(slowest(samples[name], device))
+        facts[name]["samples"] = slowest(samples[name], device)
+        facts[name]["milliseconds"] = statistics.median(facts[name]["samples"])
     copy = facts.pop("copy")["milliseconds"] / 2  # of reading or writing the logits once
     passes = {"packops, loss only": 1}
     for name, fact in facts.items():
@@ -369,8 +354,8 @@ def steps(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
                 parameter.grad = None
             if number >= 3:
                 own.append((before, after))
-        milliseconds = clock.between(begin, clock.now())
-        busy = torch.tensor([clock.between(*pair) for pair in own], dtype=torch.float64, device=device)
+        milliseconds = clock.milliseconds(begin, clock.now())
+        busy = torch.tensor([clock.milliseconds(*pair) for pair in own], dtype=torch.float64, device=device)
         of_ranks = [torch.empty_like(busy) for _ in range(dist.get_world_size())]
         dist.all_gather(of_ranks, busy)
         rows[name] = {
@@ -420,7 +405,9 @@ def main() -> None:
     )
     options = vars(parser.parse_args())
     what, out = options.pop("what"), options.pop("out")
-    environment = harness.environment(options["device"], {"liger-kernel": peers.LIGER})
+    environment = measuring.environment(options["device"], {"liger-kernel": peers.LIGER})
+    settings = {"arguments": command.without_output(sys.argv[1:])}
+    state = {"before": device_state(options["device"])}
     if what == "balance":
         result = balance(options["documents"], options["max_length"])
         stem = "distributed_balance"
@@ -434,10 +421,12 @@ def main() -> None:
             raise SystemExit(f"packops bench distributed vocab: {options['vocab']} classes do not divide by {ranks} ranks")
         result = on_ranks(what, ranks, options)
         {"vocab": print_vocab, "steps": print_steps}[what](result, environment["device"])
-        stem = f"distributed_{what}_{ranks}x{harness.slug(options['device'], environment['device'])}"
+        stem = f"distributed_{what}_{ranks}x{measuring.slug(options['device'], environment['device'])}"
     if out is not None:
-        path = (harness.RESULTS / stem if out == Path() else out).with_suffix(".json")
-        harness.write({"benchmark": f"distributed {what}", "environment": environment, **result}, path)
+        path = (reporting.RESULTS / stem if out == Path() else out).with_suffix(".json")
+        state["after"] = device_state(options["device"])
+        facts = {"benchmark": f"distributed {what}", "environment": environment, "settings": settings, "state": state}
+        reporting.write(facts | result, path)
         print(f"\n{path}")
 
 

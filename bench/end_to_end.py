@@ -25,11 +25,11 @@ import gc
 import importlib
 import json
 import math
+import random
 import signal
 import statistics
 import sys
 import time
-from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,12 +39,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-import harness
+import command
+import measuring
 import packops
 import peers
+import reporting
+from corpora import LENGTHS, draw_lengths
+from measuring import Clock, device_state
 
 NAME = "end-to-end"
-LENGTHS = Path(__file__).with_name("document_lengths.json")
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
 PARTS = ("forward", "backward", "optimizer")
 # Of the first row's: bf16 gradients of different kernels differ by far less, those of contaminated documents by more.
@@ -99,19 +102,6 @@ def configuration(name: str, tiny: bool) -> Any:
 
 
 MODELS = {"llama": "Llama-3.2-1B", "qwen3": "Qwen3-0.6B", "gemma2": "Gemma-2-2B"}
-
-
-def draw_lengths(corpus: dict[str, Any], tokens: int, rng: np.random.Generator) -> list[int]:
-    """Of as many documents as fit into ``tokens``: n of them have those of the corpus's quantiles 0.5/n, 1.5/n, ..., at most
-    ``tokens``, in random order."""
-    heights = np.linspace(0, 1, len(corpus["quantiles"]))
-
-    def lengths(count: int) -> np.ndarray:
-        middles = (np.arange(count) + 0.5) / count
-        return np.interp(middles, heights, corpus["quantiles"]).round().astype(int).clip(2, tokens)
-
-    count = bisect_right(range(1, tokens // 2 + 1), tokens, key=lambda n: int(lengths(n).sum()))
-    return rng.permutation(lengths(count)).tolist()
 
 
 def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
@@ -250,22 +240,22 @@ class Prepared:
         vars(self.module).update(values)
         return old
 
-    def step(self, optimizer: torch.optim.Optimizer, clock: Clock) -> tuple[Tensor, Tensor]:
+    def step(self, optimizer: torch.optim.Optimizer, laps: Laps) -> tuple[Tensor, Tensor]:
         """One training step; returns its loss and the norm of its gradient."""
         before = self._swap(self.patched)
         try:
             total = torch.zeros((), device=self.shared[0].device)
-            clock.start()
+            laps.start()
             for batch in self.batches:
                 loss = self.model(**batch).loss
-                clock.lap("forward")
+                laps.lap("forward")
                 loss.backward()
-                clock.lap("backward")
+                laps.lap("backward")
                 total += loss.detach()
             for own, shared in zip(self.model.parameters(), self.shared, strict=True):
                 shared.grad, own.grad = own.grad, None
             optimizer.step()
-            clock.lap("optimizer")
+            laps.lap("optimizer")
             norm = torch.stack([shared.grad.float().norm() for shared in self.shared]).norm()
             optimizer.zero_grad()
             return total, norm
@@ -276,34 +266,23 @@ class Prepared:
 # ---- measuring -------------------------------------------------------------------------------------------------------------
 
 
-class Clock:
-    """Seconds of each part of a step: by events of the stream on CUDA, where nothing waits, else by the host's clock."""
+class Laps:
+    """Seconds of each part of a step."""
 
     def __init__(self, device: torch.device):
-        self.cuda = device.type == "cuda"
+        self.clock = Clock(device)
         self.marks: list[tuple[str, Any]] = []
 
-    def _mark(self, part: str) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.marks.append((part, event))
-        else:
-            self.marks.append((part, time.perf_counter()))
-
     def start(self) -> None:
-        self.marks = []
-        self._mark("")
+        self.marks = [("", self.clock.now())]
 
     def lap(self, part: str) -> None:
-        self._mark(part)
+        self.marks.append((part, self.clock.now()))
 
     def seconds(self) -> dict[str, float]:
-        if self.cuda:
-            torch.cuda.synchronize()
         found = dict.fromkeys(PARTS, 0.0)
         for (_, a), (part, b) in zip(self.marks, self.marks[1:], strict=False):
-            found[part] += a.elapsed_time(b) / 1e3 if self.cuda else b - a
+            found[part] += self.clock.milliseconds(a, b) / 1e3
         return found
 
 
@@ -355,7 +334,7 @@ def measure(
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if args.tiny else torch.bfloat16)
     # so small a rate that all rows see about the same weights throughout
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-8, fused=True)
-    clock = Clock(device)
+    laps = Laps(device)
 
     def attempt(row: Row, result: dict[str, Any], prepared: Prepared | None = None) -> tuple[Prepared, dict[str, float]] | None:
         """A step, and its seconds by part; None if it failed."""
@@ -363,8 +342,8 @@ def measure(
             torch.cuda.reset_peak_memory_stats()
         try:
             prepared = prepared or Prepared(row, model_name, base, documents, args.tokens)
-            loss, norm = prepared.step(optimizer, clock)
-            seconds = clock.seconds()
+            loss, norm = prepared.step(optimizer, laps)
+            seconds = laps.seconds()
             result["loss"], result["gradient"] = loss.item(), norm.item()
         except torch.cuda.OutOfMemoryError:
             result["left_out"] = "out of memory"
@@ -391,7 +370,9 @@ def measure(
         release(device)
         mark(results)
         tell(format_result(result, best(results)))
+    order = random.Random(0)
     for number in range(args.rounds + 1):  # the first warms up
+        order.shuffle(running)
         for _ in range(len(running)):
             row, result, prepared = running.pop(0)
             if done := attempt(row, result, prepared):
@@ -411,6 +392,7 @@ def summarise(result: dict[str, Any], times: list[dict[str, float]], documents: 
     result["rounds"] = len(totals)
     result["seconds"] = statistics.median(totals)
     result["seconds_spread"] = [min(totals), max(totals)]
+    result["samples"] = totals
     result["seconds_by_part"] = {name: statistics.median(parts[name] for parts in times) for name in PARTS}
     result["tokens_per_second"] = sum(map(len, documents)) / result["seconds"]
     result.pop("left_out", None)  # last: the end may come in between
@@ -456,7 +438,7 @@ def table(data: dict[str, Any]) -> str:
 
 def draw(data: dict[str, Any], path: Path) -> None:
     """Useful tokens a second of every row, a panel for each model and corpus."""
-    pyplot = harness.pyplot()
+    pyplot = reporting.pyplot()
     cases = [case for case in data["cases"] if any("left_out" not in r for r in case["results"])]
     if not cases:
         return
@@ -509,10 +491,12 @@ def main(args: argparse.Namespace) -> int:
         return 2
     data: dict[str, Any] = {
         "benchmark": "end-to-end",
-        "environment": harness.environment(device.type, {"transformers": peers.TRANSFORMERS}),
+        "environment": measuring.environment(device.type, {"transformers": peers.TRANSFORMERS}),
         "tokens": args.tokens,
         "dtype": "fp32" if args.tiny else "bf16",
         "tiny": args.tiny,
+        "settings": {"arguments": command.without_output(sys.argv[1:]), "data": "random tokens, documents of a corpus's lengths"},
+        "state": {"before": device_state(device.type)},
         "cases": [],
     }
     corpora = json.loads(LENGTHS.read_text())
@@ -536,7 +520,7 @@ def main(args: argparse.Namespace) -> int:
     def tell(case: dict[str, Any], text: str) -> None:
         print(f"{time.perf_counter() - begin:6.0f} s  {case['model']}, {case['corpus']}: {text}", file=sys.stderr, flush=True)
         if args.out:
-            harness.write(data, args.out.with_suffix(".json"))
+            reporting.write(data, args.out.with_suffix(".json"))
 
     try:
         with time_limit(begin + args.seconds - time.perf_counter()):
@@ -550,8 +534,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"out of time after {time.perf_counter() - begin:.0f} s", file=sys.stderr)
     for case in data["cases"]:
         mark(case["results"])
+    data["state"]["after"] = device_state(device.type)
     if args.out:
-        harness.write(data, args.out.with_suffix(".json"))
+        reporting.write(data, args.out.with_suffix(".json"))
         try:
             draw(data, args.out.with_suffix(".png"))
         except ModuleNotFoundError as error:

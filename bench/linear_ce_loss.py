@@ -24,14 +24,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import harness
+import command
+import measuring
 import packops
 import peers
-from harness import Candidate, Case, Target
+import reporting
+from measuring import Candidate, Case, Target
 from packops.ops.linear_ce_loss import choose_chunk_tokens
 
 NAME = "linear-cross-entropy"
 STEM = "linear_ce_loss"
+DATA = "hidden states from N(0, 1), the weight such that logits are from N(0, 4), labels uniform over the vocabulary"
 PEERS = {
     "eager": peers.TORCH,
     "torch.compile": peers.TORCH,
@@ -171,7 +174,7 @@ def peer_candidates(problem: Problem, wanted: dict[str, peers.Peer]) -> dict[str
 
     makers: dict[str, Callable[[], LossOf]] = {
         "eager": lambda: eager,
-        "torch.compile": lambda: harness.compiled(eager),
+        "torch.compile": lambda: measuring.compiled(eager),
         "torch linear_cross_entropy": lambda: torch_linear,
         "Liger": liger,
         "Apple CCE": apple,
@@ -258,7 +261,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     found = [case for case in data["cases"] if case["facts"]["work"] == "gradients" and case["rows"]]
     if not found:
         return
-    plot = harness.pyplot()
+    plot = reporting.pyplot()
     with_memory = any("peak_bytes" in row for case in found for row in case["rows"])
     deepest = max(len(case["rows"]) for case in found)
     lines = 2 if with_memory else 1
@@ -266,16 +269,16 @@ def draw(data: dict[str, Any], path: Path) -> None:
         lines, len(found), figsize=(5 * len(found), lines * (1.2 + 0.27 * deepest)), constrained_layout=True, squeeze=False
     )
     for column, case in enumerate(found):
-        harness.bars(axes[0][column], case["rows"], case["name"])
+        reporting.bars(axes[0][column], case["rows"], case["name"])
         if with_memory:
             memory(axes[1][column], case)
-    harness.finish(figure, data, path)
+    reporting.finish(figure, data, path)
 
 
 def memory(axis: Any, case: dict[str, Any]) -> None:
     rows = sorted((row for row in case["rows"] if "peak_bytes" in row), key=lambda row: -row["peak_bytes"])
     sizes = [row["peak_bytes"] / 2**30 for row in rows]
-    axis.barh(range(len(rows)), sizes, color=[harness.colour(row) for row in rows])
+    axis.barh(range(len(rows)), sizes, color=[reporting.colour(row) for row in rows])
     axis.set_yticks(range(len(rows)), [row["system"] for row in rows])
     for place, size in enumerate(sizes):
         axis.text(size, place, f" {size:.3g}", va="center", fontsize=8)
@@ -292,7 +295,8 @@ def extend(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return harness.main(NAME, STEM, __doc__ or "", cases, peers=PEERS, draw=draw, extend=extend, arguments=arguments)
+    rest: Any = {"draw": draw, "extend": extend, "distribution": DATA, "arguments": arguments}
+    return command.main(NAME, STEM, __doc__ or "", cases, peers=PEERS, **rest)
 
 
 if __name__ == "__main__":

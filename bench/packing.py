@@ -29,9 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 
-import harness
+import command
+import measuring
 import packops
 import peers
+import reporting
 
 NAME = "packing"
 PEERS = {name: peers.Peer(name, cuda_only=False) for name in ("numpy", "trl", "axolotl", "ochat", "llamafactory", "binpacking")}
@@ -271,7 +273,7 @@ def format_ranks(row: dict[str, Any]) -> str:
 
 def format_data(data: dict[str, Any]) -> str:
     """Everything of a result file as text."""
-    lines = [harness.format_environment(data)]
+    lines = [reporting.format_environment(data)]
     for name, rows in data["packers"].items():
         lines += [f"\n{name}, packs of {data['capacity']:,} tokens", *map(format_packer, rows)]
     for name, ranks in data["ranks"].items():
@@ -322,13 +324,13 @@ def measure_ranks(lengths: np.ndarray, capacity: int, per_batch: int) -> list[di
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    pyplot = harness.pyplot()
+    pyplot = reporting.pyplot()
     largest: dict[str, dict[str, Any]] = {}
     for row in data["packers"]["lognormal"]:
         largest[row["system"]] = row
     rows = sorted(largest.values(), key=lambda row: row["documents_per_second"])
     figure, (left, right) = pyplot.subplots(1, 2, figsize=(13, 4.6), constrained_layout=True, width_ratios=(1.2, 1))
-    colours = [harness.colour(row) for row in rows]
+    colours = [reporting.colour(row) for row in rows]
     left.barh([row["system"] for row in rows], [row["documents_per_second"] for row in rows], color=colours)
     for place, row in enumerate(rows):
         label = f" {row['documents_per_second'] / 1e6:.2f} M/s, {100 * row['fill']:.2f} % full"
@@ -341,7 +343,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     left.set_title(f"lognormal lengths, packs of {data['capacity']:,} tokens", fontsize=10)
     name = "gcide" if "gcide" in data["ranks"] else "lognormal"
     ranks = data["ranks"][name]["rows"][::-1]
-    colours = [harness.colour(row) for row in ranks]
+    colours = [reporting.colour(row) for row in ranks]
     lost = [100 * (1 - row["utilisation"] * row["fill"]) for row in ranks]
     right.barh([row["system"] for row in ranks], lost, color=colours)
     for place, row in enumerate(ranks):
@@ -363,13 +365,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="100,000 documents only: a first look")
     parser.add_argument("--capacity", type=int, default=4096, help="tokens a pack (default 4096)")
     parser.add_argument("--seconds", type=float, default=3.0, help="repeat each measurement for about so long, at most 5 times")
-    harness.add_output(parser, "packing")
+    command.add_output(parser, "packing")
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
     if args.draw is not None:
-        return harness.redraw(args.draw or [harness.RESULTS / "packing.json"], draw, text=format_data)
+        return reporting.redraw(args.draw or [reporting.RESULTS / "packing.json"], draw, text=format_data)
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     torch.set_num_threads(1)
     sizes = [100_000] if args.quick else args.documents
@@ -381,7 +383,9 @@ def main(args: argparse.Namespace) -> int:
         lengths["gcide"] = real[real <= 4096]
     data: dict[str, Any] = {
         "benchmark": NAME,
-        "environment": harness.environment("cpu", PEERS),
+        "environment": measuring.environment("cpu", PEERS),
+        "settings": {"arguments": command.without_output(sys.argv[1:])},
+        "state": {"before": measuring.device_state("cpu")},
         "capacity": args.capacity,
         "lengths": {
             name: {"documents": len(v), "mean": float(v.mean()), "median": float(np.median(v)), "max": int(v.max())}
@@ -399,9 +403,10 @@ def main(args: argparse.Namespace) -> int:
         values, capacity = values[:100_000], 8192
         print(f"\n{RANKS} ranks, {name}: {len(values):,} documents, packs of {capacity:,}")
         data["ranks"][name] = {"capacity": capacity, "ranks": RANKS, "cost": COST, "rows": measure_ranks(values, capacity, 1)}
+    data["state"]["after"] = measuring.device_state("cpu")
     if args.out:
-        stem = harness.RESULTS / "packing" if args.out == Path() else args.out
-        harness.write(data, stem.with_suffix(".json"))
+        stem = reporting.RESULTS / "packing" if args.out == Path() else args.out
+        reporting.write(data, stem.with_suffix(".json"))
         draw(data, stem.with_suffix(".png"))
     return 0
 

@@ -22,14 +22,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-import harness
+import command
+import measuring
 import packops
 import peers
-from harness import OURS, Candidate, Case
+import reporting
+from measuring import OURS, Candidate, Case
 from packops import reference
 
 NAME = "rms-norm"
 STEM = "rms_norm"
+DATA = "rows, weights and gradients from N(0, 1)"
 PEERS = {"eager": peers.TORCH, "torch": peers.TORCH, "Liger": peers.LIGER}
 EPS = 1e-6
 # rows, columns, whether the factor is 1 + weight: hidden states of Llama-3.2-1B, of Qwen3-0.6B, of 8B models, of Gemma-2-2B
@@ -56,7 +59,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         options: Any = {"device": self.device, "generator": torch.Generator(self.device).manual_seed(0)}
-        self.count = harness.buffers_for(self.bytes(), self.device)
+        self.count = measuring.buffers_for(self.bytes(), self.device)
 
         def some() -> list[Tensor]:
             return [torch.randn(self.rows, self.columns, **options).to(DTYPES[self.dtype]) for _ in range(self.count)]
@@ -154,7 +157,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    harness.draw_bars(data, path, columns=2)
+    reporting.draw_bars(data, path, columns=2)
 
 
 def extend(parser: argparse.ArgumentParser) -> None:
@@ -162,7 +165,9 @@ def extend(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    return harness.main(NAME, STEM, __doc__ or "", cases, peers=PEERS, draw=draw, extend=extend, arguments=arguments)
+    return command.main(
+        NAME, STEM, __doc__ or "", cases, peers=PEERS, draw=draw, extend=extend, distribution=DATA, arguments=arguments
+    )
 
 
 if __name__ == "__main__":

@@ -23,14 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import harness
+import command
+import measuring
 import packops
 import peers
-from harness import COPY, OURS, Candidate, Case, Target
+import reporting
+from measuring import COPY, OURS, Candidate, Case, Target
 from packops import reference
 
 NAME = "rope"
 STEM = "rope"
+DATA = "q and k from N(0, 1)"
 PEERS = {
     "eager": peers.TORCH,
     "torch.compile": peers.TORCH,
@@ -71,7 +74,7 @@ class Problem:
     def __post_init__(self) -> None:
         self.rotary = self.rotary or self.dim
         self.generator = torch.Generator(self.device).manual_seed(0)
-        self.count = harness.buffers_for(self.bytes(), self.device)
+        self.count = measuring.buffers_for(self.bytes(), self.device)
         self.q, self.k = self.heads()
         self.cos, self.sin = packops.rope_table(self.rotary, TABLE, device=self.device)
         token = torch.arange(self.tokens, device=self.device)
@@ -155,7 +158,7 @@ class Problem:
         def call(i: int) -> Pair:
             i %= self.count
             leaves = [x.detach().requires_grad_() for x in (q[i], k[i], *weights)]
-            outputs = rotate(*(map(harness.Overwritable.apply, leaves) if inplace else leaves))
+            outputs = rotate(*(map(measuring.Overwritable.apply, leaves) if inplace else leaves))
             pairs = zip((q_grad[i], k_grad[i]), outputs, strict=True)
             return torch.autograd.grad(outputs, leaves, [g if g.shape == x.shape else heads_first(g) for g, x in pairs])
 
@@ -270,7 +273,7 @@ def peer_candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: b
 
     makers = {
         "eager": lambda: make(lambda q, k: eager(q, k, token_cos, token_sin)),
-        "torch.compile": lambda: make(functools.partial(harness.compiled(eager), cos=token_cos, sin=token_sin)),
+        "torch.compile": lambda: make(functools.partial(measuring.compiled(eager), cos=token_cos, sin=token_sin)),
         "Liger": liger,
         "Unsloth": unsloth,
         "flash-attn": lambda: of_documents(peers.flash_attention("layers.rotary").apply_rotary_emb),
@@ -455,7 +458,7 @@ def norm_case(args: argparse.Namespace, problem: Problem, gradient: bool) -> Cas
     formula = functools.partial(norm_eager, cos=token_cos, sin=token_sin, eps=eps)
     makers = {
         "eager": lambda: make(formula),
-        "torch.compile": lambda: make(functools.partial(harness.compiled(norm_eager), cos=token_cos, sin=token_sin, eps=eps)),
+        "torch.compile": lambda: make(functools.partial(measuring.compiled(norm_eager), cos=token_cos, sin=token_sin, eps=eps)),
         "Unsloth": unsloth,
     }
     candidates = {OURS: lambda: make(fused)} | {name: maker for name, maker in makers.items() if name in args.peers}
@@ -515,7 +518,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
     shapes = [case for case in data["cases"] if case["facts"].get("work") == "forward"]
     works = ("forward",) if len(shapes) > 4 else ("forward", "forward + backward")
     columns = 3 if len(works) == 1 else 2
-    harness.draw_bars(data, path, only=lambda case: case["facts"].get("work") in works, columns=columns)
+    reporting.draw_bars(data, path, only=lambda case: case["facts"].get("work") in works, columns=columns)
 
 
 def extend(parser: argparse.ArgumentParser) -> None:
@@ -525,4 +528,4 @@ def extend(parser: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(harness.main(NAME, STEM, __doc__, cases, peers=PEERS, draw=draw, extend=extend))
+    sys.exit(command.main(NAME, STEM, __doc__, cases, peers=PEERS, draw=draw, extend=extend, distribution=DATA))

@@ -20,9 +20,11 @@ from packops.cli import bench as cli_bench
 
 BENCH = Path(__file__).parents[1] / "bench"
 
-import harness  # noqa: E402
+import command  # noqa: E402
+import measuring  # noqa: E402
 import peers  # noqa: E402
-from harness import Candidate, Case, Target  # noqa: E402
+import reporting  # noqa: E402
+from measuring import Candidate, Case, Target  # noqa: E402
 
 
 def load(stem):
@@ -44,39 +46,39 @@ def row_of(case, system):
 def test_percentile(count):
     values = torch.randn(count).tolist()
     for share in (0, 0.1, 0.5, 0.9, 1):
-        assert harness.percentile(values, share) == pytest.approx(numpy.percentile(values, 100 * share))
+        assert measuring.percentile(values, share) == pytest.approx(numpy.percentile(values, 100 * share))
 
 
 def test_ratio_is_taken_within_rounds():
     """A slow second round slows both; the ratio of the medians would be 0.75, of the sums 0.67."""
-    assert harness.ratio([1, 20, 3], [2, 4, 30]) == 0.5
+    assert measuring.ratio([1, 20, 3], [2, 4, 30]) == 0.5
 
 
 def test_summary_by_hand():
     targets = {"packops": [Target("copy", 2.0), Target("eager", 0.4), Target("us", 7), Target("absent", 1)]}
     case = case_of({}, bytes=600, targets=targets)
-    rows = harness.summary(case, {"copy": [1, 2, 3], "packops": [2, 6, 9], "eager": [4, 12, 90]})
+    rows = measuring.summary(case, {"copy": [1, 2, 3], "packops": [2, 6, 9], "eager": [4, 12, 90]})
     assert [row["microseconds"] for row in rows] == [2, 6, 12]
     assert rows[1]["spread"] == pytest.approx([2.8, 8.4])
     assert rows[1]["of"] == {"copy": 3.0}  # not of itself
     assert rows[2]["of"] == {"copy": 6.0, "packops": 2.0}
     found = [(t["against"], t["value"], t["met"]) for t in rows[1]["targets"]]
     assert found == [("copy", 3.0, False), ("eager", 0.5, False), ("us", 6, True)]
-    assert harness.speed_text(rows[1]) == "0.1 GB/s"  # 600 bytes in 6 us
+    assert reporting.speed_text(rows[1]) == "0.1 GB/s"  # 600 bytes in 6 us
 
 
 def test_speed_in_flops():
     """Of those who do the arithmetic; a copy does none."""
     case = case_of({}, bytes=600, flops=24_000_000)
-    rows = harness.summary(case, {"copy": [2], "packops": [6], "eager": [9600]})
-    assert [harness.speed_text(row) for row in rows] == ["0.3 GB/s", "4.0 TFLOP/s", "2.5 GFLOP/s"]
-    shown = harness.format_case({"name": "work", "rows": rows, "absent": {}}).splitlines()
+    rows = measuring.summary(case, {"copy": [2], "packops": [6], "eager": [9600]})
+    assert [reporting.speed_text(row) for row in rows] == ["0.3 GB/s", "4.0 TFLOP/s", "2.5 GFLOP/s"]
+    shown = reporting.format_case({"name": "work", "rows": rows, "absent": {}}).splitlines()
     assert [line.index("/s") for line in shown[1:]] == [shown[1].index("/s")] * 3  # one column
-    (row,) = harness.summary(case_of({}, flops=24_000_000), {"packops": [6]})
-    assert "4.0 TFLOP/s" in harness.format_case({"name": "work", "rows": [row], "absent": {}})
+    (row,) = measuring.summary(case_of({}, flops=24_000_000), {"packops": [6]})
+    assert "4.0 TFLOP/s" in reporting.format_case({"name": "work", "rows": [row], "absent": {}})
 
 
-def test_rounds_interleave_and_rotate():
+def test_rounds_interleave_in_random_order():
     order = []
     candidates = {name: Candidate(None) for name in "abc"}
     names = {id(candidate): name for name, candidate in candidates.items()}
@@ -85,12 +87,16 @@ def test_rounds_interleave_and_rotate():
         order.append(names[id(candidate)])
         return len(order)
 
-    samples = harness.interleave(candidates, sample, rounds=4, seconds=60)
-    assert "".join(order) == "abcbcacababc"
-    assert samples["b"] == [2, 4, 9, 11]
+    samples = measuring.interleave(candidates, sample, rounds=40, seconds=60)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, 120, 3)]
+    assert {"".join(sorted(names)) for names in rounds} == {"abc"}  # each once a round
+    assert len(set(rounds)) == 6  # in every order
+    assert samples["b"] == [3 * i + names.index("b") + 1 for i, names in enumerate(rounds)]
     order.clear()
-    assert len(harness.interleave(candidates, sample, rounds=9, seconds=0)["a"]) == 5  # never fewer than five
-    assert len(harness.interleave(candidates, sample, rounds=2, seconds=0)["a"]) == 2
+    measuring.interleave(candidates, sample, rounds=40, seconds=60)
+    assert "".join(order) == "".join(rounds)  # the same at every run
+    assert len(measuring.interleave(candidates, sample, rounds=9, seconds=0)["a"]) == 5  # never fewer than five
+    assert len(measuring.interleave(candidates, sample, rounds=2, seconds=0)["a"]) == 2
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------------
@@ -111,16 +117,16 @@ def test_what_is_wrong_absent_or_broken_is_said():
             "broken": broken,
         }
     )
-    result = harness.measure(case, "cpu", rounds=2, seconds=1)
+    result = measuring.measure(case, "cpu", rounds=2, seconds=1)
     assert "wrong" not in row_of(result, "packops")
     assert row_of(result, "wrong")["wrong"] == "2, not 1"
     assert row_of(result, "wrong")["rounds"] == 2
     assert result["absent"] == {"absent": "not installed", "broken": "RuntimeError: does not compile"}
-    shown = harness.format_case(result)
+    shown = reporting.format_case(result)
     assert "WRONG RESULT: 2, not 1" in shown
     assert "not installed" in shown
     with pytest.raises(RuntimeError, match="does not compile"):  # of ours this is no footnote
-        harness.measure(case_of({"packops, variant": broken}), "cpu", rounds=1, seconds=1)
+        measuring.measure(case_of({"packops, variant": broken}), "cpu", rounds=1, seconds=1)
 
 
 def test_what_a_call_destroys_is_put_back():
@@ -136,7 +142,7 @@ def test_what_a_call_destroys_is_put_back():
         check=lambda result: "" if torch.equal(result, -source) else "not the negative",
         restore=lambda i: scratch.copy_(source),
     )
-    result = harness.measure(case_of({"packops": lambda: candidate}), "cpu", rounds=3, seconds=1)
+    result = measuring.measure(case_of({"packops": lambda: candidate}), "cpu", rounds=3, seconds=1)
     assert "wrong" not in result["rows"][0]
     assert seen == [[0, 1, 2]] * len(seen)
     assert len(seen) >= 6
@@ -155,7 +161,7 @@ def test_a_sample_uses_every_buffer_and_keeps_the_results():
         made.append(weakref.ref(result))
         return result
 
-    assert harness.Clock(case_of({}, buffers=4), "cpu").sample(Candidate(call)) > 0
+    assert measuring.Sampler(case_of({}, buffers=4), "cpu").sample(Candidate(call)) > 0
     assert alive == [(i, [True] * i) for i in range(4)]
     assert [reference() for reference in made] == [None] * 4
 
@@ -163,15 +169,15 @@ def test_a_sample_uses_every_buffer_and_keeps_the_results():
 def test_copy_moves_as_many_bytes(monkeypatch):
     copied = []
     monkeypatch.setattr(torch.Tensor, "copy_", lambda self, other: copied.append((self.nbytes, other.nbytes)))
-    candidate, scale = harness.copy_candidate(case_of({}, bytes=1000, buffers=2), "cpu")
+    candidate, scale = measuring.copy_candidate(case_of({}, bytes=1000, buffers=2), "cpu")
     candidate.call(1)
     assert (copied, scale) == ([(500, 500)], 1.0)
-    monkeypatch.setattr(harness, "LARGEST_COPY", 400)
-    candidate, scale = harness.copy_candidate(case_of({}, bytes=1000), "cpu")
+    monkeypatch.setattr(measuring, "LARGEST_COPY", 400)
+    candidate, scale = measuring.copy_candidate(case_of({}, bytes=1000), "cpu")
     candidate.call(0)
     assert (copied[-1], scale) == ((200, 200), 2.5)
-    monkeypatch.setattr(harness.Clock, "sample", lambda self, candidate: 2.0)
-    result = harness.measure(case_of({"packops": lambda: Candidate(lambda i: None)}, bytes=1000), "cpu", 1, 1)
+    monkeypatch.setattr(measuring.Sampler, "sample", lambda self, candidate: 2.0)
+    result = measuring.measure(case_of({"packops": lambda: Candidate(lambda i: None)}, bytes=1000), "cpu", 1, 1)
     assert [row["microseconds"] for row in result["rows"]] == [5, 2]  # the time of 1000 bytes
 
 
@@ -189,8 +195,8 @@ def test_a_call_that_waits_is_not_held_longer_and_longer(monkeypatch):
     times = iter(range(100))
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "_sleep", slept.append)
-    monkeypatch.setattr(harness.time, "perf_counter", lambda: next(times) ** 2 / 1e3)
-    clock = harness.Clock(case_of({}, buffers=2), "cpu")
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(times) ** 2 / 1e3)
+    clock = measuring.Sampler(case_of({}, buffers=2), "cpu")
     clock.cold = torch.zeros(1)
     candidate = Candidate(lambda i: i)
     assert [clock._on_cuda(candidate) for _ in range(4)] == [500.0] * 4  # 1 ms for two calls
@@ -199,9 +205,9 @@ def test_a_call_that_waits_is_not_held_longer_and_longer(monkeypatch):
 
 
 def test_buffers_exceed_the_cache():
-    assert harness.buffers_for(1 << 40, "cuda") == 1
-    assert harness.buffers_for(48 << 20, "cuda") * (48 << 20) > 192 << 20
-    assert harness.buffers_for(0, "cpu") == 32
+    assert measuring.buffers_for(1 << 40, "cuda") == 1
+    assert measuring.buffers_for(48 << 20, "cuda") * (48 << 20) > 192 << 20
+    assert measuring.buffers_for(0, "cpu") == 32
 
 
 # ---- the result: data, text, picture -----------------------------------------------------------------------------------------
@@ -219,7 +225,7 @@ def data():
     ]
     return {
         "benchmark": "thing",
-        "environment": harness.environment("cpu", {"torch": peers.TORCH, "absent": peers.Peer("surely-not-installed")}),
+        "environment": measuring.environment("cpu", {"torch": peers.TORCH, "absent": peers.Peer("surely-not-installed")}),
         "cases": [{"name": "work, 3 x 4", "facts": {"work": "work"}, "rows": rows, "absent": {"Third": "not installed"}}],
     }
 
@@ -234,7 +240,7 @@ def test_environment(data):
 
 
 def test_text(data):
-    lines = harness.format_case(data["cases"][0]).splitlines()
+    lines = reporting.format_case(data["cases"][0]).splitlines()
     assert [line.split()[0] for line in lines] == ["work,", "copy", "packops", "Rival", "Other", "Third"]
     assert "4.00 TB/s" in lines[1]
     assert "1.500 ms" in lines[2]
@@ -242,46 +248,46 @@ def test_text(data):
     assert "1.50 x copy" in lines[2]
     assert lines[2].endswith("1.500, wanted at most 1.1 x copy: MISSED")
     assert lines[3].endswith("WRONG RESULT: zero gradient")
-    verdict = harness.format_verdict(data)
+    verdict = reporting.format_verdict(data)
     assert verdict.startswith("0 of 1 targets met, missed:\n  packops, work, 3 x 4: 1.500")
     assert verdict.endswith("wrong results:\n  Rival, work, 3 x 4: zero gradient")
     data["cases"][0]["rows"] = data["cases"][0]["rows"][:1]
-    assert harness.format_verdict(data) == ""
+    assert reporting.format_verdict(data) == ""
 
 
 def test_bars_show_the_numbers(data):
     pytest.importorskip("matplotlib")
-    plot = harness.pyplot()
+    plot = reporting.pyplot()
     figure, axis = plot.subplots()
-    harness.bars(axis, data["cases"][0]["rows"], "title")
+    reporting.bars(axis, data["cases"][0]["rows"], "title")
     widths = [patch.get_width() for patch in axis.patches]
     assert widths == [2.5, 1.5, 1.0, 0.7]  # ms, the fastest on top
     assert [label.get_text() for label in axis.get_yticklabels()] == ["Other", "packops", "copy", "Rival"]
     assert [text.get_text().strip() for text in axis.texts] == ["2.5", "1.5", "1", "0.7 (wrong result)"]
     from matplotlib.colors import to_hex
 
-    assert to_hex(axis.patches[1].get_facecolor()) == harness.COLOURS["packops"]
-    assert to_hex(axis.patches[3].get_facecolor()) == harness.COLOURS["wrong"]
+    assert to_hex(axis.patches[1].get_facecolor()) == reporting.COLOURS["packops"]
+    assert to_hex(axis.patches[3].get_facecolor()) == reporting.COLOURS["wrong"]
     plot.close(figure)
 
 
 def test_pictures_come_from_the_file(data, tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr(harness, "measure", None)
+    monkeypatch.setattr(command, "measure", None)
     path = tmp_path / "thing_cpu.json"
     pictures = []
     for factor in (1, 1, 2):
         data["cases"][0]["rows"][3]["microseconds"] = factor * 2500.0
-        harness.write(data, path)
-        assert harness.redraw([path], harness.draw_bars) == 0
+        reporting.write(data, path)
+        assert reporting.redraw([path], reporting.draw_bars) == 0
         pictures.append(path.with_suffix(".png").read_bytes())
     assert pictures[0] == pictures[1] != pictures[2]
     assert "WRONG RESULT" in capsys.readouterr().out
-    assert harness.redraw([], harness.draw_bars) == 1
+    assert reporting.redraw([], reporting.draw_bars) == 1
 
 
 def test_numbers_are_written_with_six_digits(tmp_path):
-    harness.write({"a": [1 / 3, 123456789.0], "b": (True, 7, "x", None)}, tmp_path / "new" / "x.json")
+    reporting.write({"a": [1 / 3, 123456789.0], "b": (True, 7, "x", None)}, tmp_path / "new" / "x.json")
     assert json.loads((tmp_path / "new" / "x.json").read_text()) == {"a": [0.333333, 123457000.0], "b": [True, 7, "x", None]}
 
 
@@ -295,18 +301,18 @@ def test_numbers_are_written_with_six_digits(tmp_path):
     ],
 )
 def test_device_in_the_file_name(name, expected):
-    assert harness.slug("cuda", name) == expected
-    assert harness.slug("cpu", name) == "cpu"
+    assert measuring.slug("cuda", name) == expected
+    assert measuring.slug("cpu", name) == "cpu"
 
 
 def test_choice_of_peers():
     known = {"eager": peers.TORCH, "Liger": peers.LIGER, "Liger, in place": peers.LIGER}
-    assert list(harness.chosen(known, "all", "cuda")) == [*known]
-    assert list(harness.chosen(known, "all", "cpu")) == ["eager"]
-    assert harness.chosen(known, "none", "cuda") == {}
-    assert list(harness.chosen(known, "liger, EAGER", "cuda")) == ["Liger", "Liger, in place", "eager"]
+    assert list(command.chosen(known, "all", "cuda")) == [*known]
+    assert list(command.chosen(known, "all", "cpu")) == ["eager"]
+    assert command.chosen(known, "none", "cuda") == {}
+    assert list(command.chosen(known, "liger, EAGER", "cuda")) == ["Liger", "Liger, in place", "eager"]
     with pytest.raises(SystemExit, match="no ligre here; there are eager, Liger"):
-        harness.chosen(known, "ligre", "cuda")
+        command.chosen(known, "ligre", "cuda")
 
 
 # ---- peers -----------------------------------------------------------------------------------------------------------------
@@ -363,14 +369,14 @@ def run(stem, tmp_path, *arguments):
     module, path = load(stem), tmp_path / "out" / stem
     options = {"peers": module.PEERS, "draw": module.draw, "extend": module.extend}
     arguments = [*TINY, *arguments, "--out", str(path)]
-    status = harness.main(module.NAME, stem, module.__doc__, module.cases, arguments=arguments, **options)
+    status = command.main(module.NAME, stem, module.__doc__, module.cases, arguments=arguments, **options)
     return status, json.loads(path.with_suffix(".json").read_text())
 
 
 @pytest.fixture
 def small_buffers(monkeypatch):
     threads = torch.get_num_threads()
-    monkeypatch.setattr(harness, "buffers_for", lambda bytes_per_call, device: 2)
+    monkeypatch.setattr(measuring, "buffers_for", lambda bytes_per_call, device: 2)
     yield
     torch.set_num_threads(threads)
 
@@ -461,13 +467,13 @@ def test_vocabularies_are_drawn_as_lines(tmp_path, monkeypatch):
                 {"name": "", "facts": {"vocab": vocab, "work": work, "dtype": "bf16", "rows": ce_loss.ROWS}, "rows": rows}
             )
     drawn = []
-    monkeypatch.setattr(harness, "finish", lambda figure, data, path: drawn.append(figure))
+    monkeypatch.setattr(reporting, "finish", lambda figure, data, path: drawn.append(figure))
     ce_loss.draw({"cases": cases}, tmp_path / "x.png")
     lines = {line.get_label(): list(line.get_ydata()) for line in drawn[0].axes[1].lines}
     assert lines["packops"] == [1.1] * 3
     assert lines["QuACK"] == [1.5] * 3
     assert "Liger" not in lines  # fast and wrong
-    harness.pyplot().close(drawn[0])
+    reporting.pyplot().close(drawn[0])
 
 
 # ---- RoPE ------------------------------------------------------------------------------------------------------------------
@@ -533,6 +539,81 @@ def test_a_wrong_gradient_of_a_rotation_is_found(small_buffers):
     assert candidate.check(candidate.call(0)) == ""
     detached = p.with_gradient(lambda q, k: (q * p.cos[0, 0], k * p.cos[0, 0]))  # the right norm, not turned back
     assert "wrong in" in detached.check(detached.call(0))
+
+
+def test_a_result_holds_what_it_takes_to_believe_it(monkeypatch):
+    calls = iter("ab")
+    monkeypatch.setattr(measuring, "device_state", lambda device: {device: next(calls)})
+    result = measuring.measure(case_of({"packops": lambda: Candidate(lambda i: None)}), "cpu", rounds=3, seconds=1)
+    assert result["state"] == {"before": {"cpu": "a"}, "after": {"cpu": "b"}}
+    row = result["rows"][0]
+    assert len(row["samples"]) == row["rounds"] == 3
+    assert min(row["samples"]) <= row["microseconds"] <= max(row["samples"])
+
+
+def test_sensors():
+    answers = {"clocks_event_reasons": "1980, 2619, 412.5, 54, 0x0000000000000004", "clocks_throttle_reasons": ""}
+
+    def ask(names):
+        asked.append(names)
+        return answers[next(word for word in answers if word in names)]
+
+    for old in (False, True):  # an old driver does not know the new name
+        asked = []
+        if old:
+            answers = {"clocks_event_reasons": "", "clocks_throttle_reasons": "1980, 2619, [N/A], 54, Active\n1, 2, 3, 4, 5"}
+        state = measuring.read_sensors(ask)
+        assert len(asked) == 1 + old
+        assert asked[0].split(",")[:2] == ["clocks.sm", "clocks.mem"]
+        assert state["sm_mhz"] == 1980
+        assert state["temperature_c"] == 54
+        assert state["power_watts"] == ("[N/A]" if old else 412.5)
+        assert state["throttle_reasons"] == ("Active" if old else "0x0000000000000004")
+    assert measuring.read_sensors(lambda names: "") == {}
+    assert measuring.device_state("cpu")["load"] >= 0
+
+
+def test_the_arguments_are_kept_without_the_output():
+    assert command.without_output(["--only", "a", "--out", "x", "--quick"]) == ["--only", "a", "--quick"]
+    assert command.without_output(["--out=x", "--out", "--rounds", "3", "--out"]) == ["--rounds", "3"]
+
+
+def test_reproduce(tmp_path, capsys):
+    """A result is measured again with its settings, and both are shown."""
+    pytest.importorskip("matplotlib")
+    first = tmp_path / "first"
+    small = ["--device", "cpu", "--only", "host", "--rounds", "2", "--threads", "1", "--shape", "8", "2", "1", "16"]
+    assert cli.main(["bench", "rope", *small, "--peers", "none", "--out", str(first)]) == 0
+    written = json.loads(first.with_suffix(".json").read_text())
+    assert written["settings"]["arguments"] == [*small, "--peers", "none"]
+    assert written["settings"]["data"]
+    written["cases"][0]["rows"][0]["microseconds"] = 12345.0
+    written["cases"][0]["rows"][0]["system"] = "gone"
+    first.with_suffix(".json").write_text(json.dumps(written))
+    capsys.readouterr()
+    assert cli.main(["bench", "--reproduce", str(first.with_suffix(".json"))]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[0] == f"packops bench rope {' '.join(written['settings']['arguments'])}"
+    table = shown[next(i for i, line in enumerate(shown) if line.endswith("now/written")) + 1 :]
+    (gone,) = (line for line in table if ": gone, us" in line)
+    assert gone.split()[-2:] == ["1.234e+04", "--"]
+    assert any(line.split()[-1].replace(".", "").isdigit() and ": packops" in line for line in table)
+
+
+@pytest.mark.parametrize("text", ["{", "{}", "[]", '{"benchmark": "gone"}', '{"benchmark": 3}'])
+def test_reproduce_refuses_what_is_no_result(tmp_path, capsys, text):
+    (tmp_path / "r.json").write_text(text)
+    assert cli.main(["bench", "--reproduce", str(tmp_path / "r.json")]) == 2
+    assert "packops bench --reproduce" in capsys.readouterr().err
+
+
+def test_every_written_result_can_be_compared():
+    results = sorted((BENCH / "results").glob("*.json"))
+    assert len(results) > 8
+    for path in results:
+        found = reporting.figures(json.loads(path.read_text()))
+        assert found, path.name
+        assert all(isinstance(value, (int, float)) for value in found.values())
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------------

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+import command
 import end_to_end
-import harness
+import measuring
 import packops
 from packops import reference
 from packops.hf.attention_paths import attend_flex
@@ -60,7 +61,7 @@ def test_what_it_measures_by_default(bench, monkeypatch):
     monkeypatch.setattr(bench.Problem, "__post_init__", lambda self: setattr(self, "count", 1))
     monkeypatch.setattr(bench, "ours", lambda problem, gradient: {})
     monkeypatch.setattr(bench, "peer_candidates", lambda problem, wanted, gradient: {})
-    parser = harness.add_arguments(argparse.ArgumentParser(), bench.PEERS)
+    parser = command.add_arguments(argparse.ArgumentParser(), bench.PEERS)
     bench.extend(parser)
 
     def names(*arguments):
@@ -203,7 +204,7 @@ def test_varlen_is_left_out_of_a_softcap_and_named(bench):
     problem = problem_of(bench, softcap=50.0)
     candidates = bench.ours(problem, False) | bench.peer_candidates(problem, bench.PEERS, False)
     del candidates[bench.FLEX]
-    result = harness.measure(harness.Case("a case", candidates), "cpu", rounds=1, seconds=0)
+    result = measuring.measure(measuring.Case("a case", candidates), "cpu", rounds=1, seconds=0)
     assert result["absent"] == {bench.VARLEN: "NotImplementedError: varlen_attn has no softcap"}
     assert [row["system"] for row in result["rows"]] == ["packops", "SDPA"]
 
@@ -212,7 +213,7 @@ def test_peers_of_each_device(bench):
     problem = problem_of(bench)
     for device, expected in (("cpu", [bench.SDPA]), ("cuda", [bench.VARLEN, bench.FLEX])):
         problem.device = device
-        assert list(bench.peer_candidates(problem, harness.chosen(bench.PEERS, "all", device), False)) == expected
+        assert list(bench.peer_candidates(problem, command.chosen(bench.PEERS, "all", device), False)) == expected
 
 
 def test_a_softcap_wants_a_shape(bench, tmp_path):

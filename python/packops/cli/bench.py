@@ -8,9 +8,13 @@ from __future__ import annotations
 import argparse
 import ast
 import difflib
+import importlib
+import json
 import runpy
 import sys
+import tempfile
 from pathlib import Path
+from typing import Any
 
 FOLDER = Path(__file__).resolve().parents[3] / "bench"
 
@@ -31,6 +35,7 @@ def listing(found: dict[str, tuple[Path, str]]) -> str:
     return "\n".join(
         [
             "usage: packops bench NAME [options]",
+            "       packops bench --reproduce FILE.json   measure a written result again, with its settings",
             "",
             *(f"  {name:<{width}}  {text}" for name, (_, text) in found.items()),
             "",
@@ -56,14 +61,19 @@ def main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.reproduce:
+        return reproduce(arguments.reproduce, arguments.arguments, found)
     name, *rest = arguments.arguments
     if name not in found:
         near = difflib.get_close_matches(name, found, 1, 0.4)
         guess = f" Did you mean {near[0]}?" if near else ""
         print(f"packops bench: there is no benchmark {name!r}, only {', '.join(found)}.{guess}", file=sys.stderr)
         return 2
-    path, _ = found[name]
-    sys.argv = [f"packops bench {name}", *rest]
+    return run(found[name][0], name, rest)
+
+
+def run(path: Path, name: str, words: list[str]) -> int:
+    sys.argv = [f"packops bench {name}", *words]
     sys.path.insert(0, str(FOLDER))
     try:
         runpy.run_path(str(path), run_name="__main__")
@@ -73,3 +83,39 @@ def main(arguments: argparse.Namespace) -> int:
             return 2
         return stop.code or 0
     return 0
+
+
+def reproduce(result: Path, more: list[str], found: dict[str, tuple[Path, str]]) -> int:
+    """Measure a written result again with its settings (and ``more`` arguments), and print both side by side."""
+    try:
+        written = json.loads(result.read_text(encoding="utf-8"))
+        name, *what = written["benchmark"].split()
+        words = arguments_of(written)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        print(f"packops bench --reproduce {result}: no result of a benchmark ({type(error).__name__}: {error})", file=sys.stderr)
+        return 2
+    if name not in found:
+        print(f"packops bench --reproduce {result}: there is no benchmark {name!r} any more", file=sys.stderr)
+        return 2
+    if "arguments" not in (written.get("settings") or {}):
+        print(f"{result} was written before results held their arguments: its settings are taken as far as it names them")
+        words = [*what, *words]
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "now"
+        print(f"packops bench {' '.join([name, *words, *more])}", flush=True)
+        status = run(found[name][0], name, [*words, *more, "--out", str(out)])
+        if not out.with_suffix(".json").is_file():
+            return status or 1
+        now = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    reporting = importlib.import_module("reporting")  # of bench/, which is on the path now
+    print("\n" + reporting.compare(written, now))
+    return status
+
+
+def arguments_of(written: dict[str, Any]) -> list[str]:
+    """The arguments of a written result: as it says, or what its settings tell of them."""
+    settings = written.get("settings") or {}
+    if "arguments" in settings:
+        return list(settings["arguments"])
+    words = [f"--{name}={settings[name]}" for name in ("only", "rounds", "seconds") if settings.get(name) is not None]
+    return words + (["--quick"] if settings.get("quick") else [])

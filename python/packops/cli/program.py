@@ -77,9 +77,13 @@ def read(argv: Sequence[str]) -> argparse.Namespace | None:
     if arguments.command is None:
         parser.print_help()
         return None
-    if arguments.command == "bench" and (arguments.wants_list or not arguments.arguments) and bench.print_list():
+    if arguments.command == "bench" and asks_for_list(arguments) and bench.print_list():
         return None
     return arguments
+
+
+def asks_for_list(arguments: argparse.Namespace) -> bool:
+    return arguments.wants_list or not (arguments.arguments or arguments.reproduce)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -129,6 +133,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", action="store_true", dest="wants_list")
+    parser.add_argument("--reproduce", type=Path, metavar="FILE")
     parser.add_argument("arguments", nargs=argparse.REMAINDER)  # of the benchmark, --help among them
 
 

@@ -1,0 +1,154 @@
+"""The program around a benchmark: its arguments, the loop over its cases, the files that it writes."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from measuring import OURS, Case, environment, measure, slug
+from peers import Peer
+from reporting import RESULTS, draw_bars, format_case, format_environment, format_verdict, redraw, rows_of, write
+
+
+def add_arguments(parser: argparse.ArgumentParser, peers: dict[str, Peer]) -> argparse.ArgumentParser:
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's own number)")
+    parser.add_argument("--quick", action="store_true", help="few shapes, few rounds: a first look")
+    parser.add_argument("--only", metavar="REGEX", help="cases whose name this matches")
+    parser.add_argument(
+        "--peers", default="all", help=f"all (default), none, or some of: {', '.join(dict.fromkeys(map(base, peers)))}"
+    )
+    parser.add_argument("--rounds", type=int, help="rounds of a case (default 25, quick 7)")
+    parser.add_argument("--seconds", type=float, help="begin no further round of a case after this long (default 4, quick 1)")
+    return parser
+
+
+def add_output(parser: argparse.ArgumentParser, default: str) -> None:
+    """``--out`` is None, ``Path()`` for the default, or a path without its suffix."""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        nargs="?",
+        const=Path(),
+        metavar="STEM",
+        help=f"write STEM.json and STEM.png; without STEM bench/results/{default}",
+    )
+    parser.add_argument("--draw", type=Path, nargs="*", metavar="JSON", help="measure nothing: table and picture of result files")
+
+
+def without_output(arguments: Sequence[str]) -> list[str]:
+    """What ``--reproduce`` needs: the arguments, but for ``--out`` and its value."""
+    kept: list[str] = []
+    after = ""
+    for word in arguments:
+        if not (word.startswith("--out") or (after == "--out" and not word.startswith("-"))):
+            kept.append(word)
+        after = word
+    return kept
+
+
+def chosen(peers: dict[str, Peer], wanted: str, device: str) -> dict[str, Peer]:
+    """The peers that ``--peers`` names, of those that run on the device."""
+    peers = {name: peer for name, peer in peers.items() if device == "cuda" or not peer.cuda_only}
+    if wanted in ("all", "none"):
+        return dict(peers) if wanted == "all" else {}
+    found: dict[str, Peer] = {}
+    for word in filter(None, map(str.strip, wanted.split(","))):
+        named = {name: peer for name, peer in peers.items() if base(name).lower() == word.lower()}
+        if not named:
+            raise SystemExit(f"--peers: no {word} here; there are {', '.join(dict.fromkeys(map(base, peers)))}")
+        found |= named
+    return found
+
+
+def base(name: str) -> str:
+    """``QuACK, in place`` is a way to call QuACK."""
+    return name.partition(",")[0]
+
+
+def main(
+    benchmark: str,
+    stem: str,
+    description: str,
+    cases: Callable[[argparse.Namespace], Iterable[Case]],
+    *,
+    peers: dict[str, Peer],
+    draw: Callable[[dict[str, Any], Path], None] = draw_bars,
+    extend: Callable[[argparse.ArgumentParser], Any] = lambda parser: None,
+    distribution: str = "",
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Run a benchmark as a program.
+
+    Args:
+        benchmark: its name after ``packops bench``.
+        stem: of its files, ``bench/<stem>.py`` and ``bench/results/<stem>_<device>.json``.
+        cases: yields cases, one at a time, for parsed arguments (``device``, ``quick``, ``peers`` as a dictionary, ...).
+        peers: the libraries that its candidates need, by the candidates' name.
+        extend: adds arguments of its own.
+        distribution: what the data that it works on is drawn from.
+
+    Returns:
+        0, or 1 if a result of packops was wrong.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"packops bench {benchmark}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    extend(add_arguments(parser, peers))
+    add_output(parser, f"{stem}_<device>")
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    args = parser.parse_args(arguments)
+    if args.draw is not None:
+        return redraw(args.draw or sorted(RESULTS.glob(f"{stem}_*.json")), draw)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no CUDA device here: --device cpu")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    args.peers = chosen(peers, args.peers, args.device)
+    rounds, seconds = args.rounds or (7 if args.quick else 25), args.seconds or (1 if args.quick else 4)
+    data: dict[str, Any] = {
+        "benchmark": benchmark,
+        "environment": environment(args.device, args.peers),
+        "settings": {
+            "rounds": rounds,
+            "seconds": seconds,
+            "quick": args.quick,
+            "only": args.only,
+            "arguments": without_output(arguments),
+            "data": distribution,
+        },
+        "cases": [],
+    }
+    if args.out == Path():
+        args.out = RESULTS / f"{stem}_{slug(args.device, data['environment']['device'])}"
+    print(format_environment(data), flush=True)
+    missing = [peer.requirement for peer in args.peers.values() if not peer.version()]
+    if missing:
+        print("not installed: pip install " + " ".join(dict.fromkeys(missing)))
+    with torch.no_grad():
+        for case in cases(args):
+            if args.only and not re.search(args.only, case.name):
+                continue
+            data["cases"].append(measure(case, args.device, rounds, seconds))
+            print("\n" + format_case(data["cases"][-1]), flush=True)
+            if args.out:  # after every case: a run that is cut short keeps what it measured
+                write(data, args.out.with_suffix(".json"))
+            del case
+            gc.collect()
+            if args.device == "cuda":
+                torch.cuda.empty_cache()
+    if not data["cases"]:
+        parser.error(f"no case matches {args.only!r}")
+    print("\n" + format_verdict(data))
+    if args.out:
+        draw(json.loads(args.out.with_suffix(".json").read_text()), args.out.with_suffix(".png"))
+        print(f"written: {args.out.with_suffix('.json')}, {args.out.with_suffix('.png')}")
+    return int(any(row.get("wrong") and row["system"].startswith(OURS) for _, row in rows_of(data)))

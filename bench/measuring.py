@@ -1,0 +1,398 @@
+"""How the benchmarks take time, what they compare it with, and what the machine was doing meanwhile.
+
+A benchmark yields a :class:`Case` for every piece of work, with several :class:`Candidate` that do it; :func:`measure`
+times them. ``reporting.py`` makes tables and pictures of the result, ``command.py`` is the program around both.
+
+Method. All candidates of a case take turns, round by round, and a plain copy of as many bytes (``y.copy_(x)``) is one of them,
+so that clocks and neighbours change for all alike. Ratios are taken within a round; medians over the rounds are shown, with the
+10th to 90th percentile as spread. Work rotates over several buffers that together exceed the cache, and results are kept until
+the round's calls are done (else a call would write where the last one's output still lies in the cache). On CUDA the cache is
+filled with something else beforehand, and a sleeping kernel holds the stream until a group of calls is queued, so that events
+time the device and not the host; a candidate that waits for the device within its call shows that wait. Every candidate's result
+is checked first: a wrong one is measured, and marked.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import os
+import platform
+import random
+import re
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import packops
+from peers import Peer
+
+COPY = "copy"
+OURS = "packops"
+# Bytes after which nothing of a buffer can be left in a cache: several times the second level of an H200, the third of a CPU.
+BEYOND_CACHE = {"cuda": 192 << 20, "cpu": 128 << 20}
+LARGEST_COPY = 4 << 30  # bytes moved; beyond that bandwidth no longer changes, so the time is scaled
+
+
+@dataclass
+class Candidate:
+    """One way to do a case's work.
+
+    ``call(i)`` works on buffer ``i``. ``check(result)`` says what is wrong with the result of ``call(0)``, or "". ``restore(i)``,
+    untimed, puts back what a call destroys.
+    """
+
+    call: Callable[[int], Any]
+    check: Callable[[Any], str] | None = None
+    restore: Callable[[int], Any] | None = None
+
+
+@dataclass
+class Target:
+    """Time at most ``limit`` times that of another candidate of the case, or ``limit`` microseconds for ``against="us"``."""
+
+    against: str
+    limit: float
+
+    def __str__(self) -> str:
+        return f"{self.limit:g} us" if self.against == "us" else f"{self.limit:.3g} x {self.against}"
+
+
+@dataclass
+class Case:
+    """One piece of work. A candidate is made when its turn comes: what cannot be imported is left out, with the reason."""
+
+    name: str
+    candidates: dict[str, Callable[[], Candidate]]
+    bytes: int = 0  # the least a call must move; 0: no copy to compare with
+    buffers: int = 1
+    targets: dict[str, list[Target]] = field(default_factory=dict)  # by candidate
+    facts: dict[str, Any] = field(default_factory=dict)  # what tables and pictures select by
+    host: bool = False  # time the host spends in a call, not the device
+    flops: int = 0  # the arithmetic of a call; given, it is what speed is shown in, but for the copy's
+
+    def calls_per_sample(self) -> int:
+        return 100 if self.host else self.buffers
+
+
+class Overwritable(torch.autograd.Function):
+    """``Overwritable.apply(leaf)``: the leaf's memory as a computed tensor, since ops that work in place refuse leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, leaf: torch.Tensor) -> torch.Tensor:
+        return leaf.data
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """``torch.compile`` for the shapes at hand. Beyond its limit of recompilations it would quietly run eagerly."""
+    torch._dynamo.reset()
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function, dynamic=False)
+
+
+def buffers_for(bytes_per_call: int, device: str) -> int:
+    """How many buffers a case rotates over, so that none is in a cache when its turn comes."""
+    return min(32, 1 + BEYOND_CACHE[device] // max(1, bytes_per_call))
+
+
+# ---- statistics ------------------------------------------------------------------------------------------------------------
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """With linear interpolation between the two nearest values."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = math.floor(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
+    """Median over the rounds of the ratio within a round."""
+    return statistics.median(a / b for a, b in zip(samples, base, strict=True))
+
+
+def summary(case: Case, samples: dict[str, list[float]]) -> list[dict[str, Any]]:
+    """Rows of the result: one per candidate that ran."""
+    rows = []
+    for name, values in samples.items():
+        row: dict[str, Any] = {"system": name, "microseconds": statistics.median(values)}
+        row["spread"] = [percentile(values, 0.1), percentile(values, 0.9)]
+        row["rounds"] = len(values)
+        row["samples"] = list(values)  # as measured, round by round
+        if case.bytes:
+            row["bytes"] = case.bytes
+        if case.flops and name != COPY:
+            row["flops"] = case.flops
+        row["of"] = {base: ratio(values, samples[base]) for base in (COPY, OURS) if base in samples and base != name}
+        row["targets"] = []
+        for target in case.targets.get(name, []):
+            if target.against == "us":
+                value = row["microseconds"]
+            elif target.against in samples:
+                value = ratio(values, samples[target.against])
+            else:
+                continue
+            met = value <= target.limit
+            row["targets"].append({"against": target.against, "limit": target.limit, "value": value, "met": met})
+        rows.append(row)
+    return rows
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Moments on a device and the time between them: events of its stream on CUDA, where nothing waits, else the host's clock."""
+
+    def __init__(self, device: str | torch.device):
+        self.on_cuda = torch.device(device).type == "cuda"
+
+    def now(self) -> Any:
+        if not self.on_cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def milliseconds(self, begin: Any, end: Any) -> float:
+        if not self.on_cuda:
+            return 1e3 * (end - begin)
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
+class Sampler:
+    """Takes one sample, in microseconds per call, of a candidate."""
+
+    def __init__(self, case: Case, device: str):
+        self.case, self.device = case, device
+        self.calls = case.calls_per_sample()
+        self.cold = torch.zeros(BEYOND_CACHE[device] // 4, dtype=torch.int32, device=device) if device == "cuda" else None
+        self.queueing: dict[int, float] = {}  # seconds the host needs to queue a candidate's calls
+
+    def sample(self, candidate: Candidate) -> float:
+        if self.case.host:
+            return self._on_host(candidate)
+        return self._on_cuda(candidate) if self.device == "cuda" else self._on_cpu(candidate)
+
+    def _restore(self, candidate: Candidate) -> None:
+        if candidate.restore:
+            for i in range(self.calls):
+                candidate.restore(i)
+
+    def _on_host(self, candidate: Candidate) -> float:
+        begin = time.perf_counter()
+        for i in range(self.calls):
+            candidate.call(i)
+        seconds = time.perf_counter() - begin
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return seconds / self.calls * 1e6
+
+    def _on_cpu(self, candidate: Candidate) -> float:
+        self._restore(candidate)
+        begin = time.perf_counter()
+        kept = [candidate.call(i) for i in range(self.calls)]
+        seconds = time.perf_counter() - begin
+        del kept
+        return seconds / self.calls * 1e6
+
+    def _on_cuda(self, candidate: Candidate) -> float:
+        clock = Clock("cuda")
+        # The first sample, which is thrown away, finds out how long; again and again would add up for a call that waits.
+        held = min(1.3 * self.queueing.get(id(candidate), 0), 0.1)
+        torch.cuda._sleep(int(2e9 * held) + 100_000)  # cycles; no GPU runs much above 2 GHz
+        self._restore(candidate)
+        self.cold.max()  # read, not written: dirty lines would be written back on the candidate's time
+        begin = time.perf_counter()
+        start = clock.now()
+        kept = [candidate.call(i) for i in range(self.calls)]
+        stop = clock.now()
+        self.queueing.setdefault(id(candidate), time.perf_counter() - begin)
+        milliseconds = clock.milliseconds(start, stop)
+        del kept
+        return milliseconds / self.calls * 1e3
+
+
+def interleave(
+    candidates: dict[str, Candidate], sample: Callable[[Candidate], float], rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Samples of every candidate, one a round, until there are ``rounds`` or, from the fifth on, ``seconds`` have passed.
+
+    Each round has its own random order, so that none always follows the same neighbour; the same at every run.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in candidates}
+    names, begin, order = list(candidates), time.perf_counter(), random.Random(0)
+    for done in range(rounds):
+        if done >= 5 and time.perf_counter() - begin > seconds:
+            break
+        for name in order.sample(names, len(names)):
+            samples[name].append(sample(candidates[name]))
+    return samples
+
+
+def copy_candidate(case: Case, device: str) -> tuple[Candidate, float]:
+    """A copy that moves as many bytes as the case, and the factor to its time where that would be too large a buffer."""
+    half = max(1, min(case.bytes, LARGEST_COPY) // 2)
+    sources, targets = ([torch.ones(half, dtype=torch.uint8, device=device) for _ in range(case.buffers)] for _ in range(2))
+    return Candidate(lambda i: targets[i % case.buffers].copy_(sources[i % case.buffers])), case.bytes / (2 * half)
+
+
+# ---- measuring a case ------------------------------------------------------------------------------------------------------
+
+
+def first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
+
+
+def prepare(name: str, make: Callable[[], Candidate], device: str) -> tuple[Candidate, dict[str, Any]]:
+    """The candidate, compiled and warm, and what its first results said: ``wrong`` and, on CUDA, ``peak_bytes``."""
+    candidate = make()
+    facts: dict[str, Any] = {}
+    for _ in range(2):  # compile and allocate, then look
+        if candidate.restore:
+            candidate.restore(0)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+        result = candidate.call(0)
+        if device == "cuda":
+            torch.cuda.synchronize()
+            facts["peak_bytes"] = torch.cuda.max_memory_allocated() - before
+    wrong = candidate.check(result) if candidate.check else ""
+    if wrong:
+        facts["wrong"] = wrong
+    return candidate, facts
+
+
+def measure(case: Case, device: str, rounds: int, seconds: float) -> dict[str, Any]:
+    """A case of the result: its rows, and why each candidate that did not run did not. Our own candidates must run."""
+    candidates: dict[str, Candidate] = {}
+    seen: dict[str, dict[str, Any]] = {}
+    absent: dict[str, str] = {}
+    scale = 1.0
+    if case.bytes:
+        candidates[COPY], scale = copy_candidate(case, device)
+    for name, make in case.candidates.items():
+        try:
+            candidates[name], seen[name] = prepare(name, make, device)
+        except Exception as error:
+            if name.startswith(OURS):
+                raise
+            absent[name] = "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+            if device == "cuda":
+                gc.collect()
+                torch.cuda.empty_cache()
+    sampler = Sampler(case, device)
+    for candidate in candidates.values():
+        sampler.sample(candidate)
+    before = device_state(device)
+    samples = interleave(candidates, sampler.sample, rounds, seconds)
+    state = {"before": before, "after": device_state(device)}
+    if case.bytes:
+        samples[COPY] = [scale * value for value in samples[COPY]]
+    rows = summary(case, samples)
+    for row in rows:
+        row.update(seen.get(row["system"], {}))
+    return {"name": case.name, "facts": case.facts, "rows": rows, "absent": absent, "state": state}
+
+
+# ---- what it ran on --------------------------------------------------------------------------------------------------------
+
+
+def output_of(*command: str) -> str:
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def cpu_name() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", read_text("/proc/cpuinfo"))
+    return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def environment(device: str, peers: dict[str, Peer]) -> dict[str, Any]:
+    """What a figure must be read with: device, versions, commit, date."""
+    build = packops._C.build_info()
+    commit = output_of("git", "rev-parse", "--short=12", "HEAD")
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else cpu_name(),
+        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+        "packops": packops.__version__,
+        "commit": commit + ("+" if commit and output_of("git", "status", "--porcelain", "-uno") else ""),
+        "sources": build["sources"][:12],
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,  # others at work when this began
+        "cpu_isa": build["cpu_isa"],
+        "peers": {name: version for name, peer in peers.items() if (version := peer.version())},
+    }
+    if device == "cuda":
+        facts["cuda"] = torch.version.cuda
+        facts["driver"] = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0]
+    return facts
+
+
+SENSORS = {  # what nvidia-smi calls it; older drivers say clocks_throttle_reasons
+    "sm_mhz": "clocks.sm",
+    "memory_mhz": "clocks.mem",
+    "power_watts": "power.draw",
+    "temperature_c": "temperature.gpu",
+    "throttle_reasons": "clocks_event_reasons.active",
+}
+
+
+def device_state(device: str) -> dict[str, Any]:
+    """Clocks, power, temperature and why the clocks are held back, now: a GPU that throttles makes other figures.
+
+    On the CPU the load and the mean clock. Without the tools to ask, what they would have said is left out.
+    """
+    if device != "cuda":
+        mhz = [float(found) for found in re.findall(r"cpu MHz\s*:\s*([\d.]+)", read_text("/proc/cpuinfo"))]
+        load = {"load": os.getloadavg()[0]} if hasattr(os, "getloadavg") else {}
+        return load | ({"cpu_mhz": statistics.fmean(mhz)} if mhz else {})
+    uuid = getattr(torch.cuda.get_device_properties(torch.cuda.current_device()), "uuid", None)
+    place = f"GPU-{uuid}" if uuid else str(torch.cuda.current_device())
+    return read_sensors(
+        lambda names: output_of("nvidia-smi", "-i", place, f"--query-gpu={names}", "--format=csv,noheader,nounits")
+    )
+
+
+def read_sensors(ask: Callable[[str], str]) -> dict[str, Any]:
+    """:data:`SENSORS` by name, as numbers where they are numbers."""
+    names = ",".join(SENSORS.values())
+    line = ask(names) or ask(names.replace("clocks_event_reasons", "clocks_throttle_reasons"))
+    values = [value.strip() for value in line.split("\n")[0].split(",")]
+    if len(values) != len(SENSORS):
+        return {}
+    return {name: float(value) if re.fullmatch(r"[\d.]+", value) else value for name, value in zip(SENSORS, values, strict=True)}
+
+
+def read_text(path: str) -> str:
+    return Path(path).read_text() if Path(path).is_file() else ""
+
+
+def slug(device: str, name: str) -> str:
+    """``cpu``, or the part of a GPU's name that people use: ``h200``, ``rtx_4090``."""
+    if device == "cpu":
+        return "cpu"
+    words = [word for word in re.findall(r"[a-z0-9]+", name.lower()) if word not in ("nvidia", "tesla", "geforce", "gpu")]
+    return "_".join(words[:2] if words[0].isalpha() else words[:1])
