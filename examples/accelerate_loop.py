@@ -39,7 +39,7 @@ def main(steps: int = 15, documents: int = 400, accumulate: int = 2) -> list[flo
 
     # The sampler deals packs to the processes itself, evened out by their cost, so Accelerate must not deal them again.
     sampler = packops.PackedBatchSampler(lengths, 1024, rank=accelerator.process_index, world_size=accelerator.num_processes)
-    loader = DataLoader(text.training, batch_sampler=sampler, collate_fn=packops.PackingCollator())
+    loader: DataLoader = DataLoader(text.training, batch_sampler=sampler, collate_fn=packops.PackingCollator())  # type: ignore[arg-type]
     history: list[float] = []
     epoch = 0
     while len(history) < steps:

@@ -26,7 +26,8 @@ class TinyLM(nn.Module):
         q, k, v = self.qkv(x).view(len(ids), 3, self.heads, -1).unbind(1)
         q, k = packops.apply_rope(q, k, self.cos, self.sin, position_ids=position_ids)
         same_document = (seq_idx[:, None] == seq_idx[None]).tril()  # on a GPU: packops.attention(q, k, v, cu_seqlens)
-        attended = F.scaled_dot_product_attention(*(t.transpose(0, 1) for t in (q, k, v)), attn_mask=same_document)
+        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=same_document)
         return self.head(x + self.out(attended.transpose(0, 1).flatten(1)))
 
 

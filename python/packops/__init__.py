@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib as _importlib
 import sys as _sys
-from typing import Any as _Any
+import typing as _typing
 
 if _sys.argv[:1] == ["-m"]:  # `python -m packops --help` is answered before torch is imported
     from .cli import program as _program
@@ -87,11 +87,27 @@ __all__ = [
 
 _MODULES = ("distributed", "hf", "jit", "reference", "testing")
 
+if _typing.TYPE_CHECKING:
+    from . import distributed as distributed
+    from . import hf as hf
+    from . import jit as jit
+    from . import reference as reference
+    from . import testing as testing
+    from .ops.vocab_parallel import (
+        vocab_parallel_cross_entropy,
+        vocab_parallel_linear_cross_entropy,
+        vocab_parallel_linear_log_probs,
+    )
+else:  # a type checker that saw this function would believe in any name
 
-def __getattr__(name: str) -> _Any:
-    """``packops.jit`` and its like are imported when they are first used; so is what brings torch's compiler along."""
-    if name.startswith("vocab_parallel_") and name in __all__:
-        return getattr(_importlib.import_module(f"{__name__}.ops.vocab_parallel"), name)
-    if name in _MODULES:
-        return _importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    def __getattr__(name):
+        """``packops.jit`` and its like are imported when they are first used; so is what brings torch's compiler along."""
+        if name.startswith("vocab_parallel_") and name in __all__:
+            return getattr(_importlib.import_module(f"{__name__}.ops.vocab_parallel"), name)
+        if name in _MODULES:
+            return _importlib.import_module(f"{__name__}.{name}")
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, *_MODULES])

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, overload
 
 import numpy as np
 import torch
 
 from .batch import PackedBatch
 from .documents import tokens_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["PackingCollator", "max_docs_for_flash_attention"]
 
@@ -36,7 +39,24 @@ def max_docs_for_flash_attention(total_tokens: int, num_heads: int, head_dim: in
 OTHER_THAN_TEXT = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "input_features")
 
 
-class PackingCollator:
+Batch = TypeVar("Batch")  # what ``names`` asks for: a PackedBatch or a dictionary
+
+
+class CollatorOptions(TypedDict, total=False):
+    """The arguments of :class:`PackingCollator`, for its overloads: ``names`` alone decides what it returns."""
+
+    pad_token_id: int
+    ignore_index: int
+    pad_to_multiple_of: int | None
+    pad_to_length: int | None
+    pad_doc_to_multiple_of: int
+    num_documents: int | None
+    shift_labels: bool
+    columns: Mapping[str, float] | None
+    attention_shape: tuple[int, int] | None
+
+
+class PackingCollator(Generic[Batch]):
     """Concatenates documents into one :class:`packops.PackedBatch`.
 
     A document is a sequence of token ids, or a mapping with ``input_ids`` and, optionally, ``labels`` (its ids, ``ignore_index``
@@ -60,6 +80,12 @@ class PackingCollator:
             backward would overflow raises instead.
     """
 
+    @overload
+    def __init__(
+        self: PackingCollator[PackedBatch], *, names: Literal["packops"] = "packops", **options: Unpack[CollatorOptions]
+    ) -> None: ...
+    @overload
+    def __init__(self: PackingCollator[dict[str, Any]], *, names: Literal["hf"], **options: Unpack[CollatorOptions]) -> None: ...
     def __init__(
         self,
         *,
@@ -90,7 +116,7 @@ class PackingCollator:
         self.names = names
         self.attention_shape = attention_shape
 
-    def __call__(self, documents: Sequence[Any]) -> PackedBatch | dict[str, Any]:
+    def __call__(self, documents: Sequence[Any]) -> Batch:
         for number, document in enumerate(documents):
             _check_text(document, number)
         tokens = [_ids(tokens_of(document), "input_ids", number) for number, document in enumerate(documents)]
@@ -126,7 +152,7 @@ class PackingCollator:
             columns=columns,
             ignore_index=self.ignore_index,
         )
-        return batch.to_hf() if self.names == "hf" else batch
+        return batch.to_hf() if self.names == "hf" else batch  # type: ignore[return-value]
 
     def _labels(self, document: Any, ids: np.ndarray, number: int) -> np.ndarray:
         labels = ids

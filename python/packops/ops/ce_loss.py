@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from types import SimpleNamespace
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,9 @@ from torch.compiler import is_compiling
 from .. import _checks
 from .._errors import raise_typed
 from .op import library
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["CrossEntropyLoss", "CrossEntropyStats", "Reduction", "cross_entropy"]
 
@@ -224,6 +227,35 @@ def as_num_items(num_items: Tensor | float | None) -> Tensor | None:
     return torch.tensor(num_items, dtype=torch.float64)
 
 
+class CrossEntropyOptions(TypedDict, total=False):
+    """The keyword arguments of :func:`cross_entropy`, for its overloads: ``return_stats`` alone decides what it returns."""
+
+    cu_seqlens: Tensor | None
+    shift: bool
+    reduction: Reduction
+    num_items: Tensor | float | None
+    ignore_index: int
+    token_weight: Tensor | None
+    class_weight: Tensor | None
+    label_smoothing: float
+    z_loss: float
+    softcap: float | None
+    logit_scale: float
+    inplace: bool
+
+
+@overload
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, return_stats: Literal[False] = False, **options: Unpack[CrossEntropyOptions]
+) -> Tensor: ...
+@overload
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, return_stats: Literal[True], **options: Unpack[CrossEntropyOptions]
+) -> tuple[Tensor, CrossEntropyStats]: ...
+@overload
+def cross_entropy(
+    logits: Tensor, labels: Tensor, *, return_stats: bool, **options: Unpack[CrossEntropyOptions]
+) -> Tensor | tuple[Tensor, CrossEntropyStats]: ...
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,

@@ -7,7 +7,7 @@ same kernels without autograd, which :func:`packops.apply_rope` calls directly; 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.compiler import is_compiling
 from .. import _checks
 from .._errors import raise_typed
 from .op import library
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["apply_rope"]
 
@@ -155,6 +158,29 @@ def register(namespace: str) -> None:
     library(namespace).impl("rope_", in_place, "Autograd")
 
 
+class RopeOptions(TypedDict, total=False):
+    """The keyword arguments of :func:`apply_rope`, for its overloads: what k is decides what comes back for it."""
+
+    position_ids: Tensor | None
+    cu_seqlens: Tensor | None
+    layout: str | None
+    interleaved: bool
+    rotary_dim: int | None
+    rotary_offset: int
+    mrope_section: Sequence[int] | None
+    mrope_interleaved: bool
+    per_token_table: bool
+    inplace: bool
+
+
+@overload
+def apply_rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Unpack[RopeOptions]) -> tuple[Tensor, Tensor]: ...
+@overload
+def apply_rope(q: Tensor, k: None, cos: Tensor, sin: Tensor, **options: Unpack[RopeOptions]) -> tuple[Tensor, None]: ...
+@overload
+def apply_rope(
+    q: Tensor, k: Tensor | None, cos: Tensor, sin: Tensor, **options: Unpack[RopeOptions]
+) -> tuple[Tensor, Tensor | None]: ...
 def apply_rope(
     q: Tensor,
     k: Tensor | None,
