@@ -19,6 +19,7 @@
 #include "attention_products.cuh"
 #include "common/device.cuh"
 #include "common/launch.cuh"
+#include "packed_forest.h"
 
 namespace packops {
 namespace {
@@ -121,7 +122,7 @@ struct Scores {
         product_scale(float(p.scale)),
         capped(p.softcap > 0),
         causal(p.causal),
-        window(int(p.window)) {}
+        window(p.prefixes ? 0 : int(p.window)) {}  // with shared prefixes a window is a matter of sees_along_path
 
   // tanh, absolute error 2^-22
   __device__ __forceinline__ float cap(float product) const {
@@ -155,6 +156,49 @@ __device__ __forceinline__ void mask(float (&sums)[kBlocks][kColumns][4], int fi
   for_each(sums, [&](float& x, int m, int n, int i) { x = kept[m][i / 2].holds(8 * n + i % 2) ? x : value; });
 }
 
+// With shared prefixes: who of a tree sees whom, beyond the order of the tokens. Queries and keys count from the tree's first token.
+struct Paths {
+  SharedPrefixes of;
+  int tree, tokens, window;
+
+  __device__ __forceinline__ Paths(const AttentionParams& p, int tree)
+      : of(p.prefixes), tree(tree), tokens(int(p.tokens)), window(int(p.window)) {}
+
+  __device__ __forceinline__ bool sees(int query, int key) const {
+    const int q = min(tree + query, tokens - 1), k = min(tree + key, tokens - 1);  // past the end: masked by the interval
+    return q < of.ends[k] && (window == 0 || of.positions[q] - of.positions[k] < window);
+  }
+  // The greatest and the least of the ends of `count` keys, as tokens of the tree.
+  __device__ __forceinline__ int furthest(int key, int count) const {
+    int most = 0;
+    for (int i = 0; i < count && tree + key + i < tokens; i += kForestRun) most = max(most, of.furthest[tree + key + i]);
+    return most - tree;
+  }
+  __device__ __forceinline__ int nearest(int key, int count) const {
+    int least = tokens;
+    for (int i = 0; i < count && tree + key + i < tokens; i += kForestRun) least = min(least, of.nearest[tree + key + i]);
+    return least - tree;
+  }
+  // Whether all queries before query_end see all of `count` keys, as far as their order allows.
+  __device__ __forceinline__ bool all_see(int query_end, int key, int count) const {
+    return window == 0 && query_end <= nearest(key, count);
+  }
+  // The first turn of keys, from this one on, of which the query or one after it sees any.
+  template <int kKeys>
+  __device__ __forceinline__ int next_turn(int key, int key_end, int query) const {
+    while (key < key_end && furthest(key, kKeys) <= query) key += kKeys;
+    return key;
+  }
+};
+
+// Sums become `value` where sees(row of the warp, column) is false.
+template <int kBlocks, int kColumns, typename F>
+__device__ __forceinline__ void mask_each(float (&sums)[kBlocks][kColumns][4], int lane, float value, F&& sees) {
+  for_each(sums, [&](float& x, int m, int n, int i) {
+    if (!sees(16 * m + 8 * (i / 2) + lane / 4, 8 * n + 2 * (lane % 4) + i % 2)) x = value;
+  });
+}
+
 __device__ __forceinline__ float sum_of_quad(float x) {
   x += __shfl_xor_sync(kWarp, x, 1);
   return x + __shfl_xor_sync(kWarp, x, 2);
@@ -166,7 +210,7 @@ __device__ __forceinline__ float max_of_quad(float x) {
 
 // ---- Forward
 
-template <typename T, int D, bool kGroup>
+template <typename T, int D, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
                                   attention_forward_shape(D, kGroup).per_multiprocessor)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
@@ -185,6 +229,11 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   const int length = tile.document_end - tile.document_begin, query = tile.begin - tile.document_begin;
   const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
   const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
+  const Paths paths(p, tile.document_begin);
+  const auto next_turn = [&](int key) {
+    if constexpr (kForest) return paths.template next_turn<kKeys>(key, key_end, query);
+    else return key;
+  };
   const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread),
       from_v(p.v, tile.document_begin, kv_head, thread);
   const auto load = [&](char* to, const auto& from, int key) {
@@ -197,8 +246,9 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     __syncthreads();
   };
   Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, tile.end - tile.begin);
-  load(keys, from_k, key_begin);
-  load(values, from_v, key_begin);
+  const int first_turn = next_turn(key_begin);
+  load(keys, from_k, first_turn);
+  load(values, from_v, first_turn);
 
   Sums<kBlocks, D> out;
   float greatest[kBlocks][2], sum[kBlocks][2];
@@ -208,7 +258,8 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 #pragma unroll
     for (int half = 0; half < 2; half++) greatest[m][half] = -INFINITY, sum[m][half] = 0;
 
-  for (int key = key_begin; key < key_end; key += kKeys) {
+  for (int key = first_turn, next; key < key_end; key = next) {
+    next = next_turn(key + kKeys);
     wait_for_first();
     Sums<kBlocks, kKeys> s;
     Product::begin();
@@ -216,11 +267,14 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     Product::close();
     Product::wait(s);
     __syncthreads();  // nobody needs these keys any more
-    load(keys, from_k, key + kKeys);
+    load(keys, from_k, next);
 
     if (scores.capped) for_each(s, [&](float& x, int, int, int) { x = scores.cap(x); });
     if (!scores.all_see(query, query + kAttentionRows, key, key + kKeys, length))
       mask(s, key, lane, -INFINITY, [&](int row) { return scores.keys_of(query + first_row + row, length); });
+    if constexpr (kForest)
+      if (!paths.all_see(query + kAttentionRows, key, kKeys))
+        mask_each(s, lane, -INFINITY, [&](int row, int column) { return paths.sees(query + first_row + row, key + column); });
     float shift[kBlocks][2], correction[kBlocks][2];  // in powers of 2; of what is summed so far
     bool rises = false;
 #pragma unroll
@@ -255,7 +309,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     Product::close();
     Product::wait(out);
     __syncthreads();  // nor these values
-    load(values, from_v, key + kKeys);
+    load(values, from_v, next);
   }
   wait_for_copies();
   __syncthreads();
@@ -299,7 +353,7 @@ __device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&
   }
 }
 
-template <typename T, int D, bool kGroup>
+template <typename T, int D, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
                                   attention_queries_shape(D, kGroup).per_multiprocessor)
     queries_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
@@ -321,14 +375,24 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
   const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread),
       from_v(p.v, tile.document_begin, kv_head, thread);
-  const auto turn_of = [&](int key) { return turns + (key / kKeys) % kShape.stages * (2 * 2 * D * kKeys); };
-  const auto load = [&](int key) {
-    from_k.load(turn_of(key), key, length - key);
-    from_v.load(turn_of(key) + 2 * D * kKeys, key, length - key);
+  const Paths paths(p, tile.document_begin);
+  const auto next_turn = [&](int key) {
+    if constexpr (kForest) return paths.template next_turn<kKeys>(key, key_end, query);
+    else return key;
   };
+  // Turns that are skipped take no buffer. Without any, `turn` is not needed and costs no register.
+  const auto buffer_of = [&](int turn, int key) {
+    return turns + (kForest ? turn : key / kKeys) % kShape.stages * (2 * 2 * D * kKeys);
+  };
+  const auto load = [&](int turn, int key) {
+    char* to = buffer_of(turn, key);
+    from_k.load(to, key, length - key);
+    from_v.load(to + 2 * D * kKeys, key, length - key);
+  };
+  const int first_turn = next_turn(key_begin);
   Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, there);
   Rows<T, D, kAttentionRows, kThreads>(p.grad_out, tile.begin, head, thread).load(grads, 0, there);
-  if (key_begin < key_end) load(key_begin);
+  if (first_turn < key_end) load(0, first_turn);
   close_copies();
 
   // delta, D / 8 threads to a row
@@ -367,15 +431,16 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
 
   Sums<kBlocks, D> grad;
   for_each(grad, [](float& x, int, int, int) { x = 0; });
-  for (int key = key_begin; key < key_end; key += kKeys) {
+  for (int key = first_turn, turn = 0, next; key < key_end; key = next, turn++) {
+    next = next_turn(key + kKeys);
     if constexpr (kShape.stages == 2) {
-      if (key + kKeys < key_end) load(key + kKeys);
+      if (next < key_end) load(turn + 1, next);
       close_copies();
     }
     wait_for_copies_before<kShape.stages - 1>();
     if constexpr (kGroup) show_to_group_products();
     __syncthreads();
-    char *keys = turn_of(key), *values = keys + 2 * D * kKeys;
+    char *keys = buffer_of(turn, key), *values = keys + 2 * D * kKeys;
 #pragma unroll 1
     for (int step = 0; step < kKeys && key + step < key_end; step += kStep) {
       Sums<kBlocks, kStep> s, g;
@@ -388,6 +453,9 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
           s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
       if (!scores.all_see(query, query + kAttentionRows, key + step, key + step + kStep, length))
         mask(g, key + step, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, length); });
+      if constexpr (kForest)
+        if (!paths.all_see(query + kAttentionRows, key + step, kStep))
+          mask_each(g, lane, 0.f, [&](int row, int column) { return paths.sees(query + first_row + row, key + step + column); });
       const typename Product::template Left<kBlocks, kStep / 8> weights(g);
       Product::begin();
       Product::template add_weighted_rows<kKeys>(grad, weights, keys, step, lane);
@@ -396,7 +464,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
     }
     __syncthreads();
     if constexpr (kShape.stages == 1) {
-      if (key + kKeys < key_end) load(key + kKeys);
+      if (next < key_end) load(turn + 1, next);
       close_copies();
     }
   }
@@ -429,7 +497,7 @@ __device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], c
 
 enum class Half { both, keys, values };  // of the gradients
 
-template <typename T, int D, bool kGroup, int kTeams, Half kHalf>
+template <typename T, int D, bool kGroup, bool kForest, int kTeams, Half kHalf>
 __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kTeams,
                                   attention_keys_shape(D, kGroup).per_multiprocessor)
     keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
@@ -454,8 +522,10 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   const int there = tile.end - tile.begin;
   // Turns of queries that see any of these keys, for each head of the team.
   const int query_begin = p.causal ? key : 0;
+  const Paths paths(p, tile.document_begin);
   const int query_end = length == 0     ? query_begin
                         : scores.window ? min(length, key + kAttentionRows - 1 + scores.window)
+                        : kForest       ? max(query_begin, min(length, paths.furthest(key, there)))
                                         : length;
   const int turns_per_head = (query_end - query_begin + kQueries - 1) / kQueries;
   const int count = turns_per_head * ((group - team + kTeams - 1) / kTeams);
@@ -513,6 +583,12 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
         mask(s, query + step, lane, 0.f, seen);
         mask(g, query + step, lane, 0.f, seen);
       }
+      if constexpr (kForest)
+        if (!paths.all_see(query + step + kStep, key, kAttentionRows)) {
+          const auto seen = [&](int row, int column) { return paths.sees(query + step + column, key + first_row + row); };
+          mask_each(s, lane, 0.f, seen);
+          mask_each(g, lane, 0.f, seen);
+        }
       using Left = typename Product::template Left<kBlocks, kStep / 8>;
       const Left weights(s), changes(g);
       Product::begin();
@@ -556,16 +632,16 @@ cudaError_t launch_large(void (*kernel)(P...), int64_t blocks, int threads, int 
   return cudaGetLastError();
 }
 
-template <typename T, int D, bool kGroup>
+template <typename T, int D, bool kGroup, bool kForest>
 cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
-  const cudaError_t error = launch_large(queries_kernel<T, D, kGroup>, tiles * p.heads, kQueries.threads(),
+  const cudaError_t error = launch_large(queries_kernel<T, D, kGroup, kForest>, tiles * p.heads, kQueries.threads(),
                                          attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
-      return launch_large(keys_kernel<T, D, kGroup, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
+      return launch_large(keys_kernel<T, D, kGroup, kForest, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
                           attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p));
     };
     if constexpr (attention_keys_split(D)) {
@@ -584,11 +660,14 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Devic
   return with_teams(std::integral_constant<int, 1>{});
 }
 
-// f(element type, head_dim, whether by warp groups)
+// f(element type, head_dim, whether by warp groups, whether documents share prefixes)
 template <typename F>
 cudaError_t dispatch(const AttentionParams& p, const Device& device, F&& f) {
   const auto with_dim = [&](auto type, auto dim) {
-    return device.has_wgmma ? f(type, dim, std::true_type{}) : f(type, dim, std::false_type{});
+    const auto with_group = [&](auto group) {
+      return p.prefixes ? f(type, dim, group, std::true_type{}) : f(type, dim, group, std::false_type{});
+    };
+    return device.has_wgmma ? with_group(std::true_type{}) : with_group(std::false_type{});
   };
   const auto with_type = [&](auto type) {
     switch (p.head_dim) {
@@ -615,8 +694,8 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   const int64_t tiles = attention_tiles(p.tokens, p.documents);
   launch(p.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
          tiles);
-  return dispatch(p, device, [&](auto type, auto dim, auto group) {
-    return launch_large(forward_kernel<decltype(type), dim, group>, tiles * p.heads,
+  return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
+    return launch_large(forward_kernel<decltype(type), dim, group, forest>, tiles * p.heads,
                         attention_forward_shape(dim, group).threads(), attention_forward_shared(dim, group), stream, p,
                         Scores(p));
   });
@@ -627,8 +706,8 @@ cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t strea
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  return dispatch(p, device, [&](auto type, auto dim, auto group) {
-    return launch_backward<decltype(type), dim, group>(p, attention_tiles(p.tokens, p.documents), device, stream);
+  return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
+    return launch_backward<decltype(type), dim, group, forest>(p, attention_tiles(p.tokens, p.documents), device, stream);
   });
 }
 

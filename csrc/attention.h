@@ -7,7 +7,8 @@
 //   grad_v = Σ p grad_out      grad_k = Σ g q      grad_q = Σ g k
 //
 // (Dao, FlashAttention-2, 2023, algorithms 1 and 2.) A query sees the keys of its document, with `causal` those that are not later,
-// with `window` the last `window` of these, its own included. Query heads h of one group, h / (heads / kv_heads), share a head of
+// with `window` the last `window` of these, its own included. Documents that share prefixes are the paths of a tree (packed_forest.h);
+// what is called a document here is then a tree, in which a query sees the keys k <= query < ends[k]. Query heads h of one group, h / (heads / kv_heads), share a head of
 // keys and values. Tokens past the last document are padding: they see nothing, and their outputs and gradients are 0.
 #pragma once
 
@@ -34,6 +35,12 @@ struct Heads {
   int64_t token = 0, head = 0;
 };
 
+// Of a packed axis whose documents share prefixes, (tokens,) each: packed_forest.h. Null without.
+struct SharedPrefixes {
+  const int32_t *ends = nullptr, *furthest = nullptr, *nearest = nullptr, *positions = nullptr;
+  explicit operator bool() const { return ends != nullptr; }
+};
+
 struct AttentionParams {
   Heads q, k, v;
   int64_t tokens = 0;  // fewer than 2^30
@@ -45,6 +52,7 @@ struct AttentionParams {
   const void* cu_seqlens = nullptr;  // (documents + 1,) contiguous, i32 or i64
   DType index_dtype = DType::i32;
   int64_t documents = 0;
+  SharedPrefixes prefixes;  // only with causal
 
   // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (heads, tokens), to base 2, -inf where nothing
   // is seen.

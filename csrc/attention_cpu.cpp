@@ -38,7 +38,7 @@ class Unit {
         const Real most = *std::max_element(scores.begin(), scores.end());
         Real sum = 0;
         for (Real& x : scores) sum += x = std::exp(x - most);
-        for (size_t i = 0; i < scores.size(); i++) add(out.data(), scores[i] / sum, &v[(first + i) * dim]);
+        for (size_t i = 0; i < scores.size(); i++) add(out.data(), scores[i] / sum, &v[seen[i] * dim]);
         *lse = most / Real(kLn2) + std::log2(sum);
       }
       write(p.out, p.heads, token, head, out.data());
@@ -56,7 +56,7 @@ class Unit {
         const Real lse = static_cast<const Real*>(p.lse)[head * p.tokens + token], delta = dot(grad.data(), out.data());
         make_scores(query, q, k);
         for (size_t i = 0; i < scores.size(); i++) {
-          const int64_t at = (first + i) * dim;
+          const int64_t at = seen[i] * dim;
           const Real weight = std::exp(scores[i] - lse * Real(kLn2)), capped = p.softcap > 0 ? scores[i] / Real(p.softcap) : 0;
           const Real g = weight * (dot(grad.data(), &v[at]) - delta) * (1 - capped * capped) * Real(p.scale);
           add(&grad_v[at], weight, grad.data());
@@ -77,8 +77,8 @@ class Unit {
   const int64_t kv_head, dim;
   int64_t begin, length;
   bool is_padding;
-  int64_t first = 0;         // the first key that the query sees
-  std::vector<Real> scores;  // of the keys that it sees
+  std::vector<int64_t> seen;  // the keys that the query sees
+  std::vector<Real> scores;   // of these
 
   template <typename F>
   void for_each_query(F&& f) {
@@ -112,13 +112,20 @@ class Unit {
   void add(Real* to, Real factor, const Real* x) const {
     for (int64_t i = 0; i < dim; i++) to[i] += factor * x[i];
   }
+  // Whether the query's path has the key, within the window.
+  bool continues(int64_t query, int64_t key) const {
+    const int32_t *ends = p.prefixes.ends + begin, *positions = p.prefixes.positions + begin;
+    return begin + query < ends[key] && (p.window == 0 || positions[query] - positions[key] < p.window);
+  }
   void make_scores(int64_t query, const std::vector<Real>& q, const std::vector<Real>& k) {
-    first = p.window ? std::max<int64_t>(0, query - p.window + 1) : 0;
+    seen.clear();
+    scores.clear();
     const int64_t end = p.causal ? query + 1 : length;
-    scores.resize(size_t(end - first));
-    for (int64_t i = first; i < end; i++) {
+    for (int64_t i = p.window && !p.prefixes ? std::max<int64_t>(0, query - p.window + 1) : 0; i < end; i++) {
+      if (p.prefixes && !continues(query, i)) continue;
       const Real score = Real(p.scale) * dot(q.data(), &k[i * dim]), cap = Real(p.softcap);
-      scores[size_t(i - first)] = cap > 0 ? cap * std::tanh(score / cap) : score;
+      seen.push_back(i);
+      scores.push_back(cap > 0 ? cap * std::tanh(score / cap) : score);
     }
   }
 };

@@ -16,6 +16,7 @@
 
 #include "ce_loss.h"
 #include "packing.h"
+#include "prefix_forest.h"
 
 namespace py = pybind11;
 
@@ -76,6 +77,19 @@ py::tuple pack(const Integers& lengths, int64_t capacity, const std::string& str
                         result.dropped_tokens);
 }
 
+py::tuple prefix_forest(const Integers& tokens, const Integers& offsets, int64_t min_shared) {
+  const int64_t documents = int64_t(offsets.size()) - 1;
+  if (documents < 0 || offsets.data()[0] != 0 || offsets.data()[documents] != int64_t(tokens.size()))
+    throw std::invalid_argument("offsets must run from 0 to the number of tokens");
+  packops::PrefixForest forest;
+  {
+    const py::gil_scoped_release release;
+    forest = packops::make_prefix_forest({tokens.data(), offsets.data(), documents, min_shared});
+  }
+  return py::make_tuple(to_numpy(std::move(forest.document)), to_numpy(std::move(forest.start)),
+                        to_numpy(std::move(forest.length)), to_numpy(std::move(forest.parent)), to_numpy(std::move(forest.last)));
+}
+
 py::array permutation(uint32_t count, uint64_t seed, uint64_t epoch) {
   std::vector<int64_t> items;
   {
@@ -102,6 +116,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("strategy"), py::arg("seed"), py::arg("epoch"),
         py::arg("max_docs"), py::arg("overlong"), py::arg("multiple"),
         "(indices, offsets, starts, lengths, empty, overlong, dropped_tokens) of csrc/packing.h");
+  m.def("prefix_forest", &prefix_forest, py::arg("tokens"), py::arg("offsets"), py::arg("min_shared"),
+        "(document, start, length, parent, last) of csrc/prefix_forest.h");
   m.def("permutation", &permutation, py::arg("count"), py::arg("seed"), py::arg("epoch"),
         "A permutation of 0..count-1 that depends on (seed, epoch) alone, the same on every machine");
 }

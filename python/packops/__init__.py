@@ -26,6 +26,7 @@ from .data.batch import PackedBatch  # noqa: E402
 from .data.collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
 from .data.documents import SlicedDataset  # noqa: E402
 from .data.packing import DocumentSlice, PackingPlan, pack  # noqa: E402
+from .data.prefixes import PrefixForest, prefix_forest, shared_prefixes  # noqa: E402
 from .data.sampler import PackedBatchSampler  # noqa: E402
 from .data.stream import StreamPacker  # noqa: E402
 from .distributed import loss_normalizer  # noqa: E402
@@ -57,6 +58,7 @@ __all__ = [
     "PackedBatchSampler",
     "PackingCollator",
     "PackingPlan",
+    "PrefixForest",
     "RotaryEmbedding",
     "SlicedDataset",
     "StreamPacker",
@@ -77,8 +79,10 @@ __all__ = [
     "pack",
     "packed_labels",
     "packed_metadata",
+    "prefix_forest",
     "rms_norm",
     "rope_table",
+    "shared_prefixes",
     "verify",
     "vocab_parallel_cross_entropy",
     "vocab_parallel_linear_cross_entropy",

@@ -8,6 +8,7 @@
 #include "attention_launch.h"
 #include "check.h"
 #include "common/convert.h"
+#include "packed_forest.h"
 
 using namespace packops;
 
@@ -45,6 +46,7 @@ struct Problem {
   double softcap = 0, scale = 0.4;
   double size = 1;  // of queries
   Layout layout = Layout::fused;
+  std::vector<int64_t> parents = {};  // shared prefixes: what segments, which are then the documents above, continue
 
   int64_t documents() const { return int64_t(cu_seqlens.size()) - 1; }
   int64_t units() const { return (documents() + 1) * kv_heads; }
@@ -53,7 +55,20 @@ struct Problem {
       if (cu_seqlens[size_t(d)] <= token && token < cu_seqlens[size_t(d) + 1]) return d;
     return -1;
   }
+  // How many tokens before the query the key stands on its path; -1 if it does not.
+  int64_t distance(int64_t query, int64_t key) const {
+    int64_t s = document(query), before = query - (s < 0 ? 0 : cu_seqlens[size_t(s)]);
+    while (s >= 0 && s != document(key)) {
+      s = parents[size_t(s)];
+      if (s >= 0) before += cu_seqlens[size_t(s) + 1] - cu_seqlens[size_t(s)];
+    }
+    return s < 0 || key > query ? -1 : before - (key - cu_seqlens[size_t(s)]);
+  }
   bool sees(int64_t query, int64_t key) const {
+    if (!parents.empty()) {
+      const int64_t away = distance(query, key);
+      return away >= 0 && (window == 0 || away < window);
+    }
     return document(query) >= 0 && document(query) == document(key) && (!causal || key <= query) &&
            (window == 0 || query - key < window);
   }
@@ -71,6 +86,7 @@ struct Run {
   std::vector<T> out, grad_q, grad_k, grad_v;
   std::vector<Real> lse;
   AttentionParams p;
+  std::vector<int32_t> forest;  // what p.prefixes and, then, p.cu_seqlens point to
 
   explicit Run(const Problem& problem) : problem(problem), cu_seqlens(problem.cu_seqlens.begin(), problem.cu_seqlens.end()) {
     const int64_t tokens = problem.tokens, heads = problem.heads, kv_heads = problem.kv_heads, dim = problem.dim;
@@ -102,10 +118,26 @@ struct Run {
     p.causal = problem.causal, p.window = problem.window, p.scale = problem.scale, p.softcap = problem.softcap;
     p.cu_seqlens = cu_seqlens.data(), p.documents = problem.documents();
     p.index_dtype = sizeof(Index) == 4 ? DType::i32 : DType::i64;
+    if (!problem.parents.empty()) share_prefixes();
     p.out = out.data(), p.lse = lse.data();
     p.grad_q = grad_q.data(), p.grad_k = grad_k.data(), p.grad_v = grad_v.data();
   }
   Run(const Run&) = delete;
+
+  void share_prefixes() {
+    const int64_t segments = problem.documents(), tokens = problem.tokens;
+    forest.resize(size_t(3 * segments + 1 + 4 * tokens));
+    PackedForestParams f;
+    f.axis = {p.cu_seqlens, p.index_dtype, segments, tokens};
+    f.parents = problem.parents.data(), f.parent_dtype = DType::i64;
+    CHECK_EQ(first_malformed_parent(f), -1);
+    f.trees = forest.data(), f.segment_starts = f.trees + segments + 1, f.segment_ends = f.segment_starts + segments;
+    f.positions = f.segment_ends + segments, f.ends = f.positions + tokens;
+    f.furthest = f.ends + tokens, f.nearest = f.furthest + tokens;
+    packed_forest_cpu(f);
+    p.cu_seqlens = f.trees, p.index_dtype = DType::i32;
+    p.prefixes = {f.ends, f.furthest, f.nearest, f.positions};
+  }
 
   static const T& at(const Heads& x, int64_t t, int64_t h, int64_t i) {
     return static_cast<const T*>(x.data)[t * x.token + h * x.head + i];
@@ -258,6 +290,16 @@ CASE(boundaries_of_either_width) {
   narrow.check(3e-6), wide.check(3e-6);
   CHECK(narrow.out == wide.out && narrow.lse == wide.lse);
   CHECK(narrow.grad_q == wide.grad_q && narrow.grad_k == wide.grad_k && narrow.grad_v == wide.grad_v);
+}
+CASE(formulas_of_shared_prefixes) {
+  // Two trees, one of depth 3 with an empty segment; siblings, a segment alone, padding.
+  const std::vector<int64_t> bounds = {0, 3, 5, 5, 8, 9, 12, 13, 15, 18}, parents = {-1, 0, 0, 0, 3, 3, 0, -1, 7};
+  for (int64_t window : {0, 1, 2, 5, 100})
+    for (double softcap : {0.0, 1.5}) {
+      Problem problem{bounds, 20};
+      problem.window = window, problem.softcap = softcap, problem.parents = parents;
+      check_all(problem);
+    }
 }
 CASE(documents_that_are_all_or_nothing) {
   check_all({.cu_seqlens = {0, 9}, .tokens = 9});

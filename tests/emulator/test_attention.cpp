@@ -8,6 +8,7 @@
 #include "check.h"
 #include "common/convert.h"
 #include "emulator.h"
+#include "packed_forest.h"
 
 using namespace packops;
 
@@ -20,8 +21,9 @@ struct Problem {
   bool causal = true;
   int64_t window = 0;
   double softcap = 0;
-  double size = 1;    // of queries: large ones make rows whose weight lies on one key
-  bool wide = false;  // boundaries as int64
+  double size = 1;                    // of queries: large ones make rows whose weight lies on one key
+  bool wide = false;                  // boundaries as int64
+  std::vector<int32_t> parents = {};  // shared prefixes: what segments, which are then the documents above, continue
 };
 
 constexpr int64_t kGuard = 16;  // elements before and behind every output, which nobody may write
@@ -71,6 +73,19 @@ Results<T> run(const Problem& problem, bool cuda) {
   const std::vector<int64_t> wide(problem.cu_seqlens.begin(), problem.cu_seqlens.end());
   p.cu_seqlens = problem.cu_seqlens.data(), p.documents = int64_t(problem.cu_seqlens.size()) - 1;
   if (problem.wide) p.cu_seqlens = wide.data(), p.index_dtype = DType::i64;
+  std::vector<int32_t> forest(3 * problem.parents.size() + 1 + size_t(4 * problem.tokens));
+  if (!problem.parents.empty()) {
+    PackedForestParams f;
+    f.axis = {p.cu_seqlens, p.index_dtype, p.documents, p.tokens};
+    f.parents = problem.parents.data();
+    f.trees = forest.data(), f.segment_starts = f.trees + p.documents + 1, f.segment_ends = f.segment_starts + p.documents;
+    f.positions = f.segment_ends + p.documents, f.ends = f.positions + p.tokens;
+    f.furthest = f.ends + p.tokens, f.nearest = f.furthest + p.tokens;
+    if (cuda) CHECK_EQ(packed_forest_cuda(f, nullptr), cudaSuccess);
+    else packed_forest_cpu(f);
+    p.cu_seqlens = f.trees, p.index_dtype = DType::i32;
+    p.prefixes = {f.ends, f.furthest, f.nearest, f.positions};
+  }
   p.out = r.out.data() + kGuard, p.lse = r.lse.data() + kGuard;
   p.grad_out = {grad.data(), problem.heads * (dim + gap), dim + gap};
   p.grad_q = r.grad_q.data() + kGuard, p.grad_k = r.grad_k.data() + kGuard, p.grad_v = r.grad_v.data() + kGuard;
@@ -159,6 +174,46 @@ CASE(more_documents_than_threads_that_place_them) {
   for (int i = 1; i <= 1050; i++) problem.cu_seqlens.push_back(problem.cu_seqlens.back() + (i % 15 ? 0 : i % 4));
   problem.tokens = problem.cu_seqlens.back() + 3;
   compare<bf16_t>(problem);
+}
+// A prompt and branches of every length around that of a tile; a tree in a tree; a document between trees; padding.
+const std::vector<int32_t> kSegments = {0, 70, 71, 134, 198, 330, 331, 340, 420, 425, 500};
+const std::vector<int32_t> kParents = {-1, 0, 0, 2, 2, 0, -1, 6, 7, -1};
+
+CASE(branches_of_a_shared_prefix) {
+  for (int32_t head_dim : {64, 128, 256}) {
+    Problem problem{kSegments, 510, 2, 1, head_dim};
+    problem.parents = kParents;
+    compare<bf16_t>(problem);
+    if (head_dim == 64) compare<half_t>(problem);
+    problem.window = 90;
+    compare<bf16_t>(problem);
+    problem.window = 0, problem.softcap = 5, problem.size = 8;
+    compare<bf16_t>(problem);
+  }
+}
+CASE(a_thousand_branches_of_three_tokens) {
+  Problem problem{{0, 40}, 0, 1, 1, 64};
+  problem.parents = {-1};
+  for (int i = 0; i < 300; i++) problem.cu_seqlens.push_back(problem.cu_seqlens.back() + i % 4), problem.parents.push_back(0);
+  problem.tokens = problem.cu_seqlens.back();
+  compare<bf16_t>(problem);
+}
+CASE(without_sharing_the_bits_are_those_of_documents) {
+  Problem flat{{0, 1, 71, 71, 199, 200}, 203, 4, 1, 64};
+  const Results<bf16_t> want = run<bf16_t>(flat, true);
+  flat.parents.assign(5, -1);
+  const Results<bf16_t> got = run<bf16_t>(flat, true);
+  const auto same = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0; };
+  CHECK(same(got.out, want.out) && same(got.lse, want.lse));
+  CHECK(same(got.grad_q, want.grad_q) && same(got.grad_k, want.grad_k) && same(got.grad_v, want.grad_v));
+}
+CASE(malformed_parents_write_nothing_outside) {
+  for (const std::vector<int32_t>& parents :
+       std::vector<std::vector<int32_t>>{{5, 5, 5, 5}, {0, 1, 2, 3}, {-9, 0x7fffffff, -1, 0}, {3, 2, 1, 0}}) {
+    Problem problem{{0, 30, 20, 70, 90}, 80, 1, 1, 64};
+    problem.parents = parents;
+    run<bf16_t>(problem, true);
+  }
 }
 CASE(malformed_boundaries_write_nothing_outside) {
   // The guards see it here, AddressSanitizer if this is built with it also reads. What comes out is unspecified.

@@ -54,6 +54,8 @@ class PackingPlan:
         num_overlong: documents longer than ``max_length`` that were truncated, split or dropped.
         dropped_tokens: tokens in no pack, cut off or of dropped documents.
         pad_doc_to_multiple_of: a piece takes its length rounded up to this in its pack.
+        shared: (pieces,) int64, tokens of a piece that its pack holds already, as a prefix of the document before it; None
+            without ``groups``.
     """
 
     indices: IntArray
@@ -68,6 +70,7 @@ class PackingPlan:
     num_overlong: int = 0
     dropped_tokens: int = 0
     pad_doc_to_multiple_of: int = 1
+    shared: IntArray | None = None
 
     @property
     def num_packs(self) -> int:
@@ -101,7 +104,12 @@ class PackingPlan:
     def padded_lengths(self) -> IntArray:
         """(pieces,) int64: the room each piece takes."""
         multiple = self.pad_doc_to_multiple_of
-        return self.lengths if multiple == 1 else -(-self.lengths // multiple) * multiple
+        return self.own_lengths if multiple == 1 else -(-self.lengths // multiple) * multiple
+
+    @property
+    def own_lengths(self) -> IntArray:
+        """(pieces,) int64: tokens of each piece that its pack would not hold without it."""
+        return self.lengths if self.shared is None else self.lengths - self.shared
 
     def per_pack(self, values: ArrayLike) -> NDArray[Any]:
         """(packs,) sums of one number per piece."""
@@ -109,12 +117,13 @@ class PackingPlan:
 
     @cached_property
     def tokens_per_pack(self) -> IntArray:
-        """(packs,) int64: tokens in each pack, without padding."""
-        return self.per_pack(self.lengths)
+        """(packs,) int64: tokens in each pack, without padding; shared prefixes count once."""
+        return self.per_pack(self.own_lengths)
 
     @property
     def num_tokens(self) -> int:
-        return int(self.lengths.sum())
+        """Tokens in all packs, without padding; shared prefixes count once."""
+        return int(self.own_lengths.sum())
 
     @property
     def efficiency(self) -> float:
@@ -128,7 +137,7 @@ class PackingPlan:
     @cached_property
     def _digest(self) -> str:
         digest = hashlib.blake2b(f"{self.max_length} {self.pad_doc_to_multiple_of}".encode(), digest_size=16)
-        for array in (self.indices, self.offsets, self.starts, self.lengths):
+        for array in (self.indices, self.offsets, self.starts, self.lengths, *([] if self.shared is None else [self.shared])):
             digest.update(np.ascontiguousarray(array).astype("<i8", copy=False).tobytes())
         return digest.hexdigest()
 
@@ -187,6 +196,8 @@ def pack(
     max_docs_per_pack: int | None = None,
     overlong: Overlong = "error",
     pad_doc_to_multiple_of: int = 1,
+    groups: ArrayLike | None = None,
+    shared: ArrayLike | None = None,
 ) -> PackingPlan:
     """Pack documents into as few packs of at most ``max_length`` tokens as the strategy manages.
 
@@ -214,6 +225,10 @@ def pack(
             Under ``wrapped`` no document is overlong.
         pad_doc_to_multiple_of: in its pack a document takes its length rounded up to this, which divides ``max_length``
             (context parallelism wants ``2 * cp_size``). :class:`packops.PackingCollator` takes the same argument.
+        groups: (documents,) integers. Documents of one number stay together, in their order, so that they can share prefixes:
+            a prompt's responses, say. A group that is too long is cut between documents, into as few packs as hold it.
+        shared: (documents,) integers, with ``groups``: how many tokens a document need not repeat after the document before it
+            in its group (:func:`packops.shared_prefixes`); the first document of a pack repeats all. None: nothing is shared.
 
     Raises:
         ValueError: a negative length, an overlong document under ``overlong="error"`` (with its index and length), an argument
@@ -228,6 +243,25 @@ def pack(
         if not 0 <= value < 2**64:
             raise ValueError(f"{name} must be between 0 and 2^64 - 1, got {value}")
     max_length = operator.index(max_length)
+    if groups is not None or shared is not None:
+        if groups is None:
+            raise ValueError("shared needs groups: documents share prefixes within their group")
+        if strategy == "wrapped" or overlong in ("truncate", "split") or pad_doc_to_multiple_of != 1:
+            raise ValueError(
+                "groups keep their documents whole and unpadded: strategy='wrapped', overlong='truncate' or 'split' and "
+                "pad_doc_to_multiple_of do not go with them"
+            )
+        return _pack_groups(
+            as_lengths(lengths),
+            groups,
+            shared,
+            max_length,
+            max_docs_per_pack,
+            strategy=strategy,
+            seed=seed,
+            epoch=epoch,
+            overlong=overlong,
+        )
     given_order = seed is None or strategy == "sequential"
     array = as_lengths(lengths)
     indices, offsets, starts, piece_lengths, empty, overlong_count, dropped = _C.pack(
@@ -255,3 +289,73 @@ def pack(
         dropped_tokens=dropped,
         pad_doc_to_multiple_of=pad_doc_to_multiple_of,
     )
+
+
+def _pack_groups(
+    lengths: IntArray,
+    groups: ArrayLike,
+    shared: ArrayLike | None,
+    max_length: int,
+    max_docs: int | None,
+    *,
+    overlong: Overlong,
+    **order: Any,
+) -> PackingPlan:
+    """Packs parts of groups, each as long as a pack allows, as if they were documents."""
+    numbers = np.asarray(groups)
+    common = np.zeros_like(lengths) if shared is None else as_lengths(shared)
+    overlong_count = int((lengths > max_length).sum())
+    if (lengths < 0).any() or (overlong == "error" and overlong_count):
+        pack(lengths, max_length)  # raises, and names the document
+    for name, array in (("groups", numbers), ("shared", common)):
+        if array.shape != lengths.shape:
+            raise ValueError(f"{name} must have one number per document ({len(lengths)}), got shape {array.shape}")
+    if ((common < 0) | (common > lengths)).any():
+        bad = int(((common < 0) | (common > lengths)).argmax())
+        raise ValueError(f"shared[{bad}] must be between 0 and lengths[{bad}] = {lengths[bad]}, got {common[bad]}")
+
+    _, first, group_of = np.unique(numbers, return_index=True, return_inverse=True)
+    documents = np.argsort(first[group_of], kind="stable")  # groups by their first document
+    documents = documents[(lengths[documents] > 0) & (lengths[documents] <= max_length)]
+    begins, sizes = _cut_groups(group_of[documents], lengths[documents], common[documents], max_length, max_docs)
+    counts = np.diff([*begins, len(documents)])
+    parts = pack(
+        sizes,
+        max_length,
+        max_docs_per_pack=None if max_docs is None else max(1, max_docs // int(counts.max(initial=1))),
+        **order,
+    )
+    part_lengths = counts[parts.indices]
+    ends = np.cumsum(part_lengths)
+    indices = documents[np.repeat(begins[parts.indices] - (ends - part_lengths), part_lengths) + np.arange(len(documents))]
+    piece_shared = common[indices]
+    piece_shared[ends - part_lengths] = 0
+    return dataclasses.replace(
+        parts,
+        indices=indices,
+        offsets=np.concatenate([np.zeros(1, np.int64), ends])[parts.offsets],
+        starts=np.broadcast_to(np.int64(0), indices.shape),
+        lengths=lengths[indices],
+        num_documents=len(lengths),
+        num_empty=int((lengths == 0).sum()),
+        num_overlong=overlong_count,
+        dropped_tokens=int(lengths[lengths > max_length].sum()),
+        shared=piece_shared,
+    )
+
+
+def _cut_groups(
+    group_of: IntArray, lengths: IntArray, shared: IntArray, max_length: int, max_docs: int | None
+) -> tuple[IntArray, IntArray]:
+    """Where the parts of groups begin among documents that are sorted by group, and how many tokens each part has."""
+    begins: list[int] = []
+    sizes: list[int] = []
+    group, room = -1, 0
+    for i, (own_group, length, common) in enumerate(zip(group_of.tolist(), lengths.tolist(), shared.tolist(), strict=True)):
+        if own_group != group or length - common > room or (max_docs is not None and i - begins[-1] == max_docs):
+            group, room, common = own_group, max_length, 0
+            begins.append(i)
+            sizes.append(0)
+        sizes[-1] += length - common
+        room -= length - common
+    return np.array(begins, np.int64), np.array(sizes, np.int64)
