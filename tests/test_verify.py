@@ -152,9 +152,13 @@ def finding(report):
     return report.findings[0]
 
 
+def with_cache(model, batch):
+    return model(input_ids=batch.input_ids, position_ids=batch.position_ids).logits
+
+
 def test_catches_the_cache_of_transformers(documents):
     """use_cache=True is transformers' default, and with it sdpa and eager models do not see that a row is packed."""
-    report = verify(llama(), documents, forward=lambda model, b: model(input_ids=b.input_ids, position_ids=b.position_ids).logits)
+    report = verify(llama(), documents, forward=with_cache)
     assert "documents see each other" in finding(report)
     assert report.leaks[0, 1] > 1e-4
     assert report.leaks[1, 0] == 0, "causal attention leaks forward only"
@@ -227,14 +231,139 @@ class WrongBackward(torch.autograd.Function):
         return grad * 1.01
 
 
+def packed_only(change):
+    """A loss that is right, during which ``change`` is at work."""
+
+    def loss(model, batch, num_items):
+        handle = change()
+        logits = hf_forward(model, batch)
+        value = packops.cross_entropy(logits, batch.labels, cu_seqlens=batch.cu_seqlens, shift=True, num_items=num_items)
+        value.backward()
+        handle.remove()
+        return value.detach()
+
+    return loss
+
+
 def test_catches_a_wrong_backward(documents):
-    """Loss and logits are right, one gradient is off by a percent. The truth is computed without the patched loss."""
+    """Loss and logits are right, all gradients are off by a percent. The truth is computed without the patched loss."""
 
     def loss(model, batch, num_items):
         logits = WrongBackward.apply(hf_forward(model, batch))
         return packops.cross_entropy(logits, batch.labels, cu_seqlens=batch.cu_seqlens, shift=True, num_items=num_items)
 
     assert "the loss is right but the gradient of" in finding(verify(llama(), documents, loss=loss))
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.norm.weight", "model.layers.0.self_attn.k_proj.weight", "model.layers.1.mlp.down_proj.weight", "lm_head.weight"],
+)
+def test_catches_one_wrong_gradient(documents, name):
+    """One parameter's, by a percent, and it is named."""
+    model = llama()
+    parameter = model.get_parameter(name)
+    report = verify(model, documents, loss=packed_only(lambda: parameter.register_hook(lambda grad: grad * 1.01)))
+    assert f"the gradient of {name} is not" in finding(report)
+    assert report.worst_gradient[1] == pytest.approx(0.01, rel=0.01)
+    others = [value for other, value in report.gradient_differences.items() if other != name]
+    assert max(others) < 1e-5
+
+
+def test_catches_a_small_gradient_that_is_wrong(documents):
+    """One whose elements are hundreds of times smaller than others' counts by its own size."""
+    model, name = llama(), "model.layers.1.self_attn.q_proj.weight"
+    parameter, sizes = model.get_parameter(name), largest_gradients(model, documents)
+    assert 1.5e-3 < sizes[name] / max(sizes.values()) < 8e-3
+    report = verify(model, documents, loss=packed_only(lambda: parameter.register_hook(lambda grad: grad * 1.01)))
+    assert f"the gradient of {name} is not" in finding(report)
+    assert report.worst_gradient[1] == pytest.approx(0.01, rel=0.01)
+
+
+def largest_gradients(model, documents):
+    batch = PackingCollator()(documents)
+    model.zero_grad()
+    packops.cross_entropy(hf_forward(model, batch), batch.labels, cu_seqlens=batch.cu_seqlens, shift=True).backward()
+    return {name: float(parameter.grad.abs().max()) for name, parameter in model.named_parameters()}
+
+
+def test_gradients_that_are_nothing_but_rounding_do_not_matter(documents):
+    """What is added to all logits alike changes no loss: its gradient is 0, but for what rounding makes of it."""
+    model = llama()
+    model.shift = nn.Parameter(torch.ones(1))
+    report = verify(model, documents, forward=lambda model, batch: hf_forward(model, batch) + model.shift)
+    assert report.ok, report
+    assert report.gradient_differences["shift"] > 0, "rounding made nothing of it, so nothing was shown"
+
+
+def moe(**options):
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, head_dim=16,
+        num_key_value_heads=2, num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, initializer_range=0.12, **options,
+    )  # fmt: skip
+    return transformers.Qwen3MoeForCausalLM(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_that_add_in_another_order_do_not_leak(dtype):
+    """Which tokens an expert computes together depends on the other documents, and so does the order of additions."""
+    generator, leaks = torch.Generator().manual_seed(0), []
+    documents = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (40, 61, 13, 30)]
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = moe().to(dtype)
+        report = verify(model, documents, gradients=False)
+        assert not any("see each other" in finding for finding in report.findings), report
+        leaks.append(report.worst_leak)
+
+        report = verify(model, documents, forward=with_cache, gradients=False)
+        assert any("see each other" in finding for finding in report.findings), report
+    if dtype == torch.float32:
+        assert max(leaks) > 0, "nothing is shown by models that add in one order"
+        assert report.leak_tolerance < 1e-5
+
+
+def test_the_balancing_loss_of_experts_is_left_out():
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (40, 61, 13, 30)]
+    torch.manual_seed(0)
+    report = verify(moe(output_router_logits=True, router_aux_loss_coef=0.5), documents)
+    assert report.ok, report
+
+
+@pytest.mark.parametrize("head", ["SequenceClassification", "TokenClassification", "QuestionAnswering"])
+def test_other_heads_are_refused(documents, head):
+    model = getattr(transformers, f"LlamaFor{head}")(llama().config)
+    with pytest.raises(ValueError, match=f"LlamaFor{head} is no causal language model"):
+        verify(model, documents)
+
+
+def test_models_that_are_no_causal_language_models_are_refused(documents):
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    for model in (
+        transformers.BertForMaskedLM(transformers.BertConfig(**sizes)),
+        transformers.LlamaModel(transformers.LlamaConfig(**sizes)),
+        transformers.T5ForConditionalGeneration(transformers.T5Config(vocab_size=VOCABULARY, d_model=32, num_layers=1, d_ff=32)),
+    ):
+        with pytest.raises(ValueError, match="is no causal language model"):
+            verify(model, documents)
+
+
+def test_a_forward_that_gives_something_else_is_refused(documents):
+    model = llama()
+    for forward, message in (
+        (lambda model, batch: model(batch.input_ids), "got CausalLMOutputWithPast"),
+        (lambda model, batch: hf_forward(model, batch)[0], r"\(1, 13, V\), got shape \(13, 61\)"),
+        (lambda model, batch: hf_forward(model, batch)[..., :7], "is not one of their 7 columns"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            verify(model, documents, forward=forward)
 
 
 def test_catches_values_that_are_no_numbers(documents):

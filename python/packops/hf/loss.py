@@ -319,8 +319,8 @@ def check_call(model: Any, given: Mapping[str, Any]) -> None:
     images = [name for name in _IMAGES if given.get(name) is not None]
     if images and positions is not None and positions.dim() == 2 and _has_mrope(model.config):
         raise ValueError(
-            f"packops.hf: {images[0]} with position_ids of shape {tuple(positions.shape)}, but in this model images have positions "
-            "in three dimensions (M-RoPE). Pass those of its get_rope_index, document by document, or none"
+            f"packops.hf: {images[0]} with position_ids of shape {tuple(positions.shape)}, but images have "
+            "positions in three dimensions here (M-RoPE). Pass those of its get_rope_index, document by document, or none"
         )
     bounds = given.get("cu_seq_lens_q")
     if bounds is None or bounds.numel() <= 2 or positions is not None:
@@ -379,7 +379,7 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
     """Replace the loss of ``model`` and, where its forward ends as expected, let it skip the logits in training."""
     if not hasattr(type(model), "loss_function"):
         raise ValueError(f"packops.hf cannot replace the loss of {type(model).__name__}: it has no loss_function")
-    if not _scores_the_next_token(model):
+    if not scores_the_next_token(model):
         raise ValueError(
             f"packops.hf cannot replace the loss of {type(model).__name__} ({model.loss_type!r}): it does not score each token's "
             "successor. cross_entropy=False leaves it alone"
@@ -397,7 +397,7 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
         record.note(f"logits are always made: {reason}")
 
 
-def _scores_the_next_token(model: nn.Module) -> bool:
+def scores_the_next_token(model: nn.Module) -> bool:
     from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 
     kind = getattr(model, "loss_type", None) or "ForCausalLM"  # which is also what transformers takes None for
