@@ -8,6 +8,7 @@ skips them where less device memory is free.
 from __future__ import annotations
 
 import gc
+import os
 import random
 import sys
 import zlib
@@ -25,9 +26,11 @@ import gpu_record
 
 HERE = Path(__file__).resolve().parent
 
-# No wall time decides a test; the same examples everywhere, so that a red run on one machine is red on the next.
-hypothesis.settings.register_profile("packops", deadline=None, derandomize=True, print_blob=True)
+# No wall time decides a test. Examples follow from a seed alone, and every commit has one of its own: a red run is red
+# everywhere, and yet not the same examples are tried for ever.
+hypothesis.settings.register_profile("packops", deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("packops")
+SEED = "PACKOPS_TEST_SEED"
 
 OUT_OF_MEMORY = "CUDA ran out of memory"
 
@@ -52,7 +55,26 @@ def why_no_gpu() -> str | None:
     return None
 
 
+def example_seed() -> int:
+    """``$PACKOPS_TEST_SEED``, or a number that follows from the commit."""
+    if os.environ.get(SEED):
+        return int(os.environ[SEED])
+    return int(gpu_record._run("git", "rev-parse", "HEAD")[:8] or "0", 16)
+
+
+def choose_seed(config) -> None:
+    if getattr(config.option, "hypothesis_seed", 0) is None:
+        config.option.hypothesis_seed = str(example_seed())
+
+
+def pytest_report_header(config):
+    seed = config.getoption("hypothesis_seed", None)
+    return f"examples of hypothesis: seed {seed}; {SEED}={seed} tries the same ones again"
+
+
+@pytest.hookimpl(tryfirst=True)  # before hypothesis reads its seed
 def pytest_configure(config):
+    choose_seed(config)
     config.packops_no_gpu = why_no_gpu()
     config.packops_outcomes = {"gpu": Counter(), "cpu": Counter()}
     config.packops_skips = Counter()  # of GPU tests, by reason

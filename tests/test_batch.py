@@ -257,3 +257,32 @@ def test_images_are_refused():
     with pytest.raises(ValueError, match="document 1 holds pixel_values, image_grid_thw: PackingCollator packs text"):
         PackingCollator()([[1, 2], {"input_ids": [3], "pixel_values": torch.zeros(1), "image_grid_thw": [[1, 2, 2]]}])
     PackingCollator()([{"input_ids": [3, 4], "pixel_values": None}])
+
+
+def test_a_mask_beside_labels_masks_labels():
+    """Labels that differ from the ids stay what they are where the mask scores them."""
+    document = {
+        "input_ids": [5, 6, 7, 8],
+        "labels": [50, 60, -9, 80],
+        "completion_mask": [0, 1, 1, 1],
+        "assistant_masks": [1, 1, 1, 0],
+    }
+    batch = PackingCollator(ignore_index=-9)([document])
+    assert batch.labels.flatten().tolist() == [-9, 60, -9, -9]
+    assert batch.num_items == 1
+
+
+def test_padding_has_the_ignore_index_that_was_asked_for():
+    batch = PackingCollator(ignore_index=-7, pad_to_multiple_of=4, pad_doc_to_multiple_of=2)([[1, 2, 3], [4, 5]])
+    assert batch.labels.flatten().tolist() == [-7, 2, 3, -7, -7, 5, -7, -7]
+    assert batch.num_items == 3
+
+
+def test_the_padding_is_a_document_for_flash_attention():
+    """At the limit: three documents fit, three and a row's padding do not."""
+    shape = (157903, 32)
+    assert max_docs_for_flash_attention(40, *shape) == 3
+    collate = PackingCollator(pad_to_length=40, attention_shape=shape)
+    assert len(collate([[1] * 20, [2] * 10, [3] * 10]).cu_seqlens) == 4
+    with pytest.raises(ValueError, match="4 documents and 40 tokens"):
+        collate([[1] * 20, [2] * 10, [3] * 9])

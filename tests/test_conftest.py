@@ -7,6 +7,7 @@ import json
 import os
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -184,3 +185,17 @@ def test_every_test_has_a_seed_of_its_own(suite):
 
 def test_device_is_a_torch_device(device):
     assert isinstance(device, torch.device)
+
+
+def test_examples_follow_from_the_commit_or_a_variable(suite, monkeypatch, request):
+    commits = iter(["1" * 40, "2" * 40])
+    monkeypatch.delenv("PACKOPS_TEST_SEED", raising=False)
+    monkeypatch.setattr(conftest.gpu_record, "_run", lambda *command: next(commits))
+    assert [conftest.example_seed() for _ in "ab"] == [0x11111111, 0x22222222]
+    monkeypatch.setenv("PACKOPS_TEST_SEED", "7")
+    config = suite.parseconfig("tests")
+    conftest.choose_seed(config)
+    assert config.option.hypothesis_seed == "7"
+    assert "seed 7; PACKOPS_TEST_SEED=7 tries" in conftest.pytest_report_header(config)
+    # What hypothesis itself has read, in this run: the option came before it looked.
+    assert hypothesis.core.global_force_seed == int(request.config.option.hypothesis_seed)
