@@ -101,8 +101,6 @@ struct Pieces {
   std::vector<int64_t> part_start, part_length;
 
   void add_part(int64_t document, int64_t start, int64_t length, uint32_t size) {
-    if (part_document.size() >= static_cast<size_t>(kMaxPieces))
-      throw std::invalid_argument("documents split into more than 2^32 - 2 pieces");
     items.push_back({static_cast<uint32_t>(part_document.size()), size});
     part_document.push_back(static_cast<uint32_t>(document));
     part_start.push_back(start);
@@ -133,9 +131,16 @@ void check(const PackRequest& r) {
 Pieces make_pieces(const PackRequest& r, PackResult& result) {
   const bool is_wrapped = r.strategy == Strategy::wrapped;
   bool is_cut = false;
+  const bool splits = is_wrapped || r.overlong == Overlong::split;
+  int64_t total = 0, parts = 0;  // no sum of some of the lengths can overflow if this does not
   for (int64_t i = 0; i < r.count; i++) {
     const int64_t length = r.lengths[i];
     if (length < 0) throw std::invalid_argument(describe(i, length) + " is negative");
+    if (__builtin_add_overflow(total, length, &total)) {
+      throw std::invalid_argument("lengths must add up to less than 2^63 tokens, they exceed it at " + describe(i, length));
+    }
+    parts += length / r.capacity + (length % r.capacity != 0);
+    if (splits && parts > kMaxPieces) throw std::invalid_argument("documents split into more than 2^32 - 2 pieces");
     result.empty += length == 0;
     if (is_wrapped || length <= r.capacity) continue;
     if (r.overlong == Overlong::error) {

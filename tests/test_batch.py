@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from packops import PackedBatch, PackingCollator, max_docs_for_flash_attention
+from packops.data.documents import length_of, slice_document
 
 DOCUMENTS = [[11, 12, 13], [21], [31, 32, 33, 34]]
 
@@ -286,3 +287,235 @@ def test_the_padding_is_a_document_for_flash_attention():
     assert len(collate([[1] * 20, [2] * 10, [3] * 10]).cu_seqlens) == 4
     with pytest.raises(ValueError, match="4 documents and 40 tokens"):
         collate([[1] * 20, [2] * 10, [3] * 9])
+
+
+# ---- token ids of any integer type, padding that documents bring along, masks of every kind -----------------------------------
+
+UNSIGNED = [np.uint8, np.uint16, np.uint32, np.uint64]
+
+
+@pytest.mark.parametrize("dtype", [*UNSIGNED, np.int8, np.int16, np.int32], ids=lambda dtype: dtype.__name__)
+@pytest.mark.parametrize("mask", ["completion_mask", "assistant_masks"])
+@pytest.mark.parametrize("ignore_index", [-100, -1, 255])
+def test_any_integer_type_holds_the_ignore_index(dtype, mask, ignore_index):
+    n = ignore_index
+    document = {"input_ids": np.array([5, 6, 7], dtype), mask: [0, 0, 1]}
+    batch = PackingCollator(ignore_index=n)([document, {**document, "labels": np.array([5, 6, 7], dtype)}])
+    assert batch.labels.tolist() == [[n, n, 7, n, n, 7]]
+    assert (batch.labels.dtype, batch.num_items) == (torch.int64, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32])
+def test_rows_of_any_integer_type(dtype):
+    n = -100
+    ids = torch.tensor([5, 6, 7, 8, 9]).to(dtype)
+    batches = [
+        PackedBatch.from_cu_seqlens(ids, torch.tensor([0, 3])),
+        PackedBatch.from_cu_seqlens(ids.long(), torch.tensor([0, 3]), labels=ids),
+        PackedBatch.build(ids, torch.tensor([5, 6, 7, n, n]), [0, 3, 5], lengths=[3]),
+    ]
+    for batch in batches:
+        assert batch.labels.tolist() == [[n, 6, 7, n, n]]
+        assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9]]
+        assert (batch.input_ids.dtype, batch.labels.dtype) == (torch.int64, torch.int64)
+    padded = PackedBatch.from_padded(ids[None], torch.tensor([[1, 1, 1, 0, 0]]))
+    assert padded.labels.tolist() == [[n, 6, 7]]
+
+
+def test_ids_that_are_no_integers_are_refused():
+    with pytest.raises(TypeError, match=r"input_ids must be integers, got torch.float32"):
+        PackedBatch.from_cu_seqlens(torch.ones(3), torch.tensor([0, 3]), labels=torch.arange(3))
+    with pytest.raises(TypeError, match=r"labels must be integers, got torch.bool"):
+        PackedBatch.from_cu_seqlens(torch.arange(3), torch.tensor([0, 3]), labels=torch.ones(3, dtype=torch.bool))
+    with pytest.raises(TypeError, match=r"position_ids must be integers, got torch.float32"):
+        PackedBatch.from_position_ids(torch.arange(3), torch.arange(3.0))
+    with pytest.raises(ValueError, match="input_ids of document 0 must fit int64, got 18446744073709551615"):
+        PackingCollator()([np.array([2**64 - 1], np.uint64)])
+
+
+PADDED = {"input_ids": [0, 0, 5, 6, 7, 0], "attention_mask": [0, 0, 1, 1, 1, 0]}
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda mask: np.array(mask, bool)])
+def test_padding_that_a_document_brings_along_is_cut_off(kind):
+    more = {"labels": np.array([0, 0, -100, 6, 7, 0]), "completion_mask": kind([1, 1, 1, 0, 1, 1]), "w": [9, 9, 1, 2, 3, 9]}
+    documents = [
+        {**PADDED, "attention_mask": kind(PADDED["attention_mask"])},
+        {"input_ids": [8, 9], "attention_mask": kind([1, 1])},
+        {"input_ids": [3, 4], "attention_mask": kind([0, 0])},
+        {"input_ids": [3, 4], "attention_mask": None},
+    ]
+    batch = PackingCollator(pad_to_length=9, pad_token_id=1)(documents)
+    n = -100
+    assert batch.input_ids.tolist() == [[5, 6, 7, 8, 9, 3, 4, 1, 1]]
+    assert batch.labels.tolist() == [[n, 6, 7, n, 9, n, 4, n, n]]
+    assert (batch.lengths, batch.num_items) == ((3, 2, 2), 4)
+    documents[0] |= more
+    batch = PackingCollator(columns={"w": 0})(documents[:1])
+    assert batch.labels.tolist() == [[n, n, 7]]
+    assert batch.columns["w"].tolist() == [[1, 2, 3]]
+    assert length_of(documents[0]) == 3
+    assert slice_document(documents[0], 1, 2)["w"] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        ([1, 0, 1], ValueError, "attention_mask of document 1 must be 1 for its tokens, which lie together"),
+        ([1, 1, 2], ValueError, "documents of a packed row one by one"),
+        ([0, -1, 1], ValueError, "must be 1 for its tokens"),
+        ([1, 1], ValueError, r"must have one entry per token \(3\), got shape \(2,\)"),
+        ([0.0, 0.0, -1e4], TypeError, "must be bool or integers .* got float64"),
+    ],
+)
+def test_masks_of_documents_that_say_something_else_are_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        PackingCollator()([[1], {"input_ids": [5, 6, 7], "attention_mask": mask}])
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.uint8])
+def test_masks_that_number_documents(dtype, device):
+    ids = torch.arange(10, 22, device=device).view(2, 6)
+    mask = torch.tensor([[1, 1, 1, 2, 2, 0], [0, 4, 0, 3, 3, 3]], dtype=dtype, device=device)
+    n = -100
+    batch = PackedBatch.from_padded(ids, mask)
+    assert batch.input_ids.tolist() == [[10, 11, 12, 13, 14, 17, 19, 20, 21]]
+    assert batch.labels.tolist() == [[n, 11, 12, n, 14, n, n, 20, 21]]
+    assert (batch.boundaries, batch.num_items) == ((0, 3, 5, 6, 9), 5)
+    # Rows end documents, although their numbers go on.
+    assert PackedBatch.from_padded(ids, torch.ones_like(mask)).boundaries == (0, 6, 12)
+    assert PackedBatch.from_padded(ids[:, :0], mask[:, :0]).boundaries == (0,)
+
+
+@pytest.mark.parametrize(
+    "mask, error, message",
+    [
+        ([[1, 1, 0, 1]], ValueError, r"attention_mask of row 0 interrupts a document: .* got \[1, 1, 0, 1\]"),
+        ([[1, 2, 1, 0]], ValueError, "interrupts a document"),
+        ([[1, -1, 1, 0]], ValueError, "must not be negative, got -1"),
+        ([[0.0, 0.0, 0.0, -1e4]], TypeError, "attention_mask must be bool or integers .* got torch.float32"),
+    ],
+)
+def test_masks_that_do_not_tell_documents_apart_are_refused(mask, error, message):
+    with pytest.raises(error, match=message):
+        PackedBatch.from_padded(torch.arange(4)[None], torch.tensor(mask))
+
+
+def test_everything_has_one_entry_per_token():
+    ids, bounds = torch.arange(4), torch.tensor([0, 4])
+    for labels in (torch.arange(3), torch.arange(5)):
+        with pytest.raises(ValueError, match=r"labels must have one entry per token \(4\), got shape"):
+            PackedBatch.from_cu_seqlens(ids, bounds, labels=labels)
+        with pytest.raises(ValueError, match=r"labels must have one entry per token \(4\), got shape"):
+            PackedBatch.from_position_ids(ids, torch.arange(4), labels=labels)
+        with pytest.raises(ValueError, match=r"position_ids must have one entry per token \(4\), got shape"):
+            PackedBatch.from_position_ids(ids, labels)
+        with pytest.raises(ValueError, match=r"labels must have the shape of input_ids, \(1, 4\), got"):
+            PackedBatch.from_padded(ids[None], torch.ones(1, 4, dtype=torch.int64), labels=labels[None])
+        with pytest.raises(ValueError, match=r"w must have one entry per token \(4\), got shape"):
+            PackedBatch.build(ids, ids, [0, 4], columns={"w": labels})
+    for boundaries in ([0, 3], [1, 4], [0, 3, 2, 4], []):
+        with pytest.raises(ValueError, match="boundaries must rise from 0 to the 4 tokens"):
+            PackedBatch.build(ids, ids, boundaries)
+    with pytest.raises(ValueError, match=r"lengths must fit the documents between the boundaries, \[4\], got \[5\]"):
+        PackedBatch.build(ids, ids, [0, 4], lengths=[5])
+
+
+@pytest.mark.parametrize(
+    "values, fill, expected, dtype",
+    [
+        ([[1, 2], [3]], 0.5, [1, 2, 3, 0.5], torch.float32),
+        ([[1, 2], [3]], 0.0, [1, 2, 3, 0], torch.int64),
+        ([[1, 2.5], [3]], 7, [1, 2.5, 3, 7], torch.float32),
+        ([[True, False], [True]], -1, [1, 0, 1, -1], torch.int16),
+        ([np.array([200, 1], np.uint8), np.array([3], np.uint8)], -1, [200, 1, 3, -1], torch.int16),
+        ([np.array([200, 1], np.uint8), np.array([-3], np.int8)], 0, [200, 1, -3, 0], torch.int16),
+        ([[2**40, 1], [3]], -(2**41), [2**40, 1, 3, -(2**41)], torch.int64),
+        ([[1, 2], [3]], float("nan"), [1, 2, 3, float("nan")], torch.float32),
+    ],
+)
+def test_a_columns_type_holds_values_and_padding(values, fill, expected, dtype):
+    documents = [{"input_ids": list(range(len(w))), "w": w} for w in values]
+    column = PackingCollator(columns={"w": fill}, pad_to_length=4)(documents).columns["w"]
+    np.testing.assert_array_equal(column[0].numpy(), expected)
+    assert column.dtype == dtype or (dtype == torch.int16 and column.dtype in (torch.int8, torch.int16))
+
+
+def test_columns_that_no_type_holds_are_refused():
+    far = {"input_ids": [1, 2], "w": [2**24 + 1, 0]}
+    with pytest.raises(ValueError, match="column 'w' holds floats and integers that float32 cannot hold"):
+        PackingCollator(columns={"w": 0.5})([far])
+    with pytest.raises(ValueError, match="column 'w' holds floats and integers that float32 cannot hold"):
+        PackingCollator(columns={"w": 0})([far, {"input_ids": [1], "w": [0.5]}])
+    with pytest.raises(TypeError, match="column 'w' must hold numbers or bool"):
+        PackingCollator(columns={"w": 0})([{"input_ids": [1], "w": ["a"]}])
+
+
+def test_torch_load_takes_a_saved_batch(tmp_path):
+    collate = PackingCollator(pad_to_length=9, shift_labels=True, columns={"w": 0.0})
+    batch = collate([{"input_ids": [1, 2, 3], "w": [1.0, 2.0, 3.0]}, {"input_ids": [4, 5], "w": [4.0, 5.0]}])
+    torch.save({"batch": batch, "inputs": batch.to_hf()}, tmp_path / "batch.pt")
+    loaded = torch.load(tmp_path / "batch.pt", weights_only=True)["batch"]
+    same(loaded, batch)
+    assert torch.equal(loaded.columns["w"], batch.columns["w"])
+    assert torch.equal(loaded.shift_labels, batch.shift_labels)
+    assert torch.equal(loaded.real_tokens, batch.real_tokens)
+
+
+def test_callers_tensors_and_arrays_are_not_written():
+    """Nor is what a batch holds memory of theirs that they may go on to change."""
+    ids, labels = torch.arange(6), torch.tensor([9, 1, 2, 3, 4, 5])
+    bounds = torch.tensor([0, 2, 4])
+    batch = PackedBatch.from_cu_seqlens(ids, bounds, labels=labels)
+    assert labels.tolist() == [9, 1, 2, 3, 4, 5]
+    assert ids.tolist() == list(range(6))
+    assert batch.labels.tolist() == [[-100, 1, -100, 3, -100, -100]]
+    document = {"input_ids": np.arange(3), "labels": np.arange(3), "completion_mask": np.array([0, 1, 1])}
+    for array in document.values():
+        array.flags.writeable = False
+    batch = PackingCollator(pad_doc_to_multiple_of=2)([document, document["input_ids"]])
+    batch.input_ids.fill_(7)
+    batch.labels.fill_(7)
+    assert document["input_ids"].tolist() == [0, 1, 2]
+
+
+# ---- exact boundaries -----------------------------------------------------------------------------------------------------
+
+
+def test_documents_and_padding_at_the_limit_of_cu_seqlens():
+    """The padding is a document of its own: with it one document less fits."""
+    full = PackingCollator(pad_to_length=6, num_documents=3)
+    assert full([[1, 2]] * 3).boundaries == (0, 2, 4, 6)
+    assert full([[1, 2], [3, 4], [5]][:2]).boundaries == (0, 2, 4, 6)
+    with pytest.raises(ValueError, match=r"4 documents \(padding is one\) do not fit a cu_seqlens for 3"):
+        full([[1, 2], [3, 4], [5]])
+    assert PackingCollator(num_documents=3)([[1], [2], [3]]).cu_seqlens.tolist() == [0, 1, 2, 3]
+
+
+def test_documents_and_padding_at_the_limit_of_flash_attention():
+    heads, dim = 64, 128
+    total = (2**31 - 1) // (heads * dim) - 3 * 128  # so that three documents overflow nothing, and four do
+    assert max_docs_for_flash_attention(total, heads, dim) == 3
+    assert max_docs_for_flash_attention(total + 1, heads, dim) == 2
+    tokens = np.ones(total, np.int64)
+    collate = PackingCollator(pad_to_length=total, attention_shape=(heads, dim))
+    collate(np.array_split(tokens, 3))
+    collate([tokens[:10], tokens[:20]])  # padding is the third
+    with pytest.raises(ValueError, match="a packed row of 4 documents"):
+        collate(np.array_split(tokens, 4))
+    with pytest.raises(ValueError, match="a packed row of 4 documents"):
+        collate([tokens[:10], tokens[:20], tokens[:30]])
+
+
+@pytest.mark.parametrize("total, padded", [(7, 8), (8, 8), (9, 16), (0, 8)])
+def test_a_row_is_padded_to_the_next_multiple(total, padded):
+    batch = PackingCollator(pad_to_multiple_of=8)([[1] * total])
+    assert batch.num_tokens == padded
+    assert (batch.real_tokens is None) == (total == padded)
+
+
+def test_pad_to_length_is_reached_and_not_passed():
+    collate = PackingCollator(pad_to_length=8, pad_doc_to_multiple_of=4)
+    assert collate([[1] * 4, [2]]).boundaries == (0, 4, 8)
+    with pytest.raises(ValueError, match="the documents have 12 tokens, more than pad_to_length = 8"):
+        collate([[1] * 5, [2]])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 import threading
+import time
 
 import numpy as np
 import pytest
@@ -285,19 +287,69 @@ def test_a_document_longer_than_32_bits_is_split_right():
     assert plan.tokens_per_pack.max() == 2**31 - 1
 
 
-def test_packing_lets_other_threads_run():
-    """The GIL is free while C++ packs: a Python thread counts meanwhile."""
-    lengths = np.random.default_rng(0).integers(1, 4000, 1_000_000)
-    done = threading.Event()
-    ticks = 0
+@pytest.mark.parametrize("call", ["pack", "permutation"])
+def test_packing_lets_other_threads_run(call):
+    """Threads change only where one gives the GIL away. Another one ran between two lines of this one: the call gave it away."""
+    lengths = np.random.default_rng(0).integers(1, 4000, 300_000)
+    calls = {
+        "pack": lambda: _C.pack(lengths, 4096, "ffd", seed=0, epoch=0, max_docs=0, overlong="error", multiple=1),
+        "permutation": lambda: _C.permutation(3_000_000, 0, 0),
+    }
+    ticks, ran_meanwhile = 0, False
 
     def work():
-        pack(lengths, 4096, strategy="ffd")
-        done.set()
+        nonlocal ran_meanwhile
+        for _ in range(50):  # one such call is enough; the machine may be busy with something else
+            time.sleep(0.0005)  # before the first one, too: a thread that starts has given the GIL away
+            before = ticks
+            calls[call]()
+            ran_meanwhile = ticks > before
+            if ran_meanwhile:
+                break
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    while not done.wait(0.002):
-        ticks += 1
-    thread.join()
-    assert ticks > 3
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000)
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while thread.is_alive():
+            ticks += 1
+            time.sleep(0.0005)  # long enough for the other thread to take what this one gives away
+        thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert ran_meanwhile
+
+
+# ---- limits ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("lengths", [[2**62, 2**62], [1, 2**63 - 1], [2**63 - 1, 0, 1]], ids=str)
+@pytest.mark.parametrize("overlong", ["truncate", "drop", "split"])
+def test_lengths_that_add_up_to_more_than_64_bits_are_refused(strategy, lengths, overlong):
+    with pytest.raises(ValueError, match=r"lengths must add up to less than 2\^63 tokens|more than 2\^32 - 2 pieces"):
+        pack(lengths, 16, strategy=strategy, overlong=overlong)
+
+
+def test_lengths_that_just_fit_are_counted_exactly():
+    plan = pack([2**63 - 10, 9], 9, strategy="sequential", overlong="drop")
+    assert (plan.dropped_tokens, plan.num_packs) == (2**63 - 10, 1)
+    plan = pack([2**63 - 10, 9], 9, strategy="sequential", overlong="truncate")
+    assert (plan.dropped_tokens, plan.num_packs) == (2**63 - 19, 2)
+    with pytest.raises(ValueError, match=r"lengths\[1\] = 10"):
+        pack([2**63 - 10, 10], 9, strategy="sequential", overlong="drop")
+
+
+@pytest.mark.parametrize("strategy, overlong", [("best_fit", "split"), ("wrapped", "error")])
+def test_too_many_pieces_are_refused_before_they_are_made(strategy, overlong):
+    with pytest.raises(ValueError, match="documents split into more than"):
+        pack([2**40], 16, strategy=strategy, overlong=overlong)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_packing_does_not_write_or_keep_the_lengths(strategy):
+    lengths = np.array([7, 3, 0, 5, 16, 2], dtype=np.int64)
+    lengths.flags.writeable = False
+    plan = pack(lengths, 16, strategy=strategy)
+    assert not any(np.shares_memory(array, lengths) for array in (plan.indices, plan.offsets, plan.starts, plan.lengths))

@@ -94,3 +94,105 @@ def test_bad_arguments():
         StreamPacker(8).add({"text": "abc"})
     with pytest.raises(ValueError, match="packs of 8 tokens, this packer makes 9"):
         StreamPacker(9).load_state_dict(StreamPacker(8).state_dict())
+
+
+# ---- settings, states and lengths that break packs ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("most", [0, -1])
+def test_a_limit_of_no_document_is_refused(most):
+    with pytest.raises(ValueError, match=f"max_docs_per_pack must be positive, got {most}"):
+        StreamPacker(8, max_docs_per_pack=most)
+
+
+def test_lengths_that_are_none_are_refused():
+    packer = StreamPacker(8, length=lambda document: document)
+    packer.add(6)
+    with pytest.raises(ValueError, match="document 1 has a negative length, -4"):
+        packer.add(-4)
+    with pytest.raises(TypeError):
+        packer.add(1.5)
+    assert list(packer.pack([2])) == [[6, 2]]
+    assert packer.num_documents == 2
+
+
+SETTINGS = {"open_packs": 2, "max_docs_per_pack": 4, "overlong": "split", "pad_doc_to_multiple_of": 2}
+OTHERS = {"max_length": 32, "open_packs": 3, "max_docs_per_pack": None, "overlong": "drop", "pad_doc_to_multiple_of": 1}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_state_of_other_settings_is_refused_and_changes_nothing(name):
+    settings = {"max_length": 16, **SETTINGS}
+    first, second = StreamPacker(**settings), StreamPacker(**{**settings, name: OTHERS[name]})
+    for packer in (first, second):
+        for document in documents([5, 9, 3]):
+            packer.add(document)
+    first.add([7, 7])
+    own = second.state_dict()
+    with pytest.raises(ValueError, match=f"the state is of a packer with {name} = |packs of 16 tokens"):
+        second.load_state_dict(first.state_dict())
+    assert second.state_dict() == own
+    incomplete = {key: value for key, value in first.state_dict().items() if key != name}
+    with pytest.raises(ValueError, match=f"not the state of a StreamPacker: it has no '{name}'"):
+        second.load_state_dict(incomplete)
+    first.load_state_dict(first.state_dict())
+
+
+def test_a_state_measured_in_another_way_is_refused():
+    first = StreamPacker(16)
+    first.add([1, 2, 3])
+    with pytest.raises(ValueError, match="the state says that documents take 3 tokens, they take 6"):
+        StreamPacker(16, length=lambda document: 2 * len(document)).load_state_dict(first.state_dict())
+
+
+def test_a_state_is_not_the_packers_own_memory():
+    packer = StreamPacker(16)
+    packer.add([1] * 5)
+    state = packer.state_dict()
+    packer.add([2] * 5)
+    other = StreamPacker(16)
+    other.load_state_dict(state)
+    other.add([3] * 6)
+    assert list(packer.pack([])) == [[[1] * 5, [2] * 5]]
+    assert [[len(d) for d in pack] for _, pack in state["open"]] == [[5]]
+    assert list(other.pack([])) == [[[1] * 5, [3] * 6]]
+
+
+def test_exactly_the_open_packs_that_are_allowed():
+    """The pack that would be one too many closes the oldest, and not one before."""
+    packer = StreamPacker(8, open_packs=2)
+    packer.add([1] * 5)
+    packer.add([2] * 5)
+    assert not list(packer._take_ready())
+    packer.add([3] * 5)
+    assert list(packer._take_ready()) == [[[1] * 5]]
+    # One that fills its pack at once is never open, and closes no other.
+    packer.add([4] * 8)
+    assert list(packer._take_ready()) == [[[4] * 8]]
+    packer.add([5] * 3)  # fills the older one, as both have as much room
+    assert list(packer._take_ready()) == [[[2] * 5, [5] * 3]]
+    one = StreamPacker(8, open_packs=1)
+    assert list(one.pack(documents([5, 5, 3]))) == [[[0] * 5], [[1] * 5, [2] * 3]]
+
+
+@pytest.mark.parametrize(
+    "length, overlong, parts", [(8, "error", [8]), (9, "split", [8, 1]), (16, "split", [8, 8]), (9, "drop", [])]
+)
+def test_documents_at_the_capacity(length, overlong, parts):
+    packer = StreamPacker(8, overlong=overlong)
+    assert [len(d) for pack in packer.pack([[1] * length]) for d in pack] == parts
+    assert packer.num_overlong == (length > 8)
+
+
+@pytest.mark.parametrize("length, fits", [(4, True), (5, False)])
+def test_padding_of_documents_counts_at_the_capacity(length, fits):
+    """1 takes 4 tokens of 8, so that 4 are left."""
+    packs = list(StreamPacker(8, pad_doc_to_multiple_of=4).pack([[1], [2] * length]))
+    assert len(packs) == (1 if fits else 2)
+
+
+def test_padding_that_documents_bring_along_takes_no_room():
+    padded = {"input_ids": [0, 0, 0, 5], "attention_mask": [0, 0, 0, 1]}
+    assert len(list(StreamPacker(2).pack([padded, padded]))) == 1
+    long = {"input_ids": [0, 1, 2, 3, 4, 5], "attention_mask": [0, 1, 1, 1, 1, 1]}
+    assert [d["input_ids"] for pack in StreamPacker(3, overlong="split").pack([long]) for d in pack] == [[1, 2, 3], [4, 5]]

@@ -23,10 +23,10 @@
 #define PACKOPS_KERNELS_FOR(key, m) PACKOPS_KERNELS_FOR_(PACKOPS_NAMESPACE, key, m)
 
 #ifdef PACKOPS_WITH_CUDA
-#define PACKOPS_KERNELS(m)                                                   \
-  static void packops_implement(torch::stable::detail::StableLibrary& m);    \
-  PACKOPS_KERNELS_FOR(CPU, cpu) { packops_implement(cpu); }                  \
-  PACKOPS_KERNELS_FOR(CUDA, cuda) { packops_implement(cuda); }               \
+#define PACKOPS_KERNELS(m)                                                \
+  static void packops_implement(torch::stable::detail::StableLibrary& m); \
+  PACKOPS_KERNELS_FOR(CPU, cpu) { packops_implement(cpu); }               \
+  PACKOPS_KERNELS_FOR(CUDA, cuda) { packops_implement(cuda); }            \
   static void packops_implement(torch::stable::detail::StableLibrary& m)
 #else
 #define PACKOPS_KERNELS(m) PACKOPS_KERNELS_FOR(CPU, m)

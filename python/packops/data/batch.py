@@ -83,12 +83,16 @@ class PackedBatch:
             shift_labels: also fill :attr:`shift_labels`.
             columns: further (T,) tensors.
         """
+        input_ids, labels = _int64(input_ids, "input_ids"), _int64(labels, "labels")
+        for name, values in {"labels": labels, **(columns or {})}.items():
+            _check_one_each(values, name, len(input_ids))
         boundaries = tuple(boundaries)
-        if boundaries[0] != 0 or boundaries[-1] != len(input_ids):
-            raise ValueError(
-                f"boundaries must run from 0 to the {len(input_ids)} tokens, got {boundaries[0]} to {boundaries[-1]}"
-            )
+        if boundaries[:1] != (0,) or boundaries[-1] != len(input_ids) or any(a > b for a, b in itertools.pairwise(boundaries)):
+            raise ValueError(f"boundaries must rise from 0 to the {len(input_ids)} tokens, got {_some(boundaries)}")
         spans = tuple(end - begin for begin, end in itertools.pairwise(boundaries))
+        lengths = spans if lengths is None else tuple(lengths)
+        if len(lengths) > len(spans) or any(length > span for length, span in zip(lengths, spans, strict=False)):
+            raise ValueError(f"lengths must fit the documents between the boundaries, {_some(spans)}, got {_some(lengths)}")
         if capacity is not None:
             if len(spans) > capacity:
                 raise ValueError(f"{len(spans)} documents (padding is one) do not fit a cu_seqlens for {capacity}")
@@ -97,7 +101,6 @@ class PackedBatch:
         position_ids, seq_idx = packed_metadata(cu_seqlens, len(input_ids))
         masked, counts = packed_labels(labels, cu_seqlens, shift=False, ignore_index=ignore_index)
         counts_on_host = counts.tolist()
-        lengths = spans if lengths is None else tuple(lengths)
         real_tokens = None
         if sum(lengths) < len(input_ids):
             size = torch.zeros(len(boundaries) - 1, dtype=torch.int64)
@@ -133,9 +136,10 @@ class PackedBatch:
         tokens = _one_row(input_ids, "input_ids")
         bounds = cu_seqlens.tolist()
         if not bounds or bounds[0] != 0 or bounds[-1] > len(tokens) or any(a > b for a, b in itertools.pairwise(bounds)):
-            raise ValueError(f"cu_seqlens must rise from 0 to at most the {len(tokens)} tokens, got {bounds}")
+            raise ValueError(f"cu_seqlens must rise from 0 to at most the {len(tokens)} tokens, got {_some(bounds)}")
         lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
-        targets = _one_row(tokens if labels is None else labels, "labels").clone()
+        targets = _int64(_one_row(tokens if labels is None else labels, "labels"), "labels").clone()
+        _check_one_each(targets, "labels", len(tokens))
         if bounds[-1] < len(tokens):
             targets[bounds[-1] :] = options.get("ignore_index", -100)
             bounds.append(len(tokens))
@@ -146,7 +150,8 @@ class PackedBatch:
         cls, input_ids: Tensor, position_ids: Tensor, *, labels: Tensor | None = None, **options: Any
     ) -> PackedBatch:
         """From a packed row and its position ids: a document begins wherever they do not go up by one."""
-        positions = _one_row(position_ids, "position_ids")
+        positions = _int64(_one_row(position_ids, "position_ids"), "position_ids")
+        _check_one_each(positions, "position_ids", len(_one_row(input_ids, "input_ids")))
         boundaries = [*document_begins(positions).nonzero().flatten().tolist(), len(positions)]
         cu_seqlens = torch.tensor(boundaries if len(positions) else [0], dtype=torch.int32)
         return cls.from_cu_seqlens(input_ids, cu_seqlens, labels=labels, **options)
@@ -155,16 +160,26 @@ class PackedBatch:
     def from_padded(
         cls, input_ids: Tensor, attention_mask: Tensor, *, labels: Tensor | None = None, **options: Any
     ) -> PackedBatch:
-        """From a padded (B, L) batch: its documents one after the other, without the padding of either side."""
+        """From a padded (B, L) batch: its documents one after the other, without padding.
+
+        ``attention_mask`` is 0 for padding, which may lie before, after and between documents, and 1 (or True) for the document
+        of a row; or it numbers the documents of a row, as ``(1, 1, 1, 2, 2, 0)`` does.
+
+        Raises:
+            TypeError: a mask of floats. One that is added to the scores has 0 where this one has 1.
+            ValueError: a document that padding or another document interrupts, a negative number, another shape.
+        """
         if input_ids.shape != attention_mask.shape or input_ids.dim() != 2:
             raise ValueError(
                 "input_ids and attention_mask must share one shape (batch, length), "
                 f"got {tuple(input_ids.shape)} and {tuple(attention_mask.shape)}"
             )
-        keep = attention_mask.bool()
-        lengths = [length for length in keep.sum(1).tolist() if length]
         targets = input_ids if labels is None else labels
-        return cls.build(input_ids[keep], targets[keep], [0, *itertools.accumulate(lengths)], **options)
+        if targets.shape != input_ids.shape:
+            raise ValueError(f"labels must have the shape of input_ids, {tuple(input_ids.shape)}, got {tuple(targets.shape)}")
+        keep, begins = _documents_of_mask(attention_mask)
+        tokens = input_ids[keep]
+        return cls.build(tokens, targets[keep], [*begins[keep].nonzero().flatten().tolist(), len(tokens)], **options)
 
     # ---- using it ------------------------------------------------------------------------------------------------------
 
@@ -267,9 +282,53 @@ class PackedBatch:
         return dataclasses.replace(self, columns={name: f(column) for name, column in self.columns.items()}, **moved)
 
 
+def _documents_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) bool twice: which tokens are not padding, and which begin a document."""
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(
+            f"attention_mask must be bool or integers (0: padding; 1, or the number of the document: a token), got {mask.dtype}"
+        )
+    document = mask.long()
+    if (document < 0).any():
+        raise ValueError(f"attention_mask must not be negative, got {int(document.min())}")
+    before = torch.nn.functional.pad(document[:, :-1], (1, 0))[:, : document.shape[1]]
+    keep = document > 0
+    begins = keep & (document != before)
+    in_order = document.sort(1).values
+    first = torch.nn.functional.pad(in_order[:, :-1], (1, 0))[:, : document.shape[1]] != in_order
+    interrupted = begins.sum(1) > first.sum(1)
+    if interrupted.any():
+        row = int(interrupted.nonzero()[0])
+        raise ValueError(
+            f"attention_mask of row {row} interrupts a document: the tokens of each must lie together, got "
+            f"{_some(document[row].tolist())}"
+        )
+    return keep, begins
+
+
+def _int64(values: Tensor, name: str) -> Tensor:
+    """In int64: the smaller types, above all the unsigned ones, cannot hold every ignore_index."""
+    if values.dtype == torch.bool or values.is_floating_point() or values.is_complex():
+        raise TypeError(f"{name} must be integers, got {values.dtype}")
+    return values.long()
+
+
+def _check_one_each(values: Tensor, name: str, tokens: int) -> None:
+    if values.shape[:1] != (tokens,):
+        raise ValueError(f"{name} must have one entry per token ({tokens}), got shape {tuple(values.shape)}")
+
+
+def _some(values: Sequence[int]) -> str:
+    return str(list(values)) if len(values) <= 16 else f"[{', '.join(map(str, values[:12]))}, ..., {values[-1]}]"
+
+
 def _one_row(values: Tensor, name: str) -> Tensor:
     if values.dim() == 1:
         return values
     if values.dim() == 2 and values.shape[0] == 1:
         return values[0]
     raise ValueError(f"{name} must be one packed row, (T,) or (1, T), got {tuple(values.shape)}")
+
+
+# torch.load takes what torch.save made of a batch; it holds tensors and numbers, and runs nothing.
+torch.serialization.add_safe_globals([PackedBatch])

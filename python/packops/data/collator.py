@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from .batch import PackedBatch
-from .documents import tokens_of
+from .documents import tokens_of, without_padding
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -60,7 +60,8 @@ class PackingCollator(Generic[Batch]):
     """Concatenates documents into one :class:`packops.PackedBatch`.
 
     A document is a sequence of token ids, or a mapping with ``input_ids`` and, optionally, ``labels`` (its ids, ``ignore_index``
-    where not scored), ``completion_mask`` or ``assistant_masks`` (true where scored), and the columns asked for. Without labels
+    where not scored), ``completion_mask`` or ``assistant_masks`` (true where scored), ``attention_mask`` (0 for padding before or
+    after the document, which is cut off, 1 elsewhere), and the columns asked for. Without labels
     and masks every token is scored but a document's first. Text only: a document that holds images or sound is refused. No
     document at all is legal and gives a row of nothing but padding, which costs a rank that has run out of documents a step
     without a gradient.
@@ -73,7 +74,8 @@ class PackingCollator(Generic[Batch]):
         pad_doc_to_multiple_of: every document is padded to a multiple of this, inside its own boundaries (context parallelism).
         num_documents: ``cu_seqlens`` always has this many documents, padding included, the last ones empty: static shapes again.
         shift_labels: also make ``shift_labels``.
-        columns: further per-token columns to pack, with the value that pads each: ``{"token_weight": 0.0}``.
+        columns: further per-token columns to pack, with the value that pads each: ``{"token_weight": 0.0}``. Floats are packed
+            as float32, integers and bool as they are unless only a wider type holds the padding too.
         names: ``"packops"`` gives a :class:`packops.PackedBatch`, ``"hf"`` the keyword arguments of a Hugging Face model
             (:meth:`packops.PackedBatch.to_hf`).
         attention_shape: (num_heads, head_dim) of the model, if it uses FlashAttention-2: a row of so many documents that its
@@ -117,8 +119,7 @@ class PackingCollator(Generic[Batch]):
         self.attention_shape = attention_shape
 
     def __call__(self, documents: Sequence[Any]) -> Batch:
-        for number, document in enumerate(documents):
-            _check_text(document, number)
+        documents = [_real_part(document, number) for number, document in enumerate(documents)]
         tokens = [_ids(tokens_of(document), "input_ids", number) for number, document in enumerate(documents)]
         numbered = list(zip(documents, tokens, range(len(tokens)), strict=True))
         labels = [self._labels(*entry) for entry in numbered]
@@ -140,8 +141,7 @@ class PackingCollator(Generic[Batch]):
         columns = {}
         for name, fill in self.columns.items():
             parts = [self._column(name, *entry) for entry in numbered]
-            dtype = np.result_type(*{part.dtype for part in parts}) if parts else np.asarray(fill).dtype
-            columns[name] = packed(parts, fill, np.float32 if dtype.kind == "f" else dtype)
+            columns[name] = packed(parts, fill, _column_dtype(name, parts, fill))
         batch = PackedBatch.build(
             packed(tokens, self.pad_token_id, np.int64),
             packed(labels, self.ignore_index, np.int64),
@@ -193,13 +193,35 @@ class PackingCollator(Generic[Batch]):
             warnings.warn(message + ", or name your model's attention_shape=(num_heads, head_dim)", stacklevel=3)
 
 
-def _check_text(document: Any, number: int) -> None:
-    other = [name for name in OTHER_THAN_TEXT if isinstance(document, Mapping) and document.get(name) is not None]
+def _real_part(document: Any, number: int) -> Any:
+    if isinstance(document, Mapping):
+        _check_text(document, number)
+    return without_padding(document, f"document {number}")
+
+
+def _check_text(document: Mapping[str, Any], number: int) -> None:
+    other = [name for name in OTHER_THAN_TEXT if document.get(name) is not None]
     if other:
         raise ValueError(
             f"document {number} holds {', '.join(other)}: PackingCollator packs text and gives tokens the positions of text. "
             "Collate images yourself, with the positions of the model's get_rope_index"
         )
+
+
+def _column_dtype(name: str, parts: Sequence[np.ndarray], fill: float) -> np.dtype:
+    """A type that holds the values of all documents and the padding."""
+    dtype = np.result_type(*{part.dtype for part in parts}) if parts else np.asarray(fill).dtype
+    if dtype.kind not in "biuf":
+        raise TypeError(f"column {name!r} must hold numbers or bool, got {dtype}")
+    with np.errstate(all="ignore"):
+        if dtype.kind != "f" and np.asarray(fill).astype(dtype) != fill:
+            dtype = np.result_type(dtype, np.min_scalar_type(fill))
+        if dtype.kind != "f":
+            return dtype
+        for part in parts:
+            if part.dtype.kind in "iu" and not np.array_equal(part.astype(np.float32).astype(np.float64), part.astype(object)):
+                raise ValueError(f"column {name!r} holds floats and integers that float32 cannot hold: make it one or the other")
+    return np.dtype(np.float32)
 
 
 def _ids(values: Any, name: str, number: int) -> np.ndarray:
@@ -208,7 +230,9 @@ def _ids(values: Any, name: str, number: int) -> np.ndarray:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":
         raise TypeError(f"{name} of document {number} must be a list of integers, got shape {array.shape} of {array.dtype}")
-    return array
+    if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} of document {number} must fit int64, got {array.max()}")
+    return array.astype(np.int64, copy=False)  # an unsigned type could not hold a negative ignore_index
 
 
 def _same_length(values: np.ndarray, name: str, ids: np.ndarray, number: int) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""Documents as data pipelines pass them: a sequence of token ids, or a mapping with ``input_ids`` and per-token columns."""
+"""Documents as data pipelines pass them: a sequence of token ids, or a mapping with ``input_ids`` and per-token columns.
+
+Where a mapping has an ``attention_mask``, the tokens that it masks are padding and no part of the document.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from torch import Tensor
 
 from .packing import DocumentSlice
 
-__all__ = ["SlicedDataset", "document_begins", "length_of", "slice_document", "tokens_of"]
+__all__ = ["SlicedDataset", "document_begins", "length_of", "slice_document", "tokens_of", "without_padding"]
 
 TOKENS = "input_ids"
+PADDING_MASK = "attention_mask"
 
 
 def tokens_of(document: Any) -> Any:
@@ -25,18 +29,44 @@ def tokens_of(document: Any) -> Any:
     return document
 
 
+def without_padding(document: Any, name: str = "a document") -> Any:
+    """The document, and its every per-token column, without what its ``attention_mask`` says is padding."""
+    mask = document.get(PADDING_MASK) if isinstance(document, Mapping) else None
+    if mask is None:
+        return document
+    mask = np.asarray(mask)
+    total = len(tokens_of(document))
+    if mask.shape != (total,):
+        raise ValueError(f"{PADDING_MASK} of {name} must have one entry per token ({total}), got shape {mask.shape}")
+    if mask.size and mask.dtype.kind not in "biu":
+        raise TypeError(f"{PADDING_MASK} of {name} must be bool or integers (0: padding, 1: a token), got {mask.dtype}")
+    inside = np.flatnonzero(mask)
+    begin, end = (int(inside[0]), int(inside[-1]) + 1) if len(inside) else (0, 0)
+    if not (mask[begin:end] == 1).all():
+        raise ValueError(
+            f"{PADDING_MASK} of {name} must be 1 for its tokens, which lie together, and 0 for padding; hand over the documents "
+            "of a packed row one by one"
+        )
+    return document if end - begin == total else _part(document, begin, end - begin, total)
+
+
 def length_of(document: Any) -> int:
     """Tokens in the document."""
-    return len(tokens_of(document))
+    return len(tokens_of(without_padding(document)))
 
 
 def slice_document(document: Any, start: int, length: int) -> Any:
     """Tokens ``[start, start + length)`` of a document, and of its every per-token column."""
-    total = length_of(document)
+    document = without_padding(document)
+    total = len(tokens_of(document))
     if start < 0 or length < 0 or start + length > total:
         raise ValueError(f"tokens [{start}, {start + length}) of a document of {total}: the lengths packed were not its lengths")
     if start == 0 and length == total:
         return document
+    return _part(document, start, length, total)
+
+
+def _part(document: Any, start: int, length: int, total: int) -> Any:
     if not isinstance(document, Mapping):
         return document[start : start + length]
     return {key: value[start : start + length] if _is_per_token(value, total) else value for key, value in document.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import operator
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Generic, TypeVar
@@ -26,7 +27,8 @@ class StreamPacker(Generic[Document]):
         for documents in packer.pack(stream):
             batch = collator(documents)
 
-    To resume, keep ``packer.state_dict()``, load it, and continue the stream after its first ``packer.num_documents`` documents.
+    To resume, keep ``packer.state_dict()``, load it into a packer of the same settings, and continue the stream after its first
+    ``packer.num_documents`` documents.
 
     Args:
         max_length: capacity of a pack in tokens.
@@ -50,7 +52,7 @@ class StreamPacker(Generic[Document]):
         for name, value in (
             ("max_length", max_length),
             ("open_packs", open_packs),
-            ("max_docs_per_pack", max_docs_per_pack or 1),
+            ("max_docs_per_pack", 1 if max_docs_per_pack is None else max_docs_per_pack),
         ):
             if value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
@@ -83,7 +85,9 @@ class StreamPacker(Generic[Document]):
 
     def add(self, document: Document) -> None:
         """Place one document."""
-        length = self._length(document)
+        length = operator.index(self._length(document))
+        if length < 0:
+            raise ValueError(f"document {self.num_documents} has a negative length, {length}")
         if length > self.max_length and self.overlong == "error":
             raise ValueError(
                 f"document {self.num_documents} has {length} tokens, more than max_length = {self.max_length}; "
@@ -113,24 +117,49 @@ class StreamPacker(Generic[Document]):
             "num_documents": self.num_documents,
             "num_empty": self.num_empty,
             "num_overlong": self.num_overlong,
-            "max_length": self.max_length,
+            **self._settings(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where ``state`` was taken."""
+        """Continue where ``state`` was taken.
+
+        Raises:
+            ValueError: the state is of a packer with other settings, or none. The packer stays as it was.
+        """
+        settings = self._settings()
+        missing = [name for name in settings if name not in state]
+        if missing:
+            raise ValueError(f"not the state of a StreamPacker: it has no {missing[0]!r}")
         if state["max_length"] != self.max_length:
             raise ValueError(f"the state is of packs of {state['max_length']} tokens, this packer makes {self.max_length}")
-        self._open = {number: list(pack) for number, (_, pack) in enumerate(state["open"])}
-        self._space = {number: space for number, (space, _) in enumerate(state["open"])}
-        self._free = sorted((space, number) for number, space in self._space.items())
+        for name, own in settings.items():
+            if state[name] != own:
+                raise ValueError(f"the state is of a packer with {name} = {state[name]!r}, this one has {own!r}")
+        opened = {number: list(pack) for number, (_, pack) in enumerate(state["open"])}
+        space = {number: free for number, (free, _) in enumerate(state["open"])}
+        for number, pack in opened.items():
+            taken = sum(self._size(self._length(document)) for document in pack)
+            if taken + space[number] != self.max_length:
+                raise ValueError(
+                    f"the state says that documents take {self.max_length - space[number]} tokens, they take {taken}"
+                )
+        self._open, self._space = opened, space
+        self._free = sorted((free, number) for number, free in space.items())
         self._ready = deque(list(pack) for pack in state["ready"])
-        self._next_number = len(self._open)
+        self._next_number = len(opened)
         self.num_documents, self.num_empty, self.num_overlong = (
             state[key] for key in ("num_documents", "num_empty", "num_overlong")
         )
 
+    def _settings(self) -> dict[str, Any]:
+        names = ("max_length", "open_packs", "max_docs_per_pack", "overlong", "pad_doc_to_multiple_of")
+        return {name: getattr(self, name) for name in names}
+
+    def _size(self, length: int) -> int:
+        return -(-length // self.pad_doc_to_multiple_of) * self.pad_doc_to_multiple_of
+
     def _place(self, document: Document, length: int) -> None:
-        size = -(-length // self.pad_doc_to_multiple_of) * self.pad_doc_to_multiple_of
+        size = self._size(length)
         slot = bisect.bisect_left(self._free, (size, -1))
         if slot < len(self._free):
             free, number = self._free.pop(slot)
