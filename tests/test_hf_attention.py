@@ -39,6 +39,10 @@ FAMILIES = {
         **SMALL, sliding_window=5, use_sliding_window=True, max_window_layers=1, num_experts=2, num_experts_per_tok=2,
         moe_intermediate_size=16, shared_expert_intermediate_size=16,
     ),
+    "gpt_oss, window and sinks": lambda: transformers.GptOssConfig(
+        **SMALL, head_dim=8, sliding_window=5, num_local_experts=2, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"], rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    ),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**{k: v for k, v in SMALL.items() if k != "num_key_value_heads"}),
 }  # fmt: skip
 
@@ -56,9 +60,9 @@ def _registered():
 def build(family: str, device="cpu", **options):
     config = FAMILIES[family]()
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    for parameter in model.parameters():  # scores far from uniform, so that who is seen matters
-        if parameter.dim() > 1:
-            torch.nn.init.normal_(parameter, std=0.3)
+    for name, parameter in model.named_parameters():  # scores far from uniform, so that who is seen matters
+        if parameter.dim() > 1 or name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=1.0 if name.endswith("sinks") else 0.3)
     return model.to(device).train()
 
 
@@ -161,18 +165,30 @@ def test_rows_of_a_batch_are_packed_each():
     assert (found - torch.cat(expected)).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("cache", [None, "static"])
 @pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("family", ["llama", "gemma2, window and softcap"])
-def test_generation_is_that_of_eager(family, padded):
-    model = build(family).eval()
-    ids = torch.randint(3, 61, (3, 9))
+@pytest.mark.parametrize("family", ["llama", "mistral, window", "gemma2, window and softcap", "gpt_oss, window and sinks"])
+def test_generation_is_that_of_eager(family, padded, cache):
+    """A static cache has its masks made before the forward; a prompt may be longer than the window, or not."""
+    for length in (9, 4):
+        check_generation(build(family).eval(), length, padded, cache)
+
+
+def check_generation(model, length, padded, cache):
+    ids = torch.randint(3, 61, (3, length))
     mask = torch.ones_like(ids)
     if padded:
-        mask[0, :4] = mask[2, :1] = 0
+        mask[0, : length - 2] = mask[2, :1] = 0
     found = []
     for name in ("eager", attention.NAME):
         model.set_attn_implementation(name)
-        options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+        options = {
+            "max_new_tokens": 6,
+            "do_sample": False,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+            "cache_implementation": cache,
+        }
         found.append(model.generate(ids, attention_mask=mask, **options))
     assert torch.equal(*found)
 
@@ -475,17 +491,58 @@ def test_boundaries_are_found_once_a_forward_and_forgotten(monkeypatch):
 
 
 def test_compiles_in_one_graph(monkeypatch):
-    """With boundaries and the longest length given nothing is read on the host, so that the varlen path has no graph break."""
-    monkeypatch.setattr(attention, "choose_path", lambda *given, **options: "varlen")
-    monkeypatch.setitem(attention_paths.ATTEND, "varlen", in_one_graph)
-    model = build("mistral, window")
-    model.set_attn_implementation(attention.NAME)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    for lengths in (LENGTHS, (2, 30)):
-        inputs = packed(documents_of(lengths))
-        assert (compiled(**inputs).logits - model(**inputs).logits).abs().max() < 1e-5
+    """With boundaries and the longest length given nothing is read on the host, so that no path but sdpa's has a graph break.
+
+    On the CPU, packops.attention is the path that runs; the one by varlen_attn is compiled with what torch documents of it. (The
+    next test compiles it as it is.)
+    """
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    for path in ("packops", "varlen"):
+        monkeypatch.setattr(attention, "choose_path", lambda *given, path=path, **options: path)
+        if path == "varlen":
+            monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_in_one_graph)
+        model = build("mistral, window")
+        model.set_attn_implementation(attention.NAME)
+        torch.compiler.reset()
+        targets.clear()
+        compiled = torch.compile(model, backend=backend, fullgraph=True)
+        for lengths in (LENGTHS, (2, 30)):
+            inputs = packed(documents_of(lengths))
+            with monkeypatch.context() as eager:
+                eager.setattr(attention, "choose_path", attention_paths.choose_path)
+                expected = model(**inputs).logits
+            assert (compiled(**inputs).logits - expected).abs().max() < 1e-5
+        assert any("packops.attention" in target for target in targets) == (path == "packops")
     with pytest.raises(Exception, match="takes no attention_mask"):
         compiled(**inputs, attention_mask=torch.ones_like(inputs["input_ids"]))
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+def test_varlen_compiles_in_one_graph():
+    """Heads of 96 features, for which packops has no kernel: torch's varlen_attn, forward and backward, in one graph."""
+    torch.compiler.reset()
+    config = transformers.MistralConfig(**{**SMALL, "hidden_size": 384}, head_dim=96, sliding_window=50)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).to("cuda")
+    model.set_attn_implementation(attention.NAME)
+    inputs = packed(documents_of((70, 5, 130)), "cuda")
+    targets = []
+
+    def backend(graph, inputs):
+        targets.extend(str(node.target) for node in graph.graph.nodes)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    direction = torch.randn(205, SMALL["vocab_size"], dtype=torch.bfloat16, device="cuda")
+    found, expected = (logits_and_gradients(model, lambda f=f: f(**inputs).logits[0], direction) for f in (compiled, model))
+    assert any("varlen" in target for target in targets)
+    assert_same(found, expected, 2e-2)
+    torch.compiler.reset()
 
 
 @pytest.mark.gpu
@@ -503,15 +560,19 @@ def test_compiles_in_one_graph_with_the_kernels():
     torch._dynamo.reset()
 
 
-def in_one_graph(q, k, v, documents, rule):
-    """Attention that dynamo can trace: with a mask made of the boundaries."""
-    token = torch.arange(q.shape[0])
-    document = (token[:, None] >= documents.cu_seqlens[1:]).sum(1)
-    seen = (document[:, None] == document) & (token[:, None] >= token)
-    if rule.window is not None:
-        seen = seen & (token[:, None] - token < rule.window)
-    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=rule.scaling, enable_gqa=True)[0].transpose(0, 1)
+def varlen_in_one_graph(
+    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False
+):
+    """What torch documents of varlen_attn, which dynamo can trace: with a mask made of the boundaries."""
+    token = torch.arange(query.shape[0])
+    document = (token[:, None] >= cu_seq_q[1:]).sum(1)
+    seen = document[:, None] == document
+    left, right = window_size
+    distance = token[:, None] - token
+    seen = seen & (distance >= -right) if right >= 0 else seen
+    seen = seen & (distance <= left) if left >= 0 else seen
+    q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)[0].transpose(0, 1)
 
 
 @pytest.mark.parametrize("name", ["sliding_window", "attention_chunk_size"])
@@ -567,7 +628,7 @@ HOLE = torch.tensor([[True, True, True, False, True, True]])
             NotImplementedError, "zeros inside a document",
         ),
         ({"cu_seq_lens_q": BOUNDS, "is_causal": False, "softcap": 3.0}, NotImplementedError, "bidirectional"),
-        ({"cu_seq_lens_q": BOUNDS, "s_aux": torch.zeros(2)}, NotImplementedError, "has no s_aux"),
+        ({"cu_seq_lens_q": BOUNDS, "is_causal": False, "s_aux": torch.zeros(2)}, NotImplementedError, "bidirectional .* sinks"),
         ({"cu_seq_lens_q": BOUNDS, "output_attentions": True}, NotImplementedError, "has no output_attentions"),
     ],
 )  # fmt: skip

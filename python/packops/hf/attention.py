@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from . import rewrite
 from .attention_documents import NAME, find_documents
-from .attention_paths import ATTEND, Rule, capped_attention, choose_path
+from .attention_paths import ATTEND, Rule, choose_path, shaped_attention
 from .record import Record, decoder_of
 
 UNSAID = -1  # the layer did not pass its window at all
@@ -107,9 +107,16 @@ def _holds(config: Any, text: Any) -> bool:
 
 
 def _check_masks(model: nn.Module) -> None:
-    """Raise where layers compute with the mask themselves (sparse attention, dynamic masks): there will be none."""
+    """Raise where layers compute with the mask themselves (sparse attention, dynamic masks), as there will be none, or where a
+    query's keys are not of the same row."""
     decoder = decoder_of(model)
-    layers = {child for module in decoder.modules() if _attends(rewrite.class_of(module)) for child in module.modules()}
+    crosses = any("CrossAttention" in type(module).__name__ for module in decoder.modules())
+    if crosses or getattr(cast(Any, model).config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"packops.hf: {type(model).__name__} does not take attention={NAME!r}: it attends to more than its own tokens"
+        )
+    attention = [module for module in decoder.modules() if _attends(rewrite.class_of(module))]
+    layers = {child for module in attention for child in module.modules()}
     for path, module in decoder.named_modules():
         if module in layers and _reads_mask(rewrite.class_of(module)):
             raise ValueError(
@@ -119,6 +126,10 @@ def _check_masks(model: nn.Module) -> None:
 
 
 def _attends(cls: type) -> bool:
+    from transformers import PreTrainedModel
+
+    if issubclass(cls, PreTrainedModel):  # whose methods only set the name of an implementation
+        return False
     return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in rewrite.methods_of(cls))
 
 
@@ -269,6 +280,7 @@ def packed_attention(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    s_aux: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of the backend, with the arguments that transformers passes to all of them.
@@ -281,15 +293,16 @@ def packed_attention(
         sliding_window: used where ``attention_mask`` is no :class:`Pattern`.
         cu_seq_lens_q, max_length_q: the boundaries, (documents + 1,), ending at B * S, and the longest document.
         position_ids: (B, S) or (1, S); tells the boundaries where ``cu_seq_lens_q`` is not given.
+        s_aux: (heads,) attention sinks.
 
     Returns:
         (B, S, heads, head_dim), and None for the attention weights, which are never computed.
 
     Raises:
         ValueError: documents that are not known, or said twice in different ways.
-        NotImplementedError: attention sinks, position biases, attention weights.
+        NotImplementedError: position biases, attention weights.
     """
-    for name in ("s_aux", "position_bias", "output_attentions", "head_mask"):
+    for name in ("position_bias", "output_attentions", "head_mask"):
         argument = unused.get(name)
         if argument is not None and argument is not False:
             raise NotImplementedError(f"{NAME} has no {name}")
@@ -300,7 +313,7 @@ def packed_attention(
                 f"{NAME}: cu_seq_lens_q says that documents are packed, so there can be no 4-D attention_mask and no tokens in a "
                 f"cache; got {query.shape[2]} queries and {key.shape[2]} keys"
             )
-        masked = Rule(softcap=softcap, scaling=scaling, dropout=dropout)
+        masked = Rule(softcap=softcap, scaling=scaling, dropout=dropout, sinks=s_aux)
         return _masked(module, query, key, value, attention_mask, masked, is_causal, unused), None
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
@@ -319,9 +332,9 @@ def packed_attention(
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     documents = find_documents(query, position_ids, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), pattern.padding)
     window = pattern.window if pattern.window is not None and pattern.window < documents.max_seqlen else None
-    rule = Rule(pattern.causal and is_causal, window, softcap, scaling, dropout)
-    if not rule.causal and (window is not None or softcap is not None):
-        raise NotImplementedError(f"{NAME}: bidirectional attention with a sliding window or a softcap")
+    rule = Rule(pattern.causal and is_causal, window, softcap, scaling, dropout, s_aux)
+    if not rule.causal and (window is not None or rule.shapes_scores):
+        raise NotImplementedError(f"{NAME}: bidirectional attention with a sliding window, a softcap or sinks")
     path = choose_path(
         query.device,
         query.dtype,
@@ -350,9 +363,11 @@ def _masked(
     more: dict[str, Any],
 ) -> Tensor:
     """Not packed: a mask that says who sees whom, as transformers' sdpa obeys it."""
-    if rule.softcap is not None and isinstance(mask, Tensor):
+    if rule.shapes_scores:
+        if not isinstance(mask, Tensor):  # a single new token, which sees all that is in the cache
+            mask = torch.ones(1, 1, query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
         allowed = (mask if mask.dtype == torch.bool else mask >= 0).unsqueeze(1)
-        return capped_attention(query, key, value, rule, mask=allowed).transpose(1, 2)
+        return shaped_attention(query, key, value, rule, mask=allowed).transpose(1, 2)
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
     mask = mask if isinstance(mask, Tensor) else None

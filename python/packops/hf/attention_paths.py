@@ -4,7 +4,7 @@
 ``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: other head dimensions.
 ``flex``    FlexAttention, for a softcap on CUDA.
 ``sdpa``    ``scaled_dot_product_attention`` on one document after the other or on groups of about equal length: everything else,
-            the CPU first of all.
+            the CPU first of all, and attention sinks.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ class Rule:
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2).
         scaling: of the products of queries and keys; None: ``head_dim ** -0.5``.
         dropout: probability.
+        sinks: (heads,) a further score of every query, whose share of the weights goes to nothing (GPT-OSS).
     """
 
     causal: bool = True
@@ -56,6 +57,12 @@ class Rule:
     softcap: float | None = None
     scaling: float | None = None
     dropout: float = 0.0
+    sinks: Tensor | None = None
+
+    @property
+    def shapes_scores(self) -> bool:
+        """Whether something happens to the scores that torch's ``scaled_dot_product_attention`` does not do."""
+        return self.softcap is not None or self.sinks is not None
 
 
 def choose_path(
@@ -78,7 +85,7 @@ def choose_path(
         parameters: what this torch's ``varlen_attn`` takes (torch 2.10 has no window); empty if there is none.
         capability: of the device.
     """
-    if device.type != "cuda":
+    if device.type != "cuda" or rule.sinks is not None:
         return "sdpa"
     if capability is None:
         capability = torch.cuda.get_device_capability(device)
@@ -230,9 +237,9 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     """Causal attention of whole documents (N, heads, L, head_dim), a stretch of queries at a time where it needs a mask."""
     length = q.shape[2]
     window = rule.window if rule.window is not None and rule.window < length else None
-    if window is None and rule.softcap is None:
+    if window is None and not rule.shapes_scores:
         return _sdpa(q, k, v, rule, is_causal=True)
-    attend: Callable[..., Tensor] = _sdpa if rule.softcap is None else capped_attention
+    attend: Callable[..., Tensor] = shaped_attention if rule.shapes_scores else _sdpa
     rows = SCORE_ROWS if window is None else max(window, FLEX_BLOCK)
     outputs = []
     for begin, part in zip(range(0, length, rows), q.split(rows, dim=2), strict=True):
@@ -246,14 +253,20 @@ def _causal(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
     return torch.cat(outputs, dim=2)
 
 
-def capped_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, mask: Tensor) -> Tensor:
-    """Attention with a softcap and a mask that is True where a query sees a key; scores are materialised, at least in fp32."""
+def shaped_attention(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, mask: Tensor) -> Tensor:
+    """Attention with a softcap or sinks, and a mask that is True where a query sees a key; scores are there, at least in fp32."""
     grouped = q.unflatten(1, (k.shape[1], -1))
     scores = grouped @ k.unsqueeze(2).transpose(-1, -2)
     scale = q.shape[-1] ** -0.5 if rule.scaling is None else rule.scaling
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32)) * scale
-    scores = rule.softcap * torch.tanh(scores / rule.softcap)  # type: ignore[operator]
-    weights = scores.masked_fill(~mask, torch.finfo(scores.dtype).min).softmax(-1)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if rule.sinks is not None:
+        sinks = rule.sinks.to(scores.dtype).view(k.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
     return (F.dropout(weights, rule.dropout).to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
 
 

@@ -46,6 +46,8 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     rotary, holders = [], []
     for name, module in model.named_modules():
         holder = name.rpartition(".")[0]
+        if isinstance(model.get_submodule(holder), (nn.ModuleList, nn.ModuleDict)):  # a table for each kind of layer
+            holder = holder.rpartition(".")[0]
         if type(module).__name__.endswith("RotaryEmbedding") and any(_is_below(layer, holder) for layer, _ in attention):
             rotary.append(module)
             holders.append(holder)
