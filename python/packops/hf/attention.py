@@ -125,7 +125,7 @@ def _check_masks(model: nn.Module) -> None:
             )
 
 
-def _attends(cls: type) -> bool:
+def _attends(cls: Any) -> bool:
     from transformers import PreTrainedModel
 
     if issubclass(cls, PreTrainedModel):  # whose methods only set the name of an implementation
