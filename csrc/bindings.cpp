@@ -17,6 +17,7 @@
 #include "ce_loss.h"
 #include "packing.h"
 #include "prefix_forest.h"
+#include "torch/error.h"
 
 namespace py = pybind11;
 
@@ -99,10 +100,31 @@ py::array permutation(uint32_t count, uint64_t seed, uint64_t epoch) {
   return to_numpy(std::move(items));
 }
 
+// An exception that torch, like every pybind11 module, lets set the Python error itself.
+class PythonError : public py::builtin_exception {
+ public:
+  PythonError(const char* type, const char* message) : py::builtin_exception(message), type_(type) {}
+  void set_error() const override {
+    try {
+      const py::object error = py::module_::import("packops._errors").attr("error_of")(type_, what());
+      PyErr_SetObject(reinterpret_cast<PyObject*>(Py_TYPE(error.ptr())), error.ptr());
+    } catch (py::error_already_set& failure) {
+      failure.restore();
+    }
+  }
+
+ private:
+  const char* type_;  // a literal
+};
+
+void throw_python_error(const char* type, const char* message) { throw PythonError(type, message); }
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "packops native code: build information and bin packing";
+  packops_set_error_hook(&throw_python_error);
+  m.attr("error_hook") = reinterpret_cast<uintptr_t>(&throw_python_error);  // for libraries loaded later
   m.def("build_info", [] {
     py::dict info;
     info["cuda"] = packops::kCudaVersion;

@@ -562,6 +562,9 @@ __device__ void prepare_documents(const CeLossParams& p, int64_t first, int64_t 
   }
 }
 
+// A denominator that makes no sense must show: nothing else may look at it without waiting for the device.
+__device__ float inverse_or_nan(float value) { return value > 0 && value < INFINITY ? 1 / value : NAN; }
+
 __device__ float num_items_of(const CeLossParams& p) {
   if (!p.num_items) return float(p.num_items_value);
   switch (p.num_items_dtype) {
@@ -612,7 +615,7 @@ __device__ void prepare_totals(const CeLossParams& p, Scratch& scratch) {
   }
   if (threadIdx.x == 0) {
     float normalizer = 1;
-    if (p.has_num_items) normalizer = 1 / num_items_of(p);
+    if (p.has_num_items) normalizer = inverse_or_nan(num_items_of(p));
     else if (p.reduction == Reduction::mean) normalizer = inverse_or_zero(total.weight);
     else if (per_sequence(p.reduction)) normalizer = inverse_or_zero(float(documents));
     *w.normalizer = normalizer;

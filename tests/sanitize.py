@@ -175,7 +175,6 @@ def linear_log_probs(device: torch.device) -> Iterator[str]:
 @cases
 def vocab_parallel(device: torch.device) -> Iterator[str]:
     """Shards that are empty, of one class, streamed and resident; targets before, in and after each."""
-    from packops._errors import raise_typed
     from test_vocab_parallel import sharded
 
     for dtype in FLOATS:
@@ -198,10 +197,7 @@ def vocab_parallel(device: torch.device) -> Iterator[str]:
     for label in (-1, 2 * 128256, 2**40):
         labels[0] = label
         with bad_ids(device):
-            try:
-                sharded(logits.detach(), labels, [128256, 128256])
-            except RuntimeError as error:  # a raw op's
-                raise_typed(error)
+            sharded(logits.detach(), labels, [128256, 128256])
         yield f"label {label}"
 
 

@@ -272,7 +272,7 @@ def test_boundaries_refused_on_the_cpu():
     q, k, v, _, _ = problem([10])
     for values, message in (([1, 10], r"\[0\] = 1"), ([0, 5, 3], r"\[2\] = 3"), ([0, 11], r"\[1\] = 11")):
         with pytest.raises(
-            ValueError, match=f"must start at 0, not decrease, and end at or before the 10 tokens, got .*{message}"
+            ValueError, match=f"must start at 0, not decrease, and end at or before the number of rows \\(10\\), got .*{message}"
         ):
             packops.attention(q, k, v, torch.tensor(values))
 

@@ -722,7 +722,7 @@ def test_bad_cu_seqlens(device):
 def bad_arguments(device):
     x, y = torch.randn(4, 9, device=device), torch.zeros(4, dtype=torch.int64, device=device)
     yield (x, y.float()), {}, TypeError, "labels must be int32 or int64, got"
-    yield (x.long(), y), {}, TypeError, "logits must be floating point, got"
+    yield (x.long(), y), {}, TypeError, "logits must be float32, float16 or bfloat16"
     yield (x, y[:3]), {}, ValueError, r"labels must have the logits' leading shape, got \(3,\)"
     yield (x.view(2, 2, 9), y), {}, ValueError, "leading shape"
     yield (x[0, 0], y[0]), {}, ValueError, "logits must have shape"
@@ -740,7 +740,7 @@ def bad_arguments(device):
     yield (x, y), {"num_items": torch.ones(2, device=device)}, ValueError, "num_items must hold one number"
     yield (torch.empty(3, 0, device=device), y[:3]), {}, ValueError, "at least one class"
     if device.type == "cuda":
-        yield (x, y.cpu()), {}, ValueError, "labels must be on the logits' device"
+        yield (x, y.cpu()), {}, ValueError, "labels must be on the device of logits"
         yield (x.double(), y), {}, TypeError, "float64"
 
 

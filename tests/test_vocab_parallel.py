@@ -204,7 +204,7 @@ def test_inplace(device, reduction):
 def test_bad_labels(device):
     logits, labels = torch.randn(3, 30, device=device), torch.tensor([3, 30, 4], device=device)
     if device.type == "cpu":
-        with pytest.raises(RuntimeError, match=r"label 30 at position 1 is outside \[0, 30\)"):
+        with pytest.raises(IndexError, match=r"label 30 at position 1 is outside \[0, 30\)"):
             sharded(logits, labels, [12, 18])
         return
     loss, grad = sharded(logits, labels, [12, 18], reduction="none")
@@ -222,7 +222,7 @@ def test_shards_that_do_not_line_up(device, widths, begins):
     state = [OPS.partial(x, labels, **place) for x, place in zip(shards, places, strict=True)]
     partials = torch.stack([partial for partial, *_ in state])
     if device.type == "cpu":
-        with pytest.raises(RuntimeError, match=r"ValueError.*do not line up.*in a vocabulary of 35.*need shard_sizes"):
+        with pytest.raises(ValueError, match=r"do not line up.*in a vocabulary of 35.*need shard_sizes"):
             OPS.combine(partials, shards[0], *state[0][1:], **places[0])
     else:
         assert OPS.combine(partials, shards[0], *state[0][1:], **places[0]).isnan()
@@ -258,13 +258,13 @@ def test_raw_ops_are_what_their_schemas_say(device):
 )
 def test_bad_places(device, place, message):
     logits, labels = torch.randn(6, 20, device=device), torch.randint(0, 20, (6,), device=device)
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         OPS.partial(logits, labels, **place)
 
 
 def test_class_weights_are_those_of_all_classes(device):
     logits, labels = torch.randn(6, 20, device=device), torch.randint(0, 20, (6,), device=device)
-    with pytest.raises(RuntimeError, match=r"class_weight must have 40 elements, got shape \(20,\)"):
+    with pytest.raises(ValueError, match=r"class_weight must have 40 elements, got shape \(20,\)"):
         OPS.partial(logits, labels, class_weight=torch.ones(20, device=device), first_class=0, vocab_size=40)
 
 

@@ -3,12 +3,8 @@
 #include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "attention.h"
-#include "common/convert.h"
-#include "metadata.h"
-#include "torch/dispatch.h"
+#include "torch/documents.h"
 #include "torch/register.h"
 #include "torch/stream.h"
 
@@ -24,13 +20,6 @@ struct AttentionOptions {
   std::optional<double> softcap, scale;
 };
 
-void check_like_q(const Tensor& q, const Tensor& tensor, const char* name) {
-  PACKOPS_CHECK(tensor.scalar_type() == q.scalar_type(), TypeError, kOp, ": ", name, " must have the dtype of q, ", dtype_of(q),
-                ", got ", dtype_of(tensor));
-  PACKOPS_CHECK(tensor.device() == q.device(), ValueError, kOp, ": ", name, " must be on the device of q (", device_of(q),
-                ", index ", q.get_device_index(), "), got ", device_of(tensor), ", index ", tensor.get_device_index());
-}
-
 // What the kernels read: the tensor itself, or a copy where a row is not contiguous or, on CUDA, does not begin at 16 bytes.
 Tensor set_input(const Tensor& tensor, Heads* heads) {
   bool fits = tensor.size(2) <= 1 || tensor.stride(2) == 1;
@@ -39,7 +28,7 @@ Tensor set_input(const Tensor& tensor, Heads* heads) {
              uintptr_t(tensor.stride(1) * 2)) %
                 16 ==
             0;
-  const Tensor read = fits ? tensor : torch::stable::contiguous(torch::stable::clone(tensor));
+  const Tensor read = fits ? tensor : contiguous_copy(tensor);
   *heads = {read.const_data_ptr(), read.stride(0), read.stride(1)};
   return read;
 }
@@ -68,34 +57,25 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
                 ", got ", shape_of(k));
   PACKOPS_CHECK(v.dim() == 3 && v.size(0) == k.size(0) && v.size(1) == k.size(1) && v.size(2) == dim, ValueError, kOp,
                 ": v must have the shape of k, ", shape_of(k), ", got ", shape_of(v));
-  check_like_q(q, k, "k");
-  check_like_q(q, v, "v");
+  for (const auto& [tensor, name] : {std::pair(k, "k"), std::pair(v, "v")}) {
+    check_dtype(kOp, name, tensor, "q", q);
+    check_device(kOp, name, tensor, "q", q);
+  }
   PACKOPS_CHECK(!options.window || (*options.window >= 1 && options.causal), ValueError, kOp,
                 ": window must be at least 1, and needs causal, got ", *options.window, options.causal ? "" : " without causal");
-  PACKOPS_CHECK(!options.softcap || (*options.softcap > 0 && std::isfinite(*options.softcap)), ValueError, kOp,
-                ": softcap must be positive, got ", *options.softcap);
-  PACKOPS_CHECK(!options.scale || (*options.scale > 0 && std::isfinite(*options.scale)), ValueError, kOp,
-                ": scale must be positive, got ", *options.scale);
+  if (options.softcap) check_positive(kOp, "softcap", *options.softcap);
+  if (options.scale) check_positive(kOp, "scale", *options.scale);
   p.tokens = q.size(0), p.heads = int32_t(q.size(1)), p.kv_heads = int32_t(k.size(1)), p.head_dim = int32_t(dim);
   p.causal = options.causal;
   p.window = options.window && *options.window < p.tokens ? *options.window : 0;
   p.softcap = options.softcap.value_or(0);
   p.scale = options.scale.value_or(1 / std::sqrt(double(dim)));
 
-  p.index_dtype = kernel_dtype(cu_seqlens, kOp, "cu_seqlens");
-  PACKOPS_CHECK(is_index(p.index_dtype), TypeError, kOp, ": cu_seqlens must be int32 or int64, got ", dtype_of(cu_seqlens));
-  PACKOPS_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, ValueError, kOp,
-                ": cu_seqlens must have shape (documents + 1,), got ", shape_of(cu_seqlens));
-  PACKOPS_CHECK(cu_seqlens.device() == q.device(), ValueError, kOp, ": cu_seqlens must be on the device of q (", device_of(q),
-                "), got ", device_of(cu_seqlens));
-  Attention a{p, set_input(q, &p.q), set_input(k, &p.k), set_input(v, &p.v), torch::stable::contiguous(cu_seqlens)};
-  p.cu_seqlens = a.cu_seqlens.const_data_ptr();
-  p.documents = a.cu_seqlens.size(0) - 1;
-  if (q.is_cpu()) {
-    const int64_t bad = first_malformed_boundary({p.cu_seqlens, p.index_dtype, p.documents, p.tokens});
-    PACKOPS_CHECK(bad < 0, ValueError, kOp, ": cu_seqlens must start at 0, not decrease, and end at or before the ", p.tokens,
-                  " tokens, got cu_seqlens[", bad, "] = ", integer_at(p.cu_seqlens, p.index_dtype, bad));
-  }
+  const auto [boundaries, axis] = check_documents(kOp, cu_seqlens, p.tokens, "q", q);
+  Attention a{p, set_input(q, &p.q), set_input(k, &p.k), set_input(v, &p.v), boundaries};
+  p.cu_seqlens = axis.cu_seqlens;
+  p.index_dtype = axis.index_dtype;
+  p.documents = axis.documents;
   a.params = p;
   return a;
 }
@@ -117,11 +97,9 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tenso
                                              std::optional<double> scale) {
   Attention a = prepare(q, k, v, cu_seqlens, {causal, window, softcap, scale});
   AttentionParams& p = a.params;
-  const Tensor out = torch::stable::new_empty(q, {p.tokens, p.heads, p.head_dim});
-  const Tensor lse =
-      torch::stable::new_empty(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
-  const Tensor tiles =
-      torch::stable::new_empty(q, {q.is_cuda() ? attention_tiles(p.tokens, p.documents) : 0, 4}, ScalarType::Int);
+  const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
+  const Tensor lse = allocate(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor tiles = allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.documents) : 0, 4}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
@@ -137,7 +115,8 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   const auto check_shape = [&](const Tensor& tensor, const char* name) {
     PACKOPS_CHECK(tensor.dim() == 3 && tensor.size(0) == p.tokens && tensor.size(1) == p.heads && tensor.size(2) == p.head_dim,
                   ValueError, kOp, ": ", name, " must have the shape of q, ", shape_of(q), ", got ", shape_of(tensor));
-    check_like_q(q, tensor, name);
+    check_dtype(kOp, name, tensor, "q", q);
+    check_device(kOp, name, tensor, "q", q);
   };
   check_shape(grad_out, "grad_out");
   check_shape(out, "out");
@@ -148,12 +127,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == 4 * attention_tiles(p.tokens, p.documents) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
-  const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = torch::stable::contiguous(out);
-  const Tensor read_lse = torch::stable::contiguous(lse), read_tiles = torch::stable::contiguous(tiles);
-  const Tensor delta = torch::stable::new_empty(q, {q.is_cuda() ? p.heads * p.tokens : 0}, ScalarType::Float);
-  const Tensor grad_q = torch::stable::new_empty(q, {p.tokens, p.heads, p.head_dim});
-  const Tensor grad_k = torch::stable::new_empty(q, {p.tokens, p.kv_heads, p.head_dim});
-  const Tensor grad_v = torch::stable::new_empty(q, {p.tokens, p.kv_heads, p.head_dim});
+  const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);
+  const Tensor read_lse = as_contiguous(lse), read_tiles = as_contiguous(tiles);
+  const Tensor delta = allocate(q, {q.is_cuda() ? p.heads * p.tokens : 0}, ScalarType::Float);
+  const Tensor grad_q = allocate(q, {p.tokens, p.heads, p.head_dim});
+  const Tensor grad_k = allocate(q, {p.tokens, p.kv_heads, p.head_dim});
+  const Tensor grad_v = allocate(q, {p.tokens, p.kv_heads, p.head_dim});
   p.out = const_cast<void*>(read_out.const_data_ptr());
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));

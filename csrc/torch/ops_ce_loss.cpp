@@ -5,12 +5,9 @@
 #include <string>
 #include <tuple>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include "ce_loss.h"
-#include "torch/check.h"
-#include "torch/dispatch.h"
+#include "torch/documents.h"
+#include "torch/overlap.h"
 #include "torch/register.h"
 #include "torch/stream.h"
 #include "torch/string.h"
@@ -18,7 +15,6 @@
 namespace packops {
 namespace {
 
-using OptionalTensor = std::optional<Tensor>;
 constexpr const char* kOp = "cross_entropy";
 
 // What most of the schemas have in common, spelled once: in the schema, as parameters, and as arguments.
@@ -68,11 +64,15 @@ bool collapse(const Tensor& tensor, int64_t dims, RowLayout& layout) {
   return true;
 }
 
+bool has_layout(const Tensor& tensor, int64_t dims, bool unit_last_stride, RowLayout& layout) {
+  const int64_t last = tensor.dim() - 1;
+  return (!unit_last_stride || tensor.size(last) <= 1 || tensor.stride(last) == 1) && collapse(tensor, dims, layout);
+}
+
 // The tensor itself, or a contiguous copy if its rows are laid out in a way RowLayout cannot say.
 Tensor with_layout(const Tensor& tensor, int64_t dims, bool unit_last_stride, RowLayout& layout) {
-  const bool last_ok = !unit_last_stride || tensor.size(tensor.dim() - 1) <= 1 || tensor.stride(tensor.dim() - 1) == 1;
-  if (last_ok && collapse(tensor, dims, layout)) return tensor;
-  Tensor copy = torch::stable::contiguous(tensor);
+  if (has_layout(tensor, dims, unit_last_stride, layout)) return tensor;
+  Tensor copy = as_contiguous(tensor);
   collapse(copy, dims, layout);
   return copy;
 }
@@ -90,21 +90,14 @@ struct Shard {
   std::optional<int64_t> vocab_size;
 };
 
-void check_same_device(const Tensor& logits, const Tensor& other, const char* name) {
-  PACKOPS_CHECK(
-      other.is_cuda() == logits.is_cuda() && (!logits.is_cuda() || other.get_device_index() == logits.get_device_index()),
-      ValueError, kOp, ": ", name, " must be on the logits' device, got ", device_of(other), ":", other.get_device_index(),
-      " and ", device_of(logits), ":", logits.get_device_index());
-}
-
 const float* float_weights(const OptionalTensor& weight, const Tensor& logits, int64_t numel, const char* name, Tensor& holder) {
   if (!weight) return nullptr;
-  check_same_device(logits, *weight, name);
+  check_device(kOp, name, *weight, "logits", logits);
   PACKOPS_CHECK(weight->numel() == numel, ValueError, kOp, ": ", name, " must have ", numel, " elements, got shape ",
                 shape_of(*weight));
   const DType dtype = kernel_dtype(*weight, kOp, name);
   PACKOPS_CHECK(!is_index(dtype), TypeError, kOp, ": ", name, " must be floating point, got ", dtype_of(*weight));
-  holder = torch::stable::contiguous(dtype == DType::f32 ? *weight : torch::stable::to(*weight, ScalarType::Float));
+  holder = as_contiguous(as_dtype(*weight, ScalarType::Float));
   return static_cast<const float*>(holder.data_ptr());
 }
 
@@ -112,10 +105,13 @@ const float* float_weights(const OptionalTensor& weight, const Tensor& logits, i
 void set_maths(CeLossParams& p, const Options& options, const Tensor& like, Tensor& holder) {
   PACKOPS_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, ValueError, kOp,
                 ": label_smoothing must be in [0, 1], got ", options.label_smoothing);
-  PACKOPS_CHECK(options.z_loss >= 0, ValueError, kOp, ": z_loss must not be negative, got ", options.z_loss);
-  PACKOPS_CHECK(!options.softcap || *options.softcap > 0, ValueError, kOp, ": softcap must be positive or None, got ",
-                options.softcap.value_or(0));
-  PACKOPS_CHECK(options.logit_scale > 0, ValueError, kOp, ": logit_scale must be positive, got ", options.logit_scale);
+  check_not_negative(kOp, "label_smoothing", options.label_smoothing);
+  check_not_negative(kOp, "z_loss", options.z_loss);
+  check_positive(kOp, "logit_scale", options.logit_scale);
+  if (options.softcap) {
+    check_positive(kOp, "softcap", *options.softcap);
+    check_positive(kOp, "logit_scale / softcap", options.logit_scale / *options.softcap);
+  }
   p.label_smoothing = float(options.label_smoothing);
   p.z_loss = float(options.z_loss);
   p.softcap = float(options.softcap.value_or(0));
@@ -141,17 +137,9 @@ CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor&
                 shape_of(logits));
   PACKOPS_CHECK(p.vocab < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 classes, got ", p.vocab);
   PACKOPS_CHECK(p.rows < (int64_t(1) << 31), ValueError, kOp, ": logits may have at most 2^31 - 1 rows, got ", p.rows);
-  p.logits_dtype = kernel_dtype(logits, kOp, "logits");
-  PACKOPS_CHECK(!is_index(p.logits_dtype), TypeError, kOp, ": logits must be floating point, got ", dtype_of(logits));
-  PACKOPS_CHECK(p.logits_dtype != DType::f64 || !logits.is_cuda(), TypeError, kOp,
-                ": float64 logits are supported on the CPU only");
-
+  p.logits_dtype = float_dtype(logits, kOp, "logits");
   set_maths(p, options, logits, holder);
   return p;
-}
-
-Tensor new_tensor(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
 }
 
 ScalarType state_type(const Tensor& logits) {
@@ -177,58 +165,86 @@ void set_state(CeLossParams& p, const Tensor& floats, const Tensor& ints) {
 
 // num_items comes in any numeric dtype; the kernels read four of them.
 Tensor as_kernel_number(const Tensor& tensor) {
-  const ScalarType type = tensor.scalar_type();
-  const bool native =
-      type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::Int || type == ScalarType::Long;
-  return native ? tensor : torch::stable::to(tensor, ScalarType::Float);
-}
-double host_number(const Tensor& tensor) {
-  const Tensor number = as_kernel_number(tensor);
-  switch (kernel_dtype(number, kOp, "num_items")) {
-    case DType::f64: return *static_cast<const double*>(number.data_ptr());
-    case DType::i32: return *static_cast<const int32_t*>(number.data_ptr());
-    case DType::i64: return double(*static_cast<const int64_t*>(number.data_ptr()));
-    default: return *static_cast<const float*>(number.data_ptr());
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+    case ScalarType::Double:
+    case ScalarType::Int:
+    case ScalarType::Long: return tensor;
+    case ScalarType::Bool:
+    case ScalarType::Byte:
+    case ScalarType::Char:
+    case ScalarType::Short:
+    case ScalarType::Half:
+    case ScalarType::BFloat16:
+    case ScalarType::UInt16: return as_dtype(tensor, ScalarType::Float);
+    case ScalarType::UInt32:
+    case ScalarType::UInt64: return as_dtype(tensor, ScalarType::Double);
+    default: raise("TypeError", kOp, ": num_items must be a real number, got ", dtype_of(tensor));
   }
 }
 
-// Names what is wrong in Python's terms. Only the CPU looks at the data; CUDA would have to wait for it.
+double host_number(const Tensor& tensor) {
+  const Tensor number = as_kernel_number(tensor);
+  switch (number.scalar_type()) {
+    case ScalarType::Double: return *static_cast<const double*>(number.const_data_ptr());
+    case ScalarType::Int: return *static_cast<const int32_t*>(number.const_data_ptr());
+    case ScalarType::Long: return double(*static_cast<const int64_t*>(number.const_data_ptr()));
+    default: return *static_cast<const float*>(number.const_data_ptr());
+  }
+}
+
+// Only the CPU looks at the data; CUDA would have to wait for it.
 void raise_bad_data(const CeLossStatus& status, const CeLossParams& p) {
   if (status.error == CeLossError::bad_label)
     raise("IndexError", kOp, ": label ", status.value, " at position ", status.index, " is outside [0, ", class_count(p),
           ") and is not ignore_index (", p.ignore_index, ")");
-  if (status.error == CeLossError::bad_cu_seqlens)
-    raise("ValueError", kOp, ": cu_seqlens must start at 0, not decrease, and end at or before the number of rows (", p.rows,
-          "), got cu_seqlens[", status.index, "] = ", status.value);
   if (status.error == CeLossError::bad_shards)
     raise("ValueError", kOp, ": the shards of the vocabulary do not line up: ",
           status.index < p.shards ? "rank " + std::to_string(status.index) + " begins at class " : "they end at class ",
           status.value, ", in a vocabulary of ", class_count(p), "; shards that differ in width need shard_sizes");
 }
 
+// On the CPU. A host num_items of 0 is legal where nothing is counted; otherwise it would divide the loss by zero.
+void prepare_on_cpu(const CeLossParams& p) {
+  raise_bad_data(ce_loss_prepare_cpu(p), p);
+  if (!p.has_num_items || p.num_items_value > 0) return;
+  for (int64_t row = 0; row < p.rows; row++)
+    PACKOPS_CHECK(p.target[row] == kIgnored, ValueError, kOp, ": num_items must be positive where rows are counted, got ",
+                  p.num_items_value);
+}
+
 void run_forward(CeLossParams& p, const Tensor& logits) {
   if (logits.is_cuda()) {
 #ifdef PACKOPS_WITH_CUDA
     CudaScope scope(logits);
-    Tensor workspace = new_tensor(logits, {ce_loss_workspace(p)}, ScalarType::Float);
+    Tensor workspace = allocate(logits, {ce_loss_workspace(p)}, ScalarType::Float);
     p.workspace = workspace.data_ptr();
     check_cuda(cudaError_t(ce_loss_forward_cuda(p, scope.stream())), kOp);
 #endif
     return;
   }
-  raise_bad_data(ce_loss_prepare_cpu(p), p);
+  prepare_on_cpu(p);
   torch::stable::parallel_for(0, p.rows, 1, [&](int64_t begin, int64_t end) { ce_loss_rows_cpu(p, begin, end); });
   if (!p.partial) ce_loss_reduce_cpu(p);
 }
 
-// Rows of a gradient must be written where they are; a copy would be lost.
+// Rows of a gradient are written where they are; a copy would be lost.
 void set_grad(CeLossParams& p, const Tensor& grad) {
-  const Tensor laid_out = with_layout(grad, grad.dim() - 1, true, p.grad_layout);
   PACKOPS_CHECK(
-      laid_out.data_ptr() == grad.data_ptr(), ValueError, kOp,
+      has_layout(grad, grad.dim() - 1, true, p.grad_layout), ValueError, kOp,
       ": a gradient written in place needs a contiguous last dimension and at most two strided leading ones, got shape ",
-      shape_of(grad));
+      shape_of(grad), " with strides ", strides_of(grad));
+  check_no_overlap(kOp, "what the gradient overwrites", grad);
   p.grad = grad.data_ptr();
+}
+
+// Memory for the gradient: of the logits' strides where those are dense (as torch's own operations do) and rows can be written so,
+// else contiguous. The fake kernels in Python say the same.
+Tensor gradient_like(const Tensor& logits) {
+  RowLayout layout;
+  if (is_dense(logits) && has_layout(logits, logits.dim() - 1, true, layout))
+    return allocate_strided(logits, logits.sizes(), logits.strides().data(), logits.scalar_type());
+  return allocate(logits, logits.sizes());
 }
 
 struct ForwardInputs {
@@ -250,24 +266,19 @@ struct Rows {
 Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
   Rows rows;
   p.reduction = reduction_of(in.reduction);
-  p.labels_dtype = kernel_dtype(in.labels, kOp, "labels");
-  PACKOPS_CHECK(is_index(p.labels_dtype), TypeError, kOp, ": labels must be int32 or int64, got ", dtype_of(in.labels));
-  rows.labels = torch::stable::contiguous(in.labels);
+  p.labels_dtype = index_dtype(in.labels, kOp, "labels");
+  rows.labels = as_contiguous(in.labels);
   p.labels = rows.labels.data_ptr();
   p.ignore_index = in.ignore_index;
   p.shift = in.shift;
   p.token_weight = float_weights(in.token_weight, in.labels, p.rows, "token_weight", rows.token_weight);
 
   if (in.cu_seqlens) {
-    check_same_device(in.labels, *in.cu_seqlens, "cu_seqlens");
-    p.cu_seqlens_dtype = kernel_dtype(*in.cu_seqlens, kOp, "cu_seqlens");
-    PACKOPS_CHECK(is_index(p.cu_seqlens_dtype), TypeError, kOp, ": cu_seqlens must be int32 or int64, got ",
-                  dtype_of(*in.cu_seqlens));
-    PACKOPS_CHECK(in.cu_seqlens->dim() == 1 && in.cu_seqlens->numel() >= 1, ValueError, kOp,
-                  ": cu_seqlens must have shape (documents + 1,), got ", shape_of(*in.cu_seqlens));
-    rows.cu_seqlens = torch::stable::contiguous(*in.cu_seqlens);
-    p.cu_seqlens = rows.cu_seqlens.data_ptr();
-    p.documents = rows.cu_seqlens.numel() - 1;
+    const auto [boundaries, axis] = check_documents(kOp, *in.cu_seqlens, p.rows, "labels", in.labels);
+    rows.cu_seqlens = boundaries;
+    p.cu_seqlens = axis.cu_seqlens;
+    p.cu_seqlens_dtype = axis.index_dtype;
+    p.documents = axis.documents;
   } else {
     p.doc_length = in.labels.dim() >= 1 ? in.labels.size(in.labels.dim() - 1) : 1;
     p.documents = p.doc_length ? p.rows / p.doc_length : 0;
@@ -281,8 +292,10 @@ Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
     p.has_num_items = true;
     if (in.num_items->is_cpu()) {
       p.num_items_value = host_number(*in.num_items);
+      PACKOPS_CHECK(p.num_items_value >= 0 && std::isfinite(p.num_items_value), ValueError, kOp,
+                    ": num_items must be positive and finite, got ", p.num_items_value);
     } else {
-      check_same_device(in.labels, *in.num_items, "num_items");
+      check_device(kOp, "num_items", *in.num_items, "labels", in.labels);
       rows.num_items = as_kernel_number(*in.num_items);
       p.num_items = rows.num_items.data_ptr();
       p.num_items_dtype = kernel_dtype(rows.num_items, kOp, "num_items");
@@ -297,7 +310,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
                                                                 const OptionalTensor& grad, bool with_stats) {
   Tensor class_weight;
   CeLossParams p = matrix_params(logits, in.options, class_weight, in.shard);
-  check_same_device(logits, in.labels, "labels");
+  check_device(kOp, "labels", in.labels, "logits", logits);
   PACKOPS_CHECK(in.labels.dim() == logits.dim() - 1 && in.labels.numel() == p.rows, ValueError, kOp,
                 ": labels must have the logits' leading shape, got ", shape_of(in.labels), " for logits ", shape_of(logits));
   for (int64_t i = 0; i < in.labels.dim(); i++)
@@ -306,13 +319,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   const Rows rows = set_rows(p, in);
 
   const ScalarType state = state_type(logits);
-  Tensor floats = new_tensor(logits, {with_stats ? kFloatStatesWithStats : kFloatStates, p.rows}, state);
-  Tensor ints = new_tensor(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
-  Tensor counts = new_tensor(logits, {with_stats ? 2 : 0}, ScalarType::Long);
-  Tensor sequence_loss = new_tensor(logits, {with_stats ? p.documents : 0}, state);
-  Tensor loss = in.shard.vocab_size              ? new_tensor(logits, {partial_size(p)}, state)
-                : p.reduction == Reduction::none ? torch::stable::new_empty(logits, in.labels.sizes(), state)
-                                                 : new_tensor(logits, {}, state);
+  Tensor floats = allocate(logits, {with_stats ? kFloatStatesWithStats : kFloatStates, p.rows}, state);
+  Tensor ints = allocate(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
+  Tensor counts = allocate(logits, {with_stats ? 2 : 0}, ScalarType::Long);
+  Tensor sequence_loss = allocate(logits, {with_stats ? p.documents : 0}, state);
+  Tensor loss = in.shard.vocab_size              ? allocate(logits, {partial_size(p)}, state)
+                : p.reduction == Reduction::none ? allocate(logits, in.labels.sizes(), state)
+                                                 : allocate(logits, {}, state);
   set_state(p, floats, ints);
   if (with_stats) {
     p.counts = static_cast<int64_t*>(counts.data_ptr());
@@ -335,13 +348,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_entropy_stats(const Ten
   return forward_into(logits, LOSS_INPUTS, std::nullopt, true);
 }
 
-// The gradient's strides are the logits' where those are dense (as torch's own operations do), else contiguous.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& logits, LOSS_PARAMETERS, bool with_grad,
                                                                    bool with_stats) {
   OptionalTensor grad;
-  if (with_grad) grad = torch::stable::empty_like(logits);
+  if (with_grad) grad = gradient_like(logits);
   auto [loss, floats, ints, counts, sequence_loss] = forward_into(logits, LOSS_INPUTS, grad, with_stats);
-  return {loss, grad ? *grad : new_tensor(logits, {0}, logits.scalar_type()), floats, ints, counts, sequence_loss};
+  return {loss, grad ? *grad : allocate(logits, {0}, logits.scalar_type()), floats, ints, counts, sequence_loss};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_inplace(Tensor logits, LOSS_PARAMETERS, bool with_stats) {
@@ -363,17 +375,16 @@ Tensor combine(const Tensor& partials, const Tensor& logits, Tensor floats, cons
   CeLossParams p = matrix_params(logits, MATHS, weights, {first_class, vocab_size});
   p.reduction = reduction_of(reduction);
   const ScalarType state = state_type(logits);
-  check_same_device(logits, partials, "partials");
+  check_device(kOp, "partials", partials, "logits", logits);
   PACKOPS_CHECK(partials.scalar_type() == state && partials.numel() % partial_size(p) == 0 && partials.numel() > 0, ValueError,
                 kOp, ": partials must hold ", partial_size(p), " numbers of the loss's dtype for every shard, got shape ",
                 shape_of(partials), " of ", dtype_of(partials));
-  const Tensor contiguous = torch::stable::contiguous(partials);
+  const Tensor contiguous = as_contiguous(partials);
   p.partials = contiguous.data_ptr();
   p.shards = partials.numel() / partial_size(p);
   set_state(p, floats, ints);
-  Tensor loss = p.reduction == Reduction::none
-                    ? torch::stable::new_empty(logits, logits.sizes().slice(0, logits.dim() - 1), state)
-                    : new_tensor(logits, {}, state);
+  Tensor loss = p.reduction == Reduction::none ? allocate(logits, logits.sizes().slice(0, logits.dim() - 1), state)
+                                               : allocate(logits, {}, state);
   p.loss = loss.data_ptr();
   if (logits.is_cuda()) {
 #ifdef PACKOPS_WITH_CUDA
@@ -408,7 +419,7 @@ void run_backward(CeLossParams& p, const Tensor& grad, const Tensor& grad_output
 
 Tensor backward(const Tensor& grad_output, const Tensor& logits, const Tensor& floats, const Tensor& ints, MATHS_PARAMETERS,
                 int64_t first_class, std::optional<int64_t> vocab_size) {
-  Tensor grad = torch::stable::empty_like(logits), weights;
+  Tensor grad = gradient_like(logits), weights;
   CeLossParams p = matrix_params(logits, MATHS, weights, {first_class, vocab_size});
   const Tensor matrix = with_layout(logits, logits.dim() - 1, true, p.logits_layout);
   p.logits = matrix.data_ptr();
@@ -445,22 +456,22 @@ std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, LOSS_PARAMETERS, bool 
   set_maths(p, MATHS, labels, weights);
   const Rows rows = set_rows(p, LOSS_INPUTS);
   const ScalarType state = double_precision ? ScalarType::Double : ScalarType::Float;
-  Tensor target = new_tensor(labels, {p.rows}, ScalarType::Int);
-  Tensor scale = new_tensor(labels, {p.rows}, state);
-  Tensor counts = new_tensor(labels, {2}, ScalarType::Long);
+  Tensor target = allocate(labels, {p.rows}, ScalarType::Int);
+  Tensor scale = allocate(labels, {p.rows}, state);
+  Tensor counts = allocate(labels, {2}, ScalarType::Long);
   p.target = static_cast<int32_t*>(target.data_ptr());
   p.scale = scale.data_ptr();
   p.counts = static_cast<int64_t*>(counts.data_ptr());
   if (labels.is_cuda()) {
 #ifdef PACKOPS_WITH_CUDA
     CudaScope scope(labels);
-    Tensor workspace = new_tensor(labels, {ce_loss_workspace(p)}, ScalarType::Float);
+    Tensor workspace = allocate(labels, {ce_loss_workspace(p)}, ScalarType::Float);
     p.workspace = workspace.data_ptr();
     check_cuda(cudaError_t(ce_loss_prepare_cuda(p, scope.stream())), kOp);
 #endif
   } else {
     p.logits_dtype = double_precision ? DType::f64 : DType::f32;
-    raise_bad_data(ce_loss_prepare_cpu(p), p);
+    prepare_on_cpu(p);
   }
   return {target, scale, counts};
 }

@@ -1,10 +1,8 @@
 // The gate of a gated MLP: checks, allocation, registration.
-#include <optional>
 #include <tuple>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "gated_linear.h"
+#include "torch/allocate.h"
 #include "torch/dispatch.h"
 #include "torch/register.h"
 #include "torch/rows.h"
@@ -16,24 +14,11 @@ namespace {
 
 constexpr const char* kOp = "gated_activation";
 
-using OptionalTensor = std::optional<Tensor>;
-
 Activation activation_of(const StringArgument& name) {
   if (name == "silu") return Activation::silu;
   if (name == "gelu_tanh") return Activation::gelu_tanh;
   PACKOPS_CHECK(name == "gelu", ValueError, kOp, ": activation must be 'silu', 'gelu_tanh' or 'gelu', got '", name, "'");
   return Activation::gelu;
-}
-
-void check_like_gate(const Tensor& gate, const Tensor& tensor, const char* name) {
-  PACKOPS_CHECK(tensor.scalar_type() == gate.scalar_type(), TypeError, kOp, ": ", name, " must have the dtype of gate, ",
-                dtype_of(gate), ", got ", dtype_of(tensor));
-  PACKOPS_CHECK(tensor.device() == gate.device(), ValueError, kOp, ": ", name, " must be on the device of gate (",
-                device_of(gate), ", index ", gate.get_device_index(), "), got ", device_of(tensor), ", index ",
-                tensor.get_device_index());
-  bool same = tensor.dim() == gate.dim();
-  for (int64_t i = 0; same && i < gate.dim(); i++) same = tensor.size(i) == gate.size(i);
-  PACKOPS_CHECK(same, ValueError, kOp, ": ", name, " must have the shape of gate, ", shape_of(gate), ", got ", shape_of(tensor));
 }
 
 void check_rows(const Tensor& tensor, const char* name) {
@@ -51,10 +36,8 @@ Gated prepare(const Tensor& gate, const Tensor& up, const StringArgument& activa
   PACKOPS_CHECK(gate.dim() >= 1, ValueError, kOp, ": gate must have shape (..., columns), got a 0-d tensor");
   Gated g;
   GatedParams& p = g.params;
-  p.dtype = kernel_dtype(gate, kOp, "gate");
-  PACKOPS_CHECK(!is_index(p.dtype) && (p.dtype != DType::f64 || gate.is_cpu()), TypeError, kOp,
-                ": gate must be float32, float16 or bfloat16 (float64 on the CPU), got ", dtype_of(gate));
-  check_like_gate(gate, up, "up");
+  p.dtype = float_dtype(gate, kOp, "gate");
+  check_like(kOp, "up", up, "gate", gate);
   check_rows(gate, "gate");
   check_rows(up, "up");
   p.activation = activation_of(activation);
@@ -66,7 +49,7 @@ Gated prepare(const Tensor& gate, const Tensor& up, const StringArgument& activa
 }
 
 Tensor output(const Tensor& gate, void** data) {
-  Tensor out = torch::stable::new_empty(gate, gate.sizes());
+  Tensor out = allocate(gate, gate.sizes());
   *data = out.mutable_data_ptr();
   return out;
 }
@@ -92,7 +75,7 @@ std::tuple<OptionalTensor, OptionalTensor, OptionalTensor> gated_activation_back
                                                                                      StringArgument activation, bool with_product,
                                                                                      bool with_gate, bool with_up) {
   Gated g = prepare(gate, up, activation);
-  check_like_gate(gate, grad, "grad");
+  check_like(kOp, "grad", grad, "gate", gate);
   g.grad = set_rows(grad, &g.params.grad, &g.params.grad_row);
   OptionalTensor product, grad_gate, grad_up;
   if (with_product) product = output(gate, &g.params.product);

@@ -1,11 +1,8 @@
 // packed_metadata and packed_labels: checks, allocation, registration.
 #include <tuple>
 
-#include <torch/csrc/stable/ops.h>
-
-#include "common/convert.h"
 #include "metadata.h"
-#include "torch/dispatch.h"
+#include "torch/documents.h"
 #include "torch/register.h"
 #include "torch/stream.h"
 
@@ -13,45 +10,20 @@ namespace packops {
 
 namespace {
 
-// Keeps the contiguous cu_seqlens alive beside the pointers to it.
-struct CheckedAxis {
-  Tensor cu_seqlens;
-  PackedAxis axis;
-};
-
-CheckedAxis check_axis(const Tensor& cu_seqlens, int64_t tokens, const char* op) {
-  const DType dtype = kernel_dtype(cu_seqlens, op, "cu_seqlens");
-  PACKOPS_CHECK(is_index(dtype), TypeError, op, ": cu_seqlens must be int32 or int64, got ", dtype_of(cu_seqlens));
-  PACKOPS_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, ValueError, op,
-                ": cu_seqlens must have shape (documents + 1,), got ", shape_of(cu_seqlens));
-  const Tensor contiguous = torch::stable::contiguous(cu_seqlens);
-  return {contiguous, {contiguous.const_data_ptr(), dtype, contiguous.size(0) - 1, tokens}};
-}
-
-int64_t boundary_at(const PackedAxis& axis, int64_t i) { return integer_at(axis.cu_seqlens, axis.index_dtype, i); }
-
-void check_boundaries(const PackedAxis& axis, const char* op) {
-  const int64_t bad = first_malformed_boundary(axis);
-  if (bad < 0) return;
-  if (bad == 0) raise("ValueError", op, ": cu_seqlens must start at 0, got cu_seqlens[0] = ", boundary_at(axis, 0));
-  raise("ValueError", op, ": cu_seqlens must not decrease nor exceed the ", axis.tokens, " tokens, got cu_seqlens[", bad,
-        "] = ", boundary_at(axis, bad), " after ", boundary_at(axis, bad - 1));
-}
-
 // Documents a thread takes at least, so that it has about 32768 tokens to write.
 int64_t grain(const PackedAxis& axis) { return 1 + 32768 * (axis.documents + 1) / (axis.tokens + 1); }
 
 struct Metadata {
-  CheckedAxis checked;
+  CheckedDocuments checked;
   Tensor position_ids, seq_idx;
   MetadataParams params;
 };
 
 Metadata prepare_metadata(const Tensor& cu_seqlens, int64_t total_tokens) {
   PACKOPS_CHECK(total_tokens >= 0, ValueError, "packed_metadata: total_tokens must not be negative, got ", total_tokens);
-  CheckedAxis checked = check_axis(cu_seqlens, total_tokens, "packed_metadata");
-  Tensor position_ids = torch::stable::new_empty(cu_seqlens, {total_tokens}, ScalarType::Long);
-  Tensor seq_idx = torch::stable::new_empty(cu_seqlens, {total_tokens}, ScalarType::Int);
+  CheckedDocuments checked = check_documents("packed_metadata", cu_seqlens, total_tokens, "itself", cu_seqlens);
+  Tensor position_ids = allocate(cu_seqlens, {total_tokens}, ScalarType::Long);
+  Tensor seq_idx = allocate(cu_seqlens, {total_tokens}, ScalarType::Int);
   MetadataParams params{checked.axis, position_ids.mutable_data_ptr<int64_t>(), seq_idx.mutable_data_ptr<int32_t>()};
   return {checked, position_ids, seq_idx, params};
 }
@@ -60,7 +32,6 @@ std::tuple<Tensor, Tensor> packed_metadata(const Tensor& cu_seqlens, int64_t tot
   const Metadata metadata = prepare_metadata(cu_seqlens, total_tokens);
   if (cu_seqlens.is_cpu()) {
     const PackedAxis& axis = metadata.params.axis;
-    check_boundaries(axis, "packed_metadata");
     torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
                                 [&](int64_t begin, int64_t end) { packed_metadata_cpu(metadata.params, begin, end); });
   }
@@ -74,22 +45,19 @@ std::tuple<Tensor, Tensor> packed_metadata(const Tensor& cu_seqlens, int64_t tot
 }
 
 struct Labels {
-  CheckedAxis checked;
+  CheckedDocuments checked;
   Tensor target, counts;
   LabelsParams params;
 };
 
 Labels prepare_labels(const Tensor& labels, const Tensor& cu_seqlens, bool shift, int64_t ignore_index) {
-  const DType dtype = kernel_dtype(labels, "packed_labels", "labels");
-  PACKOPS_CHECK(is_index(dtype), TypeError, "packed_labels: labels must be int32 or int64, got ", dtype_of(labels));
+  const DType dtype = index_dtype(labels, "packed_labels", "labels");
   PACKOPS_CHECK(labels.dim() == 1, ValueError, "packed_labels: labels must have shape (tokens,), got ", shape_of(labels));
-  PACKOPS_CHECK(labels.device() == cu_seqlens.device(), ValueError, "packed_labels: labels are on ", device_of(labels),
-                " but cu_seqlens is on ", device_of(cu_seqlens), ": they must share one device");
   PACKOPS_CHECK(dtype == DType::i64 || ignore_index == static_cast<int32_t>(ignore_index), ValueError,
                 "packed_labels: ignore_index must fit the int32 labels, got ", ignore_index);
-  CheckedAxis checked = check_axis(cu_seqlens, labels.size(0), "packed_labels");
-  Tensor target = torch::stable::new_empty(labels, {labels.size(0)});
-  Tensor counts = torch::stable::new_zeros(cu_seqlens, {checked.axis.documents}, ScalarType::Long);
+  CheckedDocuments checked = check_documents("packed_labels", cu_seqlens, labels.size(0), "labels", labels);
+  Tensor target = allocate(labels, {labels.size(0)});
+  Tensor counts = allocate_zeros(cu_seqlens, {checked.axis.documents}, ScalarType::Long);
   LabelsParams params{checked.axis,
                       labels.const_data_ptr(),
                       dtype,
@@ -105,7 +73,6 @@ std::tuple<Tensor, Tensor> packed_labels(const Tensor& labels, const Tensor& cu_
   const Labels prepared = prepare_labels(labels, cu_seqlens, shift, ignore_index);
   if (labels.is_cpu()) {
     const PackedAxis& axis = prepared.params.axis;
-    check_boundaries(axis, "packed_labels");
     torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
                                 [&](int64_t begin, int64_t end) { packed_labels_cpu(prepared.params, begin, end); });
   }

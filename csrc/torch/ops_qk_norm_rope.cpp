@@ -18,7 +18,7 @@ void set_weights(QkNormRopeParams& p, const Tensor& q, const Tensor& q_weight, c
   PACKOPS_CHECK((rope.k.heads > 0 || rope.k.in) == k_weight.has_value(), ValueError, kOp,
                 ": k and k_weight must be given together");
   auto check = [&](const Tensor& weight, const char* name) {
-    check_device(kOp, q, weight, name);
+    check_device(kOp, name, weight, "q", q);
     PACKOPS_CHECK(!is_index(kernel_dtype(weight, kOp, name)) && weight.scalar_type() == q_weight.scalar_type(), TypeError, kOp,
                   ": ", name, " must be floating, in the dtype of q_weight, got ", dtype_of(weight));
     PACKOPS_CHECK(weight.dim() == 1 && weight.is_contiguous(), ValueError, kOp, ": ", name,
@@ -32,7 +32,7 @@ void set_weights(QkNormRopeParams& p, const Tensor& q, const Tensor& q_weight, c
   PACKOPS_CHECK(per_head || across, ValueError, kOp, ": q_weight and k_weight must have head_dim = ", dim,
                 " elements each (a norm per head), or ", rope.q.heads * dim, " and ", rope.k.heads * dim,
                 " (one norm across all heads), got ", q_size, " and ", k_weight ? k_size : 0);
-  PACKOPS_CHECK(eps >= 0, ValueError, kOp, ": eps must not be negative, got ", eps);
+  check_not_negative(kOp, "eps", eps);
   p.across_heads = !per_head;
   p.q_weight = q_weight.data_ptr();
   p.k_weight = k_weight ? k_weight->data_ptr() : nullptr;
@@ -42,6 +42,7 @@ void set_weights(QkNormRopeParams& p, const Tensor& q, const Tensor& q_weight, c
 }
 
 void run_cpu(const QkNormRopeParams& p, bool backward) {
+  check_rope_positions(kOp, p.rope);
   torch::stable::parallel_for(0, qk_norm_rope_cpu_shares(p), 1,
                               [&](int64_t begin, int64_t end) { qk_norm_rope_cpu(p, backward, begin, end); });
   if (backward) qk_norm_rope_cpu_finish(p);
@@ -59,10 +60,10 @@ std::tuple<Tensor, OptionalTensor> qk_norm_rope(Tensor q, OptionalTensor k, Tens
                                                 Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps,
                                                 bool zero_centered, ROPE_PARAMETERS) {
   const Layout dims = layout_of(kOp, q, layout);
+  Tensor boundaries;
   QkNormRopeParams p;
-  p.rope = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, false}, dims);
+  p.rope = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, false}, dims, boundaries);
   set_weights(p, q, q_weight, k_weight, eps, zero_centered);
-  if (q.is_cpu()) check_rope_positions(kOp, p.rope);
   Tensor q_out = empty_heads_like(q);
   set_output(p.rope.q, q_out, dims);
   OptionalTensor k_out;
@@ -74,36 +75,27 @@ std::tuple<Tensor, OptionalTensor> qk_norm_rope(Tensor q, OptionalTensor k, Tens
   return {q_out, k_out};
 }
 
-void check_gradient(const Tensor& grad, const Tensor& like, const char* name) {
-  bool same = grad.dim() == like.dim() && grad.scalar_type() == like.scalar_type();
-  for (int64_t i = 0; same && i < like.dim(); i++) same = grad.size(i) == like.size(i);
-  PACKOPS_CHECK(same, ValueError, kOp, ": ", name, " must have the shape and dtype of its output, ", shape_of(like), ", got ",
-                shape_of(grad));
-}
-
 std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward(
     Tensor q_grad, OptionalTensor k_grad, Tensor q, OptionalTensor k, Tensor q_weight, OptionalTensor k_weight, Tensor cos,
     Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens, double eps, bool zero_centered, ROPE_PARAMETERS) {
   const Layout dims = layout_of(kOp, q, layout);
+  Tensor boundaries;
   QkNormRopeParams p;
-  p.rope = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, true}, dims);
+  p.rope = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, true}, dims, boundaries);
   set_weights(p, q, q_weight, k_weight, eps, zero_centered);
-  if (q.is_cpu()) check_rope_positions(kOp, p.rope);
   PACKOPS_CHECK(k.has_value() == k_grad.has_value(), ValueError, kOp, ": k and its gradient must be given together");
-  check_gradient(q_grad, q, "the gradient of q");
-  check_device(kOp, q, q_grad, "the gradient of q");
+  check_like(kOp, "the gradient of q", q_grad, "q", q);
   p.q_grad = heads_of(kOp, q_grad, dims, "the gradient of q");
 
-  Tensor dq = empty_heads_like(q), dq_weight = torch::stable::empty_like(q_weight), q_partial, k_partial;
+  Tensor dq = empty_heads_like(q), dq_weight = allocate(q_weight, q_weight.sizes()), q_partial, k_partial;
   OptionalTensor dk, dk_weight;
   set_output(p.rope.q, dq, dims);
   p.q_weight_grad = dq_weight.data_ptr();
   if (k) {
-    check_gradient(*k_grad, *k, "the gradient of k");
-    check_device(kOp, q, *k_grad, "the gradient of k");
+    check_like(kOp, "the gradient of k", *k_grad, "k", *k);
     p.k_grad = heads_of(kOp, *k_grad, dims, "the gradient of k");
     dk = empty_heads_like(*k);
-    dk_weight = torch::stable::empty_like(*k_weight);
+    dk_weight = allocate(*k_weight, k_weight->sizes());
     set_output(p.rope.k, *dk, dims);
     p.k_weight_grad = dk_weight->data_ptr();
   }
@@ -118,10 +110,10 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward
   const auto sums = p.rope.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float;
   const int64_t q_shape[2] = {p.q_partials, qk_norm_weight_size(p, p.rope.q)},
                 k_shape[2] = {p.k_partials, qk_norm_weight_size(p, p.rope.k)};
-  q_partial = torch::stable::new_empty(q, {q_shape, 2}, sums);
+  q_partial = allocate(q, {q_shape, 2}, sums);
   p.q_partial = q_partial.data_ptr();
   if (k) {
-    k_partial = torch::stable::new_empty(q, {k_shape, 2}, sums);
+    k_partial = allocate(q, {k_shape, 2}, sums);
     p.k_partial = k_partial.data_ptr();
   }
   run(p, q, true);

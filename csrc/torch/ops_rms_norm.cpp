@@ -1,10 +1,9 @@
 // RMS norm of rows: checks, allocation, registration.
 #include <tuple>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "rms_norm.h"
 #include "rms_norm_launch.h"
+#include "torch/allocate.h"
 #include "torch/dispatch.h"
 #include "torch/register.h"
 #include "torch/rows.h"
@@ -25,23 +24,19 @@ struct RmsNorm {
 Tensor set_aligned_rows(const Tensor& tensor, const void** data, int64_t* stride, int element_size) {
   const Tensor rows = set_rows(tensor, data, stride);
   if (tensor.is_cpu() || (reinterpret_cast<uintptr_t>(*data) | uintptr_t(*stride * element_size)) % 16 == 0) return rows;
-  return set_rows(torch::stable::clone(torch::stable::contiguous(rows)), data, stride);
+  return set_rows(contiguous_copy(rows), data, stride);
 }
 
 int element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 RmsNorm prepare(const Tensor& x, const Tensor& weight, double eps, bool zero_centered) {
   RmsNormParams p;
-  p.dtype = kernel_dtype(x, kOp, "x");
-  PACKOPS_CHECK(!is_index(p.dtype) && (p.dtype != DType::f64 || x.is_cpu()), TypeError, kOp,
-                ": x must be float32, float16 or bfloat16 (float64 on the CPU), got ", dtype_of(x));
+  p.dtype = float_dtype(x, kOp, "x");
   PACKOPS_CHECK(x.dim() >= 1 && weight.dim() == 1 && weight.size(0) == x.size(x.dim() - 1), ValueError, kOp,
                 ": weight must have as many elements as a row of x, ", shape_of(x), ", got ", shape_of(weight));
-  PACKOPS_CHECK(weight.scalar_type() == x.scalar_type(), TypeError, kOp, ": weight must have the dtype of x, ", dtype_of(x),
-                ", got ", dtype_of(weight));
-  PACKOPS_CHECK(weight.device() == x.device(), ValueError, kOp, ": weight must be on the device of x (", device_of(x), ", index ",
-                x.get_device_index(), "), got ", device_of(weight), ", index ", weight.get_device_index());
-  PACKOPS_CHECK(eps >= 0, ValueError, kOp, ": eps must not be negative, got ", eps);
+  check_dtype(kOp, "weight", weight, "x", x);
+  check_device(kOp, "weight", weight, "x", x);
+  check_not_negative(kOp, "eps", eps);
   p.columns = weight.size(0);
   p.rows = p.columns ? x.numel() / p.columns : 0;
   p.eps = eps, p.zero_centered = zero_centered;
@@ -49,7 +44,7 @@ RmsNorm prepare(const Tensor& x, const Tensor& weight, double eps, bool zero_cen
   PACKOPS_CHECK(x.is_cpu() || p.columns == 0 || rms_norm_fits(p.columns, size), ValueError, kOp,
                 ": on CUDA the last dimension of x must be a multiple of ", 16 / size, " and at most ",
                 rms_norm_most_columns(size), ", got ", p.columns);
-  RmsNorm norm{p, set_aligned_rows(x, &p.x, &p.x_row, size), torch::stable::contiguous(weight)};
+  RmsNorm norm{p, set_aligned_rows(x, &p.x, &p.x_row, size), as_contiguous(weight)};
   int64_t unused = 0;
   norm.weight = set_aligned_rows(norm.weight, &p.weight, &unused, size);
   norm.params = p;
@@ -71,7 +66,7 @@ void run(const RmsNormParams& p, const Tensor& x) {
 
 Tensor rms_norm(Tensor x, Tensor weight, double eps, bool zero_centered) {
   RmsNorm norm = prepare(x, weight, eps, zero_centered);
-  const Tensor y = torch::stable::new_empty(x, x.sizes());
+  const Tensor y = allocate(x, x.sizes());
   norm.params.out = y.mutable_data_ptr();
   run(norm.params, x);
   return y;
@@ -80,10 +75,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double eps, bool zero_centered) {
 std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weight, double eps, bool zero_centered) {
   RmsNorm norm = prepare(x, weight, eps, zero_centered);
   RmsNormParams& p = norm.params;
-  bool same = grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type() && grad.device() == x.device();
-  for (int64_t i = 0; same && i < x.dim(); i++) same = grad.size(i) == x.size(i);
-  PACKOPS_CHECK(same, ValueError, kOp, ": grad must have the shape, dtype and device of x, ", shape_of(x), ", got ",
-                shape_of(grad));
+  check_like(kOp, "grad", grad, "x", x);
   const Tensor rows = set_aligned_rows(grad, &p.grad, &p.grad_row, element_size(p.dtype));
   if (x.is_cpu()) p.partials = rms_norm_cpu_shares(p);
 #ifdef PACKOPS_WITH_CUDA
@@ -92,9 +84,8 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
     check_cuda(rms_norm_cuda_partials(p), kOp);
   }
 #endif
-  const Tensor partial =
-      torch::stable::new_empty(x, {p.partials, p.columns}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
-  const Tensor dx = torch::stable::new_empty(x, x.sizes()), weight_grad = torch::stable::new_empty(weight, weight.sizes());
+  const Tensor partial = allocate(x, {p.partials, p.columns}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor dx = allocate(x, x.sizes()), weight_grad = allocate(weight, weight.sizes());
   p.partial = partial.mutable_data_ptr();
   p.out = dx.mutable_data_ptr();
   p.weight_grad = weight_grad.mutable_data_ptr();

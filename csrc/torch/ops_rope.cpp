@@ -34,7 +34,8 @@ void run(const RopeParams& p, const Tensor& q, const OptionalInts& tuning) {
 std::tuple<Tensor, OptionalTensor> rope_raw(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
                                             OptionalTensor cu_seqlens, ROPE_PARAMETERS, bool transposed, OptionalInts tuning) {
   const Layout dims = layout_of(kOp, q, layout);
-  RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims);
+  Tensor boundaries;
+  RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims, boundaries);
   Tensor q_out = empty_heads_like(q);
   set_output(p.q, q_out, dims);
   OptionalTensor k_out;
@@ -49,14 +50,12 @@ std::tuple<Tensor, OptionalTensor> rope_raw(Tensor q, OptionalTensor k, Tensor c
 void rope_raw_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens,
                ROPE_PARAMETERS, bool transposed, OptionalInts tuning) {
   const Layout dims = layout_of(kOp, q, layout);
-  RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims);
+  Tensor boundaries;
+  RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims, boundaries);
   p.in_place = true;
-  check_no_overlap(kOp, q, "q");
+  check_in_place(kOp, q, k);
   set_output(p.q, q, dims);
-  if (k) {
-    check_no_overlap(kOp, *k, "k");
-    set_output(p.k, *k, dims);
-  }
+  if (k) set_output(p.k, *k, dims);
   run(p, q, tuning);
 }
 

@@ -6,16 +6,14 @@
 #include <string>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-
 #include "rope_cpu.h"
-#include "torch/check.h"
-#include "torch/dispatch.h"
+#include "torch/documents.h"
+#include "torch/overlap.h"
+#include "torch/rows.h"
 #include "torch/string.h"
 
 namespace packops {
 
-using OptionalTensor = std::optional<Tensor>;
 using OptionalInts = std::optional<std::vector<int64_t>>;
 using OptionalString = std::optional<StringArgument>;
 
@@ -45,16 +43,9 @@ inline Layout layout_of(const char* op, const Tensor& q, const OptionalString& n
   return text == "bshd" ? Layout{true, 1, 2} : Layout{true, 2, 1};
 }
 
-inline void check_device(const char* op, const Tensor& q, const Tensor& other, const char* name) {
-  const bool same = q.is_cuda() ? other.is_cuda() && q.get_device_index() == other.get_device_index() : other.is_cpu();
-  PACKOPS_CHECK(same, ValueError, op, ": ", name, " must be on the device of q (", device_of(q), ", index ", q.get_device_index(),
-                "), got ", device_of(other), ", index ", other.get_device_index());
-}
-
 inline RopeHeads heads_of(const char* op, const Tensor& tensor, const Layout& layout, const char* name) {
-  const int64_t head_dim = tensor.size(tensor.dim() - 1);
-  PACKOPS_CHECK(head_dim <= 1 || tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, ValueError, op,
-                ": the last dimension of ", name, " must be contiguous, got stride ", tensor.stride(tensor.dim() - 1));
+  PACKOPS_CHECK(has_contiguous_rows(tensor), ValueError, op, ": the last dimension of ", name, " must be contiguous, got stride ",
+                tensor.stride(tensor.dim() - 1));
   RopeHeads heads;
   heads.in = tensor.data_ptr();
   heads.heads = tensor.size(layout.head);
@@ -71,11 +62,13 @@ inline void set_output(RopeHeads& heads, const Tensor& out, const Layout& layout
   heads.out_head = out.stride(layout.head);
 }
 
-// In place, two features at one address would be turned twice, in any order.
-inline void check_no_overlap(const char* op, const Tensor& tensor, const char* name) {
-  for (int64_t i = 0; i < tensor.dim(); i++)
-    PACKOPS_CHECK(tensor.size(i) <= 1 || tensor.stride(i) != 0, ValueError, op, ": ", name,
-                  " is expanded (stride 0), so it cannot be rotated in place: clone it, or use inplace=False");
+// In place, two features at one address would be rotated twice, in any order.
+inline void check_in_place(const char* op, const Tensor& q, const OptionalTensor& k) {
+  check_no_overlap(op, "q", q);
+  if (!k) return;
+  check_no_overlap(op, "k", *k);
+  PACKOPS_CHECK(!share_memory(q, *k), ValueError, op,
+                ": q and k share memory, so they cannot be rotated in place: clone one, or use inplace=False");
 }
 
 // Makes (batch, token) strides of an index or table whose leading dimensions are (T,), (B, S) or (1, S). skip: leading dimensions
@@ -128,22 +121,19 @@ inline void check_half_table(const char* op, const RopeParams& p) {
                 " rotary features: pass rotary_dim=", width, ", or else they are half a table of ", p.rotary_dim, " features");
 }
 
-// Everything but the outputs.
+// Everything but the outputs. boundaries: keeps alive what the parameters point to.
 inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, const Tensor& cos, const Tensor& sin,
-                                   const RopeOptions& options, const Layout& layout) {
+                                   const RopeOptions& options, const Layout& layout, Tensor& boundaries) {
   const char* op = options.op;
   RopeParams p;
-  p.dtype = kernel_dtype(q, op, "q");
-  PACKOPS_CHECK(!is_index(p.dtype) && (p.dtype != DType::f64 || q.is_cpu()), TypeError, op,
-                ": q must be float32, float16 or bfloat16 (float64 on the CPU), got ", dtype_of(q));
+  p.dtype = float_dtype(q, op, "q");
   p.batch = layout.has_batch ? q.size(0) : 1;
   p.tokens = q.size(layout.token);
   const int64_t head_dim = q.size(q.dim() - 1);
   p.q = heads_of(op, q, layout, "q");
   if (k) {
-    PACKOPS_CHECK(k->scalar_type() == q.scalar_type(), TypeError, op, ": k must have the dtype of q, ", dtype_of(q), ", got ",
-                  dtype_of(*k));
-    check_device(op, q, *k, "k");
+    check_dtype(op, "k", *k, "q", q);
+    check_device(op, "k", *k, "q", q);
     PACKOPS_CHECK(k->dim() == q.dim() && (!layout.has_batch || k->size(0) == q.size(0)) && k->size(layout.token) == p.tokens &&
                       k->size(q.dim() - 1) == head_dim,
                   ValueError, op, ": k must have the shape of q except for the number of heads, ", shape_of(q), ", got ",
@@ -151,8 +141,8 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
     p.k = heads_of(op, *k, layout, "k");
   }
 
-  check_device(op, q, cos, "cos");
-  check_device(op, q, sin, "sin");
+  check_device(op, "cos", cos, "q", q);
+  check_device(op, "sin", sin, "q", q);
   p.table_dtype = kernel_dtype(cos, op, "cos");
   PACKOPS_CHECK(!is_index(p.table_dtype) && sin.scalar_type() == cos.scalar_type(), TypeError, op,
                 ": cos and sin must have one floating dtype, got ", dtype_of(cos), " and ", dtype_of(sin));
@@ -213,9 +203,8 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   }
   if (options.position_ids) {
     const Tensor& ids = *options.position_ids;
-    check_device(op, q, ids, "position_ids");
-    p.position_dtype = kernel_dtype(ids, op, "position_ids");
-    PACKOPS_CHECK(is_index(p.position_dtype), TypeError, op, ": position_ids must be int32 or int64, got ", dtype_of(ids));
+    check_device(op, "position_ids", ids, "q", q);
+    p.position_dtype = index_dtype(ids, op, "position_ids");
     PACKOPS_CHECK(!p.mrope || (ids.dim() >= 2 && ids.size(0) == 3), ValueError, op,
                   ": position_ids must be (3, ...) with mrope_section, got shape ", shape_of(ids));
     token_strides(op, ids, p.mrope ? 1 : 0, 0, p, "position_ids", &p.position_batch, &p.position_token);
@@ -223,62 +212,29 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
     p.position_ids = ids.data_ptr();
   }
   if (options.cu_seqlens) {
-    const Tensor& cu = *options.cu_seqlens;
-    check_device(op, q, cu, "cu_seqlens");
-    p.cu_dtype = kernel_dtype(cu, op, "cu_seqlens");
-    PACKOPS_CHECK(is_index(p.cu_dtype), TypeError, op, ": cu_seqlens must be int32 or int64, got ", dtype_of(cu));
-    PACKOPS_CHECK(cu.dim() == 1 && cu.size(0) >= 1, ValueError, op, ": cu_seqlens must be (documents + 1,), got shape ",
-                  shape_of(cu));
-    p.cu_seqlens = cu.data_ptr();
-    p.num_documents = cu.size(0) - 1;
-    p.cu_stride = cu.stride(0);
+    auto documents = check_documents(op, *options.cu_seqlens, p.batch * p.tokens, "q", q);
+    p.cu_seqlens = documents.axis.cu_seqlens;
+    p.cu_dtype = documents.axis.index_dtype;
+    p.num_documents = documents.axis.documents;
+    boundaries = documents.cu_seqlens;
   }
   return p;
 }
 
-// Raises what is wrong with positions or documents; on the host only.
+// Raises if a position is outside the table; on the host only.
 inline void check_rope_positions(const char* op, const RopeParams& p) {
   const RopeFault fault = rope_check_cpu(p);
-  switch (fault.kind) {
-    case RopeFault::none: break;
-    case RopeFault::position:
-      raise("IndexError", op, ": position ", fault.value, " of token ", fault.index, " is outside the table of ", p.table_rows,
-            " positions");
-    case RopeFault::cu_start: raise("ValueError", op, ": cu_seqlens must start at 0, got ", fault.value);
-    case RopeFault::cu_order:
-      raise("ValueError", op, ": cu_seqlens must not decrease, but entry ", fault.index, " is ", fault.value);
-    case RopeFault::cu_end:
-      raise("ValueError", op, ": cu_seqlens must end at or before the ", p.batch * p.tokens, " tokens, got ", fault.value);
-  }
+  PACKOPS_CHECK(fault.kind == RopeFault::none, IndexError, op, ": position ", fault.value, " of token ", fault.index,
+                " is outside the table of ", p.table_rows, " positions");
 }
 
-// An uninitialised tensor with the sizes and the memory order of q or k, as torch.empty_like chooses it, but always with
-// contiguous features. Dense tensors, the usual case, do without empty_like's trip through the dispatcher.
+// Memory for a rotated q or k: of the input's strides where those are dense, as torch's own operations do, but always with
+// contiguous features.
 inline Tensor empty_heads_like(const Tensor& heads) {
-  const int64_t dim = heads.dim();
-  const auto sizes = heads.sizes(), strides = heads.strides();
-  int order[4] = {0, 1, 2, 3};
-  for (int i = 1; i < dim; i++)
-    for (int j = i; j > 0 && strides[order[j]] < strides[order[j - 1]]; j--) std::swap(order[j], order[j - 1]);
-  int64_t expected = 1;
-  bool dense = true;
-  for (int i = 0; i < dim; i++) {
-    if (sizes[order[i]] == 1) continue;
-    dense &= strides[order[i]] == expected;
-    expected *= sizes[order[i]];
-  }
-  if (dense && expected > 0) {
-    int32_t dtype = 0, device_type = 0;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(heads.get(), &dtype));
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(heads.get(), &device_type));
-    AtenTensorHandle out = nullptr;
-    TORCH_ERROR_CODE_CHECK(
-        aoti_torch_empty_strided(dim, sizes.data(), strides.data(), dtype, device_type, heads.get_device_index(), &out));
-    return Tensor(out);
-  }
-  Tensor out = torch::stable::empty_like(heads);
-  if (out.stride(dim - 1) == 1 || out.size(dim - 1) == 1) return out;
-  return torch::stable::new_empty(heads, sizes);
+  if (is_dense(heads) && has_contiguous_rows(heads))
+    return allocate_strided(heads, heads.sizes(), heads.strides().data(), heads.scalar_type());
+  Tensor out = copying(heads, heads.scalar_type(), [&] { return torch::stable::empty_like(heads); });
+  return has_contiguous_rows(out) ? out : allocate(heads, heads.sizes());
 }
 
 }  // namespace packops

@@ -3,9 +3,7 @@
 
 #include <optional>
 
-#include <torch/csrc/stable/ops.h>
-
-#include "torch/check.h"
+#include "torch/allocate.h"
 
 namespace packops {
 
@@ -31,7 +29,7 @@ inline std::optional<int64_t> row_stride(const Tensor& tensor) {
 // What the kernel reads: the tensor itself, or a copy where its rows do not follow each other evenly.
 inline Tensor set_rows(const Tensor& tensor, const void** data, int64_t* stride) {
   const auto rows = row_stride(tensor);
-  const Tensor even = rows ? tensor : torch::stable::contiguous(tensor);
+  const Tensor even = rows ? tensor : as_contiguous(tensor);
   *data = even.const_data_ptr();
   *stride = rows ? *rows : tensor.size(tensor.dim() - 1);
   return even;

@@ -32,7 +32,11 @@ class CudaScope {
 };
 
 inline void check_cuda(cudaError_t error, const char* op) {
-  PACKOPS_CHECK(error == cudaSuccess, RuntimeError, op, ": ", cudaGetErrorString(error));
+  if (__builtin_expect(error == cudaSuccess, 1)) return;
+  cudaGetLastError();  // an error that is no fault of the context must not meet the next call
+  // A launch may load its code, which takes memory too.
+  if (error == cudaErrorMemoryAllocation) throw_error("OutOfMemoryError", std::string("CUDA out of memory. packops.") + op);
+  raise("RuntimeError", op, ": ", cudaGetErrorString(error));
 }
 
 }  // namespace packops

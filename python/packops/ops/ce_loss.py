@@ -66,16 +66,47 @@ def graph_is_kept() -> bool:
     return torch._C._autograd._get_current_graph_task_keep_graph()
 
 
+def rows_are_writable(logits: Tensor) -> bool:
+    """Whether the kernels can write rows of these strides: contiguous classes, and at most two strided dimensions of rows."""
+    rows = [(size, stride) for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if size != 1]
+    jumps = sum(outer != size * stride for (_, outer), (size, stride) in itertools.pairwise(rows))
+    return jumps <= 1 and (logits.shape[-1] <= 1 or logits.stride(-1) == 1)
+
+
+def may_overlap(x: Tensor) -> bool:
+    """Whether two elements may share memory, as expand, unfold and as_strided make it."""
+    reach = 0
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride <= reach and size:
+            return x.numel() > 0
+        reach += (size - 1) * stride
+    return False
+
+
+def is_dense(x: Tensor) -> bool:
+    """Whether the elements cover their memory without gaps or overlaps, in whatever order of dimensions."""
+    expected = 1
+    for stride, size in sorted((stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size != 1):
+        if stride != expected:
+            return False
+        expected *= size
+    return expected > 0
+
+
 def check_may_overwrite(logits: Tensor, op: str) -> None:
     """ValueError unless the gradient can take the place of the logits."""
     if logits.is_leaf:
         raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
-    rows = [(size, stride) for size, stride in zip(logits.shape[:-1], logits.stride()[:-1], strict=True) if size != 1]
-    jumps = sum(outer != size * stride for (_, outer), (size, stride) in itertools.pairwise(rows))
-    if jumps > 1 or (logits.shape[-1] > 1 and logits.stride(-1) != 1):
+    layout = f"got shape {tuple(logits.shape)} with strides {logits.stride()}"
+    if may_overlap(logits):
         raise ValueError(
-            f"packops.{op}: inplace=True needs logits with a contiguous last dimension and at most two strided leading ones, got "
-            f"shape {tuple(logits.shape)} with strides {logits.stride()}"
+            f"packops.{op}: inplace=True needs logits whose elements do not share memory (expand, unfold or as_strided make such "
+            f"views): clone them, {layout}"
+        )
+    if not rows_are_writable(logits):
+        raise ValueError(
+            f"packops.{op}: inplace=True needs logits with a contiguous last dimension and at most two strided leading ones, "
+            f"{layout}"
         )
 
 
@@ -124,6 +155,13 @@ class CrossEntropyFunction(torch.autograd.Function):
         return None, grad_logits, None, None, None, None
 
 
+def gradient_like(logits: Tensor) -> Tensor:
+    """What a fake kernel returns as the gradient: the native one's memory, csrc/torch/ops_ce_loss.cpp has the rule."""
+    if logits.is_contiguous() or (rows_are_writable(logits) and is_dense(logits)):
+        return torch.empty_like(logits)
+    return logits.new_empty(logits.shape)
+
+
 def loss_like(logits: Tensor, reduction: str) -> Tensor:
     """What a fake kernel returns as the loss."""
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
@@ -162,7 +200,7 @@ def register(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::_cross_entropy_forward")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_grad=False, with_stats=False, **options):
-        grad = torch.empty_like(logits) if with_grad else logits.new_empty((0,))
+        grad = gradient_like(logits) if with_grad else logits.new_empty((0,))
         return loss_like(logits, reduction), grad, *stats_like(logits, cu_seqlens, with_stats)
 
     @torch.library.register_fake(f"{namespace}::_cross_entropy_forward_")
@@ -171,7 +209,7 @@ def register(namespace: str) -> None:
 
     @torch.library.register_fake(f"{namespace}::_cross_entropy_backward")
     def _(grad_output, logits, floats, ints, **maths):
-        return torch.empty_like(logits)
+        return gradient_like(logits)
 
     @torch.library.register_fake(f"{namespace}::_cross_entropy_backward_")
     def _(grad_logits, grad_output, logits, floats, ints, **options):

@@ -428,7 +428,7 @@ def prepare(
     options = {name: options[name] for name in CE_DEFAULTS}
     try:
         target, scale, counts = ops.prepare(vocab, labels, **options, double_precision=hidden.dtype == torch.float64)
-    except RuntimeError as error:
+    except Exception as error:
         raise_typed(error, op=op)
     checked = not hidden.is_cuda or _checks.enabled()
     if checked and hidden.is_cuda:

@@ -96,7 +96,7 @@ def vocab_parallel_cross_entropy(
         ce.check_may_overwrite(local_logits, op)
     try:
         loss, ints = _apply(vocab_shard.VocabParallelCrossEntropyFunction, _OPS, shard, local_logits, labels, options, inplace)
-    except RuntimeError as error:
+    except Exception as error:
         raise_typed(error, op)
     if local_logits.is_cuda and _checks.enabled():
         _checks.raise_bad_rows(
@@ -184,7 +184,7 @@ def vocab_parallel_linear_cross_entropy(
         with torch.autocast(hidden.device.type, enabled=False):
             ops = vocab_shard.linear_ops(_OPS, shard)
             return _apply(linear.LinearCrossEntropyFunction, ops, hidden, local_weight, local_bias, labels, options)
-    except RuntimeError as error:
+    except Exception as error:
         raise_typed(error, op)
 
 
@@ -251,7 +251,7 @@ def vocab_parallel_linear_log_probs(
             ops = lp.as_ops(lp.forward_and_backward(lp.raw_ops("packops"), op, shard))
             function = lp.LinearLogProbsFunction
             found = _apply(function, ops, hidden, local_weight, local_bias, labels, options)
-    except RuntimeError as error:
+    except Exception as error:
         raise_typed(error, op)
     log_probs, entropies, lse = lp.results(found, labels.shape, entropy)
     return lp.LinearLogProbs(log_probs, entropies if entropy else None, lse)
