@@ -557,3 +557,38 @@ def test_rope_on_zig_zag_slices(device, dtype, ranks):
         parts = rotate(q[tokens], k[tokens], gq[tokens], gk[tokens], position_ids=position_ids[tokens])
         for part, of_whole in zip(parts, whole, strict=True):
             assert torch.equal(part, of_whole[tokens])
+
+
+def _shards_that_one_rank_cannot_accept(rank):
+    calls = {
+        "vocab_parallel_cross_entropy": lambda width, sizes: packops.vocab_parallel_cross_entropy(
+            torch.randn(5, width), labels, shard_sizes=sizes
+        ),
+        "vocab_parallel_linear_cross_entropy": lambda width, sizes: packops.vocab_parallel_linear_cross_entropy(
+            torch.randn(5, 3), torch.randn(width, 3), labels, shard_sizes=sizes
+        ),
+        "vocab_parallel_linear_log_probs": lambda width, sizes: packops.vocab_parallel_linear_log_probs(
+            torch.randn(5, 3), torch.randn(width, 3), labels, shard_sizes=sizes
+        ),
+    }
+    labels = torch.tensor([0, 5, 7, 3, 1])
+    refused = {
+        "no shard on the last rank": ([8, 0], None),
+        "no shard on the first rank": ([0, 8], None),
+        "unlike widths that nobody said": ([8, 4], None),
+        "a width that is not as said": ([8, 4], [8, 8]),
+        "ranks that say different things": ([8, 4], [[8, 4], [4, 4]][rank]),
+        "one that says too little": ([8, 4], [[8, 4], [8]][rank]),
+    }
+    for op, call in calls.items():
+        for why, (widths, sizes) in refused.items():
+            with pytest.raises(ValueError, match=f"packops.{op}: "):
+                call(widths[rank], sizes)
+                raise AssertionError(f"rank {rank} accepts {why}")
+            dist.barrier()  # nobody is one call ahead
+        call([5, 3][rank], [5, 3])
+
+
+def test_where_one_rank_refuses_its_shard_all_do(tmp_path):
+    """The others would wait for it until the timeout, or take its next call for this one and return a number."""
+    run_ranks(2, tmp_path, _shards_that_one_rank_cannot_accept)

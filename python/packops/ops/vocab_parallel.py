@@ -21,6 +21,9 @@ __all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"
 
 _OPS = vocab_shard.raw_ops("packops")
 
+UNLIKE_SHARDS = "the shards of the vocabulary do not line up:"
+REFUSED = -1  # a rank says so instead of a width
+
 
 def vocab_parallel_cross_entropy(
     local_logits: Tensor,
@@ -55,8 +58,8 @@ def vocab_parallel_cross_entropy(
             last rank's padding columns are sliced off without a copy: ``logits[..., :real]``. V_local may be 0.
         labels: (...) int32 or int64, numbered over the whole vocabulary; the same on every rank.
         group: the processes that share the vocabulary; None: the default group.
-        shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. The loss is NaN on CUDA, and on the
-            CPU a ValueError, if that is not so.
+        shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. If that is not so, all ranks raise
+            a ValueError on the CPU; on CUDA, where telling each other would wait for the device, the loss is NaN.
         class_weight: (V,) float per class of the whole vocabulary, the same on every rank.
         num_items: as in :func:`packops.cross_entropy`. Count tokens once per data-parallel rank, not once per rank of ``group``:
             ``loss_normalizer(..., group=data_parallel_group)``.
@@ -78,7 +81,7 @@ def vocab_parallel_cross_entropy(
     op = "vocab_parallel_cross_entropy"
     if local_logits.dim() == 0:
         raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
-    shard = _shard(local_logits.shape[-1], group, shard_sizes, op)[0]
+    shard = _shard(local_logits.shape[-1], group, shard_sizes, op, labels)[0]
     options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
@@ -157,11 +160,9 @@ def vocab_parallel_linear_cross_entropy(
     """
     op = "vocab_parallel_linear_cross_entropy"
     hidden, local_weight, local_bias = _check_head(op, hidden, local_weight, local_bias, num_valid)
+    shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
     chunks: dict[str, Any] = {"num_valid": num_valid, "chunk_tokens": chunk_tokens, "accum_dtype": accum_dtype}
     linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
-    shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
-    if min(sizes) == 0:
-        raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
     tokens = labels.numel()
     if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
         compacted = num_valid if num_valid is not None and num_valid < tokens else None
@@ -236,10 +237,8 @@ def vocab_parallel_linear_log_probs(
         "num_valid": num_valid,
         "chunk_tokens": chunk_tokens,
     }
+    shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
     lp.check(op, hidden, local_weight, local_bias, labels, options)
-    shard, sizes = _shard(len(local_weight), group, shard_sizes, op)
-    if min(sizes) == 0:
-        raise ValueError(f"packops.{op}: every rank must have at least one class, got shard_sizes {sizes}")
     if sum(sizes) > 1 << 24:  # places of shards travel as fp32
         raise ValueError(f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {sum(sizes)}")
     tokens = labels.numel()
@@ -278,19 +277,36 @@ def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
 
 
 def _shard(
-    width: int, group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, op: str
+    width: int, group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, op: str, labels: Tensor, least: int = 0
 ) -> tuple[vocab_shard.Shard, list[int]]:
-    """This rank's shard, ``width`` classes of the vocabulary, and the widths of all ranks."""
+    """This rank's shard, ``width`` classes of the vocabulary, and the widths of all ranks.
+
+    On the CPU the ranks tell each other first, so that all of them raise where one does: the others would wait for it, or take
+    what it sends in its next call for an answer to this one.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(f"packops.{op}: torch.distributed is not initialised, so there is no group to share a vocabulary")
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"packops.{op}: this process is not in group")
     sizes = [width] * world_size if shard_sizes is None else [int(size) for size in shard_sizes]
+    problem = None
     if len(sizes) != world_size:
-        raise ValueError(f"packops.{op}: shard_sizes must have one entry per rank ({world_size}), got {len(sizes)}")
-    if min(sizes) < 0 or sizes[rank] != width:
-        raise ValueError(f"packops.{op}: shard_sizes must hold this rank's width, {width}, at place {rank}, got {sizes}")
+        problem = f"shard_sizes must have one entry per rank ({world_size}), got {len(sizes)}"
+    elif min(sizes) < 0 or sizes[rank] != width:
+        problem = f"shard_sizes must hold this rank's width, {width}, at place {rank}, got {sizes}"
+    elif min(sizes) < least:
+        problem = f"every rank must have at least one class, got shard_sizes {sizes}"
+    if isinstance(labels, Tensor) and labels.is_cpu:
+        told = _exchange([width, *sizes] if problem is None else [REFUSED] * (1 + world_size), group)
+        widths, claims = [numbers[0] for numbers in told], [numbers[1:] for numbers in told]
+        if problem is None and REFUSED in widths:
+            problem = f"rank {widths.index(REFUSED)} refuses its shard; its error says why"
+        elif problem is None and any(claim != widths for claim in claims):
+            expected = next(claim for claim in claims if claim != widths)
+            problem = f"{UNLIKE_SHARDS} their widths are {widths}, not {expected}; shards that differ in width need shard_sizes"
+    if problem is not None:
+        raise ValueError(f"packops.{op}: {problem}")
 
     def gather(partial: Tensor) -> Tensor:
         partials = partial.new_empty(world_size * partial.numel())
@@ -307,12 +323,21 @@ def _shard(
     return vocab_shard.Shard(sum(sizes[:rank]), sum(sizes), gather, add_up), sizes
 
 
+@torch.compiler.disable(reason="it communicates over a process group")
+def _exchange(numbers: list[int], group: dist.ProcessGroup | None) -> list[list[int]]:
+    """The numbers of every rank, in rank order."""
+    own = torch.tensor(numbers)
+    of_all = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(of_all, own, group=group)
+    return [other.tolist() for other in of_all]
+
+
 def _raise_bad_shards(partials: Tensor, op: str, vocab_size: int) -> None:
     """ValueError unless the shards, as their owners describe them, follow each other and make up the vocabulary."""
     begins, widths = partials[:, -2:].long().T.tolist()
     ends = [sum(widths[: r + 1]) for r in range(len(widths))]
     if begins != [0, *ends[:-1]] or ends[-1] != vocab_size:
         raise ValueError(
-            f"packops.{op}: the shards of the vocabulary do not line up: their widths are {widths}, they begin at {begins}, in a "
+            f"packops.{op}: {UNLIKE_SHARDS} their widths are {widths}, they begin at {begins}, in a "
             f"vocabulary of {vocab_size}; shards that differ in width need shard_sizes"
         )
