@@ -107,7 +107,7 @@ def test_count_documents():
     alone = [model(**batch).loss for batch in batches[:3]]
     together = [model(**batch, num_items_in_batch=count).loss for batch in batches[:3]]
     assert sum(together).item() == pytest.approx(sum(alone).item() * 4 / 20, rel=1e-5)
-    with pytest.raises(ValueError, match=r"reduction='mean', which divides by tokens"):
+    with pytest.raises(ValueError, match=r"reduction='mean'\)\) divides by tokens"):
         packops.hf.count_documents(counting_trainer(packops.hf.apply(model)))
 
 
@@ -257,3 +257,141 @@ def test_an_ending_that_is_not_known_keeps_its_logits():
     packops.hf.apply(model)
     assert difference(run(model, packed(texts)), stock) < 1e-5
     assert "logits are always made" in packops.hf.report(model).notes[0]
+
+
+# ---- calls whose loss would be wrong ------------------------------------------------------------------------------------------
+
+
+def test_labels_that_are_counted_and_not_scored_are_refused(fused):
+    """Trainer counts every label but the first of a row; the first token of a later document is not scored."""
+    model, texts = packops.hf.apply(make("llama")), documents()
+    inputs = packed(texts)
+    scored, labels = sum(LENGTHS) - len(LENGTHS), inputs["input_ids"].clone()
+    want = run(model, packed(texts))
+    assert difference(run(model, {**inputs, "labels": labels, "num_valid": None}), want) < 1e-6, "alone, the model knows better"
+    assert difference(run(model, {**inputs, "num_items_in_batch": scored}), want) < 1e-6
+    for count in (sum(LENGTHS) - 1, torch.tensor(float(sum(LENGTHS) - 1))):
+        with pytest.raises(ValueError, match=f"{sum(LENGTHS) - 1} labels are set and {scored} of them are scored"):
+            model(**{**inputs, "labels": labels, "num_items_in_batch": count})
+    shifted = PackingCollator(names="hf", shift_labels=True)(texts)
+    assert difference(run(model, {**shifted, "labels": labels, "num_items_in_batch": scored}), want) < 1e-6
+    two_rows = {"input_ids": labels.repeat(2, 1), "labels": inputs["labels"].repeat(2, 1), "use_cache": False}
+    two_rows["position_ids"] = inputs["position_ids"].repeat(2, 1)
+    bounds = inputs["cu_seq_lens_q"]
+    two_rows["cu_seq_lens_q"] = torch.cat((bounds, bounds[1:] + bounds[-1]))
+    assert difference(run(model, {**two_rows, "num_items_in_batch": 2 * scored}), want) < 1e-5
+
+
+def test_such_a_count_makes_the_loss_nan_where_it_cannot_raise():
+    """On a GPU, and compiled, looking at the labels would wait or break the graph."""
+    texts, loss = documents(), torch.compile(packops.hf.CausalLMLoss(), backend="eager", fullgraph=True)
+    inputs, logits = packed(texts), torch.randn(1, sum(LENGTHS), VOCABULARY)
+    options = {"cu_seq_lens_q": inputs["cu_seq_lens_q"], "num_items_in_batch": torch.tensor(44.0)}
+    right = loss(logits, inputs["labels"], **options)
+    assert right == packops.hf.CausalLMLoss()(logits, inputs["labels"], **options)
+    assert loss(logits, inputs["input_ids"], **options).isnan()
+    torch.compiler.reset()
+
+
+def test_documents_that_the_attention_is_not_told_of_are_refused():
+    """cu_seq_lens_q keeps documents apart under packops_varlen, but not under sdpa, which looks at position_ids."""
+    model, inputs = packops.hf.apply(make("llama")), packed(documents())
+    expected = model(**inputs).loss
+    for name in ("sdpa", "eager"):
+        packops.hf.apply(model, attention=name)
+        with pytest.raises(ValueError, match=f"cu_seq_lens_q without position_ids, by which alone '{name}' tells documents"):
+            model(**{**inputs, "position_ids": None})
+        model(input_ids=inputs["input_ids"], cu_seq_lens_q=torch.tensor([0, sum(LENGTHS)]))  # a single document
+    packops.hf.apply(model, attention="packops_varlen")
+    torch.testing.assert_close(model(**{**inputs, "position_ids": None}).loss, expected)
+
+
+@pytest.mark.parametrize("attention", [None, "packops_varlen"])
+def test_prompts_that_are_learned_are_refused(attention):
+    """PEFT puts its tokens before a packed row's first document, and drops the positions."""
+    model, inputs = packops.hf.apply(make("llama"), attention=attention), packed(documents())
+    embeddings = model.get_input_embeddings()(inputs.pop("input_ids"))
+    embeddings = torch.cat((torch.randn(1, 10, 32), embeddings), dim=1)
+    labels = torch.nn.functional.pad(inputs.pop("labels"), (10, 0), value=-100)
+    with pytest.raises(ValueError, match="prompt learning"):
+        model(**{**inputs, "position_ids": None}, inputs_embeds=embeddings, labels=labels)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
+def test_prompt_learning_of_peft_is_refused(kind):
+    peft = pytest.importorskip("peft", reason="needs peft")
+    model, texts = packops.hf.apply(make("llama")), documents()
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", num_virtual_tokens=10)
+    wrapped = peft.get_peft_model(model, config)
+    with pytest.raises(ValueError, match="prompt learning"):
+        wrapped(**packed(texts), num_items_in_batch=44)
+
+
+def test_a_reduction_that_would_be_ignored_is_refused():
+    """Whoever calls the model in training without labels computes another loss."""
+    model, inputs = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean").train(), packed(documents())
+    del inputs["labels"]
+    with pytest.raises(ValueError, match="reduction='seq-mean-token-mean', and it was called without labels"):
+        model(**inputs)
+    with torch.no_grad():
+        model(**inputs)
+    model.eval()(**inputs)
+    packops.hf.apply(model)
+    model.train()(**inputs)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-sum"])
+def test_the_forward_of_trl_is_watched(reduction):
+    """TRL puts a forward of its own on the model, and its trainers compute their loss from it."""
+    model, inputs = packops.hf.apply(make("llama"), reduction=reduction), packed(documents())
+    before = model.forward
+
+    @functools.wraps(type(model).forward)
+    def fused_forward(self, *args, fused_lm_head=False, **kwargs):
+        return "log-probabilities" if fused_lm_head else before(*args, **kwargs)
+
+    model.forward = fused_forward.__get__(model)
+    if reduction == "mean":
+        assert model(**inputs, fused_lm_head=True) == "log-probabilities"
+    else:
+        with pytest.raises(ValueError, match=r"TRL asked it for log-probabilities .*docs/hugging_face\.md shows for TRL"):
+            model(**inputs, fused_lm_head=True)
+    assert model(**inputs).loss > 0
+    del model.forward
+    packops.hf.revert(model)
+
+
+def test_count_documents_where_nothing_counts_documents():
+    trainer = counting_trainer(make("llama"))
+    with pytest.raises(ValueError, match="divides by tokens"):
+        packops.hf.count_documents(trainer)
+    trainer.compute_loss_func = functools.partial(packops.hf.compute_loss_func, reduction="seq-mean-token-mean")
+    packops.hf.count_documents(trainer)
+    assert float(trainer._get_num_items_in_batch([packed(documents())], torch.device("cpu"))) == 4
+
+
+# ---- the router loss of experts -----------------------------------------------------------------------------------------------
+
+ROUTERS = ["mixtral", "qwen3_moe", "olmoe", "qwen2_moe", "granitemoe"]
+
+
+@pytest.mark.parametrize("family", ROUTERS)
+def test_the_router_loss_leaves_out_padding(family, fused):
+    """At the end of the row, in documents, and where a rank has no document at all."""
+    options = {"output_router_logits": True, "router_aux_loss_coef": 0.7}
+    model, texts = make(family, **options), documents()
+    stock = run(model, packed(texts))
+    packops.hf.apply(model)
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    for more in ({"pad_to_multiple_of": 16}, {"pad_to_length": 90, "pad_token_id": 7}, {"pad_doc_to_multiple_of": 4}):
+        inputs = PackingCollator(names="hf", **more)(texts)
+        assert difference(run(model, inputs), stock) < 2e-5, more
+    inputs = PackingCollator(names="hf", pad_to_length=24, pad_token_id=7)([])
+    loss, gradients = run(model, {**inputs, "num_items_in_batch": 44})
+    assert loss == 0
+    assert all(not gradient.any() for gradient in gradients.values())
+    assert float(run(model, {**packed(texts), "output_router_logits": False})[0]) < float(stock[0]) - 0.5
+    both = run(model, padded(texts))  # which says itself what is padding
+    packops.hf.revert(model)
+    assert difference(both, run(model, padded(texts))) < 1e-5

@@ -172,10 +172,8 @@ def sft(folder, per_device, accumulate, *, trained, own_loss=False, **options):
         def compute_loss(self, *args, **kwargs):
             return transformers.Trainer.compute_loss(self, *args, **kwargs)
 
-    settings = trl.SFTConfig(
-        **arguments(folder, per_device, accumulate),
-        **{"max_length": 64, "bf16": False, "gradient_checkpointing": False, "dataset_num_proc": None, **options},
-    )
+    defaults = {"max_length": 64, "bf16": False, "gradient_checkpointing": False, "dataset_num_proc": None}
+    settings = trl.SFTConfig(**{**arguments(folder, per_device, accumulate), **defaults, **options})
     rows = datasets.Dataset.from_list([{"input_ids": document["input_ids"]} for document in documents()])
     if own_loss:
         return Trainer(trained, settings, train_dataset=rows, processing_class=processing_class())
@@ -191,6 +189,67 @@ def processing_class():
     words = {"<pad>": 0, "<bos>": 1, "<eos>": 2, **{str(number): number for number in range(3, VOCABULARY)}}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>")
+
+
+def gather_documents(found: list[list[int]]) -> list[list[int]]:
+    every: list = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(every, found)
+    return [document for part in every for document in part]
+
+
+class PackedTrainer(transformers.Trainer):
+    """As docs/hugging_face.md shows: a batch sampler of whole packs, shared out by accelerate."""
+
+    def get_train_dataloader(self):
+        lengths = [len(document["input_ids"]) for document in self.train_dataset]
+        self.sampler = packops.PackedBatchSampler(lengths, 48, all_ranks=True)
+        loader = torch.utils.data.DataLoader(self.train_dataset, batch_sampler=self.sampler, collate_fn=self.data_collator)
+        return self.accelerator.prepare(loader)
+
+
+def share_out_on_rank(rank, folder):
+    import accelerate
+
+    ours = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "localhost", "MASTER_PORT": 0, "OMP_NUM_THREADS": 1}
+    os.environ |= {name: str(value) for name, value in ours.items()}
+    accelerator = accelerate.Accelerator(cpu=True)
+    data = [[number] * (1 + number % 17) for number in range(100)]
+    lengths = list(map(len, data))
+    orders = []
+    sampler = packops.PackedBatchSampler(lengths, 64, all_ranks=True)
+    loader = accelerator.prepare(torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=list))
+    for epoch in range(2):
+        loader.set_epoch(epoch)
+        assert sampler.epoch == epoch
+        steps = list(loader)
+        assert len(steps) == len(loader) == len(sampler) // 2
+        orders.append(gather_documents([document for step in steps for document in step]))
+        assert sorted(orders[-1]) == sorted(data), "every document once, on one rank"
+    assert orders[0] != orders[1]
+    sampler = packops.PackedBatchSampler(lengths, 64)
+    with pytest.raises(ValueError, match="all_ranks=True"):
+        accelerator.prepare(torch.utils.data.DataLoader(data, batch_sampler=sampler, collate_fn=list))
+
+    seen: list[list[int]] = []
+
+    def collate(batch):
+        seen.extend(document["input_ids"] for document in batch)
+        return packops.PackingCollator(names="hf")(batch)
+
+    settings = arguments(folder, 1, 1) | {"max_steps": -1, "num_train_epochs": 2}
+    settings = transformers.TrainingArguments(**settings, remove_unused_columns=False)
+    trained = hf.apply(model(), attention=attention.NAME)
+    made = PackedTrainer(trained, settings, train_dataset=documents(), data_collator=collate)
+    made.train()
+    assert made.sampler.epoch == 1
+    both = sorted(gather_documents(seen))
+    assert both == sorted(2 * [document["input_ids"] for document in documents()])
+
+
+@pytest.mark.slow
+def test_packs_are_shared_out_by_accelerate(tmp_path):
+    """Two processes: what trains is every document once an epoch, and each epoch packs anew."""
+    run_ranks(2, tmp_path, share_out_on_rank, tmp_path)
 
 
 TRL = pytest.mark.skipif(
@@ -229,3 +288,28 @@ def test_trl_packing(tmp_path):
         for parameter in expected.parameters():
             parameter -= RATE * parameter.grad
     assert (weights(trained) - weights(expected)).abs().max() < 2e-5
+
+
+@TRL
+@pytest.mark.parametrize("reduction", ["seq-mean-token-mean", "seq-mean-token-sum"])
+@pytest.mark.parametrize("per_device, accumulate", [(8, 1), (2, 4)])
+def test_trl_with_a_mean_of_documents(tmp_path, per_device, accumulate, reduction):
+    """By the model's own loss; TRL's would ignore the reduction, and its count of tokens, divided by documents, be far off."""
+    import trl
+
+    trained = hf.apply(model(), attention=attention.NAME, reduction=reduction)
+    options = {"padding_free": True, "max_length": None}
+    learning_rate = RATE / 8 if reduction == "seq-mean-token-sum" else RATE
+    made = sft(tmp_path, per_device, accumulate, trained=trained, own_loss=True, learning_rate=learning_rate, **options)
+    hf.count_documents(made)
+    made.train()
+    assert_meant(weights(trained), reduction)
+
+    plain = trl.SFTTrainer(
+        hf.apply(model(), attention=attention.NAME, reduction=reduction), made.args, train_dataset=made.train_dataset,
+        processing_class=processing_class(),
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="SFTTrainer computes a loss of its own"):
+        hf.count_documents(plain)
+    with pytest.raises(ValueError, match="TRL asked it for log-probabilities"):
+        plain.train()

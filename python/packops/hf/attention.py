@@ -179,12 +179,14 @@ class Pattern:
         causal: no token sees a later one.
         window: a token sees itself and the ``window - 1`` tokens before it; None: all before it.
         padding: (B, S) bool, False where there is padding; None: nowhere.
+        shape: of the mask that it stands for, (B, 1, S, S).
     """
 
     causal: bool = True
     window: int | None = None
     padding: Tensor | None = None
-    ndim = 4  # as ``generate`` hands on masks that it makes before the forward, with a static cache
+    shape: tuple[int, ...] = ()
+    ndim = 4  # ``generate`` with a static cache, and some models, make their masks beforehand and hand them on
 
     def contiguous(self) -> Pattern:
         return self
@@ -209,7 +211,7 @@ def packed_mask(
     Raises:
         NotImplementedError: the model wants another pattern than causal, windowed or bidirectional attention.
     """
-    if isinstance(attention_mask, Pattern):  # made before by ``generate``, for a static cache
+    if isinstance(attention_mask, Pattern):  # made beforehand
         return attention_mask
     if kv_length != q_length:
         from transformers.masking_utils import sdpa_mask
@@ -248,7 +250,7 @@ def packed_mask(
         attention_mask = attention_mask[:, -kv_length:]
         if attention_mask.all():  # waits for the device, once in a forward, and only for those who pass a mask
             attention_mask = None
-    return Pattern(causal, window, attention_mask)
+    return Pattern(causal, window, attention_mask, (batch_size, 1, q_length, kv_length))
 
 
 def _mask_parts(mask_function: Callable[..., Any]) -> Iterator[Callable[..., Any]]:

@@ -233,16 +233,25 @@ def count_documents(trainer: Any) -> None:
     by ``position_ids`` that do not go up by one, without these each row is a document.
 
     Raises:
-        ValueError: the trainer's model has a loss of packops with reduction ``"mean"``, whose denominator is tokens.
+        ValueError: nothing in this trainer divides by documents: neither a ``compute_loss_func`` nor the model's loss, which has
+            reduction ``"mean"``, is not of packops, or is passed by (TRL's trainers compute their own).
     """
     from .record import pretrained
 
-    loss = getattr(pretrained(trainer.model), "loss_function", None)
-    if isinstance(loss, CausalLMLoss) and loss.reduction == "mean":
-        raise ValueError(
-            "packops.hf.count_documents: this model's loss has reduction='mean', which divides by tokens, as Trainer counts; "
-            "packops.hf.apply(model, reduction=...) chooses another"
-        )
+    if getattr(trainer, "compute_loss_func", None) is None:
+        loss = getattr(pretrained(trainer.model), "loss_function", None)
+        if not isinstance(loss, CausalLMLoss) or loss.reduction == "mean":
+            raise ValueError(
+                f"packops.hf.count_documents: this model's loss ({loss!r}) divides by tokens, as Trainer counts them; "
+                "packops.hf.apply(model, reduction=...) chooses another"
+            )
+        compute_loss = getattr(type(trainer), "compute_loss", None)
+        if getattr(compute_loss, "__module__", "").startswith("trl."):
+            raise ValueError(
+                f"packops.hf.count_documents: {type(trainer).__name__} computes a loss of its own and divides it by this count. "
+                "Let the model compute the loss, by a subclass whose compute_loss is transformers.Trainer's "
+                "(docs/hugging_face.md, TRL)"
+            )
     count_tokens = trainer._get_num_items_in_batch
 
     def count(batch_samples: list, device: torch.device) -> Any:
@@ -323,14 +332,16 @@ def check_call(model: Any, given: Mapping[str, Any]) -> None:
             "positions in three dimensions here (M-RoPE). Pass those of its get_rope_index, document by document, or none"
         )
     bounds = given.get("cu_seq_lens_q")
-    if bounds is None or bounds.numel() <= 2 or positions is not None:
+    if bounds is None or bounds.numel() <= 2:
         return
-    if given.get("input_ids") is None or given.get("past_key_values") is not None:
+    if given.get("past_key_values") is not None or (positions is None and given.get("input_ids") is None):
         raise ValueError(
-            "packops.hf: cu_seq_lens_q without position_ids, and with embeddings or a cache in place of input_ids. PEFT's prompt "
-            "learning (prompt, prefix and p-tuning) calls so: it drops the positions of packed documents, and puts its tokens "
-            "before the first document alone. Train it on padded rows"
+            "packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. PEFT's prompt learning (prompt, prefix "
+            "and p-tuning) calls so: it puts its tokens before the first document alone, and drops the positions of all. Train it "
+            "on padded rows"
         )
+    if positions is not None:
+        return
     name = model.config.get_text_config(decoder=True)._attn_implementation
     if name in ("sdpa", "eager", "flex_attention"):
         raise ValueError(
