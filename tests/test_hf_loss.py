@@ -282,14 +282,22 @@ def test_labels_that_are_counted_and_not_scored_are_refused(fused):
     assert difference(run(model, {**two_rows, "num_items_in_batch": 2 * scored}), want) < 1e-5
 
 
-def test_such_a_count_makes_the_loss_nan_where_it_cannot_raise():
-    """On a GPU, and compiled, looking at the labels would wait or break the graph."""
-    texts, loss = documents(), torch.compile(packops.hf.CausalLMLoss(), backend="eager", fullgraph=True)
-    inputs, logits = packed(texts), torch.randn(1, sum(LENGTHS), VOCABULARY)
-    options = {"cu_seq_lens_q": inputs["cu_seq_lens_q"], "num_items_in_batch": torch.tensor(44.0)}
-    right = loss(logits, inputs["labels"], **options)
-    assert right == packops.hf.CausalLMLoss()(logits, inputs["labels"], **options)
-    assert loss(logits, inputs["input_ids"], **options).isnan()
+@pytest.mark.parametrize("compiled", [False, True])
+def test_such_a_count_is_never_divided_by(device, compiled):
+    """On a GPU looking at the labels would wait, so that the count becomes NaN, and the loss; compiled, the operation refuses it."""
+    loss = packops.hf.CausalLMLoss()
+    if compiled:
+        loss = torch.compile(loss, backend="eager", fullgraph=True)
+    inputs = PackingCollator()(documents()).to(device).to_hf()
+    logits = torch.randn(1, sum(LENGTHS), VOCABULARY, device=device)
+    options = {"cu_seq_lens_q": inputs["cu_seq_lens_q"], "num_items_in_batch": torch.tensor(44.0, device=device)}
+    right = packops.hf.CausalLMLoss()(logits, inputs["labels"], cu_seq_lens_q=inputs["cu_seq_lens_q"])
+    torch.testing.assert_close(loss(logits, inputs["labels"], **options), right)
+    if device.type == "cuda":
+        assert loss(logits, inputs["input_ids"], **options).isnan()
+    else:
+        with pytest.raises(ValueError, match="got nan" if compiled else "labels are set"):
+            loss(logits, inputs["input_ids"], **options)
     torch.compiler.reset()
 
 

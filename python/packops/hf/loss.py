@@ -336,9 +336,9 @@ def check_call(model: Any, given: Mapping[str, Any]) -> None:
         return
     if given.get("past_key_values") is not None or (positions is None and given.get("input_ids") is None):
         raise ValueError(
-            "packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. PEFT's prompt learning (prompt, prefix "
-            "and p-tuning) calls so: it puts its tokens before the first document alone, and drops the positions of all. Train it "
-            "on padded rows"
+            "packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. PEFT's prompt learning (prompt, "
+            "prefix and p-tuning) calls so: it puts its tokens before the first document alone, and drops the positions of all. "
+            "Train it on padded rows"
         )
     if positions is not None:
         return
