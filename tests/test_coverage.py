@@ -51,6 +51,4 @@ def test_every_op_has_a_benchmark(name):
 def test_names_are_found():
     source = 'packops.attention(q); torch.ops.packops.rope; getattr(packops, "gated_linear")'
     assert {"attention", "rope", "gated_linear"} <= names_used(source)
-        'packops.attention(q); torch.ops.packops.rope; getattr(p, "gated_linear")'
-    )
     assert "attention" not in names_used("# packops.attention")
