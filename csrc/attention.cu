@@ -1,22 +1,23 @@
-// Attention within documents on CUDA; formulas in attention.h, shapes of the work in attention_launch.h.
+// Attention within documents on CUDA. Formulas: attention.h. Work distribution: attention_launch.h.
 //
-//   tiles      cu_seqlens -> tiles of 64 tokens, those of long documents first
-//   forward    out and lse, scores in passing (an online softmax)                          2 products per pair of tiles
-//   queries    delta and grad_q, scores made again                                         3 products
-//   keys       grad_k and grad_v, scores made again, summed over the heads of a group      4 products
+//   tiles      cu_seqlens -> tiles of 64 tokens, those of long documents first (attention_tiles.cuh)
+//   forward    out and lse, with an online softmax                                     2 products per pair of tiles
+//   queries    delta and grad_q, scores recomputed                                     3 products
+//   keys       grad_k and grad_v, scores recomputed, summed over a group's heads       4 products
 //
-// Bound: the tensor cores for documents of a few hundred tokens and more, 4 tokens keys_seen head_dim FLOPs for each head forward;
-// shorter ones by memory, q, k, v and out once. That scores are made twice in the backward pass costs two more products than one
-// kernel with atomic additions to grad_q would need, which would not give the same bits twice.
+// Bound: the tensor cores from a few hundred tokens per document on (forward: 4 tokens keys_seen head_dim FLOPs per head); memory
+// below that (q, k, v and out once). The backward pass recomputes the scores twice. A single kernel with atomic additions to
+// grad_q would save two products, but would not be reproducible.
 //
-// Products are those of attention_products.cuh: what leaves one as a sum enters the next as a factor without leaving its registers.
-// Rows past the end of a document are zeros.
+// Products: attention_products.cuh. The result of one product becomes an operand of the next without leaving its registers. Rows
+// past the end of a document are zeros.
 #include "attention.h"
 
 #include <cmath>
 
 #include "attention_launch.h"
 #include "attention_products.cuh"
+#include "attention_tiles.cuh"
 #include "common/device.cuh"
 #include "common/launch.cuh"
 #include "packed_forest.h"
@@ -24,69 +25,7 @@
 namespace packops {
 namespace {
 
-constexpr unsigned kWarp = 0xffffffffu;
 constexpr float kLog2e = 1.4426950408889634f;
-
-// ---- Tiles
-
-constexpr int kClasses = 1024;  // of documents by their number of tiles, the largest first; a thread each
-
-template <typename Index>
-__global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__ AttentionParams p, int64_t capacity) {
-  using Count = unsigned;  // of malformed documents, which may overlap, it may come out too small: never an address outside
-  __shared__ Count next[kClasses];  // where the next document of a class goes
-  __shared__ Count sums[33];
-  const Index* cu_seqlens = static_cast<const Index*>(p.cu_seqlens);
-  const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
-  const auto tiles_of = [](int32_t tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows; };
-  const auto class_of = [](int tiles) { return kClasses - min(tiles, kClasses); };
-  const auto put = [&](Count place, int32_t begin, int32_t end, int32_t document, int32_t document_end) {
-    if (place < Count(capacity)) p.tiles[place] = {begin, min(end, begin + kAttentionRows), document, document_end};
-  };
-  const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
-  next[me] = 0;
-  __syncthreads();
-  for (int64_t i = me; i < p.documents; i += kClasses)
-    if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(tiles)], Count(tiles));
-  __syncthreads();
-
-  Count before = next[me];
-  const Count mine = before;
-  for (int by = 1; by < 32; by *= 2) {
-    const Count other = __shfl_up_sync(kWarp, before, by);
-    if (lane >= by) before += other;
-  }
-  if (lane == 31) sums[warp] = before;
-  __syncthreads();
-  if (me == 0) {
-    Count sum = 0;
-    for (int w = 0; w < 32; w++) {
-      const Count here = sums[w];
-      sums[w] = sum;
-      sum += here;
-    }
-    sums[32] = sum;
-  }
-  __syncthreads();
-  next[me] = sums[warp] + before - mine;
-  __syncthreads();
-
-  for (int64_t i = me; i < p.documents; i += kClasses) {
-    const int32_t begin = bound(i), end = bound(i + 1);
-    const int tiles = tiles_of(end - begin);
-    if (tiles <= 0) continue;
-    // Documents of a class come in any order: no result depends on it.
-    const Count place = atomicAdd(&next[class_of(tiles)], Count(tiles));
-    for (int t = 0; t < tiles; t++) put(place + Count(t), begin + t * kAttentionRows, end, begin, end);
-  }
-  const int32_t padding = bound(p.documents);
-  const Count used = sums[32];
-  for (Count place = used + Count(me); place < Count(capacity); place += kClasses) {
-    const int64_t begin = padding + int64_t(place - used) * kAttentionRows;
-    if (begin < p.tokens) put(place, int32_t(begin), int32_t(p.tokens), int32_t(begin), int32_t(begin));
-    else put(place, 0, 0, 0, 0);
-  }
-}
 
 // ---- Rows
 
@@ -95,7 +34,7 @@ __device__ __forceinline__ const T* head_of(const Heads& heads, int64_t token, i
   return static_cast<const T*>(heads.data) + token * heads.token + head * heads.head;
 }
 
-// Loads rows of one head, from a token on.
+// Loads rows of one head from a token on.
 template <typename T, int D, int kRows, int kThreads>
 struct Rows : RowLoader<T, D, kRows, kThreads> {
   __device__ __forceinline__ Rows(const Heads& heads, int token, int head, int thread)
@@ -109,10 +48,11 @@ struct Interval {
   __device__ __forceinline__ bool holds(int i) const { return i >= first && i <= last; }
 };
 
-// What becomes of a product of query and key, and who sees whom. Powers are of 2.
+// Turns products of queries and keys into scores, and knows the mask. Exponentials are to base 2.
 struct Scores {
-  float scale, softcap_scale;  // to a power of 2, and, with a softcap, to what tanh is taken of
-  float product_scale;         // of gradients
+  float scale;          // from a product, or from tanh with a softcap, to an exponent of 2
+  float softcap_scale;  // from a product to the argument of tanh
+  float product_scale;  // of gradients
   bool capped, causal;
   int window;
 
@@ -126,22 +66,23 @@ struct Scores {
 
   // tanh, absolute error 2^-22
   __device__ __forceinline__ float cap(float product) const {
-    return 1.f - 2.f * reciprocal_approx(1.f + exp2_approx(product * (2 * kLog2e * softcap_scale)));
+    return 1.f - 2.f * rcp_approx(1.f + ex2_approx(product * (2 * kLog2e * softcap_scale)));
   }
-  // Which keys of `keys` a query sees, and which of all queries a key is seen by: [first, last].
+  // The keys that a query sees, of `keys` in its document; the queries that see a key. [first, last], both inclusive.
   __device__ __forceinline__ Interval keys_of(int query, int keys) const {
     return {window ? query - window + 1 : 0, causal ? min(query, keys - 1) : keys - 1};
   }
   __device__ __forceinline__ Interval queries_of(int key) const {
     return {causal ? key : 0, window ? key + window - 1 : 0x7fffffff};
   }
-  // Whether all of [query, query_end) see all of [key, key_end).
+  // Whether every query of [query, query_end) sees every key of [key, key_end): then no mask is needed.
   __device__ __forceinline__ bool all_see(int query, int query_end, int key, int key_end, int keys) const {
     return key_end <= keys && (!causal || (key_end - 1 <= query && (window == 0 || key > query_end - 1 - window)));
   }
 };
 
-// Sums in columns that their row does not have become `value`. columns: of a row of the warp, an Interval; the first sum's is `first`.
+// Replaces the sums in masked columns by `value`. columns(row) is the Interval that a row of the warp keeps; `first` is the
+// column of the first sum.
 template <int kBlocks, int kColumns, typename F>
 __device__ __forceinline__ void mask(float (&sums)[kBlocks][kColumns][4], int first, int lane, float value, F&& columns) {
   Interval kept[kBlocks][2];
@@ -156,7 +97,8 @@ __device__ __forceinline__ void mask(float (&sums)[kBlocks][kColumns][4], int fi
   for_each(sums, [&](float& x, int m, int n, int i) { x = kept[m][i / 2].holds(8 * n + i % 2) ? x : value; });
 }
 
-// With shared prefixes: who of a tree sees whom, beyond the order of the tokens. Queries and keys count from the tree's first token.
+// With shared prefixes: who of a tree sees whom, beyond the order of the tokens. Queries and keys count from the tree's first
+// token.
 struct Paths {
   SharedPrefixes of;
   int tree, tokens, window;
@@ -225,7 +167,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   char* queries = dynamic_shared<char>();
   char *keys = queries + 2 * D * kAttentionRows, *values = keys + 2 * D * kKeys;
 
-  // Within the document: this tile's queries, and turns of keys.
+  // Positions within the document: this tile's queries, and blocks of keys.
   const int length = tile.document_end - tile.document_begin, query = tile.begin - tile.document_begin;
   const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
   const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
@@ -238,11 +180,11 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
       from_v(p.v, tile.document_begin, kv_head, thread);
   const auto load = [&](char* to, const auto& from, int key) {
     if (key < key_end) from.load(to, key, length - key);
-    close_copies();
+    cp_async_commit_group();
   };
-  const auto wait_for_first = [] {  // of two groups of copies
-    wait_for_copies_before<1>();
-    if constexpr (kGroup) show_to_group_products();
+  const auto wait_for_older = [] {  // of two groups of copies
+    cp_async_wait_group<1>();
+    if constexpr (kGroup) fence_proxy_async();
     __syncthreads();
   };
   Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, tile.end - tile.begin);
@@ -260,13 +202,13 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 
   for (int key = first_turn, next; key < key_end; key = next) {
     next = next_turn(key + kKeys);
-    wait_for_first();
+    wait_for_older();
     Sums<kBlocks, kKeys> s;
     Product::begin();
     Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, 0, lane);
-    Product::close();
+    Product::commit();
     Product::wait(s);
-    __syncthreads();  // nobody needs these keys any more
+    __syncthreads();  // all warps have read these keys
     load(keys, from_k, next);
 
     if (scores.capped) for_each(s, [&](float& x, int, int, int) { x = scores.cap(x); });
@@ -275,7 +217,8 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     if constexpr (kForest)
       if (!paths.all_see(query + kAttentionRows, key, kKeys))
         mask_each(s, lane, -INFINITY, [&](int row, int column) { return paths.sees(query + first_row + row, key + column); });
-    float shift[kBlocks][2], correction[kBlocks][2];  // in powers of 2; of what is summed so far
+    float shift[kBlocks][2];       // the maximum, as an exponent of 2
+    float correction[kBlocks][2];  // the factor for what is summed so far
     bool rises = false;
 #pragma unroll
     for (int m = 0; m < kBlocks; m++)
@@ -285,8 +228,8 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         most = max_of_quad(most);
-        shift[m][half] = most == -INFINITY ? 0.f : most * scores.scale;  // nothing seen so far
-        correction[m][half] = exp2_approx(greatest[m][half] * scores.scale - shift[m][half]);
+        shift[m][half] = most == -INFINITY ? 0.f : most * scores.scale;  // -inf: no key seen so far
+        correction[m][half] = ex2_approx(greatest[m][half] * scores.scale - shift[m][half]);
         greatest[m][half] = most;
         rises |= correction[m][half] != 1.f;
       }
@@ -298,20 +241,20 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
       for_each(out, [&](float& x, int m, int, int i) { x *= correction[m][i / 2]; });
     }
     for_each(s, [&](float& x, int m, int, int i) {
-      x = exp2_approx(fmaf(x, scores.scale, -shift[m][i / 2]));
+      x = ex2_approx(fmaf(x, scores.scale, -shift[m][i / 2]));
       sum[m][i / 2] += x;
     });
     const typename Product::template Left<kBlocks, kKeys / 8> weights(s);
 
-    wait_for_first();
+    wait_for_older();
     Product::begin();
     Product::template add_weighted_rows<kKeys>(out, weights, values, 0, lane);
-    Product::close();
+    Product::commit();
     Product::wait(out);
-    __syncthreads();  // nor these values
+    __syncthreads();  // all warps have read these values
     load(values, from_v, next);
   }
-  wait_for_copies();
+  cp_async_wait_all();
   __syncthreads();
 
   float factor[kBlocks][2];
@@ -324,7 +267,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
       const int row = first_row + 16 * m + 8 * half + lane / 4;
       if (lane % 4 == 0 && row < tile.end - tile.begin)
         static_cast<float*>(p.lse)[head * p.tokens + tile.begin + row] =
-            total == 0 ? -INFINITY : greatest[m][half] * scores.scale + log2_approx(total);
+            total == 0 ? -INFINITY : greatest[m][half] * scores.scale + lg2_approx(total);
     }
   const int64_t stride = int64_t(p.heads) * D;
   store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride,
@@ -333,7 +276,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 
 // ---- Backward
 
-// Products of queries and keys, closed before those of gradients and values, become weights p, and the latter become g.
+// s: query-key products, committed first; becomes the weights p. g: products of grad_out and values; becomes g of attention.h.
 template <typename Product, int kBlocks, int kColumns, typename Lse, typename Delta>
 __device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
                                       Lse&& lse, Delta&& delta) {
@@ -342,12 +285,12 @@ __device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&
     for_each(s, [&](float& x, int m, int n, int i) {
       x = scores.cap(x);
       const float slope = 1.f - x * x;
-      x = exp2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
+      x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
       g[m][n][i] = x * (g[m][n][i] - delta(m, n, i)) * slope;
     });
   } else {
     Product::template wait<1>(s);
-    for_each(s, [&](float& x, int m, int n, int i) { x = exp2_approx(fmaf(x, scores.scale, -lse(m, n, i))); });
+    for_each(s, [&](float& x, int m, int n, int i) { x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i))); });
     Product::wait(g);
     for_each(g, [&](float& x, int m, int n, int i) { x = s[m][n][i] * (x - delta(m, n, i)); });
   }
@@ -393,9 +336,9 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, there);
   Rows<T, D, kAttentionRows, kThreads>(p.grad_out, tile.begin, head, thread).load(grads, 0, there);
   if (first_turn < key_end) load(0, first_turn);
-  close_copies();
+  cp_async_commit_group();
 
-  // delta, D / 8 threads to a row
+  // delta, D / 8 threads per row
   const int64_t stride = int64_t(p.heads) * D;
   constexpr int kChunks = D / 8;
   for (int i = thread; i < kAttentionRows * kChunks; i += kThreads) {
@@ -435,10 +378,10 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
     next = next_turn(key + kKeys);
     if constexpr (kShape.stages == 2) {
       if (next < key_end) load(turn + 1, next);
-      close_copies();
+      cp_async_commit_group();
     }
-    wait_for_copies_before<kShape.stages - 1>();
-    if constexpr (kGroup) show_to_group_products();
+    cp_async_wait_group<kShape.stages - 1>();
+    if constexpr (kGroup) fence_proxy_async();
     __syncthreads();
     char *keys = buffer_of(turn, key), *values = keys + 2 * D * kKeys;
 #pragma unroll 1
@@ -446,9 +389,9 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
       Sums<kBlocks, kStep> s, g;
       Product::begin();
       Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, step, lane);
-      Product::close();
+      Product::commit();
       Product::template multiply_rows<kAttentionRows, kKeys>(g, grads, first_row, values, step, lane);
-      Product::close();
+      Product::commit();
       weigh<Product>(
           s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
       if (!scores.all_see(query, query + kAttentionRows, key + step, key + step + kStep, length))
@@ -459,16 +402,16 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
       const typename Product::template Left<kBlocks, kStep / 8> weights(g);
       Product::begin();
       Product::template add_weighted_rows<kKeys>(grad, weights, keys, step, lane);
-      Product::close();
+      Product::commit();
       Product::wait(grad);
     }
     __syncthreads();
     if constexpr (kShape.stages == 1) {
       if (next < key_end) load(turn + 1, next);
-      close_copies();
+      cp_async_commit_group();
     }
   }
-  wait_for_copies();
+  cp_async_wait_all();
   __syncthreads();
 
   float factor[kBlocks][2];
@@ -478,7 +421,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
                                             first_row, lane, grad, factor);
 }
 
-// Adds what the teams of a block have to that of the first, in their order.
+// Adds the sums of a block's teams to those of the first team, in order.
 template <int kTeams, int kTeamThreads, int kBlocks, int kColumns>
 __device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], char* buffers, int buffer_bytes, int team,
                                           int thread) {
@@ -495,7 +438,7 @@ __device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], c
   }
 }
 
-enum class Half { both, keys, values };  // of the gradients
+enum class Half { both, keys, values };  // which gradients a kernel computes
 
 template <typename T, int D, bool kGroup, bool kForest, int kTeams, Half kHalf>
 __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kTeams,
@@ -520,7 +463,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
 
   const int length = tile.document_end - tile.document_begin, key = tile.begin - tile.document_begin;
   const int there = tile.end - tile.begin;
-  // Turns of queries that see any of these keys, for each head of the team.
+  // Blocks of queries that see any of these keys, for each head of the team.
   const int query_begin = p.causal ? key : 0;
   const Paths paths(p, tile.document_begin);
   const int query_end = length == 0     ? query_begin
@@ -539,17 +482,17 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     if (thread < kQueries) {
       const bool is_there = query + thread < length;
       const int64_t row = head * p.tokens + (is_there ? token + thread : 0);
-      copy4_async_or_zero(lse + thread, static_cast<const float*>(p.lse) + row, is_there);
-      copy4_async_or_zero(lse + kQueries + thread, p.delta + row, is_there);
+      cp_async_4_zfill(lse + thread, static_cast<const float*>(p.lse) + row, is_there);
+      cp_async_4_zfill(lse + kQueries + thread, p.delta + row, is_there);
     }
   };
   Rows<T, D, kAttentionRows, kThreads * kTeams>(p.k, tile.begin, kv_head, int(threadIdx.x)).load(keys, 0, there);
   if constexpr (kForKeys)
     Rows<T, D, kAttentionRows, kThreads * kTeams>(p.v, tile.begin, kv_head, int(threadIdx.x)).load(values, 0, there);
   if (count > 0) load(0);
-  close_copies();
-  wait_for_copies();
-  if constexpr (kGroup) show_to_group_products();
+  cp_async_commit_group();
+  cp_async_wait_all();
+  if constexpr (kGroup) fence_proxy_async();
   __syncthreads();
 
   Sums<kBlocks, D> grad_k, grad_v;
@@ -558,11 +501,11 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   for (int turn = 0; turn < count; turn++) {
     if constexpr (kShape.stages == 2) {
       if (turn + 1 < count) load(turn + 1);
-      close_copies();
+      cp_async_commit_group();
     }
-    wait_for_copies_before<kShape.stages - 1>();
-    if constexpr (kGroup) show_to_group_products();
-    named_barrier(1 + team, kThreads);
+    cp_async_wait_group<kShape.stages - 1>();
+    if constexpr (kGroup) fence_proxy_async();
+    bar_sync(1 + team, kThreads);
     char *queries = turns + turn % kShape.stages * kTurnBytes, *grads = queries + 2 * D * kQueries;
     const float *lse = numbers + turn % kShape.stages * (2 * kQueries), *delta = lse + kQueries;
     const int query = query_begin + turn % turns_per_head * kQueries;
@@ -572,9 +515,9 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
       if constexpr (!kForKeys) for_each(g, [](float& x, int, int, int) { x = 0; });
       Product::begin();
       Product::template multiply_rows<kAttentionRows, kQueries>(s, keys, first_row, queries, step, lane);
-      Product::close();
+      Product::commit();
       if constexpr (kForKeys) Product::template multiply_rows<kAttentionRows, kQueries>(g, values, first_row, grads, step, lane);
-      Product::close();
+      Product::commit();
       weigh<Product>(
           s, g, scores, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
           [&](int, int n, int i) { return delta[step + 8 * n + 2 * (lane % 4) + i % 2]; });
@@ -594,16 +537,16 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
       Product::begin();
       if constexpr (kForValues) Product::template add_weighted_rows<kQueries>(grad_v, weights, grads, step, lane);
       if constexpr (kForKeys) Product::template add_weighted_rows<kQueries>(grad_k, changes, queries, step, lane);
-      Product::close();
+      Product::commit();
       Product::wait(grad_v, grad_k);
     }
-    named_barrier(1 + team, kThreads);
+    bar_sync(1 + team, kThreads);
     if constexpr (kShape.stages == 1) {
       if (turn + 1 < count) load(turn + 1);
-      close_copies();
+      cp_async_commit_group();
     }
   }
-  wait_for_copies();
+  cp_async_wait_all();
   __syncthreads();
 
   const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;

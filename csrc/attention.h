@@ -6,10 +6,11 @@
 //   delta = grad_out out      grad_score = p (grad_out v - delta)      g = grad_score d score / d (q k)
 //   grad_v = Σ p grad_out      grad_k = Σ g q      grad_q = Σ g k
 //
-// (Dao, FlashAttention-2, 2023, algorithms 1 and 2.) A query sees the keys of its document, with `causal` those that are not later,
-// with `window` the last `window` of these, its own included. Documents that share prefixes are the paths of a tree (packed_forest.h);
-// what is called a document here is then a tree, in which a query sees the keys k <= query < ends[k]. Query heads h of one group, h / (heads / kv_heads), share a head of
-// keys and values. Tokens past the last document are padding: they see nothing, and their outputs and gradients are 0.
+// (Dao, FlashAttention-2, 2023, algorithms 1 and 2.) A query sees the keys of its document, with `causal` those that are not
+// later, with `window` the last `window` of these, its own included. Documents that share prefixes are the paths of a tree
+// (packed_forest.h); what is called a document here is then a tree, in which a query sees the keys k <= query < ends[k]. Query
+// heads h of one group, h / (heads / kv_heads), share a head of keys and values. Tokens past the last document are padding: they
+// see nothing, and their outputs and gradients are 0.
 #pragma once
 
 #include <cstdint>
@@ -54,8 +55,8 @@ struct AttentionParams {
   int64_t documents = 0;
   SharedPrefixes prefixes;  // only with causal
 
-  // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (heads, tokens), to base 2, -inf where nothing
-  // is seen.
+  // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (heads, tokens), to base 2, -inf where
+  // nothing is seen.
   void* out = nullptr;
   void* lse = nullptr;
 

@@ -1,5 +1,6 @@
-// Attention within documents on the CPU: attention.h's formulas, a row of scores at a time in fp32 (fp64 for fp64), in plain code.
-// It is the standard that attention.cu is held to; models on the CPU attend through torch's own kernels, which block for caches.
+// Attention within documents on the CPU: attention.h's formulas, a row of scores at a time in fp32 (fp64 for fp64), in plain
+// code. It is the standard that attention.cu is held to; models on the CPU attend through torch's own kernels, which block for
+// caches.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -1,17 +1,19 @@
 // How attention.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
 //
-// All three kernels take tiles of 64 tokens of one document. A warp has `blocks` times 16 of their rows; what they meet (keys and
-// values; in the last kernel queries and gradients) comes in turns of `turn` tokens, `stages` turns in shared memory at once.
+// All three kernels work on tiles of 64 tokens of one document. A warp has `blocks` x 16 rows of the tile. The other operand
+// (keys and values; in the last kernel queries and gradients) is streamed in turns of `turn` tokens, of which `stages` are in
+// shared memory at once.
 //
-//   forward       a block is 64 queries of a head         holds 16 x head_dim / 32 floats of the result per 16 rows and thread
-//   queries       the same                                 holds grad_q
-//   keys          64 keys of a head of keys and values     holds grad_k and grad_v, or, where registers do not suffice, one of them
+//   forward    a block is 64 queries of a head            accumulates out: 16 x head_dim / 32 floats per thread and 16 rows
+//   queries    the same                                   accumulates grad_q
+//   keys       64 keys of a head of keys and values       accumulates grad_k and grad_v, or one of them if registers do not
+//   suffice
 //
-// What counts is how many blocks a multiprocessor holds, since each waits for its copies and its products most of the time: sharing
-// keys and values between two query heads of one block halves what is read and was slower (docs/design.md).
+// Occupancy decides: each block mostly waits for copies and products. Two query heads per block that share keys and values would
+// halve the reads, and were slower (docs/design.md).
 //
-// In the last kernel a long document's first keys meet every later token of all heads of the group. Single warps therefore work in
-// teams that take different heads, since one block of eight warps fills a multiprocessor; of warp groups several blocks fit.
+// In the last kernel the first keys of a long document meet every later token of all heads of the group. One block of eight warps
+// fills an SM, so its warps form teams that take different heads. Of warpgroup blocks several fit.
 #pragma once
 
 #include <cstdint>
@@ -20,11 +22,11 @@
 
 namespace packops {
 
-// Products by warp groups (sm_90) hold the sums of 64 rows in four warps and need none of their operands in registers.
+// wgmma (`group`) keeps the sums of 64 rows in the registers of four warps, and no operands.
 struct AttentionShape {
   int blocks;  // of 16 rows per warp
   int turn, step, stages;
-  int per_multiprocessor;  // thread blocks whose registers should fit
+  int per_multiprocessor;  // blocks per SM that registers should suffice for
   constexpr int warps() const { return kAttentionRows / 16 / blocks; }
   constexpr int threads() const { return 32 * warps(); }
 };
@@ -53,7 +55,7 @@ constexpr AttentionShape attention_keys_shape(int head_dim, bool group) {
 }
 constexpr bool attention_keys_split(int head_dim) { return head_dim > 128; }  // grad_k and grad_v by different blocks
 
-// Bytes of shared memory. Rows are 2 head_dim bytes; of each query there may be lse and delta.
+// Bytes of shared memory. A row is 2 head_dim bytes; per query there may be lse and delta.
 constexpr int attention_forward_shared(int head_dim, bool group) {
   return 2 * head_dim * (kAttentionRows + 2 * attention_forward_shape(head_dim, group).turn);
 }
@@ -66,7 +68,7 @@ constexpr int attention_keys_shared(int head_dim, bool group, int teams) {
   return 2 * head_dim * 2 * kAttentionRows + teams * shape.stages * shape.turn * (2 * 2 * head_dim + 2 * 4);
 }
 
-// Teams of a block: 8 warps at most, no more than there are heads in a group, and as many as shared memory has room for.
+// Teams of a block: at most 8 warps, at most one per head of the group, and as many as fit into shared memory.
 constexpr int attention_teams(int head_dim, bool by_group, int group, int shared_per_block = 227 * 1024) {
   int teams = by_group || attention_keys_split(head_dim) ? 1 : 8 / attention_keys_shape(head_dim, false).warps();
   while (teams > 1 && (teams > group || attention_keys_shared(head_dim, by_group, teams) > shared_per_block)) teams /= 2;

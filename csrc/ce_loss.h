@@ -10,6 +10,10 @@
 
 #include <cstdint>
 
+#ifdef PACKOPS_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
+
 #include "common/dtype.h"
 
 namespace packops {
@@ -29,8 +33,8 @@ struct RowLayout {
   int64_t step = 0;
 };
 
-// A vocabulary may be split over processes. Each runs the forward on its shard, which leaves `partial` in the place of a loss; all
-// of them see all partials, combine these into the loss and the global maximum and sum, and run the backward on their shard.
+// A vocabulary may be split over processes. Each runs the forward on its shard, which leaves `partial` in the place of a loss;
+// all of them see all partials, combine these into the loss and the global maximum and sum, and run the backward on their shard.
 // kPartialStates arrays of `rows` numbers, then the shard's first class and its width:
 enum PartialState : int32_t { kPartialMax, kPartialSum, kPartialTarget, kPartialWeighted, kPartialStates };
 
@@ -90,8 +94,8 @@ struct CeLossParams {
   // Backward only: the incoming gradient, one number (step 0) or one per row.
   const void* grad_output = nullptr;
   RowLayout grad_output_layout;
-  // grad already holds the gradient for grad_output = 1: rows whose grad_output is 1 are left alone, and the others made anew from
-  // the logits, or scaled where those are gone (null).
+  // grad already holds the gradient for grad_output = 1: rows whose grad_output is 1 are left alone, and the others made anew
+  // from the logits, or scaled where those are gone (null).
   bool grad_holds_gradient = false;
 
   void* workspace = nullptr;  // CUDA forward: ce_loss_workspace(p) floats, 8-byte aligned
@@ -117,12 +121,16 @@ void ce_loss_reduce_cpu(const CeLossParams& p);                                /
 void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end);  // grad from row_* and grad_output
 const char* ce_loss_cpu_isa();                                                 // "avx512", "avx2" or "baseline"
 
-// ---- CUDA (ce_loss.cu). Asynchronous on the stream (a cudaStream_t); the result is a cudaError_t.
+// ---- CUDA (ce_loss.cu), asynchronous on the stream.
 
+#ifdef PACKOPS_WITH_CUDA
 int64_t ce_loss_workspace(const CeLossParams& p);
-int ce_loss_prepare_cuda(const CeLossParams& p, void* stream);  // target, scale, counts; for those who make the logits later
-int ce_loss_forward_cuda(const CeLossParams& p, void* stream);
-int ce_loss_combine_cuda(const CeLossParams& p, void* stream);  // row_* and loss; NaN if the shards are not all of the classes
-int ce_loss_backward_cuda(const CeLossParams& p, void* stream);
+// Target, scale and counts, for callers that make the logits later.
+cudaError_t ce_loss_prepare_cuda(const CeLossParams& p, cudaStream_t stream);
+cudaError_t ce_loss_forward_cuda(const CeLossParams& p, cudaStream_t stream);
+// row_* and loss from partials; NaN if the shards do not cover all classes.
+cudaError_t ce_loss_combine_cuda(const CeLossParams& p, cudaStream_t stream);
+cudaError_t ce_loss_backward_cuda(const CeLossParams& p, cudaStream_t stream);
+#endif
 
 }  // namespace packops

@@ -93,13 +93,7 @@ void reduce(const CeLossParams& p) {
   }
 }
 
-void rows(const CeLossParams& p, int64_t begin, int64_t end, CePass pass) {
-  switch (cpu_isa()) {
-    case CpuIsa::avx512: return avx512::ce_rows_any(p, begin, end, pass);
-    case CpuIsa::avx2: return avx2::ce_rows_any(p, begin, end, pass);
-    case CpuIsa::baseline: return baseline::ce_rows_any(p, begin, end, pass);
-  }
-}
+void rows(const CeLossParams& p, int64_t begin, int64_t end, CePass pass) { PACKOPS_BEST_ISA(ce_rows_any)(p, begin, end, pass); }
 
 template <typename S>
 void set_range(const CeLossParams& p) {

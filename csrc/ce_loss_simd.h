@@ -1,9 +1,10 @@
 // The row passes of ce_loss_cpu.cpp, compiled once per instruction set by common/simd_targets.h: no include guard, no includes.
 //
 // Pass 1 reads a row once in blocks that stay in the first-level cache and keeps a running maximum and sum (and, on request, the
-// sums that label smoothing and entropy need). Pass 2 reads it again, mostly from the second-level cache, and writes the gradient.
+// sums that label smoothing and entropy need). Pass 2 reads it again, mostly from the second-level cache, and writes the
+// gradient.
 
-// What a row algorithm needs of its number type: vectors of floats for f32/f16/bf16, one double at a time for f64.
+// The operations on a number type: vectors of floats for f32/f16/bf16, one double at a time for f64.
 template <typename T>
 struct Lane {
   using State = float;
@@ -63,7 +64,7 @@ struct CeRow {
   static const T* row_of(const void* base, const RowLayout& l, int64_t t) {
     return static_cast<const T*>(base) + (t / l.inner) * l.outer + (t % l.inner) * l.step;
   }
-  // Lanes past the end of a row are read as -inf (so that they add nothing) through a padded copy.
+  // Lanes past the end of a row are -inf, so that they add nothing to the sums.
   V read(const T* x, int64_t c) const {
     if (c + kLanes <= p.vocab) return transform(L::read(x + c));
     S padded[kLanes];
@@ -93,7 +94,7 @@ struct CeRow {
   }
   S transform1(S x) const { return first(transform(L::fill(x))); }
 
-  // The column of a counted row's class; one that does not exist if the class is another shard's.
+  // The column of a counted row's class. Outside [0, vocab) if the class belongs to another shard.
   int32_t column_of(int32_t target) const { return int32_t(target - p.first_class); }
   bool is_here(int32_t y) const { return y >= 0 && y < p.vocab; }
   S& partial(PartialState which, int64_t t) const { return static_cast<S*>(p.partial)[which * p.rows + t]; }
@@ -145,8 +146,8 @@ struct CeRow {
       }
       const V base = L::fill(maximum == -infinity ? S(0) : maximum);  // -inf - -inf would be NaN
       V sums = L::fill(0), lost = L::fill(0), moments = L::fill(0), weights = L::fill(0);
-      // Beside a confident row's 1, small terms lose a digit at every addition: four of them are added up first, and what adding
-      // the four loses (Knuth's two-sum, exact in any order of magnitude) has a sum of its own.
+      // Next to the 1 of a confident row, small terms lose digits at every addition. So four of them are added first, and the
+      // error of adding the four (Knuth's two-sum, exact for any magnitudes) is summed separately.
       for (int64_t c = begin; c < end; c += 4 * kLanes) {
         V group = L::fill(0);
         for (int64_t i = c; i < c + 4 * kLanes && i < end; i += kLanes) {
@@ -182,7 +183,7 @@ struct CeRow {
     row_sum[t] = S(sum);
     row_loss[t] = loss;
     if (entropy) entropy[t] = log_sum - S(moment / sum);
-    if (p.prediction) p.prediction[t] = argmax(x, maximum);
+    if (p.prediction) p.prediction[t] = argmax(x);
     if (p.grad) gradient(t, scale[t]);
   }
 
@@ -222,10 +223,22 @@ struct CeRow {
     row_loss = loss;
   }
 
-  int32_t argmax(const T* x, S maximum) const {
-    for (int64_t c = 0; c < p.vocab; c++)
-      if (transform1(L::read1(x + c)) == maximum) return int32_t(c);
-    return 0;
+  // The first of the largest. Not by looking for the row's maximum: the compiler may contract products differently at each place,
+  // and then no x' need be equal to it.
+  int32_t argmax(const T* x) const {
+    S best = -std::numeric_limits<S>::infinity();
+    int64_t at = 0;
+    for (int64_t c = 0; c < p.vocab; c += kLanes) {
+      S lanes[kLanes];
+      for (int i = 0; i < kLanes; i++) lanes[i] = c + i < p.vocab ? L::read1(x + c + i) : S(0);
+      V v;
+      memcpy(&v, lanes, sizeof v);
+      v = transform(v);
+      memcpy(lanes, &v, sizeof v);
+      for (int i = 0; i < kLanes && c + i < p.vocab; i++)
+        if (lanes[i] > best) best = lanes[i], at = c + i;
+    }
+    return int32_t(at);
   }
 
   T* grad_row(int64_t t) const { return const_cast<T*>(row_of(p.grad, p.grad_layout, t)); }
@@ -241,7 +254,7 @@ struct CeRow {
     const V base = L::fill(maximum), softmax_factor = L::fill(multiplier * k.alpha / sum), uniform = L::fill(multiplier * k.beta);
     const bool smoothing = k.beta != 0;
 
-    // The target's is a difference of terms that may be nearly equal: in double, so that only their own rounding shows.
+    // The target's gradient is a difference of terms that may nearly cancel: in double, so that it adds no error of its own.
     S target_gradient = 0;
     if (is_here(y)) {
       const V target = transform(L::fill(L::read1(x + y)));

@@ -3,13 +3,13 @@
 //   forward    product = f(gate) up                                                      reads 2 matrices, writes 1
 //   backward   product again, grad_gate = grad up f'(gate), grad_up = grad f(gate)       reads 3, writes 3 (2 without product)
 //
-// Bound: memory. Element by element, so nothing is shared and nothing is summed: every element has the same bits wherever it lies.
-// Layout: see gated_linear_launch.h. A thread asks for all its vectors before it uses the first. What does not fill vectors, the
-// end of a row or a row that begins off a multiple of 16 bytes, goes one by one through the same arithmetic, whose fused products
-// are spelled out for that reason.
+// Bound: memory. Elementwise, without sums, so an element's bits do not depend on its place.
+// Layout: see gated_linear_launch.h. A thread issues all its loads before it uses the first. The end of a row, and rows that are
+// not 16-byte aligned, are processed one element at a time with the same arithmetic: fused products are explicit, so the bits
+// agree.
 //
-// 16-bit types take e^x and 1/x from the special function unit, relative error below 1e-5; fp32 takes expf and a division. Each is
-// used on numbers of one magnitude only, e^x for x <= 0 and 1/x for 1 <= x <= 2.
+// 16-bit types take e^x and 1/x from the special-function unit, relative error below 1e-5; fp32 uses expf and a division. Both
+// are used on a safe range only: e^x for x <= 0, 1/x for 1 <= x <= 2.
 #include "gated_linear.h"
 
 #include "common/launch.cuh"
@@ -37,8 +37,8 @@ __device__ __forceinline__ Gate gate_of(float g) {
     }
     float a, larger;
     if constexpr (sizeof(T) == 2) {
-      a = exp2_approx(-1.4426950408889634f * fabsf(x));
-      larger = reciprocal_approx(1.f + a);
+      a = ex2_approx(-1.4426950408889634f * fabsf(x));
+      larger = rcp_approx(1.f + a);
     } else {
       a = expf(-fabsf(x));
       larger = 1.f / (1.f + a);
@@ -60,7 +60,7 @@ __device__ __forceinline__ Results results_of(float grad, float gate, float up) 
 }
 
 template <typename T, Activation A, bool kBackward>
-__global__ void __launch_bounds__(kGatedThreads, 4)  // left to itself ptxas saves registers and makes loads wait for each other
+__global__ void __launch_bounds__(kGatedThreads, 4)  // without the 4, ptxas saves registers and serialises the loads
     gated_kernel(const __grid_constant__ GatedParams p, const __grid_constant__ GatedLaunch launch) {
   constexpr int W = kVec<T>, kUnroll = gated_unroll(kBackward);
   uint32_t row_block = 0, column_block = blockIdx.x;

@@ -7,9 +7,9 @@
 //   gelu_tanh   share = s(u)      slope = s(u) s(-u) u'     u = 2 √(2/π) (g + 0.044715 g³): (1 + tanh(u/2)) / 2 is s(u)
 //   gelu        share = Φ(g)      slope = e^(-g²/2) / √(2π)
 //
-// Of both s(x) and s(-x) the larger is 1 / (1 + a) and the smaller a / (1 + a), with a = e^-|x| <= 1: nothing overflows, and nothing
-// is subtracted. Where g is finite so are share and slope, and where f(g) or f'(g) has a limit, huge numbers have it. At infinities
-// and NaN the results are torch's.
+// Of both s(x) and s(-x) the larger is 1 / (1 + a) and the smaller a / (1 + a), with a = e^-|x| <= 1: nothing overflows, and
+// nothing is subtracted. Where g is finite so are share and slope, and where f(g) or f'(g) has a limit, huge numbers have it. At
+// infinities and NaN the results are torch's.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The gate of a gated MLP on the CPU: the interface of gated_linear.h, one pass over all matrices. fp64 is there for gradient checks,
-// so it is plain code; the others run in the best instruction set the machine has (gated_linear_simd.h).
+// The gate of a gated MLP on the CPU: the interface of gated_linear.h, one pass over all matrices. fp64 is there for gradient
+// checks, so it is plain code; the others run in the best instruction set the machine has (gated_linear_simd.h).
 #include "gated_linear_cpu.h"
 
 #include <algorithm>
@@ -40,11 +40,7 @@ void run_f64(const GatedParams& p, int64_t row, int64_t column, int64_t count) {
 
 void run(const GatedParams& p, int64_t row, int64_t column, int64_t count) {
   if (p.dtype == DType::f64) return run_f64(p, row, column, count);
-  switch (cpu_isa()) {
-    case CpuIsa::avx512: return avx512::gated_any(p, row, column, count);
-    case CpuIsa::avx2: return avx2::gated_any(p, row, column, count);
-    case CpuIsa::baseline: return baseline::gated_any(p, row, column, count);
-  }
+  PACKOPS_BEST_ISA(gated_any)(p, row, column, count);
 }
 
 }  // namespace

@@ -1,6 +1,8 @@
-// How gated_linear.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
+// How gated_linear.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without
+// one.
 //
-// A thread takes `unroll` vectors of 16 bytes of one row, a block's width apart. A block takes part of a row, or several short rows.
+// A thread takes `unroll` 16-byte vectors of one row, a block's width apart. A block takes a part of a row, or several short
+// rows.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +19,7 @@ struct GatedLaunch {
 };
 
 inline constexpr int kGatedThreads = 256;
-// 64 bytes of a thread in flight forward, 48 backward.
+// Vectors per thread and tensor: 64 bytes in flight per thread forward, 48 backward.
 constexpr int gated_unroll(bool backward) { return backward ? 1 : 2; }
 
 inline bool gated_is_aligned(const GatedParams& p, int element_size) {

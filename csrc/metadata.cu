@@ -1,9 +1,9 @@
 // Metadata of a packed axis on the GPU; formulas in metadata.h.
 //
-// One thread a token, so that every store is coalesced. A token finds its document by a binary search in cu_seqlens, which a
-// warp reads as broadcasts from L1: log2(documents) dependent loads. Bytes moved: 12 written a token for the metadata, one label
-// read and one written for the labels. Below a million tokens the launch is the bound, so nothing here is vectorised.
-// The only atomics are integer additions, one per document and warp: the counts do not depend on their order.
+// One thread per token, so that every store is coalesced. A token finds its document by binary search in cu_seqlens, which a warp
+// reads as broadcasts from the L1: log2(documents) dependent loads. Bytes per token: 12 written for the metadata; one label read
+// and one written for the labels. Below a million tokens launch latency is the bound, so nothing is vectorised.
+// The only atomics are integer additions, one per document and warp, whose order does not change the counts.
 #include "metadata.h"
 
 #include "common/documents.h"
@@ -37,9 +37,9 @@ __global__ void __launch_bounds__(kThreads)
     labels_kernel(Documents<Index> documents, int64_t tokens, const Label* __restrict__ labels, int64_t label_stride,
                   Label ignored, bool shift, Label* __restrict__ target, unsigned long long* __restrict__ counts) {
   const int64_t token = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const bool is_token = token < tokens;  // the others stay for the warp votes below
+  const bool is_token = token < tokens;  // the other threads stay for the warp votes below
   const int64_t document = is_token ? documents.find(token) : documents.count;
-  const int64_t neighbour = shift ? token + 1 : token - 1;  // the other token of the pair that must share the document
+  const int64_t neighbour = shift ? token + 1 : token - 1;  // label and prediction must be in one document
   const bool is_scored =
       document < documents.count && neighbour >= 0 && neighbour < tokens && documents.find(neighbour) == document;
   const Label value = is_scored ? labels[(shift ? neighbour : token) * label_stride] : ignored;

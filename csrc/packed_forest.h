@@ -1,13 +1,13 @@
 // A packed axis whose documents share prefixes: the plain interface that packed_forest.cu and packed_forest_cpu.cpp implement.
 //
-// cu_seqlens cuts the axis into segments, and a segment continues parents[s], or nothing (-1). Segments stand in depth-first order,
-// so a segment and all that continue it are one range of tokens. Hence one number says who sees a token:
+// cu_seqlens cuts the axis into segments, and a segment continues parents[s], or nothing (-1). Segments stand in depth-first
+// order, so a segment and all that continue it are one range of tokens. Hence one number says who sees a token:
 //
 //   token q sees token k  if and only if  k <= q < ends[k]      ends[k]: where the subtree of k's segment ends
 //
 // A document is the path from a root to a segment, and a token's position is its place on that path. The trees are what documents
-// are without shared prefixes: trees[s] = cu_seqlens of the next root at or after segment s, so that trees is a cu_seqlens in which
-// every segment that is no root is an empty document.
+// are without shared prefixes: trees[s] = cu_seqlens of the next root at or after segment s, so that trees is a cu_seqlens in
+// which every segment that is no root is an empty document.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// A packed axis whose documents share prefixes, on the CPU; packed_forest.h has the rule. Three passes: segments forward for their
-// first positions, segments backward for their ends, tokens backward for what a run of them has in common.
+// A packed axis whose documents share prefixes, on the CPU; packed_forest.h has the rule. Three passes: segments forward for
+// their first positions, segments backward for their ends, tokens backward for what a run of them has in common.
 #include "packed_forest.h"
 
 #include <algorithm>

@@ -75,8 +75,8 @@ void shuffle(std::vector<T>& items, Random& random) {
   items.swap(dealt);
 }
 
-// Longest first; equal sizes keep their (random) order. Radix sort from the least significant digit. Digits have at most 8 bits, so
-// that the 256 places a pass writes to stay in cache and TLB.
+// Longest first; equal sizes keep their (random) order. Radix sort from the least significant digit. Digits have at most 8 bits,
+// so that the 256 places a pass writes to stay in cache and TLB.
 void sort_longest_first(std::vector<Piece>& pieces, uint32_t capacity) {
   const int bits = std::bit_width(capacity), passes = (bits + 7) / 8, digit = (bits + passes - 1) / passes;
   const uint32_t mask = (1u << digit) - 1;

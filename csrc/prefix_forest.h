@@ -8,8 +8,9 @@
 // label. So this token stays out of the parent and begins each child instead, at the same position: it sees the same keys, hence
 // its hidden state is the same. Where only one branch goes on, because the other documents end there, nothing is cut.
 //
-// Cost: documents are merge-sorted with the lengths of their common prefixes (Ng and Kakehi 2008), so that every token is compared
-// O(1) times; the segments then follow from the smallest common prefix of each range. O(tokens + documents log documents).
+// Cost: documents are merge-sorted with the lengths of their common prefixes (Ng and Kakehi 2008), so that every token is
+// compared O(1) times; the segments then follow from the smallest common prefix of each range. O(tokens + documents log
+// documents).
 #pragma once
 
 #include <cstdint>

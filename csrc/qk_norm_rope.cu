@@ -5,9 +5,10 @@
 // than stored. Weight gradients: each block keeps fp32 sums of its tokens and leaves them as one row of partials; a second, tiny
 // kernel adds the rows in a fixed order. No atomics, so the same bits at every run.
 //
-// Layout: see qk_norm_rope_launch.h. The forward kernel is the one of rope.cu with a sum over the threads of a head in the middle; it
-// asks for heads, weights, positions and the table's rows before it uses any of them. So does each round of the backward kernel. The
-// sums of all heads of a thread go around the group together, and their floats are made anew afterwards (forget).
+// Layout: see qk_norm_rope_launch.h. The forward kernel is that of rope.cu with a sum over the threads of a head in the middle.
+// It issues the loads of heads, weights, positions and table rows before it uses any of them; so does each round of the backward
+// kernel. The sums of all heads of a thread are reduced together, and the floats are unpacked again afterwards (forget) to save
+// registers.
 #include "qk_norm_rope.h"
 
 #include "common/device.cuh"
@@ -18,7 +19,7 @@
 namespace packops {
 namespace {
 
-// One of q and k as its blocks see it.
+// q or k, as its blocks see it.
 struct Job {
   RopeHeads x, grad;
   const void* weight;
@@ -41,12 +42,12 @@ class NormWeights {
     format =
         TableFormat::of<W>(p.weight_dtype, reinterpret_cast<uintptr_t>(p.q_weight) | reinterpret_cast<uintptr_t>(p.k_weight), 0);
   }
-  // first: where the head's weights begin.
-  __device__ void ask(const void* weight, int64_t first, RopeLane place) {
+  // first: index of the head's first weight.
+  __device__ void load(const void* weight, int64_t first, RopeLane place) {
     run_a.load(weight, format, first + place.a);
     if (place.has_b) run_b.load(weight, format, first + place.b);
   }
-  __device__ void receive(RopeLane place, float (&a)[W], float (&b)[W]) const {
+  __device__ void to_floats(RopeLane place, float (&a)[W], float (&b)[W]) const {
     run_a.to_floats(format, a);
     run_b.to_floats(format, b);
 #pragma unroll
@@ -70,7 +71,7 @@ __device__ inline float dot(const float (&a)[W], const float (&b)[W]) {
   return sum;
 }
 
-// Sums over a group of threads, all at once: one after the other they would wait N times as long.
+// N sums over a group of threads, interleaved: one after the other would take N times the latency.
 template <int N>
 __device__ inline void group_sum(float (&x)[N], int group) {
   for (int step = group / 2; step > 0; step /= 2) {
@@ -79,12 +80,12 @@ __device__ inline void group_sum(float (&x)[N], int group) {
   }
 }
 
-// ---- Narrow: one head in the registers of one group of threads of a warp.
+// ---- Narrow: a head lies in the registers of a group of threads of one warp.
 
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
-    QkNormRopeForwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RopeLaunch launch,
-                            const int64_t first_batch) {
+    qk_norm_rope_forward_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ RopeLaunch launch,
+                                const int64_t first_batch) {
   // As in rope.cu.
   auto* numbers = dynamic_shared<float>();
   const int sines = kMrope ? launch.tokens_per_block * launch.lanes_per_block * W : 0;
@@ -110,7 +111,7 @@ __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
     if (active && u < heads.count) xa[u].load_streaming(x + u * heads.side.in_head + place.a);
     if (active && u < heads.count && place.has_b) xb[u].load_streaming(x + u * heads.side.in_head + place.b);
   }
-  if (active) weights.ask(heads.is_q ? p.q_weight : p.k_weight, 0, place);
+  if (active) weights.load(heads.is_q ? p.q_weight : p.k_weight, 0, place);
   if (rope.cu_seqlens) {
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     find_documents(rope, at.batch * rope.tokens + first, launch.tokens_per_block, start_of, thread, launch.threads());
@@ -143,10 +144,10 @@ __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
   }
   group_sum(square, group);
 
-  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);  // a division, which no load should wait for
+  const float inverse_dim = 1.f / rope.head_dim, eps = float(p.eps);  // after the loads: a division takes time
   if (!outside) {
     float weight_a[W], weight_b[W];
-    weights.receive(place, weight_a, weight_b);
+    weights.to_floats(place, weight_a, weight_b);
     if (turns && coefficients.bad) {
       turns = false;
 #pragma unroll
@@ -180,7 +181,7 @@ __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
 
 template <typename T, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
-    QkNormRopeBackwardKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
+    qk_norm_rope_backward_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   constexpr int W = 4;
   auto* numbers = dynamic_shared<float>();
   const int sines = kMrope ? launch.threads * W : 0;
@@ -201,11 +202,11 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
   float weight_a[W] = {}, weight_b[W] = {}, sum_a[W] = {}, sum_b[W] = {};
   if (has_lane) {
     NormWeights<W> weights(p);
-    weights.ask(job.weight, 0, place);
-    weights.receive(place, weight_a, weight_b);
+    weights.load(job.weight, 0, place);
+    weights.to_floats(place, weight_a, weight_b);
   }
 
-  // Block i takes the chunks of all tokens numbered i, i + blocks, ...
+  // Block i takes chunks i, i + blocks, ... of the chunks of all tokens.
   const int blocks = int(job.blocks), step = blocks / chunks * tokens_per_block, chunk_step = blocks % chunks;
   int chunk = int(job.block) % chunks;
   int64_t first = int(job.block) / chunks * tokens_per_block;
@@ -263,7 +264,7 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
       }
     }
 
-    // mean(h w n) = r mean(h w x), so both sums can be made at once.
+    // mean(h w n) = r mean(h w x), so both sums are reduced together.
     float sums[2 * kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
@@ -291,7 +292,7 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
     for (int u = 0; u < kUnroll; u++) {
       const int head = slot + u * slots;
       if (!active || head >= heads) continue;
-      // Of what is outside of documents nothing may reach the weight's gradient, NaN and eps = 0 included.
+      // Tokens outside of documents must not reach the weight's gradient, not even as 0 times NaN.
       if (outside) {
         xa[u] = ga[u];
         xb[u] = gb[u];
@@ -327,7 +328,7 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
     }
   }
 
-  // The groups' sums, added in the order of the groups.
+  // Adds the groups' sums, in the order of the groups.
   __syncthreads();
   if (has_lane) {
     float* mine = numbers + in_block * rope.head_dim;
@@ -347,7 +348,7 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
 
 // ---- Wide: a block per domain (a head, or all heads of a token), read twice.
 
-// Sums over the block; every thread gets them. scratch: 64 floats.
+// Two sums over the block; every thread gets them. scratch: 64 floats.
 __device__ inline float2 block_sum(float x, float y, float* scratch) {
   float sums[] = {x, y};
   group_sum(sums, 32);
@@ -367,7 +368,7 @@ __device__ inline float2 block_sum(float x, float y, float* scratch) {
 
 template <typename T, int W, bool kInterleaved, bool kMrope, bool kBackward>
 __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
-    QkNormRopeWideKernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
+    qk_norm_rope_wide_kernel(const __grid_constant__ QkNormRopeParams p, const __grid_constant__ QkNormRopeLaunch launch) {
   __shared__ float scratch[64];
   __shared__ int64_t start_of[1];
   const Job job = job_of(p, launch);
@@ -408,7 +409,7 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
       continue;
     }
 
-    // One lane: x, the weight, and the turned-back gradient.
+    // One lane: x, the weight, and the gradient rotated back.
     RopeLane place;
     RopeCoefficients<W, kInterleaved> coefficients;
     float a[W], b[W], weight_a[W], weight_b[W], ha[W], hb[W];
@@ -429,14 +430,14 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
         if (place.has_b) gb.load(g + place.b);
       }
       NormWeights<W> weights(p);
-      weights.ask(job.weight, int64_t(head) * rope.head_dim, place);
+      weights.load(job.weight, int64_t(head) * rope.head_dim, place);
       if (turns) {
         if constexpr (kMrope) coefficients.load_each(rope, position, lane);
         else coefficients.load(rope, at, position, lane, {});
       }
       xa.to_floats(a);
       xb.to_floats(b);
-      weights.receive(place, weight_a, weight_b);
+      weights.to_floats(place, weight_a, weight_b);
       if constexpr (kBackward) {
         ga.to_floats(ha);
         gb.to_floats(hb);
@@ -495,7 +496,7 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
 
 // ---- Adds rows of partials: block y = 0 for q, 1 for k.
 
-__global__ void __launch_bounds__(kSumColumns* kSumRows) WeightGradientKernel(const __grid_constant__ QkNormRopeParams p) {
+__global__ void __launch_bounds__(kSumColumns* kSumRows) weight_gradient_kernel(const __grid_constant__ QkNormRopeParams p) {
   const bool is_q = blockIdx.y == 0;
   add_partials(static_cast<const float*>(is_q ? p.q_partial : p.k_partial), is_q ? p.q_partials : p.k_partials,
                qk_norm_weight_size(p, is_q ? p.rope.q : p.rope.k), is_q ? p.q_weight_grad : p.k_weight_grad, p.weight_dtype);
@@ -506,18 +507,20 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) WeightGradientKernel(co
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_forward(const QkNormRopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   if constexpr (W * sizeof(T) == 16) {
-    if (launch.unroll == 4) return launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 4>>(p, p.rope, launch, stream);
-    if (launch.unroll == 2) return launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 2>>(p, p.rope, launch, stream);
+    if (launch.unroll == 4)
+      return launch_rope<qk_norm_rope_forward_kernel<T, W, kInterleaved, kMrope, 4>>(p, p.rope, launch, stream);
+    if (launch.unroll == 2)
+      return launch_rope<qk_norm_rope_forward_kernel<T, W, kInterleaved, kMrope, 2>>(p, p.rope, launch, stream);
   }
-  launch_rope<QkNormRopeForwardKernel<T, W, kInterleaved, kMrope, 1>>(p, p.rope, launch, stream);
+  launch_rope<qk_norm_rope_forward_kernel<T, W, kInterleaved, kMrope, 1>>(p, p.rope, launch, stream);
 }
 
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_wide(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
   const unsigned blocks = unsigned(launch.q_blocks + launch.k_blocks);
   if (backward)
-    packops::launch(QkNormRopeWideKernel<T, W, kInterleaved, kMrope, true>, blocks, launch.threads, 0, stream, p, launch);
-  else packops::launch(QkNormRopeWideKernel<T, W, kInterleaved, kMrope, false>, blocks, launch.threads, 0, stream, p, launch);
+    packops::launch(qk_norm_rope_wide_kernel<T, W, kInterleaved, kMrope, true>, blocks, launch.threads, 0, stream, p, launch);
+  else packops::launch(qk_norm_rope_wide_kernel<T, W, kInterleaved, kMrope, false>, blocks, launch.threads, 0, stream, p, launch);
 }
 
 template <typename T, bool kInterleaved, bool kMrope>
@@ -526,7 +529,7 @@ void launch_backward(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, 
   const int shared =
       std::max(groups * p.rope.head_dim * int(sizeof(float)),
                (kMrope ? 2 * launch.threads * launch.width * int(sizeof(float)) : 0) + groups * int(sizeof(int64_t)));
-  packops::launch(QkNormRopeBackwardKernel<T, kInterleaved, kMrope, 2>, unsigned(launch.q_blocks + launch.k_blocks),
+  packops::launch(qk_norm_rope_backward_kernel<T, kInterleaved, kMrope, 2>, unsigned(launch.q_blocks + launch.k_blocks),
                   launch.threads, shared, stream, p, launch);
 }
 
@@ -573,8 +576,8 @@ cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStre
     dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, backward, stream); });
   if (backward) {
     const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
-    packops::launch(WeightGradientKernel, dim3(blocks_for_partials(columns), p.k_weight ? 2 : 1), dim3(kSumColumns * kSumRows), 0,
-                    stream, p);
+    packops::launch(weight_gradient_kernel, dim3(blocks_for_partials(columns), p.k_weight ? 2 : 1), dim3(kSumColumns * kSumRows),
+                    0, stream, p);
   }
   return cudaGetLastError();
 }

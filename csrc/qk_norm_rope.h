@@ -5,7 +5,8 @@
 //   given g = dL/dy:   h = turn transposed (g),   dw = sum of h n over tokens (and heads),   dx = r (h w - n mean(h w n))
 //
 // The mean runs over a head (weight (D,): Qwen3, Gemma 3), or over all heads of a token (weight (heads D,): OLMo 2 and 3). Tokens
-// outside cu_seqlens pass through unchanged, as do their gradients. Everything is fp32 (fp64 for fp64) with one rounding at the end.
+// outside cu_seqlens pass through unchanged, as do their gradients. Everything is fp32 (fp64 for fp64) with one rounding at the
+// end.
 #pragma once
 
 #include "rope.h"

@@ -15,13 +15,7 @@ namespace {
 
 constexpr int64_t kShares = 64, kMinimumTokens = 16;
 
-auto token_function() {
-  switch (cpu_isa()) {
-    case CpuIsa::avx512: return avx512::qk_norm_rope_token_any;
-    case CpuIsa::avx2: return avx2::qk_norm_rope_token_any;
-    default: return baseline::qk_norm_rope_token_any;
-  }
-}
+auto token_function() { return PACKOPS_BEST_ISA(qk_norm_rope_token_any); }
 
 template <typename State>
 void run(const QkNormRopeParams& p, bool backward, int64_t first_share, int64_t last_share) {

@@ -1,10 +1,11 @@
-// How qk_norm_rope.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
+// How qk_norm_rope.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without
+// one.
 //
-// Narrow: a head is at most 32 lanes (see rope_launch.h), normalised by a `group` of threads of one warp with shuffles, everything
-// in registers; forward on the grid of rope_launch.h, backward, which sums the weights' gradients, by blocks that stay. Wide
-// (longer or misaligned heads, or a norm across heads): a block normalises one domain at a time, reading it twice, the second time
-// from the first-level cache. But for narrow forward, q and k are two jobs of one launch: the first `q_blocks` blocks take q, the
-// others k.
+// Narrow: a head is at most 32 lanes (see rope_launch.h). A `group` of threads of one warp normalises it in registers, with
+// shuffles. Forward uses the grid of rope_launch.h; backward sums the weights' gradients, so its blocks are persistent.
+// Wide (longer or misaligned heads, or a norm across heads): a block normalises one head, or all heads of a token, at a time. It
+// reads them twice, the second time from the L1.
+// Except in narrow forward, q and k are two jobs of one launch: the first `q_blocks` blocks take q, the others k.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +16,8 @@
 
 namespace packops {
 
-// Blocks of a kernel whose blocks stay that a multiprocessor holds, which decides how many registers a thread has. Narrow backward,
-// 128 threads: 96 registers, or 128, which the wider vectors of fp32 fill. Wide, 256 threads: 80 or, for M-RoPE, 128.
+// Persistent blocks per SM, which limits the registers per thread. Narrow backward, 128 threads: 96 registers, or 128 for fp32,
+// whose vectors are wider. Wide, 256 threads: 80, or 128 for M-RoPE.
 constexpr int qk_norm_narrow_blocks(int element_size) { return element_size == 4 ? 4 : 5; }
 constexpr int qk_norm_wide_blocks(bool mrope) { return mrope ? 2 : 3; }
 
@@ -36,11 +37,11 @@ struct QkNormRopeLaunch {
   int tokens_per_block(int64_t heads) const { return threads / group / slots_per_block(heads); }
 };
 
-// Of the forward kernel, narrow: with 96 registers four such blocks are on a multiprocessor. A head's lanes are filled up to a power
-// of two, which may double that.
+// Threads of a block of the narrow forward kernel: with 96 registers, an SM holds four such blocks. Rounding a head's lanes up to
+// a power of two may double the number.
 inline constexpr int kNormBlockThreads = 160;
 
-// As rope_launch.h would, but for whole warps of whole heads.
+// As choose_rope_launch, but with whole warps of whole heads.
 inline RopeLaunch choose_norm_launch(const RopeParams& p, int element_size, int multiprocessors) {
   const int unroll = rope_vector_width(p, element_size) * element_size < 16 ? 1 : 0;  // narrow vectors are rare
   RopeLaunch launch = choose_rope_launch(p, element_size, multiprocessors, unroll, kNormBlockThreads);
@@ -65,8 +66,8 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
     rope.k.in_head = p.k_grad.in_head;
     launch.width = std::min(launch.width, rope_vector_width(rope, element_size));
   }
-  // Backward, four elements whatever the dtype: sines, cosines, weights and their gradients are floats in registers, eight of each
-  // per thread; with sixteen too few threads fit on a multiprocessor.
+  // Backward: four elements for every dtype. Cosines, sines, weights and their gradients are floats in registers, eight of each
+  // per thread; with sixteen, too few threads would fit on an SM.
   launch.width = launch.width >= 4 ? 4 : 1;
   launch.lanes = rope.rotary_dim / 2 / launch.width + ((rope.head_dim - rope.rotary_dim) / launch.width + 1) / 2;
   launch.narrow = !p.across_heads && launch.lanes <= 32 && launch.width == 4;
@@ -83,7 +84,7 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
       units = (tokens + per_block - 1) / per_block * launch.chunks(heads);
     }
     if (!backward) return std::min<int64_t>(units, 0x3fffffff);
-    // Every block leaves a row of partial sums, so there are only as many as run at once.
+    // Every block writes a row of partial sums, so no more blocks than run at once.
     const int64_t resident =
         int64_t(multiprocessors) * (launch.narrow ? qk_norm_narrow_blocks(element_size) : qk_norm_wide_blocks(rope.mrope));
     const int64_t share = std::max<int64_t>(1, resident * heads / std::max<int64_t>(1, rope.q.heads + rope.k.heads));

@@ -4,8 +4,8 @@
 
 // A row of T as State in a buffer and back.
 template <typename T>
-static inline void widen_row(const T* x, typename RopeLane<T>::State* y, int n) {
-  using L = RopeLane<T>;
+static inline void widen_row(const T* x, typename TurnLane<T>::State* y, int n) {
+  using L = TurnLane<T>;
   int i = 0;
   for (; i + L::kLanes <= n; i += L::kLanes) {
     const auto v = L::read(x + i);
@@ -14,8 +14,8 @@ static inline void widen_row(const T* x, typename RopeLane<T>::State* y, int n) 
   for (; i < n; i++) y[i] = L::read1(x[i]);
 }
 template <typename T>
-static inline void narrow_row(const typename RopeLane<T>::State* x, T* y, int n) {
-  using L = RopeLane<T>;
+static inline void narrow_row(const typename TurnLane<T>::State* x, T* y, int n) {
+  using L = TurnLane<T>;
   int i = 0;
   for (; i + L::kLanes <= n; i += L::kLanes) L::write(y + i, L::coefficients(x + i));
   for (; i < n; i++) y[i] = L::write1(x[i]);
@@ -38,10 +38,10 @@ static inline S dot_row(const S* a, const S* b, int n) {
 // side: x -> y, or x and grad -> dx. weight: w of one domain. weight_grad: its running sums. buffer: 2 heads * head_dim states.
 template <typename T>
 static void qk_norm_rope_token(const QkNormRopeParams& p, const RopeHeads& side, const RopeHeads& grad, bool backward,
-                               int64_t batch, int64_t token, const typename RopeLane<T>::State* cos,
-                               const typename RopeLane<T>::State* sin, const typename RopeLane<T>::State* weight,
-                               typename RopeLane<T>::State* weight_grad, typename RopeLane<T>::State* buffer) {
-  using S = typename RopeLane<T>::State;
+                               int64_t batch, int64_t token, const typename TurnLane<T>::State* cos,
+                               const typename TurnLane<T>::State* sin, const typename TurnLane<T>::State* weight,
+                               typename TurnLane<T>::State* weight_grad, typename TurnLane<T>::State* buffer) {
+  using S = typename TurnLane<T>::State;
   const RopeParams& rope = p.rope;
   const int dim = rope.head_dim;
   const int64_t domain = p.across_heads ? side.heads : 1;

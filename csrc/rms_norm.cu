@@ -3,8 +3,9 @@
 //   forward    reads x, writes y                                            2 rows * columns * element_size bytes
 //   backward   reads x and grad, writes dx; dweight in passing              3
 //
-// Bound: memory. torch's fused kernels read x and grad twice in the backward pass, once for the weight. Here a thread has the same
-// columns of all its block's rows, and so their sums; blocks leave them as rows of partials, which a second kernel adds.
+// Bound: memory. torch's fused kernels read x and grad twice in the backward pass, the second time for the weight. Here a thread
+// has the same columns in all rows of its block and sums them in registers. Blocks write rows of partial sums, which a second
+// kernel adds.
 #include "rms_norm.h"
 
 #include "common/device.cuh"
@@ -17,8 +18,8 @@
 namespace packops {
 namespace {
 
-// Sums over a team, for all of its threads, at once for all teams of the block. Each round uses the other half of `shared`: who has
-// passed the barrier of a round has read what the round before left.
+// Sums over each team of the block; every thread gets its team's. Double-buffered: passing round n's barrier means round n-1 was
+// read.
 template <int N>
 __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int round, float (*shared)[kRmsNormThreads / 32][N]) {
 #pragma unroll
@@ -49,7 +50,7 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
   for (int v = 0; v < V; v++)
 #pragma unroll
     for (int j = 0; j < W; j++) sums[v][j] = 0;
-  // From the cache every time: registers are short.
+  // Loaded from the cache every time, to save registers.
   const auto weight = [&](int v, float (&w)[W]) {
     unpack<T>(load_cached(static_cast<const T*>(p.weight) + min(column(v), columns - W)), w);
   };

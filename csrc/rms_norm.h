@@ -35,7 +35,8 @@ struct RmsNormParams {
   bool backward() const { return weight_grad; }  // without rows x and grad may be null
 };
 
-// The CPU splits rows into a fixed number of shares, so that the sums do not depend on the number of threads. It does [begin, end).
+// The CPU splits rows into a fixed number of shares, so that the sums do not depend on the number of threads. It does [begin,
+// end).
 int64_t rms_norm_cpu_shares(const RmsNormParams& params);
 void rms_norm_cpu(const RmsNormParams& params, int64_t begin, int64_t end);
 void rms_norm_cpu_finish(const RmsNormParams& params);  // adds the partials

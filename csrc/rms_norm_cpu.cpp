@@ -1,5 +1,5 @@
-// RMS norm of rows on the CPU: rms_norm.h's formulas a row at a time, in fp32 (fp64 for fp64), in plain code. It is the standard that
-// rms_norm.cu is held to.
+// RMS norm of rows on the CPU: rms_norm.h's formulas a row at a time, in fp32 (fp64 for fp64), in plain code. It is the standard
+// that rms_norm.cu is held to.
 #include "rms_norm.h"
 
 #include <algorithm>

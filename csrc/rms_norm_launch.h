@@ -1,8 +1,8 @@
 // How rms_norm.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
 //
-// A row lies in the registers of a team of 1, 2, 4 or 8 warps, up to four 16-byte vectors a thread; eight warps make a block. Blocks
-// of the forward pass take a row for each team. Those of the backward pass stay, two to a multiprocessor, and walk the rows, since each
-// keeps sums for the weight's gradient.
+// A row lies in the registers of a team of 1, 2, 4 or 8 warps, up to four 16-byte vectors per thread. A block is eight warps.
+// Forward, a block takes one row per team. Backward, blocks are persistent, two per SM, since each accumulates the weight's
+// gradient.
 #pragma once
 
 #include <algorithm>

@@ -5,12 +5,11 @@
 // Bound: memory. A head is read once and written once, 2 (Hq + Hk) D element_size bytes per token (in place: only rotated
 // features), plus the token's sines and cosines (R / 2 of each, 1 to 3 % more) and its position.
 //
-// Layout: see rope_launch.h. A thread owns both vectors of a pair, so no element is loaded twice. It asks for all its heads, then
-// for its position, then for the rows of the table, all before anything of the heads has arrived: the chain position -> row runs in
-// their shadow. The grid walks tokens, so the number of documents costs nothing; with cu_seqlens a warp finds a token's document 32
-// ways at a time. With M-RoPE a block looks the pairs of its tokens up once, in shared memory (RopeCoefficients::share), also in that
-// shadow, so that sections of every shape cost the same. Half pairs: the vectors lie at i and i + R/2. Interleaved pairs: at the same places, each vector holding whole
-// pairs, so that both kinds touch memory in the same pattern.
+// Layout: see rope_launch.h. A thread owns both vectors of a pair, so no element is loaded twice. It issues the loads of all its
+// heads, then of its position, then of the table's rows, before any head has arrived: the dependent loads position -> row are
+// hidden. The grid walks tokens, so the number of documents costs nothing; with cu_seqlens a warp searches for a token's document
+// 32 places at a time. With M-RoPE a block puts its tokens' cosines and sines into shared memory once (RopeCoefficients::share),
+// equally hidden, so that sections of every shape cost the same.
 #include "rope.h"
 
 #include "common/device.cuh"
@@ -22,8 +21,8 @@ namespace {
 
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
 __global__ void __launch_bounds__(kRopeMostThreads, 1)
-    RopeKernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
-  // With M-RoPE cosines and sines of each token's lanes; with cu_seqlens the start of each token's document.
+    rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
+  // M-RoPE: cosines, then sines, of each token's lanes. cu_seqlens: the start of each token's document.
   auto* numbers = dynamic_shared<float>();
   const int sines = kMrope ? launch.tokens_per_block * launch.lanes_per_block * W : 0;
   auto* start_of = reinterpret_cast<int64_t*>(numbers + 2 * sines);
@@ -100,10 +99,10 @@ template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_unrolled(const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   constexpr int kMost = rope_max_unroll(W * sizeof(T));
   if constexpr (kMost >= 4)
-    if (launch.unroll == 4) return launch_rope<RopeKernel<T, W, kInterleaved, kMrope, 4>>(p, p, launch, stream);
+    if (launch.unroll == 4) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 4>>(p, p, launch, stream);
   if constexpr (kMost >= 2)
-    if (launch.unroll == 2) return launch_rope<RopeKernel<T, W, kInterleaved, kMrope, 2>>(p, p, launch, stream);
-  launch_rope<RopeKernel<T, W, kInterleaved, kMrope, 1>>(p, p, launch, stream);
+    if (launch.unroll == 2) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 2>>(p, p, launch, stream);
+  launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 1>>(p, p, launch, stream);
 }
 
 template <typename T, bool kInterleaved, bool kMrope>

@@ -33,8 +33,8 @@ struct RopeParams {
   int32_t head_dim = 0, rotary_dim = 0, rotary_offset = 0;
   bool interleaved = false, transposed = false, in_place = false;
 
-  // cos and sin (table_rows, >= rotary_dim / 2), or one row per token when per_token_table. Strides in elements. Pair i has column
-  // table_step * i: 2 i in a full-width table of interleaved pairs, whose columns belong to features.
+  // cos and sin (table_rows, >= rotary_dim / 2), or one row per token when per_token_table. Strides in elements. Pair i has
+  // column table_step * i: 2 i in a full-width table of interleaved pairs, whose columns belong to features.
   const void *cos = nullptr, *sin = nullptr;
   DType table_dtype = DType::f32;
   bool per_token_table = false;

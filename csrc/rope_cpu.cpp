@@ -11,11 +11,7 @@ namespace packops {
 namespace {
 
 void turn(const RopeParams& p, const RopeHeads& heads, int64_t in, int64_t out, const void* cos, const void* sin) {
-  switch (cpu_isa()) {
-    case CpuIsa::avx512: return avx512::rope_heads_any(p, heads, in, out, cos, sin);
-    case CpuIsa::avx2: return avx2::rope_heads_any(p, heads, in, out, cos, sin);
-    case CpuIsa::baseline: return baseline::rope_heads_any(p, heads, in, out, cos, sin);
-  }
+  PACKOPS_BEST_ISA(rope_heads_any)(p, heads, in, out, cos, sin);
 }
 
 template <typename State>

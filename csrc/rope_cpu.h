@@ -61,8 +61,8 @@ class RopeWalk {
   int64_t document_ = 0;
 };
 
-// The coefficients of one token as the turning wants them: one per pair, or for interleaved pairs one per feature, so that
-// x' = x cos + swapped(x) sin with the sine's sign inside.
+// Cosines and sines of one token in the layout that rope_row reads: one per pair, or for interleaved pairs one per feature with
+// the sign in the sine, so that x' = x cos + swapped(x) sin.
 template <typename State>
 void fill_coefficients(const RopeParams& p, const RopeWalk::Token& at, State* cos, State* sin) {
   const int half = p.rotary_dim / 2;

@@ -1,4 +1,4 @@
-// What rope.cu and qk_norm_rope.cu share on the device: positions, heads, table rows, the turning itself, and the launch.
+// What rope.cu and qk_norm_rope.cu share on the device: positions, heads, rows of the table, the rotation, and the launch.
 #pragma once
 
 #include <algorithm>
@@ -10,22 +10,24 @@
 
 namespace packops {
 
+inline namespace on_device {  // see vec.cuh
 __device__ inline float to_float(double x) { return float(x); }
 
 __device__ inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
   return dtype == DType::i32 ? __ldg(static_cast<const int32_t*>(data) + i) : __ldg(static_cast<const long long*>(data) + i);
 }
+}  // namespace on_device
 
-// ---- Float tables: cosines and sines, weights of a norm. All the bytes that a thread needs are asked for before the first of them
-// becomes a number, since a conversion waits for its load, and every later load with it.
+// ---- Float tables: cosines and sines, weights of a norm. A thread issues all its loads before it converts the first value: a
+// conversion waits for its load, and would delay every later load.
 
-// How a table is read: a property of all its rows, so decided once.
+// How a table is read. The same for all its rows, so decided once.
 struct TableFormat {
   DType dtype;
   bool vectors;  // else number by number, converted at once: fp64, runs that are not aligned, or numbers that are not neighbours
   int step;      // from one number of a run to the next
 
-  // Of runs of N numbers. addresses: where tables begin; strides: between runs, in numbers. Ored together, since only low bits count.
+  // For runs of N numbers. addresses: of the tables; strides: between runs, in numbers. Several are ored: only low bits matter.
   template <int N>
   static __device__ TableFormat of(DType dtype, uintptr_t addresses, int64_t strides, int step = 1) {
     const uint32_t size = dtype == DType::f32 ? 4 : 2, vector = N * size < 16 ? N * size : 16;
@@ -36,7 +38,7 @@ struct TableFormat {
 // N numbers of a row of a table, format.step columns apart.
 template <int N>
 struct TableRun {
-  uint32_t words[N];  // as in the table, 16-bit numbers in the first half of the words; floats, where it has no vectors
+  uint32_t words[N];  // raw, 16-bit numbers packed into the first half of the words; or floats, if read number by number
 
   __device__ void load(const void* table, TableFormat format, int64_t i) {
     if (!format.vectors) {
@@ -108,11 +110,11 @@ __device__ inline RopeToken rope_token(const RopeParams& p, int64_t t) {
   return {batch, t - batch * p.tokens};
 }
 
-// A position that is none. kOutside: the token belongs to no document and does not turn. kBad: the table has no such row.
+// Not positions. kOutside: the token belongs to no document and is not rotated. kBad: the table has no such row.
 constexpr int64_t kOutside = -1, kBad = -2;
 
-// The start of the document of token t, or kOutside. All lanes of a warp ask together about one t, and look in 32 places at a
-// time. Keeps cu[low] <= t < cu[high]; whatever cu_seqlens holds, only its entries are read.
+// The start of the document of token t, or kOutside. A warp searches together for one t, 32 places at a time. Invariant:
+// cu[low] <= t < cu[high]. Whatever cu_seqlens holds, only its entries are read.
 __device__ inline int64_t document_start(const RopeParams& p, int64_t t, int lane) {
   auto bound = [&](int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); };
   if (t >= bound(p.num_documents) || t < bound(0)) return kOutside;
@@ -127,27 +129,27 @@ __device__ inline int64_t document_start(const RopeParams& p, int64_t t, int lan
   return bound(low);
 }
 
-// Fills start_of[0, count) for the tokens from `first` on; all `threads` of the block take part. A barrier must follow.
+// Fills start_of[0, count) for the tokens from `first` on. Called by all `threads` of the block; a barrier must follow.
 __device__ inline void find_documents(const RopeParams& p, int64_t first, int count, int64_t* start_of, int thread, int threads) {
   const int64_t last = p.batch * p.tokens - 1;
   const int warps = threads / 32, warp = thread / 32, lane = thread % 32;
-  if (warp == warps) return;  // not a whole one
+  if (warp == warps) return;  // not a whole warp
   for (int i = warp; i < count; i += warps) {
     const int64_t start = document_start(p, min(first + i, last), lane);
     if (lane == 0) start_of[i] = start;
   }
 }
 
-// The table rows of a token, one for each axis; the first may be kOutside, or kBad where any is. start: of the token's document,
-// where there is cu_seqlens. To be asked for after the heads: all loads that are awaited in a later basic block share a counter,
-// and a position asked for before the heads would arrive with the last of them, and the table's rows a whole latency later.
+// The table rows of a token, one per axis. The first is kOutside for padding, or kBad if any of them is. start: of the token's
+// document, with cu_seqlens. Load after the heads: loads awaited in a later block share a scoreboard, so an earlier load would
+// complete with the last head, and the rows of the table would follow a full latency later.
 template <bool kMrope>
 struct RopePosition {
   static constexpr int kAxes = kMrope ? 3 : 1;
   int64_t row[kAxes];
 
   __device__ RopePosition(const RopeParams& p, RopeToken at, int64_t start) {
-    if (kMrope) at.token = min(at.token, p.tokens - 1);  // threads past the last token, too, share in looking tables up
+    if (kMrope) at.token = min(at.token, p.tokens - 1);  // threads past the last token help with the table, too
     const auto checked = [&](int64_t x) { return x >= 0 && x < p.table_rows ? x : kBad; };
     if (p.cu_seqlens && start == kOutside) {
       row[0] = kOutside;
@@ -168,7 +170,7 @@ struct RopePosition {
   __device__ bool outside() const { return row[0] == kOutside; }
 };
 
-// The heads of a slot (see rope_launch.h): neighbours, all of q or all of k.
+// The heads of a slot (see rope_launch.h): neighbouring heads of q, or of k.
 struct RopeSlot {
   RopeHeads side;
   int head, count;
@@ -191,12 +193,13 @@ __device__ inline T* head_out(const RopeHeads& side, RopeToken at, int head) {
   return static_cast<T*>(side.out) + at.batch * side.out_batch + at.token * side.out_token + head * side.out_head;
 }
 
-// ---- Lanes. A lane of a head is two vectors of W features. Half pairs are vectors R / 2 apart. Interleaved pairs lie inside
-// vectors, taken from the same places, so that both kinds touch memory alike; only W = 1 takes its pair from neighbours.
+// ---- Lanes. A lane of a head is two vectors of W features, R / 2 apart. Half pairs are the vectors' elements of one index.
+// Interleaved pairs lie inside the vectors, so that both kinds access memory alike. Only for W = 1 is an interleaved pair two
+// neighbours.
 
 struct RopeLane {
   int a, b;           // where the vectors start
-  bool turns, has_b;  // a lane that only passes features through may have one vector
+  bool turns, has_b;  // a lane that only copies features may have one vector
 };
 
 template <int W, bool kInterleaved>
@@ -211,7 +214,7 @@ __device__ inline RopeLane rope_lane(const RopeParams& p, int lane, int lanes) {
   return {place(first), place(second), false, second < passing};
 }
 
-// Where the cosines and sines of a lane of a token lie in shared memory, aligned as vectors.
+// The cosines and sines of a lane of a token in shared memory, aligned as vectors.
 struct RopeShared {
   float *cos, *sin;
 };
@@ -224,7 +227,7 @@ struct RopeCoefficients {
 
   static __device__ int first_pair(const RopeParams& p, int lane, int run) { return lane * kRun + run * (p.rotary_dim / 4); }
 
-  // position: not outside. With M-RoPE from what was shared, a barrier ago.
+  // position: not outside. With M-RoPE the numbers come from shared memory, where share() put them before a barrier.
   __device__ void load(const RopeParams& p, RopeToken at, const RopePosition<false>& position, int lane, RopeShared) {
     const int64_t row = position.row[0];
     bad = row == kBad;
@@ -265,8 +268,9 @@ struct RopeCoefficients {
     }
   }
 
-  // M-RoPE takes pairs from the rows of three axes, and neighbouring pairs may be of different axes: no vectors there. So the
-  // threads of a token look its pairs up once for all heads of a block: each every `step`-th pair of its lane, from `first` on.
+  // M-RoPE takes pairs from the rows of three axes, and neighbouring pairs may have different axes, which rules out vectors. So
+  // the threads of a token look its pairs up once for all heads of the block: each takes every `step`-th pair of its lane from
+  // `first` on.
   static __device__ void share(const RopeParams& p, const RopePosition<true>& position, int lane, RopeShared shared,
                                uint32_t first, uint32_t step) {
     if (position.row[0] < 0 || lane * W >= p.rotary_dim / 2) return;
@@ -276,7 +280,7 @@ struct RopeCoefficients {
       shared.sin[j] = number.y;
     }
   }
-  // The same without sharing, for kernels that nobody runs with M-RoPE.
+  // The same without shared memory, for the wide kernels, which are rarely run with M-RoPE.
   __device__ void load_each(const RopeParams& p, const RopePosition<true>& position, int lane) {
     bad = position.row[0] == kBad;
     if (bad) return;
@@ -287,9 +291,9 @@ struct RopeCoefficients {
     }
   }
 
-  // Turns the pairs of both vectors. Not where `bad`: there features become fault().
+  // Rotates the pairs of both vectors. If `bad`, features become fault() instead.
   __device__ void turn(float (&a)[W], float (&b)[W]) const {
-    // Spelled out, so that vectors of every width fuse the same product and give the same bits.
+    // Explicit fused products: vectors of every width give the same bits.
     auto pair = [&](float& x, float& y, int j) {
       const float turned = __fmaf_rn(x, cos[j], -__fmul_rn(y, sin[j]));
       y = __fmaf_rn(y, cos[j], __fmul_rn(x, sin[j]));
@@ -314,7 +318,7 @@ struct RopeCoefficients {
     cos[j] = c;
     sin[j] = p.transposed ? -s : s;
   }
-  // Cosine and sine of a lane's pair j. No branch between load and use: who waits for them waits for nothing else, see RopePosition.
+  // Cosine and sine of a lane's pair j. No branch here, so the wait covers these loads only (see RopePosition).
   static __device__ float2 mrope_number(const RopeParams& p, const RopePosition<true>& position, int lane, uint32_t j) {
     const int pair = first_pair(p, lane, j / kRun) + j % kRun, axis = rope_mrope_axis(p, pair);
     const int64_t row = axis == 0 ? position.row[0] : axis == 1 ? position.row[1] : position.row[2];

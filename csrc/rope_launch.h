@@ -1,11 +1,12 @@
 // How rope.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
 //
-// A head is cut into `lanes` of two vectors of `width` elements. A slot is `unroll` neighbouring heads of q, or of k: one thread
-// loads both vectors of one lane of all of them at once, from one base address, and its sines and cosines (and the norm's weights)
-// once for all of them. Of 16-bit heads of 128 a warp reads four slots: each load four lines of 128 bytes, all of them together
-// one contiguous stretch. The dimensions of a block are lanes, slots and tokens, the grid's are blocks of tokens of a batch row,
-// chunks of a token too large for one block, and batch rows: a thread reads off its place, since dividing for it would keep every
-// load waiting.
+// A head is split into `lanes` of two vectors of `width` elements. A slot is `unroll` neighbouring heads of q, or of k. One
+// thread loads both vectors of one lane for all heads of a slot, and the cosines and sines (and the norm's weights) once for all
+// of them. With 16-bit heads of 128 features, a warp reads four slots: each load covers four cache lines, all loads together one
+// contiguous range.
+//
+// A block's dimensions are lanes, slots and tokens. The grid's are blocks of tokens of a batch row, chunks of a token that is too
+// large for one block, and batch rows. A thread reads its place off these: computing it by divisions would delay every load.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +24,7 @@ struct RopeLaunch {
   int lanes_per_block = 1, lane_chunks = 1;
   int slots_per_block = 1, slot_chunks = 1;
   int tokens_per_block = 1;
-  bool token_inner = false;  // consecutive threads walk lanes, tokens, slots: where tokens lie closer together than heads
+  bool token_inner = false;  // thread order lanes, tokens, slots: for layouts with tokens closer together than heads
   int64_t token_blocks = 0;  // per batch row
 
   PACKOPS_HOST_DEVICE int threads() const { return lanes_per_block * slots_per_block * tokens_per_block; }
@@ -31,7 +32,7 @@ struct RopeLaunch {
 
 inline constexpr int kRopeMostThreads = 512;
 
-// Of a block: with M-RoPE the cosines of all lanes of its tokens, then the sines; with cu_seqlens where each token's document starts.
+// Shared memory of a block. M-RoPE: cosines, then sines, of all lanes of its tokens. cu_seqlens: each token's document start.
 inline int rope_shared_bytes(const RopeParams& p, const RopeLaunch& launch) {
   const int tokens = launch.tokens_per_block, pairs = tokens * launch.lanes_per_block * launch.width;
   return (p.mrope ? 2 * pairs * int(sizeof(float)) : 0) + (p.cu_seqlens ? tokens * int(sizeof(int64_t)) : 0);
@@ -46,7 +47,7 @@ inline int rope_alignment(const RopeHeads& heads, int element_size) {
   return int(bits & (~bits + 1));
 }
 
-// The widest vector that the addresses and the cuts of a head allow.
+// The widest vector that addresses and the parts of a head allow.
 inline int rope_vector_width(const RopeParams& p, int element_size) {
   const int alignment = std::min(rope_alignment(p.q, element_size), rope_alignment(p.k, element_size));
   const int cuts = p.rotary_dim / 2 | p.rotary_offset | (p.in_place ? 0 : p.head_dim);
@@ -55,7 +56,7 @@ inline int rope_vector_width(const RopeParams& p, int element_size) {
   return width;
 }
 
-// Heads per thread the kernel is compiled for: fewer where vectors are narrow, which is rare.
+// The most heads per thread that the kernel is compiled for. Fewer for narrow vectors, which are rare.
 constexpr int rope_max_unroll(int vector_bytes) { return vector_bytes == 16 ? 4 : vector_bytes == 8 ? 2 : 1; }
 
 // unroll, block_threads: 0 lets the function choose. token_inner: -1 likewise.
@@ -68,8 +69,8 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int 
   launch.lanes = p.rotary_dim / 2 / launch.width + (passing + 1) / 2;
   const int64_t heads = p.q.heads + p.k.heads;
 
-  // More heads per thread keep more bytes in flight and look the table up less often. With little work, more threads count for
-  // more: four heads where a multiprocessor then gets its 512 threads eight times over, two where twice 1024.
+  // More heads per thread keep more bytes in flight and read the table less often. With little work, more threads are better:
+  // four heads only if each SM still gets 8 x 512 threads, two if 2 x 1024.
   const int64_t work = p.batch * p.tokens * heads * launch.lanes / multiprocessors;
   const int fitting = work >= 8 * 512 * 4 ? 4 : work >= 2 * 1024 * 2 ? 2 : 1;
   launch.unroll = std::min(unroll ? unroll : fitting, rope_max_unroll(launch.width * element_size));
@@ -83,11 +84,11 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int 
   launch.token_inner = token_inner < 0 ? p.tokens > 1 && p.q.heads > 1 && p.q.in_token < p.q.in_head : token_inner != 0;
   launch.token_inner &= launch.lanes_per_block * kInnerTokens <= most;
   const int tokens = launch.token_inner ? kInnerTokens : 1;
-  // Slots are a block's second or third dimension, and the third ends at 64.
+  // Slots are a block's second or third dimension, and the third is limited to 64.
   const int slots = std::clamp(most / (launch.lanes_per_block * tokens), 1, 64);
   launch.slot_chunks = parts(launch.slots, slots);
   launch.slots_per_block = parts(launch.slots, launch.slot_chunks);
-  // Of the numbers of tokens that fit, the one with the fewest warps per token; at least a warp, which documents are looked up with.
+  // Of the token counts that fit, the one with the fewest warps per token. At least one warp, which the document search needs.
   const int threads = launch.lanes_per_block * launch.slots_per_block;
   const int fit = int(std::min<int64_t>(std::min(most / threads, 64), p.tokens));
   for (int n = 2; n <= fit; n++)

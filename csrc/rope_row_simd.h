@@ -5,7 +5,7 @@ typedef int64_t VecL __attribute__((vector_size(PACKOPS_LANES * 4)));
 
 // What turning needs of an element type.
 template <typename T>
-struct RopeLane {
+struct TurnLane {
   using State = float;
   using V = VecF;
   static constexpr int kLanes = PACKOPS_LANES;
@@ -21,7 +21,7 @@ struct RopeLane {
   }
 };
 template <>
-struct RopeLane<double> {
+struct TurnLane<double> {
   using State = double;
   using V = VecD;
   static constexpr int kLanes = PACKOPS_LANES / 2;
@@ -43,9 +43,9 @@ struct RopeLane<double> {
 
 // Turns one row of rotary features; x may be y.
 template <typename T>
-static void rope_row(const T* x, T* y, int rotary, bool interleaved, const typename RopeLane<T>::State* cos,
-                     const typename RopeLane<T>::State* sin) {
-  using L = RopeLane<T>;
+static void rope_row(const T* x, T* y, int rotary, bool interleaved, const typename TurnLane<T>::State* cos,
+                     const typename TurnLane<T>::State* sin) {
+  using L = TurnLane<T>;
   constexpr int n = L::kLanes;
   const int half = rotary / 2;
   int i = 0;

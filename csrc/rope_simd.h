@@ -5,7 +5,7 @@
 // cos null: the token passes through.
 template <typename T>
 static void rope_heads(const RopeParams& p, const RopeHeads& heads, int64_t in_offset, int64_t out_offset,
-                       const typename RopeLane<T>::State* cos, const typename RopeLane<T>::State* sin) {
+                       const typename TurnLane<T>::State* cos, const typename TurnLane<T>::State* sin) {
   const int begin = p.rotary_offset, end = begin + p.rotary_dim;
   for (int64_t h = 0; h < heads.heads; h++) {
     const T* x = static_cast<const T*>(heads.in) + in_offset + h * heads.in_head;

@@ -117,7 +117,7 @@ class Scratch:
             configured = self.run(["cmake", "-S", ".", "-B", str(tree), *options])
             if configured.returncode:
                 return configured.stdout + configured.stderr
-        target = test.removesuffix("_sm80")
+        target = test.removesuffix("_code80")
         done = self.run(["cmake", "--build", str(tree), "--target", target, "--parallel", str(os.cpu_count())])
         return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 

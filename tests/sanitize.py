@@ -535,7 +535,7 @@ def found_planted(tool: str, text: str, status: int) -> bool:
 # Logs
 
 # A raw bulk copy (csrc/common/ptx.cuh) and the one kernel that has a ring of them.
-BULK_COPY = "bulk_load"
+BULK_COPY = "cp_async_bulk"
 RING_KERNEL = "resident_kernel"
 ACCESS = re.compile(r"(Read|Write) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?):(\d+))?(?= |$)")
 

@@ -41,7 +41,7 @@ def test_each_can_be_planted(name):
             assert (ROOT / file.split("::")[0]).is_file(), f"no {file}"
     for test in mutant.cpp:
         folder, stem = ("emulator", test[len("emulated_") :]) if test.startswith("emulated_") else ("cpp", test)
-        assert (ROOT / "tests" / folder / f"{stem.removesuffix('_sm80')}.cpp").is_file(), f"no {test}"
+        assert (ROOT / "tests" / folder / f"{stem.removesuffix('_code80')}.cpp").is_file(), f"no {test}"
 
 
 # --------------------------------------------------------------------------------------------------------------------------------

@@ -184,15 +184,19 @@ def test_width_of_the_table_and_of_the_rotation(device):
     assert not torch.equal(partial[1:, :, :32], q[1:, :, :32])
     assert torch.equal(packops.apply_rope(q, None, *full, rotary_dim=32)[0], partial)
     pairs = [t.repeat_interleave(2, -1) for t in (cos, sin)]
-    if device == "cpu":  # where the table can be read; rows of position 0 alone say nothing
+    packops.checks(True)  # the table can be read; rows of position 0 alone say nothing
+    try:
         for wide in (full, pairs):
             for table in (wide, [t[[0, 0, 3]] for t in wide], [t.bfloat16() for t in wide]):
                 heads = q[: len(table[0])]
-                with pytest.raises(ValueError, match="pass rotary_dim=32"):
-                    packops.apply_rope(heads, None, *table)
-                with pytest.raises(ValueError, match="pass rotary_dim=32"):
-                    packops.apply_rope(heads, None, *table, per_token_table=True)
+                for options in ({}, {"per_token_table": True}):
+                    with pytest.raises(ValueError, match="pass rotary_dim=32"):
+                        packops.apply_rope(heads, None, *table, **options)
+                    with pytest.raises(ValueError, match="pass rotary_dim=32"):
+                        packops.apply_qk_norm_rope(heads, None, q.new_ones(64), None, *table, eps=1e-6, **options)
         assert torch.equal(packops.apply_rope(q[:1], None, *(t[:1] for t in full))[0], q[:1])
+    finally:
+        packops.checks(False)
     wide = packops.rope_table(64, 5, device=device)
     duplicated = [torch.cat([t, t], -1) for t in wide]
     assert torch.equal(packops.apply_rope(q, None, *duplicated)[0], packops.apply_rope(q, None, *wide)[0])

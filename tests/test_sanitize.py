@@ -38,7 +38,7 @@ def test_read_log(case):
 RING = "packops::<unnamed>::resident_kernel<float, (int)0, (bool)0>(packops::CeLossParams, int)"
 READER = f"Read access at void {RING}+0x10"
 WRITER = f"Write access at void {RING}+0x90"
-COPY = "Write access at packops::bulk_load(void *, const void *, unsigned int, unsigned long *)+0x15b0 in ptx.cuh:96"
+COPY = "Write access at packops::cp_async_bulk(void *, const void *, unsigned int, unsigned long *)+0x15b0 in ptx.cuh:96"
 READ_OF_COPY = COPY.replace("Write", "Read")
 HELPER = "Read access at packops::<unnamed>::RowMaths<float, (int)0>::transform_at(const float *, long) const+0x40 in ptx.cuh:2"
 ELSEWHERE = "Read access at void packops::<unnamed>::attention_kernel<float>(packops::AttentionParams)+0x10"
@@ -57,7 +57,7 @@ HAZARDS = {
     "a copy that reads": ([(READ_OF_COPY, READER)], 1, {}),
     "another kernel": ([(COPY, ELSEWHERE)], 1, {}),
     "one access alone": ([(COPY,)], 1, {}),
-    "a copy of another name": ([(COPY.replace("bulk_load", "sink_bulk_load"), READER)], 1, {}),
+    "a copy of another name": ([(COPY.replace("cp_async_bulk", "sink_cp_async_bulk"), READER)], 1, {}),
 }
 
 

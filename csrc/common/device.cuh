@@ -20,8 +20,8 @@ struct Device : DeviceLimits {
 // Every .cu file asks about its own code: hence the unnamed namespace.
 namespace {
 
-// Says by its launch bounds, which the host can read without running anything, whether it was compiled with wgmma. An architecture's
-// number does not: code for 9.0 has none, code for 9.0a has.
+// Says by its launch bounds, which the host can read without running anything, whether it was compiled with wgmma. An
+// architecture's number does not: code for 9.0 has none, code for 9.0a has.
 constexpr int kWgmmaThreads = 96;
 __global__ void __launch_bounds__(kHasWgmma ? kWgmmaThreads : 2 * kWgmmaThreads) marker_kernel() {}
 
@@ -60,6 +60,17 @@ cudaError_t current_device(Device& device) {
   if ((error = loaded_code(device.index, code)) != cudaSuccess) return error;
   static_cast<DeviceLimits&>(device) = usable_limits({values[4] * 10 + values[3], values[0], values[1], values[2]}, code);
   return cudaSuccess;
+}
+
+// Lets a kernel have that much dynamic shared memory on the current device, which `device` must be. Asked once, unless for more.
+template <auto kKernel>
+cudaError_t allow_shared(int device, int bytes) {
+  static std::atomic<int> allowed[kMaxDevices];
+  auto& here = allowed[device % kMaxDevices];
+  if (here.load(std::memory_order_acquire) >= bytes) return cudaSuccess;
+  const cudaError_t error = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) here.store(bytes, std::memory_order_release);
+  return error;
 }
 
 }  // namespace

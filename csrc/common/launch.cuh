@@ -1,5 +1,5 @@
-// Kernel launches and dynamic shared memory, the two things that only a CUDA compiler can spell: tests/emulator has its own, and
-// runs the kernels where there is no GPU.
+// Kernel launches and dynamic shared memory. Without a CUDA compiler the same functions run kernels on the emulator
+// (tests/emulator).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,8 +37,9 @@ T* dynamic_shared() {
 
 #endif
 
-// A launch in clusters of that many blocks, and one that follows another of this library on the stream: its blocks may start while
-// that one's last are running, so the kernel has to call wait_for_launch_before(). Both need sm_90.
+// cluster: blocks per cluster; 0: none. follows: the previous launch on the stream is one of ours, and this one may start before
+// that one has ended (programmatic dependent launch), so its kernel has to call griddepcontrol_wait(). Device and code must
+// support both: see DeviceLimits.
 struct LaunchOptions {
   int cluster = 0;
   bool follows = false;

@@ -1,4 +1,4 @@
-// Rows of partial sums that blocks leave behind, added in a fixed order: no atomics, the same bits at every run.
+// Adds the rows of partial sums that blocks wrote, in a fixed order: no atomics, the same bits at every run.
 #pragma once
 
 #include "common/dtype.h"
@@ -6,7 +6,7 @@
 
 namespace packops {
 
-inline constexpr int kSumColumns = 32, kSumRows = 8;  // of a block, whose threads are one of each
+inline constexpr int kSumColumns = 32, kSumRows = 8;  // of a block, one thread for each element
 
 constexpr unsigned blocks_for_partials(int64_t columns) { return unsigned((columns + kSumColumns - 1) / kSumColumns); }
 

@@ -1,4 +1,4 @@
-// The instructions that C++ cannot spell. tests/emulator has its own, for machines without a GPU.
+// PTX instructions that C++ cannot express, named after them. tests/emulator/emulated_ptx.h has them for machines without a GPU.
 #pragma once
 
 #include <cstdint>
@@ -11,32 +11,33 @@
 
 namespace packops {
 
-__device__ __forceinline__ float exp2_approx(float x) {  // relative error 2^-22; flushes subnormals; 0 at -inf
+__device__ __forceinline__ float ex2_approx(float x) {  // relative error 2^-22; flushes subnormals; 0 at -inf
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-__device__ __forceinline__ float reciprocal_approx(float x) {  // relative error 2^-23; flushes subnormals; 0 at inf
+__device__ __forceinline__ float rcp_approx(float x) {  // relative error 2^-23; flushes subnormals; 0 at inf
   float y;
   asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-__device__ __forceinline__ float log2_approx(float x) {  // absolute error 2^-22 near 1, elsewhere relative; -inf at 0
+__device__ __forceinline__ float lg2_approx(float x) {  // absolute error 2^-22 near 1, elsewhere relative; -inf at 0
   float y;
   asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 
-// A barrier for `threads` threads of the block; 0 is __syncthreads.
-__device__ __forceinline__ void named_barrier(int id, int threads) {
+// bar.sync: barrier `id` for `threads` threads of the block. Barrier 0 is __syncthreads.
+__device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// A launch that may begin before the one ahead of it on the stream has ended (see launch_with) waits for that one's results here,
-// in every thread and before anything else touches memory; and it lets the next such launch begin. Nothing before sm_90.
-__device__ __forceinline__ void wait_for_launch_before() {
+// griddepcontrol.wait, then launch_dependents. A launch that may start before the previous one has ended (see launch_with) waits
+// here for that one's results. Every thread calls it before it touches global memory. Then the next such launch may start. Code
+// for architectures before sm_90 has no such instruction: its launches must not overlap.
+__device__ __forceinline__ void griddepcontrol_wait() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
 #endif
@@ -44,59 +45,62 @@ __device__ __forceinline__ void wait_for_launch_before() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }
 
-// 16 bytes from global into shared memory, past the L1. The thread that asked for it may read them after wait_for_copies.
-__device__ __forceinline__ void copy16_async(void* destination, const void* source) {
+// cp.async: copies 16 bytes from global to shared memory, bypassing the L1. The thread that issued it may read them after
+// cp_async_wait_all.
+__device__ __forceinline__ void cp_async_16(void* destination, const void* source) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(destination)), "l"(source) : "memory");
 }
-__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
-// The same, or zeros.
-__device__ __forceinline__ void copy16_async_or_zero(void* destination, const void* source, bool there) {
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// The same, or zeros if not `there`.
+__device__ __forceinline__ void cp_async_16_zfill(void* destination, const void* source, bool there) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(destination)), "l"(source),
                "r"(there ? 16 : 0)
                : "memory");
 }
-__device__ __forceinline__ void copy4_async_or_zero(void* destination, const void* source, bool there) {
+__device__ __forceinline__ void cp_async_4_zfill(void* destination, const void* source, bool there) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(destination)), "l"(source), "r"(there ? 4 : 0)
                : "memory");
 }
-// What a thread asked for since it last closed a group is a group; and wait for all groups but the newest ones.
-__device__ __forceinline__ void close_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// cp.async.commit_group: the copies since the last commit form a group. cp.async.wait_group: waits for all but the newest groups.
+__device__ __forceinline__ void cp_async_commit_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int kNewest>
-__device__ __forceinline__ void wait_for_copies_before() {
+__device__ __forceinline__ void cp_async_wait_group() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
 }
 
-// ---- Products of small matrices by a warp. Lane l has row l / 4 of an 8 x 8 matrix of 16-bit elements, columns 2 (l % 4) and the next.
+// ---- Matrix products of a warp. Of an 8 x 8 matrix of 16-bit elements, lane l holds row l / 4, columns 2 (l % 4) and 2 (l % 4)
+// + 1.
 
-// Four such matrices from shared memory: lane l names where row l % 8 of matrix l / 8 begins, 16 bytes, aligned.
-__device__ __forceinline__ void load_matrices(uint32_t (&to)[4], const void* row) {
+// ldmatrix: loads four such matrices from shared memory. Lane l passes the address of row l % 8 of matrix l / 8: 16 bytes,
+// aligned.
+__device__ __forceinline__ void ldmatrix_x4(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
                : "memory");
 }
-__device__ __forceinline__ void load_matrices_transposed(uint32_t (&to)[4], const void* row) {
+__device__ __forceinline__ void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                : "r"(shared_address(row))
                : "memory");
 }
-// sum (16 x 8, fp32: rows l / 4 and l / 4 + 8) += a (16 x 16: upper left, lower left, upper right, lower right) times b (16 x 8,
-// transposed: k up to 8, and from 8 on).
-__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16_t) {
+// mma: sum (16 x 8, fp32; a lane holds rows l / 4 and l / 4 + 8) += a (16 x 16, four 8 x 8 matrices: upper left, lower left,
+// upper right, lower right) times b (16 x 8, two transposed 8 x 8 matrices: k < 8 and k >= 8).
+__device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, bf16_t) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half_t) {
+__device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, half_t) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
       : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- sm_90a alone: products by a warp group, four warps that run them together (wgmma). Operands in shared memory are rows of 128
-// bytes, 64 elements of 16 bits, whose 16-byte chunks are permuted by exclusive or with the row's number modulo 8; tiles begin at
-// multiples of 1024 bytes. Sums are as in multiply_add, 16 rows to a warp.
+// ---- wgmma, sm_90a only: matrix products of a warpgroup, four warps. Operands in shared memory are rows of 128 bytes (64
+// elements of 16 bits) with the 128-byte swizzle: a row's 16-byte chunks are permuted by exclusive or with the row's number
+// modulo 8. Tiles are aligned to 1024 bytes. Sums are laid out as in mma_m16n8k16, 16 rows per warp.
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 inline constexpr bool kHasWgmma = true;
@@ -106,31 +110,32 @@ inline constexpr bool kHasWgmma = false;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// What threads wrote, asynchronous copies that they waited for included, can be seen by products that begin after a barrier.
-__device__ __forceinline__ void show_to_group_products() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-// Around the products of a group: registers and memory are theirs from begin to wait.
-__device__ __forceinline__ void begin_group_products() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void close_group_products() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// fence.proxy.async: makes a thread's writes to shared memory, its completed cp.async included, visible to wgmma after a barrier.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// wgmma.fence orders register accesses before the products; from there to wgmma.wait_group their registers and memory are off
+// limits.
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int kNewest>
-__device__ __forceinline__ void wait_for_group_products_before() {
+__device__ __forceinline__ void wgmma_wait_group() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kNewest) : "memory");
 }
-// The compiler must not move what reads or writes these registers across this place.
+// Compiler barrier: keeps accesses to these registers from moving across the products.
 template <int kColumns>
-__device__ __forceinline__ void hold(float (&sums)[kColumns][4]) {
+__device__ __forceinline__ void wgmma_fence_operand(float (&sums)[kColumns][4]) {
 #pragma unroll
   for (int n = 0; n < kColumns; n++)
 #pragma unroll
     for (int i = 0; i < 4; i++) asm volatile("" : "+f"(sums[n][i])::"memory");
 }
 
-// A tile as an operand, and where in it a product begins, in bytes.
-class GroupOperand {
+// The matrix descriptor of a tile in shared memory. at(): the same tile from that byte on.
+class WgmmaDescriptor {
  public:
-  __device__ __forceinline__ explicit GroupOperand(const void* tile)
+  __device__ __forceinline__ explicit WgmmaDescriptor(const void* tile)
       : bits_((shared_address(tile) >> 4 & 0x3fff) | kEightRows | kSwizzled128) {}
-  __device__ __forceinline__ GroupOperand at(int bytes) const {
-    GroupOperand other = *this;
+  __device__ __forceinline__ WgmmaDescriptor at(int bytes) const {
+    WgmmaDescriptor other = *this;
     other.bits_ += uint32_t(bytes) >> 4;
     return other;
   }
@@ -148,77 +153,76 @@ class GroupOperand {
 #define PACKOPS_SUMS_16 PACKOPS_SUMS_4(0), PACKOPS_SUMS_4(1), PACKOPS_SUMS_4(2), PACKOPS_SUMS_4(3)
 #define PACKOPS_SUMS_32 PACKOPS_SUMS_16, PACKOPS_SUMS_4(4), PACKOPS_SUMS_4(5), PACKOPS_SUMS_4(6), PACKOPS_SUMS_4(7)
 
-// s (64 x columns) = or, with add, += 64 rows of a times that many rows of b, over 16 elements.
+// s (64 x columns) = a b^T over 16 elements, or += with `add`. Both operands are in shared memory.
 #define PACKOPS_MULTIPLY_ROWS(type, name, columns, numbers, sums, a_at, b_at, add_at)                                            \
-  __device__ __forceinline__ void multiply_rows_by_group(float (&s)[columns / 8][4], GroupOperand a, GroupOperand b, bool add,   \
-                                                         type) {                                                                 \
+  __device__ __forceinline__ void wgmma_ss(float (&s)[columns / 8][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add, type) {   \
     asm volatile("{.reg .pred add;\nsetp.ne.b32 add, " add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name \
                  "." name " {" numbers "}, " a_at ", " b_at ", add, 1, 1, 0, 0;\n}"                                              \
                  : sums                                                                                                          \
                  : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                                   \
                  : "memory");                                                                                                    \
   }
-// s (64 x 64) += a (64 x 16, 16 rows to a warp as in multiply_add) times 16 rows of b, 64 elements each.
-#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                                     \
-  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                              \
-  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                              \
-  __device__ __forceinline__ void add_weighted_rows_by_group(float (&s)[8][4], const uint32_t (&a)[4], GroupOperand b, type) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" PACKOPS_NUMBERS_32                           \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                                   \
-                 : PACKOPS_SUMS_32                                                                                             \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits())                                                   \
-                 : "memory");                                                                                                  \
+// s (64 x 64) += a (64 x 16, 16 rows to a warp as in mma_m16n8k16) times 16 rows of b, 64 elements each.
+#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                      \
+  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")               \
+  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")               \
+  __device__ __forceinline__ void wgmma_rs(float (&s)[8][4], const uint32_t (&a)[4], WgmmaDescriptor b, type) { \
+    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" PACKOPS_NUMBERS_32            \
+                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                    \
+                 : PACKOPS_SUMS_32                                                                              \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits())                                    \
+                 : "memory");                                                                                   \
   }
 PACKOPS_GROUP_PRODUCTS(bf16_t, "bf16")
 PACKOPS_GROUP_PRODUCTS(half_t, "f16")
 
 #else  // only so that kernels which are never launched here compile
 
-struct GroupOperand {
-  __device__ __forceinline__ explicit GroupOperand(const void*) {}
-  __device__ __forceinline__ GroupOperand at(int) const { return *this; }
+struct WgmmaDescriptor {
+  __device__ __forceinline__ explicit WgmmaDescriptor(const void*) {}
+  __device__ __forceinline__ WgmmaDescriptor at(int) const { return *this; }
 };
 
-__device__ __forceinline__ void show_to_group_products() {}
-__device__ __forceinline__ void begin_group_products() {}
-__device__ __forceinline__ void close_group_products() {}
+__device__ __forceinline__ void fence_proxy_async() {}
+__device__ __forceinline__ void wgmma_fence() {}
+__device__ __forceinline__ void wgmma_commit_group() {}
 template <int kNewest>
-__device__ __forceinline__ void wait_for_group_products_before() {}
+__device__ __forceinline__ void wgmma_wait_group() {}
 template <int kColumns>
-__device__ __forceinline__ void hold(float (&)[kColumns][4]) {}
+__device__ __forceinline__ void wgmma_fence_operand(float (&)[kColumns][4]) {}
 template <int kColumns, typename T>
-__device__ __forceinline__ void multiply_rows_by_group(float (&)[kColumns][4], GroupOperand, GroupOperand, bool, T) {}
+__device__ __forceinline__ void wgmma_ss(float (&)[kColumns][4], WgmmaDescriptor, WgmmaDescriptor, bool, T) {}
 template <typename T>
-__device__ __forceinline__ void add_weighted_rows_by_group(float (&)[8][4], const uint32_t (&)[4], GroupOperand, T) {}
+__device__ __forceinline__ void wgmma_rs(float (&)[8][4], const uint32_t (&)[4], WgmmaDescriptor, T) {}
 
 #endif
 
-// ---- sm_90 and later: bulk copies into shared memory that report to an mbarrier, and messages between the blocks of a cluster.
-// Older architectures' kernels must not call them.
+// ---- sm_90 and later: mbarriers, bulk copies into shared memory that complete on one, and stores to other blocks of the
+// cluster. Code for older architectures must not call them.
 
 using MBarrier = uint64_t;  // lives in shared memory
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
-__device__ __forceinline__ void barrier_init(MBarrier* barrier, uint32_t arrivals) {
+__device__ __forceinline__ void mbarrier_init(MBarrier* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// Makes initialised barriers visible to the copy engine and to the other blocks of the cluster.
-__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+// Makes initialised mbarriers visible to the copy engine and to the other blocks of the cluster.
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
 
-__device__ __forceinline__ void barrier_arrive(MBarrier* barrier) {
+__device__ __forceinline__ void mbarrier_arrive(MBarrier* barrier) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0]; }" ::"r"(shared_address(barrier)) : "memory");
 }
-// Arrive, and expect that many more bytes in this phase.
-__device__ __forceinline__ void barrier_expect(MBarrier* barrier, uint32_t bytes) {
+// mbarrier.arrive.expect_tx: arrives, and the phase waits for that many more bytes.
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(MBarrier* barrier, uint32_t bytes) {
   asm volatile("{ .reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1; }" ::"r"(shared_address(barrier)),
                "r"(bytes)
                : "memory");
 }
-inline constexpr uint32_t kSuspend =
-    10'000'000;  // ns that a waiting thread may sleep: polling would take issue slots from others
-// Wait until the phase of that parity has completed.
-__device__ __forceinline__ void barrier_wait(MBarrier* barrier, uint32_t parity) {
+// How long a waiting thread may sleep, in ns: polling would take issue slots from other warps.
+inline constexpr uint32_t kSuspend = 10'000'000;
+// Waits until the phase of that parity has completed.
+__device__ __forceinline__ void mbarrier_wait_parity(MBarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -231,8 +235,8 @@ __device__ __forceinline__ void barrier_wait(MBarrier* barrier, uint32_t parity)
       "r"(parity), "r"(kSuspend)
       : "memory");
 }
-// The same for a phase that writes of other blocks of the cluster complete.
-__device__ __forceinline__ void barrier_wait_cluster(MBarrier* barrier, uint32_t parity) {
+// The same for a phase that stores of other blocks of the cluster complete.
+__device__ __forceinline__ void mbarrier_wait_parity_cluster(MBarrier* barrier, uint32_t parity) {
   asm volatile(
       "{\n"
       ".reg .pred done;\n"
@@ -246,20 +250,20 @@ __device__ __forceinline__ void barrier_wait_cluster(MBarrier* barrier, uint32_t
       : "memory");
 }
 
-// Global to shared; both 16-byte aligned, bytes a multiple of 16. Completion is reported to the barrier.
-__device__ __forceinline__ void bulk_load(void* destination, const void* source, uint32_t bytes, MBarrier* barrier) {
+// cp.async.bulk (TMA) from global to shared memory. Addresses and bytes are multiples of 16. Completes on the mbarrier.
+__device__ __forceinline__ void cp_async_bulk(void* destination, const void* source, uint32_t bytes, MBarrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(destination)),
                "l"(source), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
 }
 
-__device__ __forceinline__ uint32_t cluster_rank() {
+__device__ __forceinline__ uint32_t cluster_ctarank() {
   uint32_t rank;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   return rank;
 }
-__device__ __forceinline__ uint32_t cluster_size() {
+__device__ __forceinline__ uint32_t cluster_nctarank() {
   uint32_t size;
   asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
   return size;
@@ -268,8 +272,8 @@ __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Writes 16 bytes into the same place of another block's shared memory and reports them to that block's barrier.
-__device__ __forceinline__ void send16(void* destination, uint4 value, MBarrier* barrier, uint32_t rank) {
+// st.async: stores 16 bytes to the same place in another block's shared memory. Completes on that block's mbarrier.
+__device__ __forceinline__ void st_async_16(void* destination, uint4 value, MBarrier* barrier, uint32_t rank) {
   asm volatile(
       "{\n"
       ".reg .b32 remote, remote_barrier;\n"

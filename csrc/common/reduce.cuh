@@ -10,7 +10,7 @@ struct Add {
   __device__ __forceinline__ V operator()(V a, V b) const { return a + b; }
 };
 
-// Every lane gets the combination of all 32. `combine` must not care about the order of its arguments.
+// Combines the values of all 32 lanes; every lane gets the result. `combine` must be commutative.
 template <typename V, typename Combine>
 __device__ __forceinline__ V warp_reduce(V value, Combine combine) {
   static_assert(sizeof(V) % 4 == 0);
@@ -44,8 +44,8 @@ __device__ __forceinline__ float warp_sum(float x) {
   return x;
 }
 
-// Every thread of a block of kThreads gets the combination of all. `scratch`: kThreads / 32 values in shared memory, free again
-// when the block has passed its next barrier.
+// Combines the values of a block of kThreads; every thread gets the result. `scratch`: kThreads / 32 values in shared memory,
+// free again after the block's next barrier.
 template <int kThreads, typename V, typename Combine>
 __device__ __forceinline__ V block_reduce(V value, V identity, Combine combine, V* scratch) {
   constexpr int kWarps = kThreads / 32;

@@ -5,7 +5,7 @@
 //
 // The file is included inside the namespace with PACKOPS_LANES floats per vector and common/simd.h before it. It must not include
 // anything itself: code of the standard library compiled here would carry the wrong instructions into every other file.
-// packops::cpu_isa() names the namespace to call.
+// PACKOPS_BEST_ISA(function) is that function of the best namespace for this machine.
 #include <immintrin.h>
 
 #include <cmath>
@@ -37,6 +37,11 @@ inline CpuIsa cpu_isa() {
 }
 }  // namespace packops
 #endif
+
+#define PACKOPS_BEST_ISA(function)                                            \
+  (packops::cpu_isa() == packops::CpuIsa::avx512 ? &packops::avx512::function \
+   : packops::cpu_isa() == packops::CpuIsa::avx2 ? &packops::avx2::function   \
+                                                 : &packops::baseline::function)
 
 #define PACKOPS_LANES 4
 namespace packops::baseline {

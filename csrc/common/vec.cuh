@@ -8,6 +8,7 @@
 #include "common/dtype.h"
 
 namespace packops {
+inline namespace on_device {  // the host's functions of the same names (convert.h) are others; the emulator links both
 
 template <typename T>
 inline constexpr int kVec = 16 / int(sizeof(T));  // elements of a 16-byte vector
@@ -104,13 +105,12 @@ __device__ __forceinline__ uint32_t min2(uint32_t a, uint32_t b, half_t) {
   return reinterpret_cast<const uint32_t&>(m);
 }
 
-// Streaming: the line is not wanted again soon, so it should be the first to leave the cache.
+// Streaming: the line is not needed again soon and should be evicted first.
 __device__ __forceinline__ uint4 load_streaming(const void* p) { return __ldcs(static_cast<const uint4*>(p)); }
 __device__ __forceinline__ uint4 load_cached(const void* p) { return *static_cast<const uint4*>(p); }
 __device__ __forceinline__ void store_streaming(void* p, uint4 v) { __stcs(static_cast<uint4*>(p), v); }
 
-// Hides from the compiler that these are the bits it has seen before. Else it keeps the floats that it made of them until they are needed
-// again, twice the registers, instead of making them again.
+// Compiler barrier: forces re-unpacking later instead of keeping the floats live (twice the registers).
 __device__ __forceinline__ void forget(uint2& bits) { asm("" : "+r"(bits.x), "+r"(bits.y)); }
 __device__ __forceinline__ void forget(uint4& bits) { asm("" : "+r"(bits.x), "+r"(bits.y), "+r"(bits.z), "+r"(bits.w)); }
 
@@ -144,7 +144,7 @@ struct Vec {
   __device__ Vec() {}
   __device__ void load(const T* p) { bits = *reinterpret_cast<const Storage*>(p); }
   __device__ void store(T* p) const { *reinterpret_cast<Storage*>(p) = bits; }
-  // For what is touched once: evicted first.
+  // For data that is touched once: evicted first.
   __device__ void load_streaming(const T* p) { bits = __ldcs(reinterpret_cast<const Storage*>(p)); }
   __device__ void store_streaming(T* p) const { __stcs(reinterpret_cast<Storage*>(p), bits); }
   __device__ void to_floats(float (&x)[W]) const {
@@ -161,4 +161,5 @@ struct Vec {
   }
 };
 
+}  // namespace on_device
 }  // namespace packops

@@ -3,8 +3,9 @@
 //   PACKOPS_SCHEMAS(m) { m.def("my_op(Tensor x) -> Tensor"); }
 //   PACKOPS_KERNELS(m) { m.impl("my_op", TORCH_BOX(&packops::my_op)); }
 //
-// One function serves the CPU and, in a build with CUDA, CUDA: it looks at the device of its tensors. Fake kernels and autograd are
-// in Python (python/packops/). Public ops have plain names; those with a leading underscore are parts that Python puts together.
+// One function serves the CPU and, in a build with CUDA, CUDA: it looks at the device of its tensors. Fake kernels and autograd
+// are in Python (python/packops/). Public ops have plain names; those with a leading underscore are parts that Python puts
+// together.
 //
 // Two libraries that define the same op in one namespace end the process, so experiments are built with another
 // PACKOPS_NAMESPACE (python/packops/jit.py).

@@ -1,4 +1,5 @@
-// What the glue of rope and of qk_norm_rope share: shapes and strides of their common arguments into RopeParams, with every check.
+// What the glue of rope and of qk_norm_rope share: shapes and strides of their common arguments into RopeParams, with every
+// check.
 #pragma once
 
 #include <algorithm>
@@ -101,8 +102,8 @@ struct RopeOptions {
   bool mrope_interleaved, per_token_table, transposed;
 };
 
-// Without rotary_dim a table that fits twice into a head is read as half a table. Hugging Face's tables of partial rotary embeddings
-// hold every number twice and would be misread: raise on the host, where that shows.
+// Without rotary_dim a table that fits twice into a head is read as half a table. Hugging Face's tables of partial rotary
+// embeddings hold every number twice and would be misread: raise on the host, where that shows.
 inline void check_half_table(const char* op, const RopeParams& p) {
   const int width = p.rotary_dim / 2, half = width / 2;
   if (width % 2 != 0) return;

@@ -103,3 +103,17 @@ def raise_bad_positions(
         where = ", ".join(map(str, place))
         value = int(position_ids[place])
         raise IndexError(f"packops.{op}: position_ids[{where}] = {value} is outside the table of {table} positions")
+
+
+def raise_full_width_table(op: str, q: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
+    """ValueError for Hugging Face's table of partial rotary embeddings without ``rotary_dim``, which reads it as half a table."""
+    width = sin.shape[-1]
+    if rotary_dim is not None or 2 * width > q.shape[-1] or width % 2:
+        return
+    halves, neighbours = sin.unflatten(-1, (2, width // 2)), sin.unflatten(-1, (width // 2, 2))
+    alike = (halves[..., 0, :] == halves[..., 1, :]).all() | (neighbours[..., 0] == neighbours[..., 1]).all()
+    if alike and sin.any():
+        raise ValueError(
+            f"packops.{op}: cos and sin hold every number twice, as Hugging Face makes them for {width} rotary features: "
+            f"pass rotary_dim={width}, or else they are half a table of {2 * width} features"
+        )

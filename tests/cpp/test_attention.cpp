@@ -1,5 +1,5 @@
-// Attention within documents on the CPU against the formulas of attention.h, with a mask of all pairs of tokens, in long double; and
-// how attention.cu cuts its work.
+// Attention within documents on the CPU against the formulas of attention.h, with a mask of all pairs of tokens, in long double;
+// and how attention.cu cuts its work.
 #include "attention.h"
 
 #include <algorithm>

@@ -178,8 +178,8 @@ CASE(minus_infinity_and_huge_logits) {
   CHECK_CLOSE(problem.row_loss[1], std::log(40.0), 1e-6);  // max and sum apart: 3e38 + log 40 would lose it
 }
 
-// Beside the 1 of a confident row's target, the other classes' terms are smaller than what fp32 can add to it one by one: the error
-// must not grow with the row. 3 roundings in a group of four, 1 of the sum, and a little for the terms themselves.
+// Beside the 1 of a confident row's target, the other classes' terms are smaller than what fp32 can add to it one by one: the
+// error must not grow with the row. 3 roundings in a group of four, 1 of the sum, and a little for the terms themselves.
 CASE(confident_rows_keep_their_gradient_however_long) {
   for_each_isa([](CpuIsa isa) {
     for (int64_t vocab : {63, 1000, 5003}) {

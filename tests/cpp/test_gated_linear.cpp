@@ -1,5 +1,5 @@
-// The gate of a gated MLP on the CPU against its formula in long double, on every instruction set; and how gated_linear.cu cuts its
-// work.
+// The gate of a gated MLP on the CPU against its formula in long double, on every instruction set; and how gated_linear.cu cuts
+// its work.
 #include <algorithm>
 
 #include "gated_linear_cpu.h"

@@ -1,5 +1,5 @@
-// RMS norm + RoPE on the CPU against its formula in double precision and against differences of it, through the plain interface of
-// qk_norm_rope.h; and how qk_norm_rope.cu cuts its work.
+// RMS norm + RoPE on the CPU against its formula in double precision and against differences of it, through the plain interface
+// of qk_norm_rope.h; and how qk_norm_rope.cu cuts its work.
 #include <algorithm>
 #include <array>
 

@@ -13,33 +13,31 @@
 namespace packops {
 
 inline float flush(float x) { return std::fabs(x) < FLT_MIN ? std::copysign(0.f, x) : x; }
-inline float exp2_approx(float x) { return flush(std::exp2(x)); }
-inline float reciprocal_approx(float x) { return flush(1 / x); }
-inline float log2_approx(float x) { return std::log2(x); }
+inline float ex2_approx(float x) { return flush(std::exp2(x)); }
+inline float rcp_approx(float x) { return flush(1 / x); }
+inline float lg2_approx(float x) { return std::log2(x); }
 
 // Code for older architectures has nothing here, so its launches must not overlap.
-inline void wait_for_launch_before() {
-  emulator::fibers[emulator::current].waited_for_launch = emulator::code_architecture >= 90;
-}
+inline void griddepcontrol_wait() { emulator::fibers[emulator::current].waited_for_launch = emulator::code_architecture >= 90; }
 
-inline void named_barrier(int id, int threads) {
+inline void bar_sync(int id, int threads) {
   if (id == 0) return __syncthreads();
   emulator::wait(emulator::Waiting::for_some_of_block, uint64_t(id) << 32 | uint64_t(threads));
 }
 
 using MBarrier = uint64_t;
 
-inline void barrier_init(MBarrier* barrier, uint32_t arrivals) {
+inline void mbarrier_init(MBarrier* barrier, uint32_t arrivals) {
   emulator::needs_sm90("mbarriers");
   emulator::barriers[barrier] = {.arrivals = int(arrivals), .missing = int(arrivals)};
 }
-inline void fence_barrier_init() {}
-inline void barrier_arrive(MBarrier* barrier) { emulator::arrive(barrier); }
-inline void barrier_expect(MBarrier* barrier, uint32_t bytes) { emulator::arrive(barrier, bytes); }
-inline void barrier_wait(MBarrier* barrier, uint32_t parity) { emulator::wait_for_phase(barrier, parity); }
-inline void barrier_wait_cluster(MBarrier* barrier, uint32_t parity) { emulator::wait_for_phase(barrier, parity); }
+inline void fence_mbarrier_init() {}
+inline void mbarrier_arrive(MBarrier* barrier) { emulator::arrive(barrier); }
+inline void mbarrier_arrive_expect_tx(MBarrier* barrier, uint32_t bytes) { emulator::arrive(barrier, bytes); }
+inline void mbarrier_wait_parity(MBarrier* barrier, uint32_t parity) { emulator::wait_for_phase(barrier, parity); }
+inline void mbarrier_wait_parity_cluster(MBarrier* barrier, uint32_t parity) { emulator::wait_for_phase(barrier, parity); }
 
-inline void bulk_load(void* destination, const void* source, uint32_t bytes, MBarrier* barrier) {
+inline void cp_async_bulk(void* destination, const void* source, uint32_t bytes, MBarrier* barrier) {
   const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
   emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
   emulator::depart({static_cast<char*>(destination), static_cast<const char*>(source), {}, bytes, barrier});
@@ -59,14 +57,14 @@ inline void copy_async(void* destination, const void* source, size_t bytes) {
   std::memset(destination, 0xff, bytes);
   copies[emulator::current].push_back({destination, source, bytes, copy_groups[emulator::current]});
 }
-inline void copy16_async(void* destination, const void* source) { copy_async(destination, source, 16); }
-inline void copy16_async_or_zero(void* destination, const void* source, bool there) {
+inline void cp_async_16(void* destination, const void* source) { copy_async(destination, source, 16); }
+inline void cp_async_16_zfill(void* destination, const void* source, bool there) {
   copy_async(destination, there ? source : nullptr, 16);
 }
-inline void copy4_async_or_zero(void* destination, const void* source, bool there) {
+inline void cp_async_4_zfill(void* destination, const void* source, bool there) {
   copy_async(destination, there ? source : nullptr, 4);
 }
-inline void close_copies() { copy_groups[emulator::current]++; }
+inline void cp_async_commit_group() { copy_groups[emulator::current]++; }
 inline void land_copies_before(int group) {
   std::erase_if(copies[emulator::current], [&](const Copy& copy) {
     if (copy.group >= group) return false;
@@ -75,15 +73,15 @@ inline void land_copies_before(int group) {
     return true;
   });
 }
-inline void wait_for_copies() { land_copies_before(copy_groups[emulator::current] + 1); }
+inline void cp_async_wait_all() { land_copies_before(copy_groups[emulator::current] + 1); }
 template <int kNewest>
-void wait_for_copies_before() {
+void cp_async_wait_group() {
   land_copies_before(copy_groups[emulator::current] - kNewest);
 }
 
 // ---- Products of small matrices by a warp: lanes show each other where their operands are, and go on when all have read them.
 
-inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
+inline void ldmatrix_x4(uint32_t (&to)[4], const void* row, bool transposed) {
   emulator::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a misaligned row of a matrix");
   const emulator::Shown rows = emulator::collective(reinterpret_cast<uintptr_t>(row));
   const int lane = emulator::current % 32;
@@ -94,13 +92,13 @@ inline void load_matrices(uint32_t (&to)[4], const void* row, bool transposed) {
   }
   emulator::collective(0);
 }
-inline void load_matrices(uint32_t (&to)[4], const void* row) { load_matrices(to, row, false); }
-inline void load_matrices_transposed(uint32_t (&to)[4], const void* row) { load_matrices(to, row, true); }
+inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) { ldmatrix_x4(to, row, false); }
+inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) { ldmatrix_x4(to, row, true); }
 
 inline float element(uint16_t bits, bf16_t) { return __uint_as_float(uint32_t(bits) << 16); }
 inline float element(uint16_t bits, half_t) { return __half2float(__ushort_as_half(bits)); }
 template <typename T>
-void multiply_add(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T type) {
+void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, T type) {
   const uint32_t mine[6] = {a[0], a[1], a[2], a[3], b0, b1};
   const emulator::Shown all = emulator::collective(reinterpret_cast<uintptr_t>(mine));
   const int lane = emulator::current % 32;
@@ -122,21 +120,21 @@ inline constexpr bool kHasWgmma = true;
 inline void needs_wgmma() {
   emulator::require(emulator::code_has_wgmma && emulator::architecture == 90, "this code has no wgmma");
 }
-inline void show_to_group_products() {}
-inline void begin_group_products() { needs_wgmma(); }
-inline void close_group_products() {}
+inline void fence_proxy_async() {}
+inline void wgmma_fence() { needs_wgmma(); }
+inline void wgmma_commit_group() {}
 template <int kNewest>
-void wait_for_group_products_before() {}
+void wgmma_wait_group() {}
 template <int kColumns>
-void hold(float (&)[kColumns][4]) {}
+void wgmma_fence_operand(float (&)[kColumns][4]) {}
 
-class GroupOperand {
+class WgmmaDescriptor {
  public:
-  explicit GroupOperand(const void* tile) : tile_(reinterpret_cast<uintptr_t>(tile)) {
+  explicit WgmmaDescriptor(const void* tile) : tile_(reinterpret_cast<uintptr_t>(tile)) {
     emulator::require(tile_ % 1024 == 0, "a tile of a warp group's products that does not begin at 1024 bytes");
   }
-  GroupOperand at(int bytes) const {
-    GroupOperand other = *this;
+  WgmmaDescriptor at(int bytes) const {
+    WgmmaDescriptor other = *this;
     other.tile_ += uintptr_t(bytes);
     return other;
   }
@@ -150,7 +148,7 @@ class GroupOperand {
   uintptr_t tile_;
 };
 template <int kColumns, typename T>
-void multiply_rows_by_group(float (&s)[kColumns][4], GroupOperand a, GroupOperand b, bool add, T type) {
+void wgmma_ss(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
   emulator::collective(0);
   const int lane = emulator::current % 32, warp = emulator::current % emulator::block_threads / 32 % 4;
   for (int n = 0; n < kColumns; n++)
@@ -163,7 +161,7 @@ void multiply_rows_by_group(float (&s)[kColumns][4], GroupOperand a, GroupOperan
   emulator::collective(0);
 }
 template <typename T>
-void add_weighted_rows_by_group(float (&s)[8][4], const uint32_t (&a)[4], GroupOperand b, T type) {
+void wgmma_rs(float (&s)[8][4], const uint32_t (&a)[4], WgmmaDescriptor b, T type) {
   const emulator::Shown all = emulator::collective(reinterpret_cast<uintptr_t>(a));
   const int lane = emulator::current % 32;
   for (int i = 0; i < 4; i++)
@@ -175,10 +173,10 @@ void add_weighted_rows_by_group(float (&s)[8][4], const uint32_t (&a)[4], GroupO
   emulator::collective(0);
 }
 
-inline uint32_t cluster_rank() { return uint32_t(emulator::this_block()); }
-inline uint32_t cluster_size() { return uint32_t(emulator::blocks_together); }
+inline uint32_t cluster_ctarank() { return uint32_t(emulator::this_block()); }
+inline uint32_t cluster_nctarank() { return uint32_t(emulator::blocks_together); }
 inline void cluster_sync() { emulator::wait(emulator::Waiting::for_cluster); }
-inline void send16(void* destination, uint4 value, MBarrier* barrier, uint32_t rank) {
+inline void st_async_16(void* destination, uint4 value, MBarrier* barrier, uint32_t rank) {
   std::vector<char> data(sizeof value);
   std::memcpy(data.data(), &value, sizeof value);
   emulator::depart({emulator::in_block(static_cast<char*>(destination), int(rank)), nullptr, data, sizeof value,

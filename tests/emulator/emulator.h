@@ -1,10 +1,10 @@
-// Runs CUDA kernels, compiled as C++, on a CPU. A thread of a block is a fiber; blocks run one after the other, those of a cluster
-// together.
+// Runs CUDA kernels, compiled as C++, on a CPU. A thread of a block is a fiber; blocks run one after the other, those of a
+// cluster together.
 //
-// It looks for races by being unkind: which warp goes on is random, now and then one is held back for long, and copies and messages
-// in flight land at any time and in any order. What they will overwrite is NaN from the moment they are issued, so a reader who is
-// late, or early, sees NaN. A deadlock, a shuffle from a lane that has left, a misaligned vector, and a block that leaves copies in
-// flight behind end the program.
+// It looks for races by being unkind: which warp goes on is random, now and then one is held back for long, and copies and
+// messages in flight land at any time and in any order. What they will overwrite is NaN from the moment they are issued, so a
+// reader who is late, or early, sees NaN. A deadlock, a shuffle from a lane that has left, a misaligned vector, and a block that
+// leaves copies in flight behind end the program.
 //
 // What it cannot show: memory that is less than sequentially consistent, registers, local memory, the rounding of the approximate
 // instructions, time.
@@ -41,7 +41,13 @@ inline const std::string code = std::getenv("EMULATED_CODE") ? std::getenv("EMUL
 inline const int code_architecture = std::atoi(code.c_str());
 inline const bool code_has_wgmma = code == "90a";
 inline int cluster_launches = 0;  // so far
-inline std::mt19937 random(1);
+
+// EMULATED_SEED draws other schedules. EMULATED_LONG=1: tests repeat what depends on them, and take the combinations that they
+// otherwise take by turns.
+inline const int seed = std::getenv("EMULATED_SEED") ? std::atoi(std::getenv("EMULATED_SEED")) : 1;
+inline const bool is_long = std::getenv("EMULATED_LONG") != nullptr;
+inline int repetitions() { return is_long ? 10 : 1; }
+inline std::mt19937 random{unsigned(seed)};
 
 [[noreturn]] inline void fail(const char* what) {
   std::fprintf(stderr, "emulator: %s\n", what);
@@ -214,7 +220,9 @@ inline bool all_wait(int begin, int end, Waiting waiting) {
 
 inline bool run_warps() {
   static int held_back, for_how_long;
-  if (for_how_long-- <= 0) held_back = int(random() % (fibers.size() / 32 + 1)), for_how_long = int(random() % 60);
+  // Now and then for so long that all others come to wait for it.
+  if (for_how_long-- <= 0)
+    held_back = int(random() % (fibers.size() / 32 + 1)), for_how_long = int(random() % (random() % 4 ? 60 : 3000));
   std::vector<int> warps;
   for (int w = 0; w * 32 < int(fibers.size()); w++) warps.push_back(w);
   std::shuffle(warps.begin(), warps.end(), random);

@@ -112,7 +112,8 @@ Results<T> run(const Problem& problem, bool cuda) {
 template <typename T>
 void compare(const Problem& problem) {
   const Results<T> want = run<T>(problem, false), got = run<T>(problem, true);
-  // Weights and g are rounded to T before they are factors of a product; of the sums, whose size is that of the largest, a few units.
+  // Weights and g are rounded to T before they are factors of a product; of the sums, whose size is that of the largest, a few
+  // units.
   const double unit = std::is_same_v<T, half_t> ? 0x1p-11 : 0x1p-8;
   const auto check = [&](const char* name, const auto& a, const auto& b, double tolerance) {
     double largest = 0, worst = 0;

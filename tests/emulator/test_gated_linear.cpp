@@ -16,14 +16,15 @@ constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
                         : std::is_same_v<T, half_t> ? DType::f16
                                                     : DType::bf16;
 
-// Rows `gap` elements apart in buffers that begin `offset` elements late. wanted: of product, grad_gate, grad_up; 0: forward.
+// Rows at least `gap` elements apart, each tensor with a stride of its own, in buffers that begin `offset` elements late. wanted:
+// of product, grad_gate, grad_up; 0: forward.
 template <typename T>
 void compare(int64_t rows, int64_t columns, int64_t gap, int64_t offset, Activation activation, int wanted) {
   check::Random random{uint64_t(rows * 1000 + columns)};
-  const int64_t stride = columns + gap;
+  const int64_t stride = columns + gap, more = gap ? 8 : 0;
   std::vector<T> in[3], out[2][3];
   for (auto& x : in) {
-    x.resize(size_t(rows * stride + offset));
+    x.resize(size_t(rows * (stride + 2 * more) + offset));
     for (T& v : x) v = from_float<T>(float(3 * random.normal()));
   }
   for (size_t i = 0; i < 9 && i < in[0].size() - size_t(offset); i++) {  // where formulas like to break
@@ -34,8 +35,8 @@ void compare(int64_t rows, int64_t columns, int64_t gap, int64_t offset, Activat
     for (auto& x : out[cuda]) x.assign(size_t(rows * columns + offset), from_float<T>(77));
     GatedParams p;
     p.gate = in[0].data() + offset, p.up = in[1].data() + offset;
-    p.gate_row = p.up_row = stride;
-    if (wanted) p.grad = in[2].data() + offset, p.grad_row = stride;
+    p.gate_row = stride, p.up_row = stride + more;
+    if (wanted) p.grad = in[2].data() + offset, p.grad_row = stride + 2 * more;
     if (wanted == 0 || wanted & 1) p.product = out[cuda][0].data() + offset;
     if (wanted & 2) p.grad_gate = out[cuda][1].data() + offset;
     if (wanted & 4) p.grad_up = out[cuda][2].data() + offset;

@@ -8,16 +8,18 @@ using namespace packops;
 
 namespace {
 
-template <typename Index>
-void compare() {
-  constexpr DType kIndex = sizeof(Index) == 4 ? DType::i32 : DType::i64;
+template <typename T>
+constexpr DType kType = sizeof(T) == 4 ? DType::i32 : DType::i64;
+
+template <typename Index, typename Label>
+void compare(int64_t label_stride) {
   for (int64_t tokens : {1, 31, 256, 1000}) {
     check::Random random{uint64_t(tokens)};
     std::vector<Index> cu_seqlens = {0, 0};  // with empty documents, and padding behind the last
     while (cu_seqlens.back() + 5 < tokens)
       cu_seqlens.push_back(Index(std::min<int64_t>(tokens, cu_seqlens.back() + random.below(90))));
     const int64_t documents = int64_t(cu_seqlens.size()) - 1;
-    const PackedAxis axis = {cu_seqlens.data(), kIndex, documents, tokens};
+    const PackedAxis axis = {cu_seqlens.data(), kType<Index>, documents, tokens};
 
     std::vector<int64_t> positions[2];
     std::vector<int32_t> numbers[2];
@@ -31,10 +33,10 @@ void compare() {
     CHECK(positions[0] == positions[1]);
     CHECK(numbers[0] == numbers[1]);
 
-    std::vector<Index> labels(tokens);
-    for (Index& y : labels) y = Index(random.below(3) ? random.below(50) : -100);
+    std::vector<Label> labels(tokens * label_stride);
+    for (Label& y : labels) y = Label(random.below(3) ? random.below(50) : -100);
     for (bool shift : {false, true}) {
-      std::vector<Index> target[2];
+      std::vector<Label> target[2];
       std::vector<int64_t> counts[2];
       for (bool cuda : {false, true}) {
         target[cuda].assign(tokens, 99);
@@ -42,8 +44,8 @@ void compare() {
         LabelsParams p;
         p.axis = axis;
         p.labels = labels.data();
-        p.label_dtype = kIndex;
-        p.label_stride = 1;
+        p.label_dtype = kType<Label>;
+        p.label_stride = label_stride;
         p.shift = shift;
         p.target = target[cuda].data();
         p.counts = counts[cuda].data();
@@ -59,6 +61,8 @@ void compare() {
 }  // namespace
 
 CASE(positions_documents_and_labels) {
-  compare<int32_t>();
-  compare<int64_t>();
+  compare<int32_t, int32_t>(1);
+  compare<int32_t, int64_t>(2);
+  compare<int64_t, int32_t>(3);
+  compare<int64_t, int64_t>(1);
 }

@@ -26,6 +26,8 @@ struct Shape {
   int64_t weight_shift = 0;  // by which weights miss the alignment of a vector
 };
 
+constexpr int64_t kGradGap = 8;  // more between heads of the gradient than of x: aligned alike, not the same strides
+
 template <typename T>
 struct Side {
   std::vector<T> x, y, g, dx, weight;
@@ -34,7 +36,7 @@ struct Side {
   Side(const Shape& s, int64_t heads, check::Random& random)
       : x(size_t(s.tokens * heads * (s.head_dim + s.gap))),
         y(x.size(), from_float<T>(7)),
-        g(x.size()),
+        g(size_t(s.tokens * heads * (s.head_dim + s.gap + kGradGap))),
         dx(y),
         weight(size_t(s.across_heads ? heads * s.head_dim : s.head_dim)),
         weight_grad(weight.size(), 7) {
@@ -100,7 +102,7 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
     for (bool backward : {false, true}) {
       Side<T>*q = &results[cuda][0], *k = &results[cuda][1];
       const auto heads = [&](int64_t count, T* in, T* out) {
-        const int64_t head = s.head_dim + s.gap, token = count * head;
+        const int64_t head = s.head_dim + s.gap + (out ? 0 : kGradGap), token = count * head;
         return RopeHeads{in, out, count, s.tokens * token, token, head, s.tokens * token, token, head};
       };
       r.transposed = backward;
@@ -166,8 +168,8 @@ CASE(several_heads_per_thread) {
 }
 
 CASE(positions_outside_the_table) {
-  // One token in the table, one that is not, for a kernel of one warp's heads and a wide one. Rotated features are NaN, the others as
-  // they would be; backward, no rotated gradient comes through, NaN included.
+  // One token in the table, one that is not, for a kernel of one warp's heads and a wide one. Rotated features are NaN, the
+  // others as they would be; backward, no rotated gradient comes through, NaN included.
   for (int head_dim : {16, 320}) {
     const size_t size = size_t(2 * head_dim);
     std::vector<float> x(size, 1), y(size), dx(size), g(size, NAN), weight(size_t(head_dim), 1), weight_grad(weight), partial;

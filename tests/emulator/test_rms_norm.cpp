@@ -23,16 +23,16 @@ void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, dou
     for (T& v : x) v = from_float<T>(float(size * random.normal()));
     return x;
   };
-  const std::vector<T> x = draw(rows * (columns + gap)), grad = draw(rows * (columns + gap)), weight = draw(columns);
+  const std::vector<T> x = draw(rows * (columns + gap)), grad = draw(rows * (columns + 2 * gap)), weight = draw(columns);
   for (bool backward : {false, true}) {
     std::vector<T> out[2], weight_grad[2];
     for (bool cuda : {false, true}) {
       out[cuda].assign(size_t(rows * columns), from_float<T>(77)), weight_grad[cuda].assign(size_t(columns), from_float<T>(77));
       RmsNormParams p;
-      p.x = x.data(), p.x_row = p.grad_row = columns + gap, p.weight = weight.data(), p.out = out[cuda].data();
+      p.x = x.data(), p.x_row = columns + gap, p.grad_row = columns + 2 * gap, p.weight = weight.data(), p.out = out[cuda].data();
       p.rows = rows, p.columns = columns, p.dtype = kType<T>, p.zero_centered = zero_centered;
       if (backward) p.grad = grad.data(), p.weight_grad = weight_grad[cuda].data();
-      if (cuda) rms_norm_cuda_partials(p);
+      if (cuda) CHECK_EQ(rms_norm_cuda_partials(p), cudaSuccess);
       else p.partials = rms_norm_cpu_shares(p);
       std::vector<float> partial(size_t(p.partials * columns), NAN);
       p.partial = partial.data();

@@ -336,7 +336,8 @@ def cross_entropy(
         num_items: replaces the local denominator (tokens for "mean", documents for the two others) by a global count over
             micro-batches and ranks: a number, or a one-element tensor of any numeric dtype on the device or the host.
         ignore_index: this label does not count.
-        token_weight: (...) float per token.
+        token_weight: (...) float per token. A token of weight 0 is not counted and its row is not read, as if its label were
+            ``ignore_index``.
         class_weight: (V,) float per class.
         inplace: overwrite the logits with their gradient: O(rows) extra memory. The logits must not be a leaf.
         return_stats: also return :class:`CrossEntropyStats`.

@@ -103,6 +103,7 @@ def apply_qk_norm_rope(
     """
     if q.is_cuda and not is_compiling() and _checks.enabled():
         _checks.raise_bad_positions("qk_norm_rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
+        _checks.raise_full_width_table("qk_norm_rope", q, sin, rotary_dim)
     tensors = (q, k, q_weight, k_weight, cos, sin, position_ids, cu_seqlens)
     rotation = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
     return cast(tuple[Tensor, Tensor | None], _OP(tensors, (eps, zero_centered, *rotation)))

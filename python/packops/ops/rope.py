@@ -208,8 +208,9 @@ def apply_rope(
         q: ``(T, heads, head_dim)``, or 4-D, see ``layout``; bf16, fp16, fp32 (fp64 on the CPU). Any strides with contiguous
             features: transposed views and slices of a fused qkv tensor are read where they lie.
         k: like q with its own number of heads, or None.
-        cos, sin: the table, ``(positions, rotary_dim / 2)`` as :func:`rope_table` makes it, or ``(positions, rotary_dim)`` with
-            both halves alike as Hugging Face makes it; any float dtype.
+        cos, sin: the table, ``(positions, rotary_dim / 2)`` as :func:`rope_table` makes it, or full-width, ``(positions,
+            rotary_dim)``, as Hugging Face makes it: column j belongs to feature j, so both halves are alike, or with
+            ``interleaved`` neighbours (Cohere, GLM, ERNIE). Any float dtype.
         position_ids: int32 or int64, one per token: ``(T,)``, ``(B, S)`` or ``(1, S)``; ``(3, ...)`` of these with
             ``mrope_section``.
         cu_seqlens: ``(documents + 1,)`` int32 or int64. Positions restart at each document, counted over flattened tokens;
@@ -218,8 +219,9 @@ def apply_rope(
         layout: ``"thd"`` for 3-D input; ``"bshd"`` (the default) or ``"bhsd"`` for 4-D input.
         interleaved: pairs are features ``(2i, 2i+1)`` (GPT-J, Meta), not ``(i, i + rotary_dim/2)`` (Hugging Face, GPT-NeoX).
         rotary_dim: how many features of a head turn; the others pass through bit for bit. None: twice the width of ``cos``, or
-            its width where twice that is more than a head. A table with both halves alike that is narrower than a head (partial
-            rotary in Hugging Face) therefore needs ``rotary_dim=cos.shape[-1]``.
+            its width where twice that is more than a head. A full-width table of at most half a head (partial rotary in Hugging
+            Face) therefore needs ``rotary_dim=cos.shape[-1]``. Without it, it raises a ValueError on the CPU, where the table can
+            be read, and with :func:`packops.checks`; on CUDA it is taken for half a table.
         rotary_offset: first feature that turns: 0 for the leading part, ``head_dim - rotary_dim`` for the trailing part (MLA).
         mrope_section: three numbers of pairs that add up to ``rotary_dim / 2``: which of the three ``position_ids`` turns them,
             in contiguous blocks (Qwen2-VL); with ``mrope_interleaved`` axis 1 takes pairs 1, 4, 7, ... below
@@ -255,6 +257,7 @@ def apply_rope(
     options = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
     if q.is_cuda and _checks.enabled():
         _checks.raise_bad_positions("rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
+        _checks.raise_full_width_table("rope", q, sin, rotary_dim)
     try:
         if inplace:
             rotate_in_place(_ROPE, _ROPE_IN_PLACE, q, k, tables, options)
