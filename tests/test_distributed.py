@@ -16,7 +16,7 @@ import packops
 import packops.hf
 from cuda_streams import capture, no_host_sync
 from packops import PackedBatch, PackedBatchSampler, PackingCollator, reference
-from packops.ops import linear_ce_loss
+from packops.ops import lm_head
 from ranks import fabrics, run_ranks, this_device
 from test_ce_loss import EPS, OPTIONS, assert_close, options_on, problem
 
@@ -273,7 +273,7 @@ def linear_form(world):
     # Ranks of unequal width go through chunks of equal length, or they would wait for each other: their own widths would make
     # these chunks of 8 and of 4 rows.
     hidden, weight = full["hidden"].float(), full["weight"][here].float()
-    with mock.patch.multiple(linear_ce_loss, MIN_ROWS=4, LOGITS_SHARE=0.408):
+    with mock.patch.multiple(lm_head, MIN_ROWS=4, LOGITS_SHARE=0.408):
         packops.vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard_sizes=sizes)
 
     # Frozen halves; under autocast; without a gradient.

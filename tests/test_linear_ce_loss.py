@@ -16,7 +16,7 @@ from cuda_streams import capture, no_host_sync
 from device_memory import peak_memory
 from packops import reference
 from packops.ops import linear_ce_loss
-from packops.ops.linear_ce_loss import MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
+from packops.ops.lm_head import CPU_BLOCKS, MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
 from ranks import run_ranks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -334,6 +334,88 @@ def test_num_valid_of_a_packed_batch(device):
     torch.testing.assert_close(token[0].double(), torch.cat(alone), rtol=1e-5, atol=1e-5)
 
 
+# ------------------------------------------------------------------------------------------------- fp32 logits, and statistics
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_fp32_logits(device, dtype, options):
+    """The loss of 16-bit parameters to 2e-6, where logits in their dtype are off by a thousand times that; gradients no worse."""
+    hidden, weight, bias, labels = problem(device, dtype, shape=(40,), hidden_size=64, vocab=500, ignored=(3,))
+    with torch.no_grad():
+        weight *= 3
+    arguments = {"bias": bias, "chunk_tokens": 16, **options_on(options, 500, device)}
+    exact_leaves = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    given = {k: v for k, v in arguments.items() if k not in ("bias", "chunk_tokens")}
+    exact = reference.linear_cross_entropy(*exact_leaves[:2], labels, bias=exact_leaves[2], reduction="none", **given)
+    exacts = gradients(exact.sum(), None, *exact_leaves)
+    errors = []
+    for logits_dtype in (torch.float32, None):
+        loss = packops.linear_cross_entropy(hidden, weight, labels, reduction="none", logits_dtype=logits_dtype, **arguments)
+        grads = gradients(loss.sum(), None, hidden, weight, bias)
+        errors.append([rms(loss - exact), *(rms(a.double() - b) for a, b in zip(grads, exacts, strict=True))])
+    wide, narrow = errors
+    assert wide[0] <= 2e-6 * (1 + exact.abs().max())
+    if device.type == "cpu":  # the product with the loss in its epilogue rounds no logits either
+        assert narrow[0] > 50 * wide[0]
+    for a, b, size in zip(wide[1:], narrow[1:], map(rms, exacts), strict=True):
+        assert a <= 1.02 * b
+        assert a <= 0.6 * EPS[dtype] * size
+
+
+def test_fp32_logits_of_what_is_wide_already(device):
+    hidden, weight, _, labels = problem(device, bias=False)
+    expected = packops.linear_cross_entropy(hidden, weight, labels)
+    assert torch.equal(packops.linear_cross_entropy(hidden, weight, labels, logits_dtype=torch.float32), expected)
+    for bad in (torch.bfloat16, torch.float64):
+        with pytest.raises(ValueError, match=r"logits_dtype must be None, torch.float32 or hidden's dtype torch.float32, got"):
+            packops.linear_cross_entropy(hidden, weight, labels, logits_dtype=bad)
+
+
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+@pytest.mark.parametrize("num_valid", [None, 15, 17])
+@pytest.mark.parametrize("grad", [False, True])
+def test_statistics(device, reduction, num_valid, grad):
+    """Those of ``cross_entropy``, from several chunks, with rows that do not count and documents without a row."""
+    hidden, weight, bias, labels = problem(device, shape=(2, 13), ignored=(3, 14))
+    arguments = {
+        "cu_seqlens": torch.tensor([0, 4, 4, 5, 12, 21], device=device),
+        "shift": True,
+        "reduction": reduction,
+        "token_weight": torch.rand(2, 13, device=device) + 0.1,
+        "class_weight": torch.rand(67, device=device) + 0.1,
+        "logit_scale": 1.3,
+    }
+    if not grad:
+        hidden, weight, bias = (x.detach() for x in (hidden, weight, bias))
+    logits = F.linear(hidden.detach(), weight.detach(), bias.detach())
+    expected_loss, expected = packops.cross_entropy(logits, labels, return_stats=True, **arguments)
+    loss, stats = packops.linear_cross_entropy(
+        hidden, weight, labels, bias=bias, num_valid=num_valid, chunk_tokens=7, return_stats=True, **arguments
+    )
+    torch.testing.assert_close(loss.detach(), expected_loss)
+    for name, a, b in zip(stats._fields, stats, expected, strict=True):
+        assert not a.requires_grad
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+    if grad:
+        plain = packops.linear_cross_entropy(hidden, weight, labels, bias=bias, num_valid=num_valid, chunk_tokens=7, **arguments)
+        pairs = (gradients(x.sum(), None, hidden, weight, bias) for x in (loss, plain))
+        for a, b in zip(*pairs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # other kernels may serve it on CUDA
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 4), (2, 0), (1,), (), (3, 5)])
+def test_statistics_of_batches(device, shape):
+    hidden, weight, bias, labels = problem(device, shape=shape)
+    logits = F.linear(hidden.detach(), weight.detach(), bias.detach())
+    _, expected = packops.cross_entropy(logits, labels, return_stats=True)
+    _, stats = packops.linear_cross_entropy(hidden, weight, labels, bias=bias, return_stats=True)
+    for a, b in zip(stats, expected, strict=True):
+        assert a.shape == b.shape
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
 # ---------------------------------------------------------------------------------------------------- accumulation, memory, work
 
 
@@ -477,7 +559,7 @@ def test_peak_memory_on_the_cpu(dtype, hidden_size, vocab):
     logits, parameters = tokens * vocab * size, (vocab + tokens) * hidden_size
     per_chunk, accumulators, few = chunk * (vocab + hidden_size) * size, 4 * parameters, 32 * tokens
     if dtype == torch.bfloat16:
-        widened = 4 * (chunk * hidden_size + -(-vocab // linear_ce_loss.CPU_BLOCKS) * (chunk + hidden_size))
+        widened = 4 * (chunk * hidden_size + -(-vocab // CPU_BLOCKS) * (chunk + hidden_size))
         per_chunk, few = per_chunk + widened, few + per_chunk // 20 + vocab * hidden_size * size
 
     def step(loss):
@@ -620,11 +702,12 @@ def test_opcheck(device, options):
     ops = torch.ops.packops
     exact = {"atol": 1e-2, "rtol": 1e-2} if dtype != torch.float32 else {}
     torch.library.opcheck(ops.linear_cross_entropy.default, (hidden, weight, labels), arguments, **exact)
+    torch.library.opcheck(ops.linear_cross_entropy_stats.default, (hidden, weight, labels), arguments, **exact)
     plain = [x.detach() for x in (hidden, weight)]
     arguments["bias"] = bias.detach()
     wants = {"grad_hidden": True, "grad_weight": True, "grad_bias": False}
     torch.library.opcheck(ops._linear_cross_entropy_forward.default, (*plain, labels), {**arguments, **wants})
-    loss, *_, target, scale = ops._linear_cross_entropy_forward(*plain, labels, **arguments)
+    loss, *_, target, scale, _, _, _, _ = ops._linear_cross_entropy_forward(*plain, labels, **arguments)
     names = (*linear_ce_loss.MATHS, "bias", "num_valid", "chunk_tokens")
     if loss.dim():
         torch.library.opcheck(

@@ -120,11 +120,11 @@ def test_without_entropy(device):
     whole = packops.linear_log_probs(hidden, weight, labels, bias=bias)
     ours = packops.linear_log_probs(hidden, weight, labels, bias=bias, entropy=False)
     assert ours.entropy is None
-    assert torch.equal(ours.log_probs, whole.log_probs)
-    assert torch.equal(ours.lse, whole.lse)
+    torch.testing.assert_close(ours.log_probs, whole.log_probs, rtol=1e-6, atol=1e-6)  # other kernels may serve it on CUDA
+    torch.testing.assert_close(ours.lse, whole.lse, rtol=1e-6, atol=1e-6)
     g = torch.randn(26, device=device)
     for a, b in zip(*(torch.autograd.grad(x.log_probs, (hidden, weight, bias), g) for x in (ours, whole)), strict=True):
-        assert torch.equal(a, b)
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 def test_logits_are_not_rounded(device):
@@ -164,9 +164,10 @@ def test_confident_and_huge_rows(device, dtype):
 
 
 @pytest.mark.parametrize("names", [("log_probs",), EVERYTHING])
-def test_classes_of_minus_infinity(device, names):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_classes_of_minus_infinity(device, names, dtype):
     """A vocabulary of which some classes are switched off: their probability is 0 and 0 log 0 is 0."""
-    hidden, weight, bias, labels = problem(device)
+    hidden, weight, bias, labels = problem(device, dtype)
     with torch.no_grad():
         bias[40:] = -math.inf
     labels = labels % 40
@@ -178,7 +179,11 @@ def test_classes_of_minus_infinity(device, names):
     for found, expected in zip(torch.autograd.grad(weighted(ours, weights), (hidden, weight, bias)), exact_grads, strict=True):
         found = found if found.shape == expected.shape else found[:40]
         assert found.isfinite().all()
-        assert rms(found.double() - expected) <= 1e-6 * rms(expected)
+        assert rms(found.double() - expected) <= (1e-6 if dtype == torch.float32 else 0.6 * EPS[dtype]) * rms(expected)
+    labels[0] = 41
+    log_probs = packops.linear_log_probs(hidden, weight, labels, bias=bias).log_probs
+    assert log_probs[0] == -math.inf
+    assert log_probs[1:].isfinite().all()
 
 
 @pytest.mark.parametrize("num_valid", [None, 6, 7])
@@ -292,7 +297,7 @@ def test_no_memory_grows_with_tokens_times_vocabulary(dtype):
 
 def test_chunk_sizes():
     """Rows of fp32 logits take twice the memory, and their 16-bit gradient more."""
-    loss = module.linear.choose_chunk_tokens(16384, 4096, 128256)
+    loss = module.lm_head.choose_chunk_tokens(16384, 4096, 128256)
     assert module.choose_chunk_tokens(16384, 4096, 128256, torch.float32) == loss == 4096
     assert module.choose_chunk_tokens(16384, 4096, 128256, torch.bfloat16) == 1024
     assert module.choose_chunk_tokens(100, 64, 1000, torch.bfloat16) == 100

@@ -71,6 +71,8 @@ def check_linear_and_sharded_losses() -> None:
     for reduction in reference.REDUCTIONS:
         want = reference.linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction, **options)
         inputs = [hidden, weight, bias]
+        stats = ops.linear_cross_entropy_stats(hidden, weight, labels, bias=bias, reduction=reduction, **options)
+        same(stats[0], want, inputs)
         for function in (packops.linear_cross_entropy, ops.linear_cross_entropy):
             same(function(hidden, weight, labels, bias=bias, reduction=reduction, **options), want, inputs)
         sharded = packops.vocab_parallel_linear_cross_entropy

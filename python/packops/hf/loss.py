@@ -14,7 +14,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from functools import cache
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +96,7 @@ class CausalLMLoss:
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight = hidden.to(dtype), weight.to(dtype)
             bias = None if bias is None else bias.to(dtype)
-        return packops.linear_cross_entropy(
+        loss = packops.linear_cross_entropy(
             hidden,
             weight,
             bias=bias,
@@ -105,6 +105,7 @@ class CausalLMLoss:
             num_valid=kwargs.get("num_valid"),
             **options,
         )
+        return cast(Tensor, loss)
 
     def _options(
         self,

@@ -368,7 +368,7 @@ def cross_entropy(
         if not return_stats:
             return torch.ops.packops.cross_entropy(logits, labels, **options)
         loss, *state = torch.ops.packops.cross_entropy_stats(logits, labels, **options)
-        return loss, _stats(labels.shape, *state)
+        return loss, stats_of(labels.shape, *state)
     needs_grad = torch.is_grad_enabled() and logits.requires_grad
     if inplace and needs_grad:
         check_may_overwrite(logits, "cross_entropy")
@@ -383,10 +383,10 @@ def cross_entropy(
         _checks.raise_bad_rows(
             labels, cu_seqlens, state[1][TARGET], shift=shift, ignore_index=ignore_index, vocab=logits.shape[-1]
         )
-    return (loss, _stats(labels.shape, *state)) if return_stats else loss
+    return (loss, stats_of(labels.shape, *state)) if return_stats else loss
 
 
-def _stats(shape: torch.Size, floats: Tensor, ints: Tensor, counts: Tensor, sequence_loss: Tensor) -> CrossEntropyStats:
+def stats_of(shape: torch.Size, floats: Tensor, ints: Tensor, counts: Tensor, sequence_loss: Tensor) -> CrossEntropyStats:
     target, prediction = ints[TARGET], ints[PREDICTION]
     counted = target >= 0
     lse = torch.where(counted, floats[MAX] + floats[SUM].log(), 0.0)

@@ -26,42 +26,32 @@ from torch import Tensor
 from .. import _checks
 from .._errors import raise_typed
 from .ce_loss import DEFAULTS as CE_DEFAULTS
-from .ce_loss import MATHS, Reduction, as_num_items, graph_is_kept
+from .ce_loss import ENTROPY, LOSS, MATHS, PREDICTION, CrossEntropyStats, Reduction, as_num_items, graph_is_kept, stats_of
+from .ce_loss import stats_like as ce_stats_like
+from .document_sums import document_sums
+from .lm_head import (
+    CPU_BLOCKS,
+    IGNORED,
+    Product,
+    Wanted,
+    accumulator_dtype,
+    choose_chunk_tokens,
+    hidden_rows,
+    implement_autocast,
+    logits_buffer,
+    make_logits,
+    multiply,
+    row_chunks,
+    take,
+    wanted_of,
+)
 from .op import library
 
 __all__ = ["linear_cross_entropy"]
 
 OP = "linear_cross_entropy"
-CHUNKS = ("num_valid", "chunk_tokens", "accum_dtype")
-IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 0 is a row without a gradient.
-
-LOGITS_SHARE = 0.35  # of the memory that all logits would take
-MIN_ROWS = 1024  # below, a product of a chunk is bound by reading and writing the (V, H) matrices, not by the matrix units
-MAX_ROWS = 4096  # above, a larger chunk saves a few percent at most
-COLUMN_MULTIPLE = 64  # of the tiles of matrix products
-CPU_BLOCKS = 32  # pieces of the vocabulary in which the CPU widens 16-bit operands
-
-
-def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid: int | None = None, copies: int = 1) -> int:
-    """Rows of a chunk: all, where they fit, or else a power of two.
-
-    A chunk of c rows takes ``c (V + H)`` elements of the hidden states' dtype: its logits, which become their own gradient, and a
-    copy of its hidden rows without what does not count; ``c (copies V + H)`` where the logits are wider than that. Compacted rows
-    (``num_valid``) take another c H in fp32. This may be ``LOGITS_SHARE`` of the memory of all logits, but always
-    ``MIN_ROWS`` rows and never more than ``MAX_ROWS``. (Below ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS``
-    decides and the share is larger.)
-
-    A power of two, because a chunk's gradient of the hidden states has few tiles, about ``(c / 128) (H / 256)``: where these do
-    not come out even over the multiprocessors, most of the device waits for the last ones. A last chunk that is shorter lacks
-    work as it lacks rows, so chunks of even size would gain nothing. docs/design.md has the figures.
-
-    Not in this: the gradients and their accumulators, ``4 V H`` bytes for the weight and ``4 T H`` for the hidden states (half
-    with ``accum_dtype=torch.bfloat16``; where the parameters are fp32 the accumulators become the gradients).
-    """
-    rows = tokens if num_valid is None else num_valid
-    row = copies * vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
-    most = min(max(int(LOGITS_SHARE * tokens * vocab / max(row, 1)), MIN_ROWS), MAX_ROWS)
-    return max(rows, 1) if rows <= most else 1 << (most.bit_length() - 1)
+BAD_LABEL = _checks.BAD_LABEL
+CHUNKS = ("num_valid", "chunk_tokens", "accum_dtype", "logits_dtype")
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:
@@ -71,30 +61,23 @@ def raw_ops(namespace: str) -> SimpleNamespace:
         prepare=ops._cross_entropy_prepare.default,
         loss=ops._cross_entropy_forward.default,
         loss_and_gradient_=ops._cross_entropy_forward_.default,
+        product=Product(namespace),
     )
 
 
-class Wanted(NamedTuple):
-    """Which gradients to make."""
-
-    hidden: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
 class Chunked(NamedTuple):
-    losses: Tensor  #: (T,), 0 for rows that were left out
+    rows: tuple[Tensor, ...]  #: what the loss of a chunk returns, for all T rows; 0 for rows that were left out
     grad_hidden: Tensor | None  #: (T, H), all three in the accumulators' dtype; None where not wanted
     grad_weight: Tensor | None  #: (V, H)
     grad_bias: Tensor | None  #: (V,)
 
 
-#: (logits (c, V), target (c,), scale (c,)) -> (c,) losses times scale; replaces the logits by their gradient if any is wanted.
-ChunkLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: (logits (c, V), target (c,), scale (c,)) -> losses (c,) times scale, and other tensors (..., c); replaces the logits by their
+#: gradient if any is wanted.
+ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 
-
-def accumulator_dtype(dtype: torch.dtype, accum_dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else accum_dtype
+#: (hidden (c, H), target (c,), scale (c,)) -> losses (c,) times scale, where no gradient is wanted: no logits leave the product.
+ProductLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def run_chunks(
@@ -109,82 +92,60 @@ def run_chunks(
     num_valid: int | None = None,
     chunk_tokens: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
+    with_stats: bool = False,
+    product_loss: ProductLoss | None = None,
 ) -> Chunked:
     """The loop: losses of all rows, each times its scale, and the gradients of their sum.
 
-    hidden (T, H), weight (V, H), bias (V,) or None; target (T,) and scale (T,) as ``_cross_entropy_prepare`` makes them.
+    hidden (T, H), weight (V, H), bias (V,) or None; target (T,) and scale (T,) as ``_cross_entropy_prepare`` makes them. With
+    ``product_loss`` there are no logits, and ``chunk_loss`` is not called.
     """
     (tokens, hidden_size), vocab = hidden.shape, weight.shape[0]
-    order = None
-    if num_valid is not None and num_valid < tokens:  # the rows that count come first; the rest is never touched
-        order = (target == IGNORED).to(torch.uint8).argsort(stable=True)[:num_valid]
-    rows = tokens if order is None else order.shape[0]
-    if chunk_tokens is None:
-        chunk_tokens = choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=None if order is None else rows)
+    compacted = num_valid is not None and num_valid < tokens
+    rows = num_valid if num_valid is not None and compacted else tokens
+    logits_dtype = logits_dtype or hidden.dtype
+    if chunk_tokens is None and product_loss is not None:
+        chunk_tokens = Product.ROWS
+    elif chunk_tokens is None:
+        copies = 1 if logits_dtype == hidden.dtype else 3  # wider logits, and their gradient
+        chunk_tokens = choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=rows if compacted else None, copies=copies)
 
     dtype, device = accumulator_dtype(hidden.dtype, accum_dtype), hidden.device
-    per_row = torch.empty if order is None else torch.zeros  # not every row is written
-    losses = per_row((tokens,), dtype=scale.dtype, device=device)
+    per_row = torch.zeros if compacted else torch.empty  # not every row is written
+    kinds = [((), scale.dtype), *([((ENTROPY + 1,), scale.dtype), ((PREDICTION + 1,), torch.int32)] if with_stats else [])]
+    results = tuple(per_row((*shape, tokens), dtype=kind, device=device) for shape, kind in kinds)
     grad_hidden = per_row((tokens, hidden_size), dtype=dtype, device=device) if wanted.hidden else None
     grad_weight = (
         (torch.empty if rows else torch.zeros)((vocab, hidden_size), dtype=dtype, device=device) if wanted.weight else None
     )
     grad_bias = torch.zeros((vocab,), dtype=dtype, device=device) if wanted.bias else None
 
-    buffer = logits_buffer(hidden, min(chunk_tokens, rows), vocab, hidden.dtype)
-    for begin in range(0, rows, chunk_tokens):
-        here = slice(begin, min(begin + chunk_tokens, rows))
-        logits = buffer[: here.stop - begin]
-        # A row without a gradient may hold anything, and 0 * NaN in the weight's gradient would be NaN.
-        if order is None:
-            y, s = target[here], scale[here]
-            h = hidden[here].masked_fill((y < 0)[:, None], 0)
-        else:
-            at = order[here]
-            y, s = target.index_select(0, at), scale.index_select(0, at)
-            h = hidden.index_select(0, at).masked_fill_((y < 0)[:, None], 0)
+    buffer = None if product_loss is not None else logits_buffer(hidden, min(chunk_tokens, rows), vocab, logits_dtype)
+    for number, here in enumerate(row_chunks(target, num_valid, chunk_tokens)):
+        h, y = hidden_rows(hidden, target, here)
+        s = take(scale, here)
+        made: tuple[Tensor, ...]
+        if buffer is None:
+            assert product_loss is not None
+            results[0][here] = product_loss(h, y, s)
+            continue
+        logits = buffer[: len(y)]
         make_logits(h, weight, bias, out=logits)
-        loss = chunk_loss(logits, y, s)
-        if order is None:
-            losses[here] = loss
-            part = None if grad_hidden is None else grad_hidden[here]
-            multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
-        else:
-            losses.index_copy_(0, at, loss)
-            part = None if grad_hidden is None else torch.empty_like(h, dtype=dtype)
-            multiply(logits, h, weight, part, grad_weight, grad_bias, first=begin == 0)
-            if grad_hidden is not None and part is not None:
-                grad_hidden.index_copy_(0, at, part)
+        made = chunk_loss(logits, y, s)
+        for whole, piece in zip(results, made, strict=True):
+            whole[..., here] = piece
+        if h.is_cuda and any(wanted):
+            logits = logits.to(h.dtype)  # matrix units take two operands of one dtype
+        in_place = grad_hidden is not None and isinstance(here, slice)
+        part = None
+        if grad_hidden is not None:
+            part = grad_hidden[here] if in_place else torch.empty_like(h, dtype=dtype)
+        multiply(logits, h, weight, part, grad_weight, grad_bias, first=number == 0)
+        if grad_hidden is not None and part is not None and not in_place:
+            grad_hidden[here] = part
         del h, part  # before the next chunk's are made
-    return Chunked(losses, grad_hidden, grad_weight, grad_bias)
-
-
-def logits_buffer(hidden: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Memory for the logits of a chunk. Rows of an odd vocabulary would begin anywhere; here they begin where vector loads and
-    products want them."""
-    width = vocab if vocab % 8 == 0 else -(-vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
-    buffer = hidden.new_empty((rows, width), dtype=dtype)
-    buffer[:, vocab:].zero_()  # products read whole vectors
-    return buffer[:, :vocab]
-
-
-def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden @ weight.T + bias, in the dtype of ``out``: that of the operands or, for 16-bit operands, fp32."""
-    if out.dtype == hidden.dtype:
-        if bias is None:
-            torch.mm(hidden, weight.t(), out=out)
-        else:
-            torch.addmm(bias, hidden, weight.t(), out=out)
-        return
-    if hidden.is_cuda:
-        torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
-    else:  # whose products cannot write a wider dtype than they read: a block of the vocabulary at a time
-        hidden = hidden.to(out.dtype)
-        columns = -(-weight.shape[0] // CPU_BLOCKS)
-        for block, rows in zip(out.split(columns, dim=1), weight.split(columns), strict=True):
-            torch.mm(hidden, rows.to(out.dtype).t(), out=block)
-    if bias is not None:
-        out += bias
+    return Chunked(results, grad_hidden, grad_weight, grad_bias)
 
 
 def losses_and_gradients(
@@ -196,21 +157,38 @@ def losses_and_gradients(
     scale: Tensor,
     maths: dict[str, Any],
     wanted: Wanted,
+    *,
+    with_stats: bool = False,
     **chunks: Any,
 ) -> tuple[Chunked, Tensor | None]:
     """:func:`run_chunks` with the cross-entropy kernel, and the unit of its gradients (None: 1)."""
     if maths["class_weight"] is not None:
         maths = {**maths, "class_weight": maths["class_weight"].float()}  # once, not in every chunk
     kernel = ops.loss_and_gradient_ if any(wanted) else ops.loss
+    stats = {"with_stats": True} if with_stats else {}
+    product: Product | None = getattr(ops, "product", None)  # a shard has none
+    if any(wanted) or with_stats or maths["label_smoothing"] or maths["z_loss"] or chunks.get("logits_dtype") != torch.float32:
+        product = None  # which has fp32 logits and makes no gradient of the loss
+    by_product = product is not None and product.fits(hidden, weight)
+    flat_bias = None if bias is None else bias.contiguous()
 
-    def chunk_loss(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        return kernel(logits, y, reduction="none", ignore_index=IGNORED, token_weight=s, **maths)[0]
+    def chunk_loss(logits: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, ...]:
+        loss, *found = kernel(logits, y, reduction="none", ignore_index=IGNORED, token_weight=s, **maths, **stats)
+        return (loss, *found[-4:-2]) if with_stats else (loss,)
 
-    def chunk_loss_fp64(logits: Tensor, y: Tensor, s: Tensor) -> Tensor:  # the kernel's token weights are fp32
-        loss = kernel(logits, y, reduction="none", ignore_index=IGNORED, **maths)[0]
+    def chunk_loss_fp64(logits: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, ...]:  # the kernel's token weights are fp32
+        loss, *found = kernel(logits, y, reduction="none", ignore_index=IGNORED, **maths, **stats)
         s = s.masked_fill(y < 0, 0)
         logits *= s[:, None]
-        return loss * s
+        return (loss * s, *found[-4:-2]) if with_stats else (loss * s,)
+
+    def product_loss(h: Tensor, y: Tensor, s: Tensor) -> Tensor:
+        assert product is not None
+        if maths["class_weight"] is not None:
+            s = s * maths["class_weight"][y.clamp(min=0)]
+        counted = (y >= 0) & (s != 0)
+        log_prob = product.statistics(h, weight, flat_bias, y, maths["logit_scale"], maths["softcap"], False)[0]
+        return torch.where(counted, -log_prob * s, 0).masked_fill_(y == BAD_LABEL, torch.nan)
 
     unit = _unit(target, scale, maths) if any(wanted) and hidden.dtype == torch.float16 else None
     result = run_chunks(
@@ -221,9 +199,14 @@ def losses_and_gradients(
         target,
         scale if unit is None else scale / unit,
         wanted,
+        with_stats=with_stats,
+        product_loss=product_loss if by_product else None,
         **chunks,
     )
-    return (result if unit is None else result._replace(losses=result.losses * unit)), unit
+    if unit is not None:
+        losses, *others = result.rows
+        result = result._replace(rows=(losses * unit, *others))
+    return result, unit
 
 
 def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
@@ -237,68 +220,9 @@ def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
     return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
 
 
-def multiply(
-    grad_logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    first: bool,
-) -> None:
-    """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += grad_logits.sum(0); at `first`, the
-    weight's is set."""
-    made = next((g for g in (grad_hidden, grad_weight, grad_bias) if g is not None), None)
-    if made is None:
-        return
-    wide = made.dtype
-    if wide != hidden.dtype and not hidden.is_cuda:
-        return _multiply_widened(grad_logits, hidden, weight, grad_hidden, grad_weight, grad_bias, wide, first)
-    if grad_hidden is not None:
-        _product(grad_hidden, grad_logits, weight, add=False)
-    if grad_weight is not None:
-        _product(grad_weight, grad_logits.t(), hidden, add=not first)
-    if grad_bias is not None:
-        grad_bias += grad_logits.sum(0, dtype=wide)
-
-
-def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out (+)= a @ b, accumulated in the dtype of `out` by the product itself."""
-    if out.dtype == a.dtype:
-        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
-    elif add:
-        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
-    else:
-        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
-
-
-def _multiply_widened(
-    grad_logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    wide: torch.dtype,
-    first: bool,
-) -> None:
-    """The same on the CPU, whose products cannot write a wider dtype than they read: a block of the vocabulary at a time."""
-    hidden = hidden.to(wide)
-    vocab = weight.shape[0]
-    columns = -(-vocab // CPU_BLOCKS)
-    for begin in range(0, vocab, columns):
-        block = slice(begin, min(begin + columns, vocab))
-        g = grad_logits[:, block].to(wide)
-        if grad_hidden is not None:
-            _product(grad_hidden, g, weight[block].to(wide), add=begin > 0)
-        if grad_weight is not None:
-            _product(grad_weight[block], g.t(), hidden, add=not first)
-        if grad_bias is not None:
-            grad_bias[block] += g.sum(0)
-
-
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """``loss = apply(ops, hidden, weight, bias, labels, options)``."""
+    """``loss = apply(ops, hidden, weight, bias, labels, options)``; with ``with_stats`` behind the options also what
+    ``cross_entropy_stats`` returns beside the loss. Only the loss is differentiable."""
 
     @staticmethod
     def forward(
@@ -309,13 +233,16 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         options: dict[str, Any],
+        with_stats: bool = False,
     ):
         wanted = Wanted(*ctx.needs_input_grad[1:4])
         # Each row of the hidden states' gradient belongs to one token: its grad_output can be multiplied on later.
         early = options["reduction"] != "none" or not (wanted.weight or wanted.bias)
-        flags = wanted._asdict() if early else {}
-        loss, *grads, unit, target, scale = ops.forward(
-            hidden, weight, labels, bias=bias, **options, **{f"grad_{name}": want for name, want in flags.items()}
+        flags = {f"grad_{name}": want for name, want in wanted._asdict().items()} if early else {}
+        if with_stats:
+            flags["with_stats"] = True
+        loss, *grads, unit, target, scale, floats, ints, counts, sequence_loss = ops.forward(
+            hidden, weight, labels, bias=bias, **options, **flags
         )
         ctx.ops, ctx.wanted, ctx.early, ctx.dtype = ops, wanted, early, hidden.dtype
         ctx.per_token = options["reduction"] == "none"
@@ -325,13 +252,16 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             ctx.save_for_backward(target, scale, hidden, weight, bias, options["class_weight"])
             ctx.options = {name: options[name] for name in (*MATHS, *CHUNKS) if name != "class_weight"}
         ctx.set_materialize_grads(False)
-        return loss
+        if not with_stats:
+            return loss
+        ctx.mark_non_differentiable(floats, ints, counts, sequence_loss)
+        return loss, floats, ints, counts, sequence_loss
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad_output: Tensor | None):
+    def backward(ctx: Any, grad_output: Tensor | None, *unused: Any):
         if grad_output is None:
-            return (None,) * 6
+            return (None,) * 7
         if ctx.early:
             target, unit, *grads = ctx.saved_tensors
             keep = graph_is_kept()  # then what is saved must survive
@@ -350,7 +280,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             _finish(grad, factor, ctx.dtype, keep, blocks=CPU_BLOCKS if name == "weight" else 1) if want else None
             for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=True)
         ]
-        return None, *made, None, None
+        return None, *made, None, None, None
 
 
 def _finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool, blocks: int) -> Tensor:
@@ -367,7 +297,13 @@ def _finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool,
     return out
 
 
-DEFAULTS: dict[str, Any] = {**CE_DEFAULTS, "num_valid": None, "chunk_tokens": None, "accum_dtype": torch.float32}
+DEFAULTS: dict[str, Any] = {
+    **CE_DEFAULTS,
+    "num_valid": None,
+    "chunk_tokens": None,
+    "accum_dtype": torch.float32,
+    "logits_dtype": None,
+}
 
 
 def check_arguments(
@@ -378,6 +314,7 @@ def check_arguments(
     num_valid: int | None,
     chunk_tokens: int | None,
     accum_dtype: torch.dtype,
+    logits_dtype: torch.dtype | None = None,
     op: str = OP,
 ) -> None:
     """TypeError or ValueError for what the ops that do the work would not name as the caller does."""
@@ -417,6 +354,10 @@ def check_arguments(
     require(
         accum_dtype == torch.float32 or accum_dtype == hidden.dtype != torch.float16,
         f"accum_dtype must be torch.float32, or torch.bfloat16 for bfloat16 parameters, got {accum_dtype} for {hidden.dtype}",
+    )
+    require(
+        logits_dtype is None or logits_dtype == hidden.dtype or (logits_dtype == torch.float32 and hidden.dtype.itemsize == 2),
+        f"logits_dtype must be None, torch.float32 or hidden's dtype {hidden.dtype}, got {logits_dtype}",
     )
 
 
@@ -458,24 +399,32 @@ def forward_and_backward(
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, given: dict[str, Any]):
         flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
         chunks = {name: given[name] for name in CHUNKS}
-        result, unit = losses_and_gradients(ce, flat, weight, bias, target, scale, maths, wanted_of(given), **chunks)
+        with_stats = given.get("with_stats", False)
+        result, unit = losses_and_gradients(
+            ce, flat, weight, bias, target, scale, maths, wanted_of(given), with_stats=with_stats, **chunks
+        )
         grad_hidden = result.grad_hidden
         if grad_hidden is not None:
             if add_up is not None:
                 add_up(grad_hidden)
             grad_hidden = grad_hidden.view(hidden.shape)
-        return result.losses, grad_hidden, result.grad_weight, result.grad_bias, unit
+        return result.rows, grad_hidden, result.grad_weight, result.grad_bias, unit
 
     def forward(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, **given: Any):
         target, scale, counts = prepare(ce, hidden, vocab_size or weight.shape[0], labels, given)
-        losses, *grads = run(hidden, weight, bias, target, scale, given)
+        (losses, *stats), *grads = run(hidden, weight, bias, target, scale, given)
         if given["reduction"] == "none":
             loss = losses.view(labels.shape)
         else:
             loss = losses.sum(dtype=torch.float64).to(losses.dtype)
         if given["num_valid"] is not None and hidden.is_cuda:  # a row left out must show
             loss = loss.masked_fill(counts[0] > given["num_valid"], torch.nan)
-        return loss, *grads, target, scale
+        if not stats:
+            return loss, *grads, target, scale, *(loss.new_empty((0,), dtype=dtype) for dtype in NO_STATS)
+        floats, ints = stats
+        prediction = ints[PREDICTION].masked_fill(target < 0, -1)  # rows that were left out hold nothing
+        ints = torch.stack([target, prediction])
+        return loss, *grads, target, scale, floats, ints, counts, _sequence_loss(floats[LOSS], labels, target, given)
 
     def backward(
         grad_output: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, scale: Tensor, *, bias: Tensor | None, **given: Any
@@ -485,8 +434,25 @@ def forward_and_backward(
     return SimpleNamespace(forward=forward, backward=backward)
 
 
-def wanted_of(given: dict[str, Any]) -> Wanted:
-    return Wanted(*(given.get(f"grad_{name}", False) for name in Wanted._fields))
+NO_STATS = (torch.float32, torch.int32, torch.int64, torch.float32)  # dtypes of what an op returns instead
+
+
+def _sequence_loss(row_loss: Tensor, labels: Tensor, target: Tensor, given: dict[str, Any]) -> Tensor:
+    """Each document's mean, or for "seq-mean-token-sum" its sum; 0 where nothing counts."""
+    cu_seqlens, counted = given["cu_seqlens"], target >= 0
+    if cu_seqlens is None:
+        length = labels.shape[-1] if labels.dim() else 1
+        cu_seqlens = torch.arange(0, labels.numel() + 1, max(length, 1), device=labels.device)
+    weight = counted.to(row_loss.dtype)
+    if given["token_weight"] is not None:
+        weight = weight * given["token_weight"].reshape(-1)
+    sums = document_sums(torch.where(counted, row_loss * weight, 0), cu_seqlens)
+    if given["reduction"] == "seq-mean-token-sum":
+        return sums
+    if given["class_weight"] is not None:
+        weight = weight * given["class_weight"].to(weight.dtype)[target.clamp(min=0)]
+    weights = document_sums(weight, cu_seqlens)
+    return torch.where(weights != 0, sums / weights, 0)
 
 
 def register(namespace: str) -> None:
@@ -497,19 +463,21 @@ def register(namespace: str) -> None:
 
     options = str(ops.cross_entropy.default._schema).split("Tensor labels, *, ")[1].split(") ->")[0]
     maths = options[options.index("Tensor? class_weight") :]
-    chunks = "SymInt? num_valid=None, SymInt? chunk_tokens=None, ScalarType accum_dtype=float"
+    chunks = "SymInt? num_valid=None, SymInt? chunk_tokens=None, ScalarType accum_dtype=float, ScalarType? logits_dtype=None"
     flags = "bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False"
+    stats = "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss"
     inputs = "Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None"
     kernels.define(f"{OP}({inputs}, {options}, {chunks}) -> Tensor")
+    kernels.define(f"{OP}_stats({inputs}, {options}, {chunks}) -> (Tensor loss, {stats})")
     kernels.define(
-        f"_{OP}_forward({inputs}, {options}, {chunks}, {flags}) -> (Tensor loss, Tensor grad_hidden, Tensor grad_weight, "
-        "Tensor grad_bias, Tensor unit, Tensor target, Tensor scale)"
+        f"_{OP}_forward({inputs}, {options}, {chunks}, {flags}, bool with_stats=False) -> (Tensor loss, Tensor grad_hidden, "
+        f"Tensor grad_weight, Tensor grad_bias, Tensor unit, Tensor target, Tensor scale, {stats})"
     )
     kernels.define(
         f"_{OP}_backward(Tensor grad_output, Tensor hidden, Tensor weight, Tensor target, Tensor scale, *, Tensor? bias=None, "
         f"{maths}, {chunks}, {flags}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
     )
-    public = getattr(ops, OP).default
+    public, public_stats = getattr(ops, OP).default, getattr(ops, f"{OP}_stats").default
     raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default)
 
     work = forward_and_backward(ce)
@@ -521,8 +489,8 @@ def register(namespace: str) -> None:
     def forward(hidden, weight, labels, *, bias=None, **given):
         given = {**DEFAULTS, **given}
         check_arguments(hidden, weight, bias, labels, **{name: given[name] for name in CHUNKS})
-        loss, *grads, target, scale = work.forward(hidden, weight, labels, bias=bias, **given)
-        return loss, *as_outputs(grads, scale), target, scale
+        loss, *grads, target, scale, floats, ints, counts, sums = work.forward(hidden, weight, labels, bias=bias, **given)
+        return loss, *as_outputs(grads, scale), target, scale, floats, ints, counts, sums
 
     @torch.no_grad()
     def backward(grad_output, hidden, weight, target, scale, *, bias=None, **given):
@@ -532,8 +500,13 @@ def register(namespace: str) -> None:
     def loss_only(hidden, weight, labels, **given):
         return forward(hidden, weight, labels, **given)[0]
 
+    def loss_and_stats(hidden, weight, labels, **given):
+        loss, *_, floats, ints, counts, sequence_loss = forward(hidden, weight, labels, with_stats=True, **given)
+        return loss, floats, ints, counts, sequence_loss
+
     for key in ("CPU", "CUDA"):
         kernels.impl(OP, loss_only, key)
+        kernels.impl(f"{OP}_stats", loss_and_stats, key)
         kernels.impl(f"_{OP}_forward", forward, key)
         kernels.impl(f"_{OP}_backward", backward, key)
 
@@ -560,44 +533,40 @@ def register(namespace: str) -> None:
     def _(hidden, weight, labels, *, reduction="mean", **given):
         return loss_like(hidden, labels, reduction)
 
+    def stats_like(hidden: Tensor, labels: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
+        if with_stats:
+            return ce_stats_like(state_like(hidden).new_empty((*labels.shape, 0)), cu_seqlens, True)
+        return tuple(state_like(hidden).new_empty((0,), dtype=dtype) for dtype in NO_STATS)
+
+    @torch.library.register_fake(f"{namespace}::{OP}_stats")
+    def _(hidden, weight, labels, *, cu_seqlens=None, reduction="mean", **given):
+        return loss_like(hidden, labels, reduction), *stats_like(hidden, labels, cu_seqlens, True)
+
     @torch.library.register_fake(f"{namespace}::_{OP}_forward")
-    def _(hidden, weight, labels, *, reduction="mean", **given):
+    def _(hidden, weight, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **given):
         target = labels.new_empty((labels.numel(),), dtype=torch.int32)
         scale = state_like(hidden).new_empty((labels.numel(),))
-        return loss_like(hidden, labels, reduction), *grads_like(hidden, weight, given), target, scale
+        loss = loss_like(hidden, labels, reduction)
+        return loss, *grads_like(hidden, weight, given), target, scale, *stats_like(hidden, labels, cu_seqlens, with_stats)
 
     @torch.library.register_fake(f"{namespace}::_{OP}_backward")
     def _(grad_output, hidden, weight, target, scale, **given):
         return grads_like(hidden, weight, given)
 
-    def autograd(hidden, weight, labels, *, bias=None, **given):
-        needs = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-        if torch.is_grad_enabled() and needs:
-            return LinearCrossEntropyFunction.apply(raw, hidden, weight, bias, labels, {**DEFAULTS, **given})
-        with torch._C._AutoDispatchBelowAutograd():
-            return public(hidden, weight, labels, bias=bias, **given)
+    def differentiable(op: Any, with_stats: bool):
+        def autograd(hidden, weight, labels, *, bias=None, **given):
+            needs = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+            if torch.is_grad_enabled() and needs:
+                options = {**DEFAULTS, **given}
+                return LinearCrossEntropyFunction.apply(raw, hidden, weight, bias, labels, options, with_stats)
+            with torch._C._AutoDispatchBelowAutograd():
+                return op(hidden, weight, labels, bias=bias, **given)
 
-    kernels.impl(OP, autograd, "Autograd")
+        return autograd
 
-    implement_autocast(kernels, OP, public)
-
-
-def implement_autocast(kernels: torch.library.Library, op: str, public: Callable[..., Any]) -> None:
-    """As autocast treats a linear layer; labels, weights of tokens and classes, and num_items keep their dtypes."""
-
-    def implement(device_type: str, key: str):
-        def cast(x: Tensor | None) -> Tensor | None:
-            castable = x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type
-            return x.to(torch.get_autocast_dtype(device_type)) if x is not None and castable else x
-
-        def call(hidden, weight, labels, *, bias=None, **given):
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return public(cast(hidden), cast(weight), labels, bias=cast(bias), **given)
-
-        kernels.impl(op, call, key)
-
-    implement("cpu", "AutocastCPU")
-    implement("cuda", "AutocastCUDA")
+    for name, op, with_stats in ((OP, public, False), (f"{OP}_stats", public_stats, True)):
+        kernels.impl(name, differentiable(op, with_stats), "Autograd")
+        implement_autocast(kernels, name, op)
 
 
 def linear_cross_entropy(
@@ -620,7 +589,9 @@ def linear_cross_entropy(
     num_valid: int | None = None,
     chunk_tokens: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
-) -> Tensor:
+    logits_dtype: torch.dtype | None = None,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """``cross_entropy(hidden @ weight.T + bias, labels, ...)`` without the logits: the lm_head and the loss in one.
 
     The logits exist a chunk of tokens at a time. Their gradient, and from it those of ``hidden``, ``weight`` and ``bias``, are
@@ -644,6 +615,9 @@ def linear_cross_entropy(
             idle.
         accum_dtype: in which the gradients are accumulated over the chunks: ``torch.float32`` (``4 V H + 4 T H`` bytes, held
             until the backward), or for bf16 parameters ``torch.bfloat16`` (half of that, and less accurate with every chunk).
+        logits_dtype: ``torch.float32`` keeps the logits of 16-bit parameters in fp32; chunks are smaller for it (on Hopper, where
+            no gradient is wanted, the logits never leave the product). None: the dtype of ``hidden``.
+        return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:
         The loss, fp32 (fp64 for fp64): () or, for ``"none"``, the labels' shape. Differentiable once, for any ``grad_output``.
@@ -663,7 +637,8 @@ def linear_cross_entropy(
             "packops.linear_cross_entropy: num_valid must be an int on the host, got a Tensor; reading it would wait for the "
             "device"
         )
-    return torch.ops.packops.linear_cross_entropy(
+    op = torch.ops.packops.linear_cross_entropy_stats if return_stats else torch.ops.packops.linear_cross_entropy
+    result = op(
         hidden,
         weight,
         labels,
@@ -682,4 +657,6 @@ def linear_cross_entropy(
         num_valid=num_valid,
         chunk_tokens=chunk_tokens,
         accum_dtype=accum_dtype,
+        logits_dtype=logits_dtype,
     )
+    return (result[0], stats_of(labels.shape, *result[1:])) if return_stats else result

@@ -25,7 +25,21 @@ from torch import Tensor
 from .. import _checks
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
-from .linear_ce_loss import IGNORED, Wanted
+from . import lm_head
+from .lm_head import (
+    IGNORED,
+    Product,
+    Wanted,
+    accumulator_dtype,
+    hidden_rows,
+    implement_autocast,
+    logits_buffer,
+    make_logits,
+    multiply,
+    row_chunks,
+    take,
+    wanted_of,
+)
 from .op import library
 from .vocab_shard import Shard
 
@@ -33,6 +47,9 @@ __all__ = ["LinearLogProbs", "linear_log_probs"]
 
 OP = "linear_log_probs"
 BAD_LABEL = _checks.BAD_LABEL
+ELSEWHERE = 2**31 - 1  # a column that no shard has
+LOWEST_LOGIT = -1e30
+LEAST_LOG = -1e4  # stands for log 0: where p is 0, p log p is 0
 PIECE_BYTES = 1 << 26  # of logits whose gradient is formed at once: what elementwise operations need as temporaries
 
 #: The arguments beside hidden, weight, labels and bias, and what they are when left out.
@@ -134,53 +151,9 @@ class Rows(NamedTuple):
     log_sum: Tensor  #: log sum_j exp(x'_j - row_max)
 
 
-class Chunk(NamedTuple):
-    """Some rows, and their logits in a buffer that the next chunk uses again."""
-
-    rows: slice | Tensor  #: which; a Tensor of their numbers where rows that do not count are left out
-    hidden: Tensor  #: (c, H), zero where a row does not count: 0 * NaN in the weight's gradient would be NaN
-    target: Tensor  #: (c,) int32 label, or negative
-    logits: Tensor  #: (c, V) fp32 or fp64
-
-
 def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, dtype: torch.dtype, num_valid: int | None = None) -> int:
     """Rows of a chunk, as for the loss; of 16-bit dtypes a row's logits take two elements and their gradient one."""
-    return linear.choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=num_valid, copies=3 if dtype.itemsize == 2 else 1)
-
-
-def chunks(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    *,
-    num_valid: int | None,
-    chunk_tokens: int | None,
-) -> Iterator[Chunk]:
-    """Of hidden (T, H) and target (T,): all rows, or with ``num_valid`` the rows that count and some more."""
-    (tokens, hidden_size), vocab = hidden.shape, weight.shape[0]
-    order = None
-    if num_valid is not None and num_valid < tokens:
-        order = (target < 0).to(torch.uint8).argsort(stable=True)[:num_valid]
-    rows = tokens if order is None else order.shape[0]
-    if chunk_tokens is None:
-        compacted = None if order is None else rows
-        chunk_tokens = choose_chunk_tokens(tokens, hidden_size, vocab, hidden.dtype, num_valid=compacted)
-    wide = state_dtype(hidden)
-    buffer = linear.logits_buffer(hidden, min(chunk_tokens, rows), vocab, wide)
-    for begin in range(0, rows, chunk_tokens):
-        here: slice | Tensor = slice(begin, min(begin + chunk_tokens, rows))
-        if order is None:
-            y = target[here]
-            h = hidden[here].masked_fill((y < 0)[:, None], 0)
-        else:
-            here = order[here]
-            y = target.index_select(0, here)
-            h = hidden.index_select(0, here).masked_fill_((y < 0)[:, None], 0)
-        logits = buffer[: len(y)]
-        linear.make_logits(h, weight, bias, out=logits)
-        yield Chunk(here, h, y, logits)
-        del h, y  # before the next chunk's are made
+    return lm_head.choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=num_valid, copies=3 if dtype.itemsize == 2 else 1)
 
 
 def state_dtype(hidden: Tensor) -> torch.dtype:
@@ -188,18 +161,24 @@ def state_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def rows_of(
-    ops: SimpleNamespace, logits: Tensor, target: Tensor, maths: dict[str, Any], with_entropy: bool, shard: Shard | None
+    ops: SimpleNamespace, logits: Tensor, target: Tensor, maths: dict[str, Any], with_entropy: bool
 ) -> tuple[Tensor, Rows]:
-    """Log-probabilities and the rest, from one read of the logits: the forward of the cross-entropy kernel."""
+    """Log-probabilities and the rest: the forward of the cross-entropy kernel. May change the logits."""
     if logits.dtype == torch.float64:  # the kernel's options are fp32
         _scale_and_cap_(logits, **maths)
         maths = {}
-    local = target if shard is None else _column(target, shard, logits.shape[1], elsewhere=0)
-    loss, _, floats, *_ = ops.forward(
-        logits, local, reduction="none", ignore_index=IGNORED, with_grad=False, with_stats=with_entropy, **maths
-    )
-    rows = Rows(floats[ce.ENTROPY] if with_entropy else None, floats[ce.MAX], floats[ce.SUM].log())
-    return (loss.neg(), rows) if shard is None else _over_shards(loss.neg(), rows, target, shard, logits.shape[1])
+    options = {"reduction": "none", "ignore_index": IGNORED, "with_grad": False, **maths}
+    apart = with_entropy and logits.is_cuda
+    loss, _, floats, *_ = ops.forward(logits, target, with_stats=with_entropy and not apart, **options)
+    row_max, log_sum = floats[ce.MAX], floats[ce.SUM].log()
+    entropy = None
+    if apart:  # on CUDA the kernel makes 0 log 0 of -inf NaN, or of what overflows when it is added up
+        lowest = LOWEST_LOGIT / max(1.0, maths["logit_scale"])
+        _, _, floats, *_ = ops.forward(logits.clamp_(min=lowest), target, with_stats=True, **options)
+        entropy = floats[ce.ENTROPY].masked_fill(row_max <= LOWEST_LOGIT, torch.nan)
+    elif with_entropy:
+        entropy = floats[ce.ENTROPY]
+    return loss.neg(), Rows(entropy, row_max, log_sum)
 
 
 def _column(target: Tensor, shard: Shard, width: int, elsewhere: int) -> Tensor:
@@ -245,52 +224,46 @@ def _scale_and_cap_(logits: Tensor, logit_scale: float, softcap: float | None) -
 def gradient_of_logits_(
     logits: Tensor,
     target: Tensor,
-    rows: Rows,
-    g: Tensor | None,
-    h: Tensor | None,
-    l: Tensor | None,  # noqa: E741
+    row_max: Tensor,
+    log_sum: Tensor,
+    on_p: Tensor | None,
+    on_p_log: Tensor | None,
+    on_label: Tensor | None,
     *,
     logit_scale: float,
     softcap: float | None,
 ) -> None:
-    """Replace logits (c, V) by the gradient that the module's docstring states, for g, h and l (c,), None meaning 0.
+    """Replace logits (c, V) by ``on_p p + on_p_log p log p + on_label 1[label]`` times the slope of scale and cap.
 
-    target: column of the label, negative where it is none of these. Rows whose g, h and l are 0 get 0, or NaN where the logits
-    are not finite.
+    target: column of the label, negative where it is none of these. Rows of zeros get 0, or NaN where the logits are not finite.
     """
-    zero = torch.zeros_like(rows.row_max)
-    g_, l_ = zero if g is None else g, zero if l is None else l
-    of_p = l_ - g_
-    if h is not None and rows.entropy is not None:
-        of_p = of_p - h * rows.entropy
+    on_p = torch.zeros_like(row_max) if on_p is None else on_p
     column = target.clamp(min=0).long()[:, None]
     has_label = (target >= 0)[:, None]
-    pieces = max(1, PIECE_BYTES // max(1, logits.shape[1] * logits.element_size()))
-    for begin in range(0, len(logits), pieces):
-        here = slice(begin, begin + pieces)
-        x = logits[here]
+    rows = max(1, PIECE_BYTES // max(1, logits.shape[1] * logits.element_size()))
+    for begin in range(0, len(logits), rows):
+        here = slice(begin, begin + rows)
+        x, at = logits[here], column[here]
         slope = None
         if softcap is not None:
             slope = (x * (logit_scale / softcap)).cosh_().square_().reciprocal_()  # 1 - tanh² would cancel near the cap
         _scale_and_cap_(x, logit_scale, softcap)
-        log_p = x.sub_(rows.row_max[here, None]).sub_(rows.log_sum[here, None])
-        at = column[here]
-        if g is not None:
-            # 1 - p of the label, to the digits that a confident row has left
-            of_one = g_[here, None] * -log_p.gather(1, at).expm1()
-        if h is None:
-            x.exp_()
-            of_label = x.gather(1, at) * (of_p + g_)[here, None]
-            x.mul_(of_p[here, None])
+        log_p = x.sub_(row_max[here, None]).sub_(log_sum[here, None])
+        of_label = None
+        if on_label is not None:  # 1 - p to the digits that a confident row has left
+            log_p_label = log_p.gather(1, at)
+            rest = on_p[here, None] + on_label[here, None]
+            if on_p_log is not None:
+                rest = rest + on_p_log[here, None] * log_p_label.clamp(min=LEAST_LOG)
+            of_label = on_label[here, None] * -log_p_label.expm1() + log_p_label.exp() * rest
+        if on_p_log is None:
+            x.exp_().mul_(on_p[here, None])
         else:
             p = x.exp()
-            x.clamp_(min=-1e4).neg_()  # where p is 0, p log p is 0
-            x.mul_(h[here, None])
-            of_label = (x.gather(1, at) + (of_p + g_)[here, None]) * p.gather(1, at)
-            x.add_(of_p[here, None]).mul_(p)
+            x.clamp_(min=LEAST_LOG).mul_(on_p_log[here, None]).add_(on_p[here, None]).mul_(p)
             del p
-        if g is not None:
-            x.scatter_(1, at, torch.where(has_label[here], of_one + of_label, x.gather(1, at)))
+        if of_label is not None:
+            x.scatter_(1, at, torch.where(has_label[here], of_label, x.gather(1, at)))
         if logit_scale != 1:
             x.mul_(logit_scale)
         if slope is not None:
@@ -301,19 +274,46 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
     """What :class:`LinearLogProbsFunction` is made of. Where ``weight`` is one of several shards, gradients of the hidden states
     leave with the parts of all shards added up."""
 
+    def chunks_of(
+        given: dict[str, Any], target: Tensor, dtype: torch.dtype, sizes: tuple[int, int], product_rows: int | None
+    ) -> tuple[Iterator[slice | Tensor], int]:
+        """Which rows each chunk has, and how many the largest; ``product_rows``: where the product needs no logits."""
+        num_valid, chunk_tokens = given["num_valid"], given["chunk_tokens"]
+        tokens = len(target)
+        compacted = num_valid if num_valid is not None and num_valid < tokens else None
+        if chunk_tokens is None:
+            chunk_tokens = product_rows or choose_chunk_tokens(tokens, *sizes, dtype, num_valid=compacted)
+        rows = tokens if compacted is None else compacted
+        return row_chunks(target, num_valid, chunk_tokens), min(chunk_tokens, rows)
+
     def forward(
         hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, **given: Any
     ) -> tuple[Tensor, Rows, Tensor]:
-        vocab = weight.shape[0] if shard is None else shard.vocab_size
-        target, counts = prepare(ops, hidden, vocab, labels, given, op)
-        flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
+        vocab = weight.shape[0]
+        target, counts = prepare(ops, hidden, vocab if shard is None else shard.vocab_size, labels, given, op)
+        flat, maths, with_entropy = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}, given["entropy"]
         log_probs, row_max, log_sum = torch.zeros((3, len(target)), dtype=state_dtype(hidden), device=hidden.device)
-        rows = Rows(torch.zeros_like(row_max) if given["entropy"] else None, row_max, log_sum)
-        for chunk in chunks(flat, weight, bias, target, **{name: given[name] for name in CHUNKS}):
-            log_prob, found = rows_of(ops, chunk.logits, chunk.target, maths, given["entropy"], shard)
-            for whole, part in zip((log_probs, *rows), (log_prob, *found), strict=True):
+        rows = Rows(torch.zeros_like(row_max) if with_entropy else None, row_max, log_sum)
+        product = ops.product if ops.product.fits(flat, weight) else None
+        bias = None if bias is None else bias.contiguous()
+        sizes = (flat.shape[1], vocab)
+        chunks, largest = chunks_of(given, target, hidden.dtype, sizes, None if product is None else Product.ROWS)
+        buffer = None if product is not None else logits_buffer(hidden, largest, vocab, row_max.dtype)
+        for here in chunks:
+            y = take(target, here)
+            column = y if shard is None else _column(y, shard, vocab, elsewhere=0)
+            if product is not None:
+                log_prob, *found = product.statistics(take(flat, here), weight, bias, column, *maths.values(), with_entropy)
+                of_chunk = Rows(found[0] if with_entropy else None, *found[1:])
+            elif buffer is not None:
+                logits = buffer[: len(y)]
+                make_logits(hidden_rows(flat, target, here)[0], weight, bias, out=logits)
+                log_prob, of_chunk = rows_of(ops, logits, column, maths, with_entropy)
+            if shard is not None:
+                log_prob, of_chunk = _over_shards(log_prob, of_chunk, y, shard, vocab)
+            for whole, part in zip((log_probs, *rows), (log_prob, *of_chunk), strict=True):
                 if whole is not None and part is not None:
-                    whole[chunk.rows] = part
+                    whole[here] = part
         unread = target < 0
         wrong = None
         if hidden.is_cuda:  # what the CPU refuses must show
@@ -338,42 +338,67 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
         wanted: Wanted,
         **given: Any,
     ) -> list[Tensor | None]:
-        flat, dtype = hidden.reshape(-1, hidden.shape[-1]), linear.accumulator_dtype(hidden.dtype, torch.float32)
-        tokens, vocab = len(flat), weight.shape[0]
+        flat, dtype = hidden.reshape(-1, hidden.shape[-1]), accumulator_dtype(hidden.dtype, torch.float32)
+        tokens, vocab, device = len(flat), weight.shape[0], hidden.device
         coefficients = [None if x is None else x.reshape(-1).to(rows.row_max.dtype).masked_fill(target < 0, 0) for x in grads]
         unit = None
         if hidden.dtype == torch.float16 and tokens:
             unit = _unit(coefficients, rows.entropy, given["logit_scale"])
             coefficients = [None if x is None else x / unit for x in coefficients]
-        device = hidden.device
+        on = on_rows(coefficients, rows)
         grad_hidden = torch.zeros(flat.shape, dtype=dtype, device=device) if wanted.hidden else None
         grad_weight = torch.zeros(weight.shape, dtype=dtype, device=device) if wanted.weight else None
         grad_bias = torch.zeros(vocab, dtype=dtype, device=device) if wanted.bias else None
         maths = {name: given[name] for name in MATHS}
-        for number, chunk in enumerate(chunks(flat, weight, bias, target, **{name: given[name] for name in CHUNKS})):
-            entropy = None if rows.entropy is None else rows.entropy[chunk.rows]
-            of_rows = Rows(entropy, rows.row_max[chunk.rows], rows.log_sum[chunk.rows])
-            column = chunk.target
-            if shard is not None:
-                column = _column(column, shard, vocab, elsewhere=IGNORED)
-            gradient_of_logits_(
-                chunk.logits, column, of_rows, *(None if x is None else x[chunk.rows] for x in coefficients), **maths
-            )
-            chunk.logits.masked_fill_((chunk.target < 0)[:, None], 0)
+        product = ops.product if ops.product.fits(flat, weight) else None
+        bias = None if bias is None else bias.contiguous()
+        compacted = given["num_valid"] if given["num_valid"] is not None and given["num_valid"] < tokens else None
+        sizes = (flat.shape[1], vocab)
+        product_rows = None if product is None else lm_head.choose_chunk_tokens(tokens, *sizes, num_valid=compacted)
+        chunks, largest = chunks_of(given, target, hidden.dtype, sizes, product_rows)
+        buffer = logits_buffer(hidden, largest, vocab, rows.row_max.dtype if product is None else hidden.dtype)
+        for number, here in enumerate(chunks):
+            h, y = hidden_rows(flat, target, here)
+            logits = buffer[: len(y)]
+            row_max, log_sum = take(rows.row_max, here), take(rows.log_sum, here)
+            on_p, on_p_log, on_label = (None if x is None else take(x, here) for x in on)
+            if product is not None:
+                column = y if shard is None else _column(y, shard, vocab, elsewhere=ELSEWHERE)
+                of_rows = (row_max, log_sum, on_p, on_p_log, on_label)
+                product.gradient_(logits, h, weight, bias, column, *of_rows, *maths.values())
+                grad_logits = logits
+            else:
+                make_logits(h, weight, bias, out=logits)
+                column = y if shard is None else _column(y, shard, vocab, elsewhere=IGNORED)
+                gradient_of_logits_(logits, column, row_max, log_sum, on_p, on_p_log, on_label, **maths)
+                logits.masked_fill_((y < 0)[:, None], 0)
+                # Matrix units take two operands of one dtype.
+                grad_logits = logits.to(hidden.dtype) if hidden.is_cuda else logits
+            in_place = grad_hidden is not None and isinstance(here, slice)
             part = None
             if grad_hidden is not None:
-                part = grad_hidden[chunk.rows] if isinstance(chunk.rows, slice) else torch.empty_like(chunk.hidden, dtype=dtype)
-            # Matrix units take two operands of one dtype.
-            grad_logits = chunk.logits.to(hidden.dtype) if hidden.is_cuda else chunk.logits
-            linear.multiply(grad_logits, chunk.hidden, weight, part, grad_weight, grad_bias, first=number == 0)
-            if grad_hidden is not None and part is not None and not isinstance(chunk.rows, slice):
-                grad_hidden[chunk.rows] = part
+                part = grad_hidden[here] if in_place else torch.empty_like(h, dtype=dtype)
+            multiply(grad_logits, h, weight, part, grad_weight, grad_bias, first=number == 0)
+            if grad_hidden is not None and part is not None and not in_place:
+                grad_hidden[here] = part
+            del h, part, grad_logits  # before the next chunk's are made
         if grad_hidden is not None and shard is not None:
             shard.add_up(grad_hidden)
         made = (None if grad_hidden is None else grad_hidden.view(hidden.shape), grad_weight, grad_bias)
         return [None if x is None else (x if unit is None else x * unit).to(hidden.dtype) for x in made]
 
     return SimpleNamespace(forward=forward, backward=backward)
+
+
+def on_rows(coefficients: list[Tensor | None], rows: Rows) -> tuple[Tensor | None, ...]:
+    """What multiplies p, p log p and 1[label] in a row's gradient of the logits, from g, h and l; None: 0."""
+    g, h, l = coefficients  # noqa: E741
+    on_p = torch.zeros_like(rows.row_max) if l is None else l
+    if g is not None:
+        on_p = on_p - g
+    if h is not None and rows.entropy is not None:
+        on_p = on_p - h * rows.entropy
+    return on_p, None if h is None else -h, g
 
 
 def _unit(coefficients: list[Tensor | None], entropy: Tensor | None, logit_scale: float) -> Tensor:
@@ -495,7 +520,7 @@ def register(namespace: str) -> None:
     @torch.library.register_fake(f"{namespace}::_{OP}_backward")
     def _(grad_log_probs, grad_entropy, grad_lse, hidden, weight, *args, **given):
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        wanted = linear.wanted_of(given)
+        wanted = wanted_of(given)
         return tuple(hidden.new_empty(shape if want else (0,)) for want, shape in zip(wanted, shapes, strict=True))
 
     def autograd(hidden, weight, labels, *, bias=None, **given):
@@ -508,7 +533,7 @@ def register(namespace: str) -> None:
             return public(hidden, weight, labels, bias=bias, **given)
 
     kernels.impl(OP, autograd, "Autograd")
-    linear.implement_autocast(kernels, OP, public)
+    implement_autocast(kernels, OP, public)
 
 
 def as_ops(work: SimpleNamespace) -> SimpleNamespace:
@@ -536,7 +561,7 @@ def as_ops(work: SimpleNamespace) -> SimpleNamespace:
         **given: Any,
     ) -> list[Tensor | None]:
         rows = Rows(None if h is None else entropy, row_max, log_sum)
-        return work.backward((g, h, l), hidden, weight, bias, target, rows, linear.wanted_of(given), **given)
+        return work.backward((g, h, l), hidden, weight, bias, target, rows, wanted_of(given), **given)
 
     return SimpleNamespace(forward=forward, backward=backward)
 
@@ -544,7 +569,11 @@ def as_ops(work: SimpleNamespace) -> SimpleNamespace:
 def raw_ops(namespace: str) -> SimpleNamespace:
     """The overloads that a chunk is made of, looked up once."""
     ops = getattr(torch.ops, namespace)
-    return SimpleNamespace(prepare=ops._cross_entropy_prepare.default, forward=ops._cross_entropy_forward.default)
+    return SimpleNamespace(
+        prepare=ops._cross_entropy_prepare.default,
+        forward=ops._cross_entropy_forward.default,
+        product=Product(namespace),
+    )
 
 
 def check(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, given: dict[str, Any]) -> None:

@@ -161,7 +161,12 @@ def vocab_parallel_linear_cross_entropy(
     op = "vocab_parallel_linear_cross_entropy"
     hidden, local_weight, local_bias = _check_head(op, hidden, local_weight, local_bias, num_valid)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
-    chunks: dict[str, Any] = {"num_valid": num_valid, "chunk_tokens": chunk_tokens, "accum_dtype": accum_dtype}
+    chunks: dict[str, Any] = {
+        "num_valid": num_valid,
+        "chunk_tokens": chunk_tokens,
+        "accum_dtype": accum_dtype,
+        "logits_dtype": None,
+    }
     linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
     tokens = labels.numel()
     if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever

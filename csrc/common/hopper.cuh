@@ -1,0 +1,126 @@
+// Instructions that only sm_90a has, or that only kernels for it use: tensor copies with multicast, wide products by a warp group,
+// barriers of a cluster. Named after PTX's instructions. Callers stand within #ifdef __CUDA_ARCH_FEAT_SM90_ALL.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "common/ptx.cuh"
+
+#if defined(__CUDACC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+#include <cuda.h>  // CUtensorMap
+
+namespace packops {
+namespace hopper {
+
+// ---- mbarrier
+
+__device__ __forceinline__ void mbarrier_init(uint64_t* barrier, int arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void fence_mbarrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* barrier, int bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// On the same barrier of another block of the cluster, or of this one.
+__device__ __forceinline__ void mbarrier_arrive_cluster(uint64_t* barrier, int block) {
+  asm volatile(
+      "{\n.reg .b32 remote;\nmapa.shared::cluster.u32 remote, %0, %1;\nmbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(
+          shared_address(barrier)),
+      "r"(block)
+      : "memory");
+}
+__device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
+  asm volatile(
+      "{\n.reg .pred done;\nretry:\nmbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n@done bra finished;\nbra "
+      "retry;\nfinished:\n}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
+}
+__device__ __forceinline__ void barrier_cluster() {
+  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+
+// ---- Tensor copies (TMA). x: first column, y: first row of the box. What lies beyond the matrix is read as 0 and not written.
+
+__device__ __forceinline__ void tma_load_2d(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
+      : "memory");
+}
+// Into the same place of all blocks of the cluster in `blocks`, and reported to the same barrier of each.
+__device__ __forceinline__ void tma_load_2d_multicast(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier,
+                                                      uint16_t blocks) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, "
+      "%4}], [%2], %5;" ::"r"(shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "h"(blocks)
+      : "memory");
+}
+__device__ __forceinline__ void tma_store_2d(const CUtensorMap& map, const void* from, int x, int y) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];\ncp.async.bulk.commit_group;" ::"l"(&map),
+      "r"(shared_address(from)), "r"(x), "r"(y)
+      : "memory");
+}
+// Until the stores of this thread have read their shared memory.
+__device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+// What this thread wrote to shared memory can be read by a tensor copy that is issued after a barrier.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+
+// ---- Warp groups
+
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+__device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void wgmma_commit_group() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_group() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+}
+// The compiler must not read these registers before this place.
+template <int kCount>
+__device__ __forceinline__ void hold(float (&sums)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(sums[i])::"memory");
+}
+
+// sums (64 x 192) = or, with add, += 64 rows times 192 rows, over 16 elements. Thread t of the group has, of every eight columns 8 j,
+// sums[4 j], [4 j + 1] in row 16 (t / 32) + t % 32 / 4, columns 8 j + 2 (t % 4) and the next; [4 j + 2], [4 j + 3] 8 rows below.
+#define PACKOPS_FOUR(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
+#define PACKOPS_SIXTEEN(i) PACKOPS_FOUR(i), PACKOPS_FOUR(i + 4), PACKOPS_FOUR(i + 8), PACKOPS_FOUR(i + 12)
+#define PACKOPS_96_NUMBERS                                                                                                   \
+  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
+  "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
+  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, " \
+  "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define PACKOPS_WGMMA_64_192(type, name)                                                                                    \
+  __device__ __forceinline__ void wgmma_m64n192k16(float (&s)[96], uint64_t a, uint64_t b, bool add, type) {                \
+    asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192k16.f32." name "." name \
+                 " {" PACKOPS_96_NUMBERS "}, %96, %97, add, 1, 1, 0, 0;\n}"                                                 \
+                 : PACKOPS_SIXTEEN(0), PACKOPS_SIXTEEN(16), PACKOPS_SIXTEEN(32), PACKOPS_SIXTEEN(48), PACKOPS_SIXTEEN(64),  \
+                   PACKOPS_SIXTEEN(80)                                                                                      \
+                 : "l"(a), "l"(b), "r"(int(add)));                                                                          \
+  }
+PACKOPS_WGMMA_64_192(bf16_t, "bf16")
+PACKOPS_WGMMA_64_192(half_t, "f16")
+
+// Four 8 x 8 matrices of 16-bit elements, each lane's pair of each, to rows whose addresses the lanes name: 8 lanes a matrix.
+__device__ __forceinline__ void stmatrix_x4(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+
+}  // namespace hopper
+}  // namespace packops
+
+#endif

@@ -1,0 +1,206 @@
+"""The lm_head, a chunk of rows at a time: how many rows, their logits, and the products of their gradient.
+
+What ``linear_cross_entropy`` and ``linear_log_probs`` have in common. On Hopper their logits need not exist at all: the product's
+own epilogue turns them into what is wanted while they are in registers (csrc/lm_head.h, :class:`Product`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 0 is a row without a gradient.
+
+LOGITS_SHARE = 0.35  # of the memory that all logits would take
+MIN_ROWS = 1024  # below, a product of a chunk is bound by reading and writing the (V, H) matrices, not by the matrix units
+MAX_ROWS = 4096  # above, a larger chunk saves a few percent at most
+COLUMN_MULTIPLE = 64  # of the tiles of matrix products
+CPU_BLOCKS = 32  # pieces of the vocabulary in which the CPU widens 16-bit operands
+
+
+def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, *, num_valid: int | None = None, copies: int = 1) -> int:
+    """Rows of a chunk: all, where they fit, or else a power of two.
+
+    A chunk of c rows takes ``c (V + H)`` elements of the hidden states' dtype: its logits, which become their own gradient, and a
+    copy of its hidden rows without what does not count; ``c (copies V + H)`` where the logits are wider than that. Compacted rows
+    (``num_valid``) take another c H in fp32. This may be ``LOGITS_SHARE`` of the memory of all logits, but always
+    ``MIN_ROWS`` rows and never more than ``MAX_ROWS``. (Below ``MIN_ROWS / LOGITS_SHARE`` tokens, about 2900, ``MIN_ROWS``
+    decides and the share is larger.)
+
+    A power of two, because a chunk's gradient of the hidden states has few tiles, about ``(c / 128) (H / 256)``: where these do
+    not come out even over the multiprocessors, most of the device waits for the last ones. A last chunk that is shorter lacks
+    work as it lacks rows, so chunks of even size would gain nothing. docs/design.md has the figures.
+
+    Not in this: the gradients and their accumulators, ``4 V H`` bytes for the weight and ``4 T H`` for the hidden states (half
+    with ``accum_dtype=torch.bfloat16``; where the parameters are fp32 the accumulators become the gradients).
+    """
+    rows = tokens if num_valid is None else num_valid
+    row = copies * vocab + hidden_size + (0 if num_valid is None else 2 * hidden_size)
+    most = min(max(int(LOGITS_SHARE * tokens * vocab / max(row, 1)), MIN_ROWS), MAX_ROWS)
+    return max(rows, 1) if rows <= most else 1 << (most.bit_length() - 1)
+
+
+class Wanted(NamedTuple):
+    """Which gradients to make."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+def accumulator_dtype(dtype: torch.dtype, accum_dtype: torch.dtype) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else accum_dtype
+
+
+def wanted_of(given: dict[str, Any]) -> Wanted:
+    return Wanted(*(given.get(f"grad_{name}", False) for name in Wanted._fields))
+
+
+def row_chunks(target: Tensor, num_valid: int | None, chunk_tokens: int) -> Iterator[slice | Tensor]:
+    """Which rows each chunk has: slices of all rows or, with ``num_valid``, the numbers of those that count and some more."""
+    tokens = target.shape[0]
+    if num_valid is None or num_valid >= tokens:
+        for begin in range(0, tokens, chunk_tokens):
+            yield slice(begin, min(begin + chunk_tokens, tokens))
+    else:  # the rows that count come first; the rest is never touched
+        order = (target == IGNORED).to(torch.uint8).argsort(stable=True)[:num_valid]
+        yield from order.split(chunk_tokens)
+
+
+def take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    """These rows of a vector or a matrix; a view for a slice."""
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+
+
+def hidden_rows(hidden: Tensor, target: Tensor, rows: slice | Tensor) -> tuple[Tensor, Tensor]:
+    """Hidden states and targets of a chunk. A row without a gradient may hold anything, and 0 * NaN in the weight's gradient
+    would be NaN: it becomes 0."""
+    y = take(target, rows)
+    unread = (y < 0)[:, None]
+    if isinstance(rows, slice):
+        return hidden[rows].masked_fill(unread, 0), y
+    return hidden.index_select(0, rows).masked_fill_(unread, 0), y
+
+
+def logits_buffer(hidden: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Memory for the logits of a chunk. Rows of an odd vocabulary would begin anywhere; here they begin where vector loads and
+    products want them."""
+    width = vocab if vocab % 8 == 0 else -(-vocab // COLUMN_MULTIPLE) * COLUMN_MULTIPLE
+    buffer = hidden.new_empty((rows, width), dtype=dtype)
+    buffer[:, vocab:].zero_()  # products read whole vectors
+    return buffer[:, :vocab]
+
+
+def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """out = hidden @ weight.T + bias, in the dtype of ``out``: that of the operands or, for 16-bit operands, fp32."""
+    if out.dtype == hidden.dtype:
+        if bias is None:
+            torch.mm(hidden, weight.t(), out=out)
+        else:
+            torch.addmm(bias, hidden, weight.t(), out=out)
+        return
+    if hidden.is_cuda:
+        torch.ops.aten.mm.dtype_out(hidden, weight.t(), out.dtype, out=out)
+    else:  # whose products cannot write a wider dtype than they read: a block of the vocabulary at a time
+        hidden = hidden.to(out.dtype)
+        columns = -(-weight.shape[0] // CPU_BLOCKS)
+        for block, rows in zip(out.split(columns, dim=1), weight.split(columns), strict=True):
+            torch.mm(hidden, rows.to(out.dtype).t(), out=block)
+    if bias is not None:
+        out += bias
+
+
+def multiply(
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    first: bool,
+) -> None:
+    """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += grad_logits.sum(0); at `first`, the
+    weight's is set."""
+    made = next((g for g in (grad_hidden, grad_weight, grad_bias) if g is not None), None)
+    if made is None:
+        return
+    wide = made.dtype
+    if wide != hidden.dtype and not hidden.is_cuda:
+        return _multiply_widened(grad_logits, hidden, weight, grad_hidden, grad_weight, grad_bias, wide, first)
+    if grad_hidden is not None:
+        _product(grad_hidden, grad_logits, weight, add=False)
+    if grad_weight is not None:
+        _product(grad_weight, grad_logits.t(), hidden, add=not first)
+    if grad_bias is not None:
+        grad_bias += grad_logits.sum(0, dtype=wide)
+
+
+def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (+)= a @ b, accumulated in the dtype of `out` by the product itself."""
+    if out.dtype == a.dtype:
+        out.addmm_(a, b) if add else torch.mm(a, b, out=out)
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, a, b, out.dtype, out=out)
+    else:
+        torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
+
+
+def _multiply_widened(
+    grad_logits: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    grad_hidden: Tensor | None,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+    wide: torch.dtype,
+    first: bool,
+) -> None:
+    """The same on the CPU, whose products cannot write a wider dtype than they read: a block of the vocabulary at a time."""
+    hidden = hidden.to(wide)
+    vocab = weight.shape[0]
+    columns = -(-vocab // CPU_BLOCKS)
+    for begin in range(0, vocab, columns):
+        block = slice(begin, min(begin + columns, vocab))
+        g = grad_logits[:, block].to(wide)
+        if grad_hidden is not None:
+            _product(grad_hidden, g, weight[block].to(wide), add=begin > 0)
+        if grad_weight is not None:
+            _product(grad_weight[block], g.t(), hidden, add=not first)
+        if grad_bias is not None:
+            grad_bias[block] += g.sum(0)
+
+
+def implement_autocast(kernels: torch.library.Library, op: str, public: Callable[..., Any]) -> None:
+    """As autocast treats a linear layer; labels, weights of tokens and classes, and num_items keep their dtypes."""
+
+    def implement(device_type: str, key: str):
+        def cast(x: Tensor | None) -> Tensor | None:
+            castable = x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type
+            return x.to(torch.get_autocast_dtype(device_type)) if x is not None and castable else x
+
+        def call(hidden, weight, labels, *, bias=None, **given):
+            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
+                return public(cast(hidden), cast(weight), labels, bias=cast(bias), **given)
+
+        kernels.impl(op, call, key)
+
+    implement("cpu", "AutocastCPU")
+    implement("cuda", "AutocastCUDA")
+
+
+class Product:
+    """The handwritten product, where the device, its code, dtypes and layouts allow it."""
+
+    ROWS = 8192  #: of a chunk of which only statistics are kept, 12 bytes for every 192 columns
+
+    def __init__(self, namespace: str):
+        ops = getattr(torch.ops, namespace)
+        self._fits = ops._lm_head_fits.default
+        self.statistics = ops._lm_head_statistics.default
+        self.gradient_ = ops._lm_head_gradient_.default
+
+    def fits(self, hidden: Tensor, weight: Tensor) -> bool:
+        return hidden.is_cuda and hidden.dtype in (torch.bfloat16, torch.float16) and self._fits(hidden, weight)
