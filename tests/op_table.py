@@ -97,6 +97,7 @@ def build() -> dict[str, Op]:
         **chunks,
         "bias": Changes(rand(V)),
         "accum_dtype": Changes(torch.bfloat16, {"chunk_tokens": 2}, tensors=halves),
+        "logits_dtype": Changes(torch.float32, tensors=halves),
     }
     log_probs = {
         **{name: loss[name] for name in ("cu_seqlens", "shift", "ignore_index", "softcap", "logit_scale")},
@@ -149,8 +150,16 @@ def build() -> dict[str, Op]:
         "linear_cross_entropy": Op(
             packops.linear_cross_entropy,
             hidden,
-            linear,
+            {**linear, "return_stats": Changes(True)},
             ops.linear_cross_entropy,
+            lower=("hidden", "weight", "bias"),
+        ),
+        "linear_cross_entropy_stats": Op(
+            packops.linear_cross_entropy,
+            hidden,
+            linear,
+            ops.linear_cross_entropy_stats,
+            compared=1,
             lower=("hidden", "weight", "bias"),
         ),
         "linear_log_probs": Op(

@@ -130,6 +130,7 @@ def vocab_parallel_linear_cross_entropy(
     num_valid: int | None = None,
     chunk_tokens: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
+    logits_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`packops.linear_cross_entropy` with the rows of ``weight`` split over the processes of ``group``.
 
@@ -148,7 +149,7 @@ def vocab_parallel_linear_cross_entropy(
         class_weight: (V,) float per class of the whole vocabulary.
         chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
         cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, label_smoothing, z_loss, softcap, logit_scale,
-            num_valid, accum_dtype: as in :func:`packops.linear_cross_entropy`.
+            num_valid, accum_dtype, logits_dtype: as in :func:`packops.linear_cross_entropy`.
 
     Returns:
         The loss of the whole vocabulary, fp32 (fp64 for fp64), the same bits on every rank. Differentiable once in ``hidden``,
@@ -165,13 +166,16 @@ def vocab_parallel_linear_cross_entropy(
         "num_valid": num_valid,
         "chunk_tokens": chunk_tokens,
         "accum_dtype": accum_dtype,
-        "logits_dtype": None,
+        "logits_dtype": logits_dtype,
     }
     linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
     tokens = labels.numel()
     if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
         compacted = num_valid if num_valid is not None and num_valid < tokens else None
-        chunks["chunk_tokens"] = linear.choose_chunk_tokens(tokens, hidden.shape[-1], max(sizes), num_valid=compacted)
+        copies = 1 if logits_dtype in (None, hidden.dtype) else 3
+        chunks["chunk_tokens"] = linear.choose_chunk_tokens(
+            tokens, hidden.shape[-1], max(sizes), num_valid=compacted, copies=copies
+        )
     options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
