@@ -41,10 +41,11 @@ help:
 	@echo "make cpp       build without Python (CMake), run the C++ tests and the CUDA kernels on an emulator"
 	@echo "make lint      ruff, clang-format, mypy;  make format  mends what can be mended"
 	@echo "make wheel     dist/*.whl and dist/*.tar.gz"
+	@echo "make wheels    dist/wheels/*.whl, one for every Python on this machine"
 	@echo "make clean     remove what was built (.venv stays; make distclean removes it too)"
 
 $(VENV)/.ready: requirements-dev.txt
-	@echo "packops: preparing $(VENV) from requirements-dev.txt (torch is a large download, once)"
+	@echo "packops: preparing $(VENV) from requirements-dev.txt, once: some minutes, most of them for the download of torch"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-dev.txt
 	@touch $@
@@ -118,6 +119,10 @@ wheel: $(VENV_READY)  # the sdist, and a wheel built from it alone
 	@rm -rf dist && mkdir -p build
 	@$(PY) -m build --no-isolation > build/wheel.log || { cat build/wheel.log; exit 1; }
 	@ls -l dist
+
+.PHONY: wheels
+wheels:
+	@TORCH_INDEX='$(TORCH_INDEX)' tools/build_wheels.sh $(PYTHONS)
 
 .PHONY: clean
 clean:

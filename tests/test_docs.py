@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib.util
 import re
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 import packops
+import packops.cli.program
 from packops import rotary
 from packops.ops import ce_loss
 
@@ -100,3 +102,89 @@ def test_troubleshooting_quotes_messages_that_exist():
         for part in re.split(r"\.\.\.|PACKOPS_[A-Z_]*|packops_dev", quote):  # names that the code puts in
             words = part.strip()
             assert not words or any(words in literal for literal in said), f"nothing says {words!r} (of {quote!r})"
+
+
+def test_adding_an_op_names_every_file_that_an_op_touches():
+    """CONTRIBUTING walks through rms_norm. A file that it forgets, or one that is gone, makes the page wrong."""
+    section = (ROOT / "CONTRIBUTING.md").read_text().partition("## Adding an op")[2].partition("\n## ")[0]
+    named = {name for name in re.findall(r"`([\w/.]+\.\w+)`", section) if "/" in name or name.endswith(".md")}
+    own = {name for name in named if "rms_norm" in name}
+    folders = ("csrc", "python", "tests", "bench", "tools")
+    files = [p for folder in folders for p in (ROOT / folder).rglob("*rms_norm*") if "results" not in p.parts]
+    sources = {p.relative_to(ROOT).as_posix() for p in files if p.suffix in (".py", ".h", ".cu", ".cuh", ".cpp")}
+    assert own == {name for name in sources if not name.startswith("tests/test_hf_") and "/hf/" not in name}
+    known = {"csrc/torch/check.h", "python/packops/ops/op.py"}  # named for what they give, not to be edited
+    edited = named - own - known
+    for name in edited:
+        assert "rms_norm" in (ROOT / name).read_text(), f"{name} has no entry"
+    assert f"{len(own)} files of its own and an entry in {len(edited)} others" in section
+
+
+def test_the_version_is_in_one_place():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert "version" not in project
+    assert project["dynamic"] == ["version"]
+    assert packops.__version__ == packops.cli.program.version()
+    for path in [*ROOT.glob("*.toml"), *ROOT.glob("*.py"), ROOT / "CMakeLists.txt", *(ROOT / "python").rglob("*.py")]:
+        assert path.name == "_version.py" or f'"{packops.__version__}"' not in path.read_text(), path
+
+
+@pytest.fixture
+def publishable():
+    return tool("publishable")
+
+
+def tool(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_index_page_gets_absolute_links(publishable):
+    text = publishable.absolute_links((ROOT / "README.md").read_text(), "https://host/us/packops", "v9")
+    targets = re.findall(r"\]\(([^)\s]+)\)", text)
+    assert len(targets) > 20
+    assert all(target.startswith("https://") for target in targets)
+    assert (
+        "![held-out loss, weight difference and speed of the demo](https://host/us/packops/raw/v9/docs/images/demo.png)" in text
+    )
+    assert "(https://host/us/packops/blob/v9/docs/packing.md)" in text
+    kept = "[a](https://x/y) [b](#c) [d](mailto:e)"
+    assert publishable.absolute_links(kept, "https://host", "v9") == kept
+
+
+def test_an_index_page_gets_the_projects_urls(publishable):
+    import tomllib
+
+    text = publishable.with_urls((ROOT / "pyproject.toml").read_text(), "https://host/us/packops", "v9")
+    urls = tomllib.loads(text)["project"]["urls"]
+    assert urls["Homepage"] == "https://host/us/packops"
+    assert urls["Changelog"] == "https://host/us/packops/blob/v9/CHANGELOG.md"
+
+
+def test_the_layout_for_the_kernels_hub(tmp_path):
+    import tomllib
+
+    tool("kernels_hub").write(tmp_path / "hub")
+    layout = tomllib.loads((tmp_path / "hub" / "build.toml").read_text())
+    parts = [layout["torch"], *layout["kernel"].values()]
+    listed = {name for part in parts for name in part["src"]}
+    assert all((tmp_path / "hub" / name).is_file() for name in listed)
+    there = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")}
+    assert there - listed == {"csrc/bindings.cpp"}
+    assert not any(name.endswith(".cu") for name in layout["kernel"]["packops_cpu"]["src"])
+    for kernel in layout["kernel"].values():
+        assert "-DPACKOPS_NAMESPACE=TORCH_EXTENSION_NAME" in kernel["cxx-flags"]
+    assert (tmp_path / "hub" / "torch-ext" / "packops" / "__init__.py").is_file()
+
+
+def test_workflows_and_templates_are_yaml():
+    yaml = pytest.importorskip("yaml")
+    found = [*(ROOT / ".github").rglob("*.yml"), ROOT / "CITATION.cff", ROOT / "mkdocs.yml"]
+    assert len(found) > 5
+    for path in found:
+        loader = yaml.BaseLoader if path.name == "mkdocs.yml" else yaml.SafeLoader
+        assert isinstance(yaml.load(path.read_text(), loader), dict), path

@@ -665,3 +665,13 @@ def test_a_mask_of_the_caller_is_obeyed():
     for more in ({}, {"softcap": 1e6}):
         found = attention.packed_attention(torch.nn.Module(), q, q, q, mask, **more)[0].transpose(1, 2)
         assert (found - expected).abs().max() < 1e-4
+
+
+def test_masks_as_older_versions_of_transformers_ask_for_them():
+    """Before 5.4 or so a mask function got the queries' positions in the cache, not their number."""
+    from transformers.masking_utils import causal_mask_function
+
+    old = attention.packed_mask(
+        batch_size=1, cache_position=torch.arange(5), kv_length=5, kv_offset=0, mask_function=causal_mask_function
+    )
+    assert old == attention.packed_mask(1, 5, 5, mask_function=causal_mask_function)

@@ -25,7 +25,8 @@ def test_patched_and_packed_equals_stock_and_padded(family, fused):
     packops.hf.apply(model)
     report = packops.hf.report(model)
     assert report.tested
-    assert report.replaced["tables"] == "fp32, from angles in fp64"
+    if families._version(transformers.__version__) >= families.OLDEST:  # older rotary modules are not recognised and stay
+        assert report.replaced["tables"] == "fp32, from angles in fp64"
     assert ("apply_qk_norm_rope" in report.replaced["rope"]) == (family in FUSED_NORMS), report
     assert "lm_head" in report.replaced
     assert report.replaced.get("mlp") == (None if family in UNGATED else "packops.gated_linear in 2 modules")

@@ -2,6 +2,7 @@
 # A wheel installs into an empty virtual environment and works where there is no source tree.
 #
 #   tools/check_wheel.sh dist/packops-*.whl [torch requirement, default torch==2.13.0]
+#   TORCH_TESTS=1 runs the tests of the ops too, which takes some minutes.
 set -euo pipefail
 wheel=$(realpath "$1")
 torch=${2:-torch==2.13.0}
@@ -20,3 +21,8 @@ unset PYTHONPATH
 "$work/venv/bin/python" "$work/smoke.py"
 "$work/venv/bin/python" -O -c 'import packops, torch; packops.cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))'
 "$work/venv/bin/packops" info
+if [ "${TORCH_TESTS:-}" = 1 ]; then
+  "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-timeout hypothesis
+  cp -r "$(dirname "$smoke")/../tests" "$(dirname "$smoke")/../pyproject.toml" "$(dirname "$smoke")" "$work/"
+  "$work/venv/bin/python" -m pytest -q tests/test_{ce_loss,linear_ce_loss,rope,rotary,rms_norm,qk_norm_rope,gated_linear,attention,metadata,packing,sampler,batch}.py
+fi

@@ -194,13 +194,14 @@ class Pattern:
 
 def packed_mask(
     batch_size: int,
-    q_length: int,
-    kv_length: int,
+    q_length: int | None = None,
+    kv_length: int = 0,
     q_offset: int = 0,
     kv_offset: int = 0,
     *,
     mask_function: Callable[..., Any],
     attention_mask: Tensor | Pattern | None = None,
+    cache_position: Tensor | None = None,
     **options: Any,
 ) -> Pattern | Tensor | None:
     """The mask function of the backend: transformers calls it once in a forward, for each kind of layer.
@@ -213,23 +214,18 @@ def packed_mask(
     """
     if isinstance(attention_mask, Pattern):  # made beforehand
         return attention_mask
+    queries: dict[str, Any] = {"q_length": q_length, "q_offset": q_offset}
+    if cache_position is not None:  # older transformers: the queries' positions in place of their number
+        queries, q_length = {"cache_position": cache_position}, len(cache_position)
     if kv_length != q_length:
         from transformers.masking_utils import sdpa_mask
 
         options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
-        return cast(
-            "Tensor | None",
-            sdpa_mask(
-                batch_size,
-                q_length,
-                kv_length,
-                q_offset,
-                kv_offset,
-                mask_function=mask_function,
-                attention_mask=attention_mask,
-                **options,
-            ),
+        keys = {"kv_length": kv_length, "kv_offset": kv_offset}
+        made = sdpa_mask(
+            batch_size=batch_size, mask_function=mask_function, attention_mask=attention_mask, **queries, **keys, **options
         )
+        return cast("Tensor | None", made)
     if torch.compiler.is_compiling():  # the functions cannot be looked into: packed_attention asks the layer
         if attention_mask is not None:
             raise ValueError(f"{NAME} under torch.compile takes no attention_mask: leave it out, documents tell all")

@@ -76,17 +76,14 @@ def _version(text: str) -> tuple[int, int]:
 
 @cache
 def require_transformers() -> None:
-    """Raise unless transformers is installed in a version that packops knows; warn, once, where it is newer than tested."""
-    tested = f"{_dotted(OLDEST)} to {_dotted(NEWEST)}"
+    """Raise unless transformers is installed; warn, once, where packops was not tested with its version."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("packops.hf needs transformers, which is not installed: pip install '.[hf]'")
     found = importlib.metadata.version("transformers")
-    if _version(found) < OLDEST or _version(found)[0] > NEWEST[0]:
-        raise ImportError(f"packops.hf is tested with transformers {tested}, found {found}: pip install '.[hf]'")
-    if _version(found) > NEWEST:
+    if not OLDEST <= _version(found) <= NEWEST:
         warnings.warn(
-            f"packops.hf is tested with transformers {tested}, found {found}. What it does not recognise it refuses; "
-            "packops.verify(model, documents) shows whether what it replaced is right",
+            f"packops.hf is tested with transformers {_dotted(OLDEST)} to {_dotted(NEWEST)}, found {found}. What it does not "
+            "recognise it refuses; packops.verify(model, documents) shows whether what it replaced is right",
             stacklevel=3,
         )
 
