@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 failed=()
-for version in "${@:-5.4.0 5.15.0 5.24.0}"; do
+for version in "${@:-5.10.0 5.17.0 5.24.0}"; do
   for version in $version; do
     overlay=$PWD/build/transformers/$version
     if [ ! -d "$overlay/transformers" ]; then
