@@ -221,7 +221,7 @@ def packed_mask(
         from transformers.masking_utils import sdpa_mask
 
         options["allow_is_causal_skip"] = options["allow_is_bidirectional_skip"] = False
-        keys = {"kv_length": kv_length, "kv_offset": kv_offset}
+        keys: dict[str, Any] = {"kv_length": kv_length, "kv_offset": kv_offset}
         made = sdpa_mask(
             batch_size=batch_size, mask_function=mask_function, attention_mask=attention_mask, **queries, **keys, **options
         )
