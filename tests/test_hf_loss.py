@@ -284,7 +284,7 @@ def test_labels_that_are_counted_and_not_scored_are_refused(fused):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_such_a_count_is_never_divided_by(device, compiled):
-    """On a GPU looking at the labels would wait, so that the count becomes NaN, and the loss; compiled, the operation refuses it."""
+    """On a GPU looking at the labels would wait, so the count becomes NaN, and the loss; compiled, the operation refuses it."""
     loss = packops.hf.CausalLMLoss()
     if compiled:
         loss = torch.compile(loss, backend="eager", fullgraph=True)

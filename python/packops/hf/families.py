@@ -63,6 +63,24 @@ TESTED = {
     "arcee": "Arcee",
 }
 
+# Found by tests/sweep_families.py. These never look at position_ids to tell packed documents apart, so that sdpa, eager and
+# flex_attention let documents see each other ...
+NEVER_LOOK = frozenset(
+    {
+        "afmoe", "bert", "bert-generation", "big_bird", "biogpt", "bloom", "cpmant", "deepseek_v4", "electra", "ernie", "falcon",
+        "gpt_oss", "megatron-bert", "mpt", "openai-gpt", "opt", "qwen2_5_vl", "qwen2_vl", "rembert", "roformer", "xglm", "xlnet",
+    }
+)  # fmt: skip
+# ... these learn a table of positions and take none, so that a later document has those of the row ...
+NO_POSITIONS = frozenset(
+    {
+        "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr",
+        "whisper",
+    }
+)  # fmt: skip
+# ... and these carry a state from token to token, like those that transformers itself calls stateful.
+STATEFUL = frozenset({"lfm3", "minimax"})
+
 
 def supported() -> str:
     """The tested families, for messages."""

@@ -24,7 +24,7 @@ import packops
 from ..data.documents import document_begins
 from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
-from . import rewrite
+from . import families, rewrite
 from .record import Record
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
@@ -341,10 +341,18 @@ def check_call(model: Any, given: Mapping[str, Any]) -> None:
             "prefix and p-tuning) calls so: it puts its tokens before the first document alone, and drops the positions of all. "
             "Train it on padded rows"
         )
-    if positions is not None:
-        return
-    name = model.config.get_text_config(decoder=True)._attn_implementation
-    if name in ("sdpa", "eager", "flex_attention"):
+    family, name = model.config.model_type, model.config.get_text_config(decoder=True)._attn_implementation
+    by_positions = name in ("sdpa", "eager", "flex_attention")
+    if family in families.NO_POSITIONS:
+        raise ValueError(
+            f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {family!r}, which takes no position_ids"
+        )
+    if by_positions and family in families.NEVER_LOOK:
+        raise ValueError(
+            f"packops.hf: with {name!r}, {family!r} never looks where packed documents (cu_seq_lens_q) begin: they would see "
+            "each other. packops.hf.apply(model, attention='packops_varlen') keeps them apart where the family takes it"
+        )
+    if by_positions and positions is None:
         raise ValueError(
             f"packops.hf: cu_seq_lens_q without position_ids, by which alone {name!r} tells documents apart: they would see each "
             "other. Pass position_ids too, as packops.PackingCollator makes them"
