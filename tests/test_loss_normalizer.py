@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import packops
 from cuda_streams import no_host_sync
-from packops import PackedBatch, PackedBatchSampler, PackingCollator
+from packops import PackedBatch, PackedBatchSampler, PackingCollator, reference
 from ranks import run_ranks
 
 REDUCTIONS = ["mean", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -60,6 +60,27 @@ def test_agrees_with_the_loss_itself(device):
         num_items = packops.loss_normalizer(labels, reduction=reduction, shift=shift)
         loss = packops.cross_entropy(logits, labels, reduction=reduction, shift=shift, num_items=num_items)
         torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, -1, 3])
+@pytest.mark.parametrize("shift", [False, True])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_agrees_with_the_loss_of_documents(device, ignore_index, shift, reduction):
+    """ignore_index, cu_seqlens and shift together: labels ignored at and beside the ends of documents, and in the padding."""
+    labels = torch.randint(0, 9, (24,), device=device)
+    labels[torch.rand(24, device=device) < 0.4] = ignore_index
+    cu_seqlens = torch.tensor([0, 5, 5, 6, 13, 20], device=device)
+    labels[[0, 4, 5, 6, 7]] = torch.tensor([2, 1, 2, ignore_index, 4], device=device)
+    labels[13:20] = ignore_index  # a document without a scored token
+    labels[20:] = 5  # padding
+    logits = torch.randn(24, 9, device=device)
+    options = {"cu_seqlens": cu_seqlens, "shift": shift, "reduction": reduction, "ignore_index": ignore_index}
+    num_items = packops.loss_normalizer(labels, **options)
+    expected = packops.cross_entropy(logits, labels, **options)
+    assert 0 < num_items < 13
+    torch.testing.assert_close(packops.cross_entropy(logits, labels, **options, num_items=num_items), expected)
+    exact = reference.cross_entropy(logits.double(), labels, **options)
+    torch.testing.assert_close(expected.double(), exact, rtol=1e-5, atol=0)
 
 
 def test_bad_arguments():

@@ -502,13 +502,17 @@ def test_arguments_that_make_no_table():
     for name in ("short_factor", "long_factor"):  # at once, not at the first long document
         with pytest.raises(ValueError, match=name):
             packops.RotaryEmbedding(DIM, scaling={**BY_LENGTH["longrope"], name: [1.0]})
+    with pytest.raises(ValueError, match=r"scaling\['full_attention'\] is a dictionary"):
+        packops.RotaryEmbedding(DIM, scaling={"full_attention": BY_LENGTH["longrope"]})
     with pytest.raises(TypeError, match="q must be a tensor, got list"):
         packops.RotaryEmbedding(8)([1.0], None)
 
 
 def test_settings_are_those_of_when_the_module_was_made():
     scaling = copy.deepcopy(BY_LENGTH["longrope"])
+    scaling["long_factor"] = torch.tensor(scaling["long_factor"], dtype=torch.float64)
     module = packops.RotaryEmbedding(DIM, scaling=scaling)
     scaling["short_factor"][0] = scaling["original_max_position_embeddings"] = 3
-    q = heads(10)
-    assert torch.equal(module(q, None)[0], rotated(q, BY_LENGTH["longrope"], 10))
+    module.cos.zero_()  # a copy
+    for q in (heads(10), heads(TRAINED + 1)):
+        assert torch.equal(module(q, None)[0], rotated(q, BY_LENGTH["longrope"], len(q)))

@@ -417,6 +417,20 @@ def test_states_that_no_sampler_made_are_refused(change, message, world_size):
     assert sampler.state_dict() == own
 
 
+def test_a_state_whose_segments_do_not_belong_together_is_refused():
+    """The steps of an earlier segment decide which packs the later ones share out."""
+    lengths = np.random.default_rng(1).integers(1, 50, 100)
+    second = resumed(ranks(lengths, 64, 2), ranks(lengths, 64, 3)[0].state_dict(step=4))
+    state = second[0].state_dict(step=7)
+    for world_size in (2, 4):
+        (sampler, *_) = resumed(ranks(lengths, 64, world_size), state)
+        own = sampler.state_dict()
+        for segments in ([(3, 1, 5), (2, 1, 3)], [(3, 1, 3), (2, 1, 3)], [(4, 1, 4), (2, 1, 3)], [(3, 1, 4)], [(2, 1, 3)]):
+            with pytest.raises(ValueError, match="its plan is not this sampler's"):
+                sampler.load_state_dict({**state, "segments": segments})
+        assert sampler.state_dict() == own
+
+
 def test_the_callers_lengths_are_neither_kept_nor_written():
     lengths = np.arange(1, 60)
     before = lengths.copy()

@@ -175,8 +175,13 @@ class Settings(NamedTuple):
 
     @classmethod
     def of(cls, rotary_dim: int, base: float, scaling: Mapping[str, Any] | None) -> Settings:
-        items = ((key, tuple(value) if isinstance(value, list) else value) for key, value in (scaling or {}).items())
-        return cls(rotary_dim, base, tuple(sorted(items)))
+        items = []
+        for key, value in sorted((scaling or {}).items()):
+            if isinstance(value, Mapping):
+                raise ValueError(f"packops.RotaryEmbedding: scaling[{key!r}] is a dictionary; pass the one of this layer's type")
+            value = value.tolist() if hasattr(value, "tolist") else value
+            items.append((key, tuple(value) if isinstance(value, list) else value))
+        return cls(rotary_dim, base, tuple(items))
 
 
 class Tables:
@@ -321,13 +326,13 @@ class RotaryEmbedding(nn.Module):
 
     @property
     def cos(self) -> Tensor:
-        """(max_position, rotary_dim / 2) fp32 on the CPU, for documents within the trained length."""
-        return self._tables.get(torch.device("cpu"), self.max_position)[0]
+        """A copy of the table, (max_position, rotary_dim / 2) fp32 on the CPU, for documents within the trained length."""
+        return self._tables.get(torch.device("cpu"), self.max_position)[0].clone()
 
     @property
     def sin(self) -> Tensor:
         """As :attr:`cos`."""
-        return self._tables.get(torch.device("cpu"), self.max_position)[1]
+        return self._tables.get(torch.device("cpu"), self.max_position)[1].clone()
 
     def extend(self, max_position: int) -> None:
         """Begin with at least so many rows from now on."""
@@ -349,8 +354,8 @@ class RotaryEmbedding(nn.Module):
 
         Args:
             max_position: one more than the largest position, where that exceeds the tokens.
-            max_seqlen: length of the longest document, where a scaling looks at it. A document that began in an earlier call
-                (decoding) counts from its beginning.
+            max_seqlen: length of the longest document, for the scalings that look at it. A document that began in an earlier
+                call (decoding) counts from its beginning.
         """
         if not isinstance(q, Tensor):
             raise TypeError(f"packops.RotaryEmbedding: q must be a tensor, got {type(q).__name__}")
