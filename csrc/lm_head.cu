@@ -113,7 +113,7 @@ __device__ __forceinline__ float tanh_unbranched(float x) {
   float series = fmaf(0x1.fe8758p-7f, square, -0x1.ab8702p-5f);  // of (tanh x - x) / x^3, by least squares up to 0.6
   series = fmaf(series, square, 0x1.10a45cp-3f);
   series = fmaf(series, square, -0x1.55535p-2f);
-  const float large = copysignf(1 - 2 * reciprocal_approx(exp2_approx(size * (2 * kLog2E)) + 1), x);
+  const float large = copysignf(1 - 2 * rcp_approx(ex2_approx(size * (2 * kLog2E)) + 1), x);
   return size < 0.6f ? fmaf(series * square, x, x) : large;
 }
 
@@ -122,7 +122,7 @@ struct Cap {
   __device__ explicit Cap(const LmHeadParams& p) : to_argument(p.cap_argument), cap(p.softcap) {}
   __device__ __forceinline__ float value(float z) const { return cap * tanh_unbranched(z * to_argument); }
   __device__ __forceinline__ float slope(float z) const {  // 1 - tanh^2, which would cancel near the cap
-    const float e = exp2_approx(fabsf(z * to_argument) * (-2 * kLog2E)), r = reciprocal_approx(1 + e);
+    const float e = ex2_approx(fabsf(z * to_argument) * (-2 * kLog2E)), r = rcp_approx(1 + e);
     return 4 * e * r * r;
   }
 };
@@ -237,7 +237,7 @@ struct Statistics {
 #pragma unroll
     for (int i = 0; i < kSums; i++) {
       const int half = i / 2 % 2;
-      const float exponent = fmaf(d[i], scale, -reference[half]), e = exp2_approx(exponent * kLog2E);
+      const float exponent = fmaf(d[i], scale, -reference[half]), e = ex2_approx(exponent * kLog2E);
       sum[half] += e;
       mean[half] = fmaf(e, fmaxf(exponent, kLeastLog), mean[half]);
     }
@@ -290,7 +290,7 @@ class Gradient {
 #pragma unroll
     for (int i = kFirst; i < kFirst + kCount; i++) {
       const int half = i / 2 % 2;
-      const float log_p = log_p_of(d[i], half), p = exp2_approx(log_p * kLog2E);
+      const float log_p = log_p_of(d[i], half), p = ex2_approx(log_p * kLog2E);
       const float value = p * fmaf(on_p_log_[half], fmaxf(log_p, kLeastLog), on_p_[half]) * slope_of(d[i]);
       d[i] = labels_.target[half] >= 0 ? value : 0;
     }

@@ -73,7 +73,7 @@ __device__ __forceinline__ void store_piece(const float (&x)[kSums], const CUten
     hopper::stmatrix_x4(to ^ (pair * 32), pack2(x[i], x[i + 1], T{}), pack2(x[i + 2], x[i + 3], T{}),
                         pack2(x[i + 4], x[i + 5], T{}), pack2(x[i + 6], x[i + 7], T{}));
   }
-  hopper::fence_proxy_async();
+  fence_proxy_async();
   __syncwarp();
   if (lane == 0) hopper::tma_store_2d(map, staging, column + 2 * kFirst, row);
 }
