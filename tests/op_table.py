@@ -70,6 +70,7 @@ def build() -> dict[str, Op]:
     labels = torch.randint(0, V, (T,))
     labels[4] = 3
     cu_seqlens = torch.tensor([0, 2, 6, 8], dtype=torch.int32)
+    parents = torch.tensor([-1, 0, 0], dtype=torch.int32)
 
     loss = {
         "cu_seqlens": Changes(cu_seqlens, {"shift": True}),
@@ -220,6 +221,7 @@ def build() -> dict[str, Op]:
                 "window": Changes(2),
                 "softcap": Changes(0.5),
                 "scale": Changes(0.7),
+                "parents": Changes(parents),
             },
             ops.attention,
             cuda_dtype=torch.bfloat16,
@@ -230,7 +232,15 @@ def build() -> dict[str, Op]:
             {"shift": Changes(False), "ignore_index": Changes(-7)},
             ops.packed_labels,
         ),
-        "packed_metadata": Op(packops.packed_metadata, {"cu_seqlens": cu_seqlens, "total_tokens": T}, {}, ops.packed_metadata),
+        "packed_metadata": Op(
+            packops.packed_metadata,
+            {"cu_seqlens": cu_seqlens, "total_tokens": T},
+            {"parents": Elsewhere("packed_forest")},
+            ops.packed_metadata,
+        ),
+        "packed_forest": Op(
+            packops.packed_metadata, {"cu_seqlens": cu_seqlens, "total_tokens": T, "parents": parents}, {}, ops.packed_forest
+        ),
         "document_sums": Op(packops.document_sums, {"values": rand(T), "cu_seqlens": cu_seqlens}, {}, ops.document_sums),
     }
 

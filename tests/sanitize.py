@@ -405,6 +405,28 @@ def attention(device: torch.device) -> Iterator[str]:
 
 
 @cases
+def shared_prefixes(device: torch.device) -> Iterator[str]:
+    """Branches about as long as tiles, trees in trees, windows along a path, and parents that are none."""
+    lengths, parents = [70, 1, 63, 64, 0, 130, 3], [-1, 0, 0, 2, 2, 0, -1]
+    for dtype, head_dim, rule in (
+        (torch.bfloat16, 64, {}),
+        (torch.float16, 128, {"window": 66}),
+        (torch.bfloat16, 256, {"softcap": 5.0}),
+    ):
+        q, k, v, cu_seqlens = attention_problem(device, dtype, lengths, (2, 1), head_dim, padding=5)
+        for index in (torch.int32, torch.int64):
+            above = torch.tensor(parents, dtype=index, device=device)
+            packops.packed_metadata(cu_seqlens, len(q), above)
+            backward(packops.attention(q, k, v, cu_seqlens, above, **rule), q, k, v)
+        yield f"{dtype} head_dim {head_dim}, {rule}"
+    for parents in ([5] * 7, list(range(7)), [-9, 2**31 - 1, -1, 0, 1, 1, 1]):
+        q, k, v, cu_seqlens = attention_problem(device, torch.bfloat16, lengths, (2, 1), 64)
+        with bad_ids(device):
+            backward(packops.attention(q, k, v, cu_seqlens, torch.tensor(parents, device=device)), q, k, v)
+        yield f"parents {parents}"
+
+
+@cases
 def rms_norm(device: torch.device) -> Iterator[str]:
     """Teams of one warp to eight, vectors that are not there, rows fewer than teams and more than blocks, off the alignment."""
     for dtype in FLOATS:

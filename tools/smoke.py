@@ -127,6 +127,9 @@ def check_attention_and_norm() -> None:
         want = reference.attention(q, k, v, CU_SEQLENS, **options)
         for function in (packops.attention, ops.attention):
             same(function(q, k, v, CU_SEQLENS, **options), want, [q, k, v])
+    parents = torch.tensor([-1] + [0] * (len(CU_SEQLENS) - 2))
+    for function in (packops.attention, ops.attention):
+        same(function(q, k, v, CU_SEQLENS, parents), reference.attention(q, k, v, CU_SEQLENS, parents), [q, k, v])
     x, weight = torch.randn(TOKENS, 24, requires_grad=True), torch.randn(24, requires_grad=True)
     for function in (packops.rms_norm, ops.rms_norm):
         want = reference.rms_norm(x, weight, eps=1e-3, zero_centered=True)
@@ -141,6 +144,10 @@ def check_metadata_and_packing() -> None:
             (function.packed_labels(labels, CU_SEQLENS), reference.packed_labels(labels, CU_SEQLENS)),
         ):
             assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (got, want)
+    parents = torch.tensor([-1] + [0] * (len(CU_SEQLENS) - 2))
+    for function in (packops.packed_metadata, ops.packed_forest):
+        got, want = (f(CU_SEQLENS, TOKENS, parents) for f in (function, reference.packed_forest))
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True)), (got, want)
     lengths = torch.randint(1, 700, (500,)).tolist()
     for strategy in ("best_fit", "bfd", "ffd", "next_fit", "sequential"):
         plan = packops.pack(lengths, 1024, strategy=strategy)

@@ -4,9 +4,8 @@
 #include <tuple>
 
 #include "attention.h"
-#include "torch/documents.h"
+#include "torch/forest.h"
 #include "torch/register.h"
-#include "torch/stream.h"
 
 namespace packops {
 namespace {
@@ -92,11 +91,28 @@ void run(const AttentionParams& p, const Tensor& q, bool backward) {
 #endif
 }
 
-std::tuple<Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal,
-                                             std::optional<int64_t> window, std::optional<double> softcap,
-                                             std::optional<double> scale) {
+// From here on documents are trees.
+void set_forest(AttentionParams& p, const PackedForestParams& forest) {
+  p.cu_seqlens = forest.trees;
+  p.index_dtype = DType::i32;
+  p.prefixes = {forest.ends, forest.furthest, forest.nearest, forest.positions};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, OptionalTensor parents,
+                                                     bool causal, std::optional<int64_t> window, std::optional<double> softcap,
+                                                     std::optional<double> scale) {
   Attention a = prepare(q, k, v, cu_seqlens, {causal, window, softcap, scale});
   AttentionParams& p = a.params;
+  Tensor numbers;
+  if (parents) {
+    PACKOPS_CHECK(causal, ValueError, kOp, ": parents needs causal: what continues a prefix comes after it");
+    PackedForestParams forest;
+    forest.axis = {p.cu_seqlens, p.index_dtype, p.documents, p.tokens};
+    numbers = make_forest(kOp, forest, *parents, a.cu_seqlens);
+    set_forest(p, forest);
+  } else {
+    numbers = allocate(q, {0}, ScalarType::Int);
+  }
   const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
   const Tensor lse = allocate(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Tensor tiles = allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.documents) : 0, 4}, ScalarType::Int);
@@ -104,14 +120,25 @@ std::tuple<Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tenso
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
   run(p, q, false);
-  return {out, lse, tiles};
+  return {out, lse, tiles, numbers};
 }
 
 std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse,
-                                                      Tensor tiles, Tensor cu_seqlens, bool causal, std::optional<int64_t> window,
-                                                      std::optional<double> softcap, std::optional<double> scale) {
+                                                      Tensor tiles, Tensor numbers, Tensor cu_seqlens, bool causal,
+                                                      std::optional<int64_t> window, std::optional<double> softcap,
+                                                      std::optional<double> scale) {
   Attention a = prepare(q, k, v, cu_seqlens, {causal, window, softcap, scale});
   AttentionParams& p = a.params;
+  const Tensor read_numbers = as_contiguous(numbers);
+  if (numbers.numel() > 0) {
+    PACKOPS_CHECK(numbers.numel() == forest_numbers(p.documents, p.tokens) && numbers.scalar_type() == ScalarType::Int &&
+                      numbers.device() == q.device(),
+                  ValueError, kOp, ": forest must be that of the forward pass");
+    PackedForestParams forest;
+    forest.axis = {p.cu_seqlens, p.index_dtype, p.documents, p.tokens};
+    set_forest_numbers(forest, static_cast<int32_t*>(const_cast<void*>(read_numbers.const_data_ptr())));
+    set_forest(p, forest);
+  }
   const auto check_shape = [&](const Tensor& tensor, const char* name) {
     PACKOPS_CHECK(tensor.dim() == 3 && tensor.size(0) == p.tokens && tensor.size(1) == p.heads && tensor.size(2) == p.head_dim,
                   ValueError, kOp, ": ", name, " must have the shape of q, ", shape_of(q), ", got ", shape_of(tensor));
@@ -145,9 +172,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
 }
 
 // What a caller wants of it: the result alone.
-Tensor attention_output(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool causal, std::optional<int64_t> window,
-                        std::optional<double> softcap, std::optional<double> scale) {
-  return std::get<0>(attention(q, k, v, cu_seqlens, causal, window, softcap, scale));
+Tensor attention_output(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, OptionalTensor parents, bool causal,
+                        std::optional<int64_t> window, std::optional<double> softcap, std::optional<double> scale) {
+  return std::get<0>(attention(q, k, v, cu_seqlens, parents, causal, window, softcap, scale));
 }
 
 }  // namespace
@@ -156,13 +183,13 @@ Tensor attention_output(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, bool ca
 #define ATTENTION_RULE "bool causal=True, int? window=None, float? softcap=None, float? scale=None"
 
 PACKOPS_SCHEMAS(m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, *, " ATTENTION_RULE ") -> Tensor");
-  // tiles: what the CUDA kernels cut the documents into, once for both passes.
-  m.def("_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, " ATTENTION_RULE
-        ") -> (Tensor out, Tensor lse, Tensor tiles)");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? parents=None, *, " ATTENTION_RULE ") -> Tensor");
+  // Made once for both passes: tiles, what the CUDA kernels cut the documents into, and the numbers of a forest.
+  m.def("_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, Tensor? parents, " ATTENTION_RULE
+        ") -> (Tensor out, Tensor lse, Tensor tiles, Tensor forest)");
   m.def(
       "_attention_backward(Tensor grad_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor tiles, "
-      "Tensor cu_seqlens, " ATTENTION_RULE ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
+      "Tensor forest, Tensor cu_seqlens, " ATTENTION_RULE ") -> (Tensor grad_q, Tensor grad_k, Tensor grad_v)");
 }
 
 PACKOPS_KERNELS(m) {

@@ -25,6 +25,7 @@ from ._checks import checks  # noqa: E402
 from .data.batch import PackedBatch  # noqa: E402
 from .data.collator import PackingCollator, max_docs_for_flash_attention  # noqa: E402
 from .data.documents import SlicedDataset  # noqa: E402
+from .data.forest import PackedForest  # noqa: E402
 from .data.packing import DocumentSlice, PackingPlan, pack  # noqa: E402
 from .data.prefixes import PrefixForest, prefix_forest, shared_prefixes  # noqa: E402
 from .data.sampler import PackedBatchSampler  # noqa: E402
@@ -56,6 +57,7 @@ __all__ = [
     "LinearLogProbs",
     "PackedBatch",
     "PackedBatchSampler",
+    "PackedForest",
     "PackingCollator",
     "PackingPlan",
     "PrefixForest",

@@ -173,6 +173,21 @@ def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tens
     return position_ids.to(cu_seqlens.device), seq_idx.to(cu_seqlens.device)
 
 
+def packed_forest(cu_seqlens: Tensor, total_tokens: int, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Positions that continue the parent's, segment ids, and where the subtree of each token's segment ends."""
+    position_ids, seq_idx = packed_metadata(cu_seqlens, total_tokens)
+    bounds, above = cu_seqlens.tolist(), parents.tolist()
+    starts, ends = [0] * len(bounds), [*bounds[1:], 0]  # the last of each is the padding's, segment -1
+    for segment, parent in enumerate(above):
+        if parent >= 0:
+            starts[segment] = starts[parent] + bounds[parent + 1] - bounds[parent]
+    for segment, parent in reversed(list(enumerate(above))):
+        if parent >= 0:
+            ends[parent] = max(ends[parent], ends[segment])
+    start, end = torch.tensor(starts, device=seq_idx.device), torch.tensor(ends, dtype=torch.int32, device=seq_idx.device)
+    return position_ids + start[seq_idx.long()], seq_idx, end[seq_idx.long()]
+
+
 def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
     """Labels in which no token is scored against another document, and the scored tokens of each document."""
     bounds = cu_seqlens.tolist()
@@ -302,6 +317,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    parents: Tensor | None = None,
     *,
     causal: bool = True,
     window: int | None = None,
@@ -315,11 +331,16 @@ def attention(
     token = torch.arange(q.shape[1], device=q.device)
     inside = documents.index >= 0
     q, k, v = (torch.where(inside[:, None], x, 0.0) for x in (q, k, v))  # padding may hold anything, NaN included
-    seen = (documents.index[:, None] == documents.index) & inside
+    place = token
+    if parents is None:
+        seen = (documents.index[:, None] == documents.index) & inside
+    else:
+        place, _, ends = packed_forest(cu_seqlens, len(token), parents)
+        seen = (token[:, None] < ends) & inside
     if causal:
         seen &= token <= token[:, None]
     if window is not None:
-        seen &= token > token[:, None] - window
+        seen &= place > place[:, None] - window
     scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -207,11 +207,7 @@ class PackedBatch:
 
     def unpack(self, values: Tensor) -> list[Tensor]:
         """Per document, its part of (1, T, ...) or (T, ...) values, without padding. No copy, no host sync."""
-        rows = values[0] if values.dim() > 1 and values.shape[:2] == (1, self.num_tokens) else values
-        if rows.dim() < 1 or rows.shape[0] != self.num_tokens:
-            raise ValueError(
-                f"values must have shape (1, {self.num_tokens}, ...) or ({self.num_tokens}, ...), got {tuple(values.shape)}"
-            )
+        rows = self._rows_of(values)
         return [rows[begin : begin + length] for begin, length in zip(self.boundaries, self.lengths, strict=False)]
 
     def attention_mask(self, kind: str = "4d", *, dtype: torch.dtype | None = None) -> Tensor:
@@ -223,7 +219,7 @@ class PackedBatch:
         if kind != "4d":
             raise ValueError(f"kind must be '4d', got {kind!r}; block_mask() makes the FlexAttention mask")
         row = torch.arange(self.num_tokens, device=self.device)
-        allowed = (self.seq_idx[0, :, None] == self.seq_idx[0, None, :]) & (row[:, None] >= row[None, :])
+        allowed = self._sees()(row[:, None], row[None, :])
         if dtype is not None:
             allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
         return allowed[None, None]
@@ -232,13 +228,12 @@ class PackedBatch:
         """A FlexAttention ``BlockMask``: causal within each document. ``compile``: build it without its T^2 intermediate."""
         from torch.nn.attention.flex_attention import create_block_mask
 
-        document = self.seq_idx[0]
+        sees, size = self._sees(), self.num_tokens
 
-        def same_document_and_causal(batch, head, query, key):
-            return (document[query] == document[key]) & (query >= key)
+        def mask(batch, head, query, key):
+            return sees(query, key)
 
-        size = self.num_tokens
-        return create_block_mask(same_document_and_causal, 1, None, size, size, device=str(self.device), _compile=compile)
+        return create_block_mask(mask, 1, None, size, size, device=str(self.device), _compile=compile)
 
     def to_hf(self, *, seq_idx: bool = False) -> dict[str, Any]:
         """Keyword arguments of a Hugging Face causal language model, for any of its attention backends.
@@ -275,7 +270,21 @@ class PackedBatch:
             f"longest {self.max_seqlen}, on {self.device})"
         )
 
-    def _map(self, f) -> PackedBatch:
+    def _sees(self) -> Callable[[Tensor, Tensor], Tensor]:
+        """Whether a query may attend to a key, both numbers of tokens."""
+        document = self.seq_idx[0]
+        return lambda query, key: (document[query] == document[key]) & (query >= key)
+
+    def _rows_of(self, values: Tensor) -> Tensor:
+        """(T, ...) of (1, T, ...) or (T, ...) values."""
+        rows = values[0] if values.dim() > 1 and values.shape[:2] == (1, self.num_tokens) else values
+        if rows.dim() < 1 or rows.shape[0] != self.num_tokens:
+            raise ValueError(
+                f"values must have shape (1, {self.num_tokens}, ...) or ({self.num_tokens}, ...), got {tuple(values.shape)}"
+            )
+        return rows
+
+    def _map(self, f) -> Any:
         moved: dict[str, Any] = {
             field.name: f(value) for field in dataclasses.fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }

@@ -12,6 +12,8 @@ import torch
 
 from .batch import PackedBatch
 from .documents import tokens_of, without_padding
+from .forest import PackedForest
+from .prefixes import MIN_SHARED, prefix_forest
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -54,6 +56,9 @@ class CollatorOptions(TypedDict, total=False):
     shift_labels: bool
     columns: Mapping[str, float] | None
     attention_shape: tuple[int, int] | None
+    share_prefixes: bool
+    min_shared: int
+    reduction: str
 
 
 class PackingCollator(Generic[Batch]):
@@ -80,6 +85,10 @@ class PackingCollator(Generic[Batch]):
             (:meth:`packops.PackedBatch.to_hf`).
         attention_shape: (num_heads, head_dim) of the model, if it uses FlashAttention-2: a row of so many documents that its
             backward would overflow raises instead.
+        share_prefixes: a prefix that several documents begin with stands once: the batch is a :class:`packops.PackedForest`.
+        min_shared: with it, prefixes of fewer tokens than this are repeated.
+        reduction: with it, which mean over tokens or documents the batch's weights make: ``"mean"``, ``"seq-mean-token-mean"``
+            or ``"seq-mean-token-sum"``, as in :func:`packops.cross_entropy`.
     """
 
     @overload
@@ -101,6 +110,9 @@ class PackingCollator(Generic[Batch]):
         columns: Mapping[str, float] | None = None,
         names: Literal["packops", "hf"] = "packops",
         attention_shape: tuple[int, int] | None = None,
+        share_prefixes: bool = False,
+        min_shared: int = MIN_SHARED,
+        reduction: str = "mean",
     ):
         if names not in ("packops", "hf"):
             raise ValueError(f"names must be 'packops' or 'hf', got {names!r}")
@@ -117,12 +129,22 @@ class PackingCollator(Generic[Batch]):
         self.columns = dict(columns or {})
         self.names = names
         self.attention_shape = attention_shape
+        self.share_prefixes = share_prefixes
+        self.min_shared = min_shared
+        self.reduction = reduction
+        if share_prefixes and pad_doc_to_multiple_of != 1:
+            raise ValueError("share_prefixes packs documents without padding inside: pad_doc_to_multiple_of must be 1")
+        if not share_prefixes and reduction != "mean":
+            raise ValueError("reduction is for share_prefixes, where the batch holds the weights; else the loss takes it")
 
     def __call__(self, documents: Sequence[Any]) -> Batch:
         documents = [_real_part(document, number) for number, document in enumerate(documents)]
         tokens = [_ids(tokens_of(document), "input_ids", number) for number, document in enumerate(documents)]
         numbered = list(zip(documents, tokens, range(len(tokens)), strict=True))
         labels = [self._labels(*entry) for entry in numbered]
+        if self.share_prefixes:
+            forest = self._share(tokens, labels, numbered)
+            return forest.to_hf() if self.names == "hf" else forest  # type: ignore[return-value]
         lengths = [len(ids) for ids in tokens if len(ids)]
         multiple = self.pad_doc_to_multiple_of
         padded = [-(-len(ids) // multiple) * multiple for ids in tokens]
@@ -153,6 +175,26 @@ class PackingCollator(Generic[Batch]):
             ignore_index=self.ignore_index,
         )
         return batch.to_hf() if self.names == "hf" else batch  # type: ignore[return-value]
+
+    def _share(self, tokens: list[np.ndarray], labels: list[np.ndarray], numbered: list[Any]) -> PackedForest:
+        columns = {name: [self._column(name, *entry) for entry in numbered] for name in self.columns}
+        fills = {
+            name: np.asarray(self.columns[name], _column_dtype(name, parts, self.columns[name]))
+            for name, parts in columns.items()
+        }
+        forest = prefix_forest(tokens, min_shared=self.min_shared)
+        return PackedForest.from_documents(
+            tokens,
+            labels=labels,
+            columns=columns,
+            fills=fills,
+            forest=forest,
+            reduction=self.reduction,
+            pad_token_id=self.pad_token_id,
+            length=self._total(forest.num_tokens),
+            capacity=self.num_documents,
+            ignore_index=self.ignore_index,
+        )
 
     def _labels(self, document: Any, ids: np.ndarray, number: int) -> np.ndarray:
         labels = ids

@@ -20,23 +20,27 @@ class Attention(Op):
     name = "attention"
     differentiable = ("q", "k", "v")
 
-    def fake(self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, *rule: Any, **keywords: Any) -> tuple:
+    def fake(
+        self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: Tensor | None = None, *rule: Any, **keywords: Any
+    ) -> tuple:
         tokens, heads, _ = q.shape
+        segments = cu_seqlens.shape[0] - 1
         tiles = tokens // ROWS + cu_seqlens.shape[0] if q.is_cuda else 0
         return (
             q.new_empty(q.shape),
             q.new_empty((heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
             q.new_empty((tiles, 4), dtype=torch.int32),
+            q.new_empty((0 if parents is None else 3 * segments + 1 + 4 * tokens,), dtype=torch.int32),
         )
 
     def fake_backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
-    def result(self, outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+    def result(self, outputs: tuple[Tensor, ...]) -> Tensor:
         return outputs[0]
 
-    def save(self, ctx: Any, tensors: tuple, outputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        q, k, v, cu_seqlens = tensors
+    def save(self, ctx: Any, tensors: tuple, outputs: tuple[Tensor, ...]) -> Tensor:
+        q, k, v, cu_seqlens, _ = tensors
         ctx.save_for_backward(q, k, v, *outputs, cu_seqlens)
         return outputs[0]
 
@@ -53,6 +57,7 @@ def attention(
     k: Tensor,
     v: Tensor,
     cu_seqlens: Tensor,
+    parents: Tensor | None = None,
     *,
     causal: bool = True,
     window: int | None = None,
@@ -73,6 +78,9 @@ def attention(
         k, v: ``(T, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``: query head h meets ``h * kv_heads // heads``.
         cu_seqlens: ``(documents + 1,)`` int32 or int64, where documents begin, on the device of ``q``. Tokens at or past
             ``cu_seqlens[-1]`` are padding: their rows of the result and of all gradients are 0, whatever they hold.
+        parents: ``(documents,)`` int32 or int64, for documents that share prefixes (:class:`packops.PackedForest`): what each
+            segment, which is then what ``cu_seqlens`` cuts, continues, or -1. Segments come in depth-first order. A token sees
+            those of its own path from the root, and a window counts along it. Only with ``causal``.
         causal: a token sees no later one.
         window: a token sees itself and the ``window - 1`` tokens before it; None: all before it. Only with ``causal``.
         softcap: scores become ``softcap * tanh(score / softcap)`` (Gemma 2); None: as they are.
@@ -84,8 +92,9 @@ def attention(
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it, what it got and what it wants.
         ValueError: ``cu_seqlens`` that do not start at 0, decrease, or end past T; on CUDA only with :func:`packops.checks` on
-            (without, no address outside the tensors is read, and what comes out is unspecified).
+            (without, no address outside the tensors is read, and what comes out is unspecified). The same for ``parents`` that
+            are not in depth-first order, on the CPU.
     """
     if cu_seqlens.is_cuda and not is_compiling() and _checks.enabled():
         _checks.raise_bad_cu_seqlens("attention", cu_seqlens, q.shape[0])
-    return cast(Tensor, _OP((q, k, v, cu_seqlens), (causal, window, softcap, scale)))
+    return cast(Tensor, _OP((q, k, v, cu_seqlens, parents), (causal, window, softcap, scale)))

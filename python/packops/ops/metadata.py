@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
@@ -18,6 +20,11 @@ def register(namespace: str) -> None:
         position_ids = cu_seqlens.new_empty((total_tokens,), dtype=torch.int64)
         return position_ids, cu_seqlens.new_empty((total_tokens,), dtype=torch.int32)
 
+    @torch.library.register_fake(f"{namespace}::packed_forest")
+    def _(cu_seqlens: Tensor, total_tokens: int, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        seq_idx = cu_seqlens.new_empty((total_tokens,), dtype=torch.int32)
+        return cu_seqlens.new_empty((total_tokens,), dtype=torch.int64), seq_idx, torch.empty_like(seq_idx)
+
     @torch.library.register_fake(f"{namespace}::packed_labels")
     def _(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
         counts = cu_seqlens.new_empty((cu_seqlens.shape[0] - 1,), dtype=torch.int64)
@@ -29,7 +36,11 @@ def _check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int) -> None:
         _checks.raise_bad_cu_seqlens(op, cu_seqlens, tokens)
 
 
-def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+@overload
+def packed_metadata(cu_seqlens: Tensor, total_tokens: int, parents: None = None) -> tuple[Tensor, Tensor]: ...
+@overload
+def packed_metadata(cu_seqlens: Tensor, total_tokens: int, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]: ...
+def packed_metadata(cu_seqlens: Tensor, total_tokens: int, parents: Tensor | None = None) -> tuple[Tensor, ...]:
     """Position ids and document ids of a packed axis, on the device of ``cu_seqlens`` and without a host sync.
 
     Args:
@@ -37,10 +48,14 @@ def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tens
             ``[cu_seqlens[s], cu_seqlens[s + 1])``. Empty documents are legal, so a ``cu_seqlens`` of fixed size (for CUDA
             graphs) repeats its last value.
         total_tokens: length of the packed axis, in tokens. Tokens at or past ``cu_seqlens[-1]`` are padding.
+        parents: (documents,) int32 or int64, for documents that share prefixes: what each segment, which is then what
+            ``cu_seqlens`` cuts, continues, or -1; depth first (:class:`packops.PackedForest`).
 
     Returns:
         ``position_ids`` (total_tokens,) int64, which restart at 0 in every document, and ``seq_idx`` (total_tokens,) int32, the
         number of each token's document. The padding is one trailing document: its positions restart at 0, its ``seq_idx`` is -1.
+        With ``parents`` positions continue the parent's, ``seq_idx`` numbers segments, and ``ends`` (total_tokens,) int32 is a
+        third result: token q sees token k if ``k <= q < ends[k]``. The ends of padding are 0.
 
     Raises:
         TypeError: ``cu_seqlens`` is not int32 or int64.
@@ -50,6 +65,8 @@ def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tens
     """
     _check_cu_seqlens("packed_metadata", cu_seqlens, total_tokens)
     try:
+        if parents is not None:
+            return torch.ops.packops.packed_forest(cu_seqlens, total_tokens, parents)
         return torch.ops.packops.packed_metadata(cu_seqlens, total_tokens)
     except RuntimeError as error:
         raise_typed(error)

@@ -1,0 +1,53 @@
+// parents as an argument of an op: the checks, and what the kernels make of it (packed_forest.h).
+#pragma once
+
+#include "packed_forest.h"
+#include "torch/documents.h"
+#include "torch/stream.h"
+
+namespace packops {
+
+// Numbers of a forest in one int32 tensor: trees, starts and ends of segments, and four numbers a token.
+constexpr int64_t forest_numbers(int64_t segments, int64_t tokens) { return 3 * segments + 1 + 4 * tokens; }
+
+inline void set_forest_numbers(PackedForestParams& p, int32_t* numbers) {
+  const int64_t segments = p.axis.documents, tokens = p.axis.tokens;
+  p.trees = numbers;
+  p.segment_starts = p.trees + segments + 1;
+  p.segment_ends = p.segment_starts + segments;
+  p.positions = p.segment_ends + segments;
+  p.ends = p.positions + tokens;
+  p.furthest = p.ends + tokens;
+  p.nearest = p.furthest + tokens;
+}
+
+// Runs the kernels; the result is the tensor of a forest's numbers, to which p then points. p.axis is that of the segments.
+inline Tensor make_forest(const char* op, PackedForestParams& p, const Tensor& parents, const Tensor& cu_seqlens) {
+  const int64_t segments = p.axis.documents;
+  check_device(op, "parents", parents, "cu_seqlens", cu_seqlens);
+  p.parent_dtype = index_dtype(parents, op, "parents");
+  PACKOPS_CHECK(parents.dim() == 1 && parents.size(0) == segments, ValueError, op,
+                ": parents must have one number per segment of cu_seqlens, (", segments, ",), got shape ", shape_of(parents));
+  PACKOPS_CHECK(p.axis.tokens < int64_t(1) << 30, ValueError, op, ": shared prefixes want fewer than 2^30 tokens, got ",
+                p.axis.tokens);
+  const Tensor read = as_contiguous(parents);
+  p.parents = read.const_data_ptr();
+  const Tensor numbers = allocate(cu_seqlens, {forest_numbers(segments, p.axis.tokens)}, ScalarType::Int);
+  set_forest_numbers(p, numbers.mutable_data_ptr<int32_t>());
+  if (cu_seqlens.is_cpu()) {
+    const int64_t bad = first_malformed_parent(p);
+    PACKOPS_CHECK(bad < 0, ValueError, op,
+                  ": parents must be -1 or, depth first, the segment before or one that it continues, got parents[", bad,
+                  "] = ", integer_at(p.parents, p.parent_dtype, bad));
+    packed_forest_cpu(p);
+  }
+#ifdef PACKOPS_WITH_CUDA
+  else {
+    const CudaScope scope(cu_seqlens);
+    check_cuda(packed_forest_cuda(p, scope.stream()), op);
+  }
+#endif
+  return numbers;
+}
+
+}  // namespace packops

@@ -1,0 +1,182 @@
+"""Rows whose documents share prefixes give the loss and the gradients of the documents one by one, and nothing crosses branches."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import packops
+
+VOCAB = 7
+REDUCTIONS = ["mean", "seq-mean-token-mean", "seq-mean-token-sum"]
+
+
+def random_documents(seed: int, count: int | None = None) -> list[dict[str, np.ndarray]]:
+    """Documents that continue prefixes of those before them, with labels that mask some tokens, and weights."""
+    rng = np.random.default_rng(seed)
+    documents: list[dict[str, np.ndarray]] = []
+    for number in range(rng.integers(1, 7) if count is None else count):
+        ids = np.zeros(0, np.int64)
+        if number and rng.random() < 0.8:
+            other = documents[rng.integers(number)]["input_ids"]
+            ids = other[: rng.integers(len(other) + 1)]
+        ids = np.concatenate([ids, rng.integers(0, VOCAB, rng.integers(0, 6))])
+        labels = np.where(rng.random(len(ids)) < 0.8, ids, -100)
+        documents.append({"input_ids": ids, "labels": labels, "token_weight": rng.random(len(ids)).astype(np.float32) + 0.5})
+    return documents
+
+
+class Model(torch.nn.Module):
+    """Two layers of attention with RoPE, in fp64. ``attend(q, k, v, batch)`` says who sees whom."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = torch.nn.Embedding(VOCAB, 12, dtype=torch.float64)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 36, dtype=torch.float64) for _ in range(2))
+        self.head = torch.nn.Linear(12, VOCAB, dtype=torch.float64)
+        self.table = packops.rope_table(6, 64, dtype=torch.float64)
+
+    def forward(self, batch, attend):
+        x = self.embed(batch.input_ids[0])
+        for layer in self.layers:
+            q, k, v = layer(x).view(-1, 3, 2, 6).unbind(1)
+            q, k = packops.apply_rope(q, k, *self.table, position_ids=batch.position_ids[0])
+            x = x + attend(q, k, v, batch).reshape(len(x), 12)
+        return self.head(torch.tanh(x))
+
+
+def by_mask(q, k, v, batch):
+    scores = torch.einsum("qhd,khd->hqk", q, k) * 6**-0.5
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~batch.attention_mask()[0], float("-inf")).softmax(-1), v)
+
+
+def by_kernel(q, k, v, batch):
+    return packops.attention(q, k, v, batch.cu_seqlens, getattr(batch, "parents", None))
+
+
+def grads(model, loss):
+    return [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
+
+
+def one_by_one(model, documents, reduction):
+    """The definition: every document alone."""
+    total, tokens, counted = 0.0, 0.0, 0
+    for document in documents:
+        if not len(document["input_ids"]):
+            continue
+        batch = packops.PackedBatch.build(
+            torch.tensor(document["input_ids"]), torch.tensor(document["labels"]), [0, len(document["input_ids"])]
+        )
+        weight = torch.tensor(document.get("token_weight", np.ones(len(document["input_ids"]), np.float32)))
+        logits, labels = model(batch, by_mask), batch.labels[0]
+        loss = packops.cross_entropy(logits, labels, shift=True, reduction="none") * weight
+        scored = float(weight[:-1][labels[1:] != -100].double().sum())
+        if scored == 0:
+            continue
+        total = total + (loss.sum() / scored if reduction == "seq-mean-token-mean" else loss.sum())
+        tokens, counted = tokens + scored, counted + 1
+    return total / ((tokens if reduction == "mean" else counted) or 1)
+
+
+def of_forest(model, batch, attend):
+    logits, labels, weight = model(batch, attend), batch.shift_labels[0], batch.token_weight[0]
+    loss = (packops.cross_entropy(logits, labels, reduction="none") * weight).sum() / (batch.denominator or 1)
+    # The op takes weights in fp32, which holds no third.
+    own = packops.cross_entropy(logits, labels, token_weight=weight, num_items=batch.denominator)
+    torch.testing.assert_close(own, loss, rtol=1e-6, atol=1e-6)
+    return loss
+
+
+def check_same(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("attend", [by_mask, by_kernel])
+@given(seed=st.integers(0, 10**6), reduction=st.sampled_from(REDUCTIONS), weights=st.booleans(), min_shared=st.integers(1, 4))
+@settings(max_examples=25)
+def test_loss_and_gradients_are_those_of_the_documents_one_by_one(attend, seed, reduction, weights, min_shared):
+    documents = random_documents(seed)
+    if not weights:
+        for document in documents:
+            del document["token_weight"]
+    collate = packops.PackingCollator(
+        share_prefixes=True,
+        min_shared=min_shared,
+        reduction=reduction,
+        columns={"token_weight": 0.0} if weights else None,
+        pad_to_multiple_of=1 + seed % 9,
+    )
+    batch, model = collate(documents), Model()
+    want = one_by_one(model, documents, reduction)
+    if not isinstance(want, torch.Tensor) or not want.requires_grad:
+        assert batch.num_items == 0
+        return
+    check_same(grads(model, of_forest(model, batch, attend)), grads(model, want))
+    assert batch.num_items == sum(int((d["labels"][1:] != -100).sum()) for d in documents)
+
+
+@pytest.mark.parametrize("attend", [by_mask, by_kernel])
+def test_ten_steps_of_training_end_at_the_same_weights(attend):
+    models = Model(), Model()
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.03) for model in models]
+    for step in range(10):
+        documents = random_documents(step, count=5)
+        batch = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"token_weight": 0.0})(documents)
+        losses = of_forest(models[0], batch, attend), one_by_one(models[1], documents, "mean")
+        for optimizer, loss in zip(optimizers, losses, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    check_same([p.detach() for p in models[0].parameters()], [p.detach() for p in models[1].parameters()])
+
+
+@pytest.mark.parametrize("attend", [by_mask, by_kernel])
+def test_no_gradient_crosses_from_one_branch_to_another(attend):
+    documents = random_documents(11, count=6)
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"token_weight": 0.0})(documents)
+    q, k, v = (torch.randn(batch.num_tokens, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    out = attend(q, k, v, batch)
+    allowed = batch.attention_mask()[0, 0]
+    assert 0.1 < allowed.double().mean() < 0.5
+    for row in range(batch.num_tokens):
+        of_keys, of_values = ((g != 0).any((1, 2)) for g in torch.autograd.grad(out[row].sum(), (k, v), retain_graph=True))
+        assert torch.equal(of_values, allowed[row])
+        assert not (of_keys & ~allowed[row]).any()
+
+
+def test_unpack_gives_every_document_its_rows_back():
+    documents = random_documents(5, count=6)
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"token_weight": 0.0})(documents)
+    for name, values in (("input_ids", batch.input_ids), ("positions", batch.position_ids)):
+        for document, part in zip(documents, batch.unpack(values), strict=True):
+            ids = document["input_ids"]
+            assert part.tolist() == (ids if name == "input_ids" else np.arange(len(ids))).tolist()
+
+
+def test_documents_that_share_nothing_are_packed_as_ever():
+    documents = [[1, 2, 3], [4, 5], [], [6]]
+    forest = packops.PackingCollator(share_prefixes=True, pad_to_length=9, num_documents=8)(documents)
+    flat = packops.PackingCollator(pad_to_length=9, num_documents=8, shift_labels=True)([[1, 2, 3], [4, 5], [6]])
+    assert (forest.parents == -1).all()
+    for name in ("input_ids", "position_ids", "cu_seqlens", "shift_labels", "seq_idx", "real_tokens"):
+        assert torch.equal(getattr(forest, name), getattr(flat, name)), name
+    assert (forest.num_items, forest.num_sequences, forest.num_valid) == (flat.num_items, flat.num_sequences, flat.num_valid)
+
+
+def test_a_labels_disagreement_is_an_error_and_a_mask_is_none():
+    prompt = [1, 2, 3, 4]
+    collate = packops.PackingCollator(share_prefixes=True, min_shared=1)
+    masked = {"input_ids": [*prompt, 5], "labels": [-100, -100, -100, -100, 5]}
+    batch = collate([masked, {"input_ids": [*prompt, 6]}])
+    assert batch.token_weight[0].tolist() == [1, 1, 1, 1, 0, 1, 0]  # of the prompt the second document alone
+    assert collate([[*prompt, 5], [*prompt, 6]]).token_weight[0].tolist() == [2, 2, 2, 1, 0, 1, 0]
+    with pytest.raises(ValueError, match="labels of document 1 differ"):
+        collate([[*prompt, 5], {"input_ids": [*prompt, 6], "labels": [1, 9, 3, 4, 6]}])
+    extra = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"kind": 0})
+    with pytest.raises(ValueError, match="kind of document 1 differs"):
+        extra([{"input_ids": prompt, "kind": [1, 1, 1, 1]}, {"input_ids": [*prompt, 5], "kind": [1, 2, 1, 1, 1]}])
