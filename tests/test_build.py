@@ -161,22 +161,31 @@ def test_the_library_knows_its_sources():
     assert packops._C.build_info()["sources"] == _build.source_digest(_build.find_csrc())
 
 
-def test_log_without_command_lines():
+def test_a_log_ends_with_the_compilers_error():
     log = "\n".join(
         [
-            "[1/3] /usr/bin/nvcc -c a.cu -o a.o",
+            "[1/4] /usr/bin/nvcc -c a.cu -o a.o",
+            "a.cu(1): warning: x is not used",
             "FAILED: [code=1] b.o",
-            "c++ -c b.cpp -o b.o",
+            "ccache c++ -c b.cpp -o b.o",
             "b.cpp:1:1: error: x was not declared",
+            "    1 | x",
+            "      | ^",
+            "[2/4] /usr/bin/nvcc -c c.cu -o c.o",
+            "c.cu(1): warning: y is not used",
             "ninja: build stopped: subcommand failed.",
-            "g++ -shared a.o b.o -o lib.so",
+            "Traceback (most recent call last):",
+            "RuntimeError: Error compiling objects for extension",
         ]
     )
     assert _build.readable_log(log).splitlines() == [
-        "FAILED: [code=1] b.o",
+        "a.cu(1): warning: x is not used",
+        "c.cu(1): warning: y is not used",
         "b.cpp:1:1: error: x was not declared",
-        "ninja: build stopped: subcommand failed.",
+        "    1 | x",
+        "      | ^",
     ]
+    assert _build.readable_log("g++ -shared a.o b.o -o lib.so\nld: undefined x") == "ld: undefined x"
 
 
 @pytest.mark.skipif(not CHECKOUT, reason="needs the source tree")

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -135,7 +136,10 @@ def test_compiler_errors_are_shown(csrc, cache):
     with pytest.raises(RuntimeError, match="failed") as error:
         jit.load(csrc, namespace="packops_test_error")
     assert f"{source}:7" in str(error.value)  # the user's own file and line
+    told = str(error.value).splitlines()
     assert "was not declared in this scope" in str(error.value)
+    assert "^" in told[-1] or "|" in told[-1]  # g++'s own last line: nothing of ours or of Python's comes after it
+    assert not [line for line in told if "Traceback" in line or line.startswith("ninja:")]
     assert builds(cache) == []
     source.write_text(LIBRARY)
     assert jit.load(csrc, namespace="packops_test_error").scale(1) == 2  # mended, in the same process
@@ -147,6 +151,76 @@ def test_a_library_that_ends_its_process_is_not_loaded(csrc, cache):
         jit.load(csrc, namespace="packops_test_twice")
     assert "API call failed" in str(error.value)
     assert builds(cache) == []
+
+
+def test_an_edit_while_compiling_is_compiled(csrc, cache, monkeypatch, tmp_path):
+    """The compiler has read the old text, and its object file is newer than the new text: ninja would take it for compiled."""
+    compiler = tmp_path / "compiler"
+    source, flag = csrc / "library.cpp", tmp_path / "edited"
+    compiler.write_text(
+        f"""#!/bin/sh
+        case "$*" in *" -c "*) ;; *) exec c++ "$@" ;; esac
+        c++ "$@" || exit 1
+        [ -e {flag} ] && exit 0
+        touch {flag}
+        sed -i 's/FACTOR 2/FACTOR 5/' {source}
+        sleep 0.1
+        for object in $(echo "$*" | grep -o -- '-o [^ ]*' | cut -c4-); do touch "$object"; done
+        """
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    assert jit.load(csrc, namespace="packops_test_edit").scale(21) == 105
+    assert flag.exists()
+
+
+def compilers_of(folder: Path) -> list[str]:
+    """Command lines of running processes that speak of ``folder``."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            command = path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if str(folder) in command:
+            found.append(command)
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL], ids=lambda s: s.name)
+def test_compilers_end_with_their_process(csrc, cache, signum):
+    """And what they leave half done is not taken for compiled."""
+    heavy = "#include <regex>\n#include <map>\nstd::regex made(const char* x) { return std::regex(x); }\n"
+    (csrc / "heavy.cpp").write_text(heavy)
+    process = in_process(csrc)
+
+    def wait_for(condition, what):
+        deadline = time.monotonic() + 60
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.02)
+
+    wait_for(lambda: any("cc1plus" in command for command in compilers_of(csrc)), "no compiler was started")
+    process.send_signal(signum)
+    process.communicate()
+    wait_for(lambda: not compilers_of(csrc.parent), "compilers live on")
+    (csrc / "library.cpp").write_text(LIBRARY.replace("FACTOR 2", "FACTOR 3"))
+    out, err = in_process(csrc).communicate()
+    assert out == "63\n", err
+
+
+def test_errors_have_their_types(csrc):
+    torch_folder = _build.find_csrc() / "torch"
+    for name in ("check.h", "error.h", "error.cpp"):
+        shutil.copy(torch_folder / name, csrc / "torch")
+    body = '{ packops::raise("IndexError", "scale: x must be small, got ", x); }'
+    text = LIBRARY.replace("{ return FACTOR * x; }", body)
+    text = text.replace("#include <torch/csrc", '#include "torch/check.h"\n#include <torch/csrc')
+    (csrc / "library.cpp").write_text(text)
+    ops = jit.load(csrc, namespace="packops_test_types")
+    with pytest.raises(IndexError, match=r"^packops\.scale: x must be small, got 7$"):
+        ops.scale(7)
 
 
 def test_undefined_symbol(csrc, cache):
@@ -197,6 +271,19 @@ def test_cache_others_can_write_is_refused(csrc, cache):
     cache.parent.chmod(0o720)
     with pytest.raises(RuntimeError, match=r"can be written by others \(mode 0720\)"):
         jit.load(csrc, namespace="packops_test_open")
+
+
+def test_a_cache_that_cannot_be_made_names_the_variable(csrc, monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv(jit.CACHE_DIR, str(tmp_path / "file" / "cache"))
+    with pytest.raises(RuntimeError, match=r"cannot be made .*Set PACKOPS_CACHE_DIR to a folder that you can write to"):
+        jit.load(csrc, namespace="packops_test_unwritable")
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(csrc, cache, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != cache)  # chmod does not stop root
+    with pytest.raises(RuntimeError, match=r"cannot be written\. Set PACKOPS_CACHE_DIR to a folder that you can write to"):
+        jit.load(csrc, namespace="packops_test_unwritable")
 
 
 def test_cache_of_someone_else_is_refused(csrc, cache, monkeypatch):

@@ -7,11 +7,13 @@ library from one JSON request, which is how :mod:`packops.jit` calls it.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -245,11 +247,27 @@ def write_digest(folder: Path, csrc: Path) -> str:
 
 
 def readable_log(text: str) -> str:
-    """A build log without the command lines that ninja and setuptools print for what went well."""
+    """A build log without the commands that ninja and setuptools print, and with what the compiler refused at its end."""
     command = re.compile(
-        r"\[\d+/\d+\] |(\S*/)?(g\+\+|gcc|c\+\+|cc|nvcc|x86_64-\S+) .* -[co] |(building|copying|creating|running) "
+        r"\[\d+/\d+\] |(\S*/)?(ccache |sccache )?(\S*/)?(g\+\+|gcc|clang\+\+|clang|c\+\+|cc|nvcc|x86_64-\S+) .* -[co] "
+        r"|(building|copying|creating|running) "
     )
-    return "\n".join(line for line in text.splitlines() if not command.match(line)).strip()
+    told: list[str] = []
+    failed: list[str] = []
+    block = told
+    for line in text.splitlines():
+        if line.startswith("FAILED: "):
+            block = failed
+            continue
+        if re.match(r"\[\d+/\d+\] ", line):
+            block = told
+        elif line.startswith("ninja: build stopped"):
+            break  # a traceback of Python follows, which says no more
+        if not command.match(line):
+            block.append(line)
+    if not failed:
+        return "\n".join(told).strip()
+    return "\n".join([*told, *failed]).strip()
 
 
 @contextlib.contextmanager
@@ -322,6 +340,25 @@ def quiet_output(log: Path, label: str, objects: Path) -> Iterator[None]:
 # One library for the JIT loader
 
 
+def end_with_parent(parent: int) -> None:
+    """End this process and the compilers that it runs when ``parent`` ends, however that ends (Linux; elsewhere not at all).
+
+    Ninja passes a SIGTERM on to its compilers, which have process groups of their own; others are in this process's group.
+    """
+
+    def stop(signum: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.killpg(os.getpgrp(), signal.SIGTERM)
+        os._exit(128 + signum)
+
+    signal.signal(signal.SIGTERM, stop)
+    if sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+        if os.getppid() != parent:  # it ended before it could be waited for
+            stop(signal.SIGTERM, None)
+
+
 def build_library(request: dict[str, Any]) -> None:
     """Compile ``csrc`` into the file ``out``, a library of ops without a Python module, and see whether it loads.
 
@@ -348,4 +385,6 @@ def build_library(request: dict[str, Any]) -> None:
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder: packops' own modules must not pass for top-level ones
     os.environ[VERBOSE] = "1"  # the loader that asked reads all of it
-    build_library(json.loads(sys.argv[1]))
+    arguments = json.loads(sys.argv[1])
+    end_with_parent(arguments["parent"])
+    build_library(arguments)

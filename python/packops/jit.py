@@ -10,6 +10,7 @@ contents, never times. ``PACKOPS_DISABLE_JIT=1`` forbids compiling; what the cac
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import hashlib
 import importlib.util
 import json
@@ -28,10 +29,11 @@ from typing import Any
 
 import torch
 
-from . import _build, ops
+from . import _build, _loader, ops
 
 CACHE_DIR = "PACKOPS_CACHE_DIR"
 DISABLE = "PACKOPS_DISABLE_JIT"
+UNFINISHED = "unfinished"  # a file beside object files whose compilation did not come to its end
 KEPT_BUILDS = 32  # every edit of a kernel leaves a library of some megabytes; the oldest go
 
 _loaded: dict[str, str] = {}  # namespace -> key of the build that serves it
@@ -82,9 +84,16 @@ def load(
         cache = _private_folder()
         library = _find(cache, key) or _compile(cache, request, verbose)
         torch.ops.load_library(library)
+        _share_errors(library)
         ops.register(namespace)
-        _loaded[namespace] = _key(request)
+        _loaded[namespace] = library.parent.name  # what was loaded, although the sources may have changed since
     return getattr(torch.ops, namespace)
+
+
+def _share_errors(library: Path) -> None:
+    """Let errors of this library have the Python types that those of packops have; sources older than that can be loaded too."""
+    with contextlib.suppress(AttributeError):
+        ctypes.CDLL(str(library)).packops_set_error_hook(ctypes.c_void_p(_loader.load().error_hook))
 
 
 def installed_csrc() -> Path:
@@ -170,10 +179,16 @@ def cache_folder() -> Path:
 def _private_folder() -> Path:
     """The cache folder, made for this user alone; what others could have written into is refused, because it would be run."""
     folder = cache_folder()
-    folder.parent.parent.mkdir(parents=True, exist_ok=True)
-    for path in (folder.parent, folder):
-        with contextlib.suppress(FileExistsError):
-            path.mkdir(mode=0o700)
+    try:
+        folder.parent.parent.mkdir(parents=True, exist_ok=True)
+        for path in (folder.parent, folder):
+            with contextlib.suppress(FileExistsError):
+                path.mkdir(mode=0o700)
+    except OSError as error:
+        raise RuntimeError(
+            f"packops.jit: the cache folder {folder} cannot be made ({error.strerror}: {error.filename}). "
+            f"Set {CACHE_DIR} to a folder that you can write to"
+        ) from None
     for path in (folder, folder.parent):
         status = path.lstat()
         wrong = None
@@ -201,7 +216,8 @@ def _find(cache: Path, key: str) -> Path | None:
         if (cache / key).exists():
             print(f"packops.jit: {cache / key} is damaged or was not written by packops: compiling again", file=sys.stderr)
         return None
-    os.utime(cache / key)
+    with contextlib.suppress(OSError):  # a cache that is mounted read-only
+        os.utime(cache / key)
     return library
 
 
@@ -209,6 +225,10 @@ def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> Path:
     """Compile, unless another process just did; put the result into the cache in one step."""
     import filelock
 
+    if not os.access(cache, os.W_OK | os.X_OK):
+        raise RuntimeError(
+            f"packops.jit: the cache folder {cache} cannot be written. Set {CACHE_DIR} to a folder that you can write to"
+        )
     if _build.env_flag(DISABLE):
         raise RuntimeError(f"packops.jit: {DISABLE}=1 forbids compiling, and {cache} has no build of these sources")
     lock = filelock.FileLock(cache / "compile.lock", mode=0o600)
@@ -242,23 +262,36 @@ def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> Path:
 
 def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool) -> None:
     """Run ``_build.py`` in a process of its own, where setuptools and a library that does not load can do no harm."""
+    csrc = Path(request["csrc"])
     objects = _objects(cache, request)
     log = out.parent / "build.log"
-    label = f"packops.jit: compiling {request['csrc']} for " + (", ".join(request["archs"]) if request["archs"] else "the CPU")
-    arguments = json.dumps({**request, "out": str(out), "objects": str(objects)})
+    label = f"packops.jit: compiling {csrc} for " + (", ".join(request["archs"]) if request["archs"] else "the CPU")
+    arguments = json.dumps({**request, "out": str(out), "objects": str(objects), "parent": os.getpid()})
+    compiled = _hashes(csrc)
+    unfinished = objects / UNFINISHED
+    unfinished.touch()
     with log.open("w") as file, _build.progress(label, objects, sys.stderr):
-        status = subprocess.run([sys.executable, _build.__file__, arguments], cwd=out.parent, stdout=file, stderr=file).returncode
+        command = [sys.executable, _build.__file__, arguments]
+        process = subprocess.Popen(command, cwd=out.parent, stdout=file, stderr=file, start_new_session=True)
+        try:
+            status = process.wait()
+        except BaseException:  # an interrupt, say
+            process.terminate()
+            process.wait()
+            raise
     text = log.read_text(errors="replace")
     if verbose:
         print(text, file=sys.stderr)
+    if _hashes(csrc) == compiled:  # else nobody knows what was compiled
+        (objects / "sources.json").write_text(json.dumps(compiled))
+        unfinished.unlink()
     if status == 0:
-        _remember(objects, Path(request["csrc"]))
         return
     if not out.is_file():
-        raise RuntimeError(f"packops.jit: compiling {request['csrc']} failed:\n{_build.readable_log(text)}")
+        raise RuntimeError(f"packops.jit: compiling {csrc} failed:\n{_build.readable_log(text)}")
     ended = f"ends the process with signal {-status}" if status < 0 else "does not load"
     raise RuntimeError(
-        f"packops.jit: {request['csrc']} compiles, but the library {ended}; "
+        f"packops.jit: {csrc} compiles, but the library {ended}; "
         f"is an op defined twice, or a function declared and never written?\n{_build.readable_log(text)}"
     )
 
@@ -266,13 +299,18 @@ def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool
 def _objects(cache: Path, request: dict[str, Any]) -> Path:
     """A folder in which ninja finds what it compiled from this ``csrc`` before, emptied when ninja would be wrong about it.
 
-    ninja compiles again what is newer than its object file. A file that changed and is yet older (an older copy put back with
-    its time) would be overlooked.
+    ninja compiles again what is newer than its object file. It would overlook a file that changed and is yet older (an older copy
+    put back with its time), one that changed while it was compiled, and an object file that a killed compiler left.
     """
     name = hashlib.sha256(json.dumps([request["csrc"], request["defines"], torch.__version__]).encode()).hexdigest()[:16]
     folder = cache / f"objects-{name}"
     note = folder / "sources.json"
-    if note.is_file():
+    if (folder / UNFINISHED).exists():
+        # Moved first: a compiler that outlived its build finds no folder to write into.
+        aside = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
+        folder.rename(aside / "objects")
+        shutil.rmtree(aside, ignore_errors=True)
+    elif note.is_file():
         known, built = json.loads(note.read_text()), note.stat().st_mtime
         current = _hashes(Path(request["csrc"]))
         if any(known.get(name) != digest and Path(name).stat().st_mtime <= built for name, digest in current.items()):
@@ -280,10 +318,6 @@ def _objects(cache: Path, request: dict[str, Any]) -> Path:
     folder.mkdir(exist_ok=True)
     os.utime(folder)
     return folder
-
-
-def _remember(objects: Path, csrc: Path) -> None:
-    (objects / "sources.json").write_text(json.dumps(_hashes(csrc)))
 
 
 def _hashes(csrc: Path) -> dict[str, str]:
