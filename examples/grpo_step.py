@@ -3,7 +3,7 @@
     pip install '.[hf]'
     python examples/grpo_step.py
 
-Runs on a CPU in under a minute. Prompts are the beginnings of networkx's docstrings. For each the model samples a group of answers
+Runs on a CPU in under a minute. Prompts are the beginnings of networkx's docstrings. For each the model samples some answers
 of different lengths, and is rewarded for tokens that are among the most common of all docstrings. All answers of a step are one
 packed row. The first step is repeated one answer at a time: the same loss, the same gradient.
 """
