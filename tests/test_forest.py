@@ -1,4 +1,4 @@
-"""Rows whose documents share prefixes give the loss and the gradients of the documents one by one, and nothing crosses branches."""
+"""Rows whose documents share prefixes give the loss and gradients of the documents one by one; nothing crosses branches."""
 
 from __future__ import annotations
 
@@ -180,3 +180,41 @@ def test_a_labels_disagreement_is_an_error_and_a_mask_is_none():
     extra = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"kind": 0})
     with pytest.raises(ValueError, match="kind of document 1 differs"):
         extra([{"input_ids": prompt, "kind": [1, 1, 1, 1]}, {"input_ids": [*prompt, 5], "kind": [1, 2, 1, 1, 1]}])
+
+
+@pytest.mark.parametrize("attention", ["packops_varlen", "sdpa"])
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_hugging_face_models(attention, reduction, family):
+    transformers = pytest.importorskip("transformers")
+    if attention == "sdpa" and family != "llama":
+        pytest.skip("the mask has no window")
+    config = transformers.AutoConfig.for_model(
+        family,
+        **{"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "head_dim": 8},
+        **{"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 64},
+        **{"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    )
+    if family != "llama":
+        config.sliding_window = 4
+    torch.manual_seed(1)
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, attn_implementation="sdpa" if attention == "sdpa" else "eager"
+    ).double()
+    documents = [{**d, "token_weight": np.ones(len(d["input_ids"]), np.float32)} for d in random_documents(4, count=6)]
+    total = counted = tokens = 0
+    for document in documents:
+        ids, labels = (torch.tensor(document[name])[None] for name in ("input_ids", "labels"))
+        scored = int((labels[0, 1:] != -100).sum())
+        if scored:
+            mean = model(input_ids=ids, labels=labels).loss
+            total = total + mean * (1 if reduction == "seq-mean-token-mean" else scored)
+            tokens, counted = tokens + scored, counted + 1
+    want = grads(model, total / (tokens if reduction == "mean" else counted))
+
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction, pad_to_multiple_of=7)(documents)
+    assert batch.num_tokens < sum(batch.lengths)
+    packops.hf.apply(model, attention="packops_varlen" if attention == "packops_varlen" else None)
+    got = grads(model, model(**batch.to_hf(attention=attention)).loss)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=2e-7)  # transformers' own loss is fp32

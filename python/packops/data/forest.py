@@ -147,12 +147,12 @@ class PackedForest(PackedBatch):
         """Per document, its part of (1, T, ...) or (T, ...) values. A copy, since shared rows belong to several documents."""
         return list(self._rows_of(values)[self.rows].split(list(self.lengths)))
 
-    def to_hf(self, *, seq_idx: bool = False, attention: Literal["packops_varlen", "mask"] = "packops_varlen") -> dict[str, Any]:
+    def to_hf(self, *, seq_idx: bool = False, attention: Literal["packops_varlen", "sdpa"] = "packops_varlen") -> dict[str, Any]:
         """Keyword arguments of a Hugging Face causal language model after :func:`packops.hf.apply`.
 
         Args:
-            attention: ``"packops_varlen"``, for models with that attention, hands over the forest. ``"mask"`` makes a mask of
-                (1, 1, T, T) for ``sdpa`` and ``eager``. No other attention knows forests.
+            attention: of the model. ``"packops_varlen"`` (:func:`packops.hf.apply`) takes the forest as it is. ``"sdpa"``, of a
+                model without sliding windows, takes a (1, 1, T, T) mask. No other attention knows forests.
             seq_idx: is refused: layers with a state cannot branch.
         """
         if seq_idx:
@@ -160,19 +160,22 @@ class PackedForest(PackedBatch):
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
+            "labels": self.shift_labels,  # what makes transformers' models compute a loss
             "shift_labels": self.shift_labels,
             WEIGHT: self.token_weight,
             "num_valid": self.num_valid,
             "use_cache": False,
         }
+        if self.reduction == "seq-mean-token-sum":  # else the weights of the row add up to it
+            inputs["num_items_in_batch"] = self.denominator
         if self.real_tokens is not None:
             inputs["real_tokens"] = self.real_tokens
         if attention == "packops_varlen":
             inputs |= {"cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens, "parents": self.parents}
-        elif attention == "mask":
+        elif attention == "sdpa":
             inputs["attention_mask"] = self.attention_mask()
         else:
-            raise ValueError(f"attention must be 'packops_varlen' or 'mask', got {attention!r}")
+            raise ValueError(f"attention must be 'packops_varlen' or 'sdpa', got {attention!r}")
         return inputs | self.columns
 
     def __repr__(self) -> str:

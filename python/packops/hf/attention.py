@@ -23,6 +23,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+import packops
+
 from . import rewrite
 from .attention_documents import NAME, find_documents
 from .attention_paths import ATTEND, Rule, choose_path, shaped_attention
@@ -279,6 +281,7 @@ def packed_attention(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     s_aux: Tensor | None = None,
+    parents: Tensor | None = None,
     **unused: Any,
 ) -> tuple[Tensor, None]:
     """The attention function of the backend, with the arguments that transformers passes to all of them.
@@ -292,6 +295,7 @@ def packed_attention(
         cu_seq_lens_q, max_length_q: the boundaries, (documents + 1,), ending at B * S, and the longest document.
         position_ids: (B, S) or (1, S); tells the boundaries where ``cu_seq_lens_q`` is not given.
         s_aux: (heads,) attention sinks.
+        parents: (documents,) where documents share prefixes (:class:`packops.PackedForest`), with ``cu_seq_lens_q``.
 
     Returns:
         (B, S, heads, head_dim), and None for the attention weights, which are never computed.
@@ -328,6 +332,9 @@ def packed_attention(
     device_type = query.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
     query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if parents is not None:
+        rule = Rule(pattern.causal and is_causal, pattern.window, softcap, scaling, dropout, s_aux)
+        return _over_prefixes(query, key, value, cu_seq_lens_q, parents, rule, pattern.padding), None
     documents = find_documents(query, position_ids, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), pattern.padding)
     window = pattern.window if pattern.window is not None and pattern.window < documents.max_seqlen else None
     rule = Rule(pattern.causal and is_causal, window, softcap, scaling, dropout, s_aux)
@@ -348,6 +355,32 @@ def packed_attention(
     output = ATTEND[path](q, k, v, documents, rule)
     # some families go on with .view(), which wants it contiguous
     return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous(), None
+
+
+def _over_prefixes(
+    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, parents: Tensor, rule: Rule, padding: Tensor | None
+) -> Tensor:
+    """Documents that share prefixes: packops' kernels, or a mask where these do not take the heads."""
+    if cu_seqlens is None or padding is not None:
+        raise ValueError(f"{NAME}: parents want cu_seq_lens_q, where segments begin, and no attention_mask: PackedForest.to_hf()")
+    if not rule.causal or rule.dropout or rule.sinks is not None:
+        raise NotImplementedError(f"{NAME}: shared prefixes with bidirectional attention, dropout or sinks")
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    takes = query.shape[3] == value.shape[3] and query.shape[3] in (64, 128, 256) and query.dtype != torch.float32
+    if rule.softcap is not None or (query.is_cuda and takes):
+        options = {"window": rule.window, "softcap": rule.softcap, "scale": rule.scaling}
+        output = packops.attention(q, k, v, cu_seqlens, parents, **options)
+    else:
+        position, _, ends = packops.packed_metadata(cu_seqlens, len(q), parents)
+        row = torch.arange(len(q), device=q.device)
+        sees = (row <= row[:, None]) & (row[:, None] < ends)
+        if rule.window is not None:
+            sees &= position[:, None] - position < rule.window
+        sees |= row == row[:, None]  # the padding sees itself, so that no row is without a key
+        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        attend = torch.nn.functional.scaled_dot_product_attention
+        output = attend(*heads, attn_mask=sees, scale=rule.scaling, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+    return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous()
 
 
 def _masked(

@@ -122,6 +122,14 @@ class CausalLMLoss:
             raise ValueError("packops.hf: the loss needs labels or shift_labels")
         targets = targets.to(device)
         cu_seqlens = kwargs.get("cu_seq_lens_q")
+        if kwargs.get("parents") is not None:
+            if shift_labels is None or self.reduction != "mean":
+                raise ValueError(
+                    "packops.hf: where documents share prefixes, the batch holds the weights of its reduction: use "
+                    "PackingCollator(share_prefixes=True, reduction=...), PackedForest.to_hf() and apply(model) with "
+                    f'reduction="mean", got {self.reduction!r} and shift_labels {"missing" if shift_labels is None else "given"}'
+                )
+            cu_seqlens = None  # of segments, which are no documents
         if cu_seqlens is None and self.reduction != "mean" and kwargs.get("position_ids") is not None:
             cu_seqlens = documents_of(kwargs["position_ids"], rows)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)

@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from .. import _checks
 from .._errors import raise_typed
-from .op import library, register_fake
+from .op import library
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -184,43 +184,43 @@ def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     raw = raw_ops(namespace)
 
-    @register_fake(f"{namespace}::cross_entropy")
+    @torch.library.register_fake(f"{namespace}::cross_entropy")
     def _(logits, labels, *, reduction="mean", **options):
         return loss_like(logits, reduction)
 
-    @register_fake(f"{namespace}::cross_entropy_stats")
+    @torch.library.register_fake(f"{namespace}::cross_entropy_stats")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", **options):
         return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, True)
 
-    @register_fake(f"{namespace}::_cross_entropy_prepare")
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_prepare")
     def _(vocab, labels, *, double_precision=False, **options):
         rows = labels.numel()
         scale = labels.new_empty((rows,), dtype=torch.float64 if double_precision else torch.float32)
         return labels.new_empty((rows,), dtype=torch.int32), scale, labels.new_empty((2,), dtype=torch.int64)
 
-    @register_fake(f"{namespace}::_cross_entropy_forward")
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_grad=False, with_stats=False, **options):
         grad = gradient_like(logits) if with_grad else logits.new_empty((0,))
         return loss_like(logits, reduction), grad, *stats_like(logits, cu_seqlens, with_stats)
 
-    @register_fake(f"{namespace}::_cross_entropy_forward_")
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward_")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **options):
         return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, with_stats)
 
-    @register_fake(f"{namespace}::_cross_entropy_backward")
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward")
     def _(grad_output, logits, floats, ints, **maths):
         return gradient_like(logits)
 
-    @register_fake(f"{namespace}::_cross_entropy_backward_")
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward_")
     def _(grad_logits, grad_output, logits, floats, ints, **options):
         return None
 
-    @register_fake(f"{namespace}::_cross_entropy_partial")
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_partial")
     def _(logits, labels, *, cu_seqlens=None, **options):
         floats, ints, *_ = stats_like(logits, cu_seqlens, False)
         return floats.new_empty((PARTIAL_STATES * logits.shape[:-1].numel() + 2,)), floats, ints
 
-    @register_fake(f"{namespace}::_cross_entropy_combine")
+    @torch.library.register_fake(f"{namespace}::_cross_entropy_combine")
     def _(partials, logits, floats, ints, *, reduction="mean", **options):
         return loss_like(logits, reduction)
 
