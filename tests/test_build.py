@@ -61,12 +61,30 @@ def test_cuda_can_be_left_out_in_silence(no_cuda, monkeypatch, tmp_path, capsys)
 
 def test_toolkit_is_found(no_cuda, monkeypatch, tmp_path):
     home = fake_toolkit(tmp_path / "cuda")
-    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))  # a stale variable does not hide the PATH
     monkeypatch.setenv("PATH", f"{home}/bin{os.pathsep}/usr/bin{os.pathsep}/bin")
     assert _build.choose_cuda_home() == home
     assert _build.nvcc_version(home) == "12.9"
     (home / "lib64" / "libcudart_static.a").unlink()  # an nvcc without its runtime cannot link
     assert _build.find_cuda_home() is None
+
+
+@pytest.mark.parametrize("folder", ["lib64", "lib", "targets/x86_64-linux/lib"])
+def test_layouts_of_toolkits(no_cuda, monkeypatch, tmp_path, folder):
+    """NVIDIA's installer, pip's packages, conda's."""
+    home = fake_toolkit(tmp_path / "cuda")
+    (home / folder).mkdir(parents=True, exist_ok=True)
+    (home / "lib64" / "libcudart_static.a").rename(home / folder / "libcudart_static.a")
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    assert _build.choose_cuda_home() == home
+    assert _build.cuda_libraries(home) == home / folder
+
+
+def test_a_bad_cuda_home_is_an_error(no_cuda, monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))
+    with pytest.raises(RuntimeError, match=r"CUDA_HOME=.*absent is no CUDA toolkit.*PACKOPS_CUDA=0 builds without CUDA"):
+        _build.choose_cuda_home()
+    monkeypatch.setenv(_build.CUDA_REQUEST, "0")
+    assert _build.choose_cuda_home() is None
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "true", " 1"])

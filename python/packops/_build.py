@@ -78,6 +78,24 @@ def read_config(csrc: Path) -> dict[str, Any]:
 # CUDA
 
 
+def cuda_libraries(home: Path) -> Path | None:
+    """Where a toolkit keeps the static runtime that we link: NVIDIA's installer, conda and pip each have a layout."""
+    for folder in (home / "lib64", home / "lib", *sorted((home / "targets").glob("*/lib"))):
+        if (folder / "libcudart_static.a").is_file():
+            return folder
+    return None
+
+
+def cuda_headers(home: Path | None) -> list[str]:
+    folders = [home / "include", *sorted((home / "targets").glob("*/include"))] if home else []
+    return [str(folder) for folder in folders if folder.is_dir()]
+
+
+def is_toolkit(home: Path) -> bool:
+    """An nvcc on the PATH may be a wrapper that lies outside its toolkit: a toolkit also has the runtime."""
+    return (home / "bin" / "nvcc").is_file() and cuda_libraries(home) is not None
+
+
 def find_cuda_home() -> Path | None:
     """The CUDA toolkit that has an nvcc: $CUDA_HOME, then the PATH, then /usr/local/cuda."""
     on_path = shutil.which("nvcc")
@@ -86,8 +104,7 @@ def find_cuda_home() -> Path | None:
         candidates.append(str(Path(on_path).resolve().parents[1]))
     candidates.append("/usr/local/cuda")
     for home in candidates:
-        # An nvcc on the PATH may be a wrapper that lies outside its toolkit: a toolkit also has the runtime we link.
-        if home and (Path(home) / "bin" / "nvcc").is_file() and (Path(home) / "lib64" / "libcudart_static.a").is_file():
+        if home and is_toolkit(Path(home)):
             return Path(home)
     return None
 
@@ -95,6 +112,12 @@ def find_cuda_home() -> Path | None:
 def choose_cuda_home() -> Path | None:
     """The toolkit to build with, or None for a CPU-only build; obeys PACKOPS_CUDA."""
     request = env_flag(CUDA_REQUEST)
+    given = os.environ.get("CUDA_HOME")
+    if request is not False and given and not is_toolkit(Path(given)):
+        raise RuntimeError(
+            f"CUDA_HOME={given} is no CUDA toolkit: it needs bin/nvcc, and libcudart_static.a in lib64, lib or targets/*/lib. "
+            f"Mend or unset it; {CUDA_REQUEST}=0 builds without CUDA"
+        )
     home = None if request is False else find_cuda_home()
     if home is None and request:
         raise RuntimeError(f"{CUDA_REQUEST}=1 asks for CUDA kernels, but no nvcc was found: set CUDA_HOME or put nvcc on PATH")
@@ -174,7 +197,7 @@ def make_extension(
             f"PACKOPS_CUDA_VERSION={nvcc_version(cuda_home)}",
             f"PACKOPS_CUDA_ARCHS={'_'.join(archs)}",
         ]
-        link_flags += [f"-L{cuda_home}/lib64", *config["cuda_link_flags"]]
+        link_flags += [f"-L{cuda_libraries(cuda_home)}", *config["cuda_link_flags"]]
         # Under a CPU-only torch this is None, and BuildExtension would refuse .cu sources although it can compile them.
         cpp_extension.CUDA_HOME = str(cuda_home)
     macros = ["-D" + macro for macro in macros]
@@ -187,7 +210,7 @@ def make_extension(
     extension = cpp_extension.CppExtension(
         name,
         [str(base / path.relative_to(csrc)) for path in units],
-        include_dirs=[str(csrc), *([f"{cuda_home}/include"] if cuda_home else [])],
+        include_dirs=[str(csrc), *cuda_headers(cuda_home)],
         extra_compile_args=compile_args,
         extra_link_args=link_flags,
         depends=[str(base / path.relative_to(csrc)) for path in source_files(csrc)],
