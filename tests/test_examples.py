@@ -20,6 +20,8 @@ ARGUMENTS = {
     "hf_trainer.py": FEW,
     "trl_sft.py": FEW,
     "accelerate_loop.py": FEW,
+    "dpo_step.py": FEW,
+    "grpo_step.py": FEW,
 }
 # what an example needs beyond packops
 NEEDS = {
@@ -27,6 +29,8 @@ NEEDS = {
     "hf_trainer.py": ["transformers", "accelerate", "tokenizers", "tqdm"],
     "trl_sft.py": ["transformers", "accelerate", "tokenizers", "tqdm", "trl", "datasets"],
     "accelerate_loop.py": ["transformers", "accelerate", "tokenizers", "tqdm"],
+    "dpo_step.py": ["transformers", "tokenizers", "tqdm"],
+    "grpo_step.py": ["transformers", "tokenizers", "tqdm"],
 }
 
 
@@ -49,6 +53,11 @@ def test_example(name, tmp_path):
     if name in ("hf_trainer.py", "trl_sft.py"):
         first, last = re.search(r"^loss ([\d.]+) -> ([\d.]+)$", result.stdout, re.MULTILINE).groups()
         assert float(last) < float(first)
+    if name == "dpo_step.py":
+        first, last = re.search(r"^loss ([\d.]+) -> ([\d.]+)$", result.stdout, re.MULTILINE).groups()
+        assert float(last) < float(first)
+    if name in ("dpo_step.py", "grpo_step.py"):
+        assert "gradients agree" in result.stdout
     if name == "jit_your_kernel.py":
         rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith(("1024", "256"))]
         assert len(rows) == 2

@@ -618,3 +618,32 @@ def test_a_library_without_the_python_module_names_the_type():
     """)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+META: dict[str, Callable[[], object]] = {
+    "rms_norm": lambda: packops.rms_norm(X, torch.ones(9, device="meta"), eps=1e-6),
+    "gated_activation": lambda: packops.gated_activation(X, X.to("meta")),
+    "cross_entropy": lambda: packops.cross_entropy(X, Y.to("meta")),
+    "cross_entropy, weights": lambda: packops.cross_entropy(X, Y, token_weight=torch.ones(5, device="meta")),
+    "cross_entropy, gradient": lambda: packops.cross_entropy(X.clone().requires_grad_(), Y.to("meta")),
+    "rope": lambda: packops.apply_rope(Q, Q, *tables("meta")),
+    "qk_norm_rope": lambda: packops.apply_qk_norm_rope(Q, Q, torch.ones(8), torch.ones(8), *tables("meta"), eps=1e-6),
+    "attention": lambda: packops.attention(Q, Q, Q, bounds(0, 8).to("meta")),
+    "attention, op": lambda: OPS.attention(Q, Q, Q, bounds(0, 8).to("meta")),
+    "linear_cross_entropy": lambda: packops.linear_cross_entropy(
+        X, torch.randn(7, 9), Y, token_weight=torch.ones(5, device="meta")
+    ),
+    "packed_labels": lambda: packops.packed_labels(Y, bounds(0, 5).to("meta")),
+}
+
+
+@pytest.mark.parametrize("name", META)
+def test_meta_tensors_beside_real_ones(name):
+    """Torch takes the whole call for one on the meta device: the result would be uninitialised memory."""
+    with pytest.raises(ValueError, match=r"^packops\.\w+: .* must be on the device of .*, got the meta device"):
+        META[name]()
+
+
+def test_meta_tensors_alone():
+    assert packops.rms_norm(X.to("meta"), torch.ones(9, device="meta"), eps=1e-6).device.type == "meta"
+    assert packops.cross_entropy(X.to("meta"), Y.to("meta"), num_items=4).device.type == "meta"

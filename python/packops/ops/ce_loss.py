@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from .. import _checks
 from .._errors import raise_typed
-from .op import library
+from .op import library, register_fake
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -184,43 +184,43 @@ def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     raw = raw_ops(namespace)
 
-    @torch.library.register_fake(f"{namespace}::cross_entropy")
+    @register_fake(f"{namespace}::cross_entropy")
     def _(logits, labels, *, reduction="mean", **options):
         return loss_like(logits, reduction)
 
-    @torch.library.register_fake(f"{namespace}::cross_entropy_stats")
+    @register_fake(f"{namespace}::cross_entropy_stats")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", **options):
         return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, True)
 
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_prepare")
+    @register_fake(f"{namespace}::_cross_entropy_prepare")
     def _(vocab, labels, *, double_precision=False, **options):
         rows = labels.numel()
         scale = labels.new_empty((rows,), dtype=torch.float64 if double_precision else torch.float32)
         return labels.new_empty((rows,), dtype=torch.int32), scale, labels.new_empty((2,), dtype=torch.int64)
 
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward")
+    @register_fake(f"{namespace}::_cross_entropy_forward")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_grad=False, with_stats=False, **options):
         grad = gradient_like(logits) if with_grad else logits.new_empty((0,))
         return loss_like(logits, reduction), grad, *stats_like(logits, cu_seqlens, with_stats)
 
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_forward_")
+    @register_fake(f"{namespace}::_cross_entropy_forward_")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **options):
         return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, with_stats)
 
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward")
+    @register_fake(f"{namespace}::_cross_entropy_backward")
     def _(grad_output, logits, floats, ints, **maths):
         return gradient_like(logits)
 
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_backward_")
+    @register_fake(f"{namespace}::_cross_entropy_backward_")
     def _(grad_logits, grad_output, logits, floats, ints, **options):
         return None
 
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_partial")
+    @register_fake(f"{namespace}::_cross_entropy_partial")
     def _(logits, labels, *, cu_seqlens=None, **options):
         floats, ints, *_ = stats_like(logits, cu_seqlens, False)
         return floats.new_empty((PARTIAL_STATES * logits.shape[:-1].numel() + 2,)), floats, ints
 
-    @torch.library.register_fake(f"{namespace}::_cross_entropy_combine")
+    @register_fake(f"{namespace}::_cross_entropy_combine")
     def _(partials, logits, floats, ints, *, reduction="mean", **options):
         return loss_like(logits, reduction)
 

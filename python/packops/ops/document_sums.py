@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import _checks
-from .op import library
+from .op import library, register_fake
 
 __all__ = ["document_sums"]
 
@@ -79,12 +79,12 @@ def register(namespace: str) -> None:
         kernels.impl(OP, sums, key)
         kernels.impl("_document_spread", spread, key)
 
-    @torch.library.register_fake(f"{namespace}::{OP}")
+    @register_fake(f"{namespace}::{OP}")
     def _(values, cu_seqlens):
         _check(values, cu_seqlens)
         return values.new_empty((cu_seqlens.shape[0] - 1,))
 
-    @torch.library.register_fake(f"{namespace}::_document_spread")
+    @register_fake(f"{namespace}::_document_spread")
     def _(sums, cu_seqlens, tokens):
         return sums.new_empty((tokens,))
 

@@ -45,7 +45,7 @@ from .lm_head import (
     take,
     wanted_of,
 )
-from .op import library
+from .op import library, register_fake
 
 __all__ = ["linear_cross_entropy"]
 
@@ -529,7 +529,7 @@ def register(namespace: str) -> None:
             unit = unit.new_empty(())
         return *made, unit
 
-    @torch.library.register_fake(f"{namespace}::{OP}")
+    @register_fake(f"{namespace}::{OP}")
     def _(hidden, weight, labels, *, reduction="mean", **given):
         return loss_like(hidden, labels, reduction)
 
@@ -538,18 +538,18 @@ def register(namespace: str) -> None:
             return ce_stats_like(state_like(hidden).new_empty((*labels.shape, 0)), cu_seqlens, True)
         return tuple(state_like(hidden).new_empty((0,), dtype=dtype) for dtype in NO_STATS)
 
-    @torch.library.register_fake(f"{namespace}::{OP}_stats")
+    @register_fake(f"{namespace}::{OP}_stats")
     def _(hidden, weight, labels, *, cu_seqlens=None, reduction="mean", **given):
         return loss_like(hidden, labels, reduction), *stats_like(hidden, labels, cu_seqlens, True)
 
-    @torch.library.register_fake(f"{namespace}::_{OP}_forward")
+    @register_fake(f"{namespace}::_{OP}_forward")
     def _(hidden, weight, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **given):
         target = labels.new_empty((labels.numel(),), dtype=torch.int32)
         scale = state_like(hidden).new_empty((labels.numel(),))
         loss = loss_like(hidden, labels, reduction)
         return loss, *grads_like(hidden, weight, given), target, scale, *stats_like(hidden, labels, cu_seqlens, with_stats)
 
-    @torch.library.register_fake(f"{namespace}::_{OP}_backward")
+    @register_fake(f"{namespace}::_{OP}_backward")
     def _(grad_output, hidden, weight, target, scale, **given):
         return grads_like(hidden, weight, given)
 

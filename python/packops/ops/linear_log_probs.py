@@ -40,7 +40,7 @@ from .lm_head import (
     take,
     wanted_of,
 )
-from .op import library
+from .op import library, register_fake
 from .vocab_shard import Shard
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
@@ -505,19 +505,19 @@ def register(namespace: str) -> None:
         row = hidden.new_empty((labels.numel(),), dtype=dtype)
         return row, hidden.new_empty((labels.numel() if entropy else 0,), dtype=dtype)
 
-    @torch.library.register_fake(f"{namespace}::{OP}")
+    @register_fake(f"{namespace}::{OP}")
     def _(hidden, weight, labels, *, entropy=True, **given):
         row, entropies = row_like(hidden, labels, entropy)
         log_probs = row.new_empty(labels.shape)
         return log_probs, torch.empty_like(log_probs) if entropy else entropies, torch.empty_like(log_probs)
 
-    @torch.library.register_fake(f"{namespace}::_{OP}_forward")
+    @register_fake(f"{namespace}::_{OP}_forward")
     def _(hidden, weight, labels, *, entropy=True, **given):
         row, entropies = row_like(hidden, labels, entropy)
         target = labels.new_empty((labels.numel(),), dtype=torch.int32)
         return row, entropies, torch.empty_like(row), torch.empty_like(row), target
 
-    @torch.library.register_fake(f"{namespace}::_{OP}_backward")
+    @register_fake(f"{namespace}::_{OP}_backward")
     def _(grad_log_probs, grad_entropy, grad_lse, hidden, weight, *args, **given):
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
         wanted = wanted_of(given)

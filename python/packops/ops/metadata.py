@@ -10,22 +10,23 @@ from torch.compiler import is_compiling
 
 from .. import _checks
 from .._errors import raise_typed
+from .op import register_fake
 
 __all__ = ["packed_labels", "packed_metadata"]
 
 
 def register(namespace: str) -> None:
-    @torch.library.register_fake(f"{namespace}::packed_metadata")
+    @register_fake(f"{namespace}::packed_metadata")
     def _(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
         position_ids = cu_seqlens.new_empty((total_tokens,), dtype=torch.int64)
         return position_ids, cu_seqlens.new_empty((total_tokens,), dtype=torch.int32)
 
-    @torch.library.register_fake(f"{namespace}::packed_forest")
+    @register_fake(f"{namespace}::packed_forest")
     def _(cu_seqlens: Tensor, total_tokens: int, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seq_idx = cu_seqlens.new_empty((total_tokens,), dtype=torch.int32)
         return cu_seqlens.new_empty((total_tokens,), dtype=torch.int64), seq_idx, torch.empty_like(seq_idx)
 
-    @torch.library.register_fake(f"{namespace}::packed_labels")
+    @register_fake(f"{namespace}::packed_labels")
     def _(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
         counts = cu_seqlens.new_empty((cu_seqlens.shape[0] - 1,), dtype=torch.int64)
         return labels.new_empty((labels.shape[0],)), counts

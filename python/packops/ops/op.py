@@ -10,6 +10,8 @@ differentiable, compiles and exports.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -25,6 +27,35 @@ def library(namespace: str) -> torch.library.Library:
     """Where kernels of ``torch.ops.<namespace>`` are registered, for as long as the process lives."""
     _LIBRARIES.append(torch.library.Library(namespace, "FRAGMENT"))
     return _LIBRARIES[-1]
+
+
+def register_fake(name: str, fake: Callable | None = None) -> Any:
+    """``torch.library.register_fake`` for an op that refuses meta tensors beside real ones.
+
+    Torch sends such a call to the fake kernel, whose result would be uninitialised memory of the real tensors' device. (A host
+    ``num_items`` may stand beside meta tensors.)
+    """
+    if fake is None:
+        return lambda fake: register_fake(name, fake)
+    namespace, op = name.split("::")
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any, **keywords: Any) -> Any:
+        devices = {x.device.type == "meta" for x in arguments if isinstance(x, Tensor)}
+        devices |= {x.device.type == "meta" for key, x in keywords.items() if isinstance(x, Tensor) and key != "num_items"}
+        if len(devices) > 1:
+            schema = getattr(getattr(torch.ops, namespace), op).default._schema
+            named = {**dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)), **keywords}
+            on_meta = [key for key, x in named.items() if isinstance(x, Tensor) and x.device.type == "meta"]
+            others = [key for key, x in named.items() if isinstance(x, Tensor) and x.device.type != "meta"]
+            raise ValueError(
+                f"packops.{op.strip('_')}: {', '.join(on_meta)} must be on the device of {', '.join(others)}, "
+                "got the meta device, whose tensors hold nothing"
+            )
+        return fake(*arguments, **keywords)
+
+    torch.library.register_fake(name, checked)
+    return fake
 
 
 def below_autograd(overload: Any) -> Any:
@@ -120,9 +151,9 @@ class Op:
     def register(self) -> None:
         """Give the ops their fake kernels, and the public one its autograd."""
         prefix = f"{self.namespace}::"
-        torch.library.register_fake(f"{prefix}_{self.name}", self.fake)
-        torch.library.register_fake(f"{prefix}{self.name}", lambda *a, **options: self.result(self.fake(*a, **options)))
-        torch.library.register_fake(f"{prefix}_{self.name}_backward", self.fake_backward)
+        register_fake(f"{prefix}_{self.name}", self.fake)
+        register_fake(f"{prefix}{self.name}", lambda *a, **options: self.result(self.fake(*a, **options)))
+        register_fake(f"{prefix}_{self.name}_backward", self.fake_backward)
         public = below_autograd(self.public)
 
         def autograd(*tensors: Any, **options: Any) -> Any:

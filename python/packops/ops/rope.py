@@ -15,7 +15,7 @@ from torch.compiler import is_compiling
 
 from .. import _checks
 from .._errors import raise_typed
-from .op import library
+from .op import library, register_fake
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -124,13 +124,13 @@ def register(namespace: str) -> None:
     raw, raw_in_place = ops._rope.default, ops._rope_.default
     option_names = [argument.name for argument in ops.rope.default._schema.arguments if argument.kwarg_only]
 
-    @torch.library.register_fake(f"{namespace}::rope")
-    @torch.library.register_fake(f"{namespace}::_rope")
+    @register_fake(f"{namespace}::rope")
+    @register_fake(f"{namespace}::_rope")
     def _(q, k, cos, sin, *args, **options):
         return empty_heads_like(q), None if k is None else empty_heads_like(k)
 
-    @torch.library.register_fake(f"{namespace}::rope_")
-    @torch.library.register_fake(f"{namespace}::_rope_")
+    @register_fake(f"{namespace}::rope_")
+    @register_fake(f"{namespace}::_rope_")
     def _(q, k, cos, sin, *args, **options):
         return None
 

@@ -1,0 +1,106 @@
+"""Log-probabilities and entropies of a model's labels, without logits: what DPO, GRPO and their kin take from a policy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+import packops
+
+from ..data.batch import PackedBatch
+from ..ops.linear_log_probs import LinearLogProbs
+from .loss import CausalLMLoss
+
+
+@dataclasses.dataclass(frozen=True)
+class _LogProbsInPlaceOfLoss(CausalLMLoss):
+    """Takes the place of the loss for one call: the model's forward knows its head, its scale and its cap."""
+
+    reduction: str = "seq-mean-token-mean"  # for which documents are found in position ids
+    temperature: float = 1.0
+    entropy: bool = True
+
+    def of_hidden(
+        self,
+        head: nn.Linear,
+        hidden: Tensor,
+        labels: Tensor,
+        *,
+        logit_scale: float,
+        softcap: float | None,
+        num_items_in_batch: Tensor | float | None = None,
+        ignore_index: int = -100,
+        shift_labels: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        options = self._options(hidden.shape[:-1], labels, None, ignore_index, shift_labels, hidden.device, kwargs)
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
+        if torch.is_autocast_enabled(hidden.device.type):  # as the head itself would compute
+            dtype = torch.get_autocast_dtype(hidden.device.type)
+            hidden, weight = hidden.to(dtype), weight.to(dtype)
+            bias = None if bias is None else bias.to(dtype)
+        if softcap is not None and self.temperature != 1:
+            raise ValueError(
+                "packops.hf.log_probs: temperature must be 1 for a model that caps its logits: it divides what the cap returns, "
+                f"which no option of the product does; got {self.temperature}"
+            )
+        return packops.linear_log_probs(
+            hidden,
+            weight,
+            bias=bias,
+            logit_scale=logit_scale / self.temperature,
+            softcap=softcap,
+            entropy=self.entropy,
+            num_valid=kwargs.get("num_valid"),
+            **{name: options[name] for name in ("labels", "shift", "cu_seqlens", "ignore_index")},
+        )
+
+
+def log_probs(
+    model: nn.Module, batch: PackedBatch | Mapping[str, Any], *, temperature: float = 1.0, entropy: bool = True, **kwargs: Any
+) -> LinearLogProbs:
+    """Log-probability and entropy of every label of ``batch``, differentiable, and no logits: :func:`packops.linear_log_probs`.
+
+    Args:
+        model: a causal language model after :func:`packops.hf.apply`.
+        batch: a :class:`packops.PackedBatch`, or what the model's forward takes by name: ``input_ids``, ``labels``, and for
+            packed rows ``position_ids`` that restart or ``cu_seq_lens_q``. Labels are each token's own id, or -100 where there is
+            nothing to score, a prompt, say.
+        temperature: divides the logits.
+        entropy: whether to return it.
+        kwargs: more of what the model's forward takes.
+
+    Returns:
+        :class:`packops.LinearLogProbs` of shape (B, S). Row t is about the token after t in its document; at a document's last
+        token, and where the label does not count, it is 0. Sums per document: ``packops.document_sums(out.log_probs,
+        batch.cu_seqlens)``.
+
+    Raises:
+        ValueError: ``apply`` has not been called, or could not keep this model from making its logits (``packops.hf.report``
+            says why); there are no labels; a temperature for a model with a softcap.
+    """
+    inputs = {**(batch.to_hf() if isinstance(batch, PackedBatch) else batch), **kwargs}
+    if inputs.get("labels") is None and inputs.get("shift_labels") is None:
+        raise ValueError("packops.hf.log_probs: batch must have labels, got none")
+    if not temperature > 0:
+        raise ValueError(f"packops.hf.log_probs: temperature must be positive, got {temperature}")
+    loss = getattr(model, "_loss_function", None)
+    if not isinstance(loss, CausalLMLoss):
+        raise ValueError(f"packops.hf.log_probs: call packops.hf.apply on this {type(model).__name__} first")
+    inputs["skip_logits"] = True
+    model._loss_function = _LogProbsInPlaceOfLoss(temperature=float(temperature), entropy=entropy)  # type: ignore[assignment]
+    try:
+        found = model(**inputs).loss
+    finally:
+        model._loss_function = loss  # type: ignore[assignment]
+    if not isinstance(found, LinearLogProbs):
+        raise ValueError(
+            f"packops.hf.log_probs: this {type(model).__name__} makes its logits whatever it is asked; packops.hf.report(model) "
+            "says why"
+        )
+    return cast(LinearLogProbs, found)
