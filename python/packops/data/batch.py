@@ -139,7 +139,6 @@ class PackedBatch:
             raise ValueError(f"cu_seqlens must rise from 0 to at most the {len(tokens)} tokens, got {_some(bounds)}")
         lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
         targets = _int64(_one_row(tokens if labels is None else labels, "labels"), "labels").clone()
-        _check_one_each(targets, "labels", len(tokens))
         if bounds[-1] < len(tokens):
             targets[bounds[-1] :] = options.get("ignore_index", -100)
             bounds.append(len(tokens))
