@@ -197,6 +197,7 @@ def ours(problem: Problem, chunks: list[int]) -> dict[str, Callable[[], Candidat
     }
     if problem.dtype == "bf16":
         losses["packops, bf16 accumulation"] = (functools.partial(loss, accum_dtype=torch.bfloat16), None)
+        losses["packops, fp32 logits"] = (functools.partial(loss, logits_dtype=torch.float32), None)
     for chunk in chunks:
         losses[f"packops, chunks of {chunk}"] = (functools.partial(loss, chunk_tokens=chunk), None)
     return {name: functools.partial(problem.candidate, name, *loss_and_labels) for name, loss_and_labels in losses.items()}

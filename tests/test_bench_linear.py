@@ -89,3 +89,34 @@ def test_on_a_gpu(bench, tmp_path):
     rows = {row["system"]: row for row in data["cases"][0]["rows"]}
     assert rows["packops"]["peak_bytes"] < 4096 * 32000 * 2 < rows["eager"]["peak_bytes"]
     assert rows["packops"]["targets"][0]["against"] == bench.PRODUCTS
+
+
+def test_log_probs_runs(tmp_path):
+    code, data = run(importlib.import_module("log_probs"), tmp_path, "--peers", "eager")
+    assert code == 0
+    assert [case["name"] for case in data["cases"]] == [
+        f"{work}, 70 x 16 x 203 {dtype}" for dtype in ("fp32", "bf16") for work in ("forward", "forward + backward")
+    ]
+    for case in data["cases"]:
+        assert {row["system"] for row in case["rows"]} >= {"packops", "eager"}
+        assert not any(row.get("wrong") for row in case["rows"])
+
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        (
+            lambda h, w, y: (packops.linear_log_probs(h, w, y).log_probs, packops.linear_log_probs(h, w, y).entropy * 1.001),
+            "entropies",
+        ),
+        (lambda h, w, y: packops.linear_log_probs(h, w, y.roll(1))[:2], "log-probabilities"),
+        (lambda h, w, y: packops.linear_log_probs(h * 1.1 - h.detach() * 0.1, w, y)[:2], "gradients"),
+    ],
+)
+def test_mistakes_in_log_probs_are_found(mistake, message):
+    bench = importlib.import_module("log_probs")
+    problem = bench.Problem(70, 16, 203, "fp32", "cpu")
+    right = problem.candidate(bench.ours, True)
+    assert right.check(right.call(0)) == ""
+    wrong = problem.candidate(mistake, True)
+    assert message in wrong.check(wrong.call(0))
