@@ -81,8 +81,8 @@ def apply(
             raise
         if getattr(target, "_is_stateful", False) or record.report.family in families.STATEFUL:
             record.note(
-                "layers of this model carry a state from token to token, besides attention: documents see each other, unless these "
-                "layers are told where they begin (seq_idx). packops.verify shows it"
+                "layers of this model carry a state from token to token, besides attention: documents see each other, unless "
+                "these layers are told where they begin (seq_idx). packops.verify shows it"
             )
         if record.changes:
             vars(target)[ATTRIBUTE] = record
