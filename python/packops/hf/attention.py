@@ -98,7 +98,7 @@ def _asked_of(config: Any, text: Any, name: str) -> dict[str, Any]:
     for key in config.sub_configs:
         below = getattr(config, key, None)
         if below is not None and config is not text and _holds(below, text):
-            asked[key] = _asked_of(below, text, name)
+            asked[key] = name if below is text else _asked_of(below, text, name)
     return asked
 
 

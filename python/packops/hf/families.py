@@ -71,6 +71,7 @@ NEVER_LOOK = frozenset(
         "gpt_oss", "megatron-bert", "mpt", "openai-gpt", "opt", "qwen2_5_vl", "qwen2_vl", "rembert", "roformer", "xglm", "xlnet",
     }
 )  # fmt: skip
+LOOKS_SINCE = {"falcon": (5, 24)}
 # ... these learn a table of positions and take none, so that a later document has those of the row ...
 NO_POSITIONS = frozenset(
     {
@@ -80,6 +81,13 @@ NO_POSITIONS = frozenset(
 )  # fmt: skip
 # ... and these carry a state from token to token, like those that transformers itself calls stateful.
 STATEFUL = frozenset({"lfm3", "minimax"})
+
+
+@cache
+def never_looks(family: str) -> bool:
+    """Whether the installed transformers lets packed documents of this family see each other."""
+    since = LOOKS_SINCE.get(family)
+    return family in NEVER_LOOK and (since is None or _version(importlib.metadata.version("transformers")) < since)
 
 
 def supported() -> str:
@@ -126,7 +134,7 @@ class Convention(NamedTuple):
         """The R/2 columns of the family's table."""
         if self.table == "cat":
             return table[..., : table.shape[-1] // 2]
-        return table[..., ::2].contiguous() if self.table == "repeat" else table
+        return (table[..., ::2] if self.table == "repeat" else table).contiguous()
 
 
 CONVENTIONS = tuple(

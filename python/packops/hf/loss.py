@@ -355,7 +355,7 @@ def check_call(model: Any, given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {family!r}, which takes no position_ids"
         )
-    if by_positions and family in families.NEVER_LOOK:
+    if by_positions and families.never_looks(family):
         raise ValueError(
             f"packops.hf: with {name!r}, {family!r} never looks where packed documents (cu_seq_lens_q) begin: they would see "
             "each other. packops.hf.apply(model, attention='packops_varlen') keeps them apart where the family takes it"
