@@ -153,13 +153,16 @@ def test_help_and_mistakes_do_not_import_torch(tmp_path, start, arguments, statu
     assert "packops" in (done.stderr if status else done.stdout)
 
 
-def test_a_program_that_is_called_packops_or_imports_it_is_left_alone(tmp_path):
-    script = tmp_path / "packops_script.py"
-    script.write_text("import sys, packops; print(sys.argv[1:])")
+def test_a_program_that_imports_packops_is_left_alone(tmp_path):
+    """Its arguments are its own, also where its package imports packops while ``-m`` is looking for it."""
+    package = tmp_path / "packops_user"
+    package.mkdir()
+    (package / "__init__.py").write_text("import packops")
+    (package / "__main__.py").write_text("import sys; print(sys.argv[1:])")
     environment = {**os.environ, "PYTHONPATH": f"{PYTHON}{os.pathsep}{tmp_path}"}
-    for start in ([str(script)], ["-m", "packops_script"]):
-        done = subprocess.run([sys.executable, *start, "--help"], env=environment, capture_output=True, text=True)
-        assert done.stdout == "['--help']\n", done.stderr
+    command = [sys.executable, "-m", "packops_user", "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.stdout == "['--help']\n", done.stderr
 
 
 def test_a_reader_that_has_seen_enough_ends_it_silently(tmp_path):

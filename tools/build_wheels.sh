@@ -38,8 +38,7 @@ for python in "${pythons[@]}"; do
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
     "torch>=2.10" numpy "setuptools>=77" wheel ninja build
-  # --force: what setuptools finds in build/ may be of another Python or of other sources.
-  "$venv/bin/python" -m build --wheel --no-isolation --outdir "build/wheels/raw-$version" "-C--build-option=build --force" > "build/wheels/$version.log" \
+  "$venv/bin/python" -m build --wheel --no-isolation --outdir "build/wheels/raw-$version" > "build/wheels/$version.log" \
     || { tail -40 "build/wheels/$version.log"; exit 1; }
   wheel=$(ls -t "build/wheels/raw-$version"/packops-*.whl | head -1)
   if [ "${MANYLINUX:-}" = 1 ]; then
