@@ -224,6 +224,7 @@ def build() -> dict[str, Op]:
                 "parents": Changes(parents),
             },
             ops.attention,
+            lower=("q", "k", "v"),
             cuda_dtype=torch.bfloat16,
         ),
         "packed_labels": Op(

@@ -238,7 +238,7 @@ def test_second_derivatives_are_refused(device):
     hidden, weight, _, labels = problem(device, bias=False)
     ours = packops.linear_log_probs(hidden, weight, labels)
     (grad,) = torch.autograd.grad(ours.log_probs.sum(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"once_differentiable|does not require grad"):
+    with pytest.raises(RuntimeError, match=r"differentiable once|does not require grad"):
         grad.sum().backward()
 
 
@@ -572,7 +572,7 @@ def test_document_sums_of_bad_input(device):
         (lambda: sums(values.half(), cu_seqlens), TypeError, "values must be float32 or float64, got torch.float16"),
         (lambda: sums(values, cu_seqlens.float()), TypeError, "cu_seqlens must be int32 or int64"),
         (lambda: sums(values, cu_seqlens[None]), ValueError, r"cu_seqlens must have shape \(documents \+ 1,\), got \(1, 3\)"),
-        (lambda: sums([1.0], cu_seqlens), TypeError, "values must be a tensor, got list"),
+        (lambda: sums([1.0], cu_seqlens), TypeError, "values must be a tensor, got a list"),
     ):
         with pytest.raises(error, match="packops.document_sums: " + message):
             call()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _checks
+from . import autocast
 from .op import Op
 
 __all__ = ["attention"]
@@ -19,6 +20,7 @@ ROWS = 64  # csrc/attention.h: kAttentionRows
 class Attention(Op):
     name = "attention"
     differentiable = ("q", "k", "v")
+    cast = staticmethod(autocast.lower_precision)
 
     def fake(
         self, q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: Tensor | None = None, *rule: Any, **keywords: Any
@@ -36,10 +38,7 @@ class Attention(Op):
     def fake_backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple:
         return tuple(x.new_empty(x.shape) for x in (q, k, v))
 
-    def result(self, outputs: tuple[Tensor, ...]) -> Tensor:
-        return outputs[0]
-
-    def save(self, ctx: Any, tensors: tuple, outputs: tuple[Tensor, ...]) -> Tensor:
+    def keep(self, ctx: Any, tensors: tuple, outputs: tuple[Tensor, ...]) -> Tensor:
         q, k, v, cu_seqlens, _ = tensors
         ctx.save_for_backward(q, k, v, *outputs, cu_seqlens)
         return outputs[0]
@@ -95,6 +94,7 @@ def attention(
             (without, no address outside the tensors is read, and what comes out is unspecified). The same for ``parents`` that
             are not in depth-first order, on the CPU.
     """
-    if cu_seqlens.is_cuda and not is_compiling() and _checks.enabled():
+    if not is_compiling() and _checks.enabled() and isinstance(cu_seqlens, Tensor) and cu_seqlens.is_cuda:
         _checks.raise_bad_cu_seqlens("attention", cu_seqlens, q.shape[0])
-    return cast(Tensor, _OP((q, k, v, cu_seqlens, parents), (causal, window, softcap, scale)))
+    plain = causal is True and window is None and softcap is None and scale is None
+    return cast(Tensor, _OP((q, k, v, cu_seqlens, parents), (causal, window, softcap, scale), plain))

@@ -10,17 +10,29 @@ the forward's gradient useless, and fp16 could not even hold it.
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from .. import _checks
-from .._errors import raise_typed
-from .op import library, register_fake
+from .arguments import NUMBERS, check_types, describe, explain, kinds_of
+from .derivatives import (
+    check_constants,
+    is_differentiated,
+    is_transformed,
+    no_forward_mode,
+    once,
+    refuse_transforms,
+    transforms_are_active,
+)
+from .op import Transformable, below_autograd, library, register_fake, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -34,6 +46,7 @@ SCALE, MAX, SUM, LOSS, ENTROPY = range(5)
 TARGET, PREDICTION = range(2)
 PARTIAL_STATES = 4  # numbers per row of a shard's partial state; two more follow: csrc/ce_loss.h
 
+CONSTANTS = ("num_items", "token_weight", "class_weight")  # have no gradient
 MATHS = ("class_weight", "label_smoothing", "z_loss", "softcap", "logit_scale")
 DEFAULTS: dict[str, Any] = {
     "cu_seqlens": None,
@@ -125,7 +138,7 @@ class CrossEntropyFunction(torch.autograd.Function):
         ctx.maths = {name: options[name] for name in MATHS if name != "class_weight"}
         if inplace and early:
             loss, *stats = ops.forward_(logits, labels, **options, with_stats=with_stats)
-            torch.autograd.graph.increment_version(logits)
+            increment_version(logits)
             grad = logits
         else:
             loss, grad, *stats = ops.forward(logits, labels, **options, with_grad=early, with_stats=with_stats)
@@ -135,24 +148,62 @@ class CrossEntropyFunction(torch.autograd.Function):
         return loss, *stats
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any):
         grad_logits = None
         if grad_output is not None:
             logits, grad, floats, ints, class_weight = ctx.saved_tensors
-            if graph_is_kept():  # what is saved must survive, and what is handed out must be the caller's alone
-                if ctx.early and ctx.inplace:
-                    grad_logits = grad * grad_output
-                else:
-                    grad_logits = ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
+            # What is saved must survive, and what is handed out must be the caller's alone.
+            if graph_is_kept() or torch.is_grad_enabled():
+                holds_gradient = ctx.early and ctx.inplace
+
+                def compute(grad_output, logits, floats, ints, class_weight):
+                    if holds_gradient:
+                        return logits * grad_output
+                    return ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
+
+                grad_logits = once("cross_entropy", compute, grad_output, logits, floats, ints, class_weight)
             elif ctx.early or ctx.inplace:
                 grad_logits = grad if ctx.early else logits
                 source = None if ctx.inplace else logits
                 options = {"class_weight": class_weight, "holds_gradient": ctx.early, **ctx.maths}
                 ctx.ops.backward_(grad_logits, grad_output, source, floats, ints, **options)
+                if ctx.inplace:
+                    increment_version(logits)
             else:
                 grad_logits = ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
         return None, grad_logits, None, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode("cross_entropy")
+
+
+class CrossEntropyRule:
+    """Cross entropy for the transforms of torch.func: what :class:`.op.Transformable` asks of an op."""
+
+    name, results, picks = "cross_entropy", 1, True
+    tensors = ("logits", "labels", "cu_seqlens", "num_items", "token_weight", "class_weight")
+    no_gradients = (None,) * 5
+
+    def __init__(self, ops: SimpleNamespace):
+        self.ops = ops
+
+    def raw(self, logits: Tensor, labels: Tensor, *tensors: Any) -> tuple[Tensor, ...]:
+        *others, options, with_stats = tensors
+        named = dict(zip(self.tensors[2:], others, strict=True))
+        loss, _, *stats = self.ops.forward(logits, labels, **named, **dict(options), with_stats=with_stats)
+        return loss, *stats
+
+    def keep(self, ctx: Any, tensors: tuple, outputs: tuple) -> None:
+        ctx.save_for_backward(tensors[0], *outputs[1:3], tensors[5])
+
+    def once(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        maths = {name: value for name, value in options[0] if name in MATHS}
+
+        def compute(grad_output: Tensor, logits: Tensor, floats: Tensor, ints: Tensor, class_weight: Tensor | None) -> Tensor:
+            return self.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **maths)
+
+        return (once(self.name, compute, *grads, *saved),)
 
 
 def gradient_like(logits: Tensor) -> Tensor:
@@ -171,8 +222,8 @@ def loss_like(logits: Tensor, reduction: str) -> Tensor:
 def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
     """What a fake kernel returns beside the loss."""
     batch = logits.shape[:-1]
-    rows = batch.numel()
-    documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else batch[:-1].numel()
+    rows = math.prod(batch)  # torch.Size.numel() would make a number of rows a constant of the graph
+    documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else math.prod(batch[:-1])
     dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
     floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
     ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
@@ -184,59 +235,61 @@ def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     raw = raw_ops(namespace)
 
-    @register_fake(f"{namespace}::cross_entropy")
+    def fake(name: str) -> Any:
+        return functools.partial(register_fake, namespace, name)
+
+    @fake("cross_entropy")
     def _(logits, labels, *, reduction="mean", **options):
         return loss_like(logits, reduction)
 
-    @register_fake(f"{namespace}::cross_entropy_stats")
+    @fake("cross_entropy_stats")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", **options):
         return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, True)
 
-    @register_fake(f"{namespace}::_cross_entropy_prepare")
+    @fake("_cross_entropy_prepare")
     def _(vocab, labels, *, double_precision=False, **options):
         rows = labels.numel()
         scale = labels.new_empty((rows,), dtype=torch.float64 if double_precision else torch.float32)
         return labels.new_empty((rows,), dtype=torch.int32), scale, labels.new_empty((2,), dtype=torch.int64)
 
-    @register_fake(f"{namespace}::_cross_entropy_forward")
+    @fake("_cross_entropy_forward")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_grad=False, with_stats=False, **options):
         grad = gradient_like(logits) if with_grad else logits.new_empty((0,))
         return loss_like(logits, reduction), grad, *stats_like(logits, cu_seqlens, with_stats)
 
-    @register_fake(f"{namespace}::_cross_entropy_forward_")
+    @fake("_cross_entropy_forward_")
     def _(logits, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **options):
         return loss_like(logits, reduction), *stats_like(logits, cu_seqlens, with_stats)
 
-    @register_fake(f"{namespace}::_cross_entropy_backward")
+    @fake("_cross_entropy_backward")
     def _(grad_output, logits, floats, ints, **maths):
         return gradient_like(logits)
 
-    @register_fake(f"{namespace}::_cross_entropy_backward_")
+    @fake("_cross_entropy_backward_")
     def _(grad_logits, grad_output, logits, floats, ints, **options):
         return None
 
-    @register_fake(f"{namespace}::_cross_entropy_partial")
+    @fake("_cross_entropy_partial")
     def _(logits, labels, *, cu_seqlens=None, **options):
         floats, ints, *_ = stats_like(logits, cu_seqlens, False)
-        return floats.new_empty((PARTIAL_STATES * logits.shape[:-1].numel() + 2,)), floats, ints
+        return floats.new_empty((PARTIAL_STATES * math.prod(logits.shape[:-1]) + 2,)), floats, ints
 
-    @register_fake(f"{namespace}::_cross_entropy_combine")
+    @fake("_cross_entropy_combine")
     def _(partials, logits, floats, ints, *, reduction="mean", **options):
         return loss_like(logits, reduction)
 
     def differentiable(op: Any, with_stats: bool):
-        def autograd(logits, labels, **options):
-            options = {**DEFAULTS, **options}
-            try:
-                if torch.is_grad_enabled() and logits.requires_grad:
-                    outputs = CrossEntropyFunction.apply(raw, logits, labels, options, with_stats, False)
-                    return outputs if with_stats else outputs[0]
-                with torch._C._AutoDispatchBelowAutograd():
-                    return op(logits, labels, **options)
-            except RuntimeError as error:
-                raise_typed(error)
+        below = below_autograd(op)
 
-        return autograd
+        def autograd(logits, labels, **options):
+            refuse_transforms("cross_entropy", f"torch.ops.{namespace} has no rules for them; packops.cross_entropy has")
+            check_constants("cross_entropy", {name: options.get(name) for name in CONSTANTS})
+            if is_differentiated(logits):
+                outputs = CrossEntropyFunction.apply(raw, logits, labels, {**DEFAULTS, **options}, with_stats, False)
+                return outputs if with_stats else outputs[0]
+            return below(logits, labels, **options)
+
+        return typed(autograd)
 
     kernels = library(namespace)
     kernels.impl("cross_entropy", differentiable(ops.cross_entropy.default, False), "Autograd")
@@ -244,6 +297,9 @@ def register(namespace: str) -> None:
 
 
 _OPS = raw_ops("packops")
+_RULE = CrossEntropyRule(_OPS)
+_KINDS = kinds_of(torch.ops.packops.cross_entropy.default)
+_PLAIN = (-100, 0.0, 0.0, None, 1.0)  # ignore_index, label_smoothing, z_loss, softcap, logit_scale
 
 
 class CrossEntropyStats(NamedTuple):
@@ -258,11 +314,13 @@ class CrossEntropyStats(NamedTuple):
     sequence_loss: Tensor  #: (documents,) mean loss of each document (its sum for "seq-mean-token-sum"); 0 if none counted
 
 
-def as_num_items(num_items: Tensor | float | None) -> Tensor | None:
-    # A number becomes a host tensor: the op reads it there, so it costs neither a copy to the device nor a wait for it.
+def as_num_items(op: str, num_items: Tensor | float | None) -> Tensor | None:
+    """A number becomes a host tensor: the op reads it there, so it costs neither a copy to the device nor a wait for it."""
     if num_items is None or isinstance(num_items, Tensor):
         return num_items
-    return torch.tensor(num_items, dtype=torch.float64)
+    if isinstance(num_items, bool) or not isinstance(num_items, NUMBERS):
+        raise TypeError(f"packops.{op}: num_items must be a number, a tensor of one element or None, got {describe(num_items)}")
+    return torch.tensor(num_items, dtype=torch.float64, device="cpu")  # under torch.device("cuda"), too
 
 
 class CrossEntropyOptions(TypedDict, total=False):
@@ -355,7 +413,7 @@ def cross_entropy(
         "cu_seqlens": cu_seqlens,
         "shift": shift,
         "reduction": reduction,
-        "num_items": as_num_items(num_items),
+        "num_items": num_items if num_items is None else as_num_items("cross_entropy", num_items),
         "ignore_index": ignore_index,
         "token_weight": token_weight,
         "class_weight": class_weight,
@@ -365,24 +423,58 @@ def cross_entropy(
         "logit_scale": logit_scale,
     }
     if is_compiling():
+        _check(logits, labels, options, inplace, return_stats)
         if not return_stats:
             return torch.ops.packops.cross_entropy(logits, labels, **options)
         loss, *state = torch.ops.packops.cross_entropy_stats(logits, labels, **options)
         return loss, stats_of(labels.shape, *state)
-    needs_grad = torch.is_grad_enabled() and logits.requires_grad
-    if inplace and needs_grad:
-        check_may_overwrite(logits, "cross_entropy")
     try:
-        if needs_grad:
+        plain = (ignore_index, label_smoothing, z_loss, softcap, logit_scale) == _PLAIN
+        types = (
+            type(reduction) is str and type(logit_scale) is float and type(shift) is type(inplace) is type(return_stats) is bool
+        )
+        if not (plain and types):
+            _check(logits, labels, options, inplace, return_stats)
+        elif num_items is not None or token_weight is not None or class_weight is not None:
+            check_constants("cross_entropy", {name: options[name] for name in CONSTANTS})
+        if is_transformed():
+            return _transformed(logits, labels, options, inplace, return_stats)
+        if torch.is_grad_enabled() and logits.requires_grad:
+            if inplace:
+                check_may_overwrite(logits, "cross_entropy")
             loss, *state = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, inplace)
         else:
             loss, _, *state = _OPS.forward(logits, labels, **options, with_stats=return_stats)
-    except RuntimeError as error:
-        raise_typed(error)
-    if logits.is_cuda and _checks.enabled():
-        _checks.raise_bad_rows(
-            labels, cu_seqlens, state[1][TARGET], shift=shift, ignore_index=ignore_index, vocab=logits.shape[-1]
-        )
+        if logits.is_cuda and _checks.enabled():
+            _checks.raise_bad_rows(
+                labels, cu_seqlens, state[1][TARGET], shift=shift, ignore_index=ignore_index, vocab=logits.shape[-1]
+            )
+    except Exception as error:
+        explain(error, "cross_entropy", _KINDS, {"logits": logits, "labels": labels, **options}.items())
+    return (loss, stats_of(labels.shape, *state)) if return_stats else loss
+
+
+def _check(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: bool, return_stats: bool) -> None:
+    """TypeError or ValueError for arguments that the dispatcher would misread."""
+    check_types("cross_entropy", _KINDS, {"logits": logits, "labels": labels, **options}.items())
+    flags = {"inplace": inplace, "return_stats": return_stats}
+    check_types("cross_entropy", dict.fromkeys(flags, "bool"), flags.items())
+    check_constants("cross_entropy", {name: options[name] for name in CONSTANTS})
+
+
+def _transformed(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: bool, return_stats: bool) -> Any:
+    """Under a transform of torch.func, or where forward mode may want a derivative."""
+    if not transforms_are_active():
+        if is_differentiated(logits):
+            loss, *state = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, False)
+        else:
+            loss, _, *state = _OPS.forward(logits, labels, **options, with_stats=return_stats)
+    else:
+        if inplace:
+            raise RuntimeError("packops.cross_entropy: inplace=True does not work under torch.func's transforms: leave it out")
+        tensors = [options[name] for name in CrossEntropyRule.tensors[2:]]
+        rest = tuple((name, value) for name, value in options.items() if name not in CrossEntropyRule.tensors)
+        loss, *state = Transformable.apply(_RULE, (rest, return_stats), logits, labels, *tensors)
     return (loss, stats_of(labels.shape, *state)) if return_stats else loss
 
 
@@ -394,7 +486,7 @@ def stats_of(shape: torch.Size, floats: Tensor, ints: Tensor, counts: Tensor, se
         num_tokens=counts[0],
         num_sequences=counts[1],
         lse=lse.view(shape),
-        entropy=floats[ENTROPY].view(shape),
+        entropy=floats[ENTROPY].clone().view(shape),
         prediction=prediction.long().view(shape),
         correct=(counted & (prediction == target)).view(shape),
         sequence_loss=sequence_loss,

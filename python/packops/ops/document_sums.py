@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _checks
-from .op import library, register_fake
+from .arguments import check_types
+from .derivatives import is_differentiated, refuse_transforms
+from .op import below_autograd, library, register_fake
 
 __all__ = ["document_sums"]
 
 OP = "document_sums"
+REFUSED = "use torch.segment_reduce"
 
 
 def document_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -33,10 +39,43 @@ def document_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         TypeError, ValueError: a wrong dtype, shape or device; on the CPU also ``cu_seqlens`` that does not start at 0, decreases
             or exceeds T. On CUDA such values are clamped, unless :func:`packops.checks` is on.
     """
-    for name, x in (("values", values), ("cu_seqlens", cu_seqlens)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"packops.{OP}: {name} must be a tensor, got {type(x).__name__}")
+    check_types(OP, {"values": "Tensor", "cu_seqlens": "Tensor"}, {"values": values, "cu_seqlens": cu_seqlens}.items())
+    refuse_transforms(OP, REFUSED)
     return torch.ops.packops.document_sums(values, cu_seqlens)
+
+
+class Sums(torch.autograd.Function):
+    """``apply(ops, values, cu_seqlens)``. It is linear: its gradient is :class:`Spread`, and the gradient of that is this."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Any, values: Tensor, cu_seqlens: Tensor) -> Tensor:
+        ctx.ops, ctx.shape, ctx.cu_seqlens = ops, values.shape, cu_seqlens
+        return ops.document_sums(values, cu_seqlens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, Spread.apply(ctx.ops, grad, ctx.cu_seqlens, math.prod(ctx.shape)).view(ctx.shape), None
+
+    @staticmethod
+    def jvp(ctx: Any, _ops: Any, tangent: Tensor, _cu_seqlens: Any) -> Tensor:
+        return ctx.ops.document_sums(tangent, ctx.cu_seqlens)
+
+
+class Spread(torch.autograd.Function):
+    """``apply(ops, sums, cu_seqlens, tokens)``: each token's is that of its document."""
+
+    @staticmethod
+    def forward(ctx: Any, ops: Any, sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
+        ctx.ops, ctx.cu_seqlens, ctx.tokens = ops, cu_seqlens, tokens
+        return ops._document_spread(sums, cu_seqlens, tokens)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        return None, Sums.apply(ctx.ops, grad, ctx.cu_seqlens), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, _ops: Any, tangent: Tensor, *others: Any) -> Tensor:
+        return ctx.ops._document_spread(tangent, ctx.cu_seqlens, ctx.tokens)
 
 
 def _check(values: Tensor, cu_seqlens: Tensor) -> None:
@@ -79,24 +118,23 @@ def register(namespace: str) -> None:
         kernels.impl(OP, sums, key)
         kernels.impl("_document_spread", spread, key)
 
-    @register_fake(f"{namespace}::{OP}")
+    def fake(name: str) -> Any:
+        return functools.partial(register_fake, namespace, name)
+
+    @fake(OP)
     def _(values, cu_seqlens):
         _check(values, cu_seqlens)
         return values.new_empty((cu_seqlens.shape[0] - 1,))
 
-    @register_fake(f"{namespace}::_document_spread")
+    @fake("_document_spread")
     def _(sums, cu_seqlens, tokens):
         return sums.new_empty((tokens,))
 
-    def keep(ctx: Any, inputs: tuple, output: Tensor) -> None:
-        ctx.save_for_backward(inputs[1])
-        ctx.shape = inputs[0].shape
+    below_sums, below_spread = below_autograd(getattr(ops, OP).default), below_autograd(ops._document_spread.default)
+    raw = SimpleNamespace(document_sums=below_sums, _document_spread=below_spread)
 
-    def sums_backward(ctx: Any, grad: Tensor):
-        return ops._document_spread(grad, ctx.saved_tensors[0], ctx.shape.numel()).view(ctx.shape), None
+    def sums_autograd(values: Tensor, cu_seqlens: Tensor) -> Tensor:
+        refuse_transforms(OP, REFUSED)
+        return Sums.apply(raw, values, cu_seqlens) if is_differentiated(values) else below_sums(values, cu_seqlens)
 
-    def spread_backward(ctx: Any, grad: Tensor):
-        return getattr(ops, OP)(grad, ctx.saved_tensors[0]), None, None
-
-    torch.library.register_autograd(f"{namespace}::{OP}", sums_backward, setup_context=keep, lib=kernels)
-    torch.library.register_autograd(f"{namespace}::_document_spread", spread_backward, setup_context=keep, lib=kernels)
+    kernels.impl(OP, sums_autograd, "Autograd")

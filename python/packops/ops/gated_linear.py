@@ -6,13 +6,17 @@ keeps gate and up: the backward pass reads both anyway, and makes the product ag
 
 from __future__ import annotations
 
+import functools
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
-from .._errors import raise_typed
+from . import autocast
+from .arguments import check_types, explain
+from .derivatives import is_differentiated, no_forward_mode, once, transforms_are_active
 from .op import Op
 
 __all__ = ["Activation", "gated_activation", "gated_linear"]
@@ -23,6 +27,7 @@ Activation = Literal["silu", "gelu_tanh", "gelu"]
 class GatedActivation(Op):
     name = "gated_activation"
     differentiable = ("gate", "up")
+    cast = staticmethod(autocast.promoted)
 
     def fake(self, gate: Tensor, up: Tensor, *options: Any, **keywords: Any) -> Tensor:
         return gate.new_empty(gate.shape)
@@ -48,6 +53,7 @@ def register(namespace: str) -> None:
 
 
 _OP = GatedActivation("packops")
+_KINDS = {"gate": "Tensor", "up": "Tensor", "weight": "Tensor", "bias": "Tensor?", "activation": "str"}
 
 
 def gated_activation(gate: Tensor, up: Tensor, *, activation: Activation = "silu") -> Tensor:
@@ -64,11 +70,11 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: Activation = "silu
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; it is named.
     """
-    return cast(Tensor, _OP((gate, up), (activation,)))
+    return cast(Tensor, _OP((gate, up), (activation,), type(activation) is str))
 
 
-class GatedLinear(torch.autograd.Function):
-    """``linear(gated_activation(gate, up), weight, bias)``."""
+class GatedLinearTraced(torch.autograd.Function):
+    """``linear(gated_activation(gate, up), weight, bias)``, as torch.compile traces it."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
@@ -77,23 +83,38 @@ class GatedLinear(torch.autograd.Function):
         return linear(op.raw(gate, up, activation), weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        gate, up, weight = ctx.saved_tensors
-        need_gate, need_up, need_weight, need_bias = ctx.needs_input_grad[1:5]
-        product: Any = None
-        grad_gate = grad_up = grad_weight = grad_bias = None
-        if need_gate or need_up:
-            product, grad_gate, grad_up = ctx.op.raw_backward(
-                grad @ weight, gate, up, ctx.activation, need_weight, need_gate, need_up
-            )
-        elif need_weight:
-            product = ctx.op.raw(gate, up, ctx.activation)
-        if need_weight:
-            grad_weight = matrix(grad).t() @ matrix(product)
-        if need_bias:
-            grad_bias = matrix(grad).sum(0)
-        return None, grad_gate, grad_up, grad_weight, grad_bias, None
+        needs = tuple(ctx.needs_input_grad[1:5])
+        return None, *linear_gradients(ctx.op, ctx.activation, needs, grad, *ctx.saved_tensors), None
+
+
+class GatedLinear(GatedLinearTraced):
+    """The same, eager: torch.compile could not trace the errors."""
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        gradients = functools.partial(linear_gradients, ctx.op, ctx.activation, tuple(ctx.needs_input_grad[1:5]))
+        return None, *once("gated_linear", gradients, grad, *ctx.saved_tensors), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode("gated_linear")
+
+
+def linear_gradients(op: Op, activation: str, needs: tuple, grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> tuple:
+    """Those of gate, up, weight and bias that are needed."""
+    need_gate, need_up, need_weight, need_bias = needs
+    product: Any = None
+    grad_gate = grad_up = grad_weight = grad_bias = None
+    if need_gate or need_up:
+        product, grad_gate, grad_up = op.raw_backward(grad @ weight, gate, up, activation, need_weight, need_gate, need_up)
+    elif need_weight:
+        product = op.raw(gate, up, activation)
+    if need_weight:
+        grad_weight = matrix(grad).t() @ matrix(product)
+    if need_bias:
+        grad_bias = matrix(grad).sum(0)
+    return grad_gate, grad_up, grad_weight, grad_bias
 
 
 def matrix(x: Tensor) -> Tensor:
@@ -119,21 +140,24 @@ def gated_linear(
     Raises:
         TypeError, ValueError: as :func:`gated_activation`.
     """
-    kind = gate.device.type
-    if torch.is_autocast_enabled(kind):
-        gate, up, weight = (_autocast(x, kind) for x in (gate, up, weight))
-        bias = None if bias is None else _autocast(bias, kind)
-    _check_projection(gate, weight, bias)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up, weight, bias)):
-        try:
+    named = (("gate", gate), ("up", up), ("weight", weight), ("bias", bias), ("activation", activation))
+    if is_compiling():
+        check_types("gated_linear", _KINDS, named)
+        gate, up, weight, bias = autocast.lower_precision(gate.device.type, (gate, up, weight, bias))
+        _check_projection(gate, weight, bias)
+        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up, weight, bias)):
+            return GatedLinearTraced.apply(_OP, gate, up, weight, bias, activation)
+        return linear(torch.ops.packops.gated_activation(gate, up, activation=activation), weight, bias)
+    try:
+        if torch._C._is_any_autocast_enabled():
+            gate, up, weight, bias = autocast.lower_precision(gate.device.type, (gate, up, weight, bias))
+        _check_projection(gate, weight, bias)
+        tensors = (gate, up, weight, bias)
+        if not transforms_are_active() and any(x is not None and is_differentiated(x) for x in tensors):
             return GatedLinear.apply(_OP, gate, up, weight, bias, activation)
-        except RuntimeError as error:
-            raise_typed(error)
-    return linear(gated_activation(gate, up, activation=activation), weight, bias)
-
-
-def _autocast(x: Tensor, kind: str) -> Tensor:
-    return x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(kind))
+        return linear(gated_activation(gate, up, activation=activation), weight, bias)
+    except Exception as error:
+        explain(error, "gated_linear", _KINDS, named)
 
 
 def _check_projection(gate: Tensor, weight: Tensor, bias: Tensor | None) -> None:

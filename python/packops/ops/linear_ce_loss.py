@@ -16,6 +16,7 @@ The loop is Python: a chunk costs it about a tenth of a millisecond and the devi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -25,9 +26,23 @@ from torch import Tensor
 
 from .. import _checks
 from .._errors import raise_typed
+from . import autocast
+from .arguments import check_types, kinds_of
+from .ce_loss import (
+    CONSTANTS,
+    ENTROPY,
+    LOSS,
+    MATHS,
+    PREDICTION,
+    CrossEntropyStats,
+    Reduction,
+    as_num_items,
+    graph_is_kept,
+    stats_of,
+)
 from .ce_loss import DEFAULTS as CE_DEFAULTS
-from .ce_loss import ENTROPY, LOSS, MATHS, PREDICTION, CrossEntropyStats, Reduction, as_num_items, graph_is_kept, stats_of
 from .ce_loss import stats_like as ce_stats_like
+from .derivatives import Link, check_constants, is_differentiated, no_forward_mode, once, refuse_transforms
 from .document_sums import document_sums
 from .lm_head import (
     CPU_BLOCKS,
@@ -36,8 +51,8 @@ from .lm_head import (
     Wanted,
     accumulator_dtype,
     choose_chunk_tokens,
+    finish,
     hidden_rows,
-    implement_autocast,
     logits_buffer,
     make_logits,
     multiply,
@@ -45,13 +60,23 @@ from .lm_head import (
     take,
     wanted_of,
 )
-from .op import library, register_fake
+from .op import below_autograd, library, register_fake, typed
 
 __all__ = ["linear_cross_entropy"]
 
 OP = "linear_cross_entropy"
+REFUSED = "use packops.cross_entropy of the logits"
 BAD_LABEL = _checks.BAD_LABEL
 CHUNKS = ("num_valid", "chunk_tokens", "accum_dtype", "logits_dtype")
+KINDS = {
+    **dict.fromkeys(("hidden", "weight", "labels"), "Tensor"),
+    "bias": "Tensor?",
+    **{name: kind for name, kind in kinds_of(torch.ops.packops.cross_entropy.default).items() if name in CE_DEFAULTS},
+    **dict.fromkeys(("num_valid", "chunk_tokens"), "int?"),
+    **dict.fromkeys(("accum_dtype",), "ScalarType"),
+    "logits_dtype": "ScalarType?",
+    "return_stats": "bool",
+}
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:
@@ -221,8 +246,22 @@ def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
-    """``loss = apply(ops, hidden, weight, bias, labels, options)``; with ``with_stats`` behind the options also what
-    ``cross_entropy_stats`` returns beside the loss. Only the loss is differentiable."""
+    """``loss = apply(ops, hidden, weight, bias, labels, options, with_stats, link)``; :meth:`call` makes the link.
+
+    ``with_stats``: also what ``cross_entropy_stats`` returns beside the loss. Only the loss is differentiable."""
+
+    @classmethod
+    def call(
+        cls,
+        ops: SimpleNamespace,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        options: dict[str, Any],
+        with_stats: bool = False,
+    ) -> Any:
+        return cls.apply(ops, hidden, weight, bias, labels, options, with_stats, (Link.apply(OP, hidden, weight, bias),))
 
     @staticmethod
     def forward(
@@ -233,7 +272,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         bias: Tensor | None,
         labels: Tensor,
         options: dict[str, Any],
-        with_stats: bool = False,
+        with_stats: bool,
+        link: tuple[Tensor],
     ):
         wanted = Wanted(*ctx.needs_input_grad[1:4])
         # Each row of the hidden states' gradient belongs to one token: its grad_output can be multiplied on later.
@@ -246,6 +286,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         )
         ctx.ops, ctx.wanted, ctx.early, ctx.dtype = ops, wanted, early, hidden.dtype
         ctx.per_token = options["reduction"] == "none"
+        ctx.link = link[0]
         if early:
             ctx.save_for_backward(target, unit, *grads)
         else:
@@ -258,43 +299,38 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         return loss, floats, ints, counts, sequence_loss
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *unused: Any):
         if grad_output is None:
-            return (None,) * 7
-        if ctx.early:
-            target, unit, *grads = ctx.saved_tensors
-            keep = graph_is_kept()  # then what is saved must survive
-            factor = grad_output * unit if ctx.dtype == torch.float16 else grad_output
-            if ctx.per_token:  # only the hidden states' gradient is wanted, and it has a row for each
-                factor = factor.masked_fill(target.view(factor.shape) < 0, 0).unsqueeze(-1)
-        else:
-            target, scale, hidden, weight, bias, class_weight = ctx.saved_tensors
-            flags = {f"grad_{name}": want for name, want in ctx.wanted._asdict().items()}
-            *grads, unit = ctx.ops.backward(
-                grad_output, hidden, weight, target, scale, bias=bias, class_weight=class_weight, **ctx.options, **flags
+            return (None,) * 8
+        keep = graph_is_kept() or torch.is_grad_enabled()  # then what is saved must survive
+        saved = ctx.saved_tensors
+
+        def compute(grad_output: Tensor, _link: Tensor, *saved: Tensor) -> tuple:
+            factor: Tensor | None
+            if ctx.early:
+                target, unit, *grads = saved
+                keeps = keep
+                factor = grad_output * unit if ctx.dtype == torch.float16 else grad_output
+                if ctx.per_token:  # only the hidden states' gradient is wanted, and it has a row for each
+                    factor = factor.masked_fill(target.view(factor.shape) < 0, 0).unsqueeze(-1)
+            else:
+                target, scale, hidden, weight, bias, class_weight = saved
+                flags = {f"grad_{name}": want for name, want in ctx.wanted._asdict().items()}
+                *grads, unit = ctx.ops.backward(
+                    grad_output, hidden, weight, target, scale, bias=bias, class_weight=class_weight, **ctx.options, **flags
+                )
+                keeps = False
+                factor = unit if ctx.dtype == torch.float16 else None
+            return tuple(
+                finish(grad, factor, ctx.dtype, keeps, blocks=CPU_BLOCKS if name == "weight" else 1) if want else None
+                for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=True)
             )
-            keep = False
-            factor = unit if ctx.dtype == torch.float16 else None
-        made = [
-            _finish(grad, factor, ctx.dtype, keep, blocks=CPU_BLOCKS if name == "weight" else 1) if want else None
-            for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=True)
-        ]
-        return None, *made, None, None, None
 
+        return None, *once(OP, compute, grad_output, ctx.link, *saved), *(None,) * 4
 
-def _finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool, blocks: int) -> Tensor:
-    """`grad` times `factor` in `dtype`, computed in the wider of their dtypes and rounded once."""
-    if factor is None:
-        return grad.to(dtype)
-    if factor.dim() == 0:
-        factor = factor.reshape((1,) * grad.dim())  # a 0-d factor would be rounded to the dtype of a 16-bit gradient first
-    out = grad if grad.dtype == dtype and not keep else torch.empty_like(grad, dtype=dtype)
-    if blocks == 1 or grad.is_cuda or torch.compiler.is_compiling():
-        return torch.mul(grad, factor, out=out)
-    for piece, source in zip(out.tensor_split(blocks), grad.tensor_split(blocks), strict=True):  # the CPU converts in temporaries
-        torch.mul(source, factor, out=piece)
-    return out
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode(OP)
 
 
 DEFAULTS: dict[str, Any] = {
@@ -529,7 +565,10 @@ def register(namespace: str) -> None:
             unit = unit.new_empty(())
         return *made, unit
 
-    @register_fake(f"{namespace}::{OP}")
+    def fake(name: str) -> Any:
+        return functools.partial(register_fake, namespace, name)
+
+    @fake(OP)
     def _(hidden, weight, labels, *, reduction="mean", **given):
         return loss_like(hidden, labels, reduction)
 
@@ -538,35 +577,37 @@ def register(namespace: str) -> None:
             return ce_stats_like(state_like(hidden).new_empty((*labels.shape, 0)), cu_seqlens, True)
         return tuple(state_like(hidden).new_empty((0,), dtype=dtype) for dtype in NO_STATS)
 
-    @register_fake(f"{namespace}::{OP}_stats")
+    @fake(f"{OP}_stats")
     def _(hidden, weight, labels, *, cu_seqlens=None, reduction="mean", **given):
         return loss_like(hidden, labels, reduction), *stats_like(hidden, labels, cu_seqlens, True)
 
-    @register_fake(f"{namespace}::_{OP}_forward")
+    @fake(f"_{OP}_forward")
     def _(hidden, weight, labels, *, cu_seqlens=None, reduction="mean", with_stats=False, **given):
         target = labels.new_empty((labels.numel(),), dtype=torch.int32)
         scale = state_like(hidden).new_empty((labels.numel(),))
         loss = loss_like(hidden, labels, reduction)
         return loss, *grads_like(hidden, weight, given), target, scale, *stats_like(hidden, labels, cu_seqlens, with_stats)
 
-    @register_fake(f"{namespace}::_{OP}_backward")
+    @fake(f"_{OP}_backward")
     def _(grad_output, hidden, weight, target, scale, **given):
         return grads_like(hidden, weight, given)
 
     def differentiable(op: Any, with_stats: bool):
-        def autograd(hidden, weight, labels, *, bias=None, **given):
-            needs = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-            if torch.is_grad_enabled() and needs:
-                options = {**DEFAULTS, **given}
-                return LinearCrossEntropyFunction.apply(raw, hidden, weight, bias, labels, options, with_stats)
-            with torch._C._AutoDispatchBelowAutograd():
-                return op(hidden, weight, labels, bias=bias, **given)
+        below = below_autograd(op)
 
-        return autograd
+        def autograd(hidden, weight, labels, *, bias=None, **given):
+            refuse_transforms(OP, REFUSED)
+            check_constants(OP, {name: given.get(name) for name in CONSTANTS})
+            if any(x is not None and is_differentiated(x) for x in (hidden, weight, bias)):
+                options = {**DEFAULTS, **given}
+                return LinearCrossEntropyFunction.call(raw, hidden, weight, bias, labels, options, with_stats)
+            return below(hidden, weight, labels, bias=bias, **given)
+
+        return typed(autograd)
 
     for name, op, with_stats in ((OP, public, False), (f"{OP}_stats", public_stats, True)):
         kernels.impl(name, differentiable(op, with_stats), "Autograd")
-        implement_autocast(kernels, name, op)
+        autocast.register(kernels, name, op, autocast.lower_precision, keywords=("bias",))
 
 
 def linear_cross_entropy(
@@ -632,31 +673,28 @@ def linear_cross_entropy(
             "packops.linear_cross_entropy: weight must be a plain tensor, got a DTensor, a sharded parameter; compute the loss "
             "within the forward of the module that owns it, where FSDP has gathered it"
         )
-    if num_valid is not None and isinstance(num_valid, Tensor):
-        raise TypeError(
-            "packops.linear_cross_entropy: num_valid must be an int on the host, got a Tensor; reading it would wait for the "
-            "device"
-        )
+    options = {
+        "bias": bias,
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "reduction": reduction,
+        "num_items": as_num_items(OP, num_items),
+        "ignore_index": ignore_index,
+        "token_weight": token_weight,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+        "num_valid": num_valid,
+        "chunk_tokens": chunk_tokens,
+        "accum_dtype": accum_dtype,
+        "logits_dtype": logits_dtype,
+    }
+    named = {"hidden": hidden, "weight": weight, "labels": labels, "return_stats": return_stats, **options}
+    check_types(OP, KINDS, named.items())
+    check_constants(OP, {name: options[name] for name in CONSTANTS})
+    refuse_transforms(OP, REFUSED)
     op = torch.ops.packops.linear_cross_entropy_stats if return_stats else torch.ops.packops.linear_cross_entropy
-    result = op(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        reduction=reduction,
-        num_items=as_num_items(num_items),
-        ignore_index=ignore_index,
-        token_weight=token_weight,
-        class_weight=class_weight,
-        label_smoothing=label_smoothing,
-        z_loss=z_loss,
-        softcap=softcap,
-        logit_scale=logit_scale,
-        num_valid=num_valid,
-        chunk_tokens=chunk_tokens,
-        accum_dtype=accum_dtype,
-        logits_dtype=logits_dtype,
-    )
+    result = op(hidden, weight, labels, **options)
     return (result[0], stats_of(labels.shape, *result[1:])) if return_stats else result

@@ -15,6 +15,7 @@ Logits are fp32 (fp64 for fp64) whatever the dtype of the hidden states, so they
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -23,16 +24,17 @@ import torch
 from torch import Tensor
 
 from .. import _checks
+from . import autocast, lm_head
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
-from . import lm_head
+from .arguments import check_types
+from .derivatives import is_differentiated, no_forward_mode, once, refuse_transforms
 from .lm_head import (
     IGNORED,
     Product,
     Wanted,
     accumulator_dtype,
     hidden_rows,
-    implement_autocast,
     logits_buffer,
     make_logits,
     multiply,
@@ -40,12 +42,13 @@ from .lm_head import (
     take,
     wanted_of,
 )
-from .op import library, register_fake
+from .op import below_autograd, library, register_fake
 from .vocab_shard import Shard
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
 
 OP = "linear_log_probs"
+REFUSED = "use torch.log_softmax of the logits"
 BAD_LABEL = _checks.BAD_LABEL
 ELSEWHERE = 2**31 - 1  # a column that no shard has
 LOWEST_LOGIT = -1e30
@@ -124,22 +127,21 @@ def linear_log_probs(
             f"packops.{OP}: weight must be a plain tensor, got a DTensor, a sharded parameter; compute the log-probabilities "
             "within the forward of the module that owns it, where FSDP has gathered it"
         )
-    if isinstance(num_valid, Tensor):
-        raise TypeError(f"packops.{OP}: num_valid must be an int on the host, got a Tensor; reading it would wait for the device")
-    log_probs, entropies, lse = torch.ops.packops.linear_log_probs(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        cu_seqlens=cu_seqlens,
-        shift=shift,
-        ignore_index=ignore_index,
-        logit_scale=logit_scale,
-        softcap=softcap,
-        entropy=entropy,
-        num_valid=num_valid,
-        chunk_tokens=chunk_tokens,
-    )
+    options = {
+        "bias": bias,
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "ignore_index": ignore_index,
+        "logit_scale": logit_scale,
+        "softcap": softcap,
+        "entropy": entropy,
+        "num_valid": num_valid,
+        "chunk_tokens": chunk_tokens,
+    }
+    named = {"hidden": hidden, "weight": weight, "labels": labels, **options}
+    check_types(OP, {**linear.KINDS, "entropy": "bool"}, named.items())
+    refuse_transforms(OP, REFUSED)
+    log_probs, entropies, lse = torch.ops.packops.linear_log_probs(hidden, weight, labels, **options)
     return LinearLogProbs(log_probs, entropies if entropy else None, lse)
 
 
@@ -446,15 +448,21 @@ class LinearLogProbsFunction(torch.autograd.Function):
         return log_probs, entropy, row_max, log_sum, target
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, g: Tensor | None, h: Tensor | None, _max: Any, l: Tensor | None, _target: Any):  # noqa: E741
         if g is None and h is None and l is None:
             return (None,) * 6
-        hidden, weight, bias, target, *rows = ctx.saved_tensors
         flags = {f"grad_{name}": want for name, want in ctx.wanted._asdict().items()}
-        grads = ctx.ops.backward(g, h, l, hidden, weight, target, *rows, bias=bias, **ctx.options, **flags)
-        made = [grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True)]
-        return None, *made, None, None
+
+        def compute(g: Tensor | None, h: Tensor | None, l: Tensor | None, *saved: Any) -> tuple:  # noqa: E741
+            hidden, weight, bias, target, *rows = saved
+            grads = ctx.ops.backward(g, h, l, hidden, weight, target, *rows, bias=bias, **ctx.options, **flags)
+            return tuple(grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
+
+        return None, *once(OP, compute, g, h, l, *ctx.saved_tensors), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode(OP)
 
 
 def results(found: Sequence[Tensor], shape: torch.Size, with_entropy: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -505,35 +513,39 @@ def register(namespace: str) -> None:
         row = hidden.new_empty((labels.numel(),), dtype=dtype)
         return row, hidden.new_empty((labels.numel() if entropy else 0,), dtype=dtype)
 
-    @register_fake(f"{namespace}::{OP}")
+    def fake(name: str) -> Any:
+        return functools.partial(register_fake, namespace, name)
+
+    @fake(OP)
     def _(hidden, weight, labels, *, entropy=True, **given):
         row, entropies = row_like(hidden, labels, entropy)
         log_probs = row.new_empty(labels.shape)
         return log_probs, torch.empty_like(log_probs) if entropy else entropies, torch.empty_like(log_probs)
 
-    @register_fake(f"{namespace}::_{OP}_forward")
+    @fake(f"_{OP}_forward")
     def _(hidden, weight, labels, *, entropy=True, **given):
         row, entropies = row_like(hidden, labels, entropy)
         target = labels.new_empty((labels.numel(),), dtype=torch.int32)
         return row, entropies, torch.empty_like(row), torch.empty_like(row), target
 
-    @register_fake(f"{namespace}::_{OP}_backward")
+    @fake(f"_{OP}_backward")
     def _(grad_log_probs, grad_entropy, grad_lse, hidden, weight, *args, **given):
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
         wanted = wanted_of(given)
         return tuple(hidden.new_empty(shape if want else (0,)) for want, shape in zip(wanted, shapes, strict=True))
 
+    below = below_autograd(public)
+
     def autograd(hidden, weight, labels, *, bias=None, **given):
-        needs = any(x is not None and x.requires_grad for x in (hidden, weight, bias))
-        if torch.is_grad_enabled() and needs:
+        refuse_transforms(OP, REFUSED)
+        if any(x is not None and is_differentiated(x) for x in (hidden, weight, bias)):
             options = {**DEFAULTS, **given}
             found = LinearLogProbsFunction.apply(raw, hidden, weight, bias, labels, options)
             return results(found, labels.shape, options["entropy"])
-        with torch._C._AutoDispatchBelowAutograd():
-            return public(hidden, weight, labels, bias=bias, **given)
+        return below(hidden, weight, labels, bias=bias, **given)
 
     kernels.impl(OP, autograd, "Autograd")
-    implement_autocast(kernels, OP, public)
+    autocast.register(kernels, OP, public, autocast.lower_precision, keywords=("bias",))
 
 
 def as_ops(work: SimpleNamespace) -> SimpleNamespace:

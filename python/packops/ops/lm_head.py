@@ -6,7 +6,7 @@ own epilogue turns them into what is wanted while they are in registers (csrc/lm
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -173,22 +173,18 @@ def _multiply_widened(
             grad_bias[block] += g.sum(0)
 
 
-def implement_autocast(kernels: torch.library.Library, op: str, public: Callable[..., Any]) -> None:
-    """As autocast treats a linear layer; labels, weights of tokens and classes, and num_items keep their dtypes."""
-
-    def implement(device_type: str, key: str):
-        def cast(x: Tensor | None) -> Tensor | None:
-            castable = x is not None and x.is_floating_point() and x.dtype != torch.float64 and x.device.type == device_type
-            return x.to(torch.get_autocast_dtype(device_type)) if x is not None and castable else x
-
-        def call(hidden, weight, labels, *, bias=None, **given):
-            with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))):
-                return public(cast(hidden), cast(weight), labels, bias=cast(bias), **given)
-
-        kernels.impl(op, call, key)
-
-    implement("cpu", "AutocastCPU")
-    implement("cuda", "AutocastCUDA")
+def finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool, blocks: int) -> Tensor:
+    """`grad` times `factor` in `dtype`, computed in the wider of their dtypes and rounded once."""
+    if factor is None:
+        return grad.to(dtype)
+    if factor.dim() == 0:
+        factor = factor.reshape((1,) * grad.dim())  # a 0-d factor would be rounded to the dtype of a 16-bit gradient first
+    out = grad if grad.dtype == dtype and not keep else torch.empty_like(grad, dtype=dtype)
+    if blocks == 1 or grad.is_cuda or torch.compiler.is_compiling():
+        return torch.mul(grad, factor, out=out)
+    for piece, source in zip(out.tensor_split(blocks), grad.tensor_split(blocks), strict=True):  # the CPU converts in temporaries
+        torch.mul(source, factor, out=piece)
+    return out
 
 
 class Product:

@@ -9,31 +9,36 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _checks
-from .._errors import raise_typed
+from .arguments import check_types, explain, kinds_of
 from .op import register_fake
 
 __all__ = ["packed_labels", "packed_metadata"]
 
 
 def register(namespace: str) -> None:
-    @register_fake(f"{namespace}::packed_metadata")
-    def _(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
+    def metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
         position_ids = cu_seqlens.new_empty((total_tokens,), dtype=torch.int64)
         return position_ids, cu_seqlens.new_empty((total_tokens,), dtype=torch.int32)
 
-    @register_fake(f"{namespace}::packed_forest")
-    def _(cu_seqlens: Tensor, total_tokens: int, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forest(cu_seqlens: Tensor, total_tokens: int, parents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seq_idx = cu_seqlens.new_empty((total_tokens,), dtype=torch.int32)
         return cu_seqlens.new_empty((total_tokens,), dtype=torch.int64), seq_idx, torch.empty_like(seq_idx)
 
-    @register_fake(f"{namespace}::packed_labels")
-    def _(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
+    def labels_like(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
         counts = cu_seqlens.new_empty((cu_seqlens.shape[0] - 1,), dtype=torch.int64)
         return labels.new_empty((labels.shape[0],)), counts
 
+    register_fake(namespace, "packed_metadata", metadata)
+    register_fake(namespace, "packed_forest", forest)
+    register_fake(namespace, "packed_labels", labels_like)
+
+
+_METADATA = {**kinds_of(torch.ops.packops.packed_metadata.default), "parents": "Tensor?"}
+_LABELS = kinds_of(torch.ops.packops.packed_labels.default)
+
 
 def _check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: int) -> None:
-    if cu_seqlens.is_cuda and not is_compiling() and _checks.enabled():
+    if not is_compiling() and _checks.enabled() and cu_seqlens.is_cuda:
         _checks.raise_bad_cu_seqlens(op, cu_seqlens, tokens)
 
 
@@ -64,13 +69,23 @@ def packed_metadata(cu_seqlens: Tensor, total_tokens: int, parents: Tensor | Non
             0, decreases or exceeds ``total_tokens``. On CUDA such values give unspecified ids, never a bad memory access, and
             the error only if :func:`packops.checks` is on.
     """
-    _check_cu_seqlens("packed_metadata", cu_seqlens, total_tokens)
+    named = (("cu_seqlens", cu_seqlens), ("total_tokens", total_tokens), ("parents", parents))
+    if is_compiling():
+        check_types("packed_metadata", _METADATA, named)
+        return _metadata(cu_seqlens, total_tokens, parents)
     try:
-        if parents is not None:
-            return torch.ops.packops.packed_forest(cu_seqlens, total_tokens, parents)
+        if type(total_tokens) is not int:
+            check_types("packed_metadata", _METADATA, named)
+        _check_cu_seqlens("packed_metadata", cu_seqlens, total_tokens)
+        return _metadata(cu_seqlens, total_tokens, parents)
+    except Exception as error:
+        explain(error, "packed_metadata", _METADATA, named)
+
+
+def _metadata(cu_seqlens: Tensor, total_tokens: int, parents: Tensor | None) -> tuple[Tensor, ...]:
+    if parents is None:
         return torch.ops.packops.packed_metadata(cu_seqlens, total_tokens)
-    except RuntimeError as error:
-        raise_typed(error)
+    return torch.ops.packops.packed_forest(cu_seqlens, total_tokens, parents)
 
 
 def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ignore_index: int = -100) -> tuple[Tensor, Tensor]:
@@ -91,9 +106,16 @@ def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ign
     Raises:
         TypeError, ValueError: as :func:`packed_metadata`, and where ``labels`` and ``cu_seqlens`` are on two devices.
     """
-    _check_cu_seqlens("packed_labels", cu_seqlens, labels.numel())
-    try:
+    named = (("labels", labels), ("cu_seqlens", cu_seqlens), ("shift", shift), ("ignore_index", ignore_index))
+    if is_compiling():
+        check_types("packed_labels", _LABELS, named)
         target, counts = torch.ops.packops.packed_labels(labels.reshape(-1), cu_seqlens, shift=shift, ignore_index=ignore_index)
-    except RuntimeError as error:
-        raise_typed(error)
+        return target.view(labels.shape), counts
+    try:
+        if type(shift) is not bool or type(ignore_index) is not int:
+            check_types("packed_labels", _LABELS, named)
+        _check_cu_seqlens("packed_labels", cu_seqlens, labels.numel())
+        target, counts = torch.ops.packops.packed_labels(labels.reshape(-1), cu_seqlens, shift=shift, ignore_index=ignore_index)
+    except Exception as error:
+        explain(error, "packed_labels", _LABELS, named)
     return target.view(labels.shape), counts

@@ -16,11 +16,23 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .._errors import raise_typed
+from . import autocast
+from .arguments import check_types, explain, kinds_of
+from .derivatives import (
+    is_differentiated,
+    no_forward_mode,
+    once,
+    over_batch,
+    refuse_transforms,
+    transforms_are_active,
+)
 
 _LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
+_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
 
 
 def library(namespace: str) -> torch.library.Library:
@@ -29,36 +41,20 @@ def library(namespace: str) -> torch.library.Library:
     return _LIBRARIES[-1]
 
 
-def register_fake(name: str, fake: Callable | None = None) -> Any:
-    """``torch.library.register_fake`` for an op that refuses meta tensors beside real ones.
+def typed(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """An autograd kernel that raises the type which a native error names."""
 
-    Torch sends such a call to the fake kernel, whose result would be uninitialised memory of the real tensors' device. (A host
-    ``num_items`` may stand beside meta tensors.)
-    """
-    if fake is None:
-        return lambda fake: register_fake(name, fake)
-    namespace, op = name.split("::")
+    @functools.wraps(kernel)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            return kernel(*arguments, **keywords)
+        except RuntimeError as error:
+            raise_typed(error)
 
-    @functools.wraps(fake)
-    def checked(*arguments: Any, **keywords: Any) -> Any:
-        devices = {x.device.type == "meta" for x in arguments if isinstance(x, Tensor)}
-        devices |= {x.device.type == "meta" for key, x in keywords.items() if isinstance(x, Tensor) and key != "num_items"}
-        if len(devices) > 1:
-            schema = getattr(getattr(torch.ops, namespace), op).default._schema
-            named = {**dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)), **keywords}
-            on_meta = [key for key, x in named.items() if isinstance(x, Tensor) and x.device.type == "meta"]
-            others = [key for key, x in named.items() if isinstance(x, Tensor) and x.device.type != "meta"]
-            raise ValueError(
-                f"packops.{op.strip('_')}: {', '.join(on_meta)} must be on the device of {', '.join(others)}, "
-                "got the meta device, whose tensors hold nothing"
-            )
-        return fake(*arguments, **keywords)
-
-    torch.library.register_fake(name, checked)
-    return fake
+    return call
 
 
-def below_autograd(overload: Any) -> Any:
+def below_autograd(overload: Any) -> Callable[..., Any]:
     """``overload`` as it is called inside an autograd kernel."""
 
     def call(*arguments: Any, **keywords: Any) -> Any:
@@ -68,20 +64,83 @@ def below_autograd(overload: Any) -> Any:
     return call
 
 
+def register_fake(namespace: str, name: str, fake: Callable[..., Any]) -> None:
+    """The fake kernel of an op, which also serves meta tensors. It refuses those beside real ones.
+
+    Torch sends such a call to the fake kernel, whose result would be uninitialised memory of the real tensors' device. (A host
+    ``num_items`` may stand beside meta tensors.)
+    """
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any, **keywords: Any) -> Any:
+        devices = {x.device.type == "meta" for x in arguments if isinstance(x, Tensor)}
+        devices |= {x.device.type == "meta" for key, x in keywords.items() if isinstance(x, Tensor) and key != "num_items"}
+        number = keywords.get("num_items")
+        if isinstance(number, Tensor) and number.device.type == "meta":
+            devices.add(True)
+        if len(devices) > 1:
+            schema = getattr(getattr(torch.ops, namespace), name).default._schema
+            named = {**dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)), **keywords}
+            on_meta = [key for key, x in named.items() if isinstance(x, Tensor) and x.device.type == "meta"]
+            others = [key for key, x in named.items() if isinstance(x, Tensor) and x.device.type != "meta"]
+            raise ValueError(
+                f"packops.{name.strip('_')}: {', '.join(on_meta)} must be on the device of {', '.join(others)}, "
+                "got the meta device, whose tensors hold nothing"
+            )
+        return fake(*arguments, **keywords)
+
+    torch.library.register_fake(f"{namespace}::{name}", checked)
+
+
 class Differentiable(torch.autograd.Function):
     """``apply(op, options, *tensors)``; every op makes a subclass of its own, which is what profilers and ``grad_fn`` show."""
 
     @staticmethod
     def forward(ctx: Any, op: Op, options: tuple, *tensors: Tensor | None) -> Any:
+        outputs = op.raw(*tensors, *options)
         ctx.op, ctx.options = op, options
-        return op.save(ctx, tensors, op.raw(*tensors, *options))
+        return op.keep(ctx, tensors, outputs)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple:
-        op = ctx.op
+        op: Op = ctx.op
+        if torch.is_grad_enabled():
+            return None, None, *op.once(grads, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[2:]), *op.no_gradients
         made = op.gradients(grads, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[2:])
         return None, None, *made, *op.no_gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode(ctx.op.name)
+
+
+class Transformable(torch.autograd.Function):
+    """The same for the transforms of torch.func, which want two steps in the place of one, and all that is kept as an output."""
+
+    @staticmethod
+    def forward(op: Op, options: tuple, *tensors: Tensor | None) -> Any:
+        return op.raw(*tensors, *options)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+        ctx.op, ctx.options, *tensors = inputs
+        ctx.op.keep(ctx, tuple(tensors), output)
+        if ctx.op.picks:
+            ctx.mark_non_differentiable(*output[ctx.op.results :])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple:
+        op: Op = ctx.op
+        made = op.once(grads[: op.results], ctx.saved_tensors, ctx.options, ctx.needs_input_grad[2:])
+        return None, None, *made, *op.no_gradients
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode(ctx.op.name)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, op: Op, options: tuple, *tensors: Tensor | None) -> tuple:
+        return over_batch(lambda *parts: Transformable.apply(op, options, *parts), info, in_dims[2:], tensors)
 
 
 class Op:
@@ -90,10 +149,14 @@ class Op:
     Attributes:
         name: of the public op, and of what messages name.
         differentiable: the tensors that can have a gradient; they stand in front. All others, and all options, have none.
+        cast: what it casts under autocast; :mod:`.autocast` has the rules.
+        results: how many of the tensors that ``_<name>`` returns are the op's; the others are for the backward pass.
     """
 
     name: str
     differentiable: tuple[str, ...]
+    results = 1
+    cast: autocast.Cast | None = None
 
     def __init__(self, namespace: str):
         ops = getattr(torch.ops, namespace)
@@ -102,23 +165,48 @@ class Op:
         self.raw = getattr(ops, f"_{self.name}").default
         self.raw_backward = getattr(ops, f"_{self.name}_backward").default
         arguments = self.public._schema.arguments
+        self.kinds = kinds_of(self.public)
         self.defaults = {argument.name: argument.default_value for argument in arguments if argument.kwarg_only}
-        self.tensors = len(arguments) - len(self.defaults)
-        self.no_gradients = (None,) * (self.tensors - len(self.differentiable))
+        self.tensors = tuple(argument.name for argument in arguments if not argument.kwarg_only)
+        self.count = len(self.differentiable)
+        self.no_gradients = (None,) * (len(self.tensors) - self.count)
+        self.picks = len(self.raw._schema.returns) > self.results  # the first of what `_<name>` returns is the result
         self.Function = cast(type[Differentiable], type("".join(map(str.title, self.name.split("_"))), (Differentiable,), {}))
 
-    def __call__(self, tensors: tuple, options: tuple) -> Any:
+    def __call__(self, tensors: tuple, options: tuple, plain: bool = False) -> Any:
+        """``plain``: the options are known to be of the right types."""
         if is_compiling():
+            self.check(tensors, options)
             return self.public(*tensors, **dict(zip(self.defaults, options, strict=True)))
         try:
+            if not plain:
+                check_types(self.name, self.kinds, zip(self.defaults, options, strict=True))
+            if self.cast is not None and _any_autocast():
+                tensors = self.cast(tensors[0].device.type, tensors)
+            if transforms_are_active():
+                self.check_constants(tensors)
+                return self.result(Transformable.apply(self, options, *tensors))
             if torch.is_grad_enabled():
-                for x in tensors[: len(self.differentiable)]:
+                for x in tensors[: self.count]:
                     if x is not None and x.requires_grad:
                         self.check_constants(tensors)
                         return self.Function.apply(self, options, *tensors)
-            return self.result(self.raw(*tensors, *options))
-        except RuntimeError as error:
-            raise_typed(error)
+                self.check_constants(tensors)
+            if forward_ad._current_level >= 0:
+                self.check_constants(tensors)
+                return self.Function.apply(self, options, *tensors)
+            outputs = self.raw(*tensors, *options)
+            return outputs[0] if self.picks else outputs
+        except Exception as error:
+            explain(error, self.name, self.kinds, self.named(tensors, options))
+
+    def named(self, tensors: tuple, options: tuple) -> list[tuple[str, Any]]:
+        return [*zip(self.tensors, tensors, strict=True), *zip(self.defaults, options, strict=True)]
+
+    def check(self, tensors: tuple, options: tuple) -> None:
+        """TypeError or ValueError for what a graph could not say as clearly."""
+        check_types(self.name, self.kinds, self.named(tensors, options))
+        self.check_constants(tensors)
 
     # ---- what a subclass may say differently --------------------------------------------------------------------------------
 
@@ -133,11 +221,7 @@ class Op:
     def check_constants(self, tensors: tuple) -> None:
         """ValueError if a tensor needs a gradient and gets none."""
 
-    def result(self, outputs: Any) -> Any:
-        """What the public op returns of what ``_<name>`` returns."""
-        return outputs
-
-    def save(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
+    def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         """Keep for the backward pass what :meth:`gradients` will read, and return the op's result."""
         ctx.save_for_backward(*tensors)
         return outputs
@@ -148,23 +232,34 @@ class Op:
 
     # -------------------------------------------------------------------------------------------------------------------------
 
+    def result(self, outputs: Any) -> Any:
+        """What the public op returns of what ``_<name>`` returns."""
+        return outputs[0] if self.picks else outputs
+
+    def once(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        """:meth:`gradients` where somebody may differentiate them."""
+
+        def compute(*tensors: Tensor | None) -> tuple:
+            return self.gradients(tensors[: len(grads)], tensors[len(grads) :], options, needs)
+
+        return cast(tuple, once(self.name, compute, *grads, *saved))
+
     def register(self) -> None:
         """Give the ops their fake kernels, and the public one its autograd."""
-        prefix = f"{self.namespace}::"
-        register_fake(f"{prefix}_{self.name}", self.fake)
-        register_fake(f"{prefix}{self.name}", lambda *a, **options: self.result(self.fake(*a, **options)))
-        register_fake(f"{prefix}_{self.name}_backward", self.fake_backward)
+        register_fake(self.namespace, f"_{self.name}", self.fake)
+        register_fake(self.namespace, self.name, lambda *tensors, **options: self.result(self.fake(*tensors, **options)))
+        register_fake(self.namespace, f"_{self.name}_backward", self.fake_backward)
         public = below_autograd(self.public)
 
         def autograd(*tensors: Any, **options: Any) -> Any:
-            tensors += (None,) * (self.tensors - len(tensors))
-            try:
-                candidates = tensors[: len(self.differentiable)]
-                if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in candidates):
-                    self.check_constants(tensors)
-                    return self.Function.apply(self, tuple({**self.defaults, **options}.values()), *tensors)
-                return public(*tensors, **options)
-            except RuntimeError as error:
-                raise_typed(error)
+            refuse_transforms(self.name, f"torch.ops.{self.namespace} has no rules for them; the function in packops has")
+            tensors += (None,) * (len(self.tensors) - len(tensors))
+            self.check_constants(tensors)
+            if any(x is not None and is_differentiated(x) for x in tensors[: self.count]):
+                return self.Function.apply(self, tuple({**self.defaults, **options}.values()), *tensors)
+            return public(*tensors, **options)
 
-        library(self.namespace).impl(self.name, autograd, "Autograd")
+        kernels = library(self.namespace)
+        kernels.impl(self.name, typed(autograd), "Autograd")
+        if self.cast is not None:
+            autocast.register(kernels, self.name, self.public, self.cast)

@@ -7,11 +7,14 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import _checks
+from . import autocast
+from .derivatives import check_constants
 from .op import Op
-from .rope import check_tables_are_constant, empty_heads_like, feature_contiguous, mark_constants
+from .rope import empty_heads_like, feature_contiguous, is_plain, mark_constants
 
 __all__ = ["apply_qk_norm_rope"]
 
@@ -19,6 +22,12 @@ __all__ = ["apply_qk_norm_rope"]
 class QkNormRope(Op):
     name = "qk_norm_rope"
     differentiable = ("q", "k", "q_weight", "k_weight")
+    results = 2
+
+    @staticmethod
+    def cast(device_type: str, tensors: tuple) -> tuple:
+        heads = autocast.norm(device_type, autocast.promoted(device_type, tensors[:2]))
+        return *heads, *tensors[2:]  # the kernels take weights and tables of any dtype
 
     def fake(self, q: Tensor, k: Tensor | None, *others: Any, **options: Any) -> tuple:
         return empty_heads_like(q), None if k is None else empty_heads_like(k)
@@ -39,9 +48,11 @@ class QkNormRope(Op):
         return empty_heads_like(q), empty(k, empty_heads_like), torch.empty_like(q_weight), empty(k_weight, torch.empty_like)
 
     def check_constants(self, tensors: tuple) -> None:
-        check_tables_are_constant(*tensors[4:6])
+        cos, sin = tensors[4:6]
+        if cos.requires_grad or sin.requires_grad or forward_ad._current_level >= 0:
+            check_constants("qk_norm_rope", {"cos": cos, "sin": sin})
 
-    def save(self, ctx: Any, tensors: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
+    def keep(self, ctx: Any, tensors: tuple, outputs: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:
         ctx.save_for_backward(*tensors)
         need_q, need_k, need_q_weight, need_k_weight = ctx.needs_input_grad[2:6]
         mark_constants(ctx, (need_q or need_q_weight, need_k or need_k_weight), outputs)
@@ -101,9 +112,10 @@ def apply_qk_norm_rope(
     Raises:
         TypeError, ValueError, IndexError: as :func:`apply_rope`.
     """
-    if q.is_cuda and not is_compiling() and _checks.enabled():
+    if not is_compiling() and _checks.enabled() and isinstance(q, Tensor) and q.is_cuda:
         _checks.raise_bad_positions("qk_norm_rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
         _checks.raise_full_width_table("qk_norm_rope", q, sin, rotary_dim)
     tensors = (q, k, q_weight, k_weight, cos, sin, position_ids, cu_seqlens)
     rotation = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
-    return cast(tuple[Tensor, Tensor | None], _OP(tensors, (eps, zero_centered, *rotation)))
+    plain = type(eps) is float and zero_centered is False and is_plain(rotation)
+    return cast(tuple[Tensor, Tensor | None], _OP(tensors, (eps, zero_centered, *rotation), plain))

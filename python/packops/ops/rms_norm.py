@@ -6,6 +6,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from . import autocast
 from .op import Op
 
 __all__ = ["rms_norm"]
@@ -14,6 +15,7 @@ __all__ = ["rms_norm"]
 class RmsNorm(Op):
     name = "rms_norm"
     differentiable = ("x", "weight")
+    cast = staticmethod(autocast.norm)
 
     def fake(self, x: Tensor, weight: Tensor, *options: Any, **keywords: Any) -> Tensor:
         return x.new_empty(x.shape)
@@ -48,4 +50,4 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = Fal
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it, what it got and what it wants.
     """
-    return cast(Tensor, _OP((x, weight), (eps, zero_centered)))
+    return cast(Tensor, _OP((x, weight), (eps, zero_centered), type(eps) is float and zero_centered is False))

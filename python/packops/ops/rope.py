@@ -6,24 +6,31 @@ same kernels without autograd, which :func:`packops.apply_rope` calls directly; 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import _checks
-from .._errors import raise_typed
-from .op import library, register_fake
+from .arguments import check_types, explain, kinds_of
+from .derivatives import check_constants, is_differentiated, over_batch, refuse_transforms, transforms_are_active
+from .op import below_autograd, library, register_fake, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 __all__ = ["apply_rope"]
 
+PLAIN = (None, None, 0, False, None, False, False)  # the options' defaults
+
 _ROPE = torch.ops.packops._rope.default
 _ROPE_IN_PLACE = torch.ops.packops._rope_.default
+_KINDS = kinds_of(torch.ops.packops.rope.default)
+_OPTIONS = tuple(_KINDS)[6:]
 
 
 def empty_heads_like(heads: Tensor) -> Tensor:
@@ -37,17 +44,22 @@ def feature_contiguous(grad: Tensor | None) -> Tensor | None:
     return grad if grad is None or grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
 
 
-def rotate_back(raw: Any, grad_q: Tensor | None, grad_k: Tensor | None, tables: tuple, options: tuple, transposed: bool):
-    """The gradients of q and k, in one launch, each where there is one. ``tables``: cos, sin, position_ids, cu_seqlens."""
-    if grad_q is None and grad_k is None:
+def rotate(rope: Any, q: Tensor | None, k: Tensor | None, *arguments: Any) -> tuple[Tensor | None, Tensor | None]:
+    """``rope(q, k, *arguments)`` in one launch, where there may be only one of them."""
+    if q is None and k is None:
         return None, None
-    first, second = (grad_k, None) if grad_q is None else (grad_q, grad_k)
-    first, second = feature_contiguous(first), feature_contiguous(second)
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-        first, second = Rope.apply(raw, first, second, *tables, options, transposed)
-    else:
-        first, second = raw(first, second, *tables, *options, transposed)
-    return (None, first) if grad_q is None else (first, second)
+    first, second = (k, None) if q is None else (q, k)
+    first, second = rope(feature_contiguous(first), feature_contiguous(second), *arguments)
+    return (None, first) if q is None else (first, second)
+
+
+def rotate_differentiably(raw: Any, q: Tensor | None, k: Tensor | None, tables: tuple, options: tuple, transposed: bool) -> tuple:
+    """In a backward pass or a transform: recorded, if it shall be."""
+    if transforms_are_active():
+        return rotate(functools.partial(RopeTransformable.apply, raw), q, k, *tables, options, transposed)
+    if torch.is_grad_enabled() and not is_compiling():  # create_graph=True
+        return rotate(functools.partial(Rope.apply, raw), q, k, *tables, options, transposed)
+    return rotate(raw, q, k, *tables, *options, transposed)
 
 
 def mark_constants(ctx: Any, needed: tuple, outputs: tuple) -> None:
@@ -56,22 +68,54 @@ def mark_constants(ctx: Any, needed: tuple, outputs: tuple) -> None:
 
 
 class Rope(torch.autograd.Function):
-    """RoPE through a raw op. Its gradient is itself, transposed, so it can be differentiated any number of times."""
+    """RoPE through a raw op. Its gradient is itself, transposed, so it can be differentiated any number of times; its derivative
+    in forward mode is itself."""
 
     @staticmethod
     def forward(ctx, raw, q, k, cos, sin, position_ids, cu_seqlens, options, transposed):
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(cos, sin, position_ids, cu_seqlens)
+        ctx.save_for_forward(cos, sin, position_ids, cu_seqlens)
         ctx.raw, ctx.options, ctx.transposed = raw, options, transposed
         outputs = raw(q, k, cos, sin, position_ids, cu_seqlens, *options, transposed)
-        mark_constants(ctx, ctx.needs_input_grad[1:3], outputs)
+        if forward_ad._current_level >= 0:  # then q or k may have a tangent alone
+            ctx.set_materialize_grads(True)
+        else:
+            mark_constants(ctx, ctx.needs_input_grad[1:3], outputs)
         return outputs
 
     @staticmethod
     def backward(ctx, grad_q, grad_k):
         need_q, need_k = ctx.needs_input_grad[1:3]
         grads = (grad_q if need_q else None, grad_k if need_k else None)
-        return None, *rotate_back(ctx.raw, *grads, ctx.saved_tensors, ctx.options, not ctx.transposed), *(None,) * 6
+        made = rotate_differentiably(ctx.raw, *grads, ctx.saved_tensors, ctx.options, not ctx.transposed)
+        return None, *made, *(None,) * 6
+
+    @staticmethod
+    def jvp(ctx, _raw, tangent_q, tangent_k, *others):
+        return rotate_differentiably(ctx.raw, tangent_q, tangent_k, ctx.saved_tensors, ctx.options, ctx.transposed)
+
+
+class RopeTransformable(torch.autograd.Function):
+    """The same for the transforms of torch.func, which want two steps in the place of one."""
+
+    @staticmethod
+    def forward(raw, q, k, cos, sin, position_ids, cu_seqlens, options, transposed):
+        return raw(q, k, cos, sin, position_ids, cu_seqlens, *options, transposed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.raw, _, _, *tables, ctx.options, ctx.transposed = inputs
+        ctx.set_materialize_grads(forward_ad._current_level >= 0)
+        ctx.save_for_backward(*tables)
+        ctx.save_for_forward(*tables)
+
+    backward = Rope.backward
+    jvp = Rope.jvp
+
+    @staticmethod
+    def vmap(info, in_dims, raw, *arguments):
+        return over_batch(lambda *parts: RopeTransformable.apply(raw, *parts), info, in_dims[1:], arguments)
 
 
 class RopeInPlace(torch.autograd.Function):
@@ -87,36 +131,54 @@ class RopeInPlace(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad, _ = rotate_back(ctx.raw, grad, None, ctx.saved_tensors, ctx.options, True)
+        grad, _ = rotate_differentiably(ctx.raw, grad, None, ctx.saved_tensors, ctx.options, True)
         return None, None, grad, *(None,) * 5
 
 
 def check_tables_are_constant(cos: Tensor, sin: Tensor) -> None:
-    if cos.requires_grad or sin.requires_grad:
-        raise ValueError("packops.rope: cos and sin need a gradient, but RoPE is differentiable in q and k only: detach them")
+    if cos.requires_grad or sin.requires_grad or forward_ad._current_level >= 0:
+        check_constants("rope", {"cos": cos, "sin": sin})
+
+
+def is_plain(options: tuple) -> bool:
+    """Whether the options are the defaults, and their types too: 0 == False."""
+    return options == PLAIN and options[3] is options[5] is options[6] is False
 
 
 def given(options: tuple) -> tuple:
     """What of the options to pass on: nothing where all have their defaults, since parsing seven takes torch a microsecond."""
-    return () if options == (None, None, 0, False, None, False, False) else options
+    return () if options == PLAIN else options
 
 
 def rotate_in_place(raw: Any, raw_in_place: Any, q: Tensor, k: Tensor | None, tables: tuple, options: tuple) -> None:
     """In one launch where autograd takes no part, else one by one."""
     tensors = (q,) if k is None else (q, k)
+    if forward_ad._current_level >= 0 and any(forward_ad.unpack_dual(heads).tangent is not None for heads in tensors):
+        raise RuntimeError("packops.rope: inplace=True has no forward-mode derivative: use inplace=False")
+    if torch.is_grad_enabled():
+        check_tables_are_constant(*tables[:2])
     if not torch.is_grad_enabled() or not any(heads.requires_grad for heads in tensors):
         raw_in_place(q, k, *tables, *given(options))
         torch.autograd.graph.increment_version(tensors)
         return
-    check_tables_are_constant(*tables[:2])
     for name, heads in zip("qk", tensors, strict=False):
-        if heads.requires_grad and heads.is_leaf:
-            raise ValueError(
-                f"packops.rope: {name} is a leaf that needs a gradient, so it cannot be rotated in place: use inplace=False, "
-                "or torch.no_grad() where no gradient shall flow"
-            )
+        check_may_rotate_in_place(name, heads)
     for heads in tensors:
         RopeInPlace.apply(raw, raw_in_place, heads, *tables, options)
+
+
+def check_may_rotate_in_place(name: str, heads: Tensor) -> None:
+    """Before anything is written: autograd would refuse these afterwards, in its own words."""
+    if heads.requires_grad and heads.is_leaf:
+        raise ValueError(
+            f"packops.rope: {name} is a leaf that needs a gradient, so it cannot be rotated in place: use inplace=False, "
+            "or torch.no_grad() where no gradient shall flow"
+        )
+    if heads._is_view() and type(heads.grad_fn).__name__.startswith(("Unbind", "Split", "Chunk", "Unsafe")):
+        raise ValueError(
+            f"packops.rope: {name} is one of several views that unbind, split or chunk made at once, and autograd lets none of "
+            "them be written in place: take a slice (qkv[:, 0]), or use inplace=False"
+        )
 
 
 def register(namespace: str) -> None:
@@ -124,38 +186,36 @@ def register(namespace: str) -> None:
     raw, raw_in_place = ops._rope.default, ops._rope_.default
     option_names = [argument.name for argument in ops.rope.default._schema.arguments if argument.kwarg_only]
 
-    @register_fake(f"{namespace}::rope")
-    @register_fake(f"{namespace}::_rope")
-    def _(q, k, cos, sin, *args, **options):
+    def fake(q, k, cos, sin, *args, **options):
         return empty_heads_like(q), None if k is None else empty_heads_like(k)
 
-    @register_fake(f"{namespace}::rope_")
-    @register_fake(f"{namespace}::_rope_")
-    def _(q, k, cos, sin, *args, **options):
-        return None
+    for name in ("rope", "_rope"):
+        register_fake(namespace, name, fake)
+        register_fake(namespace, f"{name}_", lambda *args, **options: None)
 
-    def setup_context(ctx, inputs, keyword_only_inputs, output):
-        ctx.set_materialize_grads(False)
-        _, _, cos, sin, position_ids, cu_seqlens = inputs
-        check_tables_are_constant(cos, sin)
-        ctx.save_for_backward(cos, sin, position_ids, cu_seqlens)
-        ctx.options = tuple(keyword_only_inputs[name] for name in option_names)
-        mark_constants(ctx, ctx.needs_input_grad[:2], output)
-
-    def backward(ctx, grad_q, grad_k):
-        need_q, need_k = ctx.needs_input_grad[:2]
-        grads = (grad_q if need_q else None, grad_k if need_k else None)
-        return *rotate_back(raw, *grads, ctx.saved_tensors, ctx.options, True), *(None,) * 4
-
-    torch.library.register_autograd(f"{namespace}::rope", backward, setup_context=setup_context)
+    below = below_autograd(ops.rope.default)
 
     defaults = {argument.name: argument.default_value for argument in ops.rope_.default._schema.arguments}
 
+    def refuse() -> None:
+        refuse_transforms("rope", f"torch.ops.{namespace} has no rules for them; packops.apply_rope without inplace has")
+
+    def autograd(q, k, cos, sin, position_ids=None, cu_seqlens=None, **keywords):
+        refuse()
+        check_tables_are_constant(cos, sin)
+        if is_differentiated(q) or (k is not None and is_differentiated(k)):
+            options = tuple(keywords.get(name, defaults[name]) for name in option_names)
+            return Rope.apply(raw, q, k, cos, sin, position_ids, cu_seqlens, options, False)
+        return below(q, k, cos, sin, position_ids, cu_seqlens, **keywords)
+
     def in_place(q, k, cos, sin, position_ids=None, cu_seqlens=None, **keywords):
+        refuse()
         options = tuple(keywords.get(name, defaults[name]) for name in option_names)
         rotate_in_place(raw, raw_in_place, q, k, (cos, sin, position_ids, cu_seqlens), options)
 
-    library(namespace).impl("rope_", in_place, "Autograd")
+    kernels = library(namespace)
+    kernels.impl("rope", typed(autograd), "Autograd")
+    kernels.impl("rope_", typed(in_place), "Autograd")
 
 
 class RopeOptions(TypedDict, total=False):
@@ -237,44 +297,58 @@ def apply_rope(
         IndexError: a position outside the table, on the CPU. On CUDA the rotated features of such a token are NaN and their
             gradients 0, unless :func:`packops.checks` is on.
     """
-    tables = (cos, sin, position_ids, cu_seqlens)
-    if is_compiling():
-        return _apply_rope_compiled(
-            q,
-            k,
-            inplace,
-            tables,
-            {
-                "layout": layout,
-                "rotary_dim": rotary_dim,
-                "rotary_offset": rotary_offset,
-                "interleaved": interleaved,
-                "mrope_section": mrope_section,
-                "mrope_interleaved": mrope_interleaved,
-                "per_token_table": per_token_table,
-            },
-        )
     options = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
-    if q.is_cuda and _checks.enabled():
-        _checks.raise_bad_positions("rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
-        _checks.raise_full_width_table("rope", q, sin, rotary_dim)
+    if inplace is not True and inplace is not False:
+        check_types("rope", {"inplace": "bool"}, (("inplace", inplace),))
+    if is_compiling():
+        check_types("rope", _KINDS, _named(q, k, cos, sin, position_ids, cu_seqlens, options))
+        check_tables_are_constant(cos, sin)
+        return _apply_rope_compiled(q, k, inplace, cos, sin, position_ids, cu_seqlens, options)
     try:
-        if inplace:
-            rotate_in_place(_ROPE, _ROPE_IN_PLACE, q, k, tables, options)
-            return q, k
-        if torch.is_grad_enabled() and (q.requires_grad or (k is not None and k.requires_grad)):
+        if not is_plain(options):
+            check_types("rope", _KINDS, zip(_OPTIONS, options, strict=True))
+        if q.is_cuda and _checks.enabled():
+            _checks.raise_bad_positions("rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
+            _checks.raise_full_width_table("rope", q, sin, rotary_dim)
+        if transforms_are_active():
+            if inplace:
+                raise RuntimeError(
+                    "packops.rope: inplace=True does not work under the transforms of torch.func: use inplace=False"
+                )
             check_tables_are_constant(cos, sin)
-            return Rope.apply(_ROPE, q, k, *tables, options, False)
-        return _ROPE(q, k, *tables, *given(options))
-    except RuntimeError as error:
-        raise_typed(error)
+            return RopeTransformable.apply(_ROPE, q, k, cos, sin, position_ids, cu_seqlens, options, False)
+        if inplace:
+            rotate_in_place(_ROPE, _ROPE_IN_PLACE, q, k, (cos, sin, position_ids, cu_seqlens), options)
+            return q, k
+        if torch.is_grad_enabled():
+            if cos.requires_grad or sin.requires_grad:
+                check_tables_are_constant(cos, sin)
+            if q.requires_grad or (k is not None and k.requires_grad):
+                return Rope.apply(_ROPE, q, k, cos, sin, position_ids, cu_seqlens, options, False)
+        if forward_ad._current_level >= 0:
+            check_tables_are_constant(cos, sin)
+            return Rope.apply(_ROPE, q, k, cos, sin, position_ids, cu_seqlens, options, False)
+        return _ROPE(q, k, cos, sin, position_ids, cu_seqlens, *given(options))
+    except Exception as error:
+        explain(error, "rope", _KINDS, _named(q, k, cos, sin, position_ids, cu_seqlens, options))
+
+
+def _named(*values: Any) -> list[tuple[str, Any]]:
+    *tensors, options = values
+    return list(zip(_KINDS, (*tensors, *options), strict=True))
 
 
 def _apply_rope_compiled(
-    q: Tensor, k: Tensor | None, inplace: bool, tables: tuple, options: dict[str, Any]
+    q: Tensor,
+    k: Tensor | None,
+    inplace: bool,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    options: tuple,
 ) -> tuple[Tensor, Tensor | None]:
-    cos, sin, position_ids, cu_seqlens = tables
-    keywords = dict(options, position_ids=position_ids, cu_seqlens=cu_seqlens)
+    keywords = dict(zip(_OPTIONS, options, strict=True), position_ids=position_ids, cu_seqlens=cu_seqlens)
     if not inplace:
         return torch.ops.packops.rope(q, k, cos, sin, **keywords)
     if not torch.is_grad_enabled() or not (q.requires_grad or (k is not None and k.requires_grad)):

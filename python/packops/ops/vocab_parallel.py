@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from .. import _checks
 from .._errors import raise_typed
+from . import autocast, vocab_shard
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
 from . import linear_log_probs as lp
-from . import vocab_shard
+from .arguments import check_types
 from .ce_loss import Reduction, as_num_items
+from .derivatives import check_constants, refuse_transforms
 
 __all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy", "vocab_parallel_linear_log_probs"]
 
@@ -79,14 +81,11 @@ def vocab_parallel_cross_entropy(
         RuntimeError: ``torch.distributed`` is not initialised.
     """
     op = "vocab_parallel_cross_entropy"
-    if local_logits.dim() == 0:
-        raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
-    shard = _shard(local_logits.shape[-1], group, shard_sizes, op, labels)[0]
     options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
         "reduction": reduction,
-        "num_items": as_num_items(num_items),
+        "num_items": as_num_items(op, num_items),
         "ignore_index": ignore_index,
         "token_weight": token_weight,
         "class_weight": class_weight,
@@ -95,10 +94,16 @@ def vocab_parallel_cross_entropy(
         "softcap": softcap,
         "logit_scale": logit_scale,
     }
+    _check(op, {"local_logits": local_logits, "labels": labels, "inplace": inplace, **options})
+    if local_logits.dim() == 0:
+        raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
+    shard = _shard(local_logits.shape[-1], group, shard_sizes, op, labels)[0]
     if inplace and local_logits.requires_grad and torch.is_grad_enabled():
         ce.check_may_overwrite(local_logits, op)
     try:
-        loss, ints = _apply(vocab_shard.VocabParallelCrossEntropyFunction, _OPS, shard, local_logits, labels, options, inplace)
+        loss, ints = _apply(
+            vocab_shard.VocabParallelCrossEntropyFunction.apply, _OPS, shard, local_logits, labels, options, inplace
+        )
     except Exception as error:
         raise_typed(error, op)
     if local_logits.is_cuda and _checks.enabled():
@@ -160,14 +165,29 @@ def vocab_parallel_linear_cross_entropy(
             :func:`vocab_parallel_cross_entropy`.
     """
     op = "vocab_parallel_linear_cross_entropy"
-    hidden, local_weight, local_bias = _check_head(op, hidden, local_weight, local_bias, num_valid)
-    shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
     chunks: dict[str, Any] = {
         "num_valid": num_valid,
         "chunk_tokens": chunk_tokens,
         "accum_dtype": accum_dtype,
         "logits_dtype": logits_dtype,
     }
+    options = {
+        "cu_seqlens": cu_seqlens,
+        "shift": shift,
+        "reduction": reduction,
+        "num_items": as_num_items(op, num_items),
+        "ignore_index": ignore_index,
+        "token_weight": token_weight,
+        "class_weight": class_weight,
+        "label_smoothing": label_smoothing,
+        "z_loss": z_loss,
+        "softcap": softcap,
+        "logit_scale": logit_scale,
+    }
+    head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
+    _check(op, {**head, "labels": labels, **options, **chunks})
+    hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
+    shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
     linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
     tokens = labels.numel()
     if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
@@ -176,24 +196,11 @@ def vocab_parallel_linear_cross_entropy(
         chunks["chunk_tokens"] = linear.choose_chunk_tokens(
             tokens, hidden.shape[-1], max(sizes), num_valid=compacted, copies=copies
         )
-    options = {
-        "cu_seqlens": cu_seqlens,
-        "shift": shift,
-        "reduction": reduction,
-        "num_items": as_num_items(num_items),
-        "ignore_index": ignore_index,
-        "token_weight": token_weight,
-        "class_weight": class_weight,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-        **chunks,
-    }
+    options |= chunks
     try:
         with torch.autocast(hidden.device.type, enabled=False):
             ops = vocab_shard.linear_ops(_OPS, shard)
-            return _apply(linear.LinearCrossEntropyFunction, ops, hidden, local_weight, local_bias, labels, options)
+            return _apply(linear.LinearCrossEntropyFunction.call, ops, hidden, local_weight, local_bias, labels, options)
     except Exception as error:
         raise_typed(error, op)
 
@@ -235,7 +242,6 @@ def vocab_parallel_linear_log_probs(
             :func:`vocab_parallel_cross_entropy`.
     """
     op = "vocab_parallel_linear_log_probs"
-    hidden, local_weight, local_bias = _check_head(op, hidden, local_weight, local_bias, num_valid)
     options = {
         "cu_seqlens": cu_seqlens,
         "shift": shift,
@@ -246,6 +252,9 @@ def vocab_parallel_linear_log_probs(
         "num_valid": num_valid,
         "chunk_tokens": chunk_tokens,
     }
+    head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
+    _check(op, {**head, "labels": labels, **options})
+    hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
     lp.check(op, hidden, local_weight, local_bias, labels, options)
     if sum(sizes) > 1 << 24:  # places of shards travel as fp32
@@ -257,32 +266,32 @@ def vocab_parallel_linear_log_probs(
     try:
         with torch.autocast(hidden.device.type, enabled=False):
             ops = lp.as_ops(lp.forward_and_backward(lp.raw_ops("packops"), op, shard))
-            function = lp.LinearLogProbsFunction
-            found = _apply(function, ops, hidden, local_weight, local_bias, labels, options)
+            found = _apply(lp.LinearLogProbsFunction.apply, ops, hidden, local_weight, local_bias, labels, options)
     except Exception as error:
         raise_typed(error, op)
     log_probs, entropies, lse = lp.results(found, labels.shape, entropy)
     return lp.LinearLogProbs(log_probs, entropies if entropy else None, lse)
 
 
-def _check_head(
-    op: str, hidden: Tensor, local_weight: Tensor, local_bias: Tensor | None, num_valid: int | None
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The head in autocast's dtype, as autocast treats a linear layer."""
-    if hasattr(local_weight, "full_tensor"):
-        raise TypeError(f"packops.{op}: local_weight must be a plain tensor, got a DTensor; pass local_weight.to_local()")
-    if isinstance(num_valid, Tensor):
-        raise TypeError(f"packops.{op}: num_valid must be an int on the host, got a Tensor; reading it would wait for the device")
-    device = hidden.device.type
-    if torch.is_autocast_enabled(device) and hidden.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        return hidden.to(dtype), local_weight.to(dtype), None if local_bias is None else local_bias.to(dtype)
-    return hidden, local_weight, local_bias
+_KINDS = {**linear.KINDS, "local_logits": "Tensor", "local_weight": "Tensor", "local_bias": "Tensor?", "inplace": "bool"}
+_KINDS["entropy"] = "bool"
+
+
+def _check(op: str, arguments: Mapping[str, Any]) -> None:
+    """TypeError or ValueError for what can be said before the group is asked anything."""
+    refuse_transforms(op, "no process can wait for the others in them")
+    check_types(op, _KINDS, arguments.items())
+    check_constants(op, {name: arguments.get(name) for name in ce.CONSTANTS})
+
+
+def _cast_head(hidden: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """As autocast treats a linear layer."""
+    return cast(Any, autocast.lower_precision(hidden.device.type, (hidden, local_weight, local_bias)))
 
 
 @torch.compiler.disable(reason="it communicates over a process group")
-def _apply(function: type[torch.autograd.Function], *arguments: Any) -> Any:
-    return function.apply(*arguments)
+def _apply(function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _shard(
@@ -335,7 +344,7 @@ def _shard(
 @torch.compiler.disable(reason="it communicates over a process group")
 def _exchange(numbers: list[int], group: dist.ProcessGroup | None) -> list[list[int]]:
     """The numbers of every rank, in rank order."""
-    own = torch.tensor(numbers)
+    own = torch.tensor(numbers, device="cpu")
     of_all = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
     dist.all_gather(of_all, own, group=group)
     return [other.tolist() for other in of_all]

@@ -15,9 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from . import linear_ce_loss as linear
 from .ce_loss import MATHS, graph_is_kept
+from .derivatives import no_forward_mode, once
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:
@@ -64,18 +66,27 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         return loss, ints
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, unused: Any):
         grad_logits = None
         if grad_output is not None:
+
+            def compute(grad_output, local_logits, floats, ints, class_weight):
+                maths = {"class_weight": class_weight, **ctx.maths}
+                return ctx.ops.backward(grad_output, local_logits, floats, ints, **maths)
+
             local_logits, floats, ints, class_weight = ctx.saved_tensors
-            maths = {"class_weight": class_weight, **ctx.maths}
-            if ctx.inplace and not graph_is_kept():
+            if ctx.inplace and not graph_is_kept() and not torch.is_grad_enabled():
+                maths = {"class_weight": class_weight, **ctx.maths}
                 ctx.ops.backward_(local_logits, grad_output, None, floats, ints, holds_gradient=False, **maths)
+                increment_version(local_logits)
                 grad_logits = local_logits
             else:
-                grad_logits = ctx.ops.backward(grad_output, local_logits, floats, ints, **maths)
+                grad_logits = once("vocab_parallel_cross_entropy", compute, grad_output, *ctx.saved_tensors)
         return None, None, grad_logits, None, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise no_forward_mode("vocab_parallel_cross_entropy")
 
 
 def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:

@@ -1,0 +1,97 @@
+"""What the arguments of an op must be, read off its schema, and the error that names the one that is something else.
+
+torch's dispatcher refuses a list where a tensor belongs, in words of its own; it takes a tensor for a number, which waits for the
+device, and anything that has a truth value for a bool. A call that fails, or has options that are not the defaults, comes here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Mapping
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .._errors import raise_typed
+
+INTEGERS = (int, np.integer, torch.SymInt)
+NUMBERS = (*INTEGERS, float, np.floating, torch.SymFloat)
+_WANTED = {
+    "Tensor": "a tensor",
+    "bool": "a bool",
+    "int": "an int on the host",
+    "SymInt": "an int on the host",
+    "float": "a number on the host",
+    "str": "a str",
+    "ScalarType": "a torch.dtype",
+    "int[]": "a sequence of ints",
+}
+
+
+@functools.cache
+def kinds_of(overload: Any) -> dict[str, str]:
+    """``{argument: kind}`` of an op's schema; a kind is a key of ``_WANTED``, with ``?`` where None is allowed."""
+    text = str(overload._schema)
+    inside = text[text.index("(") + 1 : text.rindex(") ->")]
+    kinds = {}
+    for part in inside.split(", "):
+        if part != "*":
+            kind, name = part.split("=")[0].split(" ")
+            kinds[name] = kind.split("(")[0] + ("?" if kind.endswith("?") else "") if "(" in kind else kind
+    return kinds
+
+
+def _fits(value: Any, kind: str) -> bool:
+    if kind == "Tensor":
+        return isinstance(value, Tensor)
+    if kind == "bool":
+        return isinstance(value, bool)
+    if kind == "str":
+        return isinstance(value, str)
+    if kind == "ScalarType":
+        return isinstance(value, torch.dtype)
+    if kind == "int[]":
+        return isinstance(value, (list, tuple)) and all(isinstance(x, INTEGERS) and not isinstance(x, bool) for x in value)
+    return isinstance(value, NUMBERS if kind == "float" else INTEGERS) and not isinstance(value, (bool, Tensor))
+
+
+def describe(value: Any) -> str:
+    if value is None:
+        return "None"
+    name = type(value).__name__
+    if isinstance(value, Tensor):
+        return name
+    article = "an" if name[0] in "aeiou" else "a"
+    return f"{article} {name}" + (f", {value!r}" if isinstance(value, (bool, int, float, str)) else "")
+
+
+def check_types(op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, Any]]) -> None:
+    """TypeError for the first of the ``(name, value)`` pairs that is not of its kind."""
+    for name, value in values:
+        kind = kinds[name]
+        if kind.endswith("?"):
+            if value is None:
+                continue
+            kind = kind[:-1]
+        if not _fits(value, kind):
+            reason = ""
+            if isinstance(value, Tensor):
+                reason = ": reading it would wait for the device"
+            optional = " or None" if kinds[name].endswith("?") else ""
+            raise TypeError(f"packops.{op}: {name} must be {_WANTED[kind]}{optional}, got {describe(value)}{reason}")
+        if kind == "Tensor" and hasattr(value, "full_tensor"):
+            raise TypeError(
+                f"packops.{op}: {name} must be a plain tensor, got a DTensor, whose parts are on several devices: pass "
+                f"{name}.to_local() where every device computes its own part, or {name}.full_tensor()"
+            )
+
+
+def explain(error: Exception, op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, Any]]) -> NoReturn:
+    """Raise what a failed call failed of: an argument of the wrong kind, what a native message names, or ``error`` itself."""
+    try:
+        check_types(op, kinds, values)
+    except TypeError as better:
+        raise better from None
+    raise_typed(error, op)
