@@ -395,7 +395,7 @@ def test_double_backward_is_refused(device):
     logits = torch.randn(3, 5, device=device, requires_grad=True)
     loss = packops.cross_entropy(logits, torch.zeros(3, dtype=torch.int64, device=device))
     (grad,) = torch.autograd.grad(loss, logits, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiable once|does not require grad"):
+    with pytest.raises(RuntimeError, match="is differentiable once"):
         grad.sum().backward()
 
 

@@ -212,7 +212,7 @@ def test_double_backward_is_refused(device, reduction):
     hidden, weight, _, labels = problem(device, bias=False)
     loss = packops.linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
     (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"differentiable once|does not require grad"):
+    with pytest.raises(RuntimeError, match="is differentiable once"):
         grad.sum().backward()
 
 
