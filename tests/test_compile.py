@@ -24,7 +24,7 @@ def longer(op: Op, rows: int) -> tuple[list[Any], dict[str, Any]]:
             return rows
         if not isinstance(x, Tensor) or not x.dim() or x.shape[0] != T:
             return x
-        wanted = max(ROWS) if name in ("cos", "sin") else rows
+        wanted = max(ROWS) + 3 if name in ("cos", "sin") else rows
         return x.repeat(-(-wanted // T), *(1,) * (x.dim() - 1))[:wanted].clone()
 
     return [repeated(name, x) for name, x in op.tensors.items()], {name: repeated(name, x) for name, x in op.always.items()}

@@ -50,7 +50,8 @@ def _forward(norm: RMSNorm) -> Callable[[Any, Tensor], Tensor]:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight, dtype = self.weight, hidden_states.dtype
-        if weight.dtype == dtype and has_kernel(hidden_states):
+        # Under autocast packops.rms_norm is in fp32, as torch's, and its rows are half as long.
+        if weight.dtype == dtype and has_kernel(hidden_states) and not torch.is_autocast_enabled("cuda"):
             return functional.rms_norm(hidden_states, weight, eps=getattr(self, eps), zero_centered=zero_centered)
         if zero_centered:  # 1 + weight has more digits than 16 bits hold
             wide = torch.promote_types(dtype, torch.float32)

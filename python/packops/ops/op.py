@@ -169,6 +169,8 @@ class Op:
         self.defaults = {argument.name: argument.default_value for argument in arguments if argument.kwarg_only}
         self.tensors = tuple(argument.name for argument in arguments if not argument.kwarg_only)
         self.count = len(self.differentiable)
+        self.has_constants = type(self).check_constants is not Op.check_constants
+        self.call = getattr(self.raw, "_op", self.raw)  # without the Python layer of torch's overload
         self.no_gradients = (None,) * (len(self.tensors) - self.count)
         self.picks = len(self.raw._schema.returns) > self.results  # the first of what `_<name>` returns is the result
         self.Function = cast(type[Differentiable], type("".join(map(str.title, self.name.split("_"))), (Differentiable,), {}))
@@ -187,15 +189,15 @@ class Op:
                 self.check_constants(tensors)
                 return self.result(Transformable.apply(self, options, *tensors))
             if torch.is_grad_enabled():
+                if self.has_constants:
+                    self.check_constants(tensors)
                 for x in tensors[: self.count]:
                     if x is not None and x.requires_grad:
-                        self.check_constants(tensors)
                         return self.Function.apply(self, options, *tensors)
-                self.check_constants(tensors)
             if forward_ad._current_level >= 0:
                 self.check_constants(tensors)
                 return self.Function.apply(self, options, *tensors)
-            outputs = self.raw(*tensors, *options)
+            outputs = self.call(*tensors, *options)
             return outputs[0] if self.picks else outputs
         except Exception as error:
             explain(error, self.name, self.kinds, self.named(tensors, options))
