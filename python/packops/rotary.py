@@ -191,14 +191,16 @@ class Tables:
     settings and on its key, never on the calls before.
 
     Attributes:
+        name: the settings in one string, by which a compiled graph finds the tables again.
         kind: the type of scaling.
         trained: up to this length "dynamic" and "longrope" scale nothing; None for scalings that look at no length.
     """
 
-    _shared: ClassVar[WeakValueDictionary[Settings, Tables]] = WeakValueDictionary()
+    _shared: ClassVar[WeakValueDictionary[str, Tables]] = WeakValueDictionary()
 
     def __init__(self, settings: Settings):
         self.settings = settings
+        self.name = repr(settings)
         self.scaling = dict(settings.scaling)
         self.kind = self.scaling.get("rope_type", self.scaling.get("type", "default"))
         self._made: dict[tuple[torch.device, int, bool], tuple[Tensor, Tensor]] = {}
@@ -210,8 +212,8 @@ class Tables:
 
     @classmethod
     def of(cls, settings: Settings) -> Tables:
-        tables = cls._shared.get(settings)
-        return tables if tables is not None else cls._shared.setdefault(settings, cls(settings))
+        tables = cls._shared.get(repr(settings))
+        return tables if tables is not None else cls._shared.setdefault(repr(settings), cls(settings))
 
     def __reduce__(self):
         return Tables.of, (self.settings,)
@@ -253,9 +255,12 @@ class Tables:
 
 
 @torch.compiler.assume_constant_result
-def _constant_table(settings: Settings, device: torch.device, rows: int, is_long: bool) -> tuple[Tensor, Tensor]:
-    """:meth:`Tables.get` under torch.compile and torch.export, where its result is a constant of the graph."""
-    return Tables.of(settings).get(device, rows, is_long)
+def _constant_table(name: str, device: torch.device, rows: int, is_long: bool) -> tuple[Tensor, Tensor]:
+    """:meth:`Tables.get` under torch.compile and torch.export, where its result is a constant of the graph.
+
+    By name, since before torch 2.13 a float among the settings would be symbolic, and no constant's argument can be.
+    """
+    return Tables._shared[name].get(device, rows, is_long)
 
 
 def _longest_document(position_ids: Tensor | None, cu_seqlens: Tensor | None, tokens: int) -> Tensor | int:
@@ -387,7 +392,8 @@ class RotaryEmbedding(nn.Module):
 
     def _table(self, q: Tensor, rows: int, is_long: bool = False) -> tuple[Tensor, Tensor]:
         if torch.compiler.is_compiling():
-            return _constant_table(self.settings, q.device, rows, is_long)
+            cos, sin = _constant_table(self._tables.name, q.device, rows, is_long)
+            return cos.detach(), sin.detach()  # torch 2.11 does not know whether a constant needs a gradient
         if type(q) is not Tensor and is_fake(q):
             return self._tables.make(q.device, rows, is_long)
         return self._tables.get(q.device, rows, is_long)
