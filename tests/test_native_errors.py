@@ -254,8 +254,15 @@ def test_every_allocation_may_fail_on_cuda(case, capfd):
     leaf.grad = weight.grad = hidden.grad = None
     total = torch.cuda.get_device_properties(0).total_memory
     capfd.readouterr()
-    failures = []
+    failures, filled = [], []
     try:
+        # What other tests left free between their tensors would serve a whole call.
+        torch.cuda.empty_cache()
+        torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+        for size in (2**26, 2**23, 2**20):
+            with contextlib.suppress(torch.OutOfMemoryError):
+                while True:
+                    filled.append(torch.empty(size, dtype=torch.uint8, device=device))
         for room in range(0, 3000, 8):  # MiB
             torch.cuda.empty_cache()
             torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room * 2**20) / total)
