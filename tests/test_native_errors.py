@@ -3,6 +3,7 @@ memory that overlaps itself. Each op is a row of one table, so that none is forg
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import textwrap

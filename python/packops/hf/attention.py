@@ -377,9 +377,11 @@ def _over_prefixes(
         if rule.window is not None:
             sees &= position[:, None] - position < rule.window
         sees |= row == row[:, None]  # the padding sees itself, so that no row is without a key
-        heads = (x.transpose(0, 1)[None] for x in (q, k, v))
+        by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
         attend = torch.nn.functional.scaled_dot_product_attention
-        output = attend(*heads, attn_mask=sees, scale=rule.scaling, enable_gqa=q.shape[1] != k.shape[1])[0].transpose(0, 1)
+        output = attend(
+            by_head[0], by_head[1], by_head[2], attn_mask=sees, scale=rule.scaling, enable_gqa=q.shape[1] != k.shape[1]
+        )[0].transpose(0, 1)
     return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous()
 
 
