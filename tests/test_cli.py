@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
@@ -179,7 +180,9 @@ def test_a_reader_that_has_seen_enough_ends_it_silently(tmp_path):
 def test_an_interrupt_ends_it_without_a_traceback(tmp_path, start):
     fifo = tmp_path / "lengths.txt"
     os.mkfifo(fifo)
-    process = program_of(start, "pack", str(fifo), stdout=subprocess.PIPE)
+    # A shell has what it starts in the background ignore interrupts, and a child inherits that.
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    process = program_of(start, "pack", str(fifo), stdout=subprocess.PIPE, preexec_fn=heed)
     with fifo.open("w") as writer:  # opens when the command reads, and stays open: the command waits for a line
         time.sleep(0.05)
         process.send_signal(signal.SIGINT)

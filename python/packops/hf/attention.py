@@ -368,8 +368,7 @@ def _over_prefixes(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     takes = query.shape[3] == value.shape[3] and query.shape[3] in (64, 128, 256) and query.dtype != torch.float32
     if rule.softcap is not None or (query.is_cuda and takes):
-        options = {"window": rule.window, "softcap": rule.softcap, "scale": rule.scaling}
-        output = packops.attention(q, k, v, cu_seqlens, parents, **options)
+        output = packops.attention(q, k, v, cu_seqlens, parents, window=rule.window, softcap=rule.softcap, scale=rule.scaling)
     else:
         position, _, ends = packops.packed_metadata(cu_seqlens, len(q), parents)
         row = torch.arange(len(q), device=q.device)
