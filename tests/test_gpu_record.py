@@ -65,6 +65,12 @@ def test_a_good_record_vouches(tmp_path):
     assert "\n" not in line
 
 
+def test_older_code_has_no_wgmma(tmp_path):
+    assert (
+        gpu_record.problems(record(tmp_path, tests__ptx__skips={"neither this GPU nor the loaded code has wgmma, so": 8})) == []
+    )
+
+
 CARD = "tests__card__"
 PROBLEMS = {
     "other sources": ({"csrc_sha256": "0" * 64}, "other sources"),
@@ -78,6 +84,7 @@ PROBLEMS = {
     "none passed": ({CARD + "gpu": {"passed": 0, "failed": 0, "skipped": 8, "out_of_memory": 0}}, "only 0 passed"),
     "few passed": ({CARD + "gpu": {"passed": 200, "failed": 0, "skipped": 8, "out_of_memory": 0}}, "only 200 passed"),
     "skipped": ({CARD + "skips": {"no transformers": 8}}, "8 skipped: no transformers"),
+    "a card without wgmma": ({CARD + "skips": {"neither this GPU nor the loaded code has wgmma, so": 8}}, "8 skipped: neither"),
     "skipped without a reason": ({CARD + "skips": {}}, "8 skipped, and reasons for 0"),
     "no sanitizer": ({"sanitizer": None}, "no compute-sanitizer run"),
     "an empty sanitizer": ({"sanitizer": {}}, "no compute-sanitizer run"),
