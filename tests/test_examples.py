@@ -22,6 +22,7 @@ ARGUMENTS = {
     "accelerate_loop.py": FEW,
     "dpo_step.py": FEW,
     "grpo_step.py": FEW,
+    "shared_prefix.py": FEW,
 }
 # what an example needs beyond packops
 NEEDS = {
@@ -31,6 +32,7 @@ NEEDS = {
     "accelerate_loop.py": ["transformers", "accelerate", "tokenizers", "tqdm"],
     "dpo_step.py": ["transformers", "tokenizers", "tqdm"],
     "grpo_step.py": ["transformers", "tokenizers", "tqdm"],
+    "shared_prefix.py": ["transformers", "tokenizers", "tqdm"],
 }
 
 
@@ -56,8 +58,10 @@ def test_example(name, tmp_path):
     if name == "dpo_step.py":
         first, last = re.search(r"^loss ([\d.]+) -> ([\d.]+)$", result.stdout, re.MULTILINE).groups()
         assert float(last) < float(first)
-    if name in ("dpo_step.py", "grpo_step.py"):
+    if name in ("dpo_step.py", "grpo_step.py", "shared_prefix.py"):
         assert "gradients agree" in result.stdout
+    if name == "shared_prefix.py":
+        assert float(re.search(r"([\d.]+) times fewer", result.stdout)[1]) > 3
     if name == "jit_your_kernel.py":
         rows = [line.split() for line in result.stdout.splitlines() if line.strip().startswith(("1024", "256"))]
         assert len(rows) == 2

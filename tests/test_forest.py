@@ -158,6 +158,22 @@ def test_unpack_gives_every_document_its_rows_back():
             assert part.tolist() == (ids if name == "input_ids" else np.arange(len(ids))).tolist()
 
 
+def test_sums_per_document_count_a_shared_row_for_each():
+    documents = random_documents(8, count=6)
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"token_weight": 0.0})(documents)
+    values = torch.randn(1, batch.num_tokens, dtype=torch.float64, requires_grad=True)
+    want = []
+    for document, part in zip(documents, batch.unpack(values), strict=True):
+        want.append(part[:-1][torch.tensor(document["labels"][1:] != -100)].sum() if len(part) else values.new_zeros(()))
+    got = batch.document_sums(values)
+    weight = torch.randn(6, dtype=torch.float64)
+    check_same(
+        [got, *torch.autograd.grad(got @ weight, values)], [x := torch.stack(want), *torch.autograd.grad(x @ weight, values)]
+    )
+    flat = packops.PackingCollator(pad_to_multiple_of=50)([[1, 2, 3], [4, 5]])
+    assert flat.document_sums(torch.ones(1, 50)).tolist() == [3, 2]
+
+
 def test_documents_that_share_nothing_are_packed_as_ever():
     documents = [[1, 2, 3], [4, 5], [], [6]]
     forest = packops.PackingCollator(share_prefixes=True, pad_to_length=9, num_documents=8)(documents)
@@ -218,3 +234,27 @@ def test_hugging_face_models(attention, reduction, family):
     got = grads(model, model(**batch.to_hf(attention=attention)).loss)
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=2e-6, atol=2e-7)  # transformers' own loss is fp32
+
+
+def test_log_probabilities_of_a_hugging_face_model():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = packops.hf.apply(transformers.AutoModelForCausalLM.from_config(config).double(), attention="packops_varlen")
+    documents = [{"input_ids": d["input_ids"], "labels": d["labels"]} for d in random_documents(4, count=6)]
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=1)(documents)
+    flat = packops.PackingCollator()([d for d in documents if len(d["input_ids"])])
+    sums = iter(flat.document_sums(packops.hf.log_probs(model, flat).log_probs))
+    want = [next(sums) if len(d["input_ids"]) else torch.zeros((), dtype=torch.float64) for d in documents]
+    got = batch.document_sums(packops.hf.log_probs(model, batch).log_probs)
+    check_same(
+        [got, *torch.autograd.grad(got.square().sum(), model.lm_head.weight)],
+        [x := torch.stack(want), *torch.autograd.grad(x.square().sum(), model.lm_head.weight)],
+    )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..functional import packed_labels, packed_metadata
+from ..ops.document_sums import document_sums
 from .documents import document_begins
 
 __all__ = ["PackedBatch"]
@@ -208,6 +209,11 @@ class PackedBatch:
         """Per document, its part of (1, T, ...) or (T, ...) values, without padding. No copy, no host sync."""
         rows = self._rows_of(values)
         return [rows[begin : begin + length] for begin, length in zip(self.boundaries, self.lengths, strict=False)]
+
+    def document_sums(self, values: Tensor) -> Tensor:
+        """(documents,) the sum of each document's (1, T) or (T,) values: log-probabilities, say, which are 0 where nothing is
+        scored. Differentiable, the same bits in every run: :func:`packops.document_sums`."""
+        return document_sums(self._rows_of(values), self.cu_seqlens)[: self.num_documents]
 
     def attention_mask(self, kind: str = "4d", *, dtype: torch.dtype | None = None) -> Tensor:
         """(1, 1, T, T): which token may attend to which, causally and within its document.

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..distributed import DENOMINATORS
+from ..ops.document_sums import document_sums
 from .batch import PackedBatch
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
@@ -146,6 +147,10 @@ class PackedForest(PackedBatch):
     def unpack(self, values: Tensor) -> list[Tensor]:
         """Per document, its part of (1, T, ...) or (T, ...) values. A copy, since shared rows belong to several documents."""
         return list(self._rows_of(values)[self.rows].split(list(self.lengths)))
+
+    def document_sums(self, values: Tensor) -> Tensor:
+        """(documents,) the sum of each document's values over the rows that it scores, whoever else scores them."""
+        return document_sums(self._rows_of(values)[self.scored_rows], self.scored_cu_seqlens)
 
     def to_hf(self, *, seq_idx: bool = False, attention: Literal["packops_varlen", "sdpa"] = "packops_varlen") -> dict[str, Any]:
         """Keyword arguments of a Hugging Face causal language model after :func:`packops.hf.apply`.

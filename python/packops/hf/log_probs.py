@@ -37,6 +37,7 @@ class _LogProbsInPlaceOfLoss(CausalLMLoss):
         shift_labels: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
+        kwargs.pop("parents", None)  # of shared prefixes: what a row is scored against stands in shift_labels
         options = self._options(hidden.shape[:-1], labels, None, ignore_index, shift_labels, hidden.device, kwargs)
         weight: Tensor = head.weight
         bias: Tensor | None = head.bias
