@@ -10,11 +10,13 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 import packops
-from packops import _build
+from packops import _build, _loader
 
 ROOT = Path(__file__).resolve().parents[1]
 CHECKOUT = (ROOT / ".git").exists()
@@ -85,6 +87,54 @@ def test_a_bad_cuda_home_is_an_error(no_cuda, monkeypatch, tmp_path):
         _build.choose_cuda_home()
     monkeypatch.setenv(_build.CUDA_REQUEST, "0")
     assert _build.choose_cuda_home() is None
+
+
+def compiler(folder: Path, text: str) -> str:
+    path = folder / "cxx"
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_a_compiler_without_cpp20_is_an_error(monkeypatch, tmp_path):
+    old = compiler(tmp_path, 'case "$*" in *--version*) echo "cxx (GCC) 8.5.0"; echo more;; *) exit 1;; esac')
+    monkeypatch.setenv("CXX", f"{old} -m64")
+    with pytest.raises(
+        SystemExit, match=r"C\+\+20 compiler \(GCC >= 11 or Clang >= 14\), found \S*cxx, cxx \(GCC\) 8.5.0: install"
+    ):
+        _build.check_compiler()
+
+
+def test_no_compiler_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(SystemExit, match="none, which does not run: No such file or directory: install one, or name it in CXX"):
+        _build.check_compiler()
+
+
+def test_this_compiler_knows_cpp20():
+    _build.check_compiler()
+
+
+@pytest.mark.parametrize(
+    ("built", "torch_cuda", "driver", "visible", "warns"),
+    [
+        ("", "13.0", True, None, True),
+        ("13.0", "13.0", True, None, False),
+        ("", None, True, None, False),
+        ("", "13.0", False, None, False),
+        ("", "13.0", True, "", False),
+        ("", "13.0", True, "0", True),
+    ],
+)
+def test_a_build_without_cuda_beside_a_gpu_warns(monkeypatch, tmp_path, recwarn, built, torch_cuda, driver, visible, warns):
+    monkeypatch.setattr(_loader.importlib, "import_module", lambda name: SimpleNamespace(build_info=lambda: {"cuda": built}))
+    monkeypatch.setattr(torch.version, "cuda", torch_cuda)
+    monkeypatch.setattr(_loader, "NVIDIA_DRIVER", tmp_path if driver else tmp_path / "none")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    _loader.load()
+    assert ["built without CUDA kernels" in str(w.message) for w in recwarn] == [True] * warns
 
 
 @pytest.mark.parametrize("value", ["yes", "2", "true", " 1"])

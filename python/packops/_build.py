@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -221,6 +222,27 @@ def make_extension(
     return extension
 
 
+def check_compiler() -> None:
+    """SystemExit unless the C++ compiler knows C++20, before it prints a page about the first source."""
+    command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    program = "#include <bit>\n#include <concepts>\nstatic_assert(std::integral<int> && std::bit_width(4u) == 3);\n"
+    try:
+        check = subprocess.run(
+            [*command, "-std=c++20", "-fsyntax-only", "-x", "c++", "-"], input=program, capture_output=True, text=True
+        )
+        if check.returncode == 0:
+            return
+        found = (
+            subprocess.run([*command, "--version"], capture_output=True, text=True).stdout.split("\n")[0] or "of unknown version"
+        )
+    except OSError as error:
+        found = f"which does not run: {error.strerror}"
+    raise SystemExit(
+        f"packops: building needs a C++20 compiler (GCC >= 11 or Clang >= 14), found {command[0]}, {found}: "
+        "install one, or name it in CXX"
+    )
+
+
 def make_build_command():
     """torch's ``BuildExtension``, calm (progress instead of compiler commands), with our own architecture flags.
 
@@ -238,6 +260,7 @@ def make_build_command():
 
     class BuildCommand(base):  # type: ignore[misc, valid-type]
         def build_extensions(self) -> None:
+            check_compiler()
             (extension,) = self.extensions
             temporary = Path(self.build_temp)
             temporary.mkdir(parents=True, exist_ok=True)

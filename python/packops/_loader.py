@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import os
+import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
 
 MINIMUM_TORCH = (2, 10)
+NVIDIA_DRIVER = Path("/dev/nvidiactl")
 
 
 def load() -> ModuleType:
@@ -16,7 +20,7 @@ def load() -> ModuleType:
     if version < MINIMUM_TORCH:
         raise ImportError(f"packops needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, found {torch.__version__}")
     try:
-        return importlib.import_module("packops._C")
+        library = importlib.import_module("packops._C")
     except ModuleNotFoundError as error:
         if error.name != "packops._C":
             raise
@@ -26,3 +30,15 @@ def load() -> ModuleType:
         ) from error
     except ImportError as error:
         raise ImportError(f"packops: the native library could not be loaded under torch {torch.__version__}: {error}") from error
+    if not library.build_info()["cuda"] and sees_gpu():
+        warnings.warn(
+            "packops was built without CUDA kernels, and this machine has a GPU. Put nvcc on the PATH, or set CUDA_HOME, and "
+            "install again; `packops info` says more",
+            stacklevel=3,
+        )
+    return library
+
+
+def sees_gpu() -> bool:
+    """Whether torch could use an NVIDIA GPU of this machine, without asking CUDA: an import must not start it (fork)."""
+    return torch.version.cuda is not None and NVIDIA_DRIVER.exists() and os.environ.get("CUDA_VISIBLE_DEVICES") != ""
