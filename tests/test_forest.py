@@ -258,3 +258,39 @@ def test_log_probabilities_of_a_hugging_face_model():
         [got, *torch.autograd.grad(got.square().sum(), model.lm_head.weight)],
         [x := torch.stack(want), *torch.autograd.grad(x.square().sum(), model.lm_head.weight)],
     )
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_verify(reduction):
+    documents = [d["input_ids"] for d in random_documents(4, count=6)]
+
+    def forward(model, batch):
+        return model(batch, by_kernel)[None]
+
+    report = packops.verify(Model(), documents, forward=forward, reduction=reduction, share_prefixes=True)
+    assert report.ok, report
+    assert report.worst_leak == 0
+
+    def siblings_seen(model, batch):  # every token sees all of its tree before it
+        if not isinstance(batch, packops.PackedForest):
+            return forward(model, batch)
+        roots = [int(batch.cu_seqlens[i]) for i, parent in enumerate(batch.parents.tolist()) if parent < 0]
+        trees = torch.tensor([*roots, batch.num_tokens])
+        return forward(model, packops.PackedBatch.from_cu_seqlens(batch.input_ids, trees))
+
+    report = packops.verify(Model(), documents, forward=siblings_seen, reduction=reduction, share_prefixes=True)
+    assert any("see each other" in finding for finding in report.findings)
+
+
+def test_verify_of_hugging_face_models_and_of_nothing_shared():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, bos_token_id=1
+    )
+    config.eos_token_id = 2
+    model = packops.hf.apply(transformers.AutoModelForCausalLM.from_config(config), attention="packops_varlen")
+    documents = [d["input_ids"] for d in random_documents(4, count=6)]
+    report = packops.verify(model, documents, share_prefixes=True)
+    assert report.ok, report
+    with pytest.raises(ValueError, match="share a prefix"):
+        packops.verify(model, [[1, 2, 3], [2, 3, 4], [3, 4]], share_prefixes=True)

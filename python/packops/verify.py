@@ -14,6 +14,7 @@ from . import reference
 from .data.batch import PackedBatch
 from .data.collator import PackingCollator
 from .data.documents import length_of
+from .data.forest import PackedForest
 from .data.packing import pack
 from .distributed import DENOMINATORS, loss_normalizer
 
@@ -153,6 +154,7 @@ def verify(
     tolerance: float | None = None,
     leaks: bool = True,
     gradients: bool = True,
+    share_prefixes: bool = False,
 ) -> VerifyReport:
     """Train on documents one by one and packed, without a step, and compare losses, gradients and logits.
 
@@ -170,11 +172,13 @@ def verify(
             :func:`packops.loss_normalizer`. By default a Hugging Face model's own loss; with ``forward`` given,
             ``packops.cross_entropy`` on its logits.
         reduction: ``"mean"``, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``: the loss that is meant.
-        max_length: capacity of a pack; by default such that there are about two micro-batches.
+        max_length: capacity of a pack; by default such that there are about two micro-batches, with ``share_prefixes`` one.
         collator: makes the batches; by default a :class:`packops.PackingCollator`.
         tolerance: largest relative difference; by default 1e-6, 1e-4, 1e-2, 4e-2 for fp64, fp32, fp16, bf16 parameters.
         leaks: also change each document in turn and look at the others: one forward pass a document.
         gradients: compare gradients too; without, nothing runs backward (FlexAttention cannot on the CPU).
+        share_prefixes: pack prefixes that documents share once (:class:`packops.PackedForest`), however short they are. ``loss``
+            and ``forward`` then get such batches.
 
     Returns:
         A :class:`VerifyReport`; ``report.ok`` is the answer.
@@ -190,7 +194,10 @@ def verify(
         )
     if loss is None:
         loss = hf_loss if forward is None else _loss_of_logits(forward, reduction)
-    run = _Run(model, forward or hf_forward, loss, reduction, collator or PackingCollator())  # type: ignore[arg-type]
+    plain = PackingCollator()
+    if collator is None:
+        collator = PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction) if share_prefixes else plain
+    run = _Run(model, forward or hf_forward, loss, reduction, collator, plain if share_prefixes else collator)
     modes = {module: module.training for module in model.modules()}
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
@@ -230,8 +237,13 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
     from .functional import cross_entropy
 
     def loss(model: nn.Module, batch: PackedBatch, num_items: Tensor) -> Tensor:
+        logits = forward(model, batch)
+        if isinstance(batch, PackedForest):
+            labels, weight = batch.shift_labels, batch.token_weight
+            assert labels is not None
+            return cross_entropy(logits, labels, token_weight=weight, num_items=num_items, ignore_index=batch.ignore_index)
         return cross_entropy(  # type: ignore[call-overload, no-any-return]
-            forward(model, batch),
+            logits,
             batch.labels,
             cu_seqlens=batch.cu_seqlens,
             shift=True,
@@ -250,6 +262,7 @@ class _Run:
     loss: Loss
     reduction: str
     collator: Callable[[Sequence[Any]], PackedBatch]
+    alone_collator: Callable[[Sequence[Any]], PackedBatch]
 
     def compare(self, documents: list[Any], max_length: int | None, tolerance: float | None, with_leaks: bool) -> VerifyReport:
         parameter = next(self.model.parameters())
@@ -257,12 +270,16 @@ class _Run:
             tolerance = TOLERANCES.get(parameter.dtype, 4e-2)
         device = parameter.device
         lengths = [length_of(document) for document in documents]
-        capacity = max_length or default_max_length(lengths)
+        shares = self.collator is not self.alone_collator  # then siblings must meet
+        capacity = max_length or (sum(lengths) if shares else default_max_length(lengths))
         packs = [list(map(int, p)) for p in pack(lengths, capacity, strategy="sequential")]
         if all(len(members) == 1 for members in packs):
             raise ValueError(f"max_length = {max_length} leaves every document in a pack of its own: nothing would be verified")
-        alone = [self.collator([document]).to(device) for document in documents]
+        alone = [self.alone_collator([document]).to(device) for document in documents]
         batches = [self.collator([documents[i] for i in p]).to(device) for p in packs]
+        forests = [batch for batch in batches if isinstance(batch, PackedForest)]
+        if forests and not any((batch.parents >= 0).any() for batch in forests):
+            raise ValueError("no two documents of a pack share a prefix: nothing would be verified about shared prefixes")
 
         truth = self.alone(alone)
         dtypes = {parameter.dtype, truth.dtype}
@@ -369,10 +386,9 @@ class _Run:
             noise = max([noise, *(_largest(a - b) / scale for a, b in zip(again, before, strict=True))])
             for place, i in enumerate(members):
                 changed = batch.input_ids.clone()
-                begin, length = batch.boundaries[place], batch.lengths[place]
-                tokens = changed[0, begin : begin + length]
+                rows = batch.own_rows(place)
                 # every token becomes the next one that occurs here: another one, and of the vocabulary
-                tokens.copy_(known[(torch.searchsorted(known, tokens) + 1) % len(known)])
+                changed[0, rows] = known[(torch.searchsorted(known, changed[0, rows]) + 1) % len(known)]
                 after = batch.unpack(self.forward(self.model, dataclasses.replace(batch, input_ids=changed)).float())
                 for j, new, old in zip(members, after, before, strict=True):
                     matrix[i, j] = _largest(new - old) / scale
@@ -409,6 +425,10 @@ class _Run:
     @torch.no_grad()
     def _explain_loss(self, report: VerifyReport, packed: Tensor, batches: list[PackedBatch]) -> str:
         """Every token's logits are right and the loss is not: try the known ways to put it together wrongly."""
+        if any(isinstance(batch, PackedForest) for batch in batches):
+            return (
+                "every document's logits are right but the loss is not: score shift_labels with token_weight, by the step's count"
+            )
         logits = [self.forward(self.model, batch) for batch in batches]
         tokens = torch.tensor([float(batch.num_items) for batch in batches], dtype=torch.float64)
         documents = sum(batch.num_sequences for batch in batches)

@@ -275,6 +275,11 @@ class PackedBatch:
             f"longest {self.max_seqlen}, on {self.device})"
         )
 
+    def own_rows(self, document: int) -> Tensor:
+        """(n,) int64: the rows of one document, those that it shares with others left out."""
+        begin = self.boundaries[document]
+        return torch.arange(begin, begin + self.lengths[document], device=self.device)
+
     def _sees(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Whether a query may attend to a key, both numbers of tokens."""
         document = self.seq_idx[0]

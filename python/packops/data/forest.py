@@ -152,6 +152,11 @@ class PackedForest(PackedBatch):
         """(documents,) the sum of each document's values over the rows that it scores, whoever else scores them."""
         return document_sums(self._rows_of(values)[self.scored_rows], self.scored_cu_seqlens)
 
+    def own_rows(self, document: int) -> Tensor:
+        documents_through = self.rows.bincount(minlength=self.num_tokens)
+        rows = self.rows.split(list(self.lengths))[document]
+        return rows[documents_through[rows] == 1]
+
     def to_hf(self, *, seq_idx: bool = False, attention: Literal["packops_varlen", "sdpa"] = "packops_varlen") -> dict[str, Any]:
         """Keyword arguments of a Hugging Face causal language model after :func:`packops.hf.apply`.
 
