@@ -37,8 +37,8 @@ import reporting
 from corpora import LENGTHS, draw_lengths
 from measuring import OURS, Candidate, Case
 from packops import reference
-from packops.hf.attention_documents import Documents
-from packops.hf.attention_paths import Rule, attend_flex, attend_sdpa, attend_varlen
+from packops.ops.attention_documents import Documents
+from packops.ops.attention_paths import Rule, attend_flex, attend_sdpa, attend_varlen
 
 NAME = "attention"
 STEM = "attention"

@@ -21,14 +21,12 @@ class TinyLM(nn.Module):
         self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.cos, self.sin = packops.rope_table(head_dim, 4096)
 
-    def forward(self, ids: torch.Tensor, position_ids: torch.Tensor, seq_idx: torch.Tensor) -> torch.Tensor:
+    def forward(self, ids: torch.Tensor, position_ids: torch.Tensor, cu_seqlens: torch.Tensor) -> torch.Tensor:
         x = self.embed(ids)
         q, k, v = self.qkv(x).view(len(ids), 3, self.heads, -1).unbind(1)
         q, k = packops.apply_rope(q, k, self.cos, self.sin, position_ids=position_ids)
-        same_document = (seq_idx[:, None] == seq_idx[None]).tril()  # on a GPU: packops.attention(q, k, v, cu_seqlens)
-        q, k, v = (t.transpose(0, 1) for t in (q, k, v))
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=same_document)
-        return self.head(x + self.out(attended.transpose(0, 1).flatten(1)))
+        attended = packops.attention(q, k, v, cu_seqlens)
+        return self.head(x + self.out(attended.flatten(1)))
 
 
 def main(steps: int = 30, vocab_size: int = 100, documents_per_step: int = 16) -> list[float]:
@@ -43,9 +41,9 @@ def main(steps: int = 30, vocab_size: int = 100, documents_per_step: int = 16) -
         for chosen in packops.pack(lengths, 512, epoch=step):  # every pack is a micro-batch
             ids = torch.cat([documents[i] for i in chosen])
             cu_seqlens = F.pad(lengths[chosen].cumsum(0), (1, 0)).int()
-            position_ids, seq_idx = packops.packed_metadata(cu_seqlens, len(ids))
+            position_ids, _ = packops.packed_metadata(cu_seqlens, len(ids))
             loss = packops.cross_entropy(
-                model(ids, position_ids, seq_idx), ids, cu_seqlens=cu_seqlens, shift=True,
+                model(ids, position_ids, cu_seqlens), ids, cu_seqlens=cu_seqlens, shift=True,
                 reduction="seq-mean-token-mean", num_items=documents_per_step,  # of all micro-batches together
             )  # fmt: skip
             loss.backward()

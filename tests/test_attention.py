@@ -280,9 +280,10 @@ def test_boundaries_refused_on_the_cpu():
 @gpu
 def test_refused_on_cuda():
     q, k, v, _, bounds = problem(device="cuda")
+    op = torch.ops.packops.attention  # packops.attention goes another way: test_attention_paths.py
     with pytest.raises(TypeError, match="on CUDA q must be float16 or bfloat16, got Float"):
-        packops.attention(q.float(), k.float(), v.float(), bounds)
+        op(q.float(), k.float(), v.float(), bounds)
     with pytest.raises(ValueError, match="on CUDA head_dim must be 64, 128 or 256, got q of shape"):
-        packops.attention(q[..., :48], k[..., :48], v[..., :48], bounds)
+        op(q[..., :48], k[..., :48], v[..., :48], bounds)
     with pytest.raises(ValueError, match="cu_seqlens must be on the device of q"):
         packops.attention(q, k, v, bounds.cpu())

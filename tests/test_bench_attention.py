@@ -13,7 +13,7 @@ import end_to_end
 import measuring
 import packops
 from packops import reference
-from packops.hf.attention_paths import attend_flex
+from packops.ops.attention_paths import attend_flex
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

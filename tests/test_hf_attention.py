@@ -17,8 +17,9 @@ from cuda_streams import no_host_sync
 
 transformers = pytest.importorskip("transformers", reason="needs packops[hf]")
 
-from packops.hf import attention, attention_documents, attention_paths  # noqa: E402
-from packops.hf.attention_paths import Rule  # noqa: E402
+from packops.hf import attention, attention_documents  # noqa: E402
+from packops.ops import attention_documents as documents_found  # noqa: E402
+from packops.ops import attention_paths  # noqa: E402
 
 LENGTHS = (7, 1, 19, 12, 3)
 SMALL = {
@@ -205,231 +206,7 @@ def test_gradient_checkpointing():
         assert_same(logits_and_gradients(model, lambda: model(**inputs).logits[0], direction), expected, 1e-6)
 
 
-# ---- the ways to compute it, against the formula ---------------------------------------------------------------------------
-
-
-def dense(q, k, v, lengths, *, causal=True, window=None, scaling=None, softcap=None):
-    """The specification, (T, heads, head_dim) in fp64, with a mask of tokens x tokens."""
-    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
-    k, v = (x.repeat_interleave(len(q) // len(k), 0) for x in (k, v))
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths)).to(q.device)
-    token = torch.arange(q.shape[1], device=q.device)
-    seen = document[:, None] == document
-    if causal:
-        seen &= token[:, None] >= token
-    if window is not None:
-        seen &= token[:, None] - token < window
-    scores = q @ k.transpose(1, 2) * (q.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    return (scores.masked_fill(~seen, -torch.inf).softmax(-1) @ v).transpose(0, 1)
-
-
-def problem(lengths, dtype=torch.float64, device="cpu", heads=(4, 2), head_dim=16, value_dim=None):
-    total = sum(lengths)
-    shapes = [(heads[0], head_dim), (heads[1], head_dim), (heads[1], value_dim or head_dim)]
-    # as a model makes them: heads of one fused projection, not contiguous
-    q, k, v = (torch.randn(total, h + 1, d, dtype=dtype, device=device)[:, :h].requires_grad_() for h, d in shapes)
-    bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device=device)
-    return (q, k, v), attention_documents.Documents(bounds, max(lengths, default=0), total)
-
-
-def gradients(inputs, output, direction):
-    return [output.detach(), *torch.autograd.grad(output, inputs, direction)]
-
-
-OPTIONS = [
-    {},
-    {"window": 6},
-    {"window": 130},
-    {"softcap": 0.7, "scaling": 0.5},
-    {"softcap": 0.7, "window": 6},
-    {"causal": False},
-]
-PATTERNS = {"long": [300, 5, 129, 257], "short": [3, 1, 9, 2, 7, 4, 4, 1, 1, 5, 13, 2], "even": [64] * 4, "one": [1]}
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-@pytest.mark.parametrize("lengths", PATTERNS.values(), ids=PATTERNS)
-@pytest.mark.parametrize("grouped", [False, True], ids=["each", "grouped"])
-def test_sdpa(lengths, options, grouped, monkeypatch):
-    monkeypatch.setattr(attention_paths, "CALL_PER_DOCUMENT", 10**9 if grouped else 0)
-    monkeypatch.setattr(attention_paths, "SCORE_ROWS", 100)
-    inputs, documents = problem(lengths, value_dim=8)
-    direction = torch.randn(sum(lengths), 4, 8, dtype=torch.float64)
-    found = gradients(inputs, attention_paths.attend_sdpa(*inputs, documents, Rule(**options)), direction)
-    assert_same(found, gradients(inputs, dense(*inputs, lengths, **options), direction), 1e-12)
-
-
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_packops(options):
-    inputs, documents = problem(PATTERNS["long"])
-    direction = torch.randn(sum(PATTERNS["long"]), 4, 16, dtype=torch.float64)
-    found = gradients(inputs, attention_paths.attend_packops(*inputs, documents, Rule(**options)), direction)
-    assert_same(found, gradients(inputs, dense(*inputs, PATTERNS["long"], **options), direction), 1e-12)
-
-
-def test_groups_hold_every_token_once_and_waste_little():
-    lengths = [1, 700, 3, 650, 80, 4, 76, 90, 5, 5, 300]
-    _, documents = problem(lengths)
-    grids, place = documents.groups
-    assert torch.cat([rows for rows, _ in grids])[place].tolist() == [*range(sum(lengths))]
-    assert len(grids) == 4
-    assert sum(len(rows) for rows, _ in grids) < 1.2 * sum(lengths)
-
-
-@pytest.mark.parametrize("options", [o for o in OPTIONS if o.get("causal", True)], ids=str)
-@pytest.mark.parametrize("lengths", [PATTERNS["long"], [127, 1, 129]], ids=str)
-def test_flex(lengths, options):
-    inputs, documents = problem(lengths, torch.float32)
-    inputs = [x.detach() for x in inputs]  # on the CPU, FlexAttention has no backward
-    found = attention_paths.attend_flex(*inputs, documents, Rule(**options))
-    assert_same([found], [dense(*inputs, lengths, **options)], 1e-5)
-
-
-@pytest.mark.parametrize("window", [None, 1, 6, 128, 200])
-@pytest.mark.parametrize("lengths", [*PATTERNS.values(), [128, 128, 256], [127, 1, 129, 640]], ids=str)
-def test_blocks_are_exactly_those_with_something_to_see(lengths, window):
-    _, documents = problem(lengths)
-    total = sum(lengths)
-    document = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-    token = torch.arange(total)
-    seen = (document[:, None] == document) & (token[:, None] >= token)
-    if window is not None:
-        seen &= token[:, None] - token < window
-    blocks = -(-total // 128)
-    mask = documents.block_mask(window)
-    assert documents.block_mask(window) is mask
-
-    def listed(count, indices):
-        found = torch.zeros(blocks, blocks, dtype=torch.bool)
-        for row in range(blocks):
-            found[row, indices[0, 0, row, : count[0, 0, row]].long()] = True
-        return found
-
-    some, whole = (torch.zeros(blocks, blocks, dtype=torch.bool) for _ in range(2))
-    for i, j in itertools.product(range(blocks), repeat=2):
-        part = seen[128 * i : 128 * (i + 1), 128 * j : 128 * (j + 1)]
-        some[i, j], whole[i, j] = part.any(), part.all()
-    found_whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
-    assert torch.equal(listed(mask.kv_num_blocks, mask.kv_indices) | found_whole, some)
-    assert not (found_whole & ~whole).any()
-    if window is None:
-        assert torch.equal(found_whole, whole & ~torch.eye(blocks, dtype=torch.bool))
-
-
-def signature_2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
-    return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, (-1, 0) if is_causal else (-1, -1), None)
-
-
-def signature_2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
-    return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, scale)
-
-
-def signature_2_13(
-    query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1), enable_gqa=False
-):
-    assert enable_gqa or query.shape[1] == key.shape[1]
-    return fake_varlen(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size, scale)
-
-
-def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size, scale):
-    """What FlashAttention documents: a query sees ``window_size`` = (left, right) keys on its sides, -1 without end."""
-    assert cu_q.dtype == cu_k.dtype == torch.int32
-    lengths = cu_q.diff().tolist()
-    assert max_q == max_k == max(lengths)
-    left, right = window_size
-    assert right in (-1, 0)
-    return dense(q, k, v, lengths, causal=right == 0, window=None if left < 0 else left + 1, scaling=scale)
-
-
-@pytest.mark.parametrize("signature", [signature_2_10, signature_2_11, signature_2_13])
-@pytest.mark.parametrize("options", [{}, {"window": 6}, {"scaling": 0.3}, {"causal": False}], ids=str)
-def test_varlen_is_called_as_this_torch_wants_it(signature, options, monkeypatch):
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", signature)
-    attention_paths.varlen_parameters.cache_clear()
-    try:
-        path = attention_paths.choose_path(
-            torch.device("cuda"), torch.bfloat16, Rule(**options), heads=4, head_dims=(16, 16), total=40, count=3,
-            longest=19, capability=(9, 0),
-        )  # fmt: skip
-        assert path == ("sdpa" if signature is signature_2_10 and options.keys() & {"window", "scaling"} else "varlen")
-        if path == "varlen":
-            inputs, documents = problem([7, 1, 19, 13])
-            found = attention_paths.attend_varlen(*inputs, documents, Rule(**options))
-            assert_same([found], [dense(*inputs, [7, 1, 19, 13], **options)], 1e-12)
-    finally:
-        attention_paths.varlen_parameters.cache_clear()
-
-
-def test_choice_of_path(monkeypatch):
-    monkeypatch.setattr(attention_paths, "HAS_KERNELS", True)
-    everything = frozenset(["cu_seq_q", "window_size", "scale"])
-    usual = {
-        "heads": 8,
-        "head_dims": (64, 64),
-        "total": 4096,
-        "count": 9,
-        "longest": 3000,
-        "parameters": everything,
-        "capability": (9, 0),
-    }
-
-    def path(device="cuda", dtype=torch.bfloat16, **changes):
-        rule = Rule(**{name: changes.pop(name) for name in ("window", "scaling", "softcap", "dropout") if name in changes})
-        return attention_paths.choose_path(torch.device(device), dtype, rule, **{**usual, **changes})
-
-    own = [
-        {}, {"dtype": torch.float16}, {"window": 100}, {"scaling": 0.1}, {"softcap": 30.0}, {"head_dims": (256, 256)},
-        {"parameters": frozenset()}, {"capability": (8, 0), "longest": 500}, {"capability": (8, 0), "softcap": 30.0},
-        {"heads": 64, "head_dims": (128, 128), "total": 32768, "count": 1800},
-    ]  # fmt: skip
-    assert [path(**changes) for changes in own] == ["packops"] * len(own)
-    assert path(head_dims=(96, 96)) == path(capability=(8, 0)) == path(capability=(10, 0)) == "varlen"
-    assert path(capability=(8, 0), longest=500, head_dims=(256, 256)) == "varlen"
-    assert path(softcap=30.0, dtype=torch.float32) == path(softcap=30.0, head_dims=(96, 96)) == "flex"
-    others = [
-        {"device": "cpu"}, {"device": "cpu", "softcap": 30.0}, {"dtype": torch.float32}, {"capability": (7, 5)},
-        {"head_dims": (192, 128)}, {"head_dims": (288, 288)}, {"head_dims": (60, 60)}, {"dropout": 0.1},
-        {"dropout": 0.1, "softcap": 30.0}, {"head_dims": (96, 96), "parameters": frozenset()},
-        {"head_dims": (96, 96), "parameters": frozenset(["cu_seq_q"]), "window": 9},
-        {"heads": 64, "head_dims": (96, 96), "total": 32768, "count": 3600},  # past 2^31 in FlashAttention-2's backward
-    ]  # fmt: skip
-    assert [path(**changes) for changes in others] == ["sdpa"] * len(others)
-    monkeypatch.setattr(attention_paths, "HAS_KERNELS", False)
-    assert path() == "varlen"
-    assert path(softcap=30.0) == "flex"
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("options", [o for o in OPTIONS if o != {"softcap": 0.7, "window": 6}], ids=str)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
-@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 32])
-def test_on_a_gpu(dtype, options, heads, head_dim):
-    """Whichever path is chosen there, forward and backward, no worse than a few roundings of its dtype."""
-    torch.compiler.reset()  # a process compiles one function a limited number of times; these tests together want more
-    device, lengths = torch.device("cuda"), [300, 5, 129, 1, 257]
-    inputs, documents = problem(lengths, dtype, device, heads, head_dim)
-    direction = torch.randn(sum(lengths), heads[0], head_dim, device=device, dtype=dtype)
-    path = attention_paths.choose_path(
-        device,
-        dtype,
-        Rule(**options),
-        heads=heads[0],
-        head_dims=(head_dim,) * 2,
-        total=documents.total,
-        count=len(lengths),
-        longest=300,
-    )
-    if dtype == torch.bfloat16 and head_dim == 64:
-        assert path == "packops"
-    else:
-        assert path == ("flex" if "softcap" in options else "varlen" if dtype == torch.bfloat16 else "sdpa")
-    found = gradients(inputs, attention_paths.ATTEND[path](*inputs, documents, Rule(**options)), direction)
-    expected = gradients(inputs, dense(*inputs, lengths, **options), direction.double())
-    for a, b in zip(found, expected, strict=True):
-        assert (a.double() - b).abs().max() <= (2**-6 if dtype == torch.bfloat16 else 1e-4) * b.abs().max()
+# ---- what the backend asks for -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.gpu
@@ -437,9 +214,10 @@ def test_no_host_sync_with_cu_seqlens():
     """Nor a surprise by boundaries that are new with every batch. (transformers waits itself, once, before the first layer.)"""
 
     def step(lengths):
-        inputs, documents = problem(lengths, torch.bfloat16, "cuda", head_dim=64)
-        q, k, v = (x.transpose(0, 1)[None] for x in inputs)
-        options = {"cu_seq_lens_q": documents.cu_seqlens, "max_length_q": max(lengths), "sliding_window": 20}
+        shapes = [(1, heads, sum(lengths), 64) for heads in (4, 2, 2)]
+        q, k, v = (torch.randn(shape, dtype=torch.bfloat16, device="cuda", requires_grad=True) for shape in shapes)
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32, device="cuda")
+        options = {"cu_seq_lens_q": bounds, "max_length_q": max(lengths), "sliding_window": 20}
         with no_host_sync():
             attention.packed_attention(torch.nn.Module(), q, k, v, None, **options)[0].sum().backward()
 
@@ -472,22 +250,22 @@ def test_boundaries_are_found_once_a_forward_and_forgotten(monkeypatch):
     original = attention_documents._from_positions
     monkeypatch.setattr(attention_documents, "_from_positions", lambda *given: calls.append(0) or original(*given))
     gc.collect()
-    before = len(attention_documents._found)
+    before = len(documents_found._found)
     positions = packed(documents)["position_ids"]
     ids = torch.cat(documents)[None]
     first = model(input_ids=ids, position_ids=positions).logits
     assert len(calls) == 1
-    assert len(attention_documents._found) == before + 1
+    assert len(documents_found._found) == before + 1
     positions.copy_(torch.arange(ids.shape[1])[None])  # now one document
     assert (model(input_ids=ids, position_ids=positions).logits - first).abs().max() > 0.1
     assert len(calls) == 2
     del positions
     for bounds in (torch.tensor([0, ids.shape[1]], dtype=dtype) for dtype in (torch.int32, torch.int64)):
         model(input_ids=ids, cu_seq_lens_q=bounds, cu_seq_lens_k=bounds, max_length_q=ids.shape[1])
-        assert len(attention_documents._found) == before + 1
+        assert len(documents_found._found) == before + 1
         del bounds
         gc.collect()
-        assert len(attention_documents._found) == before
+        assert len(documents_found._found) == before
 
 
 def test_compiles_in_one_graph(monkeypatch):
@@ -589,7 +367,7 @@ def test_a_window_that_only_the_mask_knows_is_not_compiled_away(name):
 
 def test_import_changes_nothing():
     """transformers is imported by the functions that need it, and nothing is registered before ``register()``."""
-    sources = (Path(module.__file__).read_text() for module in (attention, attention_documents, attention_paths))
+    sources = (Path(module.__file__).read_text() for module in (attention, attention_documents))
     tree = ast.parse("\n".join(sources))
     imported = [ast.unparse(node) for node in tree.body if isinstance(node, (ast.Import, ast.ImportFrom))]
     assert not [line for line in imported if "transformers" in line]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .ops.attention import attention
+from .ops.attention import attention, attention_path
 from .ops.ce_loss import CrossEntropyStats, Reduction, cross_entropy
 from .ops.gated_linear import Activation, gated_activation, gated_linear
 from .ops.linear_ce_loss import linear_cross_entropy
@@ -18,6 +18,7 @@ __all__ = [
     "apply_qk_norm_rope",
     "apply_rope",
     "attention",
+    "attention_path",
     "cross_entropy",
     "gated_activation",
     "gated_linear",

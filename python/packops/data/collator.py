@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, ove
 import numpy as np
 import torch
 
+from ..ops.attention_paths import max_docs_for_flash_attention
 from .batch import PackedBatch
 from .documents import tokens_of, without_padding
 from .forest import PackedForest
@@ -25,16 +26,6 @@ MANY_DOCUMENTS = 1024
 
 # Columns that say which tokens of a document are scored (TRL's names).
 SCORED_MASKS = ("completion_mask", "assistant_masks")
-
-
-def max_docs_for_flash_attention(total_tokens: int, num_heads: int, head_dim: int) -> int:
-    """Most documents a packed row may have before FlashAttention-2's variable-length backward overflows 32 bits.
-
-    It needs ``(total_tokens + 128 * documents) * num_heads * head_dim < 2^31``, head_dim rounded up to a multiple of 32; beyond
-    that it writes out of bounds. Pass the result to :func:`packops.pack` as ``max_docs_per_pack``.
-    """
-    per_token = num_heads * (-(-head_dim // 32) * 32)
-    return max(0, ((2**31 - 1) // per_token - total_tokens) // 128)
 
 
 # What processors make of images, videos and sound. Their tokens have positions that only the model can tell (M-RoPE).

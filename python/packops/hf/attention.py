@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 import packops
 
+from ..ops.attention_paths import ATTEND, Rule, attend_masked, choose_path, shaped_attention
 from . import rewrite
 from .attention_documents import NAME, find_documents
-from .attention_paths import ATTEND, Rule, choose_path, shaped_attention
 from .record import Record, decoder_of
 
 UNSAID = -1  # the layer did not pass its window at all
@@ -352,7 +352,10 @@ def packed_attention(
     )
     # (B, heads, S, head_dim) as transformers has it is a view of (T, heads, head_dim)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    output = ATTEND[path](q, k, v, documents, rule)
+    if path == "packops":
+        output = packops.attention(q, k, v, documents.cu_seqlens, causal=rule.causal, **rule.options)
+    else:
+        output = ATTEND[path](q, k, v, documents, rule)
     # some families go on with .view(), which wants it contiguous
     return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous(), None
 
@@ -360,27 +363,16 @@ def packed_attention(
 def _over_prefixes(
     query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, parents: Tensor, rule: Rule, padding: Tensor | None
 ) -> Tensor:
-    """Documents that share prefixes: packops' kernels, or a mask where these do not take the heads."""
+    """Documents that share prefixes."""
     if cu_seqlens is None or padding is not None:
         raise ValueError(f"{NAME}: parents want cu_seq_lens_q, where segments begin, and no attention_mask: PackedForest.to_hf()")
     if not rule.causal or rule.dropout or rule.sinks is not None:
         raise NotImplementedError(f"{NAME}: shared prefixes with bidirectional attention, dropout or sinks")
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    takes = query.shape[3] == value.shape[3] and query.shape[3] in (64, 128, 256) and query.dtype != torch.float32
-    if rule.softcap is not None or (query.is_cuda and takes):
-        output = packops.attention(q, k, v, cu_seqlens, parents, window=rule.window, softcap=rule.softcap, scale=rule.scaling)
-    else:
-        position, _, ends = packops.packed_metadata(cu_seqlens, len(q), parents)
-        row = torch.arange(len(q), device=q.device)
-        sees = (row <= row[:, None]) & (row[:, None] < ends)
-        if rule.window is not None:
-            sees &= position[:, None] - position < rule.window
-        sees |= row == row[:, None]  # the padding sees itself, so that no row is without a key
-        by_head = [x.transpose(0, 1)[None] for x in (q, k, v)]
-        attend = torch.nn.functional.scaled_dot_product_attention
-        output = attend(
-            by_head[0], by_head[1], by_head[2], attn_mask=sees, scale=rule.scaling, enable_gqa=q.shape[1] != k.shape[1]
-        )[0].transpose(0, 1)
+    if q.is_cuda:
+        output = packops.attention(q, k, v, cu_seqlens, parents, **rule.options)
+    else:  # where packops' kernel is plain code
+        output = attend_masked(q, k, v, cu_seqlens, parents, rule)
     return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous()
 
 

@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _checks
-from . import autocast
+from . import attention_paths, autocast
+from .attention_paths import Rule
 from .op import Op
 
-__all__ = ["attention"]
+__all__ = ["attention", "attention_path"]
 
 ROWS = 64  # csrc/attention.h: kAttentionRows
 
@@ -51,6 +52,18 @@ def register(namespace: str) -> None:
 _OP = Attention("packops")
 
 
+def _torch_instead(q: Any, k: Any, v: Any, cu_seqlens: Any, parents: Any, causal: Any, *rule: Any) -> tuple | None:
+    """The arguments of :func:`.attention_paths.attend`, or None where the kernel on CUDA takes the heads."""
+    takes = attention_paths.kernel_takes
+    if isinstance(v, Tensor) and q.dim() and v.dim() and takes(q.dtype, (q.shape[-1], v.shape[-1])):
+        return None
+    _OP.check((q, k, v, cu_seqlens, parents), (causal, *rule))
+    q, k, v = autocast.lower_precision(q.device.type, (q, k, v))
+    if v.dim() and q.dim() and takes(q.dtype, (q.shape[-1], v.shape[-1])):
+        return None
+    return q, k, v, cu_seqlens, parents, Rule(causal, *rule)
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -73,8 +86,11 @@ def attention(
     Args:
         q: ``(T, heads, head_dim)``, any strides (a slice of a fused projection). On CUDA fp16 or bf16, compute capability 8.0 or
             later, and ``head_dim`` 64, 128 or 256; on the CPU also fp32 and fp64, and any ``head_dim``, in plain code:
-            ``scaled_dot_product_attention`` per document is faster there.
-        k, v: ``(T, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``: query head h meets ``h * kv_heads // heads``.
+            ``scaled_dot_product_attention`` per document is faster there. Other dtypes and head dimensions on CUDA take the best
+            that torch has, which may read ``cu_seqlens`` on the host, once per tensor, and whose gradients need not be the same
+            bits at every run: :func:`packops.attention_path` says which way it is.
+        k, v: ``(T, kv_heads, head_dim)``, where ``kv_heads`` divides ``heads``: query head h meets ``h * kv_heads // heads``. On
+            CUDA values may have another number of features, which is then that of the result.
         cu_seqlens: ``(documents + 1,)`` int32 or int64, where documents begin, on the device of ``q``. Tokens at or past
             ``cu_seqlens[-1]`` are padding: their rows of the result and of all gradients are 0, whatever they hold.
         parents: ``(documents,)`` int32 or int64, for documents that share prefixes (:class:`packops.PackedForest`): what each
@@ -96,5 +112,46 @@ def attention(
     """
     if not is_compiling() and _checks.enabled() and isinstance(cu_seqlens, Tensor) and cu_seqlens.is_cuda:
         _checks.raise_bad_cu_seqlens("attention", cu_seqlens, q.shape[0])
+    if isinstance(q, Tensor) and q.is_cuda:
+        instead = _torch_instead(q, k, v, cu_seqlens, parents, causal, window, softcap, scale)
+        if instead is not None:
+            return attention_paths.attend(*instead)
     plain = causal is True and window is None and softcap is None and scale is None
     return cast(Tensor, _OP((q, k, v, cu_seqlens, parents), (causal, window, softcap, scale), plain))
+
+
+def attention_path(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens: Tensor,
+    parents: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window: int | None = None,
+    softcap: float | None = None,
+    scale: float | None = None,
+) -> str:
+    """How :func:`packops.attention` computes what it would be called with. Computes nothing, and does not wait for the device.
+
+    Args:
+        q, k, v, cu_seqlens, parents, causal, window, softcap, scale: as :func:`packops.attention` takes them. Autocast counts.
+
+    Returns:
+        ``"packops"``: its own kernel, always so on the CPU. Else what torch has: ``"varlen"``, its FlashAttention-2
+        (``torch.nn.attention.varlen``); ``"flex"``, FlexAttention; ``"sdpa"``, ``scaled_dot_product_attention`` on one document
+        after the other or on groups of about equal length; ``"masked"``, the same with a mask: documents that share prefixes, and
+        what would be ``"sdpa"`` under ``torch.compile`` or while a CUDA graph is captured.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, where it is not its own kernel.
+    """
+    if not isinstance(q, Tensor) or not q.is_cuda:
+        _OP.check((q, k, v, cu_seqlens, parents), (causal, window, softcap, scale))
+        return "packops"
+    instead = _torch_instead(q, k, v, cu_seqlens, parents, causal, window, softcap, scale)
+    if instead is None:
+        return "packops"
+    q, k, v, cu_seqlens, parents, rule = instead
+    attention_paths.check(*instead)
+    return attention_paths.path_of(q, v, cu_seqlens, parents, rule)
