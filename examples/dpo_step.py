@@ -46,14 +46,14 @@ def loss_of(policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 def check_against_unpacked(model: torch.nn.Module, batch: packops.PackedBatch, reference: torch.Tensor) -> None:
     packed = loss_of(sequence_log_probs(model, batch), reference)
-    gradient = torch.autograd.grad(packed, model.lm_head.weight)[0]
+    gradient = torch.autograd.grad(packed, model.get_parameter("lm_head.weight"))[0]
     alone = []
     for ids, labels in zip(batch.unpack(batch.input_ids), batch.unpack(batch.labels), strict=True):
         log_p = model(input_ids=ids[None]).logits[0, :-1].log_softmax(-1)
         scored = labels[1:] != -100
         alone.append(log_p.gather(1, ids[1:, None])[:, 0][scored].sum())
     unpacked = loss_of(torch.stack(alone), reference)
-    expected = torch.autograd.grad(unpacked, model.lm_head.weight)[0]
+    expected = torch.autograd.grad(unpacked, model.get_parameter("lm_head.weight"))[0]
     torch.testing.assert_close(packed, unpacked, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-5)
     print(f"packed {packed.item():.6f}, one document at a time {unpacked.item():.6f}; gradients agree", flush=True)

@@ -44,7 +44,7 @@ def check_against_unpacked(
     tokens = batch.num_valid
     ours = packops.hf.log_probs(model, batch, temperature=TEMPERATURE)
     packed = objective(ours.log_probs, ours.entropy, before, per_token, tokens)
-    gradient = torch.autograd.grad(packed, model.lm_head.weight)[0]
+    gradient = torch.autograd.grad(packed, model.get_parameter("lm_head.weight"))[0]
     unpacked = torch.zeros(())
     pieces = (batch.unpack(x) for x in (batch.input_ids, batch.labels, before))
     for ids, labels, old, advantage in zip(*pieces, advantages, strict=True):
@@ -53,7 +53,7 @@ def check_against_unpacked(
         taken = log_p.gather(1, ids[1:, None])[:, 0][scored]
         entropy = -(log_p.exp() * log_p).sum(-1)[scored]
         unpacked = unpacked + objective(taken, entropy, old[:-1][scored], advantage, tokens)
-    expected = torch.autograd.grad(unpacked, model.lm_head.weight)[0]
+    expected = torch.autograd.grad(unpacked, model.get_parameter("lm_head.weight"))[0]
     torch.testing.assert_close(packed, unpacked, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
     print(f"packed {packed.item():.6f}, one answer at a time {unpacked.item():.6f}; gradients agree", flush=True)

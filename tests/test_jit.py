@@ -319,7 +319,7 @@ def test_compiling_can_be_forbidden(csrc, monkeypatch):
 def test_missing_extra_is_named(csrc, monkeypatch):
     find = jit.importlib.util.find_spec
     monkeypatch.setattr(jit.importlib.util, "find_spec", lambda name: None if name == "filelock" else find(name))
-    with pytest.raises(ImportError, match=r"needs filelock: pip install 'packops\[jit\]'"):
+    with pytest.raises(ImportError, match=r"needs filelock: pip install '.\[jit\]'"):
         jit.load(csrc)
 
 

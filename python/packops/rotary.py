@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, cast
 from weakref import WeakValueDictionary
 
 import torch
@@ -254,13 +254,16 @@ class Tables:
         return angles.cos().float(), angles.sin().float()
 
 
-@torch.compiler.assume_constant_result
 def _constant_table(name: str, device: torch.device, rows: int, is_long: bool) -> tuple[Tensor, Tensor]:
     """:meth:`Tables.get` under torch.compile and torch.export, where its result is a constant of the graph.
 
     By name, since before torch 2.13 a float among the settings would be symbolic, and no constant's argument can be.
     """
     return Tables._shared[name].get(device, rows, is_long)
+
+
+# What torch.compiler.assume_constant_result does, without importing torch's compiler with packops.
+_constant_table._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _longest_document(position_ids: Tensor | None, cu_seqlens: Tensor | None, tokens: int) -> Tensor | int:
@@ -270,8 +273,8 @@ def _longest_document(position_ids: Tensor | None, cu_seqlens: Tensor | None, to
             inside = torch.arange(tokens, device=cu_seqlens.device) < cu_seqlens[-1]
             position_ids = torch.where(inside, position_ids.reshape(-1, tokens), 0)
         return position_ids.max() + 1 if position_ids.numel() else 0
-    assert cu_seqlens is not None
-    return cu_seqlens.diff().max() if cu_seqlens.numel() > 1 else 0
+    lengths = cast(Tensor, cu_seqlens).diff()
+    return lengths.max() if lengths.numel() else 0
 
 
 class RotaryEmbedding(nn.Module):

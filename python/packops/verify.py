@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -239,9 +239,10 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
     def loss(model: nn.Module, batch: PackedBatch, num_items: Tensor) -> Tensor:
         logits = forward(model, batch)
         if isinstance(batch, PackedForest):
-            labels, weight = batch.shift_labels, batch.token_weight
-            assert labels is not None
-            return cross_entropy(logits, labels, token_weight=weight, num_items=num_items, ignore_index=batch.ignore_index)
+            labels = cast(Tensor, batch.shift_labels)
+            return cross_entropy(
+                logits, labels, token_weight=batch.token_weight, num_items=num_items, ignore_index=batch.ignore_index
+            )
         return cross_entropy(  # type: ignore[call-overload, no-any-return]
             logits,
             batch.labels,

@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -152,8 +152,7 @@ def run_chunks(
         s = take(scale, here)
         made: tuple[Tensor, ...]
         if buffer is None:
-            assert product_loss is not None
-            results[0][here] = product_loss(h, y, s)
+            results[0][here] = cast(Callable[..., Tensor], product_loss)(h, y, s)
             continue
         logits = buffer[: len(y)]
         make_logits(h, weight, bias, out=logits)
@@ -208,11 +207,10 @@ def losses_and_gradients(
         return (loss * s, *found[-4:-2]) if with_stats else (loss * s,)
 
     def product_loss(h: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        assert product is not None
         if maths["class_weight"] is not None:
             s = s * maths["class_weight"][y.clamp(min=0)]
         counted = (y >= 0) & (s != 0)
-        log_prob = product.statistics(h, weight, flat_bias, y, maths["logit_scale"], maths["softcap"], False)[0]
+        log_prob = cast(Product, product).statistics(h, weight, flat_bias, y, maths["logit_scale"], maths["softcap"], False)[0]
         return torch.where(counted, -log_prob * s, 0).masked_fill_(y == BAD_LABEL, torch.nan)
 
     unit = _unit(target, scale, maths) if any(wanted) and hidden.dtype == torch.float16 else None
