@@ -43,6 +43,7 @@ def check_against_unpacked(
 ) -> None:
     tokens = batch.num_valid
     ours = packops.hf.log_probs(model, batch, temperature=TEMPERATURE)
+    assert ours.entropy is not None
     packed = objective(ours.log_probs, ours.entropy, before, per_token, tokens)
     gradient = torch.autograd.grad(packed, model.get_parameter("lm_head.weight"))[0]
     unpacked = torch.zeros(())
