@@ -88,6 +88,17 @@ def check_types(op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, A
             )
 
 
+def check_options(op: str, kinds: Mapping[str, str], names: Iterable[str], options: tuple, known: set[tuple]) -> None:
+    """:func:`check_types` of options in an eager call. ``known``: their types that were right before, which is all that there is
+    to know of them, except of a sequence."""
+    types = tuple(map(type, options))
+    if types in known:
+        return
+    check_types(op, kinds, zip(names, options, strict=True))
+    if list not in types and tuple not in types:
+        known.add(types)
+
+
 def explain(error: Exception, op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, Any]]) -> NoReturn:
     """Raise what a failed call failed of: an argument of the wrong kind, what a native message names, or ``error`` itself."""
     try:

@@ -21,7 +21,7 @@ from torch.compiler import is_compiling
 
 from .._errors import raise_typed
 from . import autocast
-from .arguments import check_types, explain, kinds_of
+from .arguments import check_options, check_types, explain, kinds_of
 from .derivatives import (
     is_differentiated,
     no_forward_mode,
@@ -169,6 +169,7 @@ class Op:
         self.defaults = {argument.name: argument.default_value for argument in arguments if argument.kwarg_only}
         self.tensors = tuple(argument.name for argument in arguments if not argument.kwarg_only)
         self.count = len(self.differentiable)
+        self.known: set[tuple] = set()
         self.has_constants = type(self).check_constants is not Op.check_constants
         self.call = getattr(self.raw, "_op", self.raw)  # without the Python layer of torch's overload
         self.no_gradients = (None,) * (len(self.tensors) - self.count)
@@ -182,7 +183,7 @@ class Op:
             return self.public(*tensors, **dict(zip(self.defaults, options, strict=True)))
         try:
             if not plain:
-                check_types(self.name, self.kinds, zip(self.defaults, options, strict=True))
+                check_options(self.name, self.kinds, self.defaults, options, self.known)
             if self.cast is not None and _any_autocast():
                 tensors = self.cast(tensors[0].device.type, tensors)
             if transforms_are_active():

@@ -14,7 +14,7 @@ from .. import _checks
 from . import autocast
 from .derivatives import check_constants
 from .op import Op
-from .rope import empty_heads_like, feature_contiguous, is_plain, mark_constants
+from .rope import PLAIN, empty_heads_like, feature_contiguous, mark_constants
 
 __all__ = ["apply_qk_norm_rope"]
 
@@ -117,5 +117,5 @@ def apply_qk_norm_rope(
         _checks.raise_full_width_table("qk_norm_rope", q, sin, rotary_dim)
     tensors = (q, k, q_weight, k_weight, cos, sin, position_ids, cu_seqlens)
     rotation = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
-    plain = type(eps) is float and zero_centered is False and is_plain(rotation)
-    return cast(tuple[Tensor, Tensor | None], _OP(tensors, (eps, zero_centered, *rotation), plain))
+    plain = type(eps) is float and zero_centered is interleaved is mrope_interleaved is per_token_table is False
+    return cast(tuple[Tensor, Tensor | None], _OP(tensors, (eps, zero_centered, *rotation), plain and rotation == PLAIN))

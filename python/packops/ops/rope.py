@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any, TypedDict, cast, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 
 from .. import _checks
-from .arguments import check_types, explain, kinds_of
+from .arguments import check_options, check_types, explain, kinds_of
 from .derivatives import check_constants, is_differentiated, over_batch, refuse_transforms, transforms_are_active
 from .op import below_autograd, library, register_fake, typed
 
@@ -28,9 +28,11 @@ __all__ = ["apply_rope"]
 PLAIN = (None, None, 0, False, None, False, False)  # the options' defaults
 
 _ROPE = torch.ops.packops._rope.default
+_CALL = getattr(_ROPE, "_op", _ROPE)  # without the Python layer of torch's overload
 _ROPE_IN_PLACE = torch.ops.packops._rope_.default
 _KINDS = kinds_of(torch.ops.packops.rope.default)
 _OPTIONS = tuple(_KINDS)[6:]
+_KNOWN: set[tuple] = set()
 
 
 def empty_heads_like(heads: Tensor) -> Tensor:
@@ -138,11 +140,6 @@ class RopeInPlace(torch.autograd.Function):
 def check_tables_are_constant(cos: Tensor, sin: Tensor) -> None:
     if cos.requires_grad or sin.requires_grad or forward_ad._current_level >= 0:
         check_constants("rope", {"cos": cos, "sin": sin})
-
-
-def is_plain(options: tuple) -> bool:
-    """Whether the options are the defaults, and their types too: 0 == False."""
-    return options == PLAIN and options[3] is options[5] is options[6] is False
 
 
 def given(options: tuple) -> tuple:
@@ -305,8 +302,11 @@ def apply_rope(
         check_tables_are_constant(cos, sin)
         return _apply_rope_compiled(q, k, inplace, cos, sin, position_ids, cu_seqlens, options)
     try:
-        if not is_plain(options):
-            check_types("rope", _KINDS, zip(_OPTIONS, options, strict=True))
+        if options == PLAIN and interleaved is mrope_interleaved is per_token_table is False:  # 0 == False
+            to_pass: tuple = ()
+        else:
+            check_options("rope", _KINDS, _OPTIONS, options, _KNOWN)
+            to_pass = options
         if q.is_cuda and _checks.enabled():
             _checks.raise_bad_positions("rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
             _checks.raise_full_width_table("rope", q, sin, rotary_dim)
@@ -328,7 +328,7 @@ def apply_rope(
         if forward_ad._current_level >= 0:
             check_tables_are_constant(cos, sin)
             return Rope.apply(_ROPE, q, k, cos, sin, position_ids, cu_seqlens, options, False)
-        return _ROPE(q, k, cos, sin, position_ids, cu_seqlens, *given(options))
+        return cast(tuple[Tensor, Tensor | None], _CALL(q, k, cos, sin, position_ids, cu_seqlens, *to_pass))
     except Exception as error:
         explain(error, "rope", _KINDS, _named(q, k, cos, sin, position_ids, cu_seqlens, options))
 
