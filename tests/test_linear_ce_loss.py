@@ -795,6 +795,22 @@ def test_export(device):
     torch.testing.assert_close(exported.module()(*arguments), Loss()(*arguments))
 
 
+@pytest.mark.parametrize("options", [{}, {"accum_dtype": torch.bfloat16, "logits_dtype": torch.float32}], ids=str)
+def test_export_compiled_ahead_of_time(options, tmp_path):
+    """AOTInductor, in a process that has imported packops: the op itself is Python."""
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight, labels):
+            return packops.linear_cross_entropy(hidden * 2, weight, labels, shift=True, **options)
+
+    hidden, weight, _, labels = problem(torch.device("cpu"), bias=False)
+    dtype = torch.bfloat16 if options else hidden.dtype
+    arguments = hidden.detach().to(dtype), weight.detach().to(dtype), labels
+    program = torch.export.export(Loss(), arguments)
+    path = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "loss.pt2"))
+    torch.testing.assert_close(torch._inductor.aoti_load_package(path)(*arguments), Loss()(*arguments))
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_autocast(device, reduction):
     """fp32 parameters under bf16 autocast: the loss of their bf16 casts, gradients in fp32; weights of tokens stay fp32."""

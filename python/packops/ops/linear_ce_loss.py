@@ -335,7 +335,7 @@ DEFAULTS: dict[str, Any] = {
     **CE_DEFAULTS,
     "num_valid": None,
     "chunk_tokens": None,
-    "accum_dtype": torch.float32,
+    "accum_dtype": None,
     "logits_dtype": None,
 }
 
@@ -347,7 +347,7 @@ def check_arguments(
     labels: Tensor,
     num_valid: int | None,
     chunk_tokens: int | None,
-    accum_dtype: torch.dtype,
+    accum_dtype: torch.dtype | None,
     logits_dtype: torch.dtype | None = None,
     op: str = OP,
 ) -> None:
@@ -386,7 +386,7 @@ def check_arguments(
     if chunk_tokens is not None:
         require(chunk_tokens >= 1, f"chunk_tokens must be at least 1, got {chunk_tokens}")
     require(
-        accum_dtype == torch.float32 or accum_dtype == hidden.dtype != torch.float16,
+        accum_dtype in (None, torch.float32) or accum_dtype == hidden.dtype != torch.float16,
         f"accum_dtype must be torch.float32, or torch.bfloat16 for bfloat16 parameters, got {accum_dtype} for {hidden.dtype}",
     )
     require(
@@ -497,7 +497,8 @@ def register(namespace: str) -> None:
 
     options = str(ops.cross_entropy.default._schema).split("Tensor labels, *, ")[1].split(") ->")[0]
     maths = options[options.index("Tensor? class_weight") :]
-    chunks = "SymInt? num_valid=None, SymInt? chunk_tokens=None, ScalarType accum_dtype=float, ScalarType? logits_dtype=None"
+    # None is float32: AOTInductor passes a dtype that is the default as an int, which its own runtime refuses (torch 2.13)
+    chunks = "SymInt? num_valid=None, SymInt? chunk_tokens=None, ScalarType? accum_dtype=None, ScalarType? logits_dtype=None"
     flags = "bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False"
     stats = "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss"
     inputs = "Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None"
@@ -552,7 +553,7 @@ def register(namespace: str) -> None:
 
     def grads_like(hidden: Tensor, weight: Tensor, given: dict[str, Any]) -> tuple[Tensor, ...]:
         wanted = wanted_of(given)
-        dtype = accumulator_dtype(hidden.dtype, given.get("accum_dtype", torch.float32))
+        dtype = accumulator_dtype(hidden.dtype, given.get("accum_dtype"))
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
         made = (
             hidden.new_empty(shape, dtype=dtype) if want else state_like(hidden)

@@ -51,8 +51,8 @@ class Wanted(NamedTuple):
     bias: bool = False
 
 
-def accumulator_dtype(dtype: torch.dtype, accum_dtype: torch.dtype) -> torch.dtype:
-    return dtype if dtype in (torch.float32, torch.float64) else accum_dtype
+def accumulator_dtype(dtype: torch.dtype, accum_dtype: torch.dtype | None) -> torch.dtype:
+    return dtype if dtype in (torch.float32, torch.float64) else accum_dtype or torch.float32
 
 
 def wanted_of(given: dict[str, Any]) -> Wanted:
