@@ -2,10 +2,18 @@
 #include "ce_loss.h"
 
 #include <algorithm>
+#include <cstdlib>
+#include <new>
 
 #include "check.h"
 #include "common/convert.h"
 #include "emulator.h"
+
+// Aligned as memory of a GPU is. The last digit of a row's sum depends on where in memory the row begins, and with malloc's
+// alignment that would depend on what was allocated before.
+void* operator new(std::size_t bytes) { return std::aligned_alloc(256, (bytes + 255) / 256 * 256); }
+void operator delete(void* memory) noexcept { std::free(memory); }
+void operator delete(void* memory, std::size_t) noexcept { std::free(memory); }
 
 using namespace packops;
 
