@@ -294,3 +294,73 @@ def test_verify_of_hugging_face_models_and_of_nothing_shared():
     assert report.ok, report
     with pytest.raises(ValueError, match="share a prefix"):
         packops.verify(model, [[1, 2, 3], [2, 3, 4], [3, 4]], share_prefixes=True)
+
+
+# Segments about as long as the kernels' tiles of 64; a tree in a tree; an empty segment; padding.
+SEGMENTS = [0, 70, 71, 134, 198, 198, 330, 331, 340, 420, 425, 500]
+PARENTS = [-1, 0, 0, 2, 2, 2, 0, -1, 7, 8, -1]
+
+
+def tensors(device, *shapes):
+    dtype = torch.float64 if device.type == "cpu" else torch.bfloat16
+    return [torch.randn(*shape, device=device, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+def test_metadata(device, index):
+    cu_seqlens, parents = (torch.tensor(x, dtype=index, device=device) for x in (SEGMENTS, PARENTS))
+    got = packops.packed_metadata(cu_seqlens, 510, parents)
+    want = packops.reference.packed_forest(cu_seqlens, 510, parents)
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("options", [{}, {"window": 90}, {"window": 2}, {"softcap": 2.0}, {"scale": 0.3}], ids=str)
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_attention(device, head_dim, options):
+    if device.type == "cpu":
+        head_dim //= 16
+    q, k, v = tensors(device, (510, 4, head_dim), (510, 2, head_dim), (510, 2, head_dim))
+    cu_seqlens, parents = torch.tensor(SEGMENTS, device=device), torch.tensor(PARENTS, dtype=torch.int32, device=device)
+    incoming = torch.randn_like(q)
+    got = packops.attention(q, k, v, cu_seqlens, parents, **options)
+    want = packops.reference.attention(q, k, v, cu_seqlens, parents, **options)
+    got = [got.detach(), *torch.autograd.grad(got, (q, k, v), incoming)]
+    want = [want.detach(), *torch.autograd.grad(want, (q, k, v), incoming.double())]
+    for x, y in zip(got, want, strict=True):
+        error = (x.double() - y.double()).norm() / y.double().norm()
+        assert error < (1e-12 if device.type == "cpu" else 1e-2), error
+        assert (x[500:] == 0).all()  # padding
+
+
+def test_attention_without_sharing_has_the_bits_of_documents(device):
+    q, k, v = tensors(device, (510, 4, 64), (510, 2, 64), (510, 2, 64))
+    cu_seqlens = torch.tensor(SEGMENTS, dtype=torch.int32, device=device)
+    for parents in (None, torch.full((len(PARENTS),), -1, device=device)):
+        out = packops.attention(q, k, v, cu_seqlens, parents)
+        results = [out.detach(), *torch.autograd.grad(out.double().square().sum(), (q, k, v))]
+        if parents is None:
+            flat = results
+    assert all(torch.equal(a, b) for a, b in zip(results, flat, strict=True))
+
+
+@pytest.mark.parametrize("parents", [[5] * 11, list(range(11)), [-2] + [0] * 10, [-1, 0, -1, 0, *[-1] * 7]], ids=str)
+def test_parents_out_of_order_are_an_error_on_the_cpu(parents):
+    q = torch.zeros(510, 1, 4)
+    for call in (
+        lambda p: packops.attention(q, q, q, torch.tensor(SEGMENTS), p),
+        lambda p: packops.packed_metadata(torch.tensor(SEGMENTS), 510, p),
+    ):
+        with pytest.raises(ValueError, match=r"parents must be -1 or, depth first, .* got parents\[\d+\] = -?\d+"):
+            call(torch.tensor(parents))
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_device():
+    q, k, v = tensors(torch.device("cuda"), (510, 4, 64), (510, 2, 64), (510, 2, 64))
+    cu_seqlens, parents = (torch.tensor(x, dtype=torch.int32, device="cuda") for x in (SEGMENTS, PARENTS))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        packops.packed_metadata(cu_seqlens, 510, parents)
+        packops.attention(q, k, v, cu_seqlens, parents).sum().backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
