@@ -795,6 +795,7 @@ def test_export(device):
     torch.testing.assert_close(exported.module()(*arguments), Loss()(*arguments))
 
 
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="AOTInductor of torch 2.11 passes other dtypes than it was given")
 @pytest.mark.parametrize("options", [{}, {"accum_dtype": torch.bfloat16, "logits_dtype": torch.float32}], ids=str)
 def test_export_compiled_ahead_of_time(options, tmp_path):
     """AOTInductor, in a process that has imported packops: the op itself is Python."""
