@@ -17,7 +17,8 @@ MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for
 
 # What a build may read besides PACKOPS_*: the usual names of its tools. Each is used as a path or checked word by word.
 BUILD_VARIABLES = {
-    "_build.py": {"CUDA_HOME", "CUDA_PATH", "PATH", "TORCH_CUDA_ARCH_LIST"},
+    "_build.py": {"CUDA_HOME", "CUDA_PATH", "CXX", "PATH", "TORCH_CUDA_ARCH_LIST"},
+    "_loader.py": {"CUDA_VISIBLE_DEVICES"},
     "jit.py": {"CXX", "TORCH_CUDA_ARCH_LIST"},
 }
 
