@@ -1,8 +1,9 @@
-"""Several GPUs: a loss whose vocabulary is split over them, and how long ranks that train on packs wait for each other.
+"""Several GPUs: a loss whose vocabulary is split over them, whole training steps, and how long ranks wait for each other.
 
     packops bench distributed balance                 # simulated: a CPU will do
     packops bench distributed vocab --ranks 8         # vocab-parallel loss and gradient against other implementations
-    packops bench distributed steps --ranks 8         # the same waiting, measured: a small transformer, a step at a time
+    packops bench distributed steps --ranks 1 2 4 8   # whole training steps under DDP and FSDP2: see distributed_steps.py
+    packops bench distributed steps --tiny --device cpu --ranks 1 2    # to see that it runs
 
     pip install liger-kernel==0.8.5                   # a peer of `vocab`, left out where it is not installed
 
@@ -19,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import inspect
 import json
 import os
 import random
@@ -37,11 +37,15 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import command
+import corpora
+import distributed_steps
 import measuring
 import packops
 import peers
 import reporting
+from distributed_steps import steps  # noqa: F401  run by name on every rank
 from measuring import Clock, device_state
+from models import MODELS
 
 NAME = "distributed"
 COST = (24576.0, 1.0)  # of a 7B transformer
@@ -287,115 +291,26 @@ def print_vocab(result: dict[str, Any], device: str) -> None:
         print(f"{name:22} {fact['milliseconds']:9.3f} {fact['of_copy']:9.2f} {memory:>14}")
 
 
-# ---- steps: waiting, measured ------------------------------------------------------------------------------------------------
-
-
-class Block(torch.nn.Module):
-    """A transformer block over a packed axis (T, hidden)."""
-
-    def __init__(self, hidden: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.attention_norm, self.mlp_norm = torch.nn.RMSNorm(hidden), torch.nn.RMSNorm(hidden)
-        self.qkv, self.out = torch.nn.Linear(hidden, 3 * hidden, bias=False), torch.nn.Linear(hidden, hidden, bias=False)
-        self.up, self.down = torch.nn.Linear(hidden, 8 * hidden, bias=False), torch.nn.Linear(4 * hidden, hidden, bias=False)
-
-    def forward(self, x: torch.Tensor, batch: packops.PackedBatch, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-        from torch.nn.attention.varlen import varlen_attn
-
-        # Newer torch has a window where older has a flag.
-        has_flag = "is_causal" in inspect.signature(varlen_attn).parameters
-        causal: dict[str, Any] = {"is_causal": True} if has_flag else {"window_size": (-1, 0)}
-        q, k, v = self.qkv(self.attention_norm(x)).view(len(x), 3, self.heads, -1).unbind(1)
-        q, k = packops.apply_rope(q, k, cos, sin, position_ids=batch.position_ids[0])
-        bounds, longest = batch.cu_seqlens, batch.max_seqlen
-        x = x + self.out(varlen_attn(q, k, v, bounds, bounds, longest, longest, **causal).flatten(1))
-        gate, up = self.up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
-
-
-def steps(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
-    """Seconds of a stretch of steps, and the share of the ranks' time not spent waiting, for every kind of balance."""
-    hidden, heads, layers, longest = 2048, 16, 4, options["max_length"]
-    lengths = long_tailed(options["documents"], longest)
-    cos, sin = packops.rope_table(hidden // heads, longest, device=device)
-    torch.manual_seed(0)
-    model = torch.nn.ModuleList(Block(hidden, heads) for _ in range(layers)).to(device, torch.bfloat16)
-    # What a token costs beside what a pair of tokens in one document costs, in the work of this model.
-    cost = (24 * hidden**2 / (2 * hidden), 1.0)
-    clock, rows = Clock(device), {}
-
-    def work(batch: packops.PackedBatch) -> None:
-        x = torch.zeros(batch.input_ids.shape[1], hidden, device=device, dtype=torch.bfloat16, requires_grad=True)
-        y = x
-        for block in model:
-            y = block(y, batch, cos, sin)
-        y.sum().backward()
-
-    for name in BALANCES:
-        sampler = packops.PackedBatchSampler(lengths, longest, balance=name, cost=cost)
-        collate = packops.PackingCollator(pad_to_multiple_of=128)
-        batches = []
-        for documents in sampler:
-            batches.append(collate([np.zeros(lengths[i], np.int64) for i in documents]).to(device))
-            if len(batches) == options["steps"] + 3:
-                break
-        own, begin = [], None
-        for number, batch in enumerate(batches):
-            if number == 3:  # those before warm up
-                torch.cuda.synchronize()
-                dist.barrier()
-                begin = clock.now()
-            before = clock.now()
-            work(batch)
-            after = clock.now()
-            for parameter in model.parameters():
-                dist.all_reduce(parameter.grad)
-                parameter.grad = None
-            if number >= 3:
-                own.append((before, after))
-        milliseconds = clock.milliseconds(begin, clock.now())
-        busy = torch.tensor([clock.milliseconds(*pair) for pair in own], dtype=torch.float64, device=device)
-        of_ranks = [torch.empty_like(busy) for _ in range(dist.get_world_size())]
-        dist.all_gather(of_ranks, busy)
-        rows[name] = {
-            "seconds": slowest([milliseconds / 1e3], device)[0],
-            "utilisation": utilisation(torch.stack(of_ranks, 1).cpu().numpy()),
-            "predicted": utilisation(sampler.costs()[3 : 3 + len(own)]),
-        }
-    return {
-        "ranks": dist.get_world_size(),
-        "distribution": long_tailed.__doc__,
-        "max_length": longest,
-        "steps": options["steps"],
-        "cost": cost,
-        "rows": rows,
-    }
-
-
-def print_steps(result: dict[str, Any], device: str) -> None:
-    print(f"{result['steps']} steps on {result['ranks']} x {device}, packs of {result['max_length']:,} tokens")
-    print(f"{'':20} {'seconds':>9} {'utilisation':>13} {'predicted':>11}")
-    for name, row in result["rows"].items():
-        shares = f"{100 * row['utilisation']:11.1f} % {100 * row['predicted']:9.1f} %"
-        print(f"{'balance=' + name:20} {row['seconds']:9.2f} {shares}")
-
-
 # ---- the command -------------------------------------------------------------------------------------------------------------
 
 
-def main() -> None:
+def steps_on(counts: list[int], options: dict[str, Any]) -> dict[str, Any]:
+    """The rows of ``steps`` for every number of ranks, and a table of them."""
+    name = options.pop("corpus")
+    corpus = json.loads(corpora.LENGTHS.read_text())[name]
+    if options["tiny"]:
+        corpus = {**corpus, "quantiles": [max(2, length // 16) for length in corpus["quantiles"]]}
+    cases = [on_ranks("steps", count, {**options, "corpus": corpus}) for count in counts]
+    facts = {key: options[key] for key in ("max_length", "steps", "rounds", "tiny")}
+    model = f"{'tiny ' if options['tiny'] else ''}{MODELS['llama']}"
+    return {"model": model, "corpus_name": name, **facts, "cases": cases}
+
+
+def parse() -> dict[str, Any]:
     parser = argparse.ArgumentParser(prog="packops bench distributed", description=__doc__.split("\n")[0])
-    parser.add_argument("what", choices=["balance", "vocab", "steps"])
-    parser.add_argument("--ranks", type=int, help="processes; default: one per GPU, or 2 on a CPU")
-    parser.add_argument("--rows", type=int, default=8192)
-    parser.add_argument("--vocab", type=int, default=128256)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--documents", type=int, default=200_000, help="of the synthetic length distribution")
-    parser.add_argument("--max-length", type=int, default=32768, help="tokens of a pack")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument(
+    kinds = parser.add_subparsers(dest="what", required=True)
+    output, device = argparse.ArgumentParser(add_help=False), argparse.ArgumentParser(add_help=False)
+    output.add_argument(
         "--out",
         type=Path,
         nargs="?",
@@ -403,28 +318,58 @@ def main() -> None:
         metavar="STEM",
         help="write STEM.json; without STEM bench/results/distributed_*",
     )
-    options = vars(parser.parse_args())
+    device.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
+    kind = kinds.add_parser("balance", parents=[output], help="simulated waiting")
+    kind.add_argument("--documents", type=int, default=200_000, help="of the synthetic length distribution")
+    kind.add_argument("--max-length", type=int, default=32768, help="tokens of a pack")
+    kind = kinds.add_parser("vocab", parents=[device, output], help="loss and gradient, vocabulary over ranks")
+    kind.add_argument("--ranks", type=int, help="processes; default: one per GPU, or 2 on a CPU")
+    kind.add_argument("--rows", type=int, default=8192)
+    kind.add_argument("--vocab", type=int, default=128256)
+    kind.add_argument("--rounds", type=int, default=20)
+    kind = kinds.add_parser("steps", parents=[device, output], help="whole training steps under DDP and FSDP2")
+    kind.add_argument("--ranks", type=int, nargs="+", help="numbers of processes, as in: 1 2 4 8; default: 1 and one per GPU")
+    kind.add_argument("--corpus", choices=["short", "long"], default="long", help="lengths of documents")
+    kind.add_argument("--rows", nargs="+", metavar="WORD", help="only rows whose name has one of these, as in: DDP attention")
+    kind.add_argument("--max-length", type=int, default=16384, help="tokens of a pack")
+    kind.add_argument("--steps", type=int, default=20, help="timed steps of a round")
+    kind.add_argument("--rounds", type=int, default=2)
+    kind.add_argument("--tiny", action="store_true", help="a small fp32 model, for a CPU: to see that it runs")
+    return vars(parser.parse_args())
+
+
+def main() -> None:
+    options = parse()
     what, out = options.pop("what"), options.pop("out")
-    environment = measuring.environment(options["device"], {"liger-kernel": peers.LIGER})
+    kind = options.get("device", "cpu")
+    environment = measuring.environment(kind, {"liger-kernel": peers.LIGER, "transformers": peers.TRANSFORMERS})
     settings = {"arguments": command.without_output(sys.argv[1:])}
-    state = {"before": device_state(options["device"])}
+    state = {"before": device_state(kind)}
+    gpus = torch.cuda.device_count() if kind == "cuda" else 2
     if what == "balance":
         result = balance(options["documents"], options["max_length"])
         stem = "distributed_balance"
-    else:
-        ranks = options.pop("ranks") or (torch.cuda.device_count() if options["device"] == "cuda" else 2)
+    elif what == "vocab":
+        ranks = options.pop("ranks") or gpus
         if ranks < 2:
-            raise SystemExit(f"packops bench distributed {what}: needs two ranks or more, got {ranks}")
-        if what == "steps" and options["device"] == "cpu":
-            raise SystemExit("packops bench distributed steps: needs GPUs, for attention over packed documents")
-        if what == "vocab" and options["vocab"] % ranks:
+            raise SystemExit(f"packops bench distributed vocab: needs two ranks or more, got {ranks}")
+        if options["vocab"] % ranks:
             raise SystemExit(f"packops bench distributed vocab: {options['vocab']} classes do not divide by {ranks} ranks")
-        result = on_ranks(what, ranks, options)
-        {"vocab": print_vocab, "steps": print_steps}[what](result, environment["device"])
-        stem = f"distributed_{what}_{ranks}x{measuring.slug(options['device'], environment['device'])}"
+        result = on_ranks("vocab", ranks, options)
+        print_vocab(result, environment["device"])
+        stem = f"distributed_vocab_{ranks}x{measuring.slug(kind, environment['device'])}"
+    else:
+        counts = sorted(set(options.pop("ranks") or [1, gpus]))
+        if kind == "cuda" and counts[-1] > gpus:
+            raise SystemExit(f"packops bench distributed steps: --ranks {counts[-1]}, but there are {gpus} GPUs")
+        if kind == "cpu" and not options["tiny"]:
+            raise SystemExit("packops bench distributed steps: on a CPU with --tiny only")
+        result = steps_on(counts, options)
+        print(distributed_steps.table(result, environment["device"]))
+        stem = f"distributed_steps_{result['corpus_name']}_{counts[-1]}x{measuring.slug(kind, environment['device'])}"
     if out is not None:
         path = (reporting.RESULTS / stem if out == Path() else out).with_suffix(".json")
-        state["after"] = device_state(options["device"])
+        state["after"] = device_state(kind)
         facts = {"benchmark": f"distributed {what}", "environment": environment, "settings": settings, "state": state}
         reporting.write(facts | result, path)
         print(f"\n{path}")

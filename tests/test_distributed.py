@@ -559,6 +559,126 @@ def test_rope_on_zig_zag_slices(device, dtype, ranks):
             assert torch.equal(part, of_whole[tokens])
 
 
+class GatherRanks(torch.autograd.Function):
+    """The rows of all ranks, each of which has as many."""
+
+    @staticmethod
+    def forward(ctx, rows):
+        of_ranks = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(of_ranks, rows.contiguous())
+        return torch.cat(of_ranks)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.chunk(dist.get_world_size())[dist.get_rank()]
+
+
+def context_parallel(rank, world_size):
+    """One layer with everything that mixes tokens, its documents cut over the ranks, against the same in one process."""
+    lengths, heads, width, classes = [16, 8, 40, 24], 2, 16, 37
+    device, total = this_device(), 88
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, classes, (total,), generator=generator).to(device)
+    cu_seqlens = torch.tensor([0, *lengths], dtype=torch.int32, device=device).cumsum(0, dtype=torch.int32)
+    positions, documents = packops.packed_metadata(cu_seqlens, total)
+    labels = torch.where(positions.roll(-1) == 0, -100, ids.roll(-1))
+    labels[3:9] = -100
+    scored = labels != -100
+    counts = torch.zeros(len(lengths), device=device, dtype=torch.float64).index_add_(0, documents.long(), scored.double())
+    token_weight = torch.where(scored, 1 / counts[documents.long()], 0.0).float()
+    cos, sin = packops.rope_table(width, 64, device=device, dtype=torch.float64 if device.type == "cpu" else torch.float32)
+    torch.manual_seed(1)
+    shapes = [(classes, heads * width), (heads * width, 3 * heads * width), (heads * width, classes)]
+    weights = [torch.randn(shape, device=device, dtype=cos.dtype).div_(4).requires_grad_() for shape in shapes]
+    sees = (documents[:, None] == documents) & (positions[:, None] >= positions)
+
+    def loss(tokens, everything, gather, **reduction):
+        embedding, projection, head = weights
+        q, k, v = (embedding[ids[tokens]] @ projection).view(len(tokens), 3, heads, width).unbind(1)
+        q, k = packops.apply_rope(q, k, cos, sin, position_ids=positions[tokens])
+        k, v = gather(k), gather(v)
+        mixed = torch.nn.functional.scaled_dot_product_attention(
+            *(x.transpose(0, 1) for x in (q, k, v)), attn_mask=sees[tokens][:, everything]
+        )
+        return packops.cross_entropy(mixed.transpose(0, 1).flatten(1) @ head, labels[tokens], **reduction)
+
+    def gradients(value):
+        value.backward()
+        found = [weight.grad for weight in weights]
+        for weight in weights:
+            weight.grad = None
+        return found
+
+    every = torch.arange(total, device=device)
+    options = {"reduction": "seq-mean-token-mean", "cu_seqlens": cu_seqlens}
+    expected_loss = loss(every, every, lambda x: x, **options)
+    expected = gradients(expected_loss)
+
+    slices = [tokens.to(device) for tokens in zig_zag(lengths, world_size)]
+    mine, everything = slices[rank], torch.cat(slices)
+    part = loss(
+        mine,
+        everything,
+        GatherRanks.apply,
+        token_weight=token_weight[mine],
+        reduction="sum",
+    ) / len(lengths)
+    found = gradients(part)
+    for summed in (total_loss := part.detach().clone(), *found):
+        dist.all_reduce(summed)
+    tolerance = {"rtol": 1e-6, "atol": 1e-8} if device.type == "cpu" else {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(total_loss, expected_loss.detach(), **tolerance)
+    for of_ranks, whole in zip(found, expected, strict=True):
+        torch.testing.assert_close(of_ranks, whole, **tolerance)
+
+
+@fabrics(2, 4, gpus=(2, 4))
+def test_documents_cut_over_ranks_train_as_in_one_process(backend, world_size, tmp_path):
+    """Context parallel: RoPE takes ``position_ids``, the loss weighs tokens by their document."""
+    run_ranks(world_size, tmp_path, context_parallel, world_size, backend=backend)
+
+
+# ---- resumption on other ranks -----------------------------------------------------------------------------------------------
+
+
+def train_some_steps(rank, world_size, folder, name, state, steps):
+    """A loader with workers over this rank's share, for so many steps; writes what was trained on and where it stands."""
+    sampler = PackedBatchSampler(LENGTHS, 32, seed=3, rank=rank, world_size=world_size)
+    if state is not None:
+        sampler.load_state_dict(torch.load(folder / state, weights_only=True))
+    dataset = [{"input_ids": [1] * length, "number": number} for number, length in enumerate(LENGTHS)]
+    loader = torch.utils.data.DataLoader(dataset, batch_sampler=sampler, collate_fn=_numbers, num_workers=1)
+    trained = []
+    for number, documents in enumerate(loader, 1):
+        trained += documents
+        dist.barrier()  # ranks train a step together
+        if number == steps:
+            break
+    torch.save(trained, folder / f"{name}-{rank}.pt")
+    if rank == 0 and steps is not None:
+        torch.save(sampler.state_dict(step=steps), folder / name)
+
+
+def _numbers(documents):
+    return [document["number"] for document in documents]
+
+
+def test_a_run_resumes_on_half_its_ranks(tmp_path):
+    """Four processes stop after two steps, two others go on: every document is trained on once."""
+    (tmp_path / "first").mkdir(), (tmp_path / "second").mkdir()
+    run_ranks(4, tmp_path / "first", train_some_steps, 4, tmp_path, "state", None, 2)
+    run_ranks(2, tmp_path / "second", train_some_steps, 2, tmp_path, "rest", "state", None)
+    trained = [torch.load(path, weights_only=True) for path in sorted(tmp_path.glob("*-*.pt"))]
+    assert len(trained) == 6
+    assert all(trained)
+    assert sorted(number for part in trained for number in part) == list(range(len(LENGTHS)))
+
+
+# ---- refusals ----------------------------------------------------------------------------------------------------------------
+
+
 def _shards_that_one_rank_cannot_accept(rank):
     calls = {
         "vocab_parallel_cross_entropy": lambda width, sizes: packops.vocab_parallel_cross_entropy(
