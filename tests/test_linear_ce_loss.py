@@ -635,44 +635,109 @@ def test_bad_cu_seqlens(device):
 
 def bad_arguments(device):
     h, w, y = torch.randn(4, 9, device=device), torch.randn(5, 9, device=device), torch.zeros(4, dtype=torch.int64, device=device)
-    yield (h, w, y.float()), {}, TypeError, "labels must be int32 or int64, got"
-    yield (h.long(), w, y), {}, TypeError, "hidden must be bfloat16, float16 or float32, got"
-    yield (h, w.bfloat16(), y), {}, TypeError, "weight must have hidden's dtype"
-    yield (h, w[:, :8], y), {}, ValueError, r"weight must have shape \(vocab, 9\) .* got \(5, 8\)"
-    yield (h, w[0], y), {}, ValueError, r"weight must have shape \(vocab, hidden_size\), got \(9,\)"
-    yield (h, w, y[:3]), {}, ValueError, r"labels must have hidden's leading shape \(4,\), got \(3,\)"
-    yield (h[0, 0], w, y[0]), {}, ValueError, "hidden must have shape"
-    yield (h, w[:0], y), {}, ValueError, "at least one class"
-    yield (h, w, y), {"bias": torch.randn(6, device=device)}, ValueError, r"bias must have shape \(5,\), got \(6,\)"
-    yield (h, w, y), {"bias": torch.randn(5, device=device).half()}, TypeError, "bias must have hidden's dtype"
-    yield (h, w, y), {"reduction": "average"}, ValueError, "reduction must be none, sum, mean, .* got 'average'"
-    yield (h, w, y), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in"
-    yield (h, w, y), {"softcap": 0.0}, ValueError, "softcap must be positive"
-    yield (h, w, y), {"logit_scale": -1.0}, ValueError, "logit_scale must be positive"
-    yield (h, w, y), {"class_weight": torch.ones(8, device=device)}, ValueError, "class_weight must have 5 elements"
-    yield (h, w, y), {"token_weight": torch.ones(3, device=device)}, ValueError, "token_weight must have 4 elements"
-    yield (h, w, y), {"cu_seqlens": torch.zeros(2, device=device)}, TypeError, "cu_seqlens must be int32 or int64"
-    yield (h, w, y), {"num_items": torch.tensor([1, 2])}, ValueError, "num_items must hold one number"
-    yield (h, w, y), {"reduction": "sum", "num_items": torch.tensor(3)}, ValueError, "num_items replaces the denominator"
-    yield (h, w, y), {"num_valid": 5}, ValueError, "num_valid must be between 0 and the 4 rows, got 5"
-    yield (h, w, y), {"num_valid": -1}, ValueError, "num_valid must be between 0"
-    yield (h, w, y), {"chunk_tokens": 0}, ValueError, "chunk_tokens must be at least 1, got 0"
-    yield (h, w, y), {"accum_dtype": torch.bfloat16}, ValueError, "accum_dtype must be torch.float32, or"
-    if device.type == "cuda":
-        yield (h, w.cpu(), y), {}, ValueError, "weight must be on hidden's device"
-        yield (h, w, y.cpu()), {}, ValueError, "labels must be on hidden's device"
-        yield (h.double(), w.double(), y), {}, TypeError, "float64"
+    return {
+        "labels of floats": ((h, w, y.float()), {}, TypeError, "labels must be int32 or int64, got"),
+        "hidden of integers": ((h.long(), w, y), {}, TypeError, "hidden must be bfloat16, float16 or float32, got"),
+        "weight of another dtype": ((h, w.bfloat16(), y), {}, TypeError, "weight must have hidden's dtype"),
+        "weight of another width": ((h, w[:, :8], y), {}, ValueError, r"weight must have shape \(vocab, 9\) .* got \(5, 8\)"),
+        "weight in one dimension": ((h, w[0], y), {}, ValueError, r"weight must have shape \(vocab, hidden_size\), got \(9,\)"),
+        "labels too few": ((h, w, y[:3]), {}, ValueError, r"labels must have hidden's leading shape \(4,\), got \(3,\)"),
+        "no leading dimension": ((h[0, 0], w, y[0]), {}, ValueError, "hidden must have shape"),
+        "no class": ((h, w[:0], y), {}, ValueError, "at least one class"),
+        "bias of another length": (
+            (h, w, y),
+            {"bias": torch.randn(6, device=device)},
+            ValueError,
+            r"bias must have shape \(5,\), got \(6,\)",
+        ),
+        "bias of another dtype": (
+            (h, w, y),
+            {"bias": torch.randn(5, device=device).half()},
+            TypeError,
+            "bias must have hidden's dtype",
+        ),
+        "unknown reduction": (
+            (h, w, y),
+            {"reduction": "average"},
+            ValueError,
+            "reduction must be none, sum, mean, .* got 'average'",
+        ),
+        "label_smoothing above 1": ((h, w, y), {"label_smoothing": 1.5}, ValueError, "label_smoothing must be in"),
+        "softcap 0": ((h, w, y), {"softcap": 0.0}, ValueError, "softcap must be positive"),
+        "logit_scale negative": ((h, w, y), {"logit_scale": -1.0}, ValueError, "logit_scale must be positive"),
+        "class_weight too short": (
+            (h, w, y),
+            {"class_weight": torch.ones(8, device=device)},
+            ValueError,
+            "class_weight must have 5 elements",
+        ),
+        "token_weight too short": (
+            (h, w, y),
+            {"token_weight": torch.ones(3, device=device)},
+            ValueError,
+            "token_weight must have 4 elements",
+        ),
+        "cu_seqlens of floats": (
+            (h, w, y),
+            {"cu_seqlens": torch.zeros(2, device=device)},
+            TypeError,
+            "cu_seqlens must be int32 or int64",
+        ),
+        "num_items of two": ((h, w, y), {"num_items": torch.tensor([1, 2])}, ValueError, "num_items must hold one number"),
+        "num_items of a sum": (
+            (h, w, y),
+            {"reduction": "sum", "num_items": torch.tensor(3)},
+            ValueError,
+            "num_items replaces the denominator",
+        ),
+        "num_valid above the rows": (
+            (h, w, y),
+            {"num_valid": 5},
+            ValueError,
+            "num_valid must be between 0 and the 4 rows, got 5",
+        ),
+        "num_valid negative": ((h, w, y), {"num_valid": -1}, ValueError, "num_valid must be between 0"),
+        "chunk_tokens 0": ((h, w, y), {"chunk_tokens": 0}, ValueError, "chunk_tokens must be at least 1, got 0"),
+        "accum_dtype of other tensors": (
+            (h, w, y),
+            {"accum_dtype": torch.bfloat16},
+            ValueError,
+            "accum_dtype must be torch.float32, or",
+        ),
+    }
 
 
-@pytest.mark.parametrize("case", range(23))
+def bad_arguments_on_cuda(device):
+    h, w, y = torch.randn(4, 9, device=device), torch.randn(5, 9, device=device), torch.zeros(4, dtype=torch.int64, device=device)
+    return {
+        "weight on the host": ((h, w.cpu(), y), {}, ValueError, "weight must be on hidden's device"),
+        "labels on the host": ((h, w, y.cpu()), {}, ValueError, "labels must be on hidden's device"),
+        "fp64": ((h.double(), w.double(), y), {}, TypeError, "float64"),
+    }
+
+
+def assert_refused(case, entry, grad):
+    (hidden, *others), kwargs, error, message = case
+    call = packops.linear_cross_entropy if entry == "function" else torch.ops.packops.linear_cross_entropy
+    if grad and hidden.is_floating_point():
+        hidden = hidden.clone().requires_grad_()
+    with pytest.raises(error, match="packops.linear_cross_entropy: .*" + message):
+        call(hidden, *others, **kwargs)
+
+
+@pytest.mark.parametrize("case", bad_arguments("cpu"))
 @pytest.mark.parametrize("entry", ["function", "op"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_bad_arguments_are_named(device, case, entry, grad):
-    for args, kwargs, error, message in itertools.islice(bad_arguments(device), case, None, 23):
-        call = packops.linear_cross_entropy if entry == "function" else torch.ops.packops.linear_cross_entropy
-        hidden = args[0].clone().requires_grad_() if grad and args[0].is_floating_point() else args[0]
-        with pytest.raises(error, match="packops.linear_cross_entropy: .*" + message):
-            call(hidden, *args[1:], **kwargs)
+    assert_refused(bad_arguments(device)[case], entry, grad)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", bad_arguments_on_cuda("cpu"))
+@pytest.mark.parametrize("entry", ["function", "op"])
+@pytest.mark.parametrize("grad", [False, True])
+def test_bad_arguments_on_cuda_are_named(case, entry, grad):
+    assert_refused(bad_arguments_on_cuda("cuda")[case], entry, grad)
 
 
 def test_what_must_be_plain_and_on_the_host(device):
