@@ -140,10 +140,23 @@ def merge_tests(
     return build, _write(path, record)
 
 
-def merge_sanitizer(path: Path, tools: dict[str, Any], planted: dict[str, bool]) -> dict[str, Any]:
-    """``planted``: whether each tool found the error that was planted for it."""
+def merge_sanitizer(path: Path, seen: dict[str, Any], tools: dict[str, Any], planted: dict[str, bool]) -> dict[str, Any]:
+    """``planted``: whether each tool found the errors that were planted for it.
+
+    Tools that are not named keep what they said of the same sources in the same environment, ``seen`` (:func:`environment`).
+    """
     record = _present(path)
-    record["sanitizer"] = {"environment": environment(), "tools": tools, "planted": planted}
+    part = record.get("sanitizer") or {}
+    dated = ("date", "commit")
+    if {**part.get("environment", {}), **dict.fromkeys(dated)} != {**seen, **dict.fromkeys(dated)}:
+        part = {"tools": {}, "planted": {}}
+    tools, planted = {**part["tools"], **tools}, {**part["planted"], **planted}
+    order = [tool for tool in TOOLS if tool in tools]
+    record["sanitizer"] = {
+        "environment": seen,
+        "tools": {tool: tools[tool] for tool in order},
+        "planted": {tool: planted[tool] for tool in order},
+    }
     return _write(path, record)
 
 
@@ -211,10 +224,11 @@ def _problems_of_sanitizer(part: dict[str, Any]) -> list[str]:
             continue
         if result["errors"]:
             found.append(f"{tool}: {result['errors']} errors")
+        found += [f"{tool}: {name} did not finish: {why}" for name, why in result.get("unfinished", {}).items()]
         if result["cases"] < FEWEST_CASES:
             found.append(f"{tool}: only {result['cases']} cases, a whole run has {FEWEST_CASES} and more")
         if not part["planted"].get(tool):
-            found.append(f"{tool}: did not find the error that was planted for it")
+            found.append(f"{tool}: did not find the errors that are planted for it")
         excused, expected = result.get("excused", {}), EXCUSED_HAZARDS if tool == "racecheck" else {}
         found += [
             f"{tool}: {excused.get(place, 0)} hazards excused at `{place}`, tests/gpu_record.py has {expected.get(place, 0)}"

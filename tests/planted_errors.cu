@@ -1,50 +1,19 @@
-// One error for each tool of compute-sanitizer, planted on purpose: tests/sanitize.py runs each kernel under its tool and asks
-// whether the tool finds it. A tool that finds nothing here (a driver that it does not know, a flag that is misspelt) has said
-// nothing about packops' kernels either.
-#include <cuda_runtime.h>
+// Runs RMS norm's kernels, from a copy of csrc/ in which tests/sanitizer.py has planted an error. A tool of compute-sanitizer that
+// does not find its error here (a driver that it does not know, a flag that is misspelt) has said nothing about packops' kernels.
+#include "rms_norm.cu"
 
-namespace {
-
-constexpr int kThreads = 96;
-
-// memcheck: one element past the end.
-__global__ void planted_write_out_of_bounds(float* data, int count) { data[count - kThreads + 1 + threadIdx.x] = 1; }
-
-// racecheck: each thread reads what its neighbour in another warp writes, and nothing orders the two.
-__global__ void planted_race(float* data, int count) {
-  __shared__ float shared[kThreads];
-  shared[threadIdx.x] = data[threadIdx.x];
-  data[threadIdx.x] = shared[(threadIdx.x + 32) % kThreads];
-}
-
-// synccheck: a barrier of the block that some of its threads never reach.
-__global__ void planted_divergent_barrier(float* data, int count) {
-  if (threadIdx.x < kThreads - 16) {
-    data[threadIdx.x] += 1;
-    __syncthreads();
+// All tensors are contiguous fp32 on the device: x, grad and out (rows, columns), weight and weight_grad (columns,), partial as many
+// rows as x. Returns a cudaError_t.
+extern "C" __attribute__((visibility("default"))) int packops_planted(const float* x, const float* grad, const float* weight,
+                                                                      float* out, float* partial, float* weight_grad, int64_t rows,
+                                                                      int64_t columns, bool backward) {
+  packops::RmsNormParams p;
+  p.x = x, p.x_row = columns, p.weight = weight, p.out = out, p.rows = rows, p.columns = columns;
+  if (backward) {
+    p.grad = grad, p.grad_row = columns, p.partial = partial, p.weight_grad = weight_grad;
+    if (const cudaError_t error = packops::rms_norm_cuda_partials(p); error != cudaSuccess) return int(error);
+    if (p.partials > rows) return int(cudaErrorInvalidValue);
   }
-}
-
-// initcheck: reads memory that nobody wrote.
-__global__ void planted_read_of_nothing(float* data, int count) {
-  const float read = data[threadIdx.x];
-  if (read > 0) data[threadIdx.x] = read + 1;
-}
-
-using Kernel = void (*)(float*, int);
-
-int run(Kernel kernel, float* data, int count) {
-  kernel<<<1, kThreads>>>(data, count);
-  cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) error = cudaDeviceSynchronize();
-  return int(error);
-}
-
-}  // namespace
-
-extern "C" {
-int planted_memcheck(float* data, int count) { return run(planted_write_out_of_bounds, data, count); }
-int planted_racecheck(float* data, int count) { return run(planted_race, data, count); }
-int planted_synccheck(float* data, int count) { return run(planted_divergent_barrier, data, count); }
-int planted_initcheck(float* data, int count) { return run(planted_read_of_nothing, data, count); }
+  const cudaError_t error = packops::rms_norm_cuda(p, nullptr);
+  return int(error != cudaSuccess ? error : cudaDeviceSynchronize());
 }

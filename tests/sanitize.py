@@ -1,22 +1,26 @@
 """Runs every CUDA kernel on small, nasty inputs under NVIDIA's compute-sanitizer, and puts the result into the GPU record.
 
     python tests/sanitize.py                    all tools
-    python tests/sanitize.py memcheck           one tool
-    python tests/sanitize.py --cases            the cases alone, without a sanitizer (it then needs a GPU, but no sanitizer)
+    python tests/sanitize.py memcheck           one tool; the record keeps what the others said of these sources
+    python tests/sanitize.py --only rope        these cases alone
+    python tests/sanitize.py --cases            the cases without a sanitizer (it then needs a GPU, but no sanitizer)
     python tests/sanitize.py --warm-up          the same in many processes: the driver compiles all PTX and keeps the results
 
 memcheck: accesses out of bounds. racecheck: shared-memory races. synccheck: divergent barriers. initcheck: reads of memory that
-nobody wrote. The allocator's cache is off, because inside its big blocks an overrun looks legal. Each tool must first find an
-error that is planted for it (``planted_errors.cu``): one that cannot on this machine has nothing to say about the kernels.
+nobody wrote. The allocator's cache is off, because inside its big blocks an overrun looks legal. Each tool must find the errors
+that are planted for it (``sanitizer.py``): one that cannot on this machine has nothing to say about the kernels.
+
+Each function of cases has a process of its own under each tool, and a time limit. The record is written after each of them, so a
+run that is cut short leaves what it has seen, and says what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import ctypes
+import dataclasses
+import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -33,6 +37,7 @@ from torch import Tensor
 import gpu_record
 import packops
 from gpu_record import TOOLS
+from sanitizer import PLANTED, compile_planted, findings, found_planted, read_log, run_planted, run_sanitizer
 
 CASES: list[Callable[[torch.device], Iterator[str]]] = []
 Case = Callable[[torch.device], Iterator[str]]
@@ -475,10 +480,12 @@ def run_cases(device: torch.device, functions: list[Case] | None = None) -> int:
     torch.manual_seed(0)
     count = 0
     for function in functions or CASES:
+        started = time.monotonic()
         for name in function(device):
             if device.type == "cuda":
                 torch.cuda.synchronize()
-            print(f"case {function.__name__}: {name}", flush=True)
+            print(f"case {function.__name__}: {name} [{time.monotonic() - started:.1f} s]", flush=True)
+            started = time.monotonic()
             count += 1
     where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
     print(f"{count} cases ran on {where}", flush=True)
@@ -496,149 +503,119 @@ def warm_up() -> None:
     print(f"warm-up: {time.monotonic() - started:.0f} s" + (f", failed: {', '.join(failed)}" if failed else ""), flush=True)
 
 
-ERROR_STATUS = 99  # of the sanitizer, when it found something
-
-
-def run_sanitizer(tool: str, log: Path, *arguments: str) -> int:
-    """This script under a tool, its output in ``log``; the exit status."""
-    sanitizer = ["compute-sanitizer", f"--tool={tool}", f"--error-exitcode={ERROR_STATUS}", "--print-limit=0"]  # all of them
-    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "CUDA_LAUNCH_BLOCKING": "1"}
-    with log.open("w") as file:
-        command = [*sanitizer, sys.executable, __file__, *arguments]
-        return subprocess.run(command, stdout=file, stderr=file, env=environment).returncode
-
-
-def run_tool(tool: str, log: Path) -> dict[str, Any]:
-    started = time.monotonic()
-    status = run_sanitizer(tool, log, "--cases")
-    return {**read_log(log.read_text(), status), "seconds": round(time.monotonic() - started, 1)}
-
-
 # --------------------------------------------------------------------------------------------------------------------------------
-# Planted errors
-
-PLANTED = Path(__file__).with_name("planted_errors.cu")
-# What a tool says about its own: the message, and the kernel that it names.
-PLANTED_MESSAGE = {
-    "memcheck": (r"Invalid __global__ write of size 4 bytes", "planted_write_out_of_bounds"),
-    "racecheck": (r"Race reported between", "planted_race"),
-    "synccheck": (r"Barrier error detected\. Divergent thread", "planted_divergent_barrier"),
-    "initcheck": (r"Uninitialized __global__ memory read of size 4 bytes", "planted_read_of_nothing"),
-}
+# Under the tools
 
 
-def compile_planted(folder: Path) -> Path:
-    """``planted_errors.cu`` as a library for the GPU of this machine, or for Hopper where there is none."""
-    home = gpu_record._build.find_cuda_home()
-    if home is None:
-        raise RuntimeError("no nvcc, so no error can be planted: set CUDA_HOME or put nvcc on PATH")
-    arch = ".".join(map(str, torch.cuda.get_device_capability())) if torch.cuda.is_available() else "9.0"
-    library = folder.absolute() / "planted_errors.so"
-    flags = ["-shared", "-Xcompiler=-fPIC", "-lineinfo", *gpu_record._build.arch_flags([arch])]
-    subprocess.run([home / "bin" / "nvcc", *flags, "-o", library, PLANTED], check=True)
-    return library
+@dataclasses.dataclass
+class Job:
+    """One process: a planted error or one function's cases, under one tool."""
+
+    tool: str
+    name: str
+    is_planted: bool = False
+
+    def run(self, logs: Path, limit: float) -> Job:
+        started = time.monotonic()
+        self.log = logs / (f"{self.tool}_{self.name}.log".replace(" ", "_").replace("'", ""))
+        if self.is_planted:
+            folder = logs / self.log.stem
+            folder.mkdir(exist_ok=True)
+            arguments = ["--planted", self.name, str(compile_planted(self.name, folder))]
+        else:
+            arguments = ["--cases", "--only", self.name]
+        self.status = run_sanitizer(self.tool, self.log, *arguments, limit=limit)
+        self.seconds = round(time.monotonic() - started, 1)
+        text = self.log.read_text(errors="replace")
+        self.found = self.is_planted and found_planted(self.name, text, self.status)
+        self.result = {} if self.is_planted else read_log(text, self.status)
+        if self.status is None:
+            self.unfinished: str | None = f"stopped after {limit:.0f} s"
+        else:
+            self.unfinished = f"exit status {self.status}" if self.result.get("errors") == -1 else None
+        return self
+
+    def say(self) -> None:
+        if self.is_planted:
+            said = f"{'found' if self.found else 'DID NOT FIND'} its planted error: {self.name}"
+        else:
+            said = f"{self.name}: {self.unfinished or str(self.result['errors']) + ' errors'} in {self.result['cases']} cases"
+            excused = sum(self.result.get("excused", {}).values())
+            said += f", {excused} hazards excused" if excused else ""
+        print(f"{self.tool} {said}, {self.seconds} s ({self.log})", flush=True)
+        if (self.is_planted and not self.found) or self.unfinished or self.result.get("errors"):
+            print(findings(self.log.read_text(errors="replace")), flush=True)
 
 
-def run_planted(tool: str, library: Path) -> int:
-    """In this process; memory as the cases have it, from torch's allocator."""
-    data = torch.empty(1000, device="cuda") if tool == "initcheck" else torch.zeros(1000, device="cuda")
-    error = getattr(ctypes.CDLL(str(library)), f"planted_{tool}")(ctypes.c_void_p(data.data_ptr()), ctypes.c_int(data.numel()))
-    print(f"planted {tool}: CUDA error {error}", flush=True)
-    return 0
+def result_of(tool: str, done: list[Job], functions: list[str]) -> dict[str, Any]:
+    """What a tool has said so far: of its errors, its cases, what is excused, and what has not come to its end."""
+    mine = {job.name: job for job in done if job.tool == tool and not job.is_planted}
+    results = [job.result for job in mine.values()]
+    unfinished = {name: mine[name].unfinished if name in mine else "not run" for name in functions}
+    excused = sum((Counter(result.get("excused", {})) for result in results), Counter())
+    return {
+        "errors": sum(max(result["errors"], 0) for result in results),
+        "cases": sum(result["cases"] for result in results),
+        "seconds": {name: job.seconds for name, job in sorted(mine.items())},
+        "unfinished": {name: why for name, why in unfinished.items() if why},
+        **({"excused": dict(sorted(excused.items()))} if excused else {}),
+    }
 
 
-def found_planted(tool: str, text: str, status: int) -> bool:
-    """Whether a run says that the tool found its planted error, where it was planted."""
-    message, kernel = PLANTED_MESSAGE[tool]
-    return status == ERROR_STATUS and re.search(rf"========= .*{message}.*(\n=========.*){{0,3}}?{kernel}", text) is not None
+def run_tools(tools: list[str], functions: list[str], logs: Path, limit: float, processes: int) -> int:
+    """The planted errors and the cases under each tool. What they say goes into the record, unless cases are left out."""
+    logs.mkdir(parents=True, exist_ok=True)
+    jobs = [Job(planted.tool, name, is_planted=True) for name, planted in PLANTED.items() if planted.tool in tools]
+    jobs += [Job(tool, function) for tool in tools for function in functions]
+    print(f"{len(jobs)} runs under {', '.join(tools)}, {processes} at a time, at most {limit:.0f} s each", flush=True)
+    is_whole = functions == [function.__name__ for function in CASES]
+    environment = gpu_record.environment()
+    done: list[Job] = []
+    results: dict[str, dict[str, Any]] = {}
+    with ThreadPoolExecutor(processes) as pool:  # a sanitizer keeps the host busy, hardly the GPU
+        for future in as_completed([pool.submit(job.run, logs, limit) for job in jobs]):
+            done.append(future.result())
+            done[-1].say()
+            results = {tool: result_of(tool, done, functions) for tool in tools}
+            planted = {tool: is_found(tool, done) for tool in tools}
+            if is_whole:
+                gpu_record.merge_sanitizer(gpu_record.PATH, environment, results, planted)
+    for tool, result in results.items():
+        print(
+            f"{tool}: {result['errors']} errors in {result['cases']} cases, {sum(result['seconds'].values()):.0f} s", flush=True
+        )
+        if result.get("excused"):
+            print("EXCUSED_HAZARDS = " + json.dumps(result["excused"], indent=4, ensure_ascii=False), flush=True)
+    clean = all(planted.values()) and not any(result["errors"] or result["unfinished"] for result in results.values())
+    if is_whole and set(tools) == set(TOOLS):
+        problems = gpu_record.problems(gpu_record.PATH, ("sanitizer",))
+        print("\n".join(problems or ["GPU record: the sanitizer's part is good"]), flush=True)
+        clean = clean and not problems
+    return 0 if clean else 1
 
 
-# --------------------------------------------------------------------------------------------------------------------------------
-# Logs
-
-# A raw bulk copy (csrc/common/ptx.cuh) and the one kernel that has a ring of them.
-BULK_COPY = "cp_async_bulk"
-RING_KERNEL = "resident_kernel"
-ACCESS = re.compile(r"(Read|Write) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?):(\d+))?(?= |$)")
-
-
-def excusable(hazard: str) -> list[str] | None:
-    """The places that read what a bulk copy wrote, if that is all that this hazard is about; else None.
-
-    racecheck takes a raw bulk copy for a store by the thread that asks for it. Where the copies are issued in a loop it does not
-    see that mbarriers order them with what other warps read; FlashAttention-4 describes the same (AI/RACECHECK_TMA_HAZARD.md in
-    its repository). Only such pairs are excused, each with its line, and ``gpu_record.EXCUSED_HAZARDS`` says how many there are:
-    the emulator runs these copies late and out of order, and finds real ones.
-    """
-    accesses = [ACCESS.search(line) for line in hazard.splitlines() if " access at " in line]
-    if len(accesses) < 2 or not all(accesses):
-        return None
-    copies = [re.search(rf"\b{BULK_COPY}\(", access[2]) is not None and access[1] == "Write" for access in accesses]
-    if any(copies[0] == copy for copy in copies[1:]):
-        return None
-    readers = [access for access, copy in zip(accesses, copies, strict=True) if not copy]
-    if any(access[1] != "Read" for access in readers):
-        return None
-    kernels = {kernel for access in readers for kernel in re.findall(r"\b\w+_kernel\b", access[2])}
-    return [place_of(access) for access in readers] if kernels <= {RING_KERNEL} else None
-
-
-def place_of(access: re.Match) -> str:
-    """Where an access is, in words that stay while lines move: its file and the text of its line, or its function."""
-    function, file, line = access[2], access[3], access[4]
-    if file is None:
-        return re.sub(r"[<(].*", "", function.removeprefix("void ").replace("<unnamed>", "{}")).replace("{}", "<unnamed>")
-    sources = [path for path in gpu_record._build.source_files(gpu_record.ROOT / "csrc") if path.name == Path(file).name]
-    lines = sources[0].read_text().splitlines() if sources else []
-    return f"{Path(file).name}: {lines[int(line) - 1].strip() if int(line) <= len(lines) else f'line {line}'}"
-
-
-def races(text: str) -> tuple[int, int, Counter[str]]:
-    """How many hazards racecheck reports, how many of them are excused, and the readers of these by place."""
-    hazards = re.split(r"^========= (?:Error|Warning): Race reported between ", text, flags=re.MULTILINE)[1:]
-    readers = [places for places in map(excusable, hazards) if places]
-    return len(hazards), len(readers), Counter(place for places in readers for place in places)
-
-
-def read_log(text: str, status: int) -> dict[str, Any]:
-    """Errors and cases of one run. A run that did not reach its end, or whose summary is missing, never counts as clean."""
-    ran = re.search(r"^(\d+) cases ran on ", text, re.MULTILINE)
-    summary = re.search(r"ERROR SUMMARY: (\d+) error|RACECHECK SUMMARY: (\d+) hazard.*\((\d+) error", text)
-    errors = int(summary[1] or summary[2]) if summary else -1
-    found, excused, places = races(text)
-    # Hazards may be warnings alone: those may leave the status as it is.
-    expected = {0} if not found else {ERROR_STATUS} if summary and int(summary[1] or summary[3]) else {0, ERROR_STATUS}
-    if summary and summary[2] and found == errors:
-        errors -= excused
-    if errors == 0 and (status not in expected or ran is None):
-        errors = -1
-    result = {"errors": errors, "cases": int(ran[1]) if ran else len(re.findall(r"^case ", text, re.MULTILINE))}
-    return {**result, "excused": dict(sorted(places.items()))} if places else result
-
-
-def findings(text: str, most: int = 6000) -> str:
-    """What the tool says first, which is what happened; the rest follows from it. With the last case that had passed."""
-    lines = text.splitlines()
-    first = next((i for i, line in enumerate(lines) if line.startswith("=========") and "COMPUTE-SANITIZER" not in line), 0)
-    passed = [line for line in lines[:first] if line.startswith("case ")][-1:]
-    # The host's frames are always the same: Python calling an op.
-    told = [line for line in lines[first:] if line.startswith("=========") and "Host Frame" not in line]
-    return "\n".join(passed + (told or lines[-40:]))[:most]
+def is_found(tool: str, done: list[Job]) -> bool:
+    """Whether the tool found all errors that are planted for it."""
+    found = {job.name for job in done if job.found}
+    return all(name in found for name, planted in PLANTED.items() if planted.tool == tool)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tools", nargs="*", default=[], metavar="TOOL", help=f"any of {', '.join(TOOLS)}; all by default")
     parser.add_argument("--cases", action="store_true", help="run the cases in this process")
-    parser.add_argument("--only", action="append", metavar="FUNCTION", help="with --cases: these cases alone")
+    parser.add_argument("--only", action="append", metavar="FUNCTION", help="these cases alone")
     parser.add_argument("--warm-up", action="store_true", help="run the cases in many processes, whatever comes of it")
-    parser.add_argument("--planted", nargs=2, metavar=("TOOL", "LIBRARY"), help="run one planted error in this process")
+    parser.add_argument("--planted", nargs=2, metavar=("NAME", "LIBRARY"), help="run one planted error in this process")
     parser.add_argument("--logs", type=Path, default=Path("build/sanitize"), help="folder of the full logs")
+    parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for each process (default: 300)")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 12), help="how many at a time")
     arguments = parser.parse_args()
     if unknown := set(arguments.tools) - set(TOOLS):
         parser.error(f"unknown tool {', '.join(sorted(unknown))}; choose from {', '.join(TOOLS)}")
+    functions = [function for function in CASES if function.__name__ in (arguments.only or [function.__name__])]
     if arguments.cases:
-        return run_cases(torch.device("cuda"), [f for f in CASES if f.__name__ in (arguments.only or [f.__name__])])
+        return run_cases(torch.device("cuda"), functions)
     if arguments.planted:
         return run_planted(*arguments.planted)
     if arguments.warm_up:
@@ -647,53 +624,8 @@ def main() -> int:
     if shutil.which("compute-sanitizer") is None:
         print("compute-sanitizer is not on PATH; it comes with the CUDA toolkit", file=sys.stderr)
         return 2
-    return run_tools(arguments.tools or list(TOOLS), arguments.logs)
-
-
-def run_tools(tools: list[str], logs: Path) -> int:
-    """Plant an error for each tool, then run the cases under each; put all into the record if these were all the tools."""
-    logs.mkdir(parents=True, exist_ok=True)
-    library = compile_planted(logs)
-    print(f"{', '.join(tools)}: each in a process of its own, a few minutes", flush=True)
-
-    def plant(tool: str) -> bool:
-        log = logs / f"planted_{tool}.log"
-        status = run_sanitizer(tool, log, "--planted", tool, str(library))
-        return found_planted(tool, log.read_text(), status)
-
-    def run(tool: str) -> tuple[bool, dict[str, Any]]:
-        return plant(tool), run_tool(tool, logs / f"{tool}.log")
-
-    found, results = {}, {}
-    with ThreadPoolExecutor() as pool:  # a sanitizer keeps the host busy, hardly the GPU
-        running = {pool.submit(run, tool): tool for tool in tools}
-        for future in as_completed(running):
-            tool = running[future]
-            found[tool], results[tool] = result = future.result()
-            report(tool, *result, logs)
-    clean = all(found.values()) and not any(result["errors"] for result in results.values())
-    if set(results) == set(TOOLS):
-        gpu_record.merge_sanitizer(gpu_record.PATH, {t: results[t] for t in TOOLS}, {t: found[t] for t in TOOLS})
-        problems = gpu_record.problems(gpu_record.PATH, ("sanitizer",))
-        print("\n".join(problems or ["GPU record: the sanitizer's part is good"]), flush=True)
-        clean = clean and not problems
-    return 0 if clean else 1
-
-
-def report(tool: str, found: bool, result: dict[str, Any], logs: Path) -> None:
-    kernel = PLANTED_MESSAGE[tool][1]
-    print(f"{tool} {'found' if found else 'DID NOT FIND'} its planted error, {kernel} ({logs / f'planted_{tool}.log'})")
-    if not found:
-        print(findings((logs / f"planted_{tool}.log").read_text()))
-    excused = sum(result.get("excused", {}).values())
-    print(
-        f"{tool}: {result['errors']} errors in {result['cases']} cases"
-        + (f", {excused} hazards excused" if excused else "")
-        + f", {result['seconds']} s ({logs / f'{tool}.log'})",
-        flush=True,
-    )
-    if result["errors"]:
-        print(findings((logs / f"{tool}.log").read_text()), flush=True)
+    names = [function.__name__ for function in functions]
+    return run_tools(arguments.tools or list(TOOLS), names, arguments.logs, arguments.limit, arguments.processes)
 
 
 if __name__ == "__main__":

@@ -93,14 +93,18 @@ PROBLEMS = {
     "one tool missing": ({"sanitizer__tools__synccheck": None}, "synccheck: no run"),
     "errors": ({"sanitizer__tools__memcheck": {"errors": 2, "cases": 246}}, "memcheck: 2 errors"),
     "a broken run": ({"sanitizer__tools__memcheck": {"errors": -1, "cases": 246}}, "memcheck: -1 errors"),
+    "a case out of time": (
+        {"sanitizer__tools__memcheck": {"errors": 0, "cases": 246, "unfinished": {"rope": "stopped after 9 s"}}},
+        "memcheck: rope did not finish: stopped after 9 s",
+    ),
     "no cases": ({"sanitizer__tools__memcheck": {"errors": 0, "cases": 0}}, "memcheck: only 0 cases"),
     "other cases": ({"sanitizer__tools__memcheck": {"errors": 0, "cases": 247}}, "different numbers of cases"),
     "more hazards": ({"sanitizer__tools__racecheck__excused": {"ring.cuh: raw = chunk[v];": 6}}, "6 hazards excused"),
     "fewer hazards": ({"sanitizer__tools__racecheck__excused": None}, "0 hazards excused"),
     "hazards elsewhere": ({"sanitizer__tools__racecheck__excused": {**HAZARDS, "a.cu: b;": 1}}, "`a.cu: b;`, tests/"),
     "hazards of another tool": ({"sanitizer__tools__memcheck": {"errors": 0, "cases": 9, "excused": HAZARDS}}, "5 hazards"),
-    "a tool that finds nothing": ({"sanitizer__planted__synccheck": False}, "synccheck: did not find the error"),
-    "a tool that nothing was planted for": ({"sanitizer__planted": {}}, "initcheck: did not find the error"),
+    "a tool that finds nothing": ({"sanitizer__planted__synccheck": False}, "synccheck: did not find the errors"),
+    "a tool that nothing was planted for": ({"sanitizer__planted": {}}, "initcheck: did not find the errors"),
     "the sanitizer of PTX": ({"sanitizer__environment__built_for": "8.0+PTX"}, "compute-sanitizer saw a build for 8.0+PTX"),
 }  # fmt: skip
 
@@ -178,17 +182,27 @@ def test_parts_are_merged_and_keep_their_environments(tmp_path, monkeypatch):
     for built_for, date in (("9.0", "Monday"), ("8.0+PTX", "Tuesday")):
         monkeypatch.setattr(gpu_record, "environment", lambda b=built_for, d=date: {**SEEN, "built_for": b, "date": d})
         gpu_record.merge_tests(path, outcomes, {}, "")
-    monkeypatch.setattr(gpu_record, "environment", lambda: {**SEEN, "date": "Wednesday"})
-    whole = good()["sanitizer"]
-    gpu_record.merge_sanitizer(path, whole["tools"], whole["planted"])
+    whole, seen = good()["sanitizer"], {**SEEN, "date": "Wednesday"}
+    gpu_record.merge_sanitizer(path, seen, whole["tools"], whole["planted"])
     assert gpu_record.problems(path) == []
     content = gpu_record.read(path)
     dates = [part["environment"]["date"] for part in (*content["tests"].values(), content["sanitizer"])]
     assert dates == ["Monday", "Tuesday", "Wednesday"]
     # One record speaks of one csrc/: what was seen with other sources is dropped.
     path.write_text(json.dumps({**content, "csrc_sha256": "0" * 64}))
-    gpu_record.merge_sanitizer(path, whole["tools"], whole["planted"])
+    gpu_record.merge_sanitizer(path, seen, whole["tools"], whole["planted"])
     assert "tests" not in gpu_record.read(path)
+
+
+def test_tools_of_the_sanitizer_are_merged_if_they_saw_the_same_environment(tmp_path):
+    path, whole = tmp_path / "record.json", good()["sanitizer"]
+    for tool in reversed(gpu_record.TOOLS):
+        one = {tool: whole["tools"][tool]}, {tool: True}
+        content = gpu_record.merge_sanitizer(path, {**SEEN, "date": tool, "commit": None}, *one)
+    assert list(content["sanitizer"]["tools"]) == list(gpu_record.TOOLS)
+    assert gpu_record.problems(path, ("sanitizer",)) == []
+    content = gpu_record.merge_sanitizer(path, {**SEEN, "driver": "2"}, *one)
+    assert list(content["sanitizer"]["tools"]) == list(content["sanitizer"]["planted"]) == [tool]
 
 
 def test_an_override_is_loud_and_ends_with_the_next_change(tmp_path, monkeypatch, capsys):

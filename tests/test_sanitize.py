@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import re
+import shutil
+import time
+from pathlib import Path
 
 import pytest
 import torch
 
 import gpu_record
 import sanitize
+import sanitizer
 from op_table import kernels, ops_called_by
 
 CLEAN = "case a: x\ncase a: y\n2 cases ran on NVIDIA H200\n========= ERROR SUMMARY: 0 errors\n"
@@ -32,7 +37,7 @@ LOGS = {
 @pytest.mark.parametrize("case", LOGS)
 def test_read_log(case):
     text, status, errors, cases = LOGS[case]
-    assert sanitize.read_log(text, status) == {"errors": errors, "cases": cases}
+    assert sanitizer.read_log(text, status) == {"errors": errors, "cases": cases}
 
 
 RING = "packops::<unnamed>::resident_kernel<float, (int)0, (bool)0>(packops::CeLossParams, int)"
@@ -74,24 +79,24 @@ def log_of(hazards, level="Error") -> str:
 def test_hazards_of_bulk_copies_are_counted_apart(case):
     hazards, errors, places = HAZARDS[case]
     log = log_of(hazards)
-    assert sanitize.read_log(log, 99) == {"errors": errors, "cases": 1, **({"excused": places} if places else {})}
+    assert sanitizer.read_log(log, 99) == {"errors": errors, "cases": 1, **({"excused": places} if places else {})}
     # Hazards that are counted but not shown are not excused.
-    assert sanitize.read_log(log.replace(f"SUMMARY: {len(hazards)}", "SUMMARY: 9"), 99)["errors"] == 9
+    assert sanitizer.read_log(log.replace(f"SUMMARY: {len(hazards)}", "SUMMARY: 9"), 99)["errors"] == 9
     # And what is excused has one exit status: the sanitizer's own.
     if errors == 0:
-        assert all(sanitize.read_log(log, status)["errors"] == -1 for status in (0, 1, 134, -11))
+        assert all(sanitizer.read_log(log, status)["errors"] == -1 for status in (0, 1, 134, -11))
 
 
 def test_excused_warnings_may_leave_the_status_as_it_is():
     log = log_of([(COPY, READER)], "Warning")
     for status in (0, 99):
-        assert sanitize.read_log(log, status) == {"errors": 0, "cases": 1, "excused": {PLACE: 1}}
-    assert sanitize.read_log(log, 1)["errors"] == -1
+        assert sanitizer.read_log(log, status) == {"errors": 0, "cases": 1, "excused": {PLACE: 1}}
+    assert sanitizer.read_log(log, 1)["errors"] == -1
 
 
 def test_a_thousand_excused_hazards_are_no_clean_record(tmp_path, monkeypatch):
     """Each is excusable; their number is not what the record expects."""
-    result = sanitize.read_log(log_of([(COPY, READER)] * 1000), 99)
+    result = sanitizer.read_log(log_of([(COPY, READER)] * 1000), 99)
     assert result["errors"] == 0
     part = {"environment": {"built_for": "9.0", "compute_capability": "9.0"}, "planted": dict.fromkeys(sanitize.TOOLS, True)}
     tools = {tool: {"errors": 0, "cases": 250} for tool in sanitize.TOOLS}
@@ -104,48 +109,193 @@ def test_a_thousand_excused_hazards_are_no_clean_record(tmp_path, monkeypatch):
 def test_the_excuse_names_what_there_is():
     """The copy's and the kernel's names, which a renaming would turn into an excuse for nothing."""
     csrc = gpu_record.ROOT / "csrc"
-    assert re.search(rf"\bvoid {sanitize.BULK_COPY}\(", (csrc / "common" / "ptx.cuh").read_text())
-    users = [path.name for path in csrc.glob("*.cu*") if re.search(rf"\b{sanitize.BULK_COPY}\(", path.read_text())]
+    assert re.search(rf"\bvoid {sanitizer.BULK_COPY}\(", (csrc / "common" / "ptx.cuh").read_text())
+    users = [path.name for path in csrc.glob("*.cu*") if re.search(rf"\b{sanitizer.BULK_COPY}\(", path.read_text())]
     assert users, "no kernel has bulk copies: the excuse can go"
-    assert all(f"{sanitize.RING_KERNEL}(" in (csrc / name).read_text() for name in users)
+    assert all(f"{sanitizer.RING_KERNEL}(" in (csrc / name).read_text() for name in users)
 
 
-AT = "\n=========     at <unnamed>::"
+OF = "void packops::<unnamed>::{}<float, (bool)0>(packops::RmsNormParams, packops::RmsNormLaunch)+0x90 in rms_norm.cu:28"
+FRAMES = "\n=========     by thread (0,0,0) in block (0,0,0)\n=========         Device Frame: "
+BARRIER = "========= Barrier error detected. {}.\n=========     at void packops::team_sum<(int)1>(float *)+0x90" + FRAMES
 SAID = {
-    "memcheck": f"========= Invalid __global__ write of size 4 bytes{AT}planted_write_out_of_bounds(float *, int)",
-    "racecheck": "========= Error: Race reported between Write access at <unnamed>::planted_race(float *, int)+0x80 in a.cu:17",
-    "synccheck": f"========= Barrier error detected. Divergent thread(s) in block.{AT}planted_divergent_barrier(float *, int)",
-    "initcheck": f"========= Uninitialized __global__ memory read of size 4 bytes{AT}planted_read_of_nothing(float *, int)",
+    "rows past the end are written": (
+        "========= Invalid __global__ write of size 16 bytes\n=========     at store_streaming(void *)+0x10 in vec.cuh:9",
+        FRAMES,
+        OF.format("rms_norm_kernel"),
+    ),
+    "sums are read before they are written": (
+        "========= Error: Race reported between Write access at ",
+        OF.format("team_sum"),
+        "\n=========     and Read access at " + OF.format("team_sum"),
+    ),
+    "half of each warp skips a barrier": (BARRIER.format("Divergent thread(s) in warp"), OF.format("rms_norm_kernel")),
+    "a thread waits for others than itself": (BARRIER.format("Invalid arguments"), OF.format("rms_norm_kernel")),
+    "a block's share of the weight's gradient is not written": (
+        "========= Uninitialized __global__ memory read of size 4 bytes\n=========     at add_partials<float>()+0x1 in a.cuh:9",
+        FRAMES,
+        OF.format("weight_gradient_kernel"),
+    ),
 }
 
 
-@pytest.mark.parametrize("tool", sanitize.TOOLS)
-def test_what_counts_as_found(tool):
-    assert sanitize.found_planted(tool, SAID[tool], 99)
-    assert not sanitize.found_planted(tool, SAID[tool], 0)
-    assert not sanitize.found_planted(tool, SAID[tool].replace("planted_", "other_"), 99)
-    assert not any(sanitize.found_planted(tool, SAID[other], 99) for other in sanitize.TOOLS if other != tool)
-    assert not sanitize.found_planted(tool, "========= ERROR SUMMARY: 0 errors", 99)
+def test_each_tool_has_an_error():
+    assert {planted.tool for planted in sanitizer.PLANTED.values()} == set(sanitize.TOOLS)
+    assert set(SAID) == set(sanitizer.PLANTED)
+
+
+@pytest.mark.parametrize("name", sanitizer.PLANTED)
+def test_what_counts_as_found(name):
+    said = "".join(SAID[name])
+    assert sanitizer.found_planted(name, said, 99)
+    assert not sanitizer.found_planted(name, said, 0)
+    assert not sanitizer.found_planted(name, said, None)  # it had to be stopped
+    assert not sanitizer.found_planted(name, re.sub(r"team_sum|\w+_kernel", "other", said), 99)
+    assert not any(sanitizer.found_planted(name, "".join(SAID[other]), 99) for other in SAID if other != name)
+    assert not sanitizer.found_planted(name, "========= ERROR SUMMARY: 0 errors", 99)
+
+
+@pytest.mark.parametrize("name", sanitizer.PLANTED)
+def test_errors_can_be_planted(name, tmp_path):
+    csrc = shutil.copytree(gpu_record.ROOT / "csrc", tmp_path / "csrc")
+    before = (csrc / "rms_norm.cu").read_text()
+    sanitizer.PLANTED[name].plant(csrc)
+    assert (csrc / "rms_norm.cu").read_text() != before
+
+
+def test_an_error_whose_place_is_gone_is_not_planted(tmp_path):
+    (tmp_path / "rms_norm.cu").write_text("partial[c] = sum; partial[c] = sum;")
+    for planted in sanitizer.PLANTED.values():
+        with pytest.raises(ValueError, match="not once"):
+            planted.plant(tmp_path)
 
 
 @pytest.mark.skipif(gpu_record._build.find_cuda_home() is None, reason="needs nvcc")
-def test_an_error_is_planted_for_each_tool(tmp_path):
-    library = ctypes.CDLL(str(sanitize.compile_planted(tmp_path)))
-    source = sanitize.PLANTED.read_text()
-    for tool in sanitize.TOOLS:
-        assert hasattr(library, f"planted_{tool}")
-        assert f"void {sanitize.PLANTED_MESSAGE[tool][1]}(" in source
+def test_a_copy_with_an_error_compiles(tmp_path):
+    library = ctypes.CDLL(str(sanitizer.compile_planted("half of each warp skips a barrier", tmp_path)))
+    assert hasattr(library, "packops_planted")
+
+
+FUNCTIONS = [function.__name__ for function in sanitize.CASES]
+
+
+@pytest.fixture
+def tools(tmp_path, monkeypatch):
+    """Tools that say what a test wants: (tool, function) -> (log, exit status); all else is clean and finds what is planted."""
+    says: dict[tuple[str, str], tuple[str, int | None]] = {}
+
+    def run_sanitizer(tool, log, *arguments, limit):
+        name = arguments[1] if arguments[0] == "--planted" else arguments[-1]
+        usual = ("".join(SAID[name]), 99) if name in SAID else (CLEAN, 0)
+        text, status = says.get((tool, name), usual)
+        log.write_text(text)
+        return status
+
+    monkeypatch.setattr(sanitize, "run_sanitizer", run_sanitizer)
+    monkeypatch.setattr(sanitize, "compile_planted", lambda name, folder: folder)
+    monkeypatch.setattr(gpu_record, "environment", lambda: {"built_for": "9.0", "compute_capability": "9.0", "date": "today"})
+    monkeypatch.setattr(gpu_record, "PATH", tmp_path / "record.json")
+    monkeypatch.setattr(gpu_record, "FEWEST_CASES", 2)
+    monkeypatch.setattr(gpu_record, "EXCUSED_HAZARDS", {})
+    return says
+
+
+def run_tools(tmp_path, *tools, functions=FUNCTIONS) -> int:
+    return sanitize.run_tools(list(tools or sanitize.TOOLS), functions, tmp_path / "logs", limit=5, processes=2)
+
+
+def test_a_clean_run_is_recorded(tools, tmp_path):
+    assert run_tools(tmp_path) == 0
+    part = gpu_record.read(gpu_record.PATH)["sanitizer"]
+    assert {result["cases"] for result in part["tools"].values()} == {2 * len(FUNCTIONS)}
+    assert all(part["planted"].values())
+
+
+def test_what_runs_out_of_time_leaves_the_rest(tools, tmp_path, capsys):
+    tools["initcheck", "rope"] = "case rope: a\n", None
+    assert run_tools(tmp_path) == 1
+    assert "initcheck: rope did not finish: stopped after 5 s" in gpu_record.problems(gpu_record.PATH, ("sanitizer",))
+    results = gpu_record.read(gpu_record.PATH)["sanitizer"]["tools"]
+    assert results["initcheck"]["cases"] == 2 * len(FUNCTIONS) - 1
+    assert results["memcheck"]["unfinished"] == {}
+    # One tool again: the others keep what they said.
+    del tools["initcheck", "rope"]
+    assert run_tools(tmp_path, "initcheck") == 0
+    assert gpu_record.problems(gpu_record.PATH, ("sanitizer",)) == []
+    assert "EXCUSED" not in capsys.readouterr().out
+
+
+def test_what_dies_does_not_count_as_clean(tools, tmp_path):
+    tools["memcheck", "metadata"] = CLEAN, 134
+    assert run_tools(tmp_path) == 1
+    assert gpu_record.problems(gpu_record.PATH, ("sanitizer",)) == ["memcheck: metadata did not finish: exit status 134"]
+
+
+def test_an_interrupted_run_is_recorded_as_far_as_it_came(tools, tmp_path, monkeypatch):
+    says, left = sanitize.Job.say, [5]
+
+    def say(job):
+        left[0] -= 1
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        says(job)
+
+    monkeypatch.setattr(sanitize.Job, "say", say)
+    with pytest.raises(KeyboardInterrupt):
+        run_tools(tmp_path, "synccheck")
+    result = gpu_record.read(gpu_record.PATH)["sanitizer"]["tools"]["synccheck"]
+    assert result["unfinished"]
+    assert set(result["unfinished"].values()) == {"not run"}
+
+
+def test_a_planted_error_that_is_missed(tools, tmp_path):
+    tools["synccheck", "a thread waits for others than itself"] = CLEAN, 0
+    assert run_tools(tmp_path) == 1
+    found = ["synccheck: did not find the errors that are planted for it"]
+    assert gpu_record.problems(gpu_record.PATH, ("sanitizer",)) == found
+
+
+def test_excused_hazards_can_be_copied_from_what_is_said(tools, tmp_path, monkeypatch, capsys):
+    for function in ("rope", "attention"):
+        tools["racecheck", function] = log_of([(COPY, READER)] * 3).replace("1 cases", "2 cases"), 99
+    assert run_tools(tmp_path, functions=["rope", "attention"]) == 0
+    said = capsys.readouterr().out
+    assert f'EXCUSED_HAZARDS = {{\n    "{PLACE}": 6\n}}' in said
+    assert not gpu_record.PATH.exists(), "some of the cases are no record"
+    assert run_tools(tmp_path) == 1
+    monkeypatch.setattr(gpu_record, "EXCUSED_HAZARDS", {PLACE: 6})
+    assert run_tools(tmp_path) == 0
+
+
+def _runs(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().split()[2] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_a_run_over_its_limit_is_stopped_with_all_that_it_started(tmp_path, monkeypatch):
+    tool = tmp_path / "compute-sanitizer"
+    tool.write_text('#!/bin/sh\nsleep 60 &\necho $! > "$0.pid"\nwait\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    started = time.monotonic()
+    assert sanitizer.run_sanitizer("memcheck", tmp_path / "log", "--cases", limit=1) is None
+    assert time.monotonic() - started < 50
+    child = int((tmp_path / "compute-sanitizer.pid").read_text())
+    while _runs(child):
+        time.sleep(0.01)
 
 
 def test_findings_begin_with_the_first():
     text = "========= COMPUTE-SANITIZER\ncase a: x\n" + "========= Invalid __global__ read\n=========  Host Frame: main\n"
     text += "terminate called\n" + "========= ERROR SUMMARY: 1 error\n"
-    assert sanitize.findings(text).splitlines() == [
+    assert sanitizer.findings(text).splitlines() == [
         "case a: x",
         "========= Invalid __global__ read",
         "========= ERROR SUMMARY: 1 error",
     ]
-    assert sanitize.findings("no tool ran") == "no tool ran"
+    assert sanitizer.findings("no tool ran") == "no tool ran"
 
 
 def test_every_case_runs(device):
