@@ -5,10 +5,12 @@
     packops bench end-to-end --tiny                            # on the CPU in seconds; its times say nothing
 
 Models have the shapes of Llama-3.2-1B, Qwen3-0.6B and Gemma-2-2B, with random weights in bf16. Documents have the lengths of a
-corpus (``document_lengths.json``; ``short`` and ``long``), at evenly spaced quantiles, and random tokens. All rows train on the
-same documents and on one set of weights, row by row in turn, round by round; a step is forward, backward and a fused AdamW step.
-The padded row takes up to 8 documents a micro-batch, as many as fit the tokens of a pack. Useful tokens are those of documents,
-not padding.
+corpus (``document_lengths.json``; ``short`` and ``long``, of which nothing is longer than a pack) and random tokens. A step is
+several packs that :func:`packops.pack` fills to 97 % or more, forward and backward, and one fused AdamW step. All rows train on
+the same documents and on one set of weights, row by row in turn, round by round. The padded row takes up to 8 documents a
+micro-batch, as many as fit the tokens of a pack. Useful tokens are those of documents, not padding. ``rest`` is what is left of
+a step after the matrix products of the linear layers and the optimizer, which all rows share and which are timed alone in the
+same rounds.
 
 A row whose loss or gradient is not that of the others is measured and marked; one that is not installed, or does not fit into
 memory, is left out and named. Every round is written down when it is over. After ``--seconds``, or at SIGTERM, the run ends
@@ -50,18 +52,33 @@ from models import MODELS, configuration
 
 NAME = "end-to-end"
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
+FULL = 0.97  # of a pack
 PARTS = ("forward", "backward", "optimizer")
 # Of the first row's: bf16 gradients of different kernels differ by far less, those of contaminated documents by more.
 TOLERANCE = {"loss": 1e-2, "gradient": 5e-2}
 
 
-# ---- documents --------------------------------------------------------------
+# ---- documents -------------------------------------------------------------------------------------------------------------
 
 
 def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
     """Documents of :func:`draw_lengths`. Their order, and their tokens, are of the ``seed``."""
     rng = np.random.default_rng(seed)
     return [torch.from_numpy(rng.integers(3, vocabulary, length)) for length in draw_lengths(corpus, tokens, rng)]
+
+
+def draw_packs(corpus: dict[str, Any], tokens: int, count: int, vocabulary: int) -> list[list[Tensor]]:
+    """The documents of ``count`` packs, as :func:`packops.pack` makes them of a corpus of 64 packs or more: full to 97 %.
+
+    No document is longer than a pack; those of the corpus that are, are cut. Packs are taken at even steps of the plan, which has
+    long documents first.
+    """
+    rng = np.random.default_rng(0)
+    lengths = np.minimum(draw_lengths(corpus, tokens * max(64, 2 * count), rng), tokens)
+    plan = packops.pack(lengths, tokens, seed=None)
+    full = [pack for pack in plan if lengths[pack].sum() >= FULL * tokens]
+    chosen = [full[i] for i in np.linspace(0, len(full) - 1, count).round().astype(int)]
+    return [[torch.from_numpy(rng.integers(3, vocabulary, lengths[i])) for i in pack] for pack in chosen]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------------
@@ -76,6 +93,7 @@ class Row:
     padded: bool = False
     change: Callable[[nn.Module], None] | None = None
     not_for: tuple[str, ...] = ()
+    compiled: bool = False
 
 
 def with_liger(model: nn.Module, **parts: bool) -> None:
@@ -87,6 +105,11 @@ def with_packops(model: nn.Module) -> None:
     from packops import hf
 
     hf.apply(model, attention="packops_varlen")
+
+
+def with_packops_compiled(model: nn.Module) -> None:
+    with_packops(model)
+    model.compile(mode="reduce-overhead", fullgraph=True)
 
 
 def with_packed_attention(model: nn.Module) -> None:
@@ -102,7 +125,9 @@ ROWS = [
     Row("packed, sdpa", "sdpa", not_for=("gemma2",)),
     Row("packed, packops attention", "default", change=with_packed_attention),
     Row("packed, packops", "default", change=with_packops),
+    Row("packed, packops, compiled", "default", change=with_packops_compiled, compiled=True),
     Row("packed, flex", "flex_attention"),
+    Row("packed, flex, compiled", "flex_attention", change=lambda model: model.compile(), compiled=True),
     Row("packed, flex, Liger", "flex_attention", change=with_liger),
     # RoPE and the fused loss, without norms and gates
     Row(
@@ -136,21 +161,26 @@ def block_masks(config: Any, documents: Tensor) -> Any:
     return {kind: make(sliding if kind == "sliding_attention" else causal) for kind in kinds}
 
 
-def micro_batches(documents: list[Tensor], row: Row, tokens: int, config: Any, device: torch.device) -> list[dict[str, Any]]:
+def micro_batches(packs: list[list[Tensor]], row: Row, tokens: int, config: Any, device: torch.device) -> list[dict[str, Any]]:
     """Keyword arguments of the model for each micro-batch of a step."""
+    documents = [document for pack in packs for document in pack]
+    count = torch.tensor(float(sum(len(d) - 1 for d in documents)), device=device)
     if not row.padded:
-        batch = packops.PackingCollator(pad_to_length=tokens)([d.numpy() for d in documents]).to(device)
-        inputs = {**batch.to_hf(), "num_items_in_batch": torch.tensor(batch.num_items, device=device)}
-        if row.attention == "flex_attention":
-            inputs["attention_mask"] = block_masks(config, batch.seq_idx.flatten())
-        return [inputs]
+        most = max(map(len, packs)) + 1  # one is padding
+        collate = packops.PackingCollator(pad_to_length=tokens, num_documents=most if row.compiled else None)
+        batches = []
+        for pack in packs:
+            batch = collate([d.numpy() for d in pack]).to(device)
+            batches.append({**batch.to_hf(static=row.compiled), "num_items_in_batch": count})
+            if row.attention == "flex_attention":
+                batches[-1]["attention_mask"] = block_masks(config, batch.seq_idx.flatten())
+        return batches
     groups: list[list[Tensor]] = [[]]
     for document in documents:
         group = [*groups[-1], document]
         if len(group) > PADDED_ROWS or len(group) * max(map(len, group)) > tokens:
             groups.append([])
         groups[-1].append(document)
-    count = torch.tensor(sum(len(d) - 1 for d in documents), device=device)
     batches = []
     for group in groups:
         ids = nn.utils.rnn.pad_sequence(group, batch_first=True)
@@ -160,10 +190,45 @@ def micro_batches(documents: list[Tensor], row: Row, tokens: int, config: Any, d
     return batches
 
 
+class Floor:
+    """What every row must do: the products of its linear layers, forward and backward, and the optimizer's step."""
+
+    def __init__(self, base: nn.Module, packs: int, tokens: int):
+        self.shared = list(base.parameters())
+        self.weights = [module.weight for module in base.modules() if isinstance(module, nn.Linear)]
+        self.packs, self.tokens = packs, tokens
+        self.times: list[dict[str, float]] = []
+
+    def step(self, optimizer: torch.optim.Optimizer, laps: Laps) -> None:
+        # Random: the power that products take, and with it the clock, depends on what they multiply.
+        widths = {width for weight in self.weights for width in weight.shape}
+        of_width = {n: torch.randn(self.tokens, n, dtype=self.weights[0].dtype, device=self.weights[0].device) for n in widths}
+        laps.start()
+        with torch.no_grad():
+            for number in range(self.packs):
+                for weight in self.weights:
+                    of_width[weight.shape[1]] @ weight.t()
+                laps.lap("forward")
+                for weight in reversed(self.weights):
+                    x, gradient = of_width[weight.shape[1]], of_width[weight.shape[0]]
+                    gradient @ weight
+                    if number == 0:
+                        weight.grad = gradient.t() @ x
+                    else:
+                        weight.grad.addmm_(gradient.t(), x)  # type: ignore[union-attr]
+                laps.lap("backward")
+            for parameter in self.shared:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            optimizer.step()
+            laps.lap("optimizer")
+        optimizer.zero_grad()
+
+
 class Prepared:
     """A row's model on the shared weights, its batches, and what of transformers' modules it replaced for all of them."""
 
-    def __init__(self, row: Row, model_name: str, base: nn.Module, documents: list[Tensor], tokens: int):
+    def __init__(self, row: Row, model_name: str, base: nn.Module, packs: list[list[Tensor]], tokens: int):
         from transformers import AutoModelForCausalLM
 
         device = next(base.parameters()).device
@@ -186,7 +251,7 @@ class Prepared:
             row.change(self.model)
         self.patched = {k: v for k, v in vars(self.module).items() if before.get(k) is not v}
         self._swap(before)
-        self.batches = micro_batches(documents, row, tokens, base.config, device)
+        self.batches = micro_batches(packs, row, tokens, base.config, device)
         self.times: list[dict[str, float]] = []  # seconds by part of the steps that count
 
     def _swap(self, values: dict[str, Any]) -> dict[str, Any]:
@@ -271,13 +336,13 @@ def release(device: torch.device) -> None:
 
 def measure(
     model_name: str,
-    documents: list[Tensor],
+    packs: list[list[Tensor]],
     rows: list[Row],
-    results: list[dict[str, Any]],
+    case: dict[str, Any],
     args: argparse.Namespace,
     tell: Callable[[str], None],
 ) -> None:
-    """The rows of one model and corpus, first each on its own and then in turns. ``results`` have what is known at any time, and
+    """The rows of one model and corpus, first each on its own and then in turns. ``case`` has what is known at any time, and
     ``tell`` hears of every change."""
     from transformers import AutoModelForCausalLM
 
@@ -288,14 +353,19 @@ def measure(
         base = AutoModelForCausalLM.from_config(config, dtype=torch.float32 if args.tiny else torch.bfloat16)
     # so small a rate that all rows see about the same weights throughout
     optimizer = torch.optim.AdamW(base.parameters(), lr=1e-8, fused=True)
-    laps = Laps(device)
+    laps, results, floor = Laps(device), case["results"], Floor(base, len(packs), args.tokens)
+
+    def measure_floor() -> None:
+        floor.step(optimizer, laps)
+        floor.times.append(laps.seconds())
+        summarise(case["floor"], floor.times, case["useful_tokens"])
 
     def attempt(row: Row, result: dict[str, Any], prepared: Prepared | None = None) -> tuple[Prepared, dict[str, float]] | None:
         """A step, and its seconds by part; None if it failed."""
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         try:
-            prepared = prepared or Prepared(row, model_name, base, documents, args.tokens)
+            prepared = prepared or Prepared(row, model_name, base, packs, args.tokens)
             loss, norm = prepared.step(optimizer, laps)
             seconds = laps.seconds()
             result["loss"], result["gradient"] = loss.item(), norm.item()
@@ -318,22 +388,25 @@ def measure(
         done = attempt(row, result)  # compiles, allocates
         if done and (done := attempt(row, result, done[0])):
             prepared, seconds = done
-            summarise(result, [seconds], documents)
+            summarise(result, [seconds], case["useful_tokens"])
             running.append((row, result, prepared))
         prepared = done = None  # one that failed is gone before the next
         release(device)
         mark(results)
-        tell(format_result(result, best(results)))
+        tell(format_result(result, case))
     order = random.Random(0)
     for number in range(args.rounds + 1):  # the first warms up
         order.shuffle(running)
+        measure_floor()
+        if number == 0:
+            floor.times.clear()
         for _ in range(len(running)):
             row, result, prepared = running.pop(0)
             if done := attempt(row, result, prepared):
                 running.append((row, result, prepared))
                 if number:
                     prepared.times.append(done[1])
-                    summarise(result, prepared.times, documents)
+                    summarise(result, prepared.times, case["useful_tokens"])
             prepared = done = None
             if "left_out" in result:
                 release(device)
@@ -341,14 +414,14 @@ def measure(
         tell(f"round {number} of {args.rounds}: " + "; ".join(f"{row.name} {1e3 * r['seconds']:.1f} ms" for row, r, _ in running))
 
 
-def summarise(result: dict[str, Any], times: list[dict[str, float]], documents: list[Tensor]) -> None:
+def summarise(result: dict[str, Any], times: list[dict[str, float]], useful_tokens: int) -> None:
     totals = [sum(parts.values()) for parts in times]
     result["rounds"] = len(totals)
     result["seconds"] = statistics.median(totals)
     result["seconds_spread"] = [min(totals), max(totals)]
     result["samples"] = totals
     result["seconds_by_part"] = {name: statistics.median(parts[name] for parts in times) for name in PARTS}
-    result["tokens_per_second"] = sum(map(len, documents)) / result["seconds"]
+    result["tokens_per_second"] = useful_tokens / result["seconds"]
     result.pop("left_out", None)  # last: the end may come in between
 
 
@@ -364,15 +437,27 @@ def best(results: list[dict[str, Any]]) -> float:
     return max((r["tokens_per_second"] for r in results if "left_out" not in r and "packops" not in r["row"]), default=math.nan)
 
 
-def format_result(result: dict[str, Any], fastest: float) -> str:
+def rest(result: dict[str, Any], case: dict[str, Any]) -> float:
+    """Seconds of a step that are neither products of linear layers nor the optimizer."""
+    return float(result["seconds"] - case["floor"].get("seconds", math.nan))
+
+
+def least_rest(case: dict[str, Any]) -> float:
+    """Of the rows without packops."""
+    others = [rest(r, case) for r in case["results"] if "left_out" not in r and "packops" not in r["row"]]
+    return min(others, default=math.nan)
+
+
+def format_result(result: dict[str, Any], case: dict[str, Any]) -> str:
     if "left_out" in result:
         return f"{result['row']:<28} -- {result['left_out']}"
-    parts = " ".join(f"{1e3 * result['seconds_by_part'][name]:>9.1f}" for name in PARTS)
+    parts = " ".join(f"{1e3 * result['seconds_by_part'][name]:>10.1f}" for name in PARTS)
     peak = f"{result['peak_gib']:>7.1f}" if "peak_gib" in result else f"{'':>7}"
     wrong = f"  WRONG {', '.join(result['wrong'])}" if result["wrong"] else ""
     return (
-        f"{result['row']:<28}{result['tokens_per_second']:>10,.0f}{result['tokens_per_second'] / fastest:>7.2f}"
-        f"{1e3 * result['seconds']:>10.1f} {parts}{peak}  {result['loss']:.4f}{wrong}"
+        f"{result['row']:<28}{result['tokens_per_second']:>10,.0f}{result['tokens_per_second'] / best(case['results']):>7.2f}"
+        f"{1e3 * result['seconds']:>10.1f} {1e3 * rest(result, case):>8.1f}{rest(result, case) / least_rest(case):>7.2f}"
+        f"{parts}{peak}  {result['loss']:.4f}{wrong}"
     )
 
 
@@ -381,12 +466,15 @@ def table(data: dict[str, Any]) -> str:
     for case in data["cases"]:
         lines.append(
             f"\n{case['model']}, {case['corpus']} documents: {case['documents']} of mean "
-            f"{case['useful_tokens'] / case['documents']:.0f} tokens in {data['tokens']}"
+            f"{case['useful_tokens'] / case['documents']:.0f} tokens in {data['micro_batches']} x {data['tokens']}, "
+            f"{100 * case['useful_tokens'] / (data['micro_batches'] * data['tokens']):.1f} % full; products of linear layers and "
+            f"optimizer alone {1e3 * case['floor'].get('seconds', math.nan):.1f} ms"
         )
         lines.append(
-            f"{'':<28}{'tokens/s':>10}{'/best':>7}{'step ms':>10} {'forward':>9} {'backward':>9} {'optim.':>9}{'GiB':>7}  loss"
+            f"{'':<28}{'tokens/s':>10}{'/best':>7}{'step ms':>10} {'rest ms':>8}{'/best':>7}"
+            f"{'forward':>10} {'backward':>10} {'optim.':>10}{'GiB':>7}  loss"
         )
-        lines += [format_result(result, best(case["results"])) for result in case["results"]]
+        lines += [format_result(result, case) for result in case["results"]]
     return "\n".join(lines)
 
 
@@ -413,7 +501,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
     figure.suptitle(
-        f"training steps on {data['environment']['device']}, {data['tokens']:,} tokens a step, {data['dtype']}", fontsize=10
+        f"training steps on {data['environment']['device']}, {data['micro_batches']} x {data['tokens']:,} tokens a step, "
+        f"{data['dtype']}",
+        fontsize=10,
     )
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
@@ -425,7 +515,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument(
         "--rows", nargs="+", metavar="WORD", help="only rows whose name has one of these, as in: padded flex packops"
     )
-    parser.add_argument("--tokens", type=int, help="tokens of a step (default 16384; 512 with --tiny)")
+    parser.add_argument(
+        "--tokens", type=int, help="tokens of a pack, and of a padded micro-batch (default 16384; 512 with --tiny)"
+    )
+    parser.add_argument("--micro-batches", type=int, default=4, help="packs of a step (default 4)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each row (default 5)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end the run after so many, compilation included")
     parser.add_argument("--device", help="default: a GPU if there is one")
@@ -447,6 +540,7 @@ def main(args: argparse.Namespace) -> int:
         "benchmark": "end-to-end",
         "environment": measuring.environment(device.type, {"transformers": peers.TRANSFORMERS}),
         "tokens": args.tokens,
+        "micro_batches": args.micro_batches,
         "dtype": "fp32" if args.tiny else "bf16",
         "tiny": args.tiny,
         "settings": {"arguments": command.without_output(sys.argv[1:]), "data": "random tokens, documents of a corpus's lengths"},
@@ -454,22 +548,23 @@ def main(args: argparse.Namespace) -> int:
         "cases": [],
     }
     corpora = json.loads(LENGTHS.read_text())
-    work: list[tuple[str, list[Tensor], dict[str, Any]]] = []
+    work: list[tuple[str, list[list[Tensor]], dict[str, Any]]] = []
     for model in args.models:
         for name in args.corpora:
             corpus = corpora[name]
             if args.tiny:
                 corpus = {**corpus, "quantiles": [max(2, n // 16) for n in corpus["quantiles"]]}
-            documents = draw_documents(corpus, args.tokens, configuration(model, args.tiny).vocab_size)
+            packs = draw_packs(corpus, args.tokens, args.micro_batches, configuration(model, args.tiny).vocab_size)
             case = {
                 "model": f"tiny {MODELS[model]}" if args.tiny else MODELS[model],
                 "corpus": name,
-                "documents": len(documents),
-                "useful_tokens": sum(map(len, documents)),
+                "documents": sum(map(len, packs)),
+                "useful_tokens": sum(len(document) for pack in packs for document in pack),
+                "floor": {},
                 "results": [{"row": row.name, "left_out": "no time left"} for row in rows],
             }
             data["cases"].append(case)
-            work.append((model, documents, case))
+            work.append((model, packs, case))
 
     def tell(case: dict[str, Any], text: str) -> None:
         print(f"{time.perf_counter() - begin:6.0f} s  {case['model']}, {case['corpus']}: {text}", file=sys.stderr, flush=True)
@@ -478,8 +573,8 @@ def main(args: argparse.Namespace) -> int:
 
     try:
         with time_limit(begin + args.seconds - time.perf_counter()):
-            for model, documents, case in work:
-                measure(model, documents, rows, case["results"], args, functools.partial(tell, case))
+            for model, packs, case in work:
+                measure(model, packs, rows, case, args, functools.partial(tell, case))
                 torch.compiler.reset()
                 release(device)
                 if device.type == "cuda":

@@ -20,6 +20,7 @@ ARGUMENTS = {
     "hf_trainer.py": FEW,
     "trl_sft.py": FEW,
     "accelerate_loop.py": FEW,
+    "compiled_steps.py": FEW,
     "dpo_step.py": FEW,
     "grpo_step.py": FEW,
     "shared_prefix.py": FEW,
@@ -30,6 +31,7 @@ NEEDS = {
     "hf_trainer.py": ["transformers", "accelerate", "tokenizers", "tqdm"],
     "trl_sft.py": ["transformers", "accelerate", "tokenizers", "tqdm", "trl", "datasets"],
     "accelerate_loop.py": ["transformers", "accelerate", "tokenizers", "tqdm"],
+    "compiled_steps.py": ["transformers", "tokenizers", "tqdm"],
     "dpo_step.py": ["transformers", "tokenizers", "tqdm"],
     "grpo_step.py": ["transformers", "tokenizers", "tqdm"],
     "shared_prefix.py": ["transformers", "tokenizers", "tqdm"],
@@ -58,8 +60,10 @@ def test_example(name, tmp_path):
     if name == "dpo_step.py":
         first, last = re.search(r"^loss ([\d.]+) -> ([\d.]+)$", result.stdout, re.MULTILINE).groups()
         assert float(last) < float(first)
-    if name in ("dpo_step.py", "grpo_step.py", "shared_prefix.py"):
+    if name in ("compiled_steps.py", "dpo_step.py", "grpo_step.py", "shared_prefix.py"):
         assert "gradients agree" in result.stdout
+    if name == "compiled_steps.py":
+        assert "\n1 graph; " in result.stdout
     if name == "shared_prefix.py":
         assert float(re.search(r"([\d.]+) times fewer", result.stdout)[1]) > 3
     if name == "jit_your_kernel.py":

@@ -62,6 +62,48 @@ def run_compiled(compiled, model, inputs):
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters()}
 
 
+STATIC_LENGTHS = {"few": (9, 20), "one": (33,), "many": (3, 1, 7, 2, 12, 5), "no padding": (24, 16)}
+
+
+def static_batches(device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    collate = PackingCollator(pad_to_length=40, num_documents=8)
+    for lengths in STATIC_LENGTHS.values():
+        yield collate([torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in lengths]).to(device)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_compiled_once_for_all_documents(family):
+    """``to_hf(static=True)`` has nothing that changes a graph, also on the CPU, where packops_varlen otherwise reads lengths."""
+    model = packops.hf.apply(make(family), attention="packops_varlen")
+    graphs = []
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=lambda graph, inputs: graphs.append(graph) or graph, fullgraph=True)
+    for batch in static_batches():
+        count = {"num_items_in_batch": torch.tensor(float(max(batch.num_items, 1)))}
+        found = run_compiled(compiled, model, batch.to_hf(static=True) | count)
+        assert difference(found, run_compiled(model, model, batch.to_hf() | count)) < 1e-5
+    assert len(graphs) == 1
+    torch.compiler.reset()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+def test_cuda_graphs_for_all_documents(family):
+    """``reduce-overhead``: what a replayed graph computes is of this batch's documents."""
+    model = packops.hf.apply(make(family, torch.bfloat16, head_dim=64).to("cuda"), attention="packops_varlen")
+    torch.compiler.reset()
+    compiled = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    for _ in range(2):
+        for batch in static_batches("cuda"):
+            count = {"num_items_in_batch": torch.tensor(float(max(batch.num_items, 1)), device="cuda")}
+            torch.compiler.cudagraph_mark_step_begin()
+            found = run_compiled(compiled, model, batch.to_hf(static=True) | count)
+            assert difference(found, run_compiled(model, model, batch.to_hf() | count)) < 5e-2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    torch.compiler.reset()
+
+
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text", "cohere"])
 def test_generate(family):
     model = make(family).eval()

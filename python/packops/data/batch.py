@@ -240,7 +240,7 @@ class PackedBatch:
 
         return create_block_mask(mask, 1, None, size, size, device=str(self.device), _compile=compile)
 
-    def to_hf(self, *, seq_idx: bool = False) -> dict[str, Any]:
+    def to_hf(self, *, seq_idx: bool = False, static: bool = False) -> dict[str, Any]:
         """Keyword arguments of a Hugging Face causal language model, for any of its attention backends.
 
         No ``attention_mask``, since one of ones would turn the detection of packed rows off; ``use_cache=False``, since the cache
@@ -248,25 +248,29 @@ class PackedBatch:
         and ``num_valid`` spares the lm_head of :func:`packops.hf.apply` the tokens that are not scored; other models ignore it.
         Where there is padding, ``real_tokens`` keeps it out of the router loss of a mixture of experts after
         :func:`packops.hf.apply`. ``seq_idx`` adds that too, for models with Mamba layers.
+
+        ``static`` is for a compiled model: no number in the result changes from batch to batch, for each would be a graph of its
+        own. ``max_length_*`` are the row's length, an upper bound, and ``num_valid`` is left out. Shapes are those of the
+        collator: ``PackingCollator(pad_to_length=..., num_documents=...)``.
         """
+        longest = self.num_tokens if static else self.max_seqlen
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
             "labels": self.labels,
             "position_ids": self.position_ids,
             "cu_seq_lens_q": self.cu_seqlens,
             "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.max_seqlen,
-            "max_length_k": self.max_seqlen,
+            "max_length_q": longest,
+            "max_length_k": longest,
             "use_cache": False,
-            "num_valid": self.num_valid,
         }
+        if not static:
+            inputs["num_valid"] = self.num_valid
         if self.shift_labels is not None:
             inputs["shift_labels"] = self.shift_labels
-        if self.real_tokens is not None:
-            inputs["real_tokens"] = self.real_tokens
         if seq_idx:
             inputs["seq_idx"] = self.seq_idx
-        return inputs | self.columns
+        return inputs | self._real_tokens(static) | self.columns
 
     def __repr__(self) -> str:
         padding = self.num_tokens - sum(self.lengths)
@@ -279,6 +283,11 @@ class PackedBatch:
         """(n,) int64: the rows of one document, those that it shares with others left out."""
         begin = self.boundaries[document]
         return torch.arange(begin, begin + self.lengths[document], device=self.device)
+
+    def _real_tokens(self, static: bool) -> dict[str, Tensor]:
+        if self.real_tokens is not None:
+            return {"real_tokens": self.real_tokens}
+        return {"real_tokens": torch.ones_like(self.input_ids, dtype=torch.bool)} if static else {}
 
     def _sees(self) -> Callable[[Tensor, Tensor], Tensor]:
         """Whether a query may attend to a key, both numbers of tokens."""

@@ -157,13 +157,16 @@ class PackedForest(PackedBatch):
         rows = self.rows.split(list(self.lengths))[document]
         return rows[documents_through[rows] == 1]
 
-    def to_hf(self, *, seq_idx: bool = False, attention: Literal["packops_varlen", "sdpa"] = "packops_varlen") -> dict[str, Any]:
+    def to_hf(
+        self, *, seq_idx: bool = False, static: bool = False, attention: Literal["packops_varlen", "sdpa"] = "packops_varlen"
+    ) -> dict[str, Any]:
         """Keyword arguments of a Hugging Face causal language model after :func:`packops.hf.apply`.
 
         Args:
             attention: of the model. ``"packops_varlen"`` (:func:`packops.hf.apply`) takes the forest as it is. ``"sdpa"``, of a
                 model without sliding windows, takes a (1, 1, T, T) mask. No other attention knows forests.
             seq_idx: is refused: layers with a state cannot branch.
+            static: as in :meth:`PackedBatch.to_hf`.
         """
         if seq_idx:
             raise ValueError("seq_idx is for layers with a state, which cannot branch where documents part")
@@ -173,13 +176,13 @@ class PackedForest(PackedBatch):
             "labels": self.shift_labels,  # what makes transformers' models compute a loss
             "shift_labels": self.shift_labels,
             WEIGHT: self.token_weight,
-            "num_valid": self.num_valid,
             "use_cache": False,
         }
+        if not static:
+            inputs["num_valid"] = self.num_valid
         if self.reduction == "seq-mean-token-sum":  # else the weights of the row add up to it
             inputs["num_items_in_batch"] = self.denominator
-        if self.real_tokens is not None:
-            inputs["real_tokens"] = self.real_tokens
+        inputs |= self._real_tokens(static)
         if attention == "packops_varlen":
             inputs |= {"cu_seq_lens_q": self.cu_seqlens, "cu_seq_lens_k": self.cu_seqlens, "parents": self.parents}
         elif attention == "sdpa":

@@ -352,7 +352,9 @@ def packed_attention(
     )
     # (B, heads, S, head_dim) as transformers has it is a view of (T, heads, head_dim)
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    if path == "packops":
+    # In a graph nobody reads the lengths that sdpa's calls need: packops.attention knows what to do there.
+    plain = rule.causal and rule.dropout == 0 and rule.sinks is None
+    if path == "packops" or (path == "sdpa" and plain and torch.compiler.is_compiling()):
         output = packops.attention(q, k, v, documents.cu_seqlens, causal=rule.causal, **rule.options)
     else:
         output = ATTEND[path](q, k, v, documents, rule)
