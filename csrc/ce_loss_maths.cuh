@@ -87,14 +87,15 @@ struct StatisticsPartial {
     r.max = fmaxf(max, b.max);
     const float ea = RowExp<T>::ratio(max, r.max), eb = RowExp<T>::ratio(b.max, r.max);
     r.sum = __fadd_rn(__fmul_rn(sum, ea), __fmul_rn(b.sum, eb));
-    r.moment = __fadd_rn(__fmul_rn(ea, __fadd_rn(moment, __fmul_rn(moved(max, r.max), sum))),
-                         __fmul_rn(eb, __fadd_rn(b.moment, __fmul_rn(moved(b.max, r.max), b.sum))));
+    r.moment = __fadd_rn(moved_moment(ea, r.max), b.moved_moment(eb, r.max));
     r.weighted = weighted + b.weighted;
     r.argmax = max == b.max ? min(argmax, b.argmax) : (max > b.max ? argmax : b.argmax);
     return r;
   }
-  // The shift of a term's exponent when its reference changes from `from` to `to`. A partial result that is still empty has none.
-  __device__ __forceinline__ static float moved(float from, float to) { return from == -INFINITY ? 0.f : from - to; }
+  // The moment relative to `to` instead of max. `ratio`: of the sums. If it is 0, no term is left, and max - to may be infinite.
+  __device__ __forceinline__ float moved_moment(float ratio, float to) const {
+    return ratio == 0.f ? 0.f : __fmul_rn(ratio, __fadd_rn(moment, __fmul_rn(max - to, sum)));
+  }
 };
 
 // The maths of a row.
@@ -196,7 +197,7 @@ struct RowMaths {
     for (int i = 0; i < kCount; i++) top = fmaxf(top, x[i]);
     const RowExp<T> exp(top);
     const float shrink = RowExp<T>::ratio(part.max, top);
-    if constexpr (kHasStatistics) part.moment = shrink * (part.moment + Partial::moved(part.max, top) * part.sum);
+    if constexpr (kHasStatistics) part.moment = part.moved_moment(shrink, top);
     float sum = 0;
 #pragma unroll
     for (int i = 0; i < kCount; i++) {
@@ -286,9 +287,14 @@ struct RowMaths {
     // With kCapped one logarithm: the difference of two could cancel.
     float loss =
         k.gamma * (kCapped ? logf(row.sum / ex2_approx(row.target)) : log_sum + RowExp<T>::below_max(row.target, row.max));
-    if constexpr (kHasUniform) loss += k.beta * (class_weight_sum * lse - row.weighted);
+    // Kernels with statistics have the uniform part without smoothing, too: 0 times a logit of -inf would be NaN.
+    if (kHasUniform && k.beta != 0) loss += k.beta * (class_weight_sum * lse - row.weighted);
     if (p.z_loss != 0) loss += p.z_loss * lse * lse;
     return loss;
+  }
+  // below_max: the sum has the rounding of its terms' exponents (see RowExp), the moment's differences have none.
+  __device__ __forceinline__ float entropy(const StatisticsPartial<T>& row) const {
+    return logf(row.sum) + RowExp<T>::below_max(row.max, row.max) - row.moment / row.sum;
   }
 };
 
@@ -360,16 +366,8 @@ struct RowGradient {
   __device__ __forceinline__ bool in_vector(int64_t c) const { return uint32_t(y - int32_t(c)) < uint32_t(kVec<T>); }
 };
 
-// Writes a row's results except its gradient. Called by one thread.
-template <int kFeatures, typename Partial>
-__device__ __forceinline__ void write_row_state(const CeLossParams& p, int64_t t, const Partial& row) {
-  state(p.row_max, t) = row.max;
-  state(p.row_sum, t) = row.sum;
-  if constexpr (kFeatures & kStatistics) {
-    if (p.entropy) state(p.entropy, t) = logf(row.sum) - row.moment / row.sum;
-    if (p.prediction) p.prediction[t] = row.argmax < p.vocab ? row.argmax : 0;
-  }
-}
+// Writing a row's results except its gradient. Called by one thread.
+
 __device__ __forceinline__ void write_row_loss(const CeLossParams& p, int64_t t, float loss) {
   state(p.row_loss, t) = loss;
   if (p.reduction == Reduction::none) state(p.loss, t) = loss * state(p.scale, t);
@@ -384,7 +382,12 @@ __device__ __forceinline__ void write_row(const CeLossParams& p, const Maths& ma
     state(p.partial, kPartialTarget * p.rows + t) = is_here(p, y) ? maths.logit(row.target) : 0.f;
     state(p.partial, kPartialWeighted * p.rows + t) = row.weighted;
   } else {
-    write_row_state<kFeatures>(p, t, row);
+    state(p.row_max, t) = row.max;
+    state(p.row_sum, t) = row.sum;
+    if constexpr (kFeatures & kStatistics) {
+      if (p.entropy) state(p.entropy, t) = maths.entropy(row);
+      if (p.prediction) p.prediction[t] = row.argmax < p.vocab ? row.argmax : 0;
+    }
     write_row_loss(p, t, maths.loss(row, y));
   }
 }

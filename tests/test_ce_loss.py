@@ -225,6 +225,16 @@ def test_infinite_and_huge_logits(device):
     labels = torch.tensor([69999, 69995, 69999, 5, 7, 11, 13], device=device)
     logits = torch.stack(rows).to(device)
     assert_close(*both(logits, labels, reduction="none"), torch.float32)
+    for dtype in (torch.float32, torch.bfloat16):
+        given = logits.to(dtype)
+        given[4] = torch.finfo(dtype).min  # bf16 would round fp32's to -inf
+        loss, stats = packops.cross_entropy(given, labels, reduction="none", return_stats=True)
+        torch.testing.assert_close(
+            loss.double(), reference.cross_entropy(given.double(), labels, reduction="none"), rtol=1e-5, atol=1e-5
+        )
+        log_p = given.double().log_softmax(-1)
+        entropy = -torch.where(log_p.isneginf(), 0.0, log_p.exp() * log_p).sum(-1)
+        torch.testing.assert_close(stats.entropy.double(), entropy, rtol=1e-5, atol=1e-5)
     logits[0, 69999] = -math.inf  # an impossible target: infinite loss, finite gradient
     loss, expected, grad, expected_grad = both(logits[:1], labels[:1], reduction="none")
     assert loss.item() == expected.item() == math.inf

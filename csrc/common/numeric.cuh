@@ -35,8 +35,9 @@ __device__ __forceinline__ float tanh_accurate(float x) {
   return fabsf(x) < 0.625f ? small : large;
 }
 
-// Above this a product with log2(e) may overflow. Neighbouring bf16 numbers are so far apart there that e^(x - max) is 0 or 1.
-inline constexpr float kExtreme = 1e38f;
+// Above this the rounding of max log2e, at most 2^-24 of it, no longer fits into an exponent. Neighbouring 16-bit numbers are so
+// far apart there that e^(x - max) is 0 or 1.
+inline constexpr float kExtreme = 0x1p26f;
 
 // A function object: e^(x - max) for the elements of a row with that maximum. A row of -inf gives zeros.
 //
@@ -51,7 +52,7 @@ struct RowExp {
     if constexpr (sizeof(T) == 4) {
       shift = max == -INFINITY ? 0.f : max;
     } else {
-      if (fabsf(max) > kExtreme) scale = 0x1p-20f;  // any factor that keeps the product finite tells equal from smaller
+      if (fabsf(max) > kExtreme) scale = 1;  // the difference is exact, and any base tells equal from smaller
       shift = max == -INFINITY ? 0.f : __fmul_rn(max, scale);
     }
   }

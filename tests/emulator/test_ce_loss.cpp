@@ -443,6 +443,29 @@ CASE(softcapped_logits_of_every_size) {
   check_softcap<bf16_t>(66001, 30, 1, false);
 }
 
+template <typename T>
+void check_extremes(int64_t vocab, float largest) {
+  const Options o{.reduction = Reduction::none, .statistics = true};
+  Problem<T> problem(4, vocab, o, uint64_t(vocab));
+  const auto row = [&](int64_t t) { return problem.logits.data() + problem.offset + t * problem.stride; };
+  for (int64_t t = 0; t < 4; t++) problem.labels[t] = vocab - 1;
+  row(0)[vocab / 2] = from_float<T>(-INFINITY);
+  std::fill(row(1), row(1) + vocab - 2, from_float<T>(-INFINITY));
+  std::fill(row(2), row(2) + vocab - 2, from_float<T>(-largest));  // the distance to the maximum is infinite in fp32
+  row(2)[vocab - 2] = from_float<T>(largest);
+  row(3)[vocab / 3] = from_float<T>(largest / 4);
+  compare(problem, o);
+}
+
+CASE(statistics_of_extreme_logits) {
+  for (int64_t vocab : {5, 300, 4099}) {
+    check_extremes<float>(vocab, 2e38f);
+    check_extremes<bf16_t>(vocab, 2e38f);
+    check_extremes<half_t>(vocab, 65504);
+  }
+  check_extremes<bf16_t>(60000, 2e38f);
+}
+
 CASE(a_nan_shows_wherever_it_is) {
   for (int64_t at = 60; at < 80; at++) {  // on the edge and in vectors
     const Options o{.softcap = 30};

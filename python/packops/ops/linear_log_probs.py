@@ -51,7 +51,6 @@ OP = "linear_log_probs"
 REFUSED = "use torch.log_softmax of the logits"
 BAD_LABEL = _checks.BAD_LABEL
 ELSEWHERE = 2**31 - 1  # a column that no shard has
-LOWEST_LOGIT = -1e30
 LEAST_LOG = -1e4  # stands for log 0: where p is 0, p log p is 0
 PIECE_BYTES = 1 << 26  # of logits whose gradient is formed at once: what elementwise operations need as temporaries
 
@@ -170,17 +169,8 @@ def rows_of(
         _scale_and_cap_(logits, **maths)
         maths = {}
     options = {"reduction": "none", "ignore_index": IGNORED, "with_grad": False, **maths}
-    apart = with_entropy and logits.is_cuda
-    loss, _, floats, *_ = ops.forward(logits, target, with_stats=with_entropy and not apart, **options)
-    row_max, log_sum = floats[ce.MAX], floats[ce.SUM].log()
-    entropy = None
-    if apart:  # on CUDA the kernel makes 0 log 0 of -inf NaN, or of what overflows when it is added up
-        lowest = LOWEST_LOGIT / max(1.0, maths["logit_scale"])
-        _, _, floats, *_ = ops.forward(logits.clamp_(min=lowest), target, with_stats=True, **options)
-        entropy = floats[ce.ENTROPY].masked_fill(row_max <= LOWEST_LOGIT, torch.nan)
-    elif with_entropy:
-        entropy = floats[ce.ENTROPY]
-    return loss.neg(), Rows(entropy, row_max, log_sum)
+    loss, _, floats, *_ = ops.forward(logits, target, with_stats=with_entropy, **options)
+    return loss.neg(), Rows(floats[ce.ENTROPY] if with_entropy else None, floats[ce.MAX], floats[ce.SUM].log())
 
 
 def _column(target: Tensor, shard: Shard, width: int, elsewhere: int) -> Tensor:
