@@ -235,6 +235,39 @@ def test_full_width_tables_belong_to_features(device, mrope, per_token_table, in
         assert torch.equal(half, full)
 
 
+# (columns of a half table, how it is laid out, features of a head, options): what would be read as another table.
+MISREAD_TABLES = {
+    "a half table wider than half a head": (8, "half", 15, {}),
+    "a half table as wide as a head": (8, "half", 8, {}),
+    "said to be full": (8, "half", 16, {"rotary_dim": 8}),
+    "neighbours for halves": (8, "neighbours", 16, {"rotary_dim": 16}),
+    "halves for neighbours": (8, "halves", 16, {"interleaved": True}),
+    "halves of partial rotary": (8, "halves", 32, {}),
+    "neighbours of partial rotary": (8, "neighbours", 40, {"interleaved": True}),
+}
+
+
+@pytest.mark.parametrize("case", MISREAD_TABLES)
+@pytest.mark.parametrize("fused_norm", [False, True])
+@pytest.mark.parametrize("per_token_table", [False, True])
+def test_tables_that_would_be_misread_are_refused(device, request, case, fused_norm, per_token_table):
+    columns, layout, head_dim, options = MISREAD_TABLES[case]
+    table = packops.rope_table(2 * columns, 7, device=device)
+    widened = {"half": lambda t: t, "halves": lambda t: torch.cat([t, t], -1), "neighbours": lambda t: t.repeat_interleave(2, -1)}
+    cos, sin = (widened[layout](t) for t in table)
+    q = torch.randn(7, 2, head_dim, device=device)
+    packops.checks(True)
+    request.addfinalizer(lambda: packops.checks(False))
+    with pytest.raises(ValueError, match="every number twice"):
+        if fused_norm:
+            weight = torch.ones(head_dim, device=device)
+            packops.apply_qk_norm_rope(
+                q, None, weight, None, cos, sin, eps=1e-6, layout="thd", per_token_table=per_token_table, **options
+            )
+        else:
+            packops.apply_rope(q, None, cos, sin, layout="thd", per_token_table=per_token_table, **options)
+
+
 def test_equals_cohere(device):
     cohere = pytest.importorskip("transformers.models.cohere.modeling_cohere")
     q = make_heads((2, 3, 10, 64), torch.float32, device)

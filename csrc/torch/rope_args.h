@@ -122,6 +122,26 @@ inline void check_half_table(const char* op, const RopeParams& p) {
                 " rotary features: pass rotary_dim=", width, ", or else they are half a table of ", p.rotary_dim, " features");
 }
 
+// A table as wide as the rotary features has every number twice, at the two features of a pair. Only one is read: in the other
+// order, or with numbers of its own for every feature, the result would be another. A few rows show it.
+inline void check_full_table(const char* op, const RopeParams& p) {
+  const int pairs = p.rotary_dim / 2;
+  for (int64_t batch = 0; batch < (p.per_token_table ? p.batch : 1); batch++)
+    for (const int64_t row : {int64_t(1), p.table_rows / 2, p.table_rows - 1}) {
+      if (row < 0 || row >= p.table_rows) continue;
+      for (int i = 0; i < pairs; i++) {
+        const int64_t at = batch * p.sin_batch + row * p.sin_row + i * p.table_step;
+        const double of_pair[] = {table_at<double>(p.sin, p.table_dtype, at),
+                                  table_at<double>(p.sin, p.table_dtype, at + (p.interleaved ? 1 : pairs))};
+        PACKOPS_CHECK(of_pair[0] == of_pair[1] || of_pair[0] != of_pair[0], ValueError, op, ": cos and sin of ", p.rotary_dim,
+                      " columns must hold every number twice, at the two features of a pair (",
+                      p.interleaved ? "2i and 2i + 1" : "i and i + rotary_dim / 2", "), but row ", row,
+                      " of sin does not: for a table", " in the other order pass interleaved=", p.interleaved ? "False" : "True",
+                      ", for half a table rotary_dim=", 2 * p.rotary_dim);
+      }
+    }
+}
+
 // Everything but the outputs. boundaries: keeps alive what the parameters point to.
 inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, const Tensor& cos, const Tensor& sin,
                                    const RopeOptions& options, const Layout& layout, Tensor& boundaries) {
@@ -189,7 +209,10 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
     p.sin_row = sin.stride(0);
   }
 
-  if (!options.rotary_dim && width < rotary_dim && q.is_cpu()) check_half_table(op, p);
+  if (q.is_cpu()) {
+    if (width == rotary_dim) check_full_table(op, p);
+    else if (!options.rotary_dim) check_half_table(op, p);
+  }
 
   p.mrope = options.mrope_section.has_value();
   p.mrope_interleaved = options.mrope_interleaved;

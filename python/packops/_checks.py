@@ -105,15 +105,22 @@ def raise_bad_positions(
         raise IndexError(f"packops.{op}: position_ids[{where}] = {value} is outside the table of {table} positions")
 
 
-def raise_full_width_table(op: str, q: Tensor, sin: Tensor, rotary_dim: int | None) -> None:
-    """ValueError for Hugging Face's table of partial rotary embeddings without ``rotary_dim``, which reads it as half a table."""
+def raise_full_width_table(op: str, q: Tensor, sin: Tensor, rotary_dim: int | None, interleaved: bool) -> None:
+    """ValueError for a table that has every number twice and is read as half a table, or the other way round."""
     width = sin.shape[-1]
-    if rotary_dim is not None or 2 * width > q.shape[-1] or width % 2:
+    if width % 2:
         return
     halves, neighbours = sin.unflatten(-1, (2, width // 2)), sin.unflatten(-1, (width // 2, 2))
-    alike = (halves[..., 0, :] == halves[..., 1, :]).all() | (neighbours[..., 0] == neighbours[..., 1]).all()
-    if alike and sin.any():
+    in_halves, in_neighbours = (halves[..., 0, :] == halves[..., 1, :]).all(), (neighbours[..., 0] == neighbours[..., 1]).all()
+    if rotary_dim is None and 2 * width <= q.shape[-1]:
+        if (in_halves | in_neighbours) and sin.any():
+            raise ValueError(
+                f"packops.{op}: cos and sin hold every number twice, as Hugging Face makes them for {width} rotary features: "
+                f"pass rotary_dim={width}, or else they are half a table of {2 * width} features"
+            )
+    elif rotary_dim in (None, width) and not (in_neighbours if interleaved else in_halves):
+        pair, other = ("2i and 2i + 1", False) if interleaved else ("i and i + rotary_dim / 2", True)
         raise ValueError(
-            f"packops.{op}: cos and sin hold every number twice, as Hugging Face makes them for {width} rotary features: "
-            f"pass rotary_dim={width}, or else they are half a table of {2 * width} features"
+            f"packops.{op}: cos and sin of {width} columns must hold every number twice, at the two features of a pair ({pair}), "
+            f"but sin does not: for a table in the other order pass interleaved={other}, for half a table rotary_dim={2 * width}"
         )

@@ -114,7 +114,7 @@ def apply_qk_norm_rope(
     """
     if not is_compiling() and _checks.enabled() and isinstance(q, Tensor) and q.is_cuda:
         _checks.raise_bad_positions("qk_norm_rope", q, cos, position_ids, cu_seqlens, layout, per_token_table)
-        _checks.raise_full_width_table("qk_norm_rope", q, sin, rotary_dim)
+        _checks.raise_full_width_table("qk_norm_rope", q, sin, rotary_dim, interleaved)
     tensors = (q, k, q_weight, k_weight, cos, sin, position_ids, cu_seqlens)
     rotation = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
     plain = type(eps) is float and zero_centered is interleaved is mrope_interleaved is per_token_table is False
