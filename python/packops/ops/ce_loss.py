@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import operator
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict, overload
 
@@ -66,12 +67,10 @@ DEFAULTS: dict[str, Any] = {
 def raw_ops(namespace: str) -> SimpleNamespace:
     """The overloads that the autograd formula is made of, looked up once."""
     ops = getattr(torch.ops, namespace)
-    return SimpleNamespace(
-        forward=ops._cross_entropy_forward.default,
-        forward_=ops._cross_entropy_forward_.default,
-        backward=ops._cross_entropy_backward.default,
-        backward_=ops._cross_entropy_backward_.default,
-    )
+    names = ("forward", "forward_", "backward", "backward_")
+    overloads = {name: getattr(ops, f"_cross_entropy_{name}").default for name in names}
+    # Without the Python layer of torch's overload, as in op.py.
+    return SimpleNamespace(**{name: getattr(overload, "_op", overload) for name, overload in overloads.items()})
 
 
 def graph_is_kept() -> bool:
@@ -124,27 +123,30 @@ def check_may_overwrite(logits: Tensor, op: str) -> None:
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """``loss, floats, ints, counts, sequence_loss = apply(ops, logits, labels, options, with_stats, inplace)``.
+    """``apply(ops, logits, labels, options, with_stats, inplace)``; ``options`` may leave out those at their defaults.
 
-    Only the loss is differentiable.
+    The loss; with statistics, or where labels are checked, ``loss, floats, ints, counts, sequence_loss``. Only the loss is
+    differentiable.
     """
 
     @staticmethod
     def forward(
         ctx: Any, ops: SimpleNamespace, logits: Tensor, labels: Tensor, options: dict[str, Any], with_stats: bool, inplace: bool
     ):
-        early = options["reduction"] != "none" and logits.dtype != torch.float16
+        early = logits.dtype != torch.float16 and options.get("reduction") != "none"
         ctx.ops, ctx.early, ctx.inplace = ops, early, inplace
-        ctx.maths = {name: options[name] for name in MATHS if name != "class_weight"}
+        ctx.maths = {name: value for name, value in options.items() if name in MATHS and name != "class_weight"}
         if inplace and early:
             loss, *stats = ops.forward_(logits, labels, **options, with_stats=with_stats)
             increment_version(logits)
             grad = logits
         else:
             loss, grad, *stats = ops.forward(logits, labels, **options, with_grad=early, with_stats=with_stats)
-        ctx.save_for_backward(logits, grad, *stats[:2], options["class_weight"])
-        ctx.mark_non_differentiable(*stats)
+        ctx.save_for_backward(logits, grad, *stats[:2], options.get("class_weight"))
         ctx.set_materialize_grads(False)
+        if not (with_stats or _checks.enabled()):
+            return loss  # every output costs the host a microsecond
+        ctx.mark_non_differentiable(*stats)
         return loss, *stats
 
     @staticmethod
@@ -285,8 +287,8 @@ def register(namespace: str) -> None:
             refuse_transforms("cross_entropy", f"torch.ops.{namespace} has no rules for them; packops.cross_entropy has")
             check_constants("cross_entropy", {name: options.get(name) for name in CONSTANTS})
             if is_differentiated(logits):
-                outputs = CrossEntropyFunction.apply(raw, logits, labels, {**DEFAULTS, **options}, with_stats, False)
-                return outputs if with_stats else outputs[0]
+                outputs = CrossEntropyFunction.apply(raw, logits, labels, options, with_stats, False)
+                return outputs if with_stats or isinstance(outputs, Tensor) else outputs[0]
             return below(logits, labels, **options)
 
         return typed(autograd)
@@ -299,7 +301,7 @@ def register(namespace: str) -> None:
 _OPS = raw_ops("packops")
 _RULE = CrossEntropyRule(_OPS)
 _KINDS = kinds_of(torch.ops.packops.cross_entropy.default)
-_PLAIN = (-100, 0.0, 0.0, None, 1.0)  # ignore_index, label_smoothing, z_loss, softcap, logit_scale
+_PLAIN_NAMES = ("ignore_index", "label_smoothing", "z_loss", "softcap", "logit_scale")
 
 
 class CrossEntropyStats(NamedTuple):
@@ -409,19 +411,23 @@ def cross_entropy(
         IndexError: a label outside [0, V) that is not ``ignore_index``, on the CPU. On CUDA that row's loss is NaN and its
             gradient 0, unless :func:`packops.checks` is on.
     """
-    options = {
-        "cu_seqlens": cu_seqlens,
-        "shift": shift,
-        "reduction": reduction,
-        "num_items": num_items if num_items is None else as_num_items("cross_entropy", num_items),
-        "ignore_index": ignore_index,
-        "token_weight": token_weight,
-        "class_weight": class_weight,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-    }
+    options: dict[str, Any] = {}  # those that are not at their defaults: handing one to the dispatcher costs half a microsecond
+    if cu_seqlens is not None:
+        options["cu_seqlens"] = cu_seqlens
+    if shift is not False:
+        options["shift"] = shift
+    if reduction != "mean":
+        options["reduction"] = reduction
+    if num_items is not None:
+        options["num_items"] = as_num_items("cross_entropy", num_items)
+    if token_weight is not None:
+        options["token_weight"] = token_weight
+    if class_weight is not None:
+        options["class_weight"] = class_weight
+    maths = (ignore_index, label_smoothing, z_loss, softcap, logit_scale)
+    is_plain = all(map(operator.is_, maths, _PLAIN)) or (tuple(map(type, maths)) == _PLAIN_TYPES and maths == _PLAIN)
+    if not is_plain:
+        options.update(zip(_PLAIN_NAMES, maths, strict=True))
     if is_compiling():
         _check(logits, labels, options, inplace, return_stats)
         if not return_stats:
@@ -429,20 +435,20 @@ def cross_entropy(
         loss, *state = torch.ops.packops.cross_entropy_stats(logits, labels, **options)
         return loss, stats_of(labels.shape, *state)
     try:
-        plain = (ignore_index, label_smoothing, z_loss, softcap, logit_scale) == _PLAIN
-        types = (
-            type(reduction) is str and type(logit_scale) is float and type(shift) is type(inplace) is type(return_stats) is bool
-        )
-        if not (plain and types):
+        known = is_plain and type(reduction) is str and type(shift) is type(inplace) is type(return_stats) is bool
+        if not known:
             _check(logits, labels, options, inplace, return_stats)
         elif num_items is not None or token_weight is not None or class_weight is not None:
-            check_constants("cross_entropy", {name: options[name] for name in CONSTANTS})
+            check_constants("cross_entropy", {name: options.get(name) for name in CONSTANTS})
         if is_transformed():
             return _transformed(logits, labels, options, inplace, return_stats)
         if torch.is_grad_enabled() and logits.requires_grad:
             if inplace:
                 check_may_overwrite(logits, "cross_entropy")
-            loss, *state = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, inplace)
+            outputs = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, inplace)
+            if isinstance(outputs, Tensor):
+                return outputs
+            loss, *state = outputs
         else:
             loss, _, *state = _OPS.forward(logits, labels, **options, with_stats=return_stats)
         if logits.is_cuda and _checks.enabled():
@@ -454,25 +460,32 @@ def cross_entropy(
     return (loss, stats_of(labels.shape, *state)) if return_stats else loss
 
 
+_PLAIN: tuple[Any, ...] = tuple(cross_entropy.__kwdefaults__[name] for name in _PLAIN_NAMES)
+_PLAIN_TYPES = tuple(map(type, _PLAIN))
+
+
 def _check(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: bool, return_stats: bool) -> None:
     """TypeError or ValueError for arguments that the dispatcher would misread."""
     check_types("cross_entropy", _KINDS, {"logits": logits, "labels": labels, **options}.items())
     flags = {"inplace": inplace, "return_stats": return_stats}
     check_types("cross_entropy", dict.fromkeys(flags, "bool"), flags.items())
-    check_constants("cross_entropy", {name: options[name] for name in CONSTANTS})
+    check_constants("cross_entropy", {name: options.get(name) for name in CONSTANTS})
 
 
 def _transformed(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: bool, return_stats: bool) -> Any:
     """Under a transform of torch.func, or where forward mode may want a derivative."""
     if not transforms_are_active():
         if is_differentiated(logits):
-            loss, *state = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, False)
+            outputs = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, False)
+            if isinstance(outputs, Tensor):
+                return outputs
+            loss, *state = outputs
         else:
             loss, _, *state = _OPS.forward(logits, labels, **options, with_stats=return_stats)
     else:
         if inplace:
             raise RuntimeError("packops.cross_entropy: inplace=True does not work under torch.func's transforms: leave it out")
-        tensors = [options[name] for name in CrossEntropyRule.tensors[2:]]
+        tensors = [options.get(name) for name in CrossEntropyRule.tensors[2:]]
         rest = tuple((name, value) for name, value in options.items() if name not in CrossEntropyRule.tensors)
         loss, *state = Transformable.apply(_RULE, (rest, return_stats), logits, labels, *tensors)
     return (loss, stats_of(labels.shape, *state)) if return_stats else loss
