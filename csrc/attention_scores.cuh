@@ -1,0 +1,125 @@
+// Scores of attention on CUDA, in registers as the products leave them (attention_products.cuh): softcap, masks, and who of a tree
+// of shared prefixes sees whom.
+#pragma once
+
+#include <cmath>
+
+#include "attention.h"
+#include "attention_products.cuh"
+#include "attention_tiles.cuh"
+#include "packed_forest.h"
+
+namespace packops {
+namespace {
+
+constexpr float kLog2e = 1.4426950408889634f;
+
+struct Interval {
+  int first, last;
+  __device__ __forceinline__ bool holds(int i) const { return i >= first && i <= last; }
+};
+
+// Turns products of queries and keys into scores, and knows the mask. Exponentials are to base 2.
+struct Scores {
+  float scale;          // from a product, or from tanh with a softcap, to an exponent of 2
+  float softcap_scale;  // from a product to the argument of tanh
+  float product_scale;  // of gradients
+  bool capped, causal;
+  int window;
+
+  explicit Scores(const AttentionParams& p)
+      : scale(float(p.softcap > 0 ? p.softcap : p.scale) * kLog2e),
+        softcap_scale(float(p.softcap > 0 ? p.scale / p.softcap : 0)),
+        product_scale(float(p.scale)),
+        capped(p.softcap > 0),
+        causal(p.causal),
+        window(p.prefixes ? 0 : int(p.window)) {}  // with shared prefixes a window is a matter of sees_along_path
+
+  // tanh, absolute error 2^-22
+  __device__ __forceinline__ float cap(float product) const {
+    return 1.f - 2.f * rcp_approx(1.f + ex2_approx(product * (2 * kLog2e * softcap_scale)));
+  }
+  // The keys that a query sees, of `keys` in its document; the queries that see a key. [first, last], both inclusive.
+  __device__ __forceinline__ Interval keys_of(int query, int keys) const {
+    return {window ? query - window + 1 : 0, causal ? min(query, keys - 1) : keys - 1};
+  }
+  __device__ __forceinline__ Interval queries_of(int key) const {
+    return {causal ? key : 0, window ? key + window - 1 : 0x7fffffff};
+  }
+  // Whether every query of [query, query_end) sees every key of [key, key_end): then no mask is needed.
+  __device__ __forceinline__ bool all_see(int query, int query_end, int key, int key_end, int keys) const {
+    return key_end <= keys && (!causal || (key_end - 1 <= query && (window == 0 || key > query_end - 1 - window)));
+  }
+};
+
+// Replaces the sums in masked columns by `value`. columns(row) is the Interval that a row of the warp keeps; `first` is the
+// column of the first sum.
+template <int kBlocks, int kColumns, typename F>
+__device__ __forceinline__ void mask(float (&sums)[kBlocks][kColumns][4], int first, int lane, float value, F&& columns) {
+  Interval kept[kBlocks][2];
+#pragma unroll
+  for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const Interval all = columns(16 * m + 8 * half + lane / 4);
+      const int mine = first + 2 * (lane % 4);
+      kept[m][half] = {max(all.first, mine) - mine, min(all.last, mine + 8 * kColumns) - mine};
+    }
+  for_each(sums, [&](float& x, int m, int n, int i) { x = kept[m][i / 2].holds(8 * n + i % 2) ? x : value; });
+}
+
+// With shared prefixes: who of a tree sees whom, beyond the order of the tokens. Queries and keys count from the tree's first
+// token.
+struct Paths {
+  SharedPrefixes of;
+  int tree, tokens, window;
+
+  __device__ __forceinline__ Paths(const AttentionParams& p, int tree)
+      : of(p.prefixes), tree(tree), tokens(int(p.tokens)), window(int(p.window)) {}
+
+  __device__ __forceinline__ bool sees(int query, int key) const {
+    const int q = min(tree + query, tokens - 1), k = min(tree + key, tokens - 1);  // past the end: masked by the interval
+    return q < of.ends[k] && (window == 0 || of.positions[q] - of.positions[k] < window);
+  }
+  // The greatest and the least of the ends of `count` keys, as tokens of the tree.
+  __device__ __forceinline__ int furthest(int key, int count) const {
+    int most = 0;
+    for (int i = 0; i < count && tree + key + i < tokens; i += kForestRun) most = max(most, of.furthest[tree + key + i]);
+    return most - tree;
+  }
+  __device__ __forceinline__ int nearest(int key, int count) const {
+    int least = tokens;
+    for (int i = 0; i < count && tree + key + i < tokens; i += kForestRun) least = min(least, of.nearest[tree + key + i]);
+    return least - tree;
+  }
+  // Whether all queries before query_end see all of `count` keys, as far as their order allows.
+  __device__ __forceinline__ bool all_see(int query_end, int key, int count) const {
+    return window == 0 && query_end <= nearest(key, count);
+  }
+  // The first turn of keys, from this one on, of which the query or one after it sees any.
+  template <int kKeys>
+  __device__ __forceinline__ int next_turn(int key, int key_end, int query) const {
+    while (key < key_end && furthest(key, kKeys) <= query) key += kKeys;
+    return key;
+  }
+};
+
+// Sums become `value` where sees(row of the warp, column) is false.
+template <int kBlocks, int kColumns, typename F>
+__device__ __forceinline__ void mask_each(float (&sums)[kBlocks][kColumns][4], int lane, float value, F&& sees) {
+  for_each(sums, [&](float& x, int m, int n, int i) {
+    if (!sees(16 * m + 8 * (i / 2) + lane / 4, 8 * n + 2 * (lane % 4) + i % 2)) x = value;
+  });
+}
+
+__device__ __forceinline__ float sum_of_quad(float x) {
+  x += __shfl_xor_sync(kWarp, x, 1);
+  return x + __shfl_xor_sync(kWarp, x, 2);
+}
+__device__ __forceinline__ float max_of_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(kWarp, x, 1));
+  return fmaxf(x, __shfl_xor_sync(kWarp, x, 2));
+}
+
+}  // namespace
+}  // namespace packops
