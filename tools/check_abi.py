@@ -1,6 +1,6 @@
 """What a built wheel depends on: the LibTorch Stable ABI as of torch 2.10, and no library that a user's machine may lack.
 
-python tools/check_abi.py dist/packops-*.whl
+python tools/check_abi.py dist/packops-*.whl...
 """
 
 from __future__ import annotations
@@ -34,6 +34,11 @@ def audit(library: Path) -> list[str]:
     weak = WEAK & set(re.findall(r"^ +[wv] (\S+)$", undefined, re.MULTILINE))
     if torch["min_torch_version"] != MINIMUM_TORCH and not set(torch["version_defining_symbols"]) <= weak:
         wrong.append(f"needs torch {torch['min_torch_version']}, promised {MINIMUM_TORCH}: {torch['version_defining_symbols']}")
+    # Every symbol of libstdc++ and libc has a version, unless it is a copy that libtorch or libc10 exports.
+    named = re.findall(r"^ +U ([^@\s]+)$", undefined, re.MULTILINE)
+    borrowed = [name for name in named if not re.match(r"_?Py[A-Z_]|(aoti_)?torch_", name)]
+    if borrowed:
+        wrong.append(f"takes {borrowed} from libtorch or libc10, which do not promise them")
     dynamic = subprocess.run(["readelf", "-dW", str(library)], capture_output=True, text=True, check=True).stdout
     needed = set(re.findall(r"\(NEEDED\).*\[(.*)\]", dynamic))
     if needed - ALLOWED:
@@ -53,21 +58,28 @@ def audit(library: Path) -> list[str]:
     return wrong
 
 
-def main() -> int:
-    (wheel,) = map(Path, sys.argv[1:])
+def audit_wheel(wheel: Path) -> bool:
+    """Whether the wheel is as promised; says so, or what is wrong."""
     with tempfile.TemporaryDirectory() as folder:
         with zipfile.ZipFile(wheel) as archive:
             libraries = [name for name in archive.namelist() if name.endswith(".so")]
             archive.extractall(folder)
         if len(libraries) != 1:
             print(f"{wheel.name}: expected one library, found {libraries}")
-            return 1
+            return False
         wrong = audit(Path(folder) / libraries[0])
     for line in wrong:
         print(f"{libraries[0]}: {line}")
     verdict = "NOT portable" if wrong else f"stable ABI, torch >= {MINIMUM_TORCH}, needs torch and the C++ runtime alone"
     print(f"{wheel.name}: {verdict}")
-    return 1 if wrong else 0
+    return not wrong
+
+
+def main() -> int:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    verdicts = [audit_wheel(Path(name)) for name in sys.argv[1:]]
+    return 0 if all(verdicts) else 1
 
 
 if __name__ == "__main__":

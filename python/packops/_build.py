@@ -25,6 +25,7 @@ from typing import Any, TextIO
 
 CUDA_REQUEST = "PACKOPS_CUDA"  # "1": CUDA or an error; "0": never; unset: CUDA when nvcc is there
 VERBOSE = "PACKOPS_BUILD_VERBOSE"  # "1": show every compiler command
+OLDEST_GPU = 8.0  # compute capability
 SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".json")
 
 
@@ -154,13 +155,37 @@ def arch_flags(archs: list[str]) -> list[str]:
     return flags
 
 
-def choose_archs(config: dict[str, Any]) -> list[str]:
-    return split_arch_list(os.environ.get("TORCH_CUDA_ARCH_LIST") or config["cuda_arch_list"])
+def visible_archs(cuda_home: Path) -> list[str]:
+    """The architectures of this machine's GPUs; empty without one that packops runs on, or with one that nvcc does not know."""
+    query = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    capabilities = set(re.findall(r"^\d+\.\d$", answer.stdout, re.MULTILINE)) if answer.returncode == 0 else set()
+    archs = sorted((item for item in capabilities if float(item) >= OLDEST_GPU), key=float)
+    known = nvcc_says(cuda_home, "--list-gpu-arch").split()
+    return archs if all(f"compute_{arch.replace('.', '')}" in known for arch in archs) else []
+
+
+def choose_archs(config: dict[str, Any], cuda_home: Path) -> tuple[list[str], str]:
+    """The architectures to compile for, and a remark for the user: TORCH_CUDA_ARCH_LIST's, this machine's, or all of them."""
+    every = split_arch_list(config["cuda_arch_list"])
+    given = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if given:
+        return (every if given.lower() == "all" else split_arch_list(given)), ""
+    archs = visible_archs(cuda_home)
+    if archs:
+        return archs, " (of this machine; TORCH_CUDA_ARCH_LIST=All builds for every GPU)"
+    return every, " (no GPU is visible here, so for every GPU, which takes long; TORCH_CUDA_ARCH_LIST=9.0 builds for one)"
+
+
+def nvcc_says(cuda_home: Path, question: str) -> str:
+    return subprocess.run([str(cuda_home / "bin" / "nvcc"), question], capture_output=True, text=True).stdout
 
 
 def nvcc_version(cuda_home: Path) -> str:
-    text = subprocess.run([str(cuda_home / "bin" / "nvcc"), "--version"], capture_output=True, text=True).stdout
-    match = re.search(r"release ([\d.]+)", text)
+    match = re.search(r"release ([\d.]+)", nvcc_says(cuda_home, "--version"))
     return match[1] if match else "unknown"
 
 
@@ -188,10 +213,15 @@ def make_extension(
 
     config = read_config(csrc)
     macros = config["defines"] + list(defines)
+    # The C++ library comes first in it: libtorch and libc10 export copies of some of its symbols, other ones in each version.
     link_flags = list(config["link_flags"])
     if python_module:
         link_flags.append("-Wl,-rpath,$ORIGIN/../torch/lib")
-    archs = (archs or choose_archs(config)) if cuda_home else []
+    remark = ""
+    if not cuda_home:
+        archs = []
+    elif not archs:
+        archs, remark = choose_archs(config, cuda_home)
     if cuda_home:
         # Unquoted, one token each: quotes and semicolons do not survive every shell between here and the compiler.
         macros += config["cuda_defines"] + [
@@ -217,7 +247,8 @@ def make_extension(
         depends=[str(base / path.relative_to(csrc)) for path in source_files(csrc)],
     )
     extension.libraries = []  # CppExtension names libtorch_python and others; link_flags says exactly what is needed
-    extension.packops_label = "sm_" + ", sm_".join(archs).replace(".", "") if cuda_home else "the CPU"
+    label = "sm_" + ", sm_".join(archs).replace(".", "") if cuda_home else "the CPU"
+    extension.packops_label = label + remark
     extension.packops_digest_of = csrc if python_module else None
     return extension
 

@@ -138,7 +138,7 @@ def _target(csrc: Path) -> dict[str, Any]:
         return {"cuda_home": None, "archs": None}
     if gpus and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         return {"cuda_home": str(cuda_home), "archs": [f"{major}.{minor}" for major, minor in gpus]}
-    return {"cuda_home": str(cuda_home), "archs": _build.choose_archs(_build.read_config(csrc))}
+    return {"cuda_home": str(cuda_home), "archs": _build.choose_archs(_build.read_config(csrc), cuda_home)[0]}
 
 
 def _key(request: dict[str, Any]) -> str:

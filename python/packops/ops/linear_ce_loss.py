@@ -646,8 +646,8 @@ def linear_cross_entropy(
             belongs there.
         labels: (...) int32 or int64.
         bias: (V,) or None.
-        cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, class_weight, label_smoothing, z_loss, softcap,
-            logit_scale: as in :func:`cross_entropy`.
+        cu_seqlens, shift, reduction, num_items, ignore_index: as in :func:`cross_entropy`.
+        token_weight, class_weight, label_smoothing, z_loss, softcap, logit_scale: as in :func:`cross_entropy`.
         num_valid: how many rows count, after ``shift``, boundaries and ``ignore_index``, or an upper bound of it: a host int,
             which whoever packed the batch knows (``PackedBatch.num_valid``). Then the other rows cost no matrix product. If more
             rows count, that is a ValueError on the CPU, and on CUDA with :func:`packops.checks` on; otherwise the loss is NaN.

@@ -153,8 +153,9 @@ def vocab_parallel_linear_cross_entropy(
         local_bias: (V_local,) or None.
         class_weight: (V,) float per class of the whole vocabulary.
         chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
-        cu_seqlens, shift, reduction, num_items, ignore_index, token_weight, label_smoothing, z_loss, softcap, logit_scale,
-            num_valid, accum_dtype, logits_dtype: as in :func:`packops.linear_cross_entropy`.
+        cu_seqlens, shift, reduction, num_items, ignore_index: as in :func:`packops.linear_cross_entropy`.
+        token_weight, label_smoothing, z_loss, softcap, logit_scale: as in :func:`packops.linear_cross_entropy`.
+        num_valid, accum_dtype, logits_dtype: as in :func:`packops.linear_cross_entropy`.
 
     Returns:
         The loss of the whole vocabulary, fp32 (fp64 for fp64), the same bits on every rank. Differentiable once in ``hidden``,
