@@ -220,7 +220,7 @@ def build() -> dict[str, Op]:
                 "causal": Changes(False),
                 "window": Changes(2),
                 "softcap": Changes(0.5),
-                "scale": Changes(0.7),
+                "scale": Changes(0.2),
                 "parents": Changes(parents),
             },
             ops.attention,
