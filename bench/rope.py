@@ -2,7 +2,6 @@
 
     packops bench rope                      # everything; about two minutes on an H200
     packops bench rope --only forward       # some cases
-    packops bench rope --sweep              # kernel configurations: heads per thread, threads per block, order of tokens
     packops bench rope --device cpu --threads 2
 
 Bytes: every head read and written once (in place: its rotated features only), plus table rows and positions. Every result is
@@ -370,9 +369,6 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
     shapes = [tuple(args.shape)] if args.shape else list(SHAPES) if args.device == "cuda" else CPU_SHAPES
     if args.quick:
         shapes = shapes[:2]
-    if args.sweep:
-        yield from sweep_cases(args, shapes)
-        return
     dtypes = [args.dtype] if args.dtype else ["bf16"] if args.device == "cuda" else ["fp32", "bf16"]
     for dtype in dtypes:
         for shape in shapes:
@@ -489,30 +485,6 @@ def host_case(args: argparse.Namespace) -> Case:
     return Case("host time of a call, 1 x 4/1 x 64 bf16", candidates, targets=targets, facts={"work": "host"}, host=True)
 
 
-def sweep_cases(args: argparse.Namespace, shapes: list[Any]) -> Iterator[Case]:
-    """The kernel's configurations: (heads per thread, threads, tokens inner). Only CUDA has them."""
-    raw = torch.ops.packops._rope.default
-    outer = [(unroll, threads, 0) for unroll in (1, 2, 4) for threads in (64, 128, 256, 512)]
-    inner = [(unroll, threads, 1) for unroll in (1, 2, 4) for threads in (128, 256, 512)]
-    for shape in shapes:
-        for layout in ("bshd", "bhsd"):
-            p = Problem(*shape, args.dtype or "bf16", args.device)
-
-            def rotate(q: Tensor, k: Tensor, c: Any = None, p: Problem = p, layout: str = layout) -> Any:
-                return raw(q, k, p.cos, p.sin, p.ids[None], layout=layout, tuning=c and list(c))
-
-            def view(x: Tensor, layout: str = layout) -> Tensor:
-                return x[None] if layout == "bshd" else x.view(1, x.shape[1], -1, x.shape[2])
-
-            makers: dict[str, Callable[[], Candidate]] = {}
-            for c in [None, *outer, *(inner if layout == "bhsd" else [])]:
-                name = f"unroll {c[0]}, {c[1]} threads{', tokens inner' if c[2] else ''}" if c else OURS
-                makers[name] = functools.partial(
-                    p.candidate, functools.partial(rotate, c=c), view, layout=layout, position_ids=p.ids[None]
-                )
-            yield Case(f"sweep, {p.line}, {layout} contiguous", makers, p.bytes(), p.count, facts={"work": "sweep"})
-
-
 def draw(data: dict[str, Any], path: Path) -> None:
     """The forward pass of each shape and, where there are few, forward + backward; bars of time, the copy among them."""
     shapes = [case for case in data["cases"] if case["facts"].get("work") == "forward"]
@@ -522,7 +494,6 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
 
 def extend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--sweep", action="store_true", help="kernel configurations instead (CUDA)")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, on the CPU fp32 and bf16")
     parser.add_argument("--shape", type=int, nargs=4, metavar=("TOKENS", "Q_HEADS", "K_HEADS", "HEAD_DIM"), help="this one only")
 

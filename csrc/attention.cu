@@ -523,8 +523,8 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  const int64_t tiles = attention_tiles(p.tokens, p.documents);
-  launch(p.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
+  const int64_t tiles = attention_tiles(p.tokens, p.axis.documents);
+  launch(p.axis.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
          tiles);
   return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
     return launch_large(forward_kernel<decltype(type), dim, group, forest>, tiles * p.heads,
@@ -539,7 +539,7 @@ cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t strea
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
   return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
-    return launch_backward<decltype(type), dim, group, forest>(p, attention_tiles(p.tokens, p.documents), device, stream);
+    return launch_backward<decltype(type), dim, group, forest>(p, attention_tiles(p.tokens, p.axis.documents), device, stream);
   });
 }
 

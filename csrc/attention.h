@@ -19,6 +19,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "common/documents.h"
 #include "common/dtype.h"
 
 namespace packops {
@@ -48,11 +49,9 @@ struct AttentionParams {
   int32_t heads = 1, kv_heads = 1, head_dim = 64;
   DType dtype = DType::bf16;
   bool causal = true;
-  int64_t window = 0;                // 0: none; only with causal
-  double scale = 1, softcap = 0;     // 0: none
-  const void* cu_seqlens = nullptr;  // (documents + 1,) contiguous, i32 or i64
-  DType index_dtype = DType::i32;
-  int64_t documents = 0;
+  int64_t window = 0;             // 0: none; only with causal
+  double scale = 1, softcap = 0;  // 0: none
+  PackedAxis axis;
   SharedPrefixes prefixes;  // only with causal
 
   // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (heads, tokens), to base 2, -inf where

@@ -23,9 +23,9 @@ class Unit {
 
   Unit(const AttentionParams& p, int64_t unit) : p(p), kv_head(unit % p.kv_heads), dim(p.head_dim) {
     const int64_t document = unit / p.kv_heads;
-    begin = document ? integer_at(p.cu_seqlens, p.index_dtype, document) : 0;
-    is_padding = document == p.documents;
-    length = (is_padding ? p.tokens : integer_at(p.cu_seqlens, p.index_dtype, document + 1)) - begin;
+    begin = document ? boundary(p.axis, document) : 0;
+    is_padding = document == p.axis.documents;
+    length = (is_padding ? p.tokens : boundary(p.axis, document + 1)) - begin;
   }
 
   void forward() {

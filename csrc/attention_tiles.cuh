@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   using Count = unsigned;           // may overflow if malformed documents overlap, which never gives an address outside
   __shared__ Count next[kClasses];  // the place of the next document of a class
   __shared__ Count sums[33];
-  const Index* cu_seqlens = static_cast<const Index*>(p.cu_seqlens);
+  const Index* cu_seqlens = static_cast<const Index*>(p.axis.cu_seqlens);
   const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
   const auto tiles_of = [](int32_t tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows; };
   const auto class_of = [](int tiles) { return kClasses - min(tiles, kClasses); };
@@ -25,7 +25,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
   next[me] = 0;
   __syncthreads();
-  for (int64_t i = me; i < p.documents; i += kClasses)
+  for (int64_t i = me; i < p.axis.documents; i += kClasses)
     if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(tiles)], Count(tiles));
   __syncthreads();
 
@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   next[me] = sums[warp] + before - mine;
   __syncthreads();
 
-  for (int64_t i = me; i < p.documents; i += kClasses) {
+  for (int64_t i = me; i < p.axis.documents; i += kClasses) {
     const int32_t begin = bound(i), end = bound(i + 1);
     const int tiles = tiles_of(end - begin);
     if (tiles <= 0) continue;
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
     const Count place = atomicAdd(&next[class_of(tiles)], Count(tiles));
     for (int t = 0; t < tiles; t++) put(place + Count(t), begin + t * kAttentionRows, end, begin, end);
   }
-  const int32_t padding = bound(p.documents);
+  const int32_t padding = bound(p.axis.documents);
   const Count used = sums[32];
   for (Count place = used + Count(me); place < Count(capacity); place += kClasses) {
     const int64_t begin = padding + int64_t(place - used) * kAttentionRows;

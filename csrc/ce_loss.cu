@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(kTile) sequence_loss_kernel(const __grid_const
   __shared__ float scratch[kTile / 32];
   const Workspace w(p);
   griddepcontrol_wait();
-  for (int64_t d = blockIdx.x; d < p.documents; d += gridDim.x) {
+  for (int64_t d = blockIdx.x; d < p.axis.documents; d += gridDim.x) {
     float sum = 0;
     const int64_t end = bound(p, d + 1);
     for (int64_t t = bound(p, d) + threadIdx.x; t < end; t += kTile)
@@ -385,8 +385,9 @@ cudaError_t prepare(const CeLossParams& p, const Device& device, cudaStream_t st
   const unsigned tiles = unsigned((p.rows + kTile - 1) / kTile);
   const LaunchOptions next{0, device.overlaps_launches()};
   cudaError_t error = launch_with({}, prepare_targets_kernel, tiles, kTile, 0, stream, p);
-  if (error == cudaSuccess && needs_documents(p) && p.documents > 0)
-    error = launch_with(next, prepare_documents_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
+  if (error == cudaSuccess && needs_documents(p) && p.axis.documents > 0)
+    error =
+        launch_with(next, prepare_documents_kernel, unsigned(std::min<int64_t>(p.axis.documents, 65536)), kTile, 0, stream, p);
   if (error == cudaSuccess) error = launch_with(next, prepare_totals_kernel, 1, kTile, 0, stream, p);
   if (error == cudaSuccess) error = launch_with(next, prepare_scales_kernel, tiles, kTile, 0, stream, p);
   return error;
@@ -415,8 +416,8 @@ cudaError_t ce_loss_forward_cuda(const CeLossParams& p, cudaStream_t stream) {
   const LaunchOptions next{0, device.overlaps_launches()};
   if (p.reduction != Reduction::none && (error = launch_with(next, reduce_kernel, 1, kTile, 0, stream, p)) != cudaSuccess)
     return error;
-  if (p.sequence_loss && p.documents > 0)
-    error = launch_with(next, sequence_loss_kernel, unsigned(std::min<int64_t>(p.documents, 65536)), kTile, 0, stream, p);
+  if (p.sequence_loss && p.axis.documents > 0)
+    error = launch_with(next, sequence_loss_kernel, unsigned(std::min<int64_t>(p.axis.documents, 65536)), kTile, 0, stream, p);
   return error;
 }
 

@@ -14,6 +14,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
+#include "common/documents.h"
 #include "common/dtype.h"
 
 namespace packops {
@@ -53,9 +54,7 @@ struct CeLossParams {
   int64_t ignore_index = -100;
   bool shift = false;  // row t is scored against labels[t + 1]; a document's last row against nothing
 
-  const void* cu_seqlens = nullptr;  // (documents + 1,) i32 or i64; null: documents of doc_length rows each
-  DType cu_seqlens_dtype = DType::i32;
-  int64_t documents = 0;
+  PackedAxis axis;  // of the rows; without cu_seqlens documents of doc_length rows each
   int64_t doc_length = 0;
 
   Reduction reduction = Reduction::mean;
@@ -104,14 +103,15 @@ struct CeLossParams {
 constexpr int64_t class_count(const CeLossParams& p) { return p.classes ? p.classes : p.vocab; }
 constexpr int64_t partial_size(const CeLossParams& p) { return kPartialStates * p.rows + 2; }
 
-// ---- CPU (ce_loss_cpu.cpp). The range functions may run on several threads; ranges of rows must not overlap.
+// ---- CPU (ce_loss_cpu.cpp). The range functions may run on several threads; ranges of rows must not overlap. cu_seqlens must be
+// well formed.
 
 enum class CePass { forward, combine, backward };  // over a range of rows
 
-enum class CeLossError { ok, bad_label, bad_cu_seqlens, bad_shards };
+enum class CeLossError { ok, bad_label, bad_shards };
 struct CeLossStatus {
   CeLossError error = CeLossError::ok;
-  int64_t index = 0;  // into labels, cu_seqlens or shards
+  int64_t index = 0;  // into labels or shards
   int64_t value = 0;
 };
 CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p);                       // target, scale, counts

@@ -11,9 +11,7 @@
 namespace packops {
 namespace {
 
-int64_t bound(const CeLossParams& p, int64_t d) {
-  return p.cu_seqlens ? integer_at(p.cu_seqlens, p.cu_seqlens_dtype, d) : d * p.doc_length;
-}
+int64_t bound(const CeLossParams& p, int64_t d) { return p.axis.cu_seqlens ? boundary(p.axis, d) : d * p.doc_length; }
 double token_weight(const CeLossParams& p, int64_t t) { return p.token_weight ? double(p.token_weight[t]) : 1.0; }
 // A counted row's part in a denominator.
 double norm_weight(const CeLossParams& p, int64_t t) {
@@ -51,9 +49,9 @@ void set_scales(const CeLossParams& p) {
     tokens++;
     total += norm_weight(p, t);
   }
-  std::vector<double> inverses(p.documents);
+  std::vector<double> inverses(p.axis.documents);
   if (per_sequence(p.reduction) || p.counts) {
-    for (int64_t d = 0; d < p.documents; d++) {
+    for (int64_t d = 0; d < p.axis.documents; d++) {
       const DocumentSums sums = document_sums<S>(p, d, nullptr);
       documents += sums.counted;
       inverses[d] = document_inverse(p, sums);
@@ -70,7 +68,7 @@ void set_scales(const CeLossParams& p) {
 
   for (int64_t t = 0; t < p.rows; t++) scale[t] = S(token_weight(p, t) * normalizer);
   if (per_sequence(p.reduction))
-    for (int64_t d = 0; d < p.documents; d++)
+    for (int64_t d = 0; d < p.axis.documents; d++)
       for (int64_t t = bound(p, d); t < bound(p, d + 1); t++) scale[t] = S(token_weight(p, t) * normalizer * inverses[d]);
 }
 
@@ -86,7 +84,7 @@ void reduce(const CeLossParams& p) {
   }
   if (p.reduction != Reduction::none) loss[0] = S(total);
   if (p.sequence_loss) {
-    for (int64_t d = 0; d < p.documents; d++) {
+    for (int64_t d = 0; d < p.axis.documents; d++) {
       const DocumentSums sums = document_sums(p, d, row_loss);
       static_cast<S*>(p.sequence_loss)[d] = S(sums.loss * document_inverse(p, sums));
     }
@@ -117,14 +115,10 @@ CeLossStatus check_shards(const CeLossParams& p) {
 }  // namespace
 
 CeLossStatus ce_loss_prepare_cpu(const CeLossParams& p) {
-  for (int64_t d = 0; d <= p.documents; d++) {
-    const int64_t here = bound(p, d), least = d ? bound(p, d - 1) : 0;
-    if (here > p.rows || here < least || (d == 0 && here != 0)) return {CeLossError::bad_cu_seqlens, d, here};
-  }
   std::fill(p.target, p.target + p.rows, kIgnored);
   CeLossStatus status;
   const int64_t ahead = p.shift ? 1 : 0;
-  for (int64_t d = 0; d < p.documents; d++) {
+  for (int64_t d = 0; d < p.axis.documents; d++) {
     for (int64_t t = bound(p, d); t + ahead < bound(p, d + 1); t++) {
       const int64_t label = integer_at(p.labels, p.labels_dtype, t + ahead);
       if (label == p.ignore_index || token_weight(p, t) == 0) continue;

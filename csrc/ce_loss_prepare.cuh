@@ -33,8 +33,8 @@ struct Workspace {
     };
     order = reinterpret_cast<RowEntry*>(take(2 * p.rows));
     weight = take(p.rows);
-    document_inverse = take(p.documents);
-    document_counted = reinterpret_cast<int32_t*>(take(p.documents));
+    document_inverse = take(p.axis.documents);
+    document_counted = reinterpret_cast<int32_t*>(take(p.axis.documents));
     tile_weight = take(tiles);
     tile_count = reinterpret_cast<int32_t*>(take(tiles));
     tile_offset = reinterpret_cast<int32_t*>(take(tiles));
@@ -44,25 +44,21 @@ struct Workspace {
   }
 };
 
-__device__ __forceinline__ int64_t integer_at(const void* data, DType dtype, int64_t i) {
-  return dtype == DType::i32 ? int64_t(static_cast<const int32_t*>(data)[i]) : static_cast<const int64_t*>(data)[i];
-}
-
 // The first row of document d, clamped to [0, rows]: cu_seqlens may hold anything.
 __device__ __forceinline__ int64_t bound(const CeLossParams& p, int64_t d) {
-  const int64_t b = p.cu_seqlens ? integer_at(p.cu_seqlens, p.cu_seqlens_dtype, d) : d * p.doc_length;
+  const int64_t b = p.axis.cu_seqlens ? boundary(p.axis, d) : d * p.doc_length;
   return min(max(b, int64_t(0)), p.rows);
 }
 // The document of row t, or -1 for padding.
 __device__ int64_t document_of(const CeLossParams& p, int64_t t) {
-  if (!p.cu_seqlens) return t / p.doc_length;
-  int64_t low = 0, high = p.documents + 1;  // the first d with bound(d) > t is in [low, high]
+  if (!p.axis.cu_seqlens) return t / p.doc_length;
+  int64_t low = 0, high = p.axis.documents + 1;  // the first d with bound(d) > t is in [low, high]
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (bound(p, middle) > t) high = middle;
     else low = middle + 1;
   }
-  return low == 0 || low > p.documents ? -1 : low - 1;
+  return low == 0 || low > p.axis.documents ? -1 : low - 1;
 }
 
 __device__ __forceinline__ float token_weight(const CeLossParams& p, int64_t t) {
@@ -88,7 +84,7 @@ __device__ void prepare_targets(const CeLossParams& p, int64_t tile, Scratch& sc
   WeightAndCount mine{0, 0};
   if (t < p.rows) {
     int32_t target = kIgnored;
-    const int64_t d = p.cu_seqlens || p.shift ? document_of(p, t) : 0;
+    const int64_t d = p.axis.cu_seqlens || p.shift ? document_of(p, t) : 0;
     if (d >= 0 && !(p.shift && t + 1 >= bound(p, d + 1)) && token_weight(p, t) != 0) {
       const int64_t label = integer_at(p.labels, p.labels_dtype, t + (p.shift ? 1 : 0));
       if (label != p.ignore_index) target = label >= 0 && label < class_count(p) ? int32_t(label) : kBadLabel;
@@ -110,7 +106,7 @@ template <int kGroup>
 __device__ void prepare_documents(const CeLossParams& p, int64_t first, int64_t stride, Scratch& scratch) {
   const Workspace w(p);
   const int lane = threadIdx.x % kGroup;
-  for (int64_t d = first; d < p.documents; d += stride) {
+  for (int64_t d = first; d < p.axis.documents; d += stride) {
     WeightAndCount part{0, 0};
     const int64_t end = bound(p, d + 1);
     for (int64_t t = bound(p, d) + lane; t < end; t += kGroup)
@@ -169,7 +165,7 @@ __device__ void prepare_totals(const CeLossParams& p, Scratch& scratch) {
   int32_t documents = 0;
   if (per_sequence(p.reduction) || p.counts) {
     WeightAndCount mine{0, 0};
-    for (int64_t d = threadIdx.x; d < p.documents; d += kTile) mine.count += w.document_counted[d];
+    for (int64_t d = threadIdx.x; d < p.axis.documents; d += kTile) mine.count += w.document_counted[d];
     documents = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch).count;
     __syncthreads();
   }

@@ -6,7 +6,6 @@
 // The only atomics are integer additions, one per document and warp, whose order does not change the counts.
 #include "metadata.h"
 
-#include "common/documents.h"
 #include "common/launch.cuh"
 
 namespace packops {
@@ -16,11 +15,6 @@ namespace {
 constexpr int kThreads = 256;
 
 int64_t blocks_for(int64_t tokens) { return (tokens + kThreads - 1) / kThreads; }
-
-template <typename Index>
-Documents<Index> documents_of(const PackedAxis& axis) {
-  return {static_cast<const Index*>(axis.cu_seqlens), axis.documents};
-}
 
 template <typename Index>
 __global__ void __launch_bounds__(kThreads) metadata_kernel(Documents<Index> documents, int64_t tokens,
@@ -55,27 +49,27 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename Index>
 void launch_metadata(const MetadataParams& p, cudaStream_t stream) {
-  launch(metadata_kernel<Index>, unsigned(blocks_for(p.axis.tokens)), kThreads, 0, stream, documents_of<Index>(p.axis),
-         p.axis.tokens, p.position_ids, p.seq_idx);
+  launch(metadata_kernel<Index>, unsigned(blocks_for(p.tokens)), kThreads, 0, stream, Documents<Index>(p.axis), p.tokens,
+         p.position_ids, p.seq_idx);
 }
 
 template <typename Index, typename Label>
 void launch_labels(const LabelsParams& p, cudaStream_t stream) {
-  launch(labels_kernel<Index, Label>, unsigned(blocks_for(p.axis.tokens)), kThreads, 0, stream, documents_of<Index>(p.axis),
-         p.axis.tokens, static_cast<const Label*>(p.labels), p.label_stride, static_cast<Label>(p.ignore_index), p.shift,
+  launch(labels_kernel<Index, Label>, unsigned(blocks_for(p.tokens)), kThreads, 0, stream, Documents<Index>(p.axis), p.tokens,
+         static_cast<const Label*>(p.labels), p.label_stride, static_cast<Label>(p.ignore_index), p.shift,
          static_cast<Label*>(p.target), reinterpret_cast<unsigned long long*>(p.counts));
 }
 
 }  // namespace
 
 cudaError_t packed_metadata_cuda(const MetadataParams& p, cudaStream_t stream) {
-  if (p.axis.tokens == 0) return cudaSuccess;
+  if (p.tokens == 0) return cudaSuccess;
   p.axis.index_dtype == DType::i32 ? launch_metadata<int32_t>(p, stream) : launch_metadata<int64_t>(p, stream);
   return cudaGetLastError();
 }
 
 cudaError_t packed_labels_cuda(const LabelsParams& p, cudaStream_t stream) {
-  if (p.axis.tokens == 0) return cudaSuccess;
+  if (p.tokens == 0) return cudaSuccess;
   if (p.axis.index_dtype == DType::i32) {
     p.label_dtype == DType::i32 ? launch_labels<int32_t, int32_t>(p, stream) : launch_labels<int32_t, int64_t>(p, stream);
   } else {

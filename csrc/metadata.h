@@ -11,6 +11,7 @@
 
 #include <cstdint>
 
+#include "common/documents.h"
 #include "common/dtype.h"
 
 #ifdef PACKOPS_WITH_CUDA
@@ -19,21 +20,16 @@
 
 namespace packops {
 
-struct PackedAxis {
-  const void* cu_seqlens = nullptr;  // (documents + 1,) contiguous, i32 or i64
-  DType index_dtype = DType::i32;
-  int64_t documents = 0;
-  int64_t tokens = 0;
-};
-
 struct MetadataParams {
   PackedAxis axis;
+  int64_t tokens = 0;
   int64_t* position_ids = nullptr;  // (tokens,)
   int32_t* seq_idx = nullptr;       // (tokens,)
 };
 
 struct LabelsParams {
   PackedAxis axis;
+  int64_t tokens = 0;
   const void* labels = nullptr;  // (tokens,), i32 or i64
   DType label_dtype = DType::i64;
   int64_t label_stride = 1;
@@ -42,9 +38,6 @@ struct LabelsParams {
   void* target = nullptr;     // (tokens,) contiguous, of label_dtype
   int64_t* counts = nullptr;  // (documents,); CUDA adds to it, so it starts at zero
 };
-
-// The first i at which cu_seqlens does not start at 0, decreases or exceeds `tokens`; -1 if it is well formed. Host memory.
-int64_t first_malformed_boundary(const PackedAxis& axis);
 
 // CPU kernels write documents [begin, end); document number axis.documents is the padding. cu_seqlens must be well formed.
 void packed_metadata_cpu(const MetadataParams& params, int64_t begin, int64_t end);

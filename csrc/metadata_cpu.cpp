@@ -2,26 +2,16 @@
 // is writing them: 12 bytes a token for the metadata, a label read and one written for the labels.
 #include "metadata.h"
 
-#include "common/documents.h"
-
 namespace packops {
 
 namespace {
-
-template <typename F>
-auto with_index(DType dtype, F&& f) {
-  return dtype == DType::i32 ? f(int32_t{}) : f(int64_t{});
-}
 
 struct Span {
   int64_t begin, end;
 };
 
-template <typename Index>
-Span span_of(const PackedAxis& axis, int64_t document) {
-  const Index* cu_seqlens = static_cast<const Index*>(axis.cu_seqlens);
-  return {static_cast<int64_t>(cu_seqlens[document]),
-          document < axis.documents ? static_cast<int64_t>(cu_seqlens[document + 1]) : axis.tokens};
+Span span_of(const PackedAxis& axis, int64_t tokens, int64_t document) {
+  return {boundary(axis, document), document < axis.documents ? boundary(axis, document + 1) : tokens};
 }
 
 template <typename Label>
@@ -43,36 +33,25 @@ int64_t write_targets(const LabelsParams& p, Span span, bool is_padding) {
 
 }  // namespace
 
-int64_t first_malformed_boundary(const PackedAxis& axis) {
-  return with_index(axis.index_dtype, [&](auto index) {
-    using Index = decltype(index);
-    return Documents<Index>{static_cast<const Index*>(axis.cu_seqlens), axis.documents}.first_malformed(axis.tokens);
-  });
-}
-
 void packed_metadata_cpu(const MetadataParams& p, int64_t begin, int64_t end) {
-  with_index(p.axis.index_dtype, [&](auto index) {
-    for (int64_t document = begin; document < end; document++) {
-      const Span span = span_of<decltype(index)>(p.axis, document);
-      const int32_t id = document < p.axis.documents ? static_cast<int32_t>(document) : -1;
-      for (int64_t t = span.begin; t < span.end; t++) {
-        p.position_ids[t] = t - span.begin;
-        p.seq_idx[t] = id;
-      }
+  for (int64_t document = begin; document < end; document++) {
+    const Span span = span_of(p.axis, p.tokens, document);
+    const int32_t id = document < p.axis.documents ? static_cast<int32_t>(document) : -1;
+    for (int64_t t = span.begin; t < span.end; t++) {
+      p.position_ids[t] = t - span.begin;
+      p.seq_idx[t] = id;
     }
-  });
+  }
 }
 
 void packed_labels_cpu(const LabelsParams& p, int64_t begin, int64_t end) {
-  with_index(p.axis.index_dtype, [&](auto index) {
-    for (int64_t document = begin; document < end; document++) {
-      const Span span = span_of<decltype(index)>(p.axis, document);
-      const bool is_padding = document == p.axis.documents;
-      const int64_t counted =
-          with_index(p.label_dtype, [&](auto label) { return write_targets<decltype(label)>(p, span, is_padding); });
-      if (!is_padding) p.counts[document] = counted;
-    }
-  });
+  for (int64_t document = begin; document < end; document++) {
+    const Span span = span_of(p.axis, p.tokens, document);
+    const bool is_padding = document == p.axis.documents;
+    const int64_t counted =
+        p.label_dtype == DType::i32 ? write_targets<int32_t>(p, span, is_padding) : write_targets<int64_t>(p, span, is_padding);
+    if (!is_padding) p.counts[document] = counted;
+  }
 }
 
 }  // namespace packops

@@ -5,7 +5,6 @@
 // segment, as in metadata.cu. Bytes moved: 4 to 28 written a token. The launches are the bound.
 #include "packed_forest.h"
 
-#include "common/documents.h"
 #include "common/launch.cuh"
 
 namespace packops {
@@ -20,7 +19,7 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constan
   const Index* cu_seqlens = static_cast<const Index*>(p.axis.cu_seqlens);
   const Parent* parents = static_cast<const Parent*>(p.parents);
   const int64_t segments = p.axis.documents;
-  const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.axis.tokens, int64_t(cu_seqlens[i])))); };
+  const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
   const int lane = int(threadIdx.x) % 32;
   const int64_t segment = int64_t(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   if (segment > segments) return;
@@ -43,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constan
     if (root == segments && roots) root = first + __ffs(roots) - 1;
   }
   if (lane == 0) {
-    p.segment_starts[segment] = int32_t(min(start, p.axis.tokens));
+    p.segment_starts[segment] = int32_t(min(start, p.tokens));
     p.segment_ends[segment] = bound(after);
     p.trees[segment] = bound(root);
   }
@@ -51,9 +50,9 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constan
 
 template <typename Index>
 __global__ void __launch_bounds__(kThreads) tokens_kernel(const __grid_constant__ PackedForestParams p) {
-  const Documents<Index> segments{static_cast<const Index*>(p.axis.cu_seqlens), p.axis.documents};
+  const Documents<Index> segments(p.axis);
   const int64_t token = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (token >= p.axis.tokens) return;
+  if (token >= p.tokens) return;
   const int64_t segment = segments.find(token);
   const bool is_padding = segment == segments.count;
   const int32_t position = int32_t(token - segments.begin(segment, token)) + (is_padding ? 0 : p.segment_starts[segment]);
@@ -65,7 +64,7 @@ __global__ void __launch_bounds__(kThreads) tokens_kernel(const __grid_constant_
 
   // Segments that begin within the run; past the last boundary there is padding.
   int32_t least = end, most = end;
-  const int64_t run = min(token + kForestRun, p.axis.tokens), last = segments.cu_seqlens[segments.count];
+  const int64_t run = min(token + kForestRun, p.tokens), last = segments.cu_seqlens[segments.count];
   for (int64_t s = segment + 1; s < segments.count && segments.cu_seqlens[s] < min(run, last); s++) {
     if (segments.cu_seqlens[s] == segments.cu_seqlens[s + 1]) continue;
     least = min(least, p.segment_ends[s]);
@@ -79,7 +78,7 @@ template <typename Index, typename Parent>
 void launch_forest(const PackedForestParams& p, cudaStream_t stream) {
   const auto blocks = [](int64_t count, int per_block) { return dim3(unsigned((count + per_block - 1) / per_block)); };
   launch(segments_kernel<Index, Parent>, blocks(p.axis.documents + 1, kThreads / 32), dim3(kThreads), 0, stream, p);
-  if (p.axis.tokens > 0) launch(tokens_kernel<Index>, blocks(p.axis.tokens, kThreads), dim3(kThreads), 0, stream, p);
+  if (p.tokens > 0) launch(tokens_kernel<Index>, blocks(p.tokens, kThreads), dim3(kThreads), 0, stream, p);
 }
 
 }  // namespace

@@ -12,15 +12,20 @@
 
 #include <cstdint>
 
+#include "common/documents.h"
 #include "common/dtype.h"
-#include "metadata.h"
+
+#ifdef PACKOPS_WITH_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 namespace packops {
 
 inline constexpr int kForestRun = 32;  // tokens that `furthest` and `nearest` speak of
 
 struct PackedForestParams {
-  PackedAxis axis;                // its documents are the segments; fewer than 2^30 tokens
+  PackedAxis axis;                // its documents are the segments
+  int64_t tokens = 0;             // fewer than 2^30
   const void* parents = nullptr;  // (segments,) contiguous, i32 or i64
   DType parent_dtype = DType::i32;
   int32_t* segment_starts = nullptr;  // (segments,) position of a segment's first token

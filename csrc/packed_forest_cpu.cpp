@@ -5,13 +5,10 @@
 #include <algorithm>
 #include <vector>
 
-#include "common/convert.h"
-
 namespace packops {
 
 namespace {
 
-int64_t boundary(const PackedAxis& axis, int64_t i) { return integer_at(axis.cu_seqlens, axis.index_dtype, i); }
 int64_t parent_of(const PackedForestParams& p, int64_t segment) { return integer_at(p.parents, p.parent_dtype, segment); }
 
 }  // namespace
@@ -28,7 +25,7 @@ int64_t first_malformed_parent(const PackedForestParams& p) {
 }
 
 void packed_forest_cpu(const PackedForestParams& p) {
-  const int64_t segments = p.axis.documents, tokens = p.axis.tokens;
+  const int64_t segments = p.axis.documents, tokens = p.tokens;
   for (int64_t s = 0; s < segments; s++) {
     const int64_t parent = parent_of(p, s);
     p.segment_starts[s] =

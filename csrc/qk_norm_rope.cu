@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
     if (active && u < heads.count && place.has_b) xb[u].load_streaming(x + u * heads.side.in_head + place.b);
   }
   if (active) weights.load(heads.is_q ? p.q_weight : p.k_weight, 0, place);
-  if (rope.cu_seqlens) {
+  if (rope.axis.cu_seqlens) {
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     find_documents(rope, at.batch * rope.tokens + first, launch.tokens_per_block, start_of, thread, launch.threads());
     __syncthreads();
@@ -120,7 +120,7 @@ __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
   bool outside = true, turns = false;
   RopeCoefficients<W, kInterleaved> coefficients;
   if (kMrope || active) {
-    const RopePosition<kMrope> position(rope, at, rope.cu_seqlens ? start_of[local] : 0);
+    const RopePosition<kMrope> position(rope, at, rope.axis.cu_seqlens ? start_of[local] : 0);
     numbers += (local * launch.lanes_per_block + lane) * W;
     const RopeShared shared{numbers, numbers + sines};
     if constexpr (kMrope) {
@@ -235,15 +235,15 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
       }
     }
 
-    if (kMrope || rope.cu_seqlens) __syncthreads();  // what the previous round shared has been read
-    if (rope.cu_seqlens) {
+    if (kMrope || rope.axis.cu_seqlens) __syncthreads();  // what the previous round shared has been read
+    if (rope.axis.cu_seqlens) {
       find_documents(rope, first, tokens_per_block, start_of, threadIdx.x, launch.threads);
       __syncthreads();
     }
     bool outside = true, turns = false;
     RopeCoefficients<W, kInterleaved> coefficients;
     if (kMrope || active) {
-      const RopePosition<kMrope> position(rope, at, rope.cu_seqlens && has_token ? start_of[local] : 0);
+      const RopePosition<kMrope> position(rope, at, rope.axis.cu_seqlens && has_token ? start_of[local] : 0);
       float* mine = numbers + (local * launch.group + lane) * W;
       const RopeShared shared{mine, mine + sines};
       if constexpr (kMrope) {
@@ -395,12 +395,12 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
     const int64_t t = unit / domains;
     const int first_head = int(unit % domains) * domain_heads;
     const RopeToken at = rope_token(rope, t);
-    if (rope.cu_seqlens) {
+    if (rope.axis.cu_seqlens) {
       __syncthreads();
       find_documents(rope, t, 1, start_of, threadIdx.x, launch.threads);
       __syncthreads();
     }
-    const RopePosition<kMrope> position(rope, at, rope.cu_seqlens ? start_of[0] : 0);
+    const RopePosition<kMrope> position(rope, at, rope.axis.cu_seqlens ? start_of[0] : 0);
     if (position.outside()) {
       for (int64_t i = threadIdx.x; i < size; i += blockDim.x) {
         const int head = first_head + int(i / rope.head_dim), feature = int(i % rope.head_dim);
@@ -516,9 +516,9 @@ void launch_forward(const QkNormRopeParams& p, const RopeLaunch& launch, cudaStr
 }
 
 template <typename T, int W, bool kInterleaved, bool kMrope>
-void launch_wide(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
+void launch_wide(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
   const unsigned blocks = unsigned(launch.q_blocks + launch.k_blocks);
-  if (backward)
+  if (p.backward())
     packops::launch(qk_norm_rope_wide_kernel<T, W, kInterleaved, kMrope, true>, blocks, launch.threads, 0, stream, p, launch);
   else packops::launch(qk_norm_rope_wide_kernel<T, W, kInterleaved, kMrope, false>, blocks, launch.threads, 0, stream, p, launch);
 }
@@ -534,47 +534,43 @@ void launch_backward(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, 
 }
 
 template <typename T, bool kInterleaved, bool kMrope>
-void launch_kernel(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
+void launch_kernel(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
   if (!launch.narrow) {
-    if (launch.width == 1) return launch_wide<T, 1, kInterleaved, kMrope>(p, launch, backward, stream);
-    return launch_wide<T, 4, kInterleaved, kMrope>(p, launch, backward, stream);
+    if (launch.width == 1) return launch_wide<T, 1, kInterleaved, kMrope>(p, launch, stream);
+    return launch_wide<T, 4, kInterleaved, kMrope>(p, launch, stream);
   }
-  if (backward) return launch_backward<T, kInterleaved, kMrope>(p, launch, stream);
+  if (p.backward()) return launch_backward<T, kInterleaved, kMrope>(p, launch, stream);
   if constexpr (sizeof(T) == 2)
     if (launch.forward.width == 8) return launch_forward<T, 8, kInterleaved, kMrope>(p, launch.forward, stream);
   launch_forward<T, 4, kInterleaved, kMrope>(p, launch.forward, stream);
 }
 
 template <typename T>
-void launch_pairs(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, bool backward, cudaStream_t stream) {
+void launch_pairs(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, cudaStream_t stream) {
   const bool mrope = p.rope.mrope;
   if (p.rope.interleaved)
-    return mrope ? launch_kernel<T, true, true>(p, launch, backward, stream)
-                 : launch_kernel<T, true, false>(p, launch, backward, stream);
-  return mrope ? launch_kernel<T, false, true>(p, launch, backward, stream)
-               : launch_kernel<T, false, false>(p, launch, backward, stream);
+    return mrope ? launch_kernel<T, true, true>(p, launch, stream) : launch_kernel<T, true, false>(p, launch, stream);
+  return mrope ? launch_kernel<T, false, true>(p, launch, stream) : launch_kernel<T, false, false>(p, launch, stream);
 }
-
-int element_size(const QkNormRopeParams& p) { return p.rope.dtype == DType::f32 ? 4 : 2; }
 
 }  // namespace
 
 cudaError_t qk_norm_rope_cuda_partials(QkNormRopeParams& p) {
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
-  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), device.multiprocessors, true);
+  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, device);
   p.q_partials = launch.q_blocks;
   p.k_partials = launch.k_blocks;
   return cudaSuccess;
 }
 
-cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, bool backward, cudaStream_t stream) {
+cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
-  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, element_size(p), device.multiprocessors, backward);
+  const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, device);
   if (launch.q_blocks + launch.k_blocks > 0)
-    dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, backward, stream); });
-  if (backward) {
+    dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, stream); });
+  if (p.backward()) {
     const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
     packops::launch(weight_gradient_kernel, dim3(blocks_for_partials(columns), p.k_weight ? 2 : 1), dim3(kSumColumns * kSumRows),
                     0, stream, p);

@@ -27,6 +27,8 @@ struct QkNormRopeParams {
   void *q_partial = nullptr, *k_partial = nullptr;
   int64_t q_partials = 0, k_partials = 0;
   void *q_weight_grad = nullptr, *k_weight_grad = nullptr;  // weight dtype
+
+  bool backward() const { return rope.transposed; }
 };
 
 PACKOPS_HOST_DEVICE int64_t qk_norm_weight_size(const QkNormRopeParams& p, const RopeHeads& side) {
@@ -35,13 +37,13 @@ PACKOPS_HOST_DEVICE int64_t qk_norm_weight_size(const QkNormRopeParams& p, const
 
 // The CPU splits tokens into a fixed number of shares, so that the sums do not depend on the number of threads.
 int64_t qk_norm_rope_cpu_shares(const QkNormRopeParams& params);
-void qk_norm_rope_cpu(const QkNormRopeParams& params, bool backward, int64_t first_share, int64_t last_share);
-void qk_norm_rope_cpu_finish(const QkNormRopeParams& params);  // sums the partials
+void qk_norm_rope_cpu(const QkNormRopeParams& params, int64_t first_share, int64_t last_share);  // forward or backward
+void qk_norm_rope_cpu_finish(const QkNormRopeParams& params);                                    // sums the partials
 
 #ifdef PACKOPS_WITH_CUDA
 // Sets q_partials and k_partials: rows of partial sums the backward pass will write.
 cudaError_t qk_norm_rope_cuda_partials(QkNormRopeParams& params);
-cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& params, bool backward, cudaStream_t stream);
+cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& params, cudaStream_t stream);  // forward or backward
 #endif
 
 }  // namespace packops

@@ -18,8 +18,9 @@ constexpr int64_t kShares = 64, kMinimumTokens = 16;
 auto token_function() { return PACKOPS_BEST_ISA(qk_norm_rope_token_any); }
 
 template <typename State>
-void run(const QkNormRopeParams& p, bool backward, int64_t first_share, int64_t last_share) {
+void run(const QkNormRopeParams& p, int64_t first_share, int64_t last_share) {
   const auto rotate = token_function();
+  const bool backward = p.backward();
   const RopeParams& rope = p.rope;
   const int64_t tokens = rope.batch * rope.tokens, shares = qk_norm_rope_cpu_shares(p);
   struct Side {
@@ -76,9 +77,9 @@ int64_t qk_norm_rope_cpu_shares(const QkNormRopeParams& p) {
   return std::clamp<int64_t>(p.rope.batch * p.rope.tokens / kMinimumTokens, 1, kShares);
 }
 
-void qk_norm_rope_cpu(const QkNormRopeParams& p, bool backward, int64_t first_share, int64_t last_share) {
-  if (p.rope.dtype == DType::f64) run<double>(p, backward, first_share, last_share);
-  else run<float>(p, backward, first_share, last_share);
+void qk_norm_rope_cpu(const QkNormRopeParams& p, int64_t first_share, int64_t last_share) {
+  if (p.rope.dtype == DType::f64) run<double>(p, first_share, last_share);
+  else run<float>(p, first_share, last_share);
 }
 
 void qk_norm_rope_cpu_finish(const QkNormRopeParams& p) {

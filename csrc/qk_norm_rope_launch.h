@@ -42,9 +42,9 @@ struct QkNormRopeLaunch {
 inline constexpr int kNormBlockThreads = 160;
 
 // As choose_rope_launch, but with whole warps of whole heads.
-inline RopeLaunch choose_norm_launch(const RopeParams& p, int element_size, int multiprocessors) {
-  const int unroll = rope_vector_width(p, element_size) * element_size < 16 ? 1 : 0;  // narrow vectors are rare
-  RopeLaunch launch = choose_rope_launch(p, element_size, multiprocessors, unroll, kNormBlockThreads);
+inline RopeLaunch choose_norm_launch(const RopeParams& p, const DeviceLimits& device) {
+  const int unroll = rope_vector_width(p) * size_of(p.dtype) < 16 ? 1 : 0;  // narrow vectors are rare
+  RopeLaunch launch = choose_rope_launch(p, device, unroll, kNormBlockThreads);
   const auto power_of_two = [](int x) { return (x & (x - 1)) == 0; };
   while (!power_of_two(launch.lanes_per_block)) launch.lanes_per_block++;
   while (!power_of_two(launch.tokens_per_block)) launch.tokens_per_block--;
@@ -54,17 +54,16 @@ inline RopeLaunch choose_norm_launch(const RopeParams& p, int element_size, int 
   return launch;
 }
 
-inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, int element_size, int multiprocessors,
-                                                   bool backward) {
+inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, const DeviceLimits& device) {
   QkNormRopeLaunch launch;
   RopeParams rope = p.rope;
-  launch.width = rope_vector_width(rope, element_size);
-  if (backward) {
+  launch.width = rope_vector_width(rope);
+  if (p.backward()) {
     rope.q.in = p.q_grad.in, rope.q.in_batch = p.q_grad.in_batch, rope.q.in_token = p.q_grad.in_token,
     rope.q.in_head = p.q_grad.in_head;
     rope.k.in = p.k_grad.in, rope.k.in_batch = p.k_grad.in_batch, rope.k.in_token = p.k_grad.in_token,
     rope.k.in_head = p.k_grad.in_head;
-    launch.width = std::min(launch.width, rope_vector_width(rope, element_size));
+    launch.width = std::min(launch.width, rope_vector_width(rope));
   }
   // Backward: four elements for every dtype. Cosines, sines, weights and their gradients are floats in registers, eight of each
   // per thread; with sixteen, too few threads would fit on an SM.
@@ -73,7 +72,7 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
   launch.narrow = !p.across_heads && launch.lanes <= 32 && launch.width == 4;
   launch.threads = launch.narrow ? 128 : 256;
   while (launch.group < launch.lanes && launch.group < 32) launch.group *= 2;
-  if (launch.narrow && !backward) launch.forward = choose_norm_launch(rope, element_size, multiprocessors);
+  if (launch.narrow && !p.backward()) launch.forward = choose_norm_launch(rope, device);
 
   const int64_t tokens = rope.batch * rope.tokens;
   auto blocks = [&](int64_t heads) -> int64_t {
@@ -83,10 +82,10 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, in
       const int64_t per_block = launch.tokens_per_block(heads);
       units = (tokens + per_block - 1) / per_block * launch.chunks(heads);
     }
-    if (!backward) return std::min<int64_t>(units, 0x3fffffff);
+    if (!p.backward()) return std::min<int64_t>(units, 0x3fffffff);
     // Every block writes a row of partial sums, so no more blocks than run at once.
-    const int64_t resident =
-        int64_t(multiprocessors) * (launch.narrow ? qk_norm_narrow_blocks(element_size) : qk_norm_wide_blocks(rope.mrope));
+    const int64_t resident = int64_t(device.multiprocessors) *
+                             (launch.narrow ? qk_norm_narrow_blocks(size_of(rope.dtype)) : qk_norm_wide_blocks(rope.mrope));
     const int64_t share = std::max<int64_t>(1, resident * heads / std::max<int64_t>(1, rope.q.heads + rope.k.heads));
     return std::min(units, share);
   };

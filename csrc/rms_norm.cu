@@ -126,22 +126,20 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) weight_gradient_kernel(
   add_partials(static_cast<const float*>(p.partial), p.partials, p.columns, p.weight_grad, p.dtype);
 }
 
-int element_size(const RmsNormParams& p) { return p.dtype == DType::f32 ? 4 : 2; }
-
 }  // namespace
 
 cudaError_t rms_norm_cuda_partials(RmsNormParams& p) {
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
-  p.partials = choose_rms_norm_launch(p, element_size(p), device.multiprocessors, true).blocks;
+  p.partials = choose_rms_norm_launch(p, device).blocks;
   return cudaSuccess;
 }
 
 cudaError_t rms_norm_cuda(const RmsNormParams& p, cudaStream_t stream) {
-  if (!rms_norm_fits(p.columns, element_size(p))) return cudaErrorInvalidValue;
+  if (!rms_norm_fits(p.columns, p.dtype)) return cudaErrorInvalidValue;
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
-  const RmsNormLaunch choice = choose_rms_norm_launch(p, element_size(p), device.multiprocessors, p.backward());
+  const RmsNormLaunch choice = choose_rms_norm_launch(p, device);
   const int shared = p.backward() ? int(kRmsNormThreads / choice.team * p.columns * sizeof(float)) : 0;
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
     using T = decltype(type);

@@ -43,7 +43,7 @@ void rms_norm_cpu_finish(const RmsNormParams& params);  // adds the partials
 
 #ifdef PACKOPS_WITH_CUDA
 // f32, f16 and bf16 whose rows are whole 16-byte vectors, aligned, and at most rms_norm_most_columns (rms_norm_launch.h).
-cudaError_t rms_norm_cuda_partials(RmsNormParams& params);  // sets partials
+cudaError_t rms_norm_cuda_partials(RmsNormParams& params);  // sets partials; weight_grad must be set
 cudaError_t rms_norm_cuda(const RmsNormParams& params, cudaStream_t stream);
 #endif
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/device.h"
 #include "rms_norm.h"
 
 namespace packops {
@@ -19,17 +20,17 @@ struct RmsNormLaunch {
 
 inline constexpr int kRmsNormThreads = 256, kRmsNormVectors = 4;
 
-constexpr int64_t rms_norm_most_columns(int element_size) { return kRmsNormThreads * kRmsNormVectors * (16 / element_size); }
-constexpr bool rms_norm_fits(int64_t columns, int element_size) {
-  return columns > 0 && columns % (16 / element_size) == 0 && columns <= rms_norm_most_columns(element_size);
+constexpr int64_t rms_norm_most_columns(DType dtype) { return kRmsNormThreads * kRmsNormVectors * (16 / size_of(dtype)); }
+constexpr bool rms_norm_fits(int64_t columns, DType dtype) {
+  return columns > 0 && columns % (16 / size_of(dtype)) == 0 && columns <= rms_norm_most_columns(dtype);
 }
 
-inline RmsNormLaunch choose_rms_norm_launch(const RmsNormParams& p, int element_size, int multiprocessors, bool backward) {
+inline RmsNormLaunch choose_rms_norm_launch(const RmsNormParams& p, const DeviceLimits& device) {
   RmsNormLaunch launch;
-  while (int64_t(launch.team) * kRmsNormVectors * (16 / element_size) < p.columns) launch.team *= 2;
+  while (int64_t(launch.team) * kRmsNormVectors * (16 / size_of(p.dtype)) < p.columns) launch.team *= 2;
   const int64_t teams = kRmsNormThreads / launch.team;
   launch.blocks = (p.rows + teams - 1) / teams;
-  if (backward) launch.blocks = std::min<int64_t>(launch.blocks, 2 * multiprocessors);
+  if (p.backward()) launch.blocks = std::min<int64_t>(launch.blocks, 2 * device.multiprocessors);
   return launch;
 }
 

@@ -50,13 +50,13 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
     }
   }
 
-  if (p.cu_seqlens) {
+  if (p.axis.cu_seqlens) {
     const int thread = threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z);
     find_documents(p, at.batch * p.tokens + first, launch.tokens_per_block, start_of, thread, launch.threads());
     __syncthreads();
   }
   if (!kMrope && !active) return;
-  const RopePosition<kMrope> position(p, at, p.cu_seqlens ? start_of[local] : 0);
+  const RopePosition<kMrope> position(p, at, p.axis.cu_seqlens ? start_of[local] : 0);
   RopeCoefficients<W, kInterleaved> coefficients;
   numbers += (local * launch.lanes_per_block + threadIdx.x) * W;
   const RopeShared shared{numbers, numbers + sines};
@@ -126,13 +126,14 @@ void launch_pairs(const RopeParams& p, const RopeLaunch& launch, cudaStream_t st
 
 }  // namespace
 
-cudaError_t rope_cuda(const RopeParams& p, const int* tuning, cudaStream_t stream) {
+cudaError_t rope_cuda(const RopeParams& p, cudaStream_t stream) {
   if (p.batch * p.tokens == 0 || p.q.heads + p.k.heads == 0) return cudaSuccess;
-  const int element_size = p.dtype == DType::f32 ? 4 : 2;
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
-  const RopeLaunch launch = tuning ? choose_rope_launch(p, element_size, device.multiprocessors, tuning[0], tuning[1], tuning[2])
-                                   : choose_rope_launch(p, element_size, device.multiprocessors);
+  return rope_cuda_as(p, choose_rope_launch(p, device), stream);
+}
+
+cudaError_t rope_cuda_as(const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, stream); });
   return known ? cudaGetLastError() : cudaErrorInvalidValue;
 }

@@ -12,7 +12,7 @@
 #include <cuda_runtime_api.h>
 #endif
 
-#include "common/documents.h"  // PACKOPS_HOST_DEVICE
+#include "common/documents.h"
 #include "common/dtype.h"
 
 namespace packops {
@@ -42,14 +42,12 @@ struct RopeParams {
   int32_t table_step = 1;
   int64_t cos_batch = 0, cos_row = 0, sin_batch = 0, sin_row = 0;
 
-  // The position of a token: position_ids, or else its distance from the start of its document (cu_seqlens, of the flattened
-  // tokens), or else its index in the batch row. Tokens outside cu_seqlens pass through unchanged.
+  // The position of a token: position_ids, or else its distance from the start of its document (axis, the flattened tokens), or
+  // else its index in the batch row. Padding passes through unchanged.
   const void* position_ids = nullptr;
   DType position_dtype = DType::i64;
   int64_t position_axis = 0, position_batch = 0, position_token = 0;  // strides; axis: of the three M-RoPE axes
-  const void* cu_seqlens = nullptr;
-  DType cu_dtype = DType::i32;
-  int64_t num_documents = 0, cu_stride = 1;
+  PackedAxis axis;                                                    // cu_seqlens may be null
 
   // M-RoPE: which of three position ids turns a pair. Sections are numbers of pairs.
   bool mrope = false, mrope_interleaved = false;
@@ -66,21 +64,19 @@ PACKOPS_HOST_DEVICE int rope_mrope_axis(const RopeParams& p, int i) {
   return i < p.mrope_section[0] ? 0 : i < p.mrope_section[0] + p.mrope_section[1] ? 1 : 2;
 }
 
-// What is wrong with positions or documents, if anything.
+// A token whose position is outside the table; token -1: there is none.
 struct RopeFault {
-  enum Kind { none, position, cu_start, cu_order, cu_end } kind = none;
-  int64_t index = 0, value = 0;  // token and position, or entry and value of cu_seqlens
+  int64_t token = -1, position = 0;
 };
 
-// Reads every position on the host before rope_cpu may use them.
+// Reads every position on the host before rope_cpu may use them. cu_seqlens must be well formed.
 RopeFault rope_check_cpu(const RopeParams& params);
 
 // Rotates the flattened tokens [begin, end).
 void rope_cpu(const RopeParams& params, int64_t begin, int64_t end);
 
 #ifdef PACKOPS_WITH_CUDA
-// tuning: unroll, threads per block, token_inner (see rope_launch.h); null chooses.
-cudaError_t rope_cuda(const RopeParams& params, const int* tuning, cudaStream_t stream);
+cudaError_t rope_cuda(const RopeParams& params, cudaStream_t stream);
 #endif
 
 }  // namespace packops

@@ -31,28 +31,20 @@ void rope_tokens(const RopeParams& p, int64_t begin, int64_t end) {
 }  // namespace
 
 RopeFault rope_check_cpu(const RopeParams& p) {
-  if (p.cu_seqlens) {
-    const int64_t last = p.num_documents;
-    if (bound_at(p, 0) != 0) return {RopeFault::cu_start, 0, bound_at(p, 0)};
-    for (int64_t d = 1; d <= last; d++)
-      if (bound_at(p, d) < bound_at(p, d - 1)) return {RopeFault::cu_order, d, bound_at(p, d)};
-    if (bound_at(p, last) > p.batch * p.tokens) return {RopeFault::cu_end, last, bound_at(p, last)};
-  }
   if (p.per_token_table) return {};
   if (p.position_ids) {
-    const int64_t end = p.cu_seqlens ? bound_at(p, p.num_documents) : p.batch * p.tokens;
+    const int64_t end = p.axis.cu_seqlens ? boundary(p.axis, p.axis.documents) : p.batch * p.tokens;
     for (int axis = 0; axis < (p.mrope ? 3 : 1); axis++)
       for (int64_t b = 0; b < p.batch; b++)
         for (int64_t t = 0; t < p.tokens && b * p.tokens + t < end; t++) {
           const int64_t position = position_at(p, axis, b, t);
-          if (position < 0 || position >= p.table_rows) return {RopeFault::position, b * p.tokens + t, position};
+          if (position < 0 || position >= p.table_rows) return {b * p.tokens + t, position};
         }
-  } else if (p.cu_seqlens) {
-    for (int64_t d = 0; d < p.num_documents; d++)
-      if (bound_at(p, d + 1) - bound_at(p, d) > p.table_rows)
-        return {RopeFault::position, bound_at(p, d) + p.table_rows, p.table_rows};
+  } else if (p.axis.cu_seqlens) {
+    for (int64_t d = 0; d < p.axis.documents; d++)
+      if (boundary(p.axis, d + 1) - boundary(p.axis, d) > p.table_rows) return {boundary(p.axis, d) + p.table_rows, p.table_rows};
   } else if (p.tokens > p.table_rows && p.batch > 0) {
-    return {RopeFault::position, p.table_rows, p.table_rows};
+    return {p.table_rows, p.table_rows};
   }
   return {};
 }

@@ -8,7 +8,6 @@
 
 namespace packops {
 
-inline int64_t bound_at(const RopeParams& p, int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); }
 inline int64_t position_at(const RopeParams& p, int axis, int64_t batch, int64_t token) {
   return integer_at(p.position_ids, p.position_dtype,
                     axis * p.position_axis + batch * p.position_batch + token * p.position_token);
@@ -35,11 +34,11 @@ class RopeWalk {
   };
 
   RopeWalk(const RopeParams& params, int64_t begin) : p_(params) {
-    if (!p_.cu_seqlens) return;
-    int64_t low = 0, high = p_.num_documents + 1;  // to the first entry past `begin`
+    if (!p_.axis.cu_seqlens) return;
+    int64_t low = 0, high = p_.axis.documents + 1;  // to the first entry past `begin`
     while (low < high) {
       const int64_t middle = (low + high) / 2;
-      if (bound_at(p_, middle) <= begin) low = middle + 1;
+      if (boundary(p_.axis, middle) <= begin) low = middle + 1;
       else high = middle;
     }
     document_ = high - 1;
@@ -47,10 +46,10 @@ class RopeWalk {
 
   Token at(int64_t t) {
     Token at{t / p_.tokens, t % p_.tokens, t % p_.tokens, false};
-    if (p_.cu_seqlens) {
-      while (document_ < p_.num_documents && bound_at(p_, document_ + 1) <= t) document_++;
-      at.outside = document_ >= p_.num_documents;
-      if (!at.outside && !p_.per_token_table) at.position = t - bound_at(p_, document_);
+    if (p_.axis.cu_seqlens) {
+      while (document_ < p_.axis.documents && boundary(p_.axis, document_ + 1) <= t) document_++;
+      at.outside = document_ >= p_.axis.documents;
+      if (!at.outside && !p_.per_token_table) at.position = t - boundary(p_.axis, document_);
     }
     if (p_.position_ids && !p_.mrope) at.position = position_at(p_, 0, at.batch, at.token);
     return at;

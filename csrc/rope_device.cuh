@@ -12,10 +12,6 @@ namespace packops {
 
 inline namespace on_device {  // see vec.cuh
 __device__ inline float to_float(double x) { return float(x); }
-
-__device__ inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
-  return dtype == DType::i32 ? __ldg(static_cast<const int32_t*>(data) + i) : __ldg(static_cast<const long long*>(data) + i);
-}
 }  // namespace on_device
 
 // ---- Float tables: cosines and sines, weights of a norm. A thread issues all its loads before it converts the first value: a
@@ -116,9 +112,9 @@ constexpr int64_t kOutside = -1, kBad = -2;
 // The start of the document of token t, or kOutside. A warp searches together for one t, 32 places at a time. Invariant:
 // cu[low] <= t < cu[high]. Whatever cu_seqlens holds, only its entries are read.
 __device__ inline int64_t document_start(const RopeParams& p, int64_t t, int lane) {
-  auto bound = [&](int64_t i) { return integer_at(p.cu_seqlens, p.cu_dtype, i * p.cu_stride); };
-  if (t >= bound(p.num_documents) || t < bound(0)) return kOutside;
-  int64_t low = 0, high = p.num_documents;
+  auto bound = [&](int64_t i) { return boundary(p.axis, i); };
+  if (t >= bound(p.axis.documents) || t < bound(0)) return kOutside;
+  int64_t low = 0, high = p.axis.documents;
   while (high - low > 1) {
     const int64_t step = (high - low + 31) / 32, probe = low + lane * step;
     const unsigned below = __ballot_sync(~0u, probe < high && bound(probe) <= t);
@@ -151,7 +147,7 @@ struct RopePosition {
   __device__ RopePosition(const RopeParams& p, RopeToken at, int64_t start) {
     if (kMrope) at.token = min(at.token, p.tokens - 1);  // threads past the last token help with the table, too
     const auto checked = [&](int64_t x) { return x >= 0 && x < p.table_rows ? x : kBad; };
-    if (p.cu_seqlens && start == kOutside) {
+    if (p.axis.cu_seqlens && start == kOutside) {
       row[0] = kOutside;
     } else if (p.per_token_table) {
       row[0] = at.token;
@@ -164,7 +160,7 @@ struct RopePosition {
       for (int axis = 0; axis < kAxes; axis++)
         if (checked(row[axis]) == kBad) row[0] = kBad;
     } else {
-      row[0] = checked(p.cu_seqlens ? at.batch * p.tokens + at.token - start : at.token);
+      row[0] = checked(p.axis.cu_seqlens ? at.batch * p.tokens + at.token - start : at.token);
     }
   }
   __device__ bool outside() const { return row[0] == kOutside; }

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/device.h"
 #include "rope.h"
 
 namespace packops {
@@ -35,7 +36,7 @@ inline constexpr int kRopeMostThreads = 512;
 // Shared memory of a block. M-RoPE: cosines, then sines, of all lanes of its tokens. cu_seqlens: each token's document start.
 inline int rope_shared_bytes(const RopeParams& p, const RopeLaunch& launch) {
   const int tokens = launch.tokens_per_block, pairs = tokens * launch.lanes_per_block * launch.width;
-  return (p.mrope ? 2 * pairs * int(sizeof(float)) : 0) + (p.cu_seqlens ? tokens * int(sizeof(int64_t)) : 0);
+  return (p.mrope ? 2 * pairs * int(sizeof(float)) : 0) + (p.axis.cu_seqlens ? tokens * int(sizeof(int64_t)) : 0);
 }
 
 // The largest power of two, at most 16, that divides the address of every row of features.
@@ -48,7 +49,8 @@ inline int rope_alignment(const RopeHeads& heads, int element_size) {
 }
 
 // The widest vector that addresses and the parts of a head allow.
-inline int rope_vector_width(const RopeParams& p, int element_size) {
+inline int rope_vector_width(const RopeParams& p) {
+  const int element_size = size_of(p.dtype);
   const int alignment = std::min(rope_alignment(p.q, element_size), rope_alignment(p.k, element_size));
   const int cuts = p.rotary_dim / 2 | p.rotary_offset | (p.in_place ? 0 : p.head_dim);
   int width = std::max(alignment / element_size, 1);
@@ -60,20 +62,20 @@ inline int rope_vector_width(const RopeParams& p, int element_size) {
 constexpr int rope_max_unroll(int vector_bytes) { return vector_bytes == 16 ? 4 : vector_bytes == 8 ? 2 : 1; }
 
 // unroll, block_threads: 0 lets the function choose. token_inner: -1 likewise.
-inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int multiprocessors, int unroll = 0,
-                                     int block_threads = 0, int token_inner = -1) {
+inline RopeLaunch choose_rope_launch(const RopeParams& p, const DeviceLimits& device, int unroll = 0, int block_threads = 0,
+                                     int token_inner = -1) {
   const auto parts = [](int64_t all, int64_t part) { return int((all + part - 1) / part); };
   RopeLaunch launch;
-  launch.width = rope_vector_width(p, element_size);
+  launch.width = rope_vector_width(p);
   const int passing = p.in_place ? 0 : (p.head_dim - p.rotary_dim) / launch.width;
   launch.lanes = p.rotary_dim / 2 / launch.width + (passing + 1) / 2;
   const int64_t heads = p.q.heads + p.k.heads;
 
   // More heads per thread keep more bytes in flight and read the table less often. With little work, more threads are better:
   // four heads only if each SM still gets 8 x 512 threads, two if 2 x 1024.
-  const int64_t work = p.batch * p.tokens * heads * launch.lanes / multiprocessors;
+  const int64_t work = p.batch * p.tokens * heads * launch.lanes / device.multiprocessors;
   const int fitting = work >= 8 * 512 * 4 ? 4 : work >= 2 * 1024 * 2 ? 2 : 1;
-  launch.unroll = std::min(unroll ? unroll : fitting, rope_max_unroll(launch.width * element_size));
+  launch.unroll = std::min(unroll ? unroll : fitting, rope_max_unroll(launch.width * size_of(p.dtype)));
   launch.q_slots = parts(p.q.heads, launch.unroll);
   launch.slots = std::max(launch.q_slots + parts(p.k.heads, launch.unroll), 1);
   const int most = block_threads ? block_threads : 256;
@@ -98,5 +100,10 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, int element_size, int 
   launch.token_blocks = (p.tokens + launch.tokens_per_block - 1) / launch.tokens_per_block;
   return launch;
 }
+
+#ifdef PACKOPS_WITH_CUDA
+// For tests: every launch gives the same bits.
+cudaError_t rope_cuda_as(const RopeParams& params, const RopeLaunch& launch, cudaStream_t stream);
+#endif
 
 }  // namespace packops

@@ -310,12 +310,12 @@ def rope_misaligned(device: torch.device) -> Iterator[str]:
                 for interleaved in (False, True):
                     backward(packops.apply_rope(q, None, cos, sin, rotary_offset=6, interleaved=interleaved, **options)[0], q)
                 yield f"{dtype} shifted by {shift}, {name}"
-    q = torch.randn(2, 5, 11, 64, device=device).to(torch.bfloat16)
-    table = packops.rope_table(64, 11, device=device)
-    for unroll in (1, 2, 4):
-        for inner in (0, 1):
-            torch.ops.packops._rope(q, q, *table, layout="bhsd", tuning=[unroll, 128, inner])
-            yield f"unroll {unroll}, tokens inner {inner}"
+    table = packops.rope_table(64, 8701, device=device)
+    for tokens in (2201, 8701):  # enough work for two heads per thread, and for four (rope_launch.h)
+        for layout, shape in (("bshd", (1, tokens, 63, 64)), ("bhsd", (1, 63, tokens, 64))):
+            q = torch.ones(shape, device=device, dtype=torch.bfloat16)
+            packops.apply_rope(q, q[..., :1, :] if layout == "bshd" else q[:, :1], *table, layout=layout)
+            yield f"{tokens} tokens, {layout}"
 
 
 @cases

@@ -501,17 +501,6 @@ def test_rope_runs(tmp_path, small_buffers):
     assert "bytes" not in data["cases"][-1]["rows"][0]
 
 
-def test_sweep_gives_the_kernel_its_configuration(monkeypatch, small_buffers):
-    rope = load("rope")
-    args = argparse.Namespace(device="cpu", dtype=None, sweep=True, quick=False, shape=[8, 2, 1, 16])
-    with torch.no_grad():
-        first, second = rope.cases(args)
-        candidate = first.candidates["packops"]()
-        assert candidate.check(candidate.call(0)) == ""
-    assert "unroll 4, 512 threads" in first.candidates
-    assert "unroll 4, 512 threads, tokens inner" in second.candidates
-
-
 @torch.no_grad()
 def test_mistakes_of_a_rotation_are_found(small_buffers, monkeypatch):
     rope = load("rope")

@@ -1,4 +1,4 @@
-// Scalars on the host: the 16-bit types as floats and back, and integers of either width.
+// Scalars on the host: the 16-bit types as floats and back.
 #pragma once
 
 #include <cstdint>
@@ -53,10 +53,6 @@ inline half_t from_float<half_t>(float x) {
   }
   uint32_t rebiased = magnitude - 0x38000000;
   return half_t{uint16_t(sign | ((rebiased + 0xfff + ((rebiased >> 13) & 1)) >> 13))};
-}
-
-inline int64_t integer_at(const void* data, DType dtype, int64_t i) {
-  return dtype == DType::i32 ? static_cast<const int32_t*>(data)[i] : static_cast<const int64_t*>(data)[i];
 }
 
 }  // namespace packops

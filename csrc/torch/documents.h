@@ -1,8 +1,7 @@
 // cu_seqlens as an argument of an op: one set of checks and one wording for all of them.
 #pragma once
 
-#include "common/convert.h"
-#include "metadata.h"
+#include "common/documents.h"
 #include "torch/allocate.h"
 #include "torch/dispatch.h"
 
@@ -23,12 +22,12 @@ inline CheckedDocuments check_documents(const char* op, const Tensor& cu_seqlens
   PACKOPS_CHECK(cu_seqlens.dim() == 1 && cu_seqlens.size(0) >= 1, ValueError, op,
                 ": cu_seqlens must have shape (documents + 1,), got ", shape_of(cu_seqlens));
   const Tensor read = as_contiguous(cu_seqlens);
-  const PackedAxis axis{read.const_data_ptr(), dtype, read.size(0) - 1, tokens};
+  const PackedAxis axis{read.const_data_ptr(), dtype, read.size(0) - 1};
   if (read.is_cpu()) {
-    const int64_t bad = first_malformed_boundary(axis);
+    const int64_t bad = first_malformed_boundary(axis, tokens);
     PACKOPS_CHECK(bad < 0, ValueError, op,
                   ": cu_seqlens must start at 0, not decrease, and end at or before the number of rows (", tokens,
-                  "), got cu_seqlens[", bad, "] = ", integer_at(axis.cu_seqlens, dtype, bad));
+                  "), got cu_seqlens[", bad, "] = ", boundary(axis, bad));
   }
   return {read, axis};
 }

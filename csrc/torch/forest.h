@@ -11,7 +11,7 @@ namespace packops {
 constexpr int64_t forest_numbers(int64_t segments, int64_t tokens) { return 3 * segments + 1 + 4 * tokens; }
 
 inline void set_forest_numbers(PackedForestParams& p, int32_t* numbers) {
-  const int64_t segments = p.axis.documents, tokens = p.axis.tokens;
+  const int64_t segments = p.axis.documents, tokens = p.tokens;
   p.trees = numbers;
   p.segment_starts = p.trees + segments + 1;
   p.segment_ends = p.segment_starts + segments;
@@ -21,18 +21,17 @@ inline void set_forest_numbers(PackedForestParams& p, int32_t* numbers) {
   p.nearest = p.furthest + tokens;
 }
 
-// Runs the kernels; the result is the tensor of a forest's numbers, to which p then points. p.axis is that of the segments.
+// Runs the kernels; the result is the tensor of a forest's numbers, to which p then points. Wants p.axis, that of the segments, and p.tokens.
 inline Tensor make_forest(const char* op, PackedForestParams& p, const Tensor& parents, const Tensor& cu_seqlens) {
   const int64_t segments = p.axis.documents;
   check_device(op, "parents", parents, "cu_seqlens", cu_seqlens);
   p.parent_dtype = index_dtype(parents, op, "parents");
   PACKOPS_CHECK(parents.dim() == 1 && parents.size(0) == segments, ValueError, op,
                 ": parents must have one number per segment of cu_seqlens, (", segments, ",), got shape ", shape_of(parents));
-  PACKOPS_CHECK(p.axis.tokens < int64_t(1) << 30, ValueError, op, ": shared prefixes want fewer than 2^30 tokens, got ",
-                p.axis.tokens);
+  PACKOPS_CHECK(p.tokens < int64_t(1) << 30, ValueError, op, ": shared prefixes want fewer than 2^30 tokens, got ", p.tokens);
   const Tensor read = as_contiguous(parents);
   p.parents = read.const_data_ptr();
-  const Tensor numbers = allocate(cu_seqlens, {forest_numbers(segments, p.axis.tokens)}, ScalarType::Int);
+  const Tensor numbers = allocate(cu_seqlens, {forest_numbers(segments, p.tokens)}, ScalarType::Int);
   set_forest_numbers(p, numbers.mutable_data_ptr<int32_t>());
   if (cu_seqlens.is_cpu()) {
     const int64_t bad = first_malformed_parent(p);

@@ -72,9 +72,7 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 
   const auto [boundaries, axis] = check_documents(kOp, cu_seqlens, p.tokens, "q", q);
   Attention a{p, set_input(q, &p.q), set_input(k, &p.k), set_input(v, &p.v), boundaries};
-  p.cu_seqlens = axis.cu_seqlens;
-  p.index_dtype = axis.index_dtype;
-  p.documents = axis.documents;
+  p.axis = axis;
   a.params = p;
   return a;
 }
@@ -82,7 +80,7 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
 void run(const AttentionParams& p, const Tensor& q, bool backward) {
   if (q.is_cpu()) {
     const auto work = backward ? attention_backward_cpu : attention_cpu;
-    return torch::stable::parallel_for(0, (p.documents + 1) * p.kv_heads, 1,
+    return torch::stable::parallel_for(0, (p.axis.documents + 1) * p.kv_heads, 1,
                                        [&](int64_t begin, int64_t end) { work(p, begin, end); });
   }
 #ifdef PACKOPS_WITH_CUDA
@@ -93,8 +91,8 @@ void run(const AttentionParams& p, const Tensor& q, bool backward) {
 
 // From here on documents are trees.
 void set_forest(AttentionParams& p, const PackedForestParams& forest) {
-  p.cu_seqlens = forest.trees;
-  p.index_dtype = DType::i32;
+  p.axis.cu_seqlens = forest.trees;
+  p.axis.index_dtype = DType::i32;
   p.prefixes = {forest.ends, forest.furthest, forest.nearest, forest.positions};
 }
 
@@ -107,7 +105,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   if (parents) {
     PACKOPS_CHECK(causal, ValueError, kOp, ": parents needs causal: what continues a prefix comes after it");
     PackedForestParams forest;
-    forest.axis = {p.cu_seqlens, p.index_dtype, p.documents, p.tokens};
+    forest.axis = p.axis, forest.tokens = p.tokens;
     numbers = make_forest(kOp, forest, *parents, a.cu_seqlens);
     set_forest(p, forest);
   } else {
@@ -115,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   }
   const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
   const Tensor lse = allocate(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
-  const Tensor tiles = allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.documents) : 0, 4}, ScalarType::Int);
+  const Tensor tiles = allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) : 0, 4}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
@@ -131,11 +129,11 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   AttentionParams& p = a.params;
   const Tensor read_numbers = as_contiguous(numbers);
   if (numbers.numel() > 0) {
-    PACKOPS_CHECK(numbers.numel() == forest_numbers(p.documents, p.tokens) && numbers.scalar_type() == ScalarType::Int &&
+    PACKOPS_CHECK(numbers.numel() == forest_numbers(p.axis.documents, p.tokens) && numbers.scalar_type() == ScalarType::Int &&
                       numbers.device() == q.device(),
                   ValueError, kOp, ": forest must be that of the forward pass");
     PackedForestParams forest;
-    forest.axis = {p.cu_seqlens, p.index_dtype, p.documents, p.tokens};
+    forest.axis = p.axis, forest.tokens = p.tokens;
     set_forest_numbers(forest, static_cast<int32_t*>(const_cast<void*>(read_numbers.const_data_ptr())));
     set_forest(p, forest);
   }
@@ -151,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
                     lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
                     lse.device() == q.device(),
                 ValueError, kOp, ": lse must be that of the forward pass");
-  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == 4 * attention_tiles(p.tokens, p.documents) &&
+  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == 4 * attention_tiles(p.tokens, p.axis.documents) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
   const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);

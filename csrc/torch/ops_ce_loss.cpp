@@ -276,12 +276,10 @@ Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
   if (in.cu_seqlens) {
     const auto [boundaries, axis] = check_documents(kOp, *in.cu_seqlens, p.rows, "labels", in.labels);
     rows.cu_seqlens = boundaries;
-    p.cu_seqlens = axis.cu_seqlens;
-    p.cu_seqlens_dtype = axis.index_dtype;
-    p.documents = axis.documents;
+    p.axis = axis;
   } else {
     p.doc_length = in.labels.dim() >= 1 ? in.labels.size(in.labels.dim() - 1) : 1;
-    p.documents = p.doc_length ? p.rows / p.doc_length : 0;
+    p.axis.documents = p.doc_length ? p.rows / p.doc_length : 0;
   }
 
   if (in.num_items) {
@@ -322,7 +320,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward_into(const Tensor& lo
   Tensor floats = allocate(logits, {with_stats ? kFloatStatesWithStats : kFloatStates, p.rows}, state);
   Tensor ints = allocate(logits, {with_stats ? kIntStatesWithStats : kIntStates, p.rows}, ScalarType::Int);
   Tensor counts = allocate(logits, {with_stats ? 2 : 0}, ScalarType::Long);
-  Tensor sequence_loss = allocate(logits, {with_stats ? p.documents : 0}, state);
+  Tensor sequence_loss = allocate(logits, {with_stats ? p.axis.documents : 0}, state);
   Tensor loss = in.shard.vocab_size              ? allocate(logits, {partial_size(p)}, state)
                 : p.reduction == Reduction::none ? allocate(logits, in.labels.sizes(), state)
                                                  : allocate(logits, {}, state);

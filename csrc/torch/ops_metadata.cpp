@@ -11,7 +11,7 @@ namespace packops {
 namespace {
 
 // Documents a thread takes at least, so that it has about 32768 tokens to write.
-int64_t grain(const PackedAxis& axis) { return 1 + 32768 * (axis.documents + 1) / (axis.tokens + 1); }
+int64_t grain(int64_t documents, int64_t tokens) { return 1 + 32768 * (documents + 1) / (tokens + 1); }
 
 struct Metadata {
   CheckedDocuments checked;
@@ -24,15 +24,16 @@ Metadata prepare_metadata(const Tensor& cu_seqlens, int64_t total_tokens) {
   CheckedDocuments checked = check_documents("packed_metadata", cu_seqlens, total_tokens, "itself", cu_seqlens);
   Tensor position_ids = allocate(cu_seqlens, {total_tokens}, ScalarType::Long);
   Tensor seq_idx = allocate(cu_seqlens, {total_tokens}, ScalarType::Int);
-  MetadataParams params{checked.axis, position_ids.mutable_data_ptr<int64_t>(), seq_idx.mutable_data_ptr<int32_t>()};
+  MetadataParams params{checked.axis, total_tokens, position_ids.mutable_data_ptr<int64_t>(),
+                        seq_idx.mutable_data_ptr<int32_t>()};
   return {checked, position_ids, seq_idx, params};
 }
 
 std::tuple<Tensor, Tensor> packed_metadata(const Tensor& cu_seqlens, int64_t total_tokens) {
   const Metadata metadata = prepare_metadata(cu_seqlens, total_tokens);
   if (cu_seqlens.is_cpu()) {
-    const PackedAxis& axis = metadata.params.axis;
-    torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
+    const int64_t documents = metadata.params.axis.documents;
+    torch::stable::parallel_for(0, documents + 1, grain(documents, total_tokens),
                                 [&](int64_t begin, int64_t end) { packed_metadata_cpu(metadata.params, begin, end); });
   }
 #ifdef PACKOPS_WITH_CUDA
@@ -59,6 +60,7 @@ Labels prepare_labels(const Tensor& labels, const Tensor& cu_seqlens, bool shift
   Tensor target = allocate(labels, {labels.size(0)});
   Tensor counts = allocate_zeros(cu_seqlens, {checked.axis.documents}, ScalarType::Long);
   LabelsParams params{checked.axis,
+                      labels.size(0),
                       labels.const_data_ptr(),
                       dtype,
                       labels.stride(0),
@@ -72,8 +74,8 @@ Labels prepare_labels(const Tensor& labels, const Tensor& cu_seqlens, bool shift
 std::tuple<Tensor, Tensor> packed_labels(const Tensor& labels, const Tensor& cu_seqlens, bool shift, int64_t ignore_index) {
   const Labels prepared = prepare_labels(labels, cu_seqlens, shift, ignore_index);
   if (labels.is_cpu()) {
-    const PackedAxis& axis = prepared.params.axis;
-    torch::stable::parallel_for(0, axis.documents + 1, grain(axis),
+    const int64_t documents = prepared.params.axis.documents;
+    torch::stable::parallel_for(0, documents + 1, grain(documents, labels.size(0)),
                                 [&](int64_t begin, int64_t end) { packed_labels_cpu(prepared.params, begin, end); });
   }
 #ifdef PACKOPS_WITH_CUDA

@@ -17,6 +17,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_forest(const Tensor& cu_seqlens, int64
   const Tensor seq_idx = allocate(cu_seqlens, {total_tokens}, ScalarType::Int);
   PackedForestParams p;
   p.axis = segments.axis;
+  p.tokens = total_tokens;
   p.position_ids = position_ids.mutable_data_ptr<int64_t>();
   p.seq_idx = seq_idx.mutable_data_ptr<int32_t>();
   Tensor numbers = make_forest(kOp, p, parents, cu_seqlens);

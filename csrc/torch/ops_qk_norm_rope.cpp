@@ -41,18 +41,18 @@ void set_weights(QkNormRopeParams& p, const Tensor& q, const Tensor& q_weight, c
   p.zero_centered = zero_centered;
 }
 
-void run_cpu(const QkNormRopeParams& p, bool backward) {
+void run_cpu(const QkNormRopeParams& p) {
   check_rope_positions(kOp, p.rope);
   torch::stable::parallel_for(0, qk_norm_rope_cpu_shares(p), 1,
-                              [&](int64_t begin, int64_t end) { qk_norm_rope_cpu(p, backward, begin, end); });
-  if (backward) qk_norm_rope_cpu_finish(p);
+                              [&](int64_t begin, int64_t end) { qk_norm_rope_cpu(p, begin, end); });
+  if (p.backward()) qk_norm_rope_cpu_finish(p);
 }
 
-void run(const QkNormRopeParams& p, const Tensor& q, bool backward) {
-  if (q.is_cpu()) return run_cpu(p, backward);
+void run(const QkNormRopeParams& p, const Tensor& q) {
+  if (q.is_cpu()) return run_cpu(p);
 #ifdef PACKOPS_WITH_CUDA
   const CudaScope scope(q);
-  check_cuda(qk_norm_rope_cuda(p, backward, scope.stream()), kOp);
+  check_cuda(qk_norm_rope_cuda(p, scope.stream()), kOp);
 #endif
 }
 
@@ -71,7 +71,7 @@ std::tuple<Tensor, OptionalTensor> qk_norm_rope(Tensor q, OptionalTensor k, Tens
     k_out = empty_heads_like(*k);
     set_output(p.rope.k, *k_out, dims);
   }
-  run(p, q, false);
+  run(p, q);
   return {q_out, k_out};
 }
 
@@ -116,7 +116,7 @@ std::tuple<Tensor, OptionalTensor, Tensor, OptionalTensor> qk_norm_rope_backward
     k_partial = allocate(q, {k_shape, 2}, sums);
     p.k_partial = k_partial.data_ptr();
   }
-  run(p, q, true);
+  run(p, q);
   return {dq, dk, dq_weight, dk_weight};
 }
 

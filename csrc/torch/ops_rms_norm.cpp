@@ -21,13 +21,11 @@ struct RmsNorm {
 };
 
 // Rows as they are, or a copy where they are uneven or, on CUDA, do not begin at 16 bytes.
-Tensor set_aligned_rows(const Tensor& tensor, const void** data, int64_t* stride, int element_size) {
+Tensor set_aligned_rows(const Tensor& tensor, const void** data, int64_t* stride, DType dtype) {
   const Tensor rows = set_rows(tensor, data, stride);
-  if (tensor.is_cpu() || (reinterpret_cast<uintptr_t>(*data) | uintptr_t(*stride * element_size)) % 16 == 0) return rows;
+  if (tensor.is_cpu() || (reinterpret_cast<uintptr_t>(*data) | uintptr_t(*stride * size_of(dtype))) % 16 == 0) return rows;
   return set_rows(contiguous_copy(rows), data, stride);
 }
-
-int element_size(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
 
 RmsNorm prepare(const Tensor& x, const Tensor& weight, double eps, bool zero_centered) {
   RmsNormParams p;
@@ -40,13 +38,12 @@ RmsNorm prepare(const Tensor& x, const Tensor& weight, double eps, bool zero_cen
   p.columns = weight.size(0);
   p.rows = p.columns ? x.numel() / p.columns : 0;
   p.eps = eps, p.zero_centered = zero_centered;
-  const int size = element_size(p.dtype);
-  PACKOPS_CHECK(x.is_cpu() || p.columns == 0 || rms_norm_fits(p.columns, size), ValueError, kOp,
-                ": on CUDA the last dimension of x must be a multiple of ", 16 / size, " and at most ",
-                rms_norm_most_columns(size), ", got ", p.columns);
-  RmsNorm norm{p, set_aligned_rows(x, &p.x, &p.x_row, size), as_contiguous(weight)};
+  PACKOPS_CHECK(x.is_cpu() || p.columns == 0 || rms_norm_fits(p.columns, p.dtype), ValueError, kOp,
+                ": on CUDA the last dimension of x must be a multiple of ", 16 / size_of(p.dtype), " and at most ",
+                rms_norm_most_columns(p.dtype), ", got ", p.columns);
+  RmsNorm norm{p, set_aligned_rows(x, &p.x, &p.x_row, p.dtype), as_contiguous(weight)};
   int64_t unused = 0;
-  norm.weight = set_aligned_rows(norm.weight, &p.weight, &unused, size);
+  norm.weight = set_aligned_rows(norm.weight, &p.weight, &unused, p.dtype);
   norm.params = p;
   return norm;
 }
@@ -76,7 +73,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   RmsNorm norm = prepare(x, weight, eps, zero_centered);
   RmsNormParams& p = norm.params;
   check_like(kOp, "grad", grad, "x", x);
-  const Tensor rows = set_aligned_rows(grad, &p.grad, &p.grad_row, element_size(p.dtype));
+  const Tensor weight_grad = allocate(weight, weight.sizes());
+  p.weight_grad = weight_grad.mutable_data_ptr();
+  const Tensor rows = set_aligned_rows(grad, &p.grad, &p.grad_row, p.dtype);
   if (x.is_cpu()) p.partials = rms_norm_cpu_shares(p);
 #ifdef PACKOPS_WITH_CUDA
   else {
@@ -85,10 +84,9 @@ std::tuple<Tensor, Tensor> rms_norm_backward(Tensor grad, Tensor x, Tensor weigh
   }
 #endif
   const Tensor partial = allocate(x, {p.partials, p.columns}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
-  const Tensor dx = allocate(x, x.sizes()), weight_grad = allocate(weight, weight.sizes());
+  const Tensor dx = allocate(x, x.sizes());
   p.partial = partial.mutable_data_ptr();
   p.out = dx.mutable_data_ptr();
-  p.weight_grad = weight_grad.mutable_data_ptr();
   run(p, x);
   return {dx, weight_grad};
 }

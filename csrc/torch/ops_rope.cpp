@@ -18,21 +18,16 @@ void run_cpu(const RopeParams& p) {
                               [&](int64_t begin, int64_t end) { rope_cpu(p, begin, end); });
 }
 
-void run(const RopeParams& p, const Tensor& q, const OptionalInts& tuning) {
+void run(const RopeParams& p, const Tensor& q) {
   if (q.is_cpu()) return run_cpu(p);
 #ifdef PACKOPS_WITH_CUDA
   const CudaScope scope(q);
-  int values[3];
-  if (tuning) {
-    PACKOPS_CHECK(tuning->size() == 3, ValueError, kOp, ": tuning must be [unroll, threads, token_inner]");
-    for (int i = 0; i < 3; i++) values[i] = int((*tuning)[i]);
-  }
-  check_cuda(rope_cuda(p, tuning ? values : nullptr, scope.stream()), kOp);
+  check_cuda(rope_cuda(p, scope.stream()), kOp);
 #endif
 }
 
 std::tuple<Tensor, OptionalTensor> rope_raw(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
-                                            OptionalTensor cu_seqlens, ROPE_PARAMETERS, bool transposed, OptionalInts tuning) {
+                                            OptionalTensor cu_seqlens, ROPE_PARAMETERS, bool transposed) {
   const Layout dims = layout_of(kOp, q, layout);
   Tensor boundaries;
   RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims, boundaries);
@@ -43,12 +38,12 @@ std::tuple<Tensor, OptionalTensor> rope_raw(Tensor q, OptionalTensor k, Tensor c
     k_out = empty_heads_like(*k);
     set_output(p.k, *k_out, dims);
   }
-  run(p, q, tuning);
+  run(p, q);
   return {q_out, k_out};
 }
 
 void rope_raw_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens,
-               ROPE_PARAMETERS, bool transposed, OptionalInts tuning) {
+               ROPE_PARAMETERS, bool transposed) {
   const Layout dims = layout_of(kOp, q, layout);
   Tensor boundaries;
   RopeParams p = make_rope_params(q, k, cos, sin, {kOp, position_ids, cu_seqlens, ROPE_ARGUMENTS, transposed}, dims, boundaries);
@@ -56,25 +51,24 @@ void rope_raw_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTenso
   check_in_place(kOp, q, k);
   set_output(p.q, q, dims);
   if (k) set_output(p.k, *k, dims);
-  run(p, q, tuning);
+  run(p, q);
 }
 
 std::tuple<Tensor, OptionalTensor> rope(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids,
                                         OptionalTensor cu_seqlens, ROPE_PARAMETERS) {
-  return rope_raw(q, k, cos, sin, position_ids, cu_seqlens, ROPE_ARGUMENTS, false, {});
+  return rope_raw(q, k, cos, sin, position_ids, cu_seqlens, ROPE_ARGUMENTS, false);
 }
 
 void rope_(Tensor q, OptionalTensor k, Tensor cos, Tensor sin, OptionalTensor position_ids, OptionalTensor cu_seqlens,
            ROPE_PARAMETERS) {
-  rope_raw_(q, k, cos, sin, position_ids, cu_seqlens, ROPE_ARGUMENTS, false, {});
+  rope_raw_(q, k, cos, sin, position_ids, cu_seqlens, ROPE_ARGUMENTS, false);
 }
 
 }  // namespace
 }  // namespace packops
 
 #define ROPE_TABLES "Tensor cos, Tensor sin, Tensor? position_ids=None, Tensor? cu_seqlens=None, "
-// transposed: the backward pass. tuning: for benchmarks.
-#define RAW_OPTIONS ", bool transposed=False, int[]? tuning=None"
+#define RAW_OPTIONS ", bool transposed=False"  // the backward pass
 
 PACKOPS_SCHEMAS(m) {
   m.def("rope(Tensor q, Tensor? k, " ROPE_TABLES "*, " ROPE_OPTIONS ") -> (Tensor, Tensor?)");

@@ -237,9 +237,7 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   }
   if (options.cu_seqlens) {
     auto documents = check_documents(op, *options.cu_seqlens, p.batch * p.tokens, "q", q);
-    p.cu_seqlens = documents.axis.cu_seqlens;
-    p.cu_dtype = documents.axis.index_dtype;
-    p.num_documents = documents.axis.documents;
+    p.axis = documents.axis;
     boundaries = documents.cu_seqlens;
   }
   return p;
@@ -248,7 +246,7 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
 // Raises if a position is outside the table; on the host only.
 inline void check_rope_positions(const char* op, const RopeParams& p) {
   const RopeFault fault = rope_check_cpu(p);
-  PACKOPS_CHECK(fault.kind == RopeFault::none, IndexError, op, ": position ", fault.value, " of token ", fault.index,
+  PACKOPS_CHECK(fault.token < 0, IndexError, op, ": position ", fault.position, " of token ", fault.token,
                 " is outside the table of ", p.table_rows, " positions");
 }
 

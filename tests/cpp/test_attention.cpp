@@ -86,7 +86,7 @@ struct Run {
   std::vector<T> out, grad_q, grad_k, grad_v;
   std::vector<Real> lse;
   AttentionParams p;
-  std::vector<int32_t> forest;  // what p.prefixes and, then, p.cu_seqlens point to
+  std::vector<int32_t> forest;  // what p.prefixes and, then, p.axis.cu_seqlens point to
 
   explicit Run(const Problem& problem) : problem(problem), cu_seqlens(problem.cu_seqlens.begin(), problem.cu_seqlens.end()) {
     const int64_t tokens = problem.tokens, heads = problem.heads, kv_heads = problem.kv_heads, dim = problem.dim;
@@ -116,8 +116,8 @@ struct Run {
     lse.assign(size_t(tokens * heads), Real(kSentinel));
     p.tokens = tokens, p.heads = problem.heads, p.kv_heads = problem.kv_heads, p.head_dim = problem.dim, p.dtype = kDType<T>;
     p.causal = problem.causal, p.window = problem.window, p.scale = problem.scale, p.softcap = problem.softcap;
-    p.cu_seqlens = cu_seqlens.data(), p.documents = problem.documents();
-    p.index_dtype = sizeof(Index) == 4 ? DType::i32 : DType::i64;
+    p.axis.cu_seqlens = cu_seqlens.data(), p.axis.documents = problem.documents();
+    p.axis.index_dtype = sizeof(Index) == 4 ? DType::i32 : DType::i64;
     if (!problem.parents.empty()) share_prefixes();
     p.out = out.data(), p.lse = lse.data();
     p.grad_q = grad_q.data(), p.grad_k = grad_k.data(), p.grad_v = grad_v.data();
@@ -128,14 +128,14 @@ struct Run {
     const int64_t segments = problem.documents(), tokens = problem.tokens;
     forest.resize(size_t(3 * segments + 1 + 4 * tokens));
     PackedForestParams f;
-    f.axis = {p.cu_seqlens, p.index_dtype, segments, tokens};
+    f.axis = p.axis, f.tokens = tokens;
     f.parents = problem.parents.data(), f.parent_dtype = DType::i64;
     CHECK_EQ(first_malformed_parent(f), -1);
     f.trees = forest.data(), f.segment_starts = f.trees + segments + 1, f.segment_ends = f.segment_starts + segments;
     f.positions = f.segment_ends + segments, f.ends = f.positions + tokens;
     f.furthest = f.ends + tokens, f.nearest = f.furthest + tokens;
     packed_forest_cpu(f);
-    p.cu_seqlens = f.trees, p.index_dtype = DType::i32;
+    p.axis.cu_seqlens = f.trees, p.axis.index_dtype = DType::i32;
     p.prefixes = {f.ends, f.furthest, f.nearest, f.positions};
   }
 

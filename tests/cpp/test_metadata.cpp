@@ -1,8 +1,6 @@
 // Position ids, document ids and masked labels of a packed axis, on the CPU.
 #include "metadata.h"
 
-#include "common/documents.h"
-
 #include "check.h"
 
 using namespace packops;
@@ -10,14 +8,14 @@ using namespace packops;
 namespace {
 
 template <typename Index>
-PackedAxis axis_of(const std::vector<Index>& cu_seqlens, int64_t tokens) {
-  return {cu_seqlens.data(), sizeof(Index) == 4 ? DType::i32 : DType::i64, int64_t(cu_seqlens.size()) - 1, tokens};
+PackedAxis axis_of(const std::vector<Index>& cu_seqlens) {
+  return {cu_seqlens.data(), sizeof(Index) == 4 ? DType::i32 : DType::i64, int64_t(cu_seqlens.size()) - 1};
 }
 
 template <typename Index>
 void check_documents() {
   const std::vector<Index> cu_seqlens = {0, 3, 3, 5};  // documents of 3, 0 and 2 tokens, then 2 tokens of padding
-  MetadataParams p{axis_of(cu_seqlens, 7), nullptr, nullptr};
+  MetadataParams p{axis_of(cu_seqlens), 7, nullptr, nullptr};
   std::vector<int64_t> positions(7, -7);
   std::vector<int32_t> documents(7, -7);
   p.position_ids = positions.data();
@@ -34,7 +32,8 @@ void check_labels() {
   const std::vector<Label> labels = {10, 0, 11, 0, -100, 0, 13, 0, 14, 0, 15, 0, 16, 0};  // every other one: a stride of 2
   for (bool shift : {true, false}) {
     LabelsParams p;
-    p.axis = axis_of(cu_seqlens, 7);
+    p.axis = axis_of(cu_seqlens);
+    p.tokens = 7;
     p.labels = labels.data();
     p.label_dtype = sizeof(Label) == 4 ? DType::i32 : DType::i64;
     p.label_stride = 2;
@@ -67,7 +66,7 @@ CASE(labels_end_with_their_document) {
 CASE(malformed_boundaries_are_found) {
   const std::pair<std::vector<int64_t>, int64_t> cases[] = {{{0, 3, 3, 7}, -1}, {{0}, -1},   {{1, 3}, 0},    {{-1, 3}, 0},
                                                             {{0, 4, 3}, 2},     {{0, 8}, 1}, {{0, 3, -1}, 2}};
-  for (const auto& [cu_seqlens, want] : cases) CHECK_EQ(first_malformed_boundary(axis_of(cu_seqlens, 7)), want);
+  for (const auto& [cu_seqlens, want] : cases) CHECK_EQ(first_malformed_boundary(axis_of(cu_seqlens), 7), want);
 }
 
 // The CUDA kernels look documents up in boundaries that nobody has checked.
@@ -76,7 +75,7 @@ CASE(lookup_stays_inside_whatever_the_boundaries_hold) {
   for (int round = 0; round < 2000; round++) {
     std::vector<int64_t> values(1 + random.below(8));
     for (int64_t& value : values) value = (random.below(3) - 1) * (int64_t{1} << random.below(62)) + random.below(20);
-    const Documents<int64_t> documents{values.data(), static_cast<int64_t>(values.size()) - 1};
+    const Documents<int64_t> documents(axis_of(values));
     for (int64_t token = 0; token < 20; token++) {
       const int64_t document = documents.find(token), begin = documents.begin(document, token);
       CHECK(document >= 0 && document <= documents.count);

@@ -56,8 +56,7 @@ struct Problem {
     p.rope.sin = sin.data();
     p.q_weight = weight.data();
     if (!cu_seqlens.empty()) {
-      p.rope.cu_seqlens = cu_seqlens.data();
-      p.rope.num_documents = int64_t(cu_seqlens.size()) - 1;
+      p.rope.axis = {cu_seqlens.data(), DType::i32, int64_t(cu_seqlens.size()) - 1};
     }
     if (backward) {
       p.q_grad = side(g.data(), nullptr);
@@ -70,7 +69,7 @@ struct Problem {
   void run(bool backward, int64_t threads = 2) {
     prepare(backward);
     const int64_t shares = qk_norm_rope_cpu_shares(p);
-    for (int64_t i = 0; i < threads; i++) qk_norm_rope_cpu(p, backward, shares * i / threads, shares * (i + 1) / threads);
+    for (int64_t i = 0; i < threads; i++) qk_norm_rope_cpu(p, shares * i / threads, shares * (i + 1) / threads);
     if (backward) qk_norm_rope_cpu_finish(p);
   }
 
@@ -238,8 +237,13 @@ CASE(every_instruction_set_agrees_with_the_formula) {
 
 namespace {
 
-QkNormRopeParams dense(int64_t tokens, int64_t q_heads, int64_t k_heads, int dim, int rotary, bool across) {
+constexpr DeviceLimits kDevice = {.multiprocessors = 132};
+
+QkNormRopeParams dense(int64_t tokens, int64_t q_heads, int64_t k_heads, int dim, int rotary, bool across,
+                       DType dtype = DType::bf16, bool backward = false) {
   QkNormRopeParams p;
+  p.rope.dtype = dtype;
+  p.rope.transposed = backward;
   p.rope.tokens = tokens;
   p.rope.head_dim = dim;
   p.rope.rotary_dim = rotary;
@@ -256,15 +260,14 @@ QkNormRopeParams dense(int64_t tokens, int64_t q_heads, int64_t k_heads, int dim
 }  // namespace
 
 CASE(a_launch_covers_every_head_once) {
-  constexpr int kMultiprocessors = 132;
   for (int64_t tokens : {0, 1, 7, 4096})
     for (auto [q_heads, k_heads] : {std::pair{32, 8}, {1, 0}, {3, 1}, {24, 20}, {128, 128}})
       for (auto [dim, rotary] : {std::pair{128, 128}, {256, 64}, {96, 64}, {7, 6}, {2, 2}, {512, 512}, {260, 260}})
-        for (int size : {2, 4})
+        for (DType dtype : {DType::bf16, DType::f32})
           for (bool across : {false, true})
             for (bool backward : {false, true}) {
-              const QkNormRopeParams p = dense(tokens, q_heads, k_heads, dim, rotary, across);
-              const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, size, kMultiprocessors, backward);
+              const QkNormRopeParams p = dense(tokens, q_heads, k_heads, dim, rotary, across, dtype, backward);
+              const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, kDevice);
               CHECK(launch.width == 1 || launch.width == 4);
               const int vectors = dim / launch.width;
               CHECK(2 * launch.lanes - 1 <= vectors && vectors <= 2 * launch.lanes);
@@ -285,7 +288,10 @@ CASE(a_launch_covers_every_head_once) {
                 }
                 // Forward: a block per unit. Backward: no more than run at once, since each leaves a row of partial sums.
                 if (!backward) CHECK_EQ(blocks, units);
-                else CHECK(blocks <= units && blocks <= kMultiprocessors * (!launch.narrow ? 3 : size == 4 ? 4 : 5));
+                else
+                  CHECK(blocks <= units && blocks <= kDevice.multiprocessors * (!launch.narrow        ? 3
+                                                                                : dtype == DType::f32 ? 4
+                                                                                                      : 5));
               }
             }
 }
@@ -295,19 +301,19 @@ CASE(a_narrow_forward_launch_has_whole_warps_of_whole_heads) {
     for (auto [q_heads, k_heads] : {std::pair{32, 8}, {1, 0}, {3, 1}, {24, 20}, {128, 128}})
       for (auto [dim, rotary] :
            {std::pair{128, 128}, {256, 64}, {136, 136}, {144, 144}, {96, 64}, {88, 64}, {80, 32}, {40, 24}, {16, 8}})
-        for (int size : {2, 4})
+        for (DType dtype : {DType::bf16, DType::f32})
           for (bool heads_outer : {false, true}) {
-            QkNormRopeParams p = dense(tokens, q_heads, k_heads, dim, rotary, false);
+            QkNormRopeParams p = dense(tokens, q_heads, k_heads, dim, rotary, false, dtype);
             if (heads_outer)
               for (RopeHeads* side : {&p.rope.q, &p.rope.k}) {
                 side->in_token = side->out_token = dim;
                 side->in_head = side->out_head = tokens * dim;
               }
-            const QkNormRopeLaunch all = choose_qk_norm_rope_launch(p, size, 132, false);
+            const QkNormRopeLaunch all = choose_qk_norm_rope_launch(p, kDevice);
             CHECK(all.narrow);
             const RopeLaunch& launch = all.forward;
             CHECK(launch.width >= 4 && launch.lane_chunks == 1);
-            CHECK(launch.unroll == 1 || (launch.unroll <= 4 && launch.width * size == 16));
+            CHECK(launch.unroll == 1 || (launch.unroll <= 4 && launch.width * size_of(dtype) == 16));
             const int group = launch.lanes_per_block;
             CHECK(group >= launch.lanes && group <= 32 && (group & (group - 1)) == 0);
             CHECK(launch.threads() % 32 == 0 && launch.threads() <= 2 * kNormBlockThreads);
@@ -321,8 +327,8 @@ CASE(a_narrow_forward_launch_has_whole_warps_of_whole_heads) {
 }
 
 CASE(a_narrow_forward_launch_has_four_heads_a_thread_where_there_is_work) {
-  const auto launch = [](int64_t tokens, int dim, int size = 2) {
-    return choose_qk_norm_rope_launch(dense(tokens, 32, 8, dim, dim, false), size, 132, false).forward;
+  const auto launch = [](int64_t tokens, int dim, DType dtype = DType::bf16) {
+    return choose_qk_norm_rope_launch(dense(tokens, 32, 8, dim, dim, false, dtype), kDevice).forward;
   };
   CHECK_EQ(launch(16384, 128).unroll, 4);
   CHECK_EQ(launch(16384, 128).threads(), kNormBlockThreads);  // two tokens
@@ -330,11 +336,14 @@ CASE(a_narrow_forward_launch_has_four_heads_a_thread_where_there_is_work) {
   CHECK_EQ(launch(4096, 128).threads(), kNormBlockThreads);  // one token
   CHECK_EQ(launch(16, 128).unroll, 1);
   CHECK_EQ(launch(16384, 88).unroll, 1);  // vectors of eight bytes
-  CHECK_EQ(launch(16384, 88, 4).unroll, 4);
+  CHECK_EQ(launch(16384, 88, DType::f32).unroll, 4);
 }
 
 CASE(misaligned_or_long_heads_take_the_wide_kernel) {
-  auto launch = [](const QkNormRopeParams& p, bool backward = false) { return choose_qk_norm_rope_launch(p, 2, 132, backward); };
+  auto launch = [](QkNormRopeParams p, bool backward = false) {
+    p.rope.transposed = backward;
+    return choose_qk_norm_rope_launch(p, kDevice);
+  };
   CHECK(launch(dense(64, 32, 8, 128, 128, false)).narrow);
   CHECK(launch(dense(64, 32, 8, 256, 256, false)).narrow);
   CHECK(!launch(dense(64, 32, 8, 264, 264, false)).narrow);

@@ -71,34 +71,35 @@ Results<T> run(const Problem& problem, bool cuda) {
   p.dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
   p.causal = problem.causal, p.window = problem.window, p.softcap = problem.softcap, p.scale = 1 / std::sqrt(double(dim));
   const std::vector<int64_t> wide(problem.cu_seqlens.begin(), problem.cu_seqlens.end());
-  p.cu_seqlens = problem.cu_seqlens.data(), p.documents = int64_t(problem.cu_seqlens.size()) - 1;
-  if (problem.wide) p.cu_seqlens = wide.data(), p.index_dtype = DType::i64;
+  p.axis.cu_seqlens = problem.cu_seqlens.data(), p.axis.documents = int64_t(problem.cu_seqlens.size()) - 1;
+  if (problem.wide) p.axis.cu_seqlens = wide.data(), p.axis.index_dtype = DType::i64;
   std::vector<int32_t> forest(3 * problem.parents.size() + 1 + size_t(4 * problem.tokens));
   if (!problem.parents.empty()) {
     PackedForestParams f;
-    f.axis = {p.cu_seqlens, p.index_dtype, p.documents, p.tokens};
+    f.axis = p.axis, f.tokens = p.tokens;
     f.parents = problem.parents.data();
-    f.trees = forest.data(), f.segment_starts = f.trees + p.documents + 1, f.segment_ends = f.segment_starts + p.documents;
-    f.positions = f.segment_ends + p.documents, f.ends = f.positions + p.tokens;
+    f.trees = forest.data(), f.segment_starts = f.trees + p.axis.documents + 1,
+    f.segment_ends = f.segment_starts + p.axis.documents;
+    f.positions = f.segment_ends + p.axis.documents, f.ends = f.positions + p.tokens;
     f.furthest = f.ends + p.tokens, f.nearest = f.furthest + p.tokens;
     if (cuda) CHECK_EQ(packed_forest_cuda(f, nullptr), cudaSuccess);
     else packed_forest_cpu(f);
-    p.cu_seqlens = f.trees, p.index_dtype = DType::i32;
+    p.axis.cu_seqlens = f.trees, p.axis.index_dtype = DType::i32;
     p.prefixes = {f.ends, f.furthest, f.nearest, f.positions};
   }
   p.out = r.out.data() + kGuard, p.lse = r.lse.data() + kGuard;
   p.grad_out = {grad.data(), problem.heads * (dim + gap), dim + gap};
   p.grad_q = r.grad_q.data() + kGuard, p.grad_k = r.grad_k.data() + kGuard, p.grad_v = r.grad_v.data() + kGuard;
   const AttentionTile nothing = {77, 77, 77, 77};
-  std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.documents), nothing);
+  std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.axis.documents), nothing);
   std::vector<float> delta = r.lse;
   p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard;
   if (cuda) {
     CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
     CHECK_EQ(attention_backward_cuda(p, nullptr), cudaSuccess);
   } else {
-    attention_cpu(p, 0, (p.documents + 1) * p.kv_heads);
-    attention_backward_cpu(p, 0, (p.documents + 1) * p.kv_heads);
+    attention_cpu(p, 0, (p.axis.documents + 1) * p.kv_heads);
+    attention_backward_cpu(p, 0, (p.axis.documents + 1) * p.kv_heads);
   }
   const auto check_guards = [](const auto& x, const auto& is_untouched) {
     for (int64_t i = 0; i < kGuard; i++) CHECK(is_untouched(x[size_t(i)]) && is_untouched(x[x.size() - 1 - size_t(i)]));
@@ -239,9 +240,10 @@ std::vector<AttentionTile> tiles_of(const std::vector<int32_t>& cu_seqlens, int6
   AttentionParams p;
   p.q = p.k = p.v = {x.data(), 64, 64};
   p.tokens = tokens, p.window = 1;
-  p.cu_seqlens = cu_seqlens.data(), p.documents = int64_t(cu_seqlens.size()) - 1;
+  p.axis.cu_seqlens = cu_seqlens.data(), p.axis.documents = int64_t(cu_seqlens.size()) - 1;
   p.out = out.data(), p.lse = lse.data();
-  std::vector<AttentionTile> tiles(size_t(attention_tiles(p.tokens, p.documents)), AttentionTile{0, 1, 0, 1});  // none of them
+  std::vector<AttentionTile> tiles(size_t(attention_tiles(p.tokens, p.axis.documents)),
+                                   AttentionTile{0, 1, 0, 1});  // none of them
   p.tiles = tiles.data();
   CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
   return tiles;

@@ -74,10 +74,10 @@ struct Problem {
       cu_seqlens = {0, 0};
       while (cu_seqlens.back() + 1 < rows)
         cu_seqlens.push_back(std::min<int32_t>(int32_t(rows) - 1, cu_seqlens.back() + int32_t(random.below(40))));
-      p.cu_seqlens = cu_seqlens.data();
-      p.documents = int64_t(cu_seqlens.size()) - 1;
+      p.axis.cu_seqlens = cu_seqlens.data();
+      p.axis.documents = int64_t(cu_seqlens.size()) - 1;
     } else {
-      p.documents = 1;
+      p.axis.documents = 1;
       p.doc_length = rows;
     }
     p.reduction = o.reduction;
@@ -106,7 +106,7 @@ struct Outputs {
         row_loss(in.rows),
         entropy(in.rows),
         loss(std::max<int64_t>(in.rows, 1), NAN),
-        sequence_loss(in.p.documents, NAN),
+        sequence_loss(in.p.axis.documents, NAN),
         counts(2, -1),
         grad(in.offset + in.rows * in.grad_stride + 8, from_float<T>(7)),
         p(in.p) {
@@ -178,7 +178,7 @@ void compare(const Problem<T>& in, const Options& o) {
   for (int64_t i = 0; i < (o.reduction == Reduction::none ? in.rows : 1); i++) CHECK_CLOSE(cuda.loss[i], cpu.loss[i], 5e-6);
   if (o.statistics) {
     CHECK(cuda.counts == cpu.counts);
-    for (int64_t d = 0; d < in.p.documents; d++) CHECK_CLOSE(cuda.sequence_loss[d], cpu.sequence_loss[d], 5e-6);
+    for (int64_t d = 0; d < in.p.axis.documents; d++) CHECK_CLOSE(cuda.sequence_loss[d], cpu.sequence_loss[d], 5e-6);
   }
   compare_gradients(in, cuda.grad, cpu.grad);
 }

@@ -19,14 +19,14 @@ void compare(int64_t label_stride) {
     while (cu_seqlens.back() + 5 < tokens)
       cu_seqlens.push_back(Index(std::min<int64_t>(tokens, cu_seqlens.back() + random.below(90))));
     const int64_t documents = int64_t(cu_seqlens.size()) - 1;
-    const PackedAxis axis = {cu_seqlens.data(), kType<Index>, documents, tokens};
+    const PackedAxis axis = {cu_seqlens.data(), kType<Index>, documents};
 
     std::vector<int64_t> positions[2];
     std::vector<int32_t> numbers[2];
     for (bool cuda : {false, true}) {
       positions[cuda].assign(tokens, -7);
       numbers[cuda].assign(tokens, -7);
-      const MetadataParams p{axis, positions[cuda].data(), numbers[cuda].data()};
+      const MetadataParams p{axis, tokens, positions[cuda].data(), numbers[cuda].data()};
       if (cuda) CHECK_EQ(packed_metadata_cuda(p, nullptr), cudaSuccess);
       else packed_metadata_cpu(p, 0, documents + 1);
     }
@@ -43,6 +43,7 @@ void compare(int64_t label_stride) {
         counts[cuda].assign(documents, 0);
         LabelsParams p;
         p.axis = axis;
+        p.tokens = tokens;
         p.labels = labels.data();
         p.label_dtype = kType<Label>;
         p.label_stride = label_stride;

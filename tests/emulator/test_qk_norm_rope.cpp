@@ -75,7 +75,7 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
   r.interleaved = interleaved;
   r.cos = cos.data(), r.sin = sin.data(), r.table_rows = s.tokens, r.cos_row = cos_row, r.sin_row = sin_row;
   r.table_step = interleaved && zero_centered ? 2 : 1;
-  if (documents) r.cu_seqlens = cu_seqlens.data(), r.num_documents = 3;
+  if (documents) r.axis = {cu_seqlens.data(), DType::i32, 3};
   std::vector<int64_t> ids(size_t(3 * s.tokens));
   for (int64_t& id : ids) id = random.below(s.tokens);
   if (mrope) {
@@ -121,13 +121,13 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
         p.q_weight_grad = q->weight_grad.data(), p.k_weight_grad = k->weight_grad.data();
         const std::vector<float> q_floats = shifted(0.f, q->weight), k_floats = shifted(0.f, k->weight);
         p.q_weight = q_floats.data() + s.weight_shift, p.k_weight = s.k_heads ? k_floats.data() + s.weight_shift : nullptr;
-        if (cuda) CHECK_EQ(qk_norm_rope_cuda(p, true, nullptr), cudaSuccess);
-        else qk_norm_rope_cpu(p, true, 0, qk_norm_rope_cpu_shares(p)), qk_norm_rope_cpu_finish(p);
+        if (cuda) CHECK_EQ(qk_norm_rope_cuda(p, nullptr), cudaSuccess);
+        else qk_norm_rope_cpu(p, 0, qk_norm_rope_cpu_shares(p)), qk_norm_rope_cpu_finish(p);
         p.weight_dtype = kType<T>;
       } else if (cuda) {
-        CHECK_EQ(qk_norm_rope_cuda(p, false, nullptr), cudaSuccess);
+        CHECK_EQ(qk_norm_rope_cuda(p, nullptr), cudaSuccess);
       } else {
-        qk_norm_rope_cpu(p, false, 0, qk_norm_rope_cpu_shares(p));
+        qk_norm_rope_cpu(p, 0, qk_norm_rope_cpu_shares(p));
       }
     }
   for (int side : {0, 1}) {
@@ -183,7 +183,7 @@ CASE(positions_outside_the_table) {
     p.rope.cos = cos.data(), p.rope.sin = sin.data(), p.rope.table_rows = 1;
     p.rope.position_ids = ids.data(), p.rope.position_token = 1;
     p.q_weight = weight.data();
-    CHECK_EQ(qk_norm_rope_cuda(p, false, nullptr), cudaSuccess);
+    CHECK_EQ(qk_norm_rope_cuda(p, nullptr), cudaSuccess);
     for (int i = 0; i < int(size); i++) CHECK_EQ(std::isnan(y[size_t(i)]), i >= head_dim && i < head_dim + 8);
     p.rope.transposed = true;
     p.rope.q.out = dx.data();
@@ -191,7 +191,7 @@ CASE(positions_outside_the_table) {
     qk_norm_rope_cuda_partials(p);
     partial.resize(size_t(p.q_partials * head_dim));
     p.q_partial = partial.data(), p.q_weight_grad = weight_grad.data();
-    CHECK_EQ(qk_norm_rope_cuda(p, true, nullptr), cudaSuccess);
+    CHECK_EQ(qk_norm_rope_cuda(p, nullptr), cudaSuccess);
     for (int i = head_dim; i < int(size); i++) CHECK_EQ(dx[size_t(i)], 0.f);
     for (float d : weight_grad) CHECK(!std::isnan(d));
   }

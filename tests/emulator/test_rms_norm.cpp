@@ -66,18 +66,20 @@ CASE(every_team_and_type) {
 }
 
 CASE(a_launch_covers_every_row_and_column) {
-  for (int size : {2, 4})
-    for (int64_t columns = 16 / size; columns <= rms_norm_most_columns(size); columns += 16 / size)
+  constexpr DeviceLimits kDevice = {.multiprocessors = 132};
+  for (DType dtype : {DType::bf16, DType::f32})
+    for (int64_t vector = 16 / size_of(dtype), columns = vector; columns <= rms_norm_most_columns(dtype); columns += vector)
       for (int64_t rows : {int64_t(1), int64_t(7), int64_t(100000)}) {
         RmsNormParams p;
-        p.rows = rows, p.columns = columns;
-        const RmsNormLaunch forward = choose_rms_norm_launch(p, size, 132, false),
-                            backward = choose_rms_norm_launch(p, size, 132, true);
-        CHECK(forward.team * kRmsNormVectors * (16 / size) >= columns && forward.team <= kRmsNormThreads);
-        CHECK(forward.team == 32 || forward.team / 2 * kRmsNormVectors * (16 / size) < columns);  // no wider than it must be
+        p.rows = rows, p.columns = columns, p.dtype = dtype;
+        const RmsNormLaunch forward = choose_rms_norm_launch(p, kDevice);
+        p.weight_grad = &p;
+        const RmsNormLaunch backward = choose_rms_norm_launch(p, kDevice);
+        CHECK(forward.team * kRmsNormVectors * vector >= columns && forward.team <= kRmsNormThreads);
+        CHECK(forward.team == 32 || forward.team / 2 * kRmsNormVectors * vector < columns);  // no wider than it must be
         CHECK(forward.blocks * (kRmsNormThreads / forward.team) >= rows);
         CHECK(backward.blocks >= 1 && backward.blocks <= 264 && backward.blocks <= forward.blocks);
       }
-  CHECK(!rms_norm_fits(0, 2) && !rms_norm_fits(12, 2) && rms_norm_fits(8192, 2) && !rms_norm_fits(8200, 2) &&
-        !rms_norm_fits(8192, 4));
+  CHECK(!rms_norm_fits(0, DType::f16) && !rms_norm_fits(12, DType::f16) && !rms_norm_fits(8192, DType::f32));
+  CHECK(rms_norm_fits(8192, DType::f16) && !rms_norm_fits(8200, DType::f16));
 }

@@ -1,5 +1,5 @@
 // The CUDA kernel of RoPE, emulated, against that of the CPU.
-#include "rope.h"
+#include "rope_launch.h"
 
 #include <cstring>
 
@@ -75,8 +75,7 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
   p.cos_row = cos_row, p.sin_row = sin_row;
   p.table_step = full_width && interleaved ? 2 : 1;
   if (positions == Positions::documents || positions == Positions::axes_in_turn) {
-    p.cu_seqlens = cu_seqlens.data();
-    p.num_documents = 3;
+    p.axis = {cu_seqlens.data(), DType::i32, 3};
   }
   if (positions == Positions::per_token_table) {
     p.per_token_table = true;
@@ -101,7 +100,7 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
       heads[i]->in = sides[i].in.data();
       heads[i]->out = in_place ? sides[i].in.data() : sides[i].out.data();
     }
-    if (cuda) CHECK_EQ(rope_cuda(p, nullptr, nullptr), cudaSuccess);
+    if (cuda) CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
     else rope_cpu(p, 0, all);
     for (int i : {0, 1}) results[cuda][i] = in_place ? sides[i].in : sides[i].out;
   }
@@ -159,7 +158,7 @@ CASE(full_width_tables) {
       }
 }
 
-CASE(every_configuration_gives_the_same_bits) {
+CASE(every_launch_gives_the_same_bits) {
   constexpr int kTokens = 11, kDim = 64;
   check::Random random{3};
   for (auto [q_heads, k_heads] : {std::pair{5, 3}, {8, 2}, {3, 0}, {1, 1}}) {
@@ -175,13 +174,13 @@ CASE(every_configuration_gives_the_same_bits) {
     p.dtype = DType::bf16;
     p.tokens = p.table_rows = kTokens, p.head_dim = p.rotary_dim = kDim;
     p.cos = cos.data(), p.sin = sin.data(), p.cos_row = p.sin_row = kDim / 2;
-    const auto run = [&](const int* tuning) {
+    const auto run = [&](const auto&... choice) {
       std::vector<bf16_t> q_out(q.size()), k_out(k.size());
       const auto heads = [](const auto& in, auto& out, int64_t count) {
         return RopeHeads{in.data(), out.data(), count, 0, count * kDim, kDim, 0, count * kDim, kDim};
       };
       p.q = heads(q, q_out, q_heads), p.k = heads(k, k_out, k_heads);
-      CHECK_EQ(rope_cuda(p, tuning, nullptr), cudaSuccess);
+      CHECK_EQ(rope_cuda_as(p, choose_rope_launch(p, {.multiprocessors = 132}, choice...), nullptr), cudaSuccess);
       q_out.insert(q_out.end(), k_out.begin(), k_out.end());
       return q_out;
     };
@@ -191,12 +190,11 @@ CASE(every_configuration_gives_the_same_bits) {
         p.position_ids = ids.data(), p.position_axis = kTokens, p.position_token = 1;
         p.mrope_section[0] = 12, p.mrope_section[1] = p.mrope_section[2] = 10;
       }
-      const std::vector<bf16_t> want = run(nullptr);
+      const std::vector<bf16_t> want = run();
       for (int unroll : {1, 2, 4})
         for (int threads : {32, 128, 512})
           for (int inner : {0, 1}) {
-            const int tuning[] = {unroll, threads, inner};
-            const std::vector<bf16_t> got = run(tuning);
+            const std::vector<bf16_t> got = run(unroll, threads, inner);
             CHECK(std::memcmp(got.data(), want.data(), got.size() * sizeof(bf16_t)) == 0);
           }
     }
@@ -211,7 +209,7 @@ CASE(positions_outside_the_table_are_nan) {
   p.q = {x.data(), y.data(), 1, 24, 8, 8, 24, 8, 8};
   p.cos = cos.data(), p.sin = sin.data(), p.table_rows = 2, p.cos_row = p.sin_row = 4;
   p.position_ids = ids.data(), p.position_axis = p.position_batch = 3, p.position_token = 1;
-  CHECK_EQ(rope_cuda(p, nullptr, nullptr), cudaSuccess);
+  CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
   for (int i = 0; i < 24; i++) CHECK_EQ(std::isnan(y[i]), i >= 8);
 }
 
@@ -226,7 +224,7 @@ CASE(of_three_positions_one_outside_the_table_is_enough) {
     p.position_ids = ids.data(), p.position_axis = p.position_batch = 4, p.position_token = 1;
     p.mrope = true;
     p.mrope_section[0] = 2, p.mrope_section[1] = p.mrope_section[2] = 1;
-    CHECK_EQ(rope_cuda(p, nullptr, nullptr), cudaSuccess);
+    CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
     for (int i = 0; i < 40; i++) {
       const bool turns = i % 10 < 8, bad = i >= 10;
       if (turns && bad && transposed) CHECK_EQ(y[i], 0.f);
