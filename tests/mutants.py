@@ -2,10 +2,12 @@
 
     make mutants                       all of them; some hours on two cores
     make mutants ARGS="rope softcap"   those whose name or file has one of these words
+    make mutants ARGS=--resume         those that the last run of the same code did not come to
     make mutants ARGS=--list           what there is
 
 A mutant is killed when a test that should find it fails. One that survives is a test that is missing. Before a test may kill, it
 must pass without a bug. Only what a mutant needs is built again. Mutants that only a GPU can see are skipped where there is none.
+Each result is appended to ``build/mutants/results.jsonl`` at once.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import hashlib
 import importlib.util
 import json
 import os
@@ -46,6 +49,11 @@ class Mutant:
     tests: tuple[str, ...] = ()
     cpp: tuple[str, ...] = ()
     gpu: bool = False
+
+    @property
+    def digest(self) -> str:
+        """One that is changed is another one."""
+        return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
 
     def plant(self, root: Path) -> str:
         """Change the file; what it held before."""
@@ -90,6 +98,25 @@ class Scratch:
             for path in (self.folder / top).rglob("*"):
                 if path.is_file() and path not in kept and path.suffix in (".py", ".cpp", ".cu", ".cuh", ".h"):
                     path.unlink()
+
+    @property
+    def results(self) -> Path:
+        return self.folder / "results.jsonl"
+
+    def start(self, commit: str) -> None:
+        """A new run: of the checkout as it is now, without results."""
+        self.refresh()
+        self.results.write_text(json.dumps({"commit": commit, "date": datetime.date.today().isoformat()}) + "\n")
+
+    def note(self, mutant: Mutant, outcome: str, by: str) -> None:
+        with self.results.open("a") as file:
+            file.write(json.dumps({"mutant": mutant.digest, "name": mutant.name, "outcome": outcome, "by": by}) + "\n")
+
+    def known(self, mutants: list[Mutant]) -> tuple[dict[str, str], dict[str, dict[str, str]]]:
+        """What the run is of, and what it has found of these mutants so far, by their names."""
+        first, *lines = map(json.loads, self.results.read_text().splitlines())
+        found = {line["mutant"]: line for line in lines}
+        return first, {mutant.name: found[mutant.digest] for mutant in mutants if mutant.digest in found}
 
     def run(self, command: list[str], timeout: float | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(self.folder / "python"), **variables}
@@ -190,6 +217,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only mutants whose name or file has one of these")
     parser.add_argument("--list", action="store_true", help="print the mutants")
+    parser.add_argument("--resume", action="store_true", help="go on where the last run of this folder stopped")
     parser.add_argument("--scratch", type=Path, default=SCRATCH, help="where to work")
     arguments = parser.parse_args()
     mutants = [
@@ -202,26 +230,31 @@ def main() -> int:
         return 0
     no_gpu = why_no_gpu()
     scratch = Scratch(arguments.scratch.absolute(), cuda=not no_gpu)
-    scratch.refresh()
-    results: dict[str, dict[str, str]] = {}
+    if not (arguments.resume and scratch.results.is_file()):
+        scratch.start(commit())
+    _, known = scratch.known(mutants)
     # Python's first: they need no other library than the checkout's.
     for mutant in sorted(mutants, key=lambda mutant: (mutant.file.startswith("csrc"), bool(mutant.cpp), mutant.file)):
+        if mutant.name in known:
+            continue
         started = time.monotonic()
         outcome, said = ("skipped", "needs a GPU") if mutant.gpu and no_gpu else try_mutant(scratch, mutant)
-        results[mutant.name] = {"outcome": outcome, "by": said}
+        scratch.note(mutant, outcome, said)
         print(f"{outcome:8} {mutant.name} [{mutant.file}] {time.monotonic() - started:.0f} s: {said}", flush=True)
-    return report(results, arguments.scratch)
+    return report(*scratch.known(mutants))
 
 
-def report(results: dict[str, dict[str, str]], folder: Path) -> int:
+def commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def report(run: dict[str, str], results: dict[str, dict[str, str]]) -> int:
     counts = {
         kind: [n for n, r in results.items() if r["outcome"] == kind] for kind in ("killed", "survived", "broken", "skipped")
     }
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n")
     tried = len(results) - len(counts["skipped"])
     print(
-        f"{len(counts['killed'])} of {tried} mutants killed at {commit} on {datetime.date.today().isoformat()}"
+        f"{len(counts['killed'])} of {tried} mutants killed at {run['commit']} on {run['date']}"
         + (f"; {len(counts['skipped'])} need a GPU" if counts["skipped"] else "")
     )
     for kind in ("survived", "broken"):

@@ -85,9 +85,43 @@ def test_a_text_that_is_not_there_once_is_refused(scratch):
         dataclasses.replace(ADD, old="b").plant(scratch.folder)
 
 
-def test_the_score_fails_unless_all_are_killed(tmp_path, capsys):
+def test_the_score_fails_unless_all_are_killed(capsys):
+    run = {"commit": "1234567", "date": "2026-01-02"}
     results = {"a": {"outcome": "killed", "by": "x"}, "b": {"outcome": "skipped", "by": "needs a GPU"}}
-    assert mutants.report(results, tmp_path) == 0
-    assert "1 of 1 mutants killed" in capsys.readouterr().out
-    assert mutants.report({**results, "c": {"outcome": "survived", "by": "x"}}, tmp_path) == 1
+    assert mutants.report(run, results) == 0
+    assert "1 of 1 mutants killed at 1234567 on 2026-01-02" in capsys.readouterr().out
+    assert mutants.report(run, {**results, "c": {"outcome": "survived", "by": "x"}}) == 1
     assert "survived: c" in capsys.readouterr().out
+
+
+def test_a_run_is_resumed_where_it_stopped(scratch, monkeypatch, capsys):
+    """What was tried is not tried again, unless it was changed since, and belongs to the code that it was tried on."""
+    others = [dataclasses.replace(ADD, name=name) for name in ("a", "b")]
+    changed = dataclasses.replace(others[0], new="a * b")
+    tried = []
+
+    def try_mutant(_, mutant):
+        if len(tried) == 1 and tried[0] is others[0]:
+            tried.append(None)
+            raise KeyboardInterrupt
+        tried.append(mutant)
+        return "killed", "a test"
+
+    def main(listed, *arguments):
+        monkeypatch.setattr(mutants, "read_list", lambda: listed)
+        monkeypatch.setattr("sys.argv", ["mutants.py", "--scratch", str(scratch.folder), *arguments])
+        return mutants.main()
+
+    monkeypatch.setattr(mutants, "try_mutant", try_mutant)
+    monkeypatch.setattr(mutants, "commit", lambda: "1234567")
+    monkeypatch.setattr(mutants.Scratch, "refresh", lambda self: None)
+    with pytest.raises(KeyboardInterrupt):
+        main(others)
+    monkeypatch.setattr(mutants, "commit", lambda: "7654321")
+    assert main(others, "--resume") == 0
+    assert tried == [others[0], None, others[1]]
+    assert "2 of 2 mutants killed at 1234567" in capsys.readouterr().out
+    main([changed, others[1]], "--resume")
+    assert tried[3:] == [changed]
+    main(others)
+    assert tried[4:] == others
