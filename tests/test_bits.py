@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import packops
+from packops import reference
 
 REPETITIONS = 60
 
@@ -255,6 +256,38 @@ def attention_of(lengths: list[int], heads: tuple[int, int], head_dim: int, dtyp
     return make
 
 
+def log_probs_of(rows: int, width: int, vocab: int, dtype: torch.dtype = torch.bfloat16, **options):
+    def make():
+        hidden = torch.randn(rows, width, device="cuda").to(dtype)
+        weight = (torch.randn(vocab, width, device="cuda") * 1.5 / width**0.5).to(dtype)
+        labels = torch.randint(0, vocab, (rows,), device="cuda")
+        labels[::7] = -100
+        gradients = torch.randn(2, rows, device="cuda")
+
+        def run() -> list[Tensor]:
+            mine = [x.detach().requires_grad_() for x in (hidden, weight)]
+            ours = packops.linear_log_probs(*mine, labels, **options)
+            return [
+                ours.log_probs.detach(),
+                ours.entropy.detach(),
+                *torch.autograd.grad([ours.log_probs, ours.entropy], mine, list(gradients)),
+            ]
+
+        def expected(results: list[Tensor]) -> None:
+            some = torch.arange(1, rows, max(1, rows // 64), device="cuda")
+            mine = [x.double().requires_grad_() for x in (hidden[some], weight)]
+            theirs = reference.linear_log_probs(*mine, labels[some], **options)
+            for got, want in zip(results, (theirs[0], theirs[1]), strict=False):
+                torch.testing.assert_close(got[some].double(), want, rtol=1e-5, atol=2e-5)
+            (grad,) = torch.autograd.grad(theirs[:2], mine[:1], [g[some].double() for g in gradients])
+            error = (results[2][some].double() - grad).norm() / grad.norm()
+            assert error < 1e-2, error
+
+        return run, expected
+
+    return make
+
+
 LARGE = {
     "loss, clusters of 8": losses_of(1200, 262144),
     "loss, clusters of 4": losses_of(2000, 128256),
@@ -262,6 +295,8 @@ LARGE = {
     "loss, one block a row": losses_of(6000, 32000),
     "loss, fp16": losses_of(3000, 65536, torch.float16),
     "loss, fp32": losses_of(1500, 128256, torch.float32),
+    "log-probabilities": log_probs_of(4000, 1024, 32000),
+    "log-probabilities, softcap, odd vocabulary": log_probs_of(1500, 896, 50257, torch.float16, softcap=20.0),
     "attention, head_dim 64": attention_of([3000, 1, 517, 1200], (8, 2), 64),
     "attention, head_dim 128": attention_of([2100, 640, 65, 1500], (8, 2), 128),
     "attention, head_dim 128, fp16": attention_of([2100, 640, 65, 1500], (4, 4), 128, torch.float16),
