@@ -18,14 +18,14 @@ def run_of(built_for: str) -> dict:
     return {
         "environment": {**SEEN, "built_for": built_for},
         "python": gpu_record.python_digests(),
-        "gpu": {"passed": 1463, "failed": 0, "skipped": 8, "out_of_memory": 0},
+        "gpu": {"passed": 2163, "failed": 0, "skipped": 8, "out_of_memory": 0},
         "skips": {"needs 2 GPUs: found 1": 8},
         "selection": "everything",
     }
 
 
 def good() -> dict:
-    tools = {tool: {"errors": 0, "cases": 246} for tool in gpu_record.TOOLS}
+    tools = {tool: {"errors": 0, "cases": 276} for tool in gpu_record.TOOLS}
     tools["racecheck"]["excused"] = dict(HAZARDS)
     return {
         "csrc_sha256": gpu_record.current_digest(),
@@ -59,8 +59,8 @@ def test_a_good_record_vouches(tmp_path):
     path = record(tmp_path)
     assert gpu_record.problems(path) == []
     line = gpu_record.describe(path)
-    assert "passed 1463 GPU tests as built for the card and 1463 GPU tests as PTX of 8.0 on a GPU" in line
-    assert "clean in 246 cases but for 5 hazards" in line
+    assert "passed 2163 GPU tests as built for the card and 2163 GPU tests as PTX of 8.0 on a GPU" in line
+    assert "clean in 276 cases but for 5 hazards" in line
     assert "changed since" not in line
     assert "\n" not in line
 
@@ -79,8 +79,8 @@ PROBLEMS = {
     "no build for the card": ({"tests__card": None}, "no run of the GPU tests as built for the card"),
     "the same build twice": ({"tests__ptx__environment": SEEN}, "as PTX of 8.0: were built for 9.0"),
     "partial": ({CARD + "selection": "-k rope"}, "a partial run: -k rope"),
-    "failed": ({CARD + "gpu": {"passed": 1463, "failed": 1, "skipped": 8, "out_of_memory": 0}}, "1 failed"),
-    "out of memory": ({CARD + "gpu": {"passed": 1463, "failed": 0, "skipped": 8, "out_of_memory": 2}}, "2 out of memory"),
+    "failed": ({CARD + "gpu": {"passed": 2163, "failed": 1, "skipped": 8, "out_of_memory": 0}}, "1 failed"),
+    "out of memory": ({CARD + "gpu": {"passed": 2163, "failed": 0, "skipped": 8, "out_of_memory": 2}}, "2 out of memory"),
     "none passed": ({CARD + "gpu": {"passed": 0, "failed": 0, "skipped": 8, "out_of_memory": 0}}, "only 0 passed"),
     "few passed": ({CARD + "gpu": {"passed": 200, "failed": 0, "skipped": 8, "out_of_memory": 0}}, "only 200 passed"),
     "skipped": ({CARD + "skips": {"no transformers": 8}}, "8 skipped: no transformers"),
@@ -89,16 +89,16 @@ PROBLEMS = {
     "no sanitizer": ({"sanitizer": None}, "no compute-sanitizer run"),
     "an empty sanitizer": ({"sanitizer": {}}, "no compute-sanitizer run"),
     "no tools": ({"sanitizer__tools": {}}, "memcheck: no run"),
-    "one tool alone": ({"sanitizer__tools": {"memcheck": {"errors": 0, "cases": 246}}}, "racecheck: no run"),
+    "one tool alone": ({"sanitizer__tools": {"memcheck": {"errors": 0, "cases": 276}}}, "racecheck: no run"),
     "one tool missing": ({"sanitizer__tools__synccheck": None}, "synccheck: no run"),
-    "errors": ({"sanitizer__tools__memcheck": {"errors": 2, "cases": 246}}, "memcheck: 2 errors"),
-    "a broken run": ({"sanitizer__tools__memcheck": {"errors": -1, "cases": 246}}, "memcheck: -1 errors"),
+    "errors": ({"sanitizer__tools__memcheck": {"errors": 2, "cases": 276}}, "memcheck: 2 errors"),
+    "a broken run": ({"sanitizer__tools__memcheck": {"errors": -1, "cases": 276}}, "memcheck: -1 errors"),
     "a case out of time": (
-        {"sanitizer__tools__memcheck": {"errors": 0, "cases": 246, "unfinished": {"rope": "stopped after 9 s"}}},
+        {"sanitizer__tools__memcheck": {"errors": 0, "cases": 276, "unfinished": {"rope": "stopped after 9 s"}}},
         "memcheck: rope did not finish: stopped after 9 s",
     ),
     "no cases": ({"sanitizer__tools__memcheck": {"errors": 0, "cases": 0}}, "memcheck: only 0 cases"),
-    "other cases": ({"sanitizer__tools__memcheck": {"errors": 0, "cases": 247}}, "different numbers of cases"),
+    "other cases": ({"sanitizer__tools__memcheck": {"errors": 0, "cases": 277}}, "different numbers of cases"),
     "more hazards": ({"sanitizer__tools__racecheck__excused": {"ring.cuh: raw = chunk[v];": 6}}, "6 hazards excused"),
     "fewer hazards": ({"sanitizer__tools__racecheck__excused": None}, "0 hazards excused"),
     "hazards elsewhere": ({"sanitizer__tools__racecheck__excused": {**HAZARDS, "a.cu: b;": 1}}, "`a.cu: b;`, tests/"),
@@ -178,7 +178,7 @@ def test_build_of(case):
 
 def test_parts_are_merged_and_keep_their_environments(tmp_path, monkeypatch):
     path = tmp_path / "record.json"
-    outcomes = {"gpu": {"passed": 1463}, "cpu": {}}
+    outcomes = {"gpu": {"passed": 2163}, "cpu": {}}
     for built_for, date in (("9.0", "Monday"), ("8.0+PTX", "Tuesday")):
         monkeypatch.setattr(gpu_record, "environment", lambda b=built_for, d=date: {**SEEN, "built_for": b, "date": d})
         gpu_record.merge_tests(path, outcomes, {}, "")
