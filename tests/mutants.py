@@ -13,6 +13,7 @@ Each result is appended to ``build/mutants/results.jsonl`` at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import datetime
 import hashlib
@@ -25,6 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import tomllib
@@ -55,12 +57,14 @@ class Mutant:
         """One that is changed is another one."""
         return hashlib.sha256(repr(dataclasses.astuple(self)).encode()).hexdigest()[:16]
 
-    def plant(self, root: Path) -> str:
-        """Change the file; what it held before."""
+    def plant(self, root: Path, kept: Path | None = None) -> str:
+        """Change the file; what it held before, which is also written to ``kept``."""
         path = root / self.file
         text = path.read_text()
         if text.count(self.old) != 1:
             raise ValueError(f"{self.name}: its text is {text.count(self.old)} times in {self.file}, not once:\n{self.old}")
+        if kept is not None:
+            kept.write_text(json.dumps({self.file: text}))
         path.write_text(text.replace(self.old, self.new))
         return text
 
@@ -117,6 +121,25 @@ class Scratch:
         first, *lines = map(json.loads, self.results.read_text().splitlines())
         found = {line["mutant"]: line for line in lines}
         return first, {mutant.name: found[mutant.digest] for mutant in mutants if mutant.digest in found}
+
+    @contextlib.contextmanager
+    def planted(self, mutant: Mutant) -> Iterator[None]:
+        """The copy with that bug. What the file held is kept meanwhile, for a run that goes on after this one was killed."""
+        kept = self.folder / "unplanted.json"
+        before = mutant.plant(self.folder, kept)
+        try:
+            yield
+        finally:
+            (self.folder / mutant.file).write_text(before)
+            kept.unlink(missing_ok=True)
+
+    def unplant(self) -> None:
+        """Without the bug of a run that was killed."""
+        kept = self.folder / "unplanted.json"
+        if kept.is_file():
+            for file, before in json.loads(kept.read_text()).items():
+                (self.folder / file).write_text(before)
+            kept.unlink()
 
     def run(self, command: list[str], timeout: float | None = None, **variables: str) -> subprocess.CompletedProcess[str]:
         environment = {**os.environ, "PYTHONPATH": str(self.folder / "python"), **variables}
@@ -191,20 +214,18 @@ def try_mutant(scratch: Scratch, mutant: Mutant) -> tuple[str, str]:
         passes, said = scratch.without[command]
         if not passes:
             return "broken", f"{' '.join(command)} fails without a bug: {said}"
-    before = mutant.plant(scratch.folder)
     try:
-        for command in commands_of(mutant):
-            wrong = scratch.prepare(command)
-            if wrong:
-                return "broken", f"does not compile: {wrong}"
-            passes, said = scratch.test(command)
-            if not passes:
-                return "killed", said
+        with scratch.planted(mutant):
+            for command in commands_of(mutant):
+                wrong = scratch.prepare(command)
+                if wrong:
+                    return "broken", f"does not compile: {wrong}"
+                passes, said = scratch.test(command)
+                if not passes:
+                    return "killed", said
         return "survived", ", ".join(command[1] for command in commands_of(mutant))
     except ValueError as error:
         return "broken", str(error)
-    finally:
-        (scratch.folder / mutant.file).write_text(before)
 
 
 def why_no_gpu() -> bool:
@@ -230,7 +251,9 @@ def main() -> int:
         return 0
     no_gpu = why_no_gpu()
     scratch = Scratch(arguments.scratch.absolute(), cuda=not no_gpu)
-    if not (arguments.resume and scratch.results.is_file()):
+    if arguments.resume and scratch.results.is_file():
+        scratch.unplant()
+    else:
         scratch.start(commit())
     _, known = scratch.known(mutants)
     # Python's first: they need no other library than the checkout's.

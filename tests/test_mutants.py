@@ -85,6 +85,17 @@ def test_a_text_that_is_not_there_once_is_refused(scratch):
         dataclasses.replace(ADD, old="b").plant(scratch.folder)
 
 
+def test_the_bug_of_a_run_that_was_killed_is_not_left_behind(scratch):
+    file = scratch.folder / ADD.file
+    before = file.read_text()
+    with scratch.planted(ADD):
+        killed = mutants.Scratch(scratch.folder, cuda=False)
+        assert file.read_text() != before
+        killed.unplant()
+        assert file.read_text() == before
+    assert file.read_text() == before
+
+
 def test_the_score_fails_unless_all_are_killed(capsys):
     run = {"commit": "1234567", "date": "2026-01-02"}
     results = {"a": {"outcome": "killed", "by": "x"}, "b": {"outcome": "skipped", "by": "needs a GPU"}}
