@@ -198,6 +198,21 @@ def test_a_labels_disagreement_is_an_error_and_a_mask_is_none():
         extra([{"input_ids": prompt, "kind": [1, 1, 1, 1]}, {"input_ids": [*prompt, 5], "kind": [1, 2, 1, 1, 1]}])
 
 
+def test_a_row_of_weight_0_is_not_scored():
+    """By the document that gives it none: another one may score it, and its label there says nothing."""
+    collate = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"token_weight": 0.0})
+    documents = [
+        {"input_ids": [1, 2, 3, 4, 5], "token_weight": [0.0, 1.0, 0.0, 1.0, 1.0]},
+        {"input_ids": [1, 2, 3, 4, 6], "labels": [1, 9, 3, 4, 6], "token_weight": [0.0, 1.0, 1.0, 1.0, 0.0]},
+        {"input_ids": [7, 8], "token_weight": [0.0, 0.0]},
+    ]
+    batch = collate([{name: np.array(x) for name, x in document.items()} for document in documents])
+    assert batch.input_ids[0].tolist() == [1, 2, 3, 4, 5, 4, 6, 7, 8]
+    assert batch.token_weight[0].tolist() == [0, 2, 1, 1, 0, 1, 0, 0, 0]
+    assert (batch.num_items, batch.num_valid, batch.num_sequences) == (5, 4, 2)
+    assert batch.document_sums(torch.ones(1, 9)).tolist() == [2, 3, 0]
+
+
 @pytest.mark.parametrize("attention", ["packops_varlen", "sdpa"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])

@@ -43,6 +43,13 @@ def test_what_a_prompt_saves():
     assert packops.shared_prefixes(documents, groups=[0, 1, 0]).tolist() == [0, 0, 101]
 
 
+def test_equal_documents_share_all():
+    """However short they are: no token of theirs has two successors."""
+    assert packops.shared_prefixes([[1, 2, 3], [1, 2, 3], [1, 2, 3, 4]], min_shared=2).tolist() == [0, 3, 2]
+    assert packops.shared_prefixes([[1, 2, 3], [1, 2, 3]]).tolist() == [0, 3]
+    assert packops.prefix_forest([[1, 2, 3], [1, 2, 3]]).num_tokens == 3
+
+
 @given(st.data())
 def test_packs_of_groups(data):
     count = data.draw(st.integers(0, 30))
