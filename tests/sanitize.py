@@ -10,7 +10,7 @@ memcheck: accesses out of bounds. racecheck: shared-memory races. synccheck: div
 nobody wrote. The allocator's cache is off, because inside its big blocks an overrun looks legal. Each tool must find the errors
 that are planted for it (``sanitizer.py``): one that cannot on this machine has nothing to say about the kernels.
 
-Each function of cases has a process of its own under each tool, and a time limit. The record is written after each of them, so a
+Under each tool the cases are dealt to several processes, each with a time limit. The record is written after each of them, so a
 run that is cut short leaves what it has seen, and says what is missing.
 """
 
@@ -19,8 +19,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +39,7 @@ from torch import Tensor
 import gpu_record
 import packops
 from gpu_record import TOOLS
-from sanitizer import PLANTED, compile_planted, findings, found_planted, read_log, run_planted, run_sanitizer
+from sanitizer import PLANTED, TOOL, compile_planted, findings, found_planted, read_log, run_planted, run_sanitizer
 
 CASES: list[Callable[[torch.device], Iterator[str]]] = []
 Case = Callable[[torch.device], Iterator[str]]
@@ -479,17 +481,38 @@ def run_cases(device: torch.device, functions: list[Case] | None = None) -> int:
     """Run them all, or those of some functions; the exit status."""
     torch.manual_seed(0)
     count = 0
-    for function in functions or CASES:
-        started = time.monotonic()
-        for name in function(device):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            print(f"case {function.__name__}: {name} [{time.monotonic() - started:.1f} s]", flush=True)
+    with cleared_logits() if os.environ.get(TOOL) == "initcheck" else contextlib.nullcontext():
+        for function in functions or CASES:
             started = time.monotonic()
-            count += 1
+            for name in function(device):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                print(f"case {function.__name__}: {name} [{time.monotonic() - started:.1f} s]", flush=True)
+                started = time.monotonic()
+                count += 1
     where = torch.cuda.get_device_name() if device.type == "cuda" else "the CPU"
     print(f"{count} cases ran on {where}", flush=True)
     return 0 if count else 1
+
+
+@contextlib.contextmanager
+def cleared_logits() -> Iterator[None]:
+    """Memory for a chunk of logits, or of their gradient, is set to 0.
+
+    The lm_head's kernel writes it by tensor copies (TMA). initcheck does not see these: for it, whoever reads the gradient reads
+    what nobody wrote.
+    """
+    modules = [importlib.import_module(f"packops.ops.{name}") for name in ("linear_ce_loss", "linear_log_probs")]
+    kept = [module.logits_buffer for module in modules]
+
+    def clear(*arguments: Any) -> Tensor:
+        return kept[0](*arguments).zero_()
+
+    for module in modules:
+        module.logits_buffer = clear
+    yield
+    for module, logits_buffer in zip(modules, kept, strict=True):
+        module.logits_buffer = logits_buffer
 
 
 def warm_up() -> None:
@@ -506,28 +529,31 @@ def warm_up() -> None:
 # --------------------------------------------------------------------------------------------------------------------------------
 # Under the tools
 
+GROUPS = 6  # of functions, a process each: most of its time passes before the first case has run
+SLOWEST = ("racecheck", "memcheck", "initcheck", "synccheck")
+
 
 @dataclasses.dataclass
 class Job:
-    """One process: a planted error or one function's cases, under one tool."""
+    """One process under one tool: a planted error, or the cases of some functions."""
 
     tool: str
-    name: str
+    names: list[str]
     is_planted: bool = False
 
     def run(self, logs: Path, limit: float) -> Job:
         started = time.monotonic()
-        self.log = logs / (f"{self.tool}_{self.name}.log".replace(" ", "_").replace("'", ""))
+        stem = re.sub(r"\W+", "_", f"{self.tool} {self.names[0]}") + ("" if self.is_planted else "_and_others")
+        self.log = logs / f"{stem}.log"
         if self.is_planted:
-            folder = logs / self.log.stem
-            folder.mkdir(exist_ok=True)
-            arguments = ["--planted", self.name, str(compile_planted(self.name, folder))]
+            (logs / stem).mkdir(exist_ok=True)
+            arguments = ["--planted", self.names[0], str(compile_planted(self.names[0], logs / stem))]
         else:
-            arguments = ["--cases", "--only", self.name]
+            arguments = ["--cases", *(f"--only={name}" for name in self.names)]
         self.status = run_sanitizer(self.tool, self.log, *arguments, limit=limit)
         self.seconds = round(time.monotonic() - started, 1)
         text = self.log.read_text(errors="replace")
-        self.found = self.is_planted and found_planted(self.name, text, self.status)
+        self.found = self.is_planted and found_planted(self.names[0], text, self.status)
         self.result = {} if self.is_planted else read_log(text, self.status)
         if self.status is None:
             self.unfinished: str | None = f"stopped after {limit:.0f} s"
@@ -537,27 +563,27 @@ class Job:
 
     def say(self) -> None:
         if self.is_planted:
-            said = f"{'found' if self.found else 'DID NOT FIND'} its planted error: {self.name}"
+            said = f"{'found' if self.found else 'DID NOT FIND'} its planted error: {self.names[0]}"
         else:
-            said = f"{self.name}: {self.unfinished or str(self.result['errors']) + ' errors'} in {self.result['cases']} cases"
+            said = f"{self.unfinished or str(self.result['errors']) + ' errors'} in {self.result['cases']} cases"
             excused = sum(self.result.get("excused", {}).values())
-            said += f", {excused} hazards excused" if excused else ""
+            said += (f", {excused} hazards excused" if excused else "") + f": {', '.join(self.names)}"
         print(f"{self.tool} {said}, {self.seconds} s ({self.log})", flush=True)
         if (self.is_planted and not self.found) or self.unfinished or self.result.get("errors"):
             print(findings(self.log.read_text(errors="replace")), flush=True)
 
 
-def result_of(tool: str, done: list[Job], functions: list[str]) -> dict[str, Any]:
+def result_of(tool: str, jobs: list[Job], done: list[Job]) -> dict[str, Any]:
     """What a tool has said so far: of its errors, its cases, what is excused, and what has not come to its end."""
-    mine = {job.name: job for job in done if job.tool == tool and not job.is_planted}
-    results = [job.result for job in mine.values()]
-    unfinished = {name: mine[name].unfinished if name in mine else "not run" for name in functions}
+    mine = [job for job in jobs if job.tool == tool and not job.is_planted]
+    results = [job.result for job in mine if job in done]
+    unfinished = {", ".join(job.names): job.unfinished if job in done else "not run" for job in mine}
     excused = sum((Counter(result.get("excused", {})) for result in results), Counter())
     return {
         "errors": sum(max(result["errors"], 0) for result in results),
         "cases": sum(result["cases"] for result in results),
-        "seconds": {name: job.seconds for name, job in sorted(mine.items())},
-        "unfinished": {name: why for name, why in unfinished.items() if why},
+        "seconds": round(sum(job.seconds for job in mine if job in done), 1),
+        "unfinished": {names: why for names, why in unfinished.items() if why},
         **({"excused": dict(sorted(excused.items()))} if excused else {}),
     }
 
@@ -565,8 +591,9 @@ def result_of(tool: str, done: list[Job], functions: list[str]) -> dict[str, Any
 def run_tools(tools: list[str], functions: list[str], logs: Path, limit: float, processes: int) -> int:
     """The planted errors and the cases under each tool. What they say goes into the record, unless cases are left out."""
     logs.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(planted.tool, name, is_planted=True) for name, planted in PLANTED.items() if planted.tool in tools]
-    jobs += [Job(tool, function) for tool in tools for function in functions]
+    # Those that take longest begin.
+    jobs = [Job(tool, functions[i::GROUPS]) for tool in sorted(tools, key=SLOWEST.index) for i in range(GROUPS) if functions[i:]]
+    jobs += [Job(planted.tool, [name], is_planted=True) for name, planted in PLANTED.items() if planted.tool in tools]
     print(f"{len(jobs)} runs under {', '.join(tools)}, {processes} at a time, at most {limit:.0f} s each", flush=True)
     is_whole = functions == [function.__name__ for function in CASES]
     environment = gpu_record.environment()
@@ -576,14 +603,12 @@ def run_tools(tools: list[str], functions: list[str], logs: Path, limit: float, 
         for future in as_completed([pool.submit(job.run, logs, limit) for job in jobs]):
             done.append(future.result())
             done[-1].say()
-            results = {tool: result_of(tool, done, functions) for tool in tools}
+            results = {tool: result_of(tool, jobs, done) for tool in tools}
             planted = {tool: is_found(tool, done) for tool in tools}
             if is_whole:
                 gpu_record.merge_sanitizer(gpu_record.PATH, environment, results, planted)
     for tool, result in results.items():
-        print(
-            f"{tool}: {result['errors']} errors in {result['cases']} cases, {sum(result['seconds'].values()):.0f} s", flush=True
-        )
+        print(f"{tool}: {result['errors']} errors in {result['cases']} cases, {result['seconds']} s in all", flush=True)
         if result.get("excused"):
             print("EXCUSED_HAZARDS = " + json.dumps(result["excused"], indent=4, ensure_ascii=False), flush=True)
     clean = all(planted.values()) and not any(result["errors"] or result["unfinished"] for result in results.values())
@@ -596,7 +621,7 @@ def run_tools(tools: list[str], functions: list[str], logs: Path, limit: float, 
 
 def is_found(tool: str, done: list[Job]) -> bool:
     """Whether the tool found all errors that are planted for it."""
-    found = {job.name for job in done if job.found}
+    found = {job.names[0] for job in done if job.found}
     return all(name in found for name, planted in PLANTED.items() if planted.tool == tool)
 
 
@@ -609,7 +634,7 @@ def main() -> int:
     parser.add_argument("--planted", nargs=2, metavar=("NAME", "LIBRARY"), help="run one planted error in this process")
     parser.add_argument("--logs", type=Path, default=Path("build/sanitize"), help="folder of the full logs")
     parser.add_argument("--limit", type=float, default=300, metavar="SECONDS", help="for each process (default: 300)")
-    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 12), help="how many at a time")
+    parser.add_argument("--processes", type=int, default=min(os.cpu_count() or 1, 16), help="how many at a time")
     arguments = parser.parse_args()
     if unknown := set(arguments.tools) - set(TOOLS):
         parser.error(f"unknown tool {', '.join(sorted(unknown))}; choose from {', '.join(TOOLS)}")

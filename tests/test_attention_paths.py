@@ -208,6 +208,9 @@ def test_choice_of_path(monkeypatch):
     assert path(softcap=30.0) == "flex"
 
 
+FLEX = [(torch.float32, (8, 2), 64), (torch.bfloat16, (4, 4), 32)]  # each is compiled, which takes half a minute
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("options", [o for o in OPTIONS if o != {"softcap": 0.7, "window": 6}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
@@ -234,6 +237,8 @@ def test_on_a_gpu(dtype, options, heads, head_dim):
         return  # test_attention.py
     else:
         assert path == ("flex" if "softcap" in options else "varlen" if dtype == torch.bfloat16 else "sdpa")
+    if path == "flex" and (dtype, heads, head_dim) not in FLEX:
+        return
     found = gradients(inputs, attention_paths.ATTEND[path](*inputs, documents, Rule(**options)), direction)
     expected = gradients(inputs, dense(*inputs, lengths, **options), direction.double())
     for a, b in zip(found, expected, strict=True):
