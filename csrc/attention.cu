@@ -11,9 +11,11 @@
 //
 // Products: attention_products.cuh. The result of one product becomes an operand of the next without leaving its registers. Rows
 // past the end of a document are zeros.
+//
+// Shared prefixes: a tile is of one segment. Its queries all see the same keys, those of the segments from theirs up to the root,
+// which are taken one segment after the other, by position. Its keys are seen by a range of tokens, those of their subtree. So no
+// product has rows of a sibling, and even NaN stays within a document.
 #include "attention.h"
-
-#include <cmath>
 
 #include "attention_launch.h"
 #include "attention_products.cuh"
@@ -56,19 +58,12 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   char* queries = dynamic_shared<char>();
   char *keys = queries + 2 * D * kAttentionRows, *values = keys + 2 * D * kKeys;
 
-  // Positions within the document: this tile's queries, and blocks of keys.
-  const int length = tile.document_end - tile.document_begin, query = tile.begin - tile.document_begin;
-  const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
-  const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
-  const Paths paths(p, tile.document_begin);
-  const auto next_turn = [&](int key) {
-    if constexpr (kForest) return paths.template next_turn<kKeys>(key, key_end, query);
-    else return key;
-  };
-  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread),
-      from_v(p.v, tile.document_begin, kv_head, thread);
-  const auto load = [&](char* to, const auto& from, int key) {
-    if (key < key_end) from.load(to, key, length - key);
+  const int query = position_of<kForest>(p, tile);
+  using Turns = KeyTurns<kForest, kKeys>;
+  const Rows<T, D, kKeys, kThreads> from_k(p.k, Turns::first_row(tile), kv_head, thread),
+      from_v(p.v, Turns::first_row(tile), kv_head, thread);
+  const auto load = [&](char* to, const auto& from, const Turns& turn) {
+    if (turn.is_there()) from.load(to, turn.row + turn.key, turn.end - turn.key);
     cp_async_commit_group();
   };
   const auto wait_for_older = [] {  // of two groups of copies
@@ -77,9 +72,9 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     __syncthreads();
   };
   Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, tile.end - tile.begin);
-  const int first_turn = next_turn(key_begin);
-  load(keys, from_k, first_turn);
-  load(values, from_v, first_turn);
+  Turns turn(p, tile, query, scores.window);
+  load(keys, from_k, turn);
+  load(values, from_v, turn);
 
   Sums<kBlocks, D> out;
   float greatest[kBlocks][2], sum[kBlocks][2];
@@ -89,8 +84,8 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 #pragma unroll
     for (int half = 0; half < 2; half++) greatest[m][half] = -INFINITY, sum[m][half] = 0;
 
-  for (int key = first_turn, next; key < key_end; key = next) {
-    next = next_turn(key + kKeys);
+  while (turn.is_there()) {
+    const Turns next = turn.next();
     wait_for_older();
     Sums<kBlocks, kKeys> s;
     Product::begin();
@@ -101,11 +96,8 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     load(keys, from_k, next);
 
     if (scores.capped) for_each(s, [&](float& x, int, int, int) { x = scores.cap(x); });
-    if (!scores.all_see(query, query + kAttentionRows, key, key + kKeys, length))
-      mask(s, key, lane, -INFINITY, [&](int row) { return scores.keys_of(query + first_row + row, length); });
-    if constexpr (kForest)
-      if (!paths.all_see(query + kAttentionRows, key, kKeys))
-        mask_each(s, lane, -INFINITY, [&](int row, int column) { return paths.sees(query + first_row + row, key + column); });
+    if (!scores.all_see(query, query + kAttentionRows, turn.key, turn.key + kKeys, turn.end))
+      mask(s, turn.key, lane, -INFINITY, [&](int row) { return scores.keys_of(query + first_row + row, turn.end); });
     float shift[kBlocks][2];       // the maximum, as an exponent of 2
     float correction[kBlocks][2];  // the factor for what is summed so far
     bool rises = false;
@@ -142,6 +134,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     Product::wait(out);
     __syncthreads();  // all warps have read these values
     load(values, from_v, next);
+    turn = next;
   }
   cp_async_wait_all();
   __syncthreads();
@@ -201,30 +194,21 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   char *grads = queries + 2 * D * kAttentionRows, *turns = grads + 2 * D * kAttentionRows;
   float* deltas = reinterpret_cast<float*>(turns + kShape.stages * 2 * 2 * D * kKeys);
 
-  const int length = tile.document_end - tile.document_begin, query = tile.begin - tile.document_begin;
-  const int there = tile.end - tile.begin;
-  const int key_begin = (scores.window ? max(0, query - scores.window + 1) : 0) / kKeys * kKeys;
-  const int key_end = p.causal ? min(length, query + kAttentionRows) : length;
-  const Rows<T, D, kKeys, kThreads> from_k(p.k, tile.document_begin, kv_head, thread),
-      from_v(p.v, tile.document_begin, kv_head, thread);
-  const Paths paths(p, tile.document_begin);
-  const auto next_turn = [&](int key) {
-    if constexpr (kForest) return paths.template next_turn<kKeys>(key, key_end, query);
-    else return key;
+  const int query = position_of<kForest>(p, tile), there = tile.end - tile.begin;
+  using Turns = KeyTurns<kForest, kKeys>;
+  const Rows<T, D, kKeys, kThreads> from_k(p.k, Turns::first_row(tile), kv_head, thread),
+      from_v(p.v, Turns::first_row(tile), kv_head, thread);
+  const auto buffer_of = [&](const Turns& turn) { return turns + turn.buffer(kShape.stages) * (2 * 2 * D * kKeys); };
+  const auto load = [&](const Turns& turn) {
+    if (!turn.is_there()) return;
+    char* to = buffer_of(turn);
+    from_k.load(to, turn.row + turn.key, turn.end - turn.key);
+    from_v.load(to + 2 * D * kKeys, turn.row + turn.key, turn.end - turn.key);
   };
-  // Turns that are skipped take no buffer. Without any, `turn` is not needed and costs no register.
-  const auto buffer_of = [&](int turn, int key) {
-    return turns + (kForest ? turn : key / kKeys) % kShape.stages * (2 * 2 * D * kKeys);
-  };
-  const auto load = [&](int turn, int key) {
-    char* to = buffer_of(turn, key);
-    from_k.load(to, key, length - key);
-    from_v.load(to + 2 * D * kKeys, key, length - key);
-  };
-  const int first_turn = next_turn(key_begin);
+  Turns turn(p, tile, query, scores.window);
   Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, there);
   Rows<T, D, kAttentionRows, kThreads>(p.grad_out, tile.begin, head, thread).load(grads, 0, there);
-  if (first_turn < key_end) load(0, first_turn);
+  load(turn);
   cp_async_commit_group();
 
   // delta, D / 8 threads per row
@@ -263,18 +247,18 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
 
   Sums<kBlocks, D> grad;
   for_each(grad, [](float& x, int, int, int) { x = 0; });
-  for (int key = first_turn, turn = 0, next; key < key_end; key = next, turn++) {
-    next = next_turn(key + kKeys);
+  while (turn.is_there()) {
+    const Turns next = turn.next();
     if constexpr (kShape.stages == 2) {
-      if (next < key_end) load(turn + 1, next);
+      load(next);
       cp_async_commit_group();
     }
     cp_async_wait_group<kShape.stages - 1>();
     if constexpr (kGroup) fence_proxy_async();
     __syncthreads();
-    char *keys = buffer_of(turn, key), *values = keys + 2 * D * kKeys;
+    char *keys = buffer_of(turn), *values = keys + 2 * D * kKeys;
 #pragma unroll 1
-    for (int step = 0; step < kKeys && key + step < key_end; step += kStep) {
+    for (int step = 0; step < kKeys && turn.key + step < turn.end; step += kStep) {
       Sums<kBlocks, kStep> s, g;
       Product::begin();
       Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, step, lane);
@@ -283,11 +267,9 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
       Product::commit();
       weigh<Product>(
           s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
-      if (!scores.all_see(query, query + kAttentionRows, key + step, key + step + kStep, length))
-        mask(g, key + step, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, length); });
-      if constexpr (kForest)
-        if (!paths.all_see(query + kAttentionRows, key + step, kStep))
-          mask_each(g, lane, 0.f, [&](int row, int column) { return paths.sees(query + first_row + row, key + step + column); });
+      const int key = turn.key + step;
+      if (!scores.all_see(query, query + kAttentionRows, key, key + kStep, turn.end))
+        mask(g, key, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, turn.end); });
       const typename Product::template Left<kBlocks, kStep / 8> weights(g);
       Product::begin();
       Product::template add_weighted_rows<kKeys>(grad, weights, keys, step, lane);
@@ -296,9 +278,10 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
     }
     __syncthreads();
     if constexpr (kShape.stages == 1) {
-      if (next < key_end) load(turn + 1, next);
+      load(next);
       cp_async_commit_group();
     }
+    turn = next;
   }
   cp_async_wait_all();
   __syncthreads();
@@ -354,20 +337,35 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   const int there = tile.end - tile.begin;
   // Blocks of queries that see any of these keys, for each head of the team.
   const int query_begin = p.causal ? key : 0;
-  const Paths paths(p, tile.document_begin);
   const int query_end = length == 0     ? query_begin
                         : scores.window ? min(length, key + kAttentionRows - 1 + scores.window)
-                        : kForest       ? max(query_begin, min(length, paths.furthest(key, there)))
                                         : length;
   const int turns_per_head = (query_end - query_begin + kQueries - 1) / kQueries;
   const int count = turns_per_head * ((group - team + kTeams - 1) / kTeams);
-  const auto load = [&](int turn) {
+  const auto query_of = [&](int turn) { return query_begin + turn % turns_per_head * kQueries; };
+  // With shared prefixes, a window is one of positions, which begin anew at every branch.
+  const int32_t* positions = kForest && p.window && length > 0 ? p.prefixes.positions : nullptr;
+  const auto position = [&](int i) { return positions[tile.document_begin + min(i, length - 1)]; };
+  // The first turn from this one on that sees any key. The same for all warps of a team.
+  const auto next_turn = [&](int turn) {
+    if constexpr (kForest) {
+      if (!positions) return turn;
+      const int reach = position(key + there - 1) + int(p.window);
+      for (; turn < count; turn++) {
+        int least = 0x7fffffff;
+        for (int i = lane; i < kQueries; i += 32) least = min(least, position(query_of(turn) + i));
+        if (__any_sync(kWarp, least < reach)) break;
+      }
+    }
+    return turn;
+  };
+  const auto load = [&](int turn, int number) {
     const int head = kv_head * group + team + kTeams * (turn / turns_per_head);
-    const int query = query_begin + turn % turns_per_head * kQueries, token = tile.document_begin + query;
-    char* to = turns + turn % kShape.stages * kTurnBytes;
+    const int query = query_of(turn), token = tile.document_begin + query;
+    char* to = turns + number % kShape.stages * kTurnBytes;
     Rows<T, D, kQueries, kThreads>(p.q, token, head, thread).load(to, 0, length - query);
     Rows<T, D, kQueries, kThreads>(p.grad_out, token, head, thread).load(to + 2 * D * kQueries, 0, length - query);
-    float* lse = numbers + turn % kShape.stages * (2 * kQueries);
+    float* lse = numbers + number % kShape.stages * (2 * kQueries);
     if (thread < kQueries) {
       const bool is_there = query + thread < length;
       const int64_t row = head * p.tokens + (is_there ? token + thread : 0);
@@ -378,7 +376,8 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   Rows<T, D, kAttentionRows, kThreads * kTeams>(p.k, tile.begin, kv_head, int(threadIdx.x)).load(keys, 0, there);
   if constexpr (kForKeys)
     Rows<T, D, kAttentionRows, kThreads * kTeams>(p.v, tile.begin, kv_head, int(threadIdx.x)).load(values, 0, there);
-  if (count > 0) load(0);
+  int turn = next_turn(0);
+  if (turn < count) load(turn, 0);
   cp_async_commit_group();
   cp_async_wait_all();
   if constexpr (kGroup) fence_proxy_async();
@@ -387,17 +386,18 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   Sums<kBlocks, D> grad_k, grad_v;
   for_each(grad_k, [](float& x, int, int, int) { x = 0; });
   for_each(grad_v, [](float& x, int, int, int) { x = 0; });
-  for (int turn = 0; turn < count; turn++) {
+  for (int number = 0, next; turn < count; turn = next, number++) {
+    next = next_turn(turn + 1);
     if constexpr (kShape.stages == 2) {
-      if (turn + 1 < count) load(turn + 1);
+      if (next < count) load(next, number + 1);
       cp_async_commit_group();
     }
     cp_async_wait_group<kShape.stages - 1>();
     if constexpr (kGroup) fence_proxy_async();
     bar_sync(1 + team, kThreads);
-    char *queries = turns + turn % kShape.stages * kTurnBytes, *grads = queries + 2 * D * kQueries;
-    const float *lse = numbers + turn % kShape.stages * (2 * kQueries), *delta = lse + kQueries;
-    const int query = query_begin + turn % turns_per_head * kQueries;
+    char *queries = turns + number % kShape.stages * kTurnBytes, *grads = queries + 2 * D * kQueries;
+    const float *lse = numbers + number % kShape.stages * (2 * kQueries), *delta = lse + kQueries;
+    const int query = query_of(turn);
 #pragma unroll 1
     for (int step = 0; step < kQueries && query + step < query_end; step += kStep) {
       Sums<kBlocks, kStep> s, g;
@@ -416,8 +416,10 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
         mask(g, query + step, lane, 0.f, seen);
       }
       if constexpr (kForest)
-        if (!paths.all_see(query + step + kStep, key, kAttentionRows)) {
-          const auto seen = [&](int row, int column) { return paths.sees(query + step + column, key + first_row + row); };
+        if (positions) {
+          const auto seen = [&](int row, int column) {
+            return position(query + step + column) - position(key + first_row + row) < int(p.window);
+          };
           mask_each(s, lane, 0.f, seen);
           mask_each(g, lane, 0.f, seen);
         }
@@ -431,7 +433,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     }
     bar_sync(1 + team, kThreads);
     if constexpr (kShape.stages == 1) {
-      if (turn + 1 < count) load(turn + 1);
+      if (next < count) load(next, number + 1);
       cp_async_commit_group();
     }
   }
@@ -474,7 +476,7 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Devic
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
       return launch_large(keys_kernel<T, D, kGroup, kForest, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
-                          attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p));
+                          attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false));
     };
     if constexpr (attention_keys_split(D)) {
       const cudaError_t error = with_half(std::integral_constant<Half, Half::values>{});

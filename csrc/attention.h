@@ -8,9 +8,9 @@
 //
 // (Dao, FlashAttention-2, 2023, algorithms 1 and 2.) A query sees the keys of its document, with `causal` those that are not
 // later, with `window` the last `window` of these, its own included. Documents that share prefixes are the paths of a tree
-// (packed_forest.h); what is called a document here is then a tree, in which a query sees the keys k <= query < ends[k]. Query
-// heads h of one group, h / (heads / kv_heads), share a head of keys and values. Tokens past the last document are padding: they
-// see nothing, and their outputs and gradients are 0.
+// (packed_forest.h): cu_seqlens then cuts segments, and a query sees the keys k <= query < ends[k]. Query heads h of one group,
+// h / (heads / kv_heads), share a head of keys and values. Tokens past the last document are padding: they see nothing, and their
+// outputs and gradients are 0.
 #pragma once
 
 #include <cstdint>
@@ -25,9 +25,11 @@
 namespace packops {
 
 // Neighbouring tokens of one document, at most kAttentionRows. Tokens of padding have an empty document; unused tiles no tokens.
+// With shared prefixes, of one segment; document_end is then where its subtree ends.
 struct AttentionTile {
   int32_t begin = 0, end = 0;  // its tokens
   int32_t document_begin = 0, document_end = 0;
+  int32_t document = 0;  // its place in cu_seqlens
 };
 inline constexpr int kAttentionRows = 64;
 
@@ -37,10 +39,14 @@ struct Heads {
   int64_t token = 0, head = 0;
 };
 
-// Of a packed axis whose documents share prefixes, (tokens,) each: packed_forest.h. Null without.
+// Of a packed axis whose documents share prefixes: packed_forest.h. Null without.
+struct ForestSegment;
 struct SharedPrefixes {
-  const int32_t *ends = nullptr, *furthest = nullptr, *nearest = nullptr, *positions = nullptr;
-  explicit operator bool() const { return ends != nullptr; }
+  const ForestSegment* segments = nullptr;              // (documents,)
+  const int32_t* subtree_ends = nullptr;                // (documents,)
+  const int32_t* trees = nullptr;                       // (documents + 1,)
+  const int32_t *positions = nullptr, *ends = nullptr;  // (tokens,)
+  explicit operator bool() const { return segments != nullptr; }
 };
 
 struct AttentionParams {
@@ -71,7 +77,7 @@ struct AttentionParams {
 // No more tiles than these are needed: a document of n tokens has at most n / kAttentionRows + 1, and so has the padding.
 constexpr int64_t attention_tiles(int64_t tokens, int64_t documents) { return tokens / kAttentionRows + documents + 1; }
 
-// Units are a document, or the padding, of one head of keys and values: (documents + 1) * kv_heads of them; [begin, end) is done.
+// Units are a document (a tree), or the padding, of one head of keys and values: (documents + 1) * kv_heads of them; [begin, end) is done.
 // cu_seqlens must be well formed.
 void attention_cpu(const AttentionParams& params, int64_t begin, int64_t end);
 void attention_backward_cpu(const AttentionParams& params, int64_t begin, int64_t end);

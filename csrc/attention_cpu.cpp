@@ -15,7 +15,7 @@ namespace {
 
 constexpr double kLn2 = 0.6931471805599453;
 
-// One document and one head of keys and values.
+// One document, or one tree of them, and one head of keys and values.
 template <typename T>
 class Unit {
  public:
@@ -23,9 +23,10 @@ class Unit {
 
   Unit(const AttentionParams& p, int64_t unit) : p(p), kv_head(unit % p.kv_heads), dim(p.head_dim) {
     const int64_t document = unit / p.kv_heads;
-    begin = document ? boundary(p.axis, document) : 0;
-    is_padding = document == p.axis.documents;
-    length = (is_padding ? p.tokens : boundary(p.axis, document + 1)) - begin;
+    const PackedAxis axis = p.prefixes ? PackedAxis{p.prefixes.trees, DType::i32, p.axis.documents} : p.axis;
+    begin = document ? boundary(axis, document) : 0;
+    is_padding = document == axis.documents;
+    length = (is_padding ? p.tokens : boundary(axis, document + 1)) - begin;
   }
 
   void forward() {

@@ -1,5 +1,4 @@
-// Scores of attention on CUDA, in registers as the products leave them (attention_products.cuh): softcap, masks, and who of a tree
-// of shared prefixes sees whom.
+// Scores of attention on CUDA, in registers as the products leave them (attention_products.cuh): softcap and masks.
 #pragma once
 
 #include <cmath>
@@ -7,7 +6,6 @@
 #include "attention.h"
 #include "attention_products.cuh"
 #include "attention_tiles.cuh"
-#include "packed_forest.h"
 
 namespace packops {
 namespace {
@@ -27,13 +25,14 @@ struct Scores {
   bool capped, causal;
   int window;
 
-  explicit Scores(const AttentionParams& p)
+  // by_position: queries and keys are named by their positions, not by tokens.
+  explicit Scores(const AttentionParams& p, bool by_position = true)
       : scale(float(p.softcap > 0 ? p.softcap : p.scale) * kLog2e),
         softcap_scale(float(p.softcap > 0 ? p.scale / p.softcap : 0)),
         product_scale(float(p.scale)),
         capped(p.softcap > 0),
         causal(p.causal),
-        window(p.prefixes ? 0 : int(p.window)) {}  // with shared prefixes a window is a matter of sees_along_path
+        window(by_position || !p.prefixes ? int(p.window) : 0) {}
 
   // tanh, absolute error 2^-22
   __device__ __forceinline__ float cap(float product) const {
@@ -67,42 +66,6 @@ __device__ __forceinline__ void mask(float (&sums)[kBlocks][kColumns][4], int fi
     }
   for_each(sums, [&](float& x, int m, int n, int i) { x = kept[m][i / 2].holds(8 * n + i % 2) ? x : value; });
 }
-
-// With shared prefixes: who of a tree sees whom, beyond the order of the tokens. Queries and keys count from the tree's first
-// token.
-struct Paths {
-  SharedPrefixes of;
-  int tree, tokens, window;
-
-  __device__ __forceinline__ Paths(const AttentionParams& p, int tree)
-      : of(p.prefixes), tree(tree), tokens(int(p.tokens)), window(int(p.window)) {}
-
-  __device__ __forceinline__ bool sees(int query, int key) const {
-    const int q = min(tree + query, tokens - 1), k = min(tree + key, tokens - 1);  // past the end: masked by the interval
-    return q < of.ends[k] && (window == 0 || of.positions[q] - of.positions[k] < window);
-  }
-  // The greatest and the least of the ends of `count` keys, as tokens of the tree.
-  __device__ __forceinline__ int furthest(int key, int count) const {
-    int most = 0;
-    for (int i = 0; i < count && tree + key + i < tokens; i += kForestRun) most = max(most, of.furthest[tree + key + i]);
-    return most - tree;
-  }
-  __device__ __forceinline__ int nearest(int key, int count) const {
-    int least = tokens;
-    for (int i = 0; i < count && tree + key + i < tokens; i += kForestRun) least = min(least, of.nearest[tree + key + i]);
-    return least - tree;
-  }
-  // Whether all queries before query_end see all of `count` keys, as far as their order allows.
-  __device__ __forceinline__ bool all_see(int query_end, int key, int count) const {
-    return window == 0 && query_end <= nearest(key, count);
-  }
-  // The first turn of keys, from this one on, of which the query or one after it sees any.
-  template <int kKeys>
-  __device__ __forceinline__ int next_turn(int key, int key_end, int query) const {
-    while (key < key_end && furthest(key, kKeys) <= query) key += kKeys;
-    return key;
-  }
-};
 
 // Sums become `value` where sees(row of the warp, column) is false.
 template <int kBlocks, int kColumns, typename F>

@@ -1,14 +1,15 @@
-// Attention on CUDA, its first kernel: cu_seqlens -> tiles of tokens of one document.
+// Attention on CUDA: the first kernel, cu_seqlens -> tiles of tokens of one document, and the keys that a tile sees.
 #pragma once
 
 #include "attention.h"
+#include "packed_forest.h"
 
 namespace packops {
 namespace {
 
 constexpr unsigned kWarp = 0xffffffffu;
 
-constexpr int kClasses = 1024;  // documents are sorted by their number of tiles, largest first: a thread per class
+constexpr int kClasses = 1024;  // documents are sorted by the tiles that see them, most first: a thread per class
 
 template <typename Index>
 __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__ AttentionParams p, int64_t capacity) {
@@ -18,15 +19,20 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   const Index* cu_seqlens = static_cast<const Index*>(p.axis.cu_seqlens);
   const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
   const auto tiles_of = [](int32_t tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows; };
-  const auto class_of = [](int tiles) { return kClasses - min(tiles, kClasses); };
-  const auto put = [&](Count place, int32_t begin, int32_t end, int32_t document, int32_t document_end) {
-    if (place < Count(capacity)) p.tiles[place] = {begin, min(end, begin + kAttentionRows), document, document_end};
+  // Where all that sees its keys ends. A short prefix of many branches is as much work for the backward as a long document.
+  const auto seen_until = [&](int64_t i) {
+    return p.prefixes.segments ? max(bound(i + 1), p.prefixes.subtree_ends[i]) : bound(i + 1);
+  };
+  const auto class_of = [&](int64_t i) { return kClasses - min(tiles_of(seen_until(i) - bound(i)), kClasses); };
+  const auto put = [&](Count place, int32_t begin, int32_t end, int32_t document_begin, int32_t document_end, int64_t document) {
+    if (place < Count(capacity))
+      p.tiles[place] = {begin, min(end, begin + kAttentionRows), document_begin, document_end, int32_t(document)};
   };
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
   next[me] = 0;
   __syncthreads();
   for (int64_t i = me; i < p.axis.documents; i += kClasses)
-    if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(tiles)], Count(tiles));
+    if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(i)], Count(tiles));
   __syncthreads();
 
   Count before = next[me];
@@ -55,16 +61,76 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
     const int tiles = tiles_of(end - begin);
     if (tiles <= 0) continue;
     // The order of documents within a class varies between runs; no result depends on it.
-    const Count place = atomicAdd(&next[class_of(tiles)], Count(tiles));
-    for (int t = 0; t < tiles; t++) put(place + Count(t), begin + t * kAttentionRows, end, begin, end);
+    const Count place = atomicAdd(&next[class_of(i)], Count(tiles));
+    for (int t = 0; t < tiles; t++) put(place + Count(t), begin + t * kAttentionRows, end, begin, seen_until(i), i);
   }
   const int32_t padding = bound(p.axis.documents);
   const Count used = sums[32];
   for (Count place = used + Count(me); place < Count(capacity); place += kClasses) {
     const int64_t begin = padding + int64_t(place - used) * kAttentionRows;
-    if (begin < p.tokens) put(place, int32_t(begin), int32_t(p.tokens), int32_t(begin), int32_t(begin));
-    else put(place, 0, 0, 0, 0);
+    if (begin < p.tokens) put(place, int32_t(begin), int32_t(p.tokens), int32_t(begin), int32_t(begin), p.axis.documents);
+    else put(place, 0, 0, 0, 0, p.axis.documents);
   }
+}
+
+// The keys that a tile's queries see, a turn at a time, by position: those of their document. With shared prefixes those of their
+// own segment, then those of the segment that it continues, and so on up to the root.
+template <bool kForest, int kKeys>
+struct KeyTurns {
+  int key, end;    // positions: the turn's first key, and where the keys of its segment end
+  int row;         // of position 0, counted from first_row()
+  int number = 0;  // of the turn
+
+  __device__ __forceinline__ KeyTurns(const AttentionParams& p, const AttentionTile& tile, int query, int window)
+      : segments_(p.prefixes.segments), seen_from_(window ? max(0, query - window + 1) : 0) {
+    if constexpr (kForest) {
+      if (tile.document < p.axis.documents) {
+        enter(tile.document);
+        end = min(end, query + kAttentionRows);
+        climb();
+      } else {
+        key = end = 0;
+      }
+    } else {
+      const int length = tile.document_end - tile.document_begin;
+      key = seen_from_ / kKeys * kKeys;
+      end = p.causal ? min(length, query + kAttentionRows) : length;
+      row = 0;
+    }
+  }
+  static __device__ __forceinline__ int first_row(const AttentionTile& tile) { return kForest ? 0 : tile.document_begin; }
+  __device__ __forceinline__ bool is_there() const { return key < end; }
+  __device__ __forceinline__ KeyTurns next() const {
+    KeyTurns turn = *this;
+    turn.key += kKeys;
+    if constexpr (kForest) turn.number++, turn.climb();
+    return turn;
+  }
+  // Without shared prefixes it follows from the key, and costs no register.
+  __device__ __forceinline__ int buffer(int buffers) const { return (kForest ? number : key / kKeys) % buffers; }
+
+ private:
+  const ForestSegment* segments_;
+  int seen_from_, begin_, parent_;
+
+  __device__ __forceinline__ void enter(int segment) {
+    const ForestSegment of = segments_[segment];
+    begin_ = of.position, parent_ = of.parent;
+    key = begin_ + max(0, seen_from_ - begin_) / kKeys * kKeys;
+    end = begin_ + of.end - of.begin;
+    row = of.begin - begin_;
+  }
+  __device__ __forceinline__ void climb() {
+    while (key >= end && parent_ >= 0 && seen_from_ < begin_) enter(parent_);
+  }
+};
+
+// The position of a tile's first token in its document.
+template <bool kForest>
+__device__ __forceinline__ int position_of(const AttentionParams& p, const AttentionTile& tile) {
+  const int within = tile.begin - tile.document_begin;
+  if constexpr (kForest) return tile.document < p.axis.documents ? p.prefixes.segments[tile.document].position + within : 0;
+  else return within;
 }
 
 }  // namespace

@@ -2,7 +2,7 @@
 //
 // First one warp a segment: it walks up to the root for the position of the segment's first token, and reads on through the
 // segments after it, 32 at a time, to the first that does not continue it. Then one thread a token: a binary search finds its
-// segment, as in metadata.cu. Bytes moved: 4 to 28 written a token. The launches are the bound.
+// segment, as in metadata.cu. Bytes moved: 8 to 20 written a token. The launches are the bound.
 #include "packed_forest.h"
 
 #include "common/launch.cuh"
@@ -28,11 +28,13 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constan
     return;
   }
 
-  int64_t start = 0;
-  // A parent comes before its child, so that even malformed parents end the walk.
-  for (int64_t child = segment, parent = parents[segment]; lane == 0 && parent >= 0 && parent < child;
-       child = parent, parent = parents[parent])
-    start += max(bound(parent + 1) - bound(parent), 0);
+  // A parent comes before its child, so that even malformed parents end every walk.
+  const auto parent_of = [&](int64_t child) {
+    return int64_t(parents[child]) < child ? max(int64_t(parents[child]), int64_t(-1)) : -1;
+  };
+  int64_t position = 0;
+  for (int64_t parent = parent_of(segment); lane == 0 && parent >= 0; parent = parent_of(parent))
+    position += max(bound(parent + 1) - bound(parent), 0);
 
   int64_t after = segments, root = parents[segment] < 0 ? segment : segments;  // what follows the subtree, and the next root
   for (int64_t first = segment + 1; first < segments && (after == segments || root == segments); first += 32) {
@@ -42,8 +44,8 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constan
     if (root == segments && roots) root = first + __ffs(roots) - 1;
   }
   if (lane == 0) {
-    p.segment_starts[segment] = int32_t(min(start, p.tokens));
-    p.segment_ends[segment] = bound(after);
+    p.segments[segment] = {bound(segment), bound(segment + 1), int32_t(min(position, p.tokens)), int32_t(parent_of(segment))};
+    p.subtree_ends[segment] = bound(after);
     p.trees[segment] = bound(root);
   }
 }
@@ -55,23 +57,11 @@ __global__ void __launch_bounds__(kThreads) tokens_kernel(const __grid_constant_
   if (token >= p.tokens) return;
   const int64_t segment = segments.find(token);
   const bool is_padding = segment == segments.count;
-  const int32_t position = int32_t(token - segments.begin(segment, token)) + (is_padding ? 0 : p.segment_starts[segment]);
-  const int32_t end = is_padding ? 0 : p.segment_ends[segment];
+  const int32_t position = int32_t(token - segments.begin(segment, token)) + (is_padding ? 0 : p.segments[segment].position);
   p.positions[token] = position;
-  p.ends[token] = end;
+  p.ends[token] = is_padding ? 0 : p.subtree_ends[segment];
   if (p.position_ids) p.position_ids[token] = position;
   if (p.seq_idx) p.seq_idx[token] = is_padding ? -1 : int32_t(segment);
-
-  // Segments that begin within the run; past the last boundary there is padding.
-  int32_t least = end, most = end;
-  const int64_t run = min(token + kForestRun, p.tokens), last = segments.cu_seqlens[segments.count];
-  for (int64_t s = segment + 1; s < segments.count && segments.cu_seqlens[s] < min(run, last); s++) {
-    if (segments.cu_seqlens[s] == segments.cu_seqlens[s + 1]) continue;
-    least = min(least, p.segment_ends[s]);
-    most = max(most, p.segment_ends[s]);
-  }
-  p.nearest[token] = run > last ? 0 : least;
-  p.furthest[token] = most;
 }
 
 template <typename Index, typename Parent>

@@ -21,15 +21,19 @@
 
 namespace packops {
 
-inline constexpr int kForestRun = 32;  // tokens that `furthest` and `nearest` speak of
+struct alignas(16) ForestSegment {
+  int32_t begin = 0, end = 0;  // its tokens
+  int32_t position = 0;        // of its first token
+  int32_t parent = -1;
+};
 
 struct PackedForestParams {
   PackedAxis axis;                // its documents are the segments
   int64_t tokens = 0;             // fewer than 2^30
   const void* parents = nullptr;  // (segments,) contiguous, i32 or i64
   DType parent_dtype = DType::i32;
-  int32_t* segment_starts = nullptr;  // (segments,) position of a segment's first token
-  int32_t* segment_ends = nullptr;    // (segments,) where its subtree ends
+  ForestSegment* segments = nullptr;  // (segments,)
+  int32_t* subtree_ends = nullptr;    // (segments,) where a segment and all that continue it end
   int32_t* trees = nullptr;           // (segments + 1,)
 
   // Each (tokens,). Padding is one trailing document that nobody sees: its ends are 0.
@@ -37,9 +41,20 @@ struct PackedForestParams {
   int32_t* seq_idx = nullptr;       // the segment, -1 for padding; null: not wanted
   int32_t* positions = nullptr;     // position_ids in 32 bits
   int32_t* ends = nullptr;
-  int32_t* furthest = nullptr;  // the greatest and the least of the ends of a token and the kForestRun - 1 after it
-  int32_t* nearest = nullptr;
 };
+
+// Everything but position_ids and seq_idx lies in one array of so many int32: six a segment, two a token.
+constexpr int64_t forest_numbers(int64_t segments, int64_t tokens) { return 6 * segments + 1 + 2 * tokens; }
+
+inline void set_forest_numbers(PackedForestParams& p, int32_t* numbers) {  // aligned to 16 bytes
+  static_assert(sizeof(ForestSegment) == 4 * sizeof(int32_t));
+  const int64_t segments = p.axis.documents;
+  p.segments = reinterpret_cast<ForestSegment*>(numbers);
+  p.subtree_ends = numbers + 4 * segments;
+  p.trees = p.subtree_ends + segments;
+  p.positions = p.trees + segments + 1;
+  p.ends = p.positions + p.tokens;
+}
 
 // The first segment whose parent is not -1 or a segment that is open there (itself an ancestor of the segment before, or that
 // segment); -1 if parents are well formed. Host memory.

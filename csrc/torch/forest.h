@@ -7,21 +7,8 @@
 
 namespace packops {
 
-// Numbers of a forest in one int32 tensor: trees, starts and ends of segments, and four numbers a token.
-constexpr int64_t forest_numbers(int64_t segments, int64_t tokens) { return 3 * segments + 1 + 4 * tokens; }
-
-inline void set_forest_numbers(PackedForestParams& p, int32_t* numbers) {
-  const int64_t segments = p.axis.documents, tokens = p.tokens;
-  p.trees = numbers;
-  p.segment_starts = p.trees + segments + 1;
-  p.segment_ends = p.segment_starts + segments;
-  p.positions = p.segment_ends + segments;
-  p.ends = p.positions + tokens;
-  p.furthest = p.ends + tokens;
-  p.nearest = p.furthest + tokens;
-}
-
-// Runs the kernels; the result is the tensor of a forest's numbers, to which p then points. Wants p.axis, that of the segments, and p.tokens.
+// Runs the kernels; the result is the tensor of a forest's numbers, to which p then points. Wants p.axis, that of the
+// segments, and p.tokens.
 inline Tensor make_forest(const char* op, PackedForestParams& p, const Tensor& parents, const Tensor& cu_seqlens) {
   const int64_t segments = p.axis.documents;
   check_device(op, "parents", parents, "cu_seqlens", cu_seqlens);

@@ -11,6 +11,7 @@ namespace packops {
 namespace {
 
 constexpr const char* kOp = "attention";
+constexpr int64_t kTileNumbers = sizeof(AttentionTile) / sizeof(int32_t);
 
 // The arguments that forward and backward share, in the order of their schemas.
 struct AttentionOptions {
@@ -89,11 +90,8 @@ void run(const AttentionParams& p, const Tensor& q, bool backward) {
 #endif
 }
 
-// From here on documents are trees.
 void set_forest(AttentionParams& p, const PackedForestParams& forest) {
-  p.axis.cu_seqlens = forest.trees;
-  p.axis.index_dtype = DType::i32;
-  p.prefixes = {forest.ends, forest.furthest, forest.nearest, forest.positions};
+  p.prefixes = {forest.segments, forest.subtree_ends, forest.trees, forest.positions, forest.ends};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, OptionalTensor parents,
@@ -113,7 +111,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   }
   const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
   const Tensor lse = allocate(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
-  const Tensor tiles = allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) : 0, 4}, ScalarType::Int);
+  const Tensor tiles =
+      allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) : 0, kTileNumbers}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
@@ -149,7 +148,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
                     lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
                     lse.device() == q.device(),
                 ValueError, kOp, ": lse must be that of the forward pass");
-  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == 4 * attention_tiles(p.tokens, p.axis.documents) &&
+  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kTileNumbers * attention_tiles(p.tokens, p.axis.documents) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
   const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);

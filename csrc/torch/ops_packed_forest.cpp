@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> packed_forest(const Tensor& cu_seqlens, int64
   p.position_ids = position_ids.mutable_data_ptr<int64_t>();
   p.seq_idx = seq_idx.mutable_data_ptr<int32_t>();
   Tensor numbers = make_forest(kOp, p, parents, cu_seqlens);
-  const int64_t first = p.ends - p.trees;
+  const int64_t first = numbers.numel() - total_tokens;
   return {position_ids, seq_idx, contiguous_copy(torch::stable::narrow(numbers, 0, first, total_tokens))};
 }
 

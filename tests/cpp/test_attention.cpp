@@ -86,7 +86,7 @@ struct Run {
   std::vector<T> out, grad_q, grad_k, grad_v;
   std::vector<Real> lse;
   AttentionParams p;
-  std::vector<int32_t> forest;  // what p.prefixes and, then, p.axis.cu_seqlens point to
+  std::vector<int32_t> forest;  // what p.prefixes point to
 
   explicit Run(const Problem& problem) : problem(problem), cu_seqlens(problem.cu_seqlens.begin(), problem.cu_seqlens.end()) {
     const int64_t tokens = problem.tokens, heads = problem.heads, kv_heads = problem.kv_heads, dim = problem.dim;
@@ -126,17 +126,14 @@ struct Run {
 
   void share_prefixes() {
     const int64_t segments = problem.documents(), tokens = problem.tokens;
-    forest.resize(size_t(3 * segments + 1 + 4 * tokens));
+    forest.resize(size_t(forest_numbers(segments, tokens)));
     PackedForestParams f;
     f.axis = p.axis, f.tokens = tokens;
     f.parents = problem.parents.data(), f.parent_dtype = DType::i64;
     CHECK_EQ(first_malformed_parent(f), -1);
-    f.trees = forest.data(), f.segment_starts = f.trees + segments + 1, f.segment_ends = f.segment_starts + segments;
-    f.positions = f.segment_ends + segments, f.ends = f.positions + tokens;
-    f.furthest = f.ends + tokens, f.nearest = f.furthest + tokens;
+    set_forest_numbers(f, forest.data());
     packed_forest_cpu(f);
-    p.axis.cu_seqlens = f.trees, p.axis.index_dtype = DType::i32;
-    p.prefixes = {f.ends, f.furthest, f.nearest, f.positions};
+    p.prefixes = {f.segments, f.subtree_ends, f.trees, f.positions, f.ends};
   }
 
   static const T& at(const Heads& x, int64_t t, int64_t h, int64_t i) {

@@ -24,6 +24,7 @@ struct Problem {
   double size = 1;                    // of queries: large ones make rows whose weight lies on one key
   bool wide = false;                  // boundaries as int64
   std::vector<int32_t> parents = {};  // shared prefixes: what segments, which are then the documents above, continue
+  int bad_segment = -1;               // whose inputs and gradients are NaN
 };
 
 constexpr int64_t kGuard = 16;  // elements before and behind every output, which nobody may write
@@ -59,6 +60,13 @@ Results<T> run(const Problem& problem, bool cuda) {
     }
   if (const int64_t padding = problem.cu_seqlens.back(); padding >= 0 && padding < problem.tokens)  // nobody reads it
     for (int64_t i = padding * row; i < problem.tokens * row; i++) qkv[size_t(i)] = from_float<T>(NAN);
+  if (problem.bad_segment >= 0) {
+    const int64_t begin = problem.cu_seqlens[size_t(problem.bad_segment)],
+                  end = problem.cu_seqlens[size_t(problem.bad_segment) + 1];
+    for (int64_t i = begin * row; i < end * row; i++) qkv[size_t(i)] = from_float<T>(NAN);
+    for (int64_t i = begin * problem.heads * (dim + gap); i < end * problem.heads * (dim + gap); i++)
+      grad[size_t(i)] = from_float<T>(NAN);
+  }
   Results<T> r;
   r.out = guarded(q_size, from_float<T>(77)), r.grad_q = r.out;
   r.grad_k = guarded(kv_size, from_float<T>(77)), r.grad_v = r.grad_k;
@@ -73,24 +81,20 @@ Results<T> run(const Problem& problem, bool cuda) {
   const std::vector<int64_t> wide(problem.cu_seqlens.begin(), problem.cu_seqlens.end());
   p.axis.cu_seqlens = problem.cu_seqlens.data(), p.axis.documents = int64_t(problem.cu_seqlens.size()) - 1;
   if (problem.wide) p.axis.cu_seqlens = wide.data(), p.axis.index_dtype = DType::i64;
-  std::vector<int32_t> forest(3 * problem.parents.size() + 1 + size_t(4 * problem.tokens));
+  std::vector<int32_t> forest(size_t(forest_numbers(p.axis.documents, p.tokens)));
   if (!problem.parents.empty()) {
     PackedForestParams f;
     f.axis = p.axis, f.tokens = p.tokens;
     f.parents = problem.parents.data();
-    f.trees = forest.data(), f.segment_starts = f.trees + p.axis.documents + 1,
-    f.segment_ends = f.segment_starts + p.axis.documents;
-    f.positions = f.segment_ends + p.axis.documents, f.ends = f.positions + p.tokens;
-    f.furthest = f.ends + p.tokens, f.nearest = f.furthest + p.tokens;
+    set_forest_numbers(f, forest.data());
     if (cuda) CHECK_EQ(packed_forest_cuda(f, nullptr), cudaSuccess);
     else packed_forest_cpu(f);
-    p.axis.cu_seqlens = f.trees, p.axis.index_dtype = DType::i32;
-    p.prefixes = {f.ends, f.furthest, f.nearest, f.positions};
+    p.prefixes = {f.segments, f.subtree_ends, f.trees, f.positions, f.ends};
   }
   p.out = r.out.data() + kGuard, p.lse = r.lse.data() + kGuard;
   p.grad_out = {grad.data(), problem.heads * (dim + gap), dim + gap};
   p.grad_q = r.grad_q.data() + kGuard, p.grad_k = r.grad_k.data() + kGuard, p.grad_v = r.grad_v.data() + kGuard;
-  const AttentionTile nothing = {77, 77, 77, 77};
+  const AttentionTile nothing = {77, 77, 77, 77, 77};
   std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.axis.documents), nothing);
   std::vector<float> delta = r.lse;
   p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard;
@@ -192,6 +196,33 @@ CASE(branches_of_a_shared_prefix) {
     problem.window = 0, problem.softcap = 5, problem.size = 8;
     compare<bf16_t>(problem);
   }
+}
+CASE(nan_in_a_branch_stays_in_its_documents) {
+  for (int64_t window : {0, 90})
+    for (int32_t head_dim : {64, 256}) {
+      Problem problem{kSegments, 510, 1, 1, head_dim, true, window};
+      problem.parents = kParents;
+      const Results<bf16_t> want = run<bf16_t>(problem, true);
+      for (int bad : head_dim == 64 ? std::vector<int>{0, 1, 2, 4, 7} : std::vector<int>{3}) {
+        problem.bad_segment = bad;
+        const Results<bf16_t> got = run<bf16_t>(problem, true);
+        const auto continues = [&](int segment, int other) {
+          while (segment > other) segment = kParents[size_t(segment)];
+          return segment == other;
+        };
+        const auto same = [&](const auto& a, const auto& b, int segment, int64_t row) {
+          const size_t begin = size_t(kGuard + kSegments[size_t(segment)] * row);
+          return std::memcmp(&a[begin], &b[begin], size_t(kSegments[size_t(segment) + 1] * row + kGuard) - begin) == 0;
+        };
+        for (int segment = 0; segment < int(kParents.size()); segment++) {
+          const bool sees = continues(segment, bad), is_seen = continues(bad, segment);
+          if (!sees) CHECK(same(got.out, want.out, segment, head_dim) && same(got.grad_q, want.grad_q, segment, head_dim));
+          if (!sees && !is_seen)
+            CHECK(same(got.grad_k, want.grad_k, segment, head_dim) && same(got.grad_v, want.grad_v, segment, head_dim));
+          if (segment == bad) CHECK(std::isnan(to_float(got.out[size_t(kGuard + kSegments[size_t(bad)] * head_dim)])));
+        }
+      }
+    }
 }
 CASE(a_thousand_branches_of_three_tokens) {
   Problem problem{{0, 40}, 0, 1, 1, 64};

@@ -32,8 +32,8 @@ class Attention(Op):
         return (
             q.new_empty(q.shape),
             q.new_empty((heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
-            q.new_empty((tiles, 4), dtype=torch.int32),
-            q.new_empty((0 if parents is None else 3 * segments + 1 + 4 * tokens,), dtype=torch.int32),
+            q.new_empty((tiles, 5), dtype=torch.int32),
+            q.new_empty((0 if parents is None else 6 * segments + 1 + 2 * tokens,), dtype=torch.int32),
         )
 
     def fake_backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple:
