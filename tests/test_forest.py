@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
@@ -38,7 +41,7 @@ class Model(torch.nn.Module):
         self.embed = torch.nn.Embedding(VOCAB, 12, dtype=torch.float64)
         self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 36, dtype=torch.float64) for _ in range(2))
         self.head = torch.nn.Linear(12, VOCAB, dtype=torch.float64)
-        self.table = packops.rope_table(6, 64, dtype=torch.float64)
+        self.table = packops.rope_table(6, 256, dtype=torch.float64)
 
     def forward(self, batch, attend):
         x = self.embed(batch.input_ids[0])
@@ -147,6 +150,71 @@ def test_no_gradient_crosses_from_one_branch_to_another(attend):
         of_keys, of_values = ((g != 0).any((1, 2)) for g in torch.autograd.grad(out[row].sum(), (k, v), retain_graph=True))
         assert torch.equal(of_values, allowed[row])
         assert not (of_keys & ~allowed[row]).any()
+
+
+def dialogues(depth: int) -> list[list[int]]:
+    """Every turn is answered in two ways, and the dialogue goes on from one of them."""
+    rng = np.random.default_rng(depth)
+    trunk: list[int] = []
+    documents = []
+    for _ in range(depth):
+        trunk = trunk + rng.integers(0, VOCAB, 3).tolist()
+        documents.append(trunk + rng.integers(0, VOCAB, 2).tolist())
+    return documents
+
+
+def answers(prompt: int, lengths: list[int]) -> list[list[int]]:
+    rng = np.random.default_rng(prompt)
+    ids = rng.integers(0, VOCAB, prompt).tolist()
+    return [ids + rng.integers(0, VOCAB, length).tolist() for length in lengths]
+
+
+def labelled(documents: list[list[int]], score: Callable[[int, int], bool]) -> list[dict[str, np.ndarray]]:
+    """``score(i, n)``: whether token i of n of a document is a label."""
+    return [
+        {"input_ids": np.array(ids), "labels": np.array([x if score(i, len(ids)) else -100 for i, x in enumerate(ids)])}
+        for ids in documents
+    ]
+
+
+# Documents, and where they share: (documents, tokens of the row).
+EDGES: dict[str, tuple[list[dict[str, np.ndarray]], int | None]] = {
+    "50 turns that all branch": (labelled(dialogues(50), lambda i, n: True), None),
+    "300 branches of 3 tokens": (labelled(answers(20, [3] * 300), lambda i, n: True), None),
+    "branches of one token": (labelled([[1, 2, 3, i] for i in range(VOCAB)], lambda i, n: True), 2 + 2 * VOCAB),
+    "all equal": (labelled([[1, 2, 3, 4]] * 5, lambda i, n: True), 4),
+    "each begins the next": (labelled([[1, 2, 3, 4, 5, 6][:n] for n in range(1, 7)], lambda i, n: True), 6),
+    "nothing shared": (labelled([[1, 2, 3], [2, 3, 1], [3, 1]], lambda i, n: True), 8),
+    "one document": (labelled([[1, 2, 3]], lambda i, n: True), 3),
+    "one token each": (labelled([[1], [2], [1], [3]], lambda i, n: True), None),
+    "labels on the prompt alone": (labelled(answers(9, [4, 3, 1, 5]), lambda i, n: i < 9), None),
+    "labels on the answer alone": (labelled(answers(9, [4, 3, 1, 5]), lambda i, n: i >= 9), None),
+    "label on the last token of the prompt": (labelled(answers(9, [4, 3, 1, 5]), lambda i, n: i == 8), None),
+    "label on the first token of the answer": (labelled(answers(9, [4, 3, 1, 5]), lambda i, n: i == 9), None),
+}
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("name", EDGES)
+def test_edges(name, reduction):
+    documents, tokens = EDGES[name]
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction)(documents)
+    assert tokens in (None, batch.num_tokens)
+    assert batch.num_tokens <= sum(len(d["input_ids"]) for d in documents)
+    model = Model()
+    loss, want = of_forest(model, batch, by_kernel), one_by_one(model, documents, reduction)
+    if batch.num_items:
+        check_same(grads(model, loss), grads(model, want))
+    else:
+        assert name == "one token each"
+        assert float(loss) == 0
+
+
+def test_a_prompt_that_all_documents_train_on_weighs_as_much_as_all_of_them():
+    documents = labelled(answers(9, [4, 3, 1, 5]), lambda i, n: i < 9)
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=1, reduction="mean")(documents)
+    assert batch.token_weight[0].tolist() == [4.0] * 8 + [0.0] * (batch.num_tokens - 8)
+    assert (batch.num_items, batch.denominator, batch.num_valid) == (32, 32, 8)
 
 
 def test_unpack_gives_every_document_its_rows_back():
@@ -356,6 +424,88 @@ def test_attention_without_sharing_has_the_bits_of_documents(device):
         if parents is None:
             flat = results
     assert all(torch.equal(a, b) for a, b in zip(results, flat, strict=True))
+
+
+def one_tree_after_the_other(trees: list[tuple[list[int], list[int]]]) -> tuple[list[int], list[int]]:
+    """cu_seqlens and parents of several trees, each given by the lengths of its segments and their parents."""
+    lengths, parents = [], []
+    for own_lengths, own_parents in trees:
+        parents += [parent + len(lengths) if parent >= 0 else -1 for parent in own_parents]
+        lengths += own_lengths
+    return [0, *itertools.accumulate(lengths)], parents
+
+
+# Trees by name, each small enough for a reference of all its tokens by all its tokens.
+TREES = {
+    "boundaries at every residue of a tile": [([n, n % 7 + 1, 129 - n, n], [-1, 0, 0, 2]) for n in range(1, 129)],
+    "depth 50": [([5] + [3, 4] * 50, [-1] + [x for i in range(50) for x in (2 * i, 2 * i)])],
+    "1000 branches of 3 tokens": [([100] + [3] * 1000, [-1] + [0] * 1000)],
+    "branches of one token": [([65] + [1] * 70, [-1] + [0] * 70)],
+    "nothing in the shared part": [([0, 70, 3, 64], [-1, 0, 0, 0]), ([0, 0, 0, 66], [-1, 0, 1, 2])],
+    "segments that hold nothing": [([64, 0, 64, 0, 3], [-1, 0, 0, 2, 0])],
+}
+
+
+@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("name", TREES)
+def test_attention_of_trees(device, name, window):
+    trees, head_dim = TREES[name], 64
+    if device.type == "cpu":
+        trees, head_dim = trees[:: max(1, len(trees) // 16)], 4
+        if name.startswith("1000"):
+            trees = [(trees[0][0][:100], trees[0][1][:100])]
+    boundaries, parents = one_tree_after_the_other(trees)
+    total = boundaries[-1] + 5
+    q, k, v = tensors(device, (total, 2, head_dim), (total, 1, head_dim), (total, 1, head_dim))
+    incoming = torch.randn_like(q)
+    index = torch.tensor(boundaries, dtype=torch.int32, device=device)
+    got = packops.attention(q, k, v, index, torch.tensor(parents, device=device), window=window)
+    got = [got.detach(), *torch.autograd.grad(got, (q, k, v), incoming)]
+    begin = 0
+    for lengths, own in trees:
+        rows = slice(begin, begin := begin + sum(lengths))
+        leaves = [x[rows].detach().double().requires_grad_() for x in (q, k, v)]
+        bounds = torch.tensor([0, *itertools.accumulate(lengths)], device=device)
+        want = packops.reference.attention(*leaves, bounds, torch.tensor(own, device=device), window=window)
+        want = [want.detach(), *torch.autograd.grad(want, leaves, incoming[rows].double())]
+        for x, y in zip(got, want, strict=True):
+            error = (x[rows].double() - y).norm() / y.norm().clamp(min=1e-3)
+            assert error < (1e-12 if device.type == "cpu" else 1e-2), (rows, error)
+    assert all((x[begin:] == 0).all() for x in got)
+
+
+@pytest.mark.parametrize("window", [None, 90])
+def test_nan_in_a_branch_stays_in_the_documents_through_it(device, window):
+    head_dim = 64 if device.type == "cuda" else 4
+    values = [x.detach() for x in tensors(device, (510, 4, head_dim), (510, 2, head_dim), (510, 2, head_dim))]
+    incoming = torch.randn_like(values[0])
+    cu_seqlens, parents = (torch.tensor(x, dtype=torch.int32, device=device) for x in (SEGMENTS, PARENTS))
+
+    def results(bad: slice):
+        q, k, v, grad = (x.clone() for x in (*values, incoming))
+        for x in (q, k, v, grad):
+            x[bad] = float("nan")
+        leaves = [x.requires_grad_() for x in (q, k, v)]
+        out = packops.attention(*leaves, cu_seqlens, parents, window=window)
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
+
+    def continues(segment: int, other: int) -> bool:
+        while segment > other:
+            segment = PARENTS[segment]
+        return segment == other
+
+    want = results(slice(0, 0))
+    for bad in range(len(PARENTS)):
+        if SEGMENTS[bad] == SEGMENTS[bad + 1]:
+            continue
+        got = results(slice(SEGMENTS[bad], SEGMENTS[bad + 1]))
+        assert got[0][SEGMENTS[bad] : SEGMENTS[bad + 1]].isnan().all()
+        for other in range(len(PARENTS)):
+            rows = slice(SEGMENTS[other], SEGMENTS[other + 1])
+            reads, is_read = continues(other, bad), continues(bad, other)
+            for at, (x, y) in enumerate(zip(got, want, strict=True)):
+                if not reads and (at < 2 or not is_read):
+                    assert torch.equal(x[rows], y[rows]), (bad, other, at)
 
 
 @pytest.mark.parametrize("parents", [[5] * 11, list(range(11)), [-2] + [0] * 10, [-1, 0, -1, 0, *[-1] * 7]], ids=str)
