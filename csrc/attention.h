@@ -13,6 +13,7 @@
 // outputs and gradients are 0.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #ifdef PACKOPS_WITH_CUDA
@@ -31,7 +32,9 @@ struct AttentionTile {
   int32_t document_begin = 0, document_end = 0;
   int32_t document = 0;  // its place in cu_seqlens
 };
+inline constexpr int64_t kAttentionTileNumbers = sizeof(AttentionTile) / sizeof(int32_t);
 inline constexpr int kAttentionRows = 64;
+inline constexpr std::array kAttentionHeadDims = {64, 128, 256};  // that the CUDA kernels take
 
 // (tokens, heads, head_dim), contiguous in the last dimension; strides in elements.
 struct Heads {
@@ -83,7 +86,7 @@ void attention_cpu(const AttentionParams& params, int64_t begin, int64_t end);
 void attention_backward_cpu(const AttentionParams& params, int64_t begin, int64_t end);
 
 #ifdef PACKOPS_WITH_CUDA
-// f16 and bf16, head_dim 64, 128 or 256; data and strides multiples of 16 bytes. Memory-safe whatever cu_seqlens holds.
+// f16 and bf16, head_dim one of kAttentionHeadDims; data and strides multiples of 16 bytes. Memory-safe whatever cu_seqlens holds.
 cudaError_t attention_cuda(const AttentionParams& params, cudaStream_t stream);
 cudaError_t attention_backward_cuda(const AttentionParams& params, cudaStream_t stream);
 #endif

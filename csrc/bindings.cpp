@@ -14,9 +14,13 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "attention.h"
 #include "ce_loss.h"
+#include "common/cpu_isa.h"
+#include "packed_forest.h"
 #include "packing.h"
 #include "prefix_forest.h"
+#include "rms_norm_launch.h"
 #include "torch/error.h"
 
 namespace py = pybind11;
@@ -130,11 +134,27 @@ PYBIND11_MODULE(_C, m) {
     info["cuda"] = packops::kCudaVersion;
     info["cuda_archs"] = packops::kCudaArchs;
     info["torch_target"] = packops::kTorchTarget;
-    info["cpu_isa"] = packops::ce_loss_cpu_isa();
+    info["cpu_isa"] = packops::name_of(packops::cpu_isa());
     info["compiler"] = packops::kCompiler;
     info["sources"] = packops::kSourceDigest;
     return info;
   });
+  m.def(
+      "constants",
+      [] {
+        py::dict constants;
+        constants["ignored"] = packops::kIgnored;
+        constants["bad_label"] = packops::kBadLabel;
+        constants["partial_states"] = int(packops::kPartialStates);
+        constants["attention_rows"] = packops::kAttentionRows;
+        constants["attention_tile_numbers"] = int(packops::kAttentionTileNumbers);
+        constants["attention_head_dims"] = py::tuple(py::cast(packops::kAttentionHeadDims));
+        constants["forest_per_segment"] = packops::kForestPerSegment;
+        constants["forest_per_token"] = packops::kForestPerToken;
+        constants["rms_norm_row_bytes"] = packops::kRmsNormRowBytes;
+        return constants;
+      },
+      "Numbers of csrc/ that Python needs, by name");
   m.def("pack", &pack, py::arg("lengths"), py::arg("capacity"), py::arg("strategy"), py::arg("seed"), py::arg("epoch"),
         py::arg("max_docs"), py::arg("overlong"), py::arg("multiple"),
         "(indices, offsets, starts, lengths, empty, overlong, dropped_tokens) of csrc/packing.h");

@@ -119,7 +119,6 @@ void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end);      /
 CeLossStatus ce_loss_combine_cpu(const CeLossParams& p);                       // row_* from partials
 void ce_loss_reduce_cpu(const CeLossParams& p);                                // loss
 void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end);  // grad from row_* and grad_output
-const char* ce_loss_cpu_isa();                                                 // "avx512", "avx2" or "baseline"
 
 // ---- CUDA (ce_loss.cu), asynchronous on the stream.
 

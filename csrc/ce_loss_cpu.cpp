@@ -1,5 +1,5 @@
-// Cross entropy on the CPU: the interface of ce_loss.h. Which documents and labels count is decided here, once per call; the row
-// passes (ce_loss_simd.h) run on any number of threads in the best instruction set the machine has.
+// Cross entropy on the CPU: the interface of ce_loss.h. This file decides which rows count and with what
+// weight, once per call. ce_loss_simd.h computes the rows, on any number of threads, with the best instruction set of the machine.
 #include "ce_loss.h"
 
 #include <algorithm>
@@ -13,7 +13,7 @@ namespace {
 
 int64_t bound(const CeLossParams& p, int64_t d) { return p.axis.cu_seqlens ? boundary(p.axis, d) : d * p.doc_length; }
 double token_weight(const CeLossParams& p, int64_t t) { return p.token_weight ? double(p.token_weight[t]) : 1.0; }
-// A counted row's part in a denominator.
+// What a counted row adds to the denominator.
 double norm_weight(const CeLossParams& p, int64_t t) {
   return token_weight(p, t) * (p.class_weight && p.target[t] >= 0 ? double(p.class_weight[p.target[t] - p.first_class]) : 1.0);
 }
@@ -100,7 +100,7 @@ void set_range(const CeLossParams& p) {
   range[1] = S(p.vocab);
 }
 
-// Where each shard begins and how wide it is, as the processes believe it themselves.
+// Checks that the shards, as each process describes its own, cover all classes in order.
 template <typename S>
 CeLossStatus check_shards(const CeLossParams& p) {
   S end = 0;
@@ -143,13 +143,5 @@ void ce_loss_rows_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(
 void ce_loss_backward_cpu(const CeLossParams& p, int64_t begin, int64_t end) { rows(p, begin, end, CePass::backward); }
 
 void ce_loss_reduce_cpu(const CeLossParams& p) { p.logits_dtype == DType::f64 ? reduce<double>(p) : reduce<float>(p); }
-
-const char* ce_loss_cpu_isa() {
-  switch (cpu_isa()) {
-    case CpuIsa::avx512: return "avx512";
-    case CpuIsa::avx2: return "avx2";
-    default: return "baseline";
-  }
-}
 
 }  // namespace packops

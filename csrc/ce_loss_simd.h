@@ -1,19 +1,12 @@
 // The row passes of ce_loss_cpu.cpp, compiled once per instruction set by common/simd_targets.h: no include guard, no includes.
 //
-// Pass 1 reads a row once in blocks that stay in the first-level cache and keeps a running maximum and sum (and, on request, the
-// sums that label smoothing and entropy need). Pass 2 reads it again, mostly from the second-level cache, and writes the
-// gradient.
+// Pass 1 reads a row once, in blocks that fit into the L1 cache, and keeps a running maximum and sum. Label smoothing and entropy
+// add sums of their own. Pass 2 reads the row again, mostly from the L2 cache, and writes the gradient.
 
-// The operations on a number type: vectors of floats for f32/f16/bf16, one double at a time for f64.
+// What the passes compute with: vectors of floats, but one double at a time.
 template <typename T>
-struct Lane {
-  using State = float;
+struct CeLane : Lane<T> {
   using V = VecF;
-  static constexpr int kLanes = PACKOPS_LANES;
-  static V read(const T* p) { return load(p); }
-  static void write(T* p, V v) { store(p, v); }
-  static float read1(const T* p) { return to_float(*p); }
-  static void write1(T* p, float x) { *p = from_float<T>(x); }
   static V exp(V x) { return vexp(x); }
   static V tanh(V x) { return vtanh(x); }
   static V max(V a, V b) { return vmax(a, b); }
@@ -24,14 +17,11 @@ struct Lane {
   static V zero_where_zero(V e, V x) { return select(e == 0.f, splat(0.f), x); }
 };
 template <>
-struct Lane<double> {
-  using State = double;
+struct CeLane<double> : Lane<double> {
   using V = double;
   static constexpr int kLanes = 1;
   static V read(const double* p) { return *p; }
   static void write(double* p, V v) { *p = v; }
-  static double read1(const double* p) { return *p; }
-  static void write1(double* p, double x) { *p = x; }
   static V exp(V x) { return ::exp(x); }
   static V tanh(V x) { return ::tanh(x); }
   static V max(V a, V b) { return a > b ? a : b; }
@@ -44,7 +34,7 @@ struct Lane<double> {
 
 template <typename T>
 struct CeRow {
-  using L = Lane<T>;
+  using L = CeLane<T>;
   using S = typename L::State;
   using V = typename L::V;
   static constexpr int kLanes = L::kLanes;

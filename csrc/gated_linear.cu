@@ -118,7 +118,7 @@ __global__ void __launch_bounds__(kGatedThreads, 4)  // without the 4, ptxas sav
 
 template <typename T, Activation A>
 void launch_gated(const GatedParams& p, cudaStream_t stream) {
-  const GatedLaunch choice = choose_gated_launch(p, sizeof(T));
+  const GatedLaunch choice = choose_gated_launch(p);
   const dim3 grid(choice.column_blocks * choice.row_blocks);
   const dim3 block(unsigned(choice.threads_per_row), unsigned(choice.rows_per_block));
   launch(p.grad ? gated_kernel<T, A, true> : gated_kernel<T, A, false>, grid, block, 0, stream, p, choice);

@@ -1,5 +1,5 @@
-// The gate of a gated MLP on the CPU: the interface of gated_linear.h, one pass over all matrices. fp64 is there for gradient
-// checks, so it is plain code; the others run in the best instruction set the machine has (gated_linear_simd.h).
+// The gate of a gated MLP on the CPU: the interface of gated_linear.h, one pass over all matrices. fp64 serves gradient checks
+// only, so it is plain code. gated_linear_simd.h computes the other types, with the best instruction set of the machine.
 #include "gated_linear_cpu.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-// Where the parts of gated_linear_cpu.cpp find their numbers.
+// Pointers into part of a row, for gated_linear_cpu.cpp and gated_linear_simd.h.
 #pragma once
 
 #include "gated_linear.h"

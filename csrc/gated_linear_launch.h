@@ -22,20 +22,20 @@ inline constexpr int kGatedThreads = 256;
 // Vectors per thread and tensor: 64 bytes in flight per thread forward, 48 backward.
 constexpr int gated_unroll(bool backward) { return backward ? 1 : 2; }
 
-inline bool gated_is_aligned(const GatedParams& p, int element_size) {
+inline bool gated_is_aligned(const GatedParams& p) {
   uintptr_t bits = 0;
   for (const void* data : {p.gate, p.up, p.grad, (const void*)p.product, (const void*)p.grad_gate, (const void*)p.grad_up})
     bits |= reinterpret_cast<uintptr_t>(data);
   if (p.rows > 1)
-    for (int64_t stride : {p.gate_row, p.up_row, p.grad_row, p.columns}) bits |= uintptr_t(stride * element_size);
+    for (int64_t stride : {p.gate_row, p.up_row, p.grad_row, p.columns}) bits |= uintptr_t(stride * size_of(p.dtype));
   return bits % 16 == 0;
 }
 
-inline GatedLaunch choose_gated_launch(const GatedParams& p, int element_size) {
+inline GatedLaunch choose_gated_launch(const GatedParams& p) {
   const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
   GatedLaunch launch;
-  launch.aligned = gated_is_aligned(p, element_size);
-  const int64_t per_thread = 16 / element_size * gated_unroll(p.grad);
+  launch.aligned = gated_is_aligned(p);
+  const int64_t per_thread = 16 / size_of(p.dtype) * gated_unroll(p.grad);
   while (launch.threads_per_row < kGatedThreads && launch.threads_per_row * per_thread < p.columns) launch.threads_per_row *= 2;
   launch.rows_per_block = int(std::min<int64_t>(kGatedThreads / launch.threads_per_row, p.rows));
   launch.column_blocks = uint32_t(parts(p.columns, launch.threads_per_row * per_thread));

@@ -69,10 +69,6 @@ static void gated_typed(Activation activation, const GatedStretch<T>& s, int64_t
 }
 
 static void gated_any(const GatedParams& p, int64_t row, int64_t column, int64_t count) {
-  switch (p.dtype) {
-    case DType::f32: return gated_typed(p.activation, gated_stretch_at<float>(p, row, column), count);
-    case DType::f16: return gated_typed(p.activation, gated_stretch_at<half_t>(p, row, column), count);
-    case DType::bf16: return gated_typed(p.activation, gated_stretch_at<bf16_t>(p, row, column), count);
-    default: return;
-  }
+  dispatch_float<false>(p.dtype,
+                        [&](auto type) { gated_typed(p.activation, gated_stretch_at<decltype(type)>(p, row, column), count); });
 }

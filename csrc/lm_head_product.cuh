@@ -206,7 +206,7 @@ cudaError_t launch_product(const LmHeadParams& p, int device, cudaStream_t strea
   static std::atomic<int> known[kMaxDevices];  // clusters that the device runs at once: some multiprocessors may have no partner
   int clusters = known[device % kMaxDevices].load(std::memory_order_relaxed);
   if (clusters == 0) {
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kLmHeadShared);
+    cudaError_t error = allow_shared<kernel>(device, kLmHeadShared);
     if (error != cudaSuccess) return error;
     cudaLaunchAttribute cluster{};
     cluster.id = cudaLaunchAttributeClusterDimension;

@@ -1,5 +1,5 @@
-// Metadata of a packed axis on the CPU; formulas in metadata.h. One pass over the outputs, document by document, so the bound
-// is writing them: 12 bytes a token for the metadata, a label read and one written for the labels.
+// Metadata of a packed axis on the CPU; formulas in metadata.h. One pass over the outputs, document by document. Bound by
+// memory: the metadata write 12 bytes per token, the labels read and write one label per token.
 #include "metadata.h"
 
 namespace packops {

@@ -43,8 +43,11 @@ struct PackedForestParams {
   int32_t* ends = nullptr;
 };
 
-// Everything but position_ids and seq_idx lies in one array of so many int32: six a segment, two a token.
-constexpr int64_t forest_numbers(int64_t segments, int64_t tokens) { return 6 * segments + 1 + 2 * tokens; }
+// Everything but position_ids and seq_idx lies in one array of so many int32.
+inline constexpr int kForestPerSegment = 6, kForestPerToken = 2;
+constexpr int64_t forest_numbers(int64_t segments, int64_t tokens) {
+  return kForestPerSegment * segments + 1 + kForestPerToken * tokens;
+}
 
 inline void set_forest_numbers(PackedForestParams& p, int32_t* numbers) {  // aligned to 16 bytes
   static_assert(sizeof(ForestSegment) == 4 * sizeof(int32_t));

@@ -1,5 +1,5 @@
-// RMS norm + RoPE on the CPU: the interface of qk_norm_rope.h. The rows (qk_norm_rope_simd.h) run in the best instruction set the
-// machine has.
+// RMS norm + RoPE on the CPU: the interface of qk_norm_rope.h. qk_norm_rope_simd.h computes the heads of a token, with the best
+// instruction set of the machine.
 #include "qk_norm_rope.h"
 
 #include <algorithm>
@@ -15,11 +15,9 @@ namespace {
 
 constexpr int64_t kShares = 64, kMinimumTokens = 16;
 
-auto token_function() { return PACKOPS_BEST_ISA(qk_norm_rope_token_any); }
-
 template <typename State>
 void run(const QkNormRopeParams& p, int64_t first_share, int64_t last_share) {
-  const auto rotate = token_function();
+  const auto rotate = PACKOPS_BEST_ISA(qk_norm_rope_token_any);
   const bool backward = p.backward();
   const RopeParams& rope = p.rope;
   const int64_t tokens = rope.batch * rope.tokens, shares = qk_norm_rope_cpu_shares(p);

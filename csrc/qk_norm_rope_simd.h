@@ -4,24 +4,24 @@
 
 // A row of T as State in a buffer and back.
 template <typename T>
-static inline void widen_row(const T* x, typename TurnLane<T>::State* y, int n) {
-  using L = TurnLane<T>;
+static inline void widen_row(const T* x, typename Lane<T>::State* y, int n) {
+  using L = Lane<T>;
   int i = 0;
   for (; i + L::kLanes <= n; i += L::kLanes) {
     const auto v = L::read(x + i);
     memcpy(y + i, &v, sizeof v);
   }
-  for (; i < n; i++) y[i] = L::read1(x[i]);
+  for (; i < n; i++) y[i] = L::read1(x + i);
 }
 template <typename T>
-static inline void narrow_row(const typename TurnLane<T>::State* x, T* y, int n) {
-  using L = TurnLane<T>;
+static inline void narrow_row(const typename Lane<T>::State* x, T* y, int n) {
+  using L = Lane<T>;
   int i = 0;
-  for (; i + L::kLanes <= n; i += L::kLanes) L::write(y + i, L::coefficients(x + i));
-  for (; i < n; i++) y[i] = L::write1(x[i]);
+  for (; i + L::kLanes <= n; i += L::kLanes) L::write(y + i, Lane<typename L::State>::read(x + i));
+  for (; i < n; i++) L::write1(y + i, x[i]);
 }
 
-// Independent partial sums, so that the loop becomes vectors without reordering what the source says.
+// Independent partial sums let the compiler use vectors without changing the order of additions.
 template <typename S>
 static inline S dot_row(const S* a, const S* b, int n) {
   constexpr int kSums = PACKOPS_LANES;
@@ -35,13 +35,14 @@ static inline S dot_row(const S* a, const S* b, int n) {
   return total;
 }
 
-// side: x -> y, or x and grad -> dx. weight: w of one domain. weight_grad: its running sums. buffer: 2 heads * head_dim states.
+// Forward computes y from x, backward dx from x and grad. weight: w of what one mean covers; weight_grad: its running sums;
+// buffer: room for 2 heads head_dim states.
 template <typename T>
 static void qk_norm_rope_token(const QkNormRopeParams& p, const RopeHeads& side, const RopeHeads& grad, bool backward,
-                               int64_t batch, int64_t token, const typename TurnLane<T>::State* cos,
-                               const typename TurnLane<T>::State* sin, const typename TurnLane<T>::State* weight,
-                               typename TurnLane<T>::State* weight_grad, typename TurnLane<T>::State* buffer) {
-  using S = typename TurnLane<T>::State;
+                               int64_t batch, int64_t token, const typename Lane<T>::State* cos,
+                               const typename Lane<T>::State* sin, const typename Lane<T>::State* weight,
+                               typename Lane<T>::State* weight_grad, typename Lane<T>::State* buffer) {
+  using S = typename Lane<T>::State;
   const RopeParams& rope = p.rope;
   const int dim = rope.head_dim;
   const int64_t domain = p.across_heads ? side.heads : 1;
@@ -92,15 +93,10 @@ static void qk_norm_rope_token(const QkNormRopeParams& p, const RopeHeads& side,
 static void qk_norm_rope_token_any(const QkNormRopeParams& p, const RopeHeads& side, const RopeHeads& grad, bool backward,
                                    int64_t batch, int64_t token, const void* cos, const void* sin, const void* weight,
                                    void* weight_grad, void* buffer) {
-#define PACKOPS_TOKEN(T, S)                                                                                           \
-  return qk_norm_rope_token<T>(p, side, grad, backward, batch, token, (const S*)cos, (const S*)sin, (const S*)weight, \
-                               (S*)weight_grad, (S*)buffer)
-  switch (p.rope.dtype) {
-    case DType::f32: PACKOPS_TOKEN(float, float);
-    case DType::f16: PACKOPS_TOKEN(half_t, float);
-    case DType::bf16: PACKOPS_TOKEN(bf16_t, float);
-    case DType::f64: PACKOPS_TOKEN(double, double);
-    default: return;
-  }
-#undef PACKOPS_TOKEN
+  dispatch_float<true>(p.rope.dtype, [&](auto type) {
+    using T = decltype(type);
+    using S = typename Lane<T>::State;
+    qk_norm_rope_token<T>(p, side, grad, backward, batch, token, static_cast<const S*>(cos), static_cast<const S*>(sin),
+                          static_cast<const S*>(weight), static_cast<S*>(weight_grad), static_cast<S*>(buffer));
+  });
 }

@@ -1,5 +1,5 @@
-// RMS norm of rows on the CPU: rms_norm.h's formulas a row at a time, in fp32 (fp64 for fp64), in plain code. It is the standard
-// that rms_norm.cu is held to.
+// RMS norm of rows on the CPU: the formulas of rms_norm.h, one row at a time, in fp32 (fp64 for fp64). Plain code, because it is
+// the reference for rms_norm.cu.
 #include "rms_norm.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ void run_share(const RmsNormParams& p, int64_t share) {
   for (int64_t row = begin; row < end; row++) {
     const T *x = static_cast<const T*>(p.x) + row * p.x_row, *grad = static_cast<const T*>(p.grad) + row * p.grad_row;
     T* out = static_cast<T*>(p.out) + row * p.columns;
-    double square = 0, product = 0;  // one sum in a row, so in fp64
+    double square = 0, product = 0;  // fp64: a single sum over a row would lose digits in fp32
     for (int64_t i = 0; i < p.columns; i++) square += double(to_real(x[i])) * to_real(x[i]);
     const Real r = Real(1 / std::sqrt(square / double(p.columns) + p.eps));
     if (!p.backward()) {

@@ -20,7 +20,8 @@ struct RmsNormLaunch {
 
 inline constexpr int kRmsNormThreads = 256, kRmsNormVectors = 4;
 
-constexpr int64_t rms_norm_most_columns(DType dtype) { return kRmsNormThreads * kRmsNormVectors * (16 / size_of(dtype)); }
+inline constexpr int kRmsNormRowBytes = kRmsNormThreads * kRmsNormVectors * 16;  // of the longest row
+constexpr int64_t rms_norm_most_columns(DType dtype) { return kRmsNormRowBytes / size_of(dtype); }
 constexpr bool rms_norm_fits(int64_t columns, DType dtype) {
   return columns > 0 && columns % (16 / size_of(dtype)) == 0 && columns <= rms_norm_most_columns(dtype);
 }

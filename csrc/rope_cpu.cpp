@@ -1,5 +1,5 @@
-// RoPE on the CPU: the interface of rope.h. Positions are resolved here, token by token; the turning (rope_simd.h) runs in the
-// best instruction set the machine has.
+// RoPE on the CPU: the interface of rope.h. This file finds the position of each token. rope_simd.h rotates the
+// heads, with the best instruction set of the machine.
 #include "rope_cpu.h"
 
 #include <vector>
@@ -10,21 +10,18 @@
 namespace packops {
 namespace {
 
-void turn(const RopeParams& p, const RopeHeads& heads, int64_t in, int64_t out, const void* cos, const void* sin) {
-  PACKOPS_BEST_ISA(rope_heads_any)(p, heads, in, out, cos, sin);
-}
-
 template <typename State>
 void rope_tokens(const RopeParams& p, int64_t begin, int64_t end) {
   std::vector<State> cos(p.rotary_dim), sin(p.rotary_dim);
+  const auto rotate = PACKOPS_BEST_ISA(rope_heads_any);
   RopeWalk walk(p, begin);
   for (int64_t t = begin; t < end; t++) {
     const auto at = walk.at(t);
     if (!at.outside) fill_coefficients(p, at, cos.data(), sin.data());
     const void* cosines = at.outside ? nullptr : cos.data();
     for (const RopeHeads* side : {&p.q, &p.k})
-      turn(p, *side, at.batch * side->in_batch + at.token * side->in_token,
-           at.batch * side->out_batch + at.token * side->out_token, cosines, sin.data());
+      rotate(p, *side, at.batch * side->in_batch + at.token * side->in_token,
+             at.batch * side->out_batch + at.token * side->out_token, cosines, sin.data());
   }
 }
 

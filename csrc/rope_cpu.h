@@ -1,4 +1,4 @@
-// Positions and coefficients of tokens on the CPU: what rope_cpu.cpp and qk_norm_rope_cpu.cpp share.
+// Positions, cosines and sines of tokens on the CPU. Shared by rope_cpu.cpp and qk_norm_rope_cpu.cpp.
 #pragma once
 
 #include <type_traits>
@@ -25,7 +25,7 @@ State table_at(const void* table, DType dtype, int64_t i) {
   return x;
 }
 
-// A walk over tokens in ascending order.
+// Visits tokens in ascending order and knows the document of each.
 class RopeWalk {
  public:
   struct Token {
@@ -60,8 +60,8 @@ class RopeWalk {
   int64_t document_ = 0;
 };
 
-// Cosines and sines of one token in the layout that rope_row reads: one per pair, or for interleaved pairs one per feature with
-// the sign in the sine, so that x' = x cos + swapped(x) sin.
+// The cosines and sines of one token, as rope_row reads them: one per pair. Interleaved pairs have one per feature, and the sine
+// carries the sign: x' = x cos + swapped(x) sin.
 template <typename State>
 void fill_coefficients(const RopeParams& p, const RopeWalk::Token& at, State* cos, State* sin) {
   const int half = p.rotary_dim / 2;

@@ -1,11 +1,11 @@
-// Turns the heads of one token; compiled once per instruction set by common/simd_targets.h: no include guard, and no includes but
+// Rotates the heads of one token; compiled once per instruction set by common/simd_targets.h: no include guard, and no includes but
 // this one of the same kind.
 #include "rope_row_simd.h"
 
 // cos null: the token passes through.
 template <typename T>
 static void rope_heads(const RopeParams& p, const RopeHeads& heads, int64_t in_offset, int64_t out_offset,
-                       const typename TurnLane<T>::State* cos, const typename TurnLane<T>::State* sin) {
+                       const typename Lane<T>::State* cos, const typename Lane<T>::State* sin) {
   const int begin = p.rotary_offset, end = begin + p.rotary_dim;
   for (int64_t h = 0; h < heads.heads; h++) {
     const T* x = static_cast<const T*>(heads.in) + in_offset + h * heads.in_head;
@@ -23,11 +23,9 @@ static void rope_heads(const RopeParams& p, const RopeHeads& heads, int64_t in_o
 
 static void rope_heads_any(const RopeParams& p, const RopeHeads& heads, int64_t in_offset, int64_t out_offset, const void* cos,
                            const void* sin) {
-  switch (p.dtype) {
-    case DType::f32: return rope_heads<float>(p, heads, in_offset, out_offset, (const float*)cos, (const float*)sin);
-    case DType::f16: return rope_heads<half_t>(p, heads, in_offset, out_offset, (const float*)cos, (const float*)sin);
-    case DType::bf16: return rope_heads<bf16_t>(p, heads, in_offset, out_offset, (const float*)cos, (const float*)sin);
-    case DType::f64: return rope_heads<double>(p, heads, in_offset, out_offset, (const double*)cos, (const double*)sin);
-    default: return;
-  }
+  dispatch_float<true>(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    using S = typename Lane<T>::State;
+    rope_heads<T>(p, heads, in_offset, out_offset, static_cast<const S*>(cos), static_cast<const S*>(sin));
+  });
 }

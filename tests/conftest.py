@@ -50,7 +50,7 @@ def why_no_gpu() -> str | None:
         return "no CUDA device"
     import packops
 
-    if not packops._C.build_info()["cuda"]:
+    if not packops.has_cuda:
         return "packops was built without CUDA kernels"
     return None
 

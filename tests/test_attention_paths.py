@@ -170,7 +170,7 @@ def test_varlen_is_called_as_this_torch_wants_it(signature, options, monkeypatch
 
 
 def test_choice_of_path(monkeypatch):
-    monkeypatch.setattr(attention_paths, "HAS_KERNELS", True)
+    monkeypatch.setattr(attention_paths, "has_cuda", True)
     everything = frozenset(["cu_seq_q", "window_size", "scale"])
     usual = {
         "heads": 8,
@@ -203,7 +203,7 @@ def test_choice_of_path(monkeypatch):
         {"heads": 64, "head_dims": (96, 96), "total": 32768, "count": 3600},  # past 2^31 in FlashAttention-2's backward
     ]  # fmt: skip
     assert [path(**changes) for changes in others] == ["sdpa"] * len(others)
-    monkeypatch.setattr(attention_paths, "HAS_KERNELS", False)
+    monkeypatch.setattr(attention_paths, "has_cuda", False)
     assert path() == "varlen"
     assert path(softcap=30.0) == "flex"
 
@@ -405,7 +405,7 @@ def autocast_to_bf16(enabled):
 
 @pytest.fixture
 def a_gpu(monkeypatch):
-    monkeypatch.setattr(attention_paths, "HAS_KERNELS", True)
+    monkeypatch.setattr(attention_paths, "has_cuda", True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
@@ -432,6 +432,18 @@ def test_path_by_name(a_gpu):
         {"dtype": fp32, "softcap": 3.0, "causal": False}, {"dims": (8, 8), "softcap": 3.0}, {"dims": (288, 288), "softcap": 3.0},
     ]  # fmt: skip
     assert [path(**rule) for rule in others] == ["masked"] * len(others)
+
+
+def test_a_gpu_without_the_kernels_instructions_takes_what_torch_has(a_gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (7, 5))
+    attention_paths.runs_kernels.cache_clear()
+    try:
+        q, k, v, bounds = on_cuda(dims=(64, 64), dtype=torch.float16)
+        with q.fake_mode:
+            assert packops.attention_path(q, k, v, bounds) == "masked"
+    finally:
+        attention_paths.runs_kernels.cache_clear()
 
 
 def test_path_on_the_cpu_and_what_it_refuses(a_gpu):

@@ -202,12 +202,12 @@ def test_which_rows_have_a_kernel(monkeypatch):
         x = SimpleNamespace(shape=(3, columns), dtype=dtype, is_cuda=is_cuda, element_size=lambda: dtype.itemsize)
         return hf_norm.has_kernel(x)
 
-    monkeypatch.setattr(hf_norm, "HAS_KERNELS", True)
+    monkeypatch.setattr(hf_norm, "has_cuda", True)
     f32 = torch.float32
     assert all(has_kernel(*row) for row in ((8,), (8192,), (4, f32), (4096, f32)))
     assert not any(has_kernel(*row) for row in ((0,), (12,), (8200,), (8192, f32), (64, torch.float64)))
     assert not has_kernel(64, is_cuda=False)
-    monkeypatch.setattr(hf_norm, "HAS_KERNELS", False)
+    monkeypatch.setattr(hf_norm, "has_cuda", False)
     assert not has_kernel(64)
 
 

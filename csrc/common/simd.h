@@ -64,6 +64,48 @@ static inline void store(half_t* p, VecF v) {
 #endif
 }
 
+// ---- Elements of type T in vectors of the type that they are computed in: floats, or for T = double doubles.
+
+typedef double VecD __attribute__((vector_size(PACKOPS_LANES * 4)));
+typedef int64_t VecL __attribute__((vector_size(PACKOPS_LANES * 4)));
+
+template <typename T>
+struct Lane {
+  using State = float;
+  using V = VecF;
+  static constexpr int kLanes = PACKOPS_LANES;
+  static V read(const T* p) { return load(p); }
+  static void write(T* p, V v) { store(p, v); }
+  static float read1(const T* p) { return to_float(*p); }
+  static void write1(T* p, float x) { *p = from_float<T>(x); }
+  static V swap_neighbours(V v) {
+    VecI other;
+    for (int i = 0; i < kLanes; i++) other[i] = i ^ 1;
+    return __builtin_shuffle(v, other);
+  }
+};
+template <>
+struct Lane<double> {
+  using State = double;
+  using V = VecD;
+  static constexpr int kLanes = PACKOPS_LANES / 2;
+  static V read(const double* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+  }
+  static void write(double* p, V v) { memcpy(p, &v, sizeof v); }
+  static double read1(const double* p) { return *p; }
+  static void write1(double* p, double x) { *p = x; }
+  static V swap_neighbours(V v) {
+    VecL other;
+    for (int i = 0; i < kLanes; i++) other[i] = i ^ 1;
+    return __builtin_shuffle(v, other);
+  }
+};
+
+// ---- Functions
+
 // e^x to about one ulp: x = n ln2 + r, |r| <= ln2/2, a degree-6 polynomial, 2^n through the exponent bits. 0 below -87.3 (where
 // the result would be subnormal), +inf above 88.7, NaN stays NaN.
 static inline VecF vexp(VecF x) {

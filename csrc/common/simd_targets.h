@@ -5,7 +5,6 @@
 //
 // The file is included inside the namespace with PACKOPS_LANES floats per vector and common/simd.h before it. It must not include
 // anything itself: code of the standard library compiled here would carry the wrong instructions into every other file.
-// PACKOPS_BEST_ISA(function) is that function of the best namespace for this machine.
 #include <immintrin.h>
 
 #include <cmath>
@@ -14,34 +13,15 @@
 #include <limits>
 
 #include "common/convert.h"
+#include "common/cpu_isa.h"
 #include "common/dtype.h"
 
-#ifndef PACKOPS_CPU_ISA_DEFINED
-#define PACKOPS_CPU_ISA_DEFINED
-namespace packops {
-enum class CpuIsa { baseline, avx2, avx512 };
-inline CpuIsa cpu_isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  static const CpuIsa isa = [] {
-    __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-        __builtin_cpu_supports("avx512dq"))
-      return CpuIsa::avx512;
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return CpuIsa::avx2;
-    return CpuIsa::baseline;
-  }();
-  return isa;
-#else
-  return CpuIsa::baseline;
-#endif
-}
-}  // namespace packops
-#endif
-
-#define PACKOPS_BEST_ISA(function)                                            \
-  (packops::cpu_isa() == packops::CpuIsa::avx512 ? &packops::avx512::function \
-   : packops::cpu_isa() == packops::CpuIsa::avx2 ? &packops::avx2::function   \
-                                                 : &packops::baseline::function)
+// The function of that name in the namespace of an instruction set, and in that of the best one.
+#define PACKOPS_OF_ISA(isa, function)                            \
+  ((isa) == packops::CpuIsa::avx512 ? &packops::avx512::function \
+   : (isa) == packops::CpuIsa::avx2 ? &packops::avx2::function   \
+                                    : &packops::baseline::function)
+#define PACKOPS_BEST_ISA(function) PACKOPS_OF_ISA(packops::cpu_isa(), function)
 
 #define PACKOPS_LANES 4
 namespace packops::baseline {

@@ -1,4 +1,5 @@
 // Attention within documents: checks, allocation, registration.
+#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -11,7 +12,6 @@ namespace packops {
 namespace {
 
 constexpr const char* kOp = "attention";
-constexpr int64_t kTileNumbers = sizeof(AttentionTile) / sizeof(int32_t);
 
 // The arguments that forward and backward share, in the order of their schemas.
 struct AttentionOptions {
@@ -47,7 +47,8 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   if (q.is_cuda()) {
     PACKOPS_CHECK(p.dtype == DType::f16 || p.dtype == DType::bf16, TypeError, kOp,
                   ": on CUDA q must be float16 or bfloat16, got ", dtype_of(q));
-    PACKOPS_CHECK(dim == 64 || dim == 128 || dim == 256, ValueError, kOp,
+    const auto& dims = kAttentionHeadDims;
+    PACKOPS_CHECK(std::find(dims.begin(), dims.end(), dim) != dims.end(), ValueError, kOp,
                   ": on CUDA head_dim must be 64, 128 or 256, got q of shape ", shape_of(q));
   }
   PACKOPS_CHECK(!is_index(p.dtype), TypeError, kOp, ": q must be float32, float16, bfloat16 or float64, got ", dtype_of(q));
@@ -112,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
   const Tensor lse = allocate(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Tensor tiles =
-      allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) : 0, kTileNumbers}, ScalarType::Int);
+      allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) : 0, kAttentionTileNumbers}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
@@ -148,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
                     lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
                     lse.device() == q.device(),
                 ValueError, kOp, ": lse must be that of the forward pass");
-  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kTileNumbers * attention_tiles(p.tokens, p.axis.documents) &&
+  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kAttentionTileNumbers * attention_tiles(p.tokens, p.axis.documents) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
   const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);

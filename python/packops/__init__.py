@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib as _importlib
 import sys as _sys
+import types as _types
 import typing as _typing
 
 if _sys.argv[:1] == ["-m"]:  # `python -m packops --help` is answered before torch is imported
@@ -14,7 +15,8 @@ if _sys.argv[:1] == ["-m"]:  # `python -m packops --help` is answered before tor
 from . import _loader
 from ._version import __version__
 
-_C = _loader.load()
+_C: _types.ModuleType = _loader.load()
+has_cuda: bool = bool(_C.build_info()["cuda"])  #: whether this build has the CUDA kernels; a GPU is another question
 
 # The native ops must be there before the modules that bind and use them.
 from . import ops  # noqa: E402

@@ -7,7 +7,9 @@ import os
 import torch
 from torch import Tensor
 
-BAD_LABEL = -2  # csrc/ce_loss.h: kBadLabel
+from . import _C
+
+BAD_LABEL: int = _C.constants()["bad_label"]
 
 _enabled: bool | None = None
 

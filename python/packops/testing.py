@@ -106,5 +106,5 @@ def devices() -> list[torch.device]:
     """The devices whose kernels this installation has and this machine can run."""
     import packops
 
-    cuda = torch.cuda.is_available() and packops._C.build_info()["cuda"]
+    cuda = torch.cuda.is_available() and packops.has_cuda
     return [torch.device("cpu"), *([torch.device("cuda")] if cuda else [])]

@@ -95,8 +95,10 @@ CASE(threads_share_rows_anywhere) {
 
 namespace {
 
-GatedParams problem(int64_t rows, int64_t columns, int64_t stride, bool backward, uintptr_t address = 0) {
+GatedParams problem(int64_t rows, int64_t columns, int64_t stride, bool backward, uintptr_t address = 0,
+                    DType dtype = DType::bf16) {
   GatedParams p;
+  p.dtype = dtype;
   const auto at = [&](int i) { return reinterpret_cast<void*>(uintptr_t(i) * (uintptr_t(1) << 40) + address); };
   p.gate = at(1), p.up = at(2), p.product = at(3);
   if (backward) p.grad = at(4), p.grad_gate = at(5), p.grad_up = at(6), p.grad_row = stride;
@@ -109,13 +111,13 @@ GatedParams problem(int64_t rows, int64_t columns, int64_t stride, bool backward
 
 CASE(a_launch_covers_every_element_and_little_else) {
   for (bool backward : {false, true})
-    for (int size : {2, 4})
+    for (DType dtype : {DType::bf16, DType::f32})
       for (int64_t rows : {int64_t(1), int64_t(7), int64_t(16384), int64_t(1) << 22})
         for (int64_t columns : {1, 7, 48, 520, 4096, 8192, 8193, 28672})
           for (int64_t gap : {int64_t(0), columns}) {
-            const GatedParams p = problem(rows, columns, columns + gap, backward);
-            const GatedLaunch launch = choose_gated_launch(p, size);
-            const int64_t width = launch.threads_per_row * (16 / size) * gated_unroll(backward);
+            const GatedParams p = problem(rows, columns, columns + gap, backward, 0, dtype);
+            const GatedLaunch launch = choose_gated_launch(p);
+            const int64_t width = launch.threads_per_row * (16 / size_of(dtype)) * gated_unroll(backward);
             const int threads = launch.threads_per_row * launch.rows_per_block;
             CHECK(threads >= 1 && threads <= kGatedThreads);
             CHECK(int64_t(launch.column_blocks) * width >= p.columns);
@@ -128,7 +130,7 @@ CASE(a_launch_covers_every_element_and_little_else) {
 
 CASE(a_launch_takes_vectors_where_addresses_allow) {
   const auto aligned = [](int64_t rows, int64_t columns, int64_t stride, uintptr_t address = 0) {
-    return choose_gated_launch(problem(rows, columns, stride, true, address), 2).aligned;
+    return choose_gated_launch(problem(rows, columns, stride, true, address)).aligned;
   };
   CHECK(aligned(16384, 8192, 8192));
   CHECK(aligned(16384, 8192, 16384));     // halves of a fused projection
@@ -142,8 +144,8 @@ CASE(a_launch_takes_vectors_where_addresses_allow) {
     GatedParams p = problem(5, 64, 64, true);
     p.rows = 5, p.columns = 64;
     p.*stride = 68;
-    CHECK(!choose_gated_launch(p, 2).aligned);
+    CHECK(!choose_gated_launch(p).aligned);
     p.*stride = 72;
-    CHECK(choose_gated_launch(p, 2).aligned);
+    CHECK(choose_gated_launch(p).aligned);
   }
 }

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from .. import _C
+from .. import has_cuda
 
 
 def choose_device(text: str | None) -> torch.device:
     """``--device`` as a device that packops can use here, or a ValueError; None takes a GPU if there is one."""
-    has_kernels = bool(_C.build_info()["cuda"])
     if text is None:
-        return torch.device("cuda" if torch.cuda.is_available() and has_kernels else "cpu")
+        return torch.device("cuda" if torch.cuda.is_available() and has_cuda else "cpu")
     try:
         device = torch.device(text)
     except RuntimeError:
@@ -20,6 +19,6 @@ def choose_device(text: str | None) -> torch.device:
         raise ValueError(f"--device: packops runs on cpu and cuda, not on {device.type}")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device: there is no {text} here; this torch sees {torch.cuda.device_count()} GPUs")
-    if device.type == "cuda" and not has_kernels:
+    if device.type == "cuda" and not has_cuda:
         raise ValueError(f"--device: {text} needs CUDA kernels, and this packops was built without them")
     return device

@@ -54,7 +54,7 @@ class Settings:
     def for_device(cls, device: str | torch.device | None = None, *, steps: int | None = None, seed: int = 0) -> Settings:
         """What suits the device; None chooses a GPU if packops can use it."""
         if device is None:
-            device = "cuda" if torch.cuda.is_available() and packops._C.build_info()["cuda"] else "cpu"
+            device = "cuda" if torch.cuda.is_available() and packops.has_cuda else "cpu"
         chosen = torch.device(device)
         sizes: dict[str, Any] = {"device": chosen, "seed": seed}
         if chosen.type == "cuda":

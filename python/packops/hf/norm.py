@@ -18,12 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import rms_norm
 
-from .. import _C, functional
+from .. import _C, functional, has_cuda
 from . import rewrite
 from .record import Record
 
-HAS_KERNELS: bool = _C.build_info()["cuda"]
-LONGEST_ROW = 16384  # bytes
+LONGEST_ROW: int = _C.constants()["rms_norm_row_bytes"]
 
 
 class RMSNorm(NamedTuple):
@@ -67,7 +66,7 @@ def has_kernel(x: Tensor) -> bool:
     """Whether :func:`packops.rms_norm` takes such an ``x`` on CUDA; on the CPU torch's own is the faster one."""
     row = x.shape[-1] * x.element_size()
     known = x.dtype in (torch.float32, torch.bfloat16, torch.float16)
-    return HAS_KERNELS and x.is_cuda and known and row % 16 == 0 and 0 < row <= LONGEST_ROW
+    return has_cuda and x.is_cuda and known and row % 16 == 0 and 0 < row <= LONGEST_ROW
 
 
 def recognise(module: nn.Module) -> RMSNorm | None:

@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import _checks
+from .. import _C, _checks
 from . import attention_paths, autocast
 from .attention_paths import Rule
 from .op import Op
 
 __all__ = ["attention", "attention_path"]
 
-ROWS = 64  # csrc/attention.h: kAttentionRows
+CONSTANTS = _C.constants()
+ROWS: int = CONSTANTS["attention_rows"]
+TILE: int = CONSTANTS["attention_tile_numbers"]
+PER_SEGMENT: int = CONSTANTS["forest_per_segment"]
+PER_TOKEN: int = CONSTANTS["forest_per_token"]
 
 
 class Attention(Op):
@@ -32,8 +36,8 @@ class Attention(Op):
         return (
             q.new_empty(q.shape),
             q.new_empty((heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
-            q.new_empty((tiles, 5), dtype=torch.int32),
-            q.new_empty((0 if parents is None else 6 * segments + 1 + 2 * tokens,), dtype=torch.int32),
+            q.new_empty((tiles, TILE), dtype=torch.int32),
+            q.new_empty((0 if parents is None else PER_SEGMENT * segments + 1 + PER_TOKEN * tokens,), dtype=torch.int32),
         )
 
     def fake_backward(self, grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple:
@@ -55,11 +59,11 @@ _OP = Attention("packops")
 def _torch_instead(q: Any, k: Any, v: Any, cu_seqlens: Any, parents: Any, causal: Any, *rule: Any) -> tuple | None:
     """The arguments of :func:`.attention_paths.attend`, or None where the kernel on CUDA takes the heads."""
     takes = attention_paths.kernel_takes
-    if isinstance(v, Tensor) and q.dim() and v.dim() and takes(q.dtype, (q.shape[-1], v.shape[-1])):
+    if isinstance(v, Tensor) and q.dim() and v.dim() and takes(q.device, q.dtype, (q.shape[-1], v.shape[-1])):
         return None
     _OP.check((q, k, v, cu_seqlens, parents), (causal, *rule))
     q, k, v = autocast.lower_precision(q.device.type, (q, k, v))
-    if v.dim() and q.dim() and takes(q.dtype, (q.shape[-1], v.shape[-1])):
+    if v.dim() and q.dim() and takes(q.device, q.dtype, (q.shape[-1], v.shape[-1])):
         return None
     return q, k, v, cu_seqlens, parents, Rule(causal, *rule)
 

@@ -25,16 +25,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.compiler import is_compiling
 
-from .. import _loader
+from .. import _C, has_cuda
 from .attention_documents import FLEX_BLOCK, Documents, look_up, some
 from .metadata import packed_metadata
 
 Path = Literal["packops", "varlen", "flex", "sdpa", "masked"]
 
-# The kernels of packops on CUDA.
-HAS_KERNELS: bool = _loader.load().build_info()["cuda"]
 HALVES = (torch.float16, torch.bfloat16)
-HEAD_DIMS = (64, 128, 256)
+HEAD_DIMS: tuple[int, ...] = _C.constants()["attention_head_dims"]
+LEAST_CAPABILITY = (8, 0)
 # What FlexAttention was seen to take.
 FLEX_HEAD_DIMS = range(16, 257)
 # Without Hopper's products by warp groups it is faster than FlashAttention-2 with heads of at most so many features and documents
@@ -78,9 +77,16 @@ class Rule:
         return {"window": self.window, "softcap": self.softcap, "scale": self.scaling}
 
 
-def kernel_takes(dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
+def kernel_takes(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
     """Whether the kernel of packops on CUDA takes heads of so many features, of queries and keys, and of values."""
-    return HAS_KERNELS and dtype in HALVES and head_dims[0] in HEAD_DIMS and head_dims[1] == head_dims[0]
+    fits = has_cuda and dtype in HALVES and head_dims[0] in HEAD_DIMS and head_dims[1] == head_dims[0]
+    return fits and (is_compiling() or runs_kernels(device))
+
+
+@functools.cache
+def runs_kernels(device: torch.device) -> bool:
+    """Whether a GPU has the instructions of the kernels. Fake tensors may name one that is not there: yes."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
 def max_docs_for_flash_attention(total_tokens: int, num_heads: int, head_dim: int) -> int:
@@ -117,8 +123,8 @@ def choose_path(
         return "sdpa"
     if capability is None:
         capability = torch.cuda.get_device_capability(device)
-    has_flash = dtype in HALVES and capability >= (8, 0) and head_dims[0] == head_dims[1] and rule.dropout == 0
-    if has_flash and kernel_takes(dtype, head_dims):
+    has_flash = dtype in HALVES and capability >= LEAST_CAPABILITY and head_dims[0] == head_dims[1] and rule.dropout == 0
+    if has_flash and kernel_takes(device, dtype, head_dims):
         by_warps = head_dims[0] <= BY_WARPS["head_dim"] and longest <= BY_WARPS["longest"]
         if capability == (9, 0) or by_warps or rule.softcap is not None:
             return "packops"

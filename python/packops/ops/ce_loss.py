@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
-from .. import _checks
+from .. import _C, _checks
 from .arguments import NUMBERS, check_types, describe, explain, kinds_of
 from .derivatives import (
     check_constants,
@@ -45,7 +45,7 @@ Reduction = Literal["none", "sum", "mean", "seq-mean-token-mean", "seq-mean-toke
 # Rows of the `floats` and `ints` state tensors, as csrc/torch/ops_ce_loss.cpp lays them out.
 SCALE, MAX, SUM, LOSS, ENTROPY = range(5)
 TARGET, PREDICTION = range(2)
-PARTIAL_STATES = 4  # numbers per row of a shard's partial state; two more follow: csrc/ce_loss.h
+PARTIAL_STATES: int = _C.constants()["partial_states"]  # numbers per row of a shard's partial state; two more follow
 
 CONSTANTS = ("num_items", "token_weight", "class_weight")  # have no gradient
 MATHS = ("class_weight", "label_smoothing", "z_loss", "softcap", "logit_scale")

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-IGNORED = -1  # csrc/ce_loss.h: kIgnored. Classes are not negative, so target < 0 is a row without a gradient.
+from .. import _C
+
+IGNORED: int = _C.constants()["ignored"]  # classes are not negative, so target < 0 is a row without a gradient
 
 LOGITS_SHARE = 0.35  # of the memory that all logits would take
 MIN_ROWS = 1024  # below, a product of a chunk is bound by reading and writing the (V, H) matrices, not by the matrix units
