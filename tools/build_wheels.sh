@@ -39,11 +39,17 @@ else
 fi
 [ ${#pythons[@]} -gt 0 ] || { echo "no Python 3.10 or newer was found" >&2; exit 1; }
 export TORCH_CUDA_ARCH_LIST=${TORCH_CUDA_ARCH_LIST:-All}
-if [ -z "${PYTORCH_NVCC:-}" ] && command -v ccache > /dev/null; then
-  export PYTORCH_NVCC="ccache ${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" # torch's name for the compiler of .cu files
-fi
+# The linker of setuptools is the one that this Python was built with, with the paths of that machine.
+export LDSHARED="cc -shared" LDCXXSHARED="c++ -shared"
 rm -rf build/wheels/source build/wheels/raw dist/wheels
 mkdir -p build/wheels/raw dist/wheels
+if command -v ccache > /dev/null; then
+  # The kernels include neither Python nor torch: without their folders, ccache finds what was compiled for the Python before.
+  printf '%s\n' '#!/usr/bin/env bash' 'for argument; do' '  shift' '  [[ $argument == -I*/python3.* || $argument == -I*/wheels/3.* ]] ||' \
+    '    set -- "$@" "$argument"' 'done' 'exec ccache "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" "$@"' > build/wheels/nvcc
+  chmod +x build/wheels/nvcc
+  export PYTORCH_NVCC=$PWD/build/wheels/nvcc # torch's name for the compiler of .cu files
+fi
 glibc=$(getconf GNU_LIBC_VERSION | cut -d' ' -f2)
 
 for python in "${pythons[@]}"; do
