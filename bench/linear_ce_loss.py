@@ -30,7 +30,7 @@ import packops
 import peers
 import reporting
 from measuring import Candidate, Case, Target
-from packops.ops.linear_ce_loss import choose_chunk_tokens
+from packops.ops.lm_head import choose_chunk_tokens
 
 NAME = "linear-cross-entropy"
 STEM = "linear_ce_loss"

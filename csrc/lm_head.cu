@@ -208,6 +208,17 @@ __device__ __forceinline__ float quad_max(float x) {
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
+// The logits themselves, before scale and cap. Past the vocabulary they are 0, since the tensor copies fill with 0.
+template <typename T, bool>
+struct Logits {
+  static constexpr bool kStores = true;
+  __device__ __forceinline__ Logits(float (&d)[kSums], const LmHeadParams& p, int, int tile) {
+    add_bias<T>(d, p, tile * kLmHeadColumns + 2 * (threadIdx.x % 4));
+  }
+  template <int kFirst, int kCount>
+  __device__ __forceinline__ void transform(float (&)[kSums]) const {}
+};
+
 template <typename T, bool kCapped>
 struct Statistics {
   static constexpr bool kStores = false;
@@ -325,14 +336,13 @@ cudaError_t multiply(const LmHeadParams& p, const Device& device, cudaStream_t s
 #else  // the emulator has no product
 
 template <typename, bool>
+struct Logits;
+template <typename, bool>
 struct Statistics;
 template <typename, bool>
 struct Gradient;
 template <template <typename, bool> class>
 cudaError_t multiply(const LmHeadParams&, const Device&, cudaStream_t) {
-  return cudaErrorInvalidValue;
-}
-cudaError_t multiply_exponential(const LmHeadParams&, const int32_t*, const Device&, cudaStream_t) {
   return cudaErrorInvalidValue;
 }
 
@@ -358,6 +368,10 @@ cudaError_t lm_head_cuda(LmHeadPass pass, const LmHeadParams& given, cudaStream_
   Device device;
   cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
+  if (pass == LmHeadPass::logits) {
+    p.softcap = 0;
+    return multiply<Logits>(p, device, stream);
+  }
   if (pass == LmHeadPass::gradient) return multiply<Gradient>(p, device, stream);
   if ((error = multiply<Statistics>(p, device, stream)) != cudaSuccess) return error;
   launch(finish_kernel, dim3(unsigned((p.rows + kFinishRows - 1) / kFinishRows)), dim3(kFinishRows * kFinishSlices), 0, stream,

@@ -2,8 +2,10 @@
 //
 //   x_tj = cap(logit_scale * (sum_h hidden[t, h] weight[j, h] + bias[j])),   cap(x) = softcap tanh(x / softcap), or x
 //
-// The logits x are sums in fp32 registers; they are neither rounded nor stored. With y the label of row t:
+// The sums are fp32, in registers. With y the label of row t:
 //
+//   logits       out_tj = sum_h hidden[t, h] weight[j, h] + bias[j], rounded once, for whoever needs them in memory. In the other
+//                passes they are neither rounded nor stored.
 //   statistics   per row log_prob = x_y - lse, entropy = lse - sum_j p_j x_j, and lse as row_max + log_sum
 //   gradient     out_tj = s_tj (p_j (on_p + on_p_log log p_j) + [j = y] on_label),  log p_j = x_j - row_max - log_sum
 //   s_tj         d x / d (hidden weight^T) = logit_scale (1 - tanh^2)
@@ -29,7 +31,7 @@
 
 namespace packops {
 
-enum class LmHeadPass : int32_t { statistics, gradient };
+enum class LmHeadPass : int32_t { logits, statistics, gradient };
 
 struct LmHeadParams {
   int64_t rows = 0, vocab = 0, width = 0;
@@ -37,12 +39,12 @@ struct LmHeadParams {
   const void* hidden = nullptr;     // (rows, width) contiguous
   const void* weight = nullptr;     // (vocab, width) contiguous
   const void* bias = nullptr;       // (vocab,) or null
-  const int32_t* target = nullptr;  // (rows,) a column, or negative: its results and its row of out are 0
+  const int32_t* target = nullptr;  // (rows,) but for logits: a column, or negative: its results and its row of out are 0
   float logit_scale = 1;
   float softcap = 0;       // 0: none
   float cap_argument = 0;  // logit_scale / softcap; lm_head_cuda sets it
 
-  void* out = nullptr;  // (rows, vocab) of out_stride elements, a multiple of 8; gradient
+  void* out = nullptr;  // (rows, vocab) of out_stride elements, a multiple of 8; logits, gradient
   int64_t out_stride = 0;
 
   // statistics

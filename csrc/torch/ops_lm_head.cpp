@@ -51,16 +51,21 @@ bool fits(const Tensor& hidden, const Tensor& weight) {
   return lm_head_fits(operands(hidden, weight));
 }
 
-LmHeadParams checked(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
-                     double logit_scale, std::optional<double> softcap) {
+LmHeadParams checked(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias) {
   PACKOPS_CHECK(fits(hidden, weight), NotImplementedError, kOp, ": no product for hidden ", shape_of(hidden), " of ",
                 dtype_of(hidden), " and weight ", shape_of(weight), " on ", device_of(hidden));
   LmHeadParams p = operands(hidden, weight);
-  check_rows(target, hidden, ScalarType::Int, "target");
   PACKOPS_CHECK(!bias || (has_dims(*bias, 1) && bias->size(0) == p.vocab && bias->scalar_type() == hidden.scalar_type() &&
                           same_device(*bias, hidden)),
                 ValueError, kOp, ": bias must be contiguous, of shape (vocab,) and hidden's dtype");
   p.bias = data_of<void>(bias);
+  return p;
+}
+
+LmHeadParams checked(const Tensor& hidden, const Tensor& weight, const OptionalTensor& bias, const Tensor& target,
+                     double logit_scale, std::optional<double> softcap) {
+  LmHeadParams p = checked(hidden, weight, bias);
+  check_rows(target, hidden, ScalarType::Int, "target");
   p.target = static_cast<const int32_t*>(target.data_ptr());
   p.logit_scale = float(logit_scale);
   p.softcap = float(softcap.value_or(0));
@@ -88,6 +93,12 @@ void run(LmHeadPass pass, LmHeadParams& p, const Tensor& hidden) {
     p.workspace = static_cast<float*>(workspace.data_ptr());
   }
   check_cuda(lm_head_cuda(pass, p, scope.stream()), kOp);
+}
+
+void logits(Tensor out, const Tensor& hidden, const Tensor& weight, OptionalTensor bias) {
+  LmHeadParams p = checked(hidden, weight, bias);
+  set_out(p, out, hidden);
+  run(LmHeadPass::logits, p, hidden);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> statistics(const Tensor& hidden, const Tensor& weight, OptionalTensor bias,
@@ -127,6 +138,7 @@ void gradient(Tensor out, const Tensor& hidden, const Tensor& weight, OptionalTe
 
 PACKOPS_SCHEMAS(m) {
   m.def("_lm_head_fits(Tensor hidden, Tensor weight) -> bool");
+  m.def("_lm_head_logits_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias) -> ()");
   m.def(
       "_lm_head_statistics(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, float logit_scale, float? softcap, bool "
       "entropy) -> (Tensor log_prob, Tensor row_entropy, Tensor row_max, Tensor log_sum)");
@@ -138,6 +150,7 @@ PACKOPS_SCHEMAS(m) {
 #ifdef PACKOPS_WITH_CUDA
 PACKOPS_KERNELS_FOR(CUDA, m) {
   m.impl("_lm_head_fits", TORCH_BOX(&packops::fits));
+  m.impl("_lm_head_logits_", TORCH_BOX(&packops::logits));
   m.impl("_lm_head_statistics", TORCH_BOX(&packops::statistics));
   m.impl("_lm_head_gradient_", TORCH_BOX(&packops::gradient));
 }

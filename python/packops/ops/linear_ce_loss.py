@@ -19,10 +19,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import _checks
 from .._errors import raise_typed
@@ -30,7 +31,6 @@ from . import autocast
 from .arguments import check_types, kinds_of
 from .ce_loss import (
     CONSTANTS,
-    ENTROPY,
     LOSS,
     MATHS,
     PREDICTION,
@@ -44,20 +44,16 @@ from .ce_loss import DEFAULTS as CE_DEFAULTS
 from .ce_loss import stats_like as ce_stats_like
 from .derivatives import Link, check_constants, is_differentiated, no_forward_mode, once, refuse_transforms
 from .document_sums import document_sums
+from .linear_ce_chunks import keeps_logits, losses_and_gradients, raw_ops, weight_gradient
 from .lm_head import (
     CPU_BLOCKS,
-    IGNORED,
-    Product,
     Wanted,
     accumulator_dtype,
-    choose_chunk_tokens,
+    add_,
+    check_main_grad,
     finish,
-    hidden_rows,
     logits_buffer,
-    make_logits,
-    multiply,
-    row_chunks,
-    take,
+    stand_in,
     wanted_of,
 )
 from .op import below_autograd, library, register_fake, typed
@@ -66,7 +62,6 @@ __all__ = ["linear_cross_entropy"]
 
 OP = "linear_cross_entropy"
 REFUSED = "use packops.cross_entropy of the logits"
-BAD_LABEL = _checks.BAD_LABEL
 CHUNKS = ("num_valid", "chunk_tokens", "accum_dtype", "logits_dtype")
 KINDS = {
     **dict.fromkeys(("hidden", "weight", "labels"), "Tensor"),
@@ -75,172 +70,9 @@ KINDS = {
     **dict.fromkeys(("num_valid", "chunk_tokens"), "int?"),
     **dict.fromkeys(("accum_dtype",), "ScalarType"),
     "logits_dtype": "ScalarType?",
+    "main_grad": "Tensor?",
     "return_stats": "bool",
 }
-
-
-def raw_ops(namespace: str) -> SimpleNamespace:
-    """The overloads that a chunk is made of, looked up once."""
-    ops = getattr(torch.ops, namespace)
-    return SimpleNamespace(
-        prepare=ops._cross_entropy_prepare.default,
-        loss=ops._cross_entropy_forward.default,
-        loss_and_gradient_=ops._cross_entropy_forward_.default,
-        product=Product(namespace),
-    )
-
-
-class Chunked(NamedTuple):
-    rows: tuple[Tensor, ...]  #: what the loss of a chunk returns, for all T rows; 0 for rows that were left out
-    grad_hidden: Tensor | None  #: (T, H), all three in the accumulators' dtype; None where not wanted
-    grad_weight: Tensor | None  #: (V, H)
-    grad_bias: Tensor | None  #: (V,)
-
-
-#: (logits (c, V), target (c,), scale (c,)) -> losses (c,) times scale, and other tensors (..., c); replaces the logits by their
-#: gradient if any is wanted.
-ChunkLoss = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, ...]]
-
-#: (hidden (c, H), target (c,), scale (c,)) -> losses (c,) times scale, where no gradient is wanted: no logits leave the product.
-ProductLoss = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-def run_chunks(
-    chunk_loss: ChunkLoss,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    scale: Tensor,
-    wanted: Wanted,
-    *,
-    num_valid: int | None = None,
-    chunk_tokens: int | None = None,
-    accum_dtype: torch.dtype = torch.float32,
-    logits_dtype: torch.dtype | None = None,
-    with_stats: bool = False,
-    product_loss: ProductLoss | None = None,
-) -> Chunked:
-    """The loop: losses of all rows, each times its scale, and the gradients of their sum.
-
-    hidden (T, H), weight (V, H), bias (V,) or None; target (T,) and scale (T,) as ``_cross_entropy_prepare`` makes them. With
-    ``product_loss`` there are no logits, and ``chunk_loss`` is not called.
-    """
-    (tokens, hidden_size), vocab = hidden.shape, weight.shape[0]
-    compacted = num_valid is not None and num_valid < tokens
-    rows = num_valid if num_valid is not None and compacted else tokens
-    logits_dtype = logits_dtype or hidden.dtype
-    if chunk_tokens is None and product_loss is not None:
-        chunk_tokens = Product.ROWS
-    elif chunk_tokens is None:
-        copies = 1 if logits_dtype == hidden.dtype else 3  # wider logits, and their gradient
-        chunk_tokens = choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=rows if compacted else None, copies=copies)
-
-    dtype, device = accumulator_dtype(hidden.dtype, accum_dtype), hidden.device
-    per_row = torch.zeros if compacted else torch.empty  # not every row is written
-    kinds = [((), scale.dtype), *([((ENTROPY + 1,), scale.dtype), ((PREDICTION + 1,), torch.int32)] if with_stats else [])]
-    results = tuple(per_row((*shape, tokens), dtype=kind, device=device) for shape, kind in kinds)
-    grad_hidden = per_row((tokens, hidden_size), dtype=dtype, device=device) if wanted.hidden else None
-    grad_weight = (
-        (torch.empty if rows else torch.zeros)((vocab, hidden_size), dtype=dtype, device=device) if wanted.weight else None
-    )
-    grad_bias = torch.zeros((vocab,), dtype=dtype, device=device) if wanted.bias else None
-
-    buffer = None if product_loss is not None else logits_buffer(hidden, min(chunk_tokens, rows), vocab, logits_dtype)
-    for number, here in enumerate(row_chunks(target, num_valid, chunk_tokens)):
-        h, y = hidden_rows(hidden, target, here)
-        s = take(scale, here)
-        made: tuple[Tensor, ...]
-        if buffer is None:
-            results[0][here] = cast(Callable[..., Tensor], product_loss)(h, y, s)
-            continue
-        logits = buffer[: len(y)]
-        make_logits(h, weight, bias, out=logits)
-        made = chunk_loss(logits, y, s)
-        for whole, piece in zip(results, made, strict=True):
-            whole[..., here] = piece
-        if h.is_cuda and any(wanted):
-            logits = logits.to(h.dtype)  # matrix units take two operands of one dtype
-        in_place = grad_hidden is not None and isinstance(here, slice)
-        part = None
-        if grad_hidden is not None:
-            part = grad_hidden[here] if in_place else torch.empty_like(h, dtype=dtype)
-        multiply(logits, h, weight, part, grad_weight, grad_bias, first=number == 0)
-        if grad_hidden is not None and part is not None and not in_place:
-            grad_hidden[here] = part
-        del h, part  # before the next chunk's are made
-    return Chunked(results, grad_hidden, grad_weight, grad_bias)
-
-
-def losses_and_gradients(
-    ops: SimpleNamespace,
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    scale: Tensor,
-    maths: dict[str, Any],
-    wanted: Wanted,
-    *,
-    with_stats: bool = False,
-    **chunks: Any,
-) -> tuple[Chunked, Tensor | None]:
-    """:func:`run_chunks` with the cross-entropy kernel, and the unit of its gradients (None: 1)."""
-    if maths["class_weight"] is not None:
-        maths = {**maths, "class_weight": maths["class_weight"].float()}  # once, not in every chunk
-    kernel = ops.loss_and_gradient_ if any(wanted) else ops.loss
-    stats = {"with_stats": True} if with_stats else {}
-    product: Product | None = getattr(ops, "product", None)  # a shard has none
-    if any(wanted) or with_stats or maths["label_smoothing"] or maths["z_loss"] or chunks.get("logits_dtype") != torch.float32:
-        product = None  # which has fp32 logits and makes no gradient of the loss
-    by_product = product is not None and product.fits(hidden, weight)
-    flat_bias = None if bias is None else bias.contiguous()
-
-    def chunk_loss(logits: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        loss, *found = kernel(logits, y, reduction="none", ignore_index=IGNORED, token_weight=s, **maths, **stats)
-        return (loss, *found[-4:-2]) if with_stats else (loss,)
-
-    def chunk_loss_fp64(logits: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, ...]:  # the kernel's token weights are fp32
-        loss, *found = kernel(logits, y, reduction="none", ignore_index=IGNORED, **maths, **stats)
-        s = s.masked_fill(y < 0, 0)
-        logits *= s[:, None]
-        return (loss * s, *found[-4:-2]) if with_stats else (loss * s,)
-
-    def product_loss(h: Tensor, y: Tensor, s: Tensor) -> Tensor:
-        if maths["class_weight"] is not None:
-            s = s * maths["class_weight"][y.clamp(min=0)]
-        counted = (y >= 0) & (s != 0)
-        log_prob = cast(Product, product).statistics(h, weight, flat_bias, y, maths["logit_scale"], maths["softcap"], False)[0]
-        return torch.where(counted, -log_prob * s, 0).masked_fill_(y == BAD_LABEL, torch.nan)
-
-    unit = _unit(target, scale, maths) if any(wanted) and hidden.dtype == torch.float16 else None
-    result = run_chunks(
-        chunk_loss_fp64 if hidden.dtype == torch.float64 else chunk_loss,
-        hidden,
-        weight,
-        bias,
-        target,
-        scale if unit is None else scale / unit,
-        wanted,
-        with_stats=with_stats,
-        product_loss=product_loss if by_product else None,
-        **chunks,
-    )
-    if unit is not None:
-        losses, *others = result.rows
-        result = result._replace(rows=(losses * unit, *others))
-    return result, unit
-
-
-def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
-    """What fp16 gradients are measured in: the largest is about 2^8 units, far from both of fp16's ends, whatever the loss is
-    divided by. A power of two, so that it rounds nothing."""
-    if not target.numel():
-        return scale.new_ones(())
-    largest = scale.abs().masked_fill(target < 0, 0).amax() * max(maths["logit_scale"], 1.0)
-    if maths["class_weight"] is not None:
-        largest = largest * maths["class_weight"].amax().clamp(min=1)
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):
@@ -279,6 +111,13 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         flags = {f"grad_{name}": want for name, want in wanted._asdict().items()} if early else {}
         if with_stats:
             flags["with_stats"] = True
+        options = {**options}
+        ctx.main_grad = options.pop("main_grad")  # not kept as saved tensors are, whose versions are compared: others add to it
+        ctx.leaf = weight if ctx.main_grad is not None and hasattr(weight, "grad_added_to_main_grad") else None
+        chunks = {name: options[name] for name in CHUNKS}
+        ctx.keeps_logits = early and wanted.weight and keeps_logits(hidden, **chunks)
+        if ctx.keeps_logits:
+            flags["keep_logits"] = True
         loss, *grads, unit, target, scale, floats, ints, counts, sequence_loss = ops.forward(
             hidden, weight, labels, bias=bias, **options, **flags
         )
@@ -286,7 +125,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         ctx.per_token = options["reduction"] == "none"
         ctx.link = link[0]
         if early:
-            ctx.save_for_backward(target, unit, *grads)
+            ctx.num_valid = options["num_valid"]
+            ctx.save_for_backward(target, unit, *grads, *((hidden,) if ctx.keeps_logits else ()))
         else:
             ctx.save_for_backward(target, scale, hidden, weight, bias, options["class_weight"])
             ctx.options = {name: options[name] for name in (*MATHS, *CHUNKS) if name != "class_weight"}
@@ -319,9 +159,25 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 )
                 keeps = False
                 factor = unit if ctx.dtype == torch.float16 else None
+            main_grad: Tensor | None = ctx.main_grad
+
+            def of_weight(grad: Tensor) -> Tensor | None:
+                if ctx.keeps_logits:
+                    hidden = grads[len(Wanted._fields)]
+                    more = {"num_valid": ctx.num_valid, "main_grad": main_grad}
+                    grad = ctx.ops.weight_gradient(grad_output, grad, hidden, target, unit, **more)
+                elif main_grad is None:
+                    return finish(grad, factor, ctx.dtype, keeps, blocks=CPU_BLOCKS)
+                else:
+                    add_(main_grad, grad, factor)
+                if main_grad is None:
+                    return grad
+                increment_version(main_grad)
+                return stand_in(ctx.leaf)
+
             return tuple(
-                finish(grad, factor, ctx.dtype, keeps, blocks=CPU_BLOCKS if name == "weight" else 1) if want else None
-                for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=True)
+                None if not want else of_weight(grad) if name == "weight" else finish(grad, factor, ctx.dtype, keeps, blocks=1)
+                for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=False)
             )
 
         return None, *once(OP, compute, grad_output, ctx.link, *saved), *(None,) * 4
@@ -337,6 +193,7 @@ DEFAULTS: dict[str, Any] = {
     "chunk_tokens": None,
     "accum_dtype": None,
     "logits_dtype": None,
+    "main_grad": None,
 }
 
 
@@ -433,10 +290,8 @@ def forward_and_backward(
     def run(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: Tensor, given: dict[str, Any]):
         flat, maths = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}
         chunks = {name: given[name] for name in CHUNKS}
-        with_stats = given.get("with_stats", False)
-        result, unit = losses_and_gradients(
-            ce, flat, weight, bias, target, scale, maths, wanted_of(given), with_stats=with_stats, **chunks
-        )
+        chunks |= {name: given.get(name, False) for name in ("with_stats", "keep_logits")}
+        result, unit = losses_and_gradients(ce, flat, weight, bias, target, scale, maths, wanted_of(given), **chunks)
         grad_hidden = result.grad_hidden
         if grad_hidden is not None:
             if add_up is not None:
@@ -465,7 +320,7 @@ def forward_and_backward(
     ):
         return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1:]
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=forward, backward=backward, weight_gradient=weight_gradient)
 
 
 NO_STATS = (torch.float32, torch.int32, torch.int64, torch.float32)  # dtypes of what an op returns instead
@@ -502,18 +357,26 @@ def register(namespace: str) -> None:
     flags = "bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False"
     stats = "Tensor floats, Tensor ints, Tensor counts, Tensor sequence_loss"
     inputs = "Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None"
-    kernels.define(f"{OP}({inputs}, {options}, {chunks}) -> Tensor")
-    kernels.define(f"{OP}_stats({inputs}, {options}, {chunks}) -> (Tensor loss, {stats})")
+    kernels.define(f"{OP}({inputs}, {options}, {chunks}, Tensor? main_grad=None) -> Tensor")
+    kernels.define(f"{OP}_stats({inputs}, {options}, {chunks}, Tensor? main_grad=None) -> (Tensor loss, {stats})")
     kernels.define(
-        f"_{OP}_forward({inputs}, {options}, {chunks}, {flags}, bool with_stats=False) -> (Tensor loss, Tensor grad_hidden, "
-        f"Tensor grad_weight, Tensor grad_bias, Tensor unit, Tensor target, Tensor scale, {stats})"
+        f"_{OP}_forward({inputs}, {options}, {chunks}, {flags}, bool keep_logits=False, bool with_stats=False) -> (Tensor loss, "
+        f"Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit, Tensor target, Tensor scale, {stats})"
+    )
+    kernels.define(
+        f"_{OP}_weight_gradient(Tensor grad_output, Tensor grad_logits, Tensor hidden, Tensor target, Tensor unit, *, SymInt? "
+        "num_valid=None, Tensor(a!)? main_grad=None) -> Tensor"
     )
     kernels.define(
         f"_{OP}_backward(Tensor grad_output, Tensor hidden, Tensor weight, Tensor target, Tensor scale, *, Tensor? bias=None, "
         f"{maths}, {chunks}, {flags}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
     )
     public, public_stats = getattr(ops, OP).default, getattr(ops, f"{OP}_stats").default
-    raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default)
+    raw = SimpleNamespace(
+        forward=getattr(ops, f"_{OP}_forward").default,
+        backward=getattr(ops, f"_{OP}_backward").default,
+        weight_gradient=getattr(ops, f"_{OP}_weight_gradient").default,
+    )
 
     work = forward_and_backward(ce)
 
@@ -532,10 +395,15 @@ def register(namespace: str) -> None:
         grads = work.backward(grad_output, hidden, weight, target, scale, bias=bias, **{**DEFAULTS, **given})
         return tuple(as_outputs(grads, scale))
 
-    def loss_only(hidden, weight, labels, **given):
+    @torch.no_grad()
+    def weight_gradient(*args, num_valid=None, main_grad=None):
+        made = work.weight_gradient(*args, num_valid=num_valid, main_grad=main_grad)
+        return made if main_grad is None else args[0].new_empty((0,))  # an op cannot return what it was given
+
+    def loss_only(hidden, weight, labels, *, main_grad=None, **given):
         return forward(hidden, weight, labels, **given)[0]
 
-    def loss_and_stats(hidden, weight, labels, **given):
+    def loss_and_stats(hidden, weight, labels, *, main_grad=None, **given):
         loss, *_, floats, ints, counts, sequence_loss = forward(hidden, weight, labels, with_stats=True, **given)
         return loss, floats, ints, counts, sequence_loss
 
@@ -544,6 +412,7 @@ def register(namespace: str) -> None:
         kernels.impl(f"{OP}_stats", loss_and_stats, key)
         kernels.impl(f"_{OP}_forward", forward, key)
         kernels.impl(f"_{OP}_backward", backward, key)
+        kernels.impl(f"_{OP}_weight_gradient", weight_gradient, key)
 
     def state_like(hidden: Tensor) -> Tensor:
         return hidden.new_empty((0,), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -555,10 +424,13 @@ def register(namespace: str) -> None:
         wanted = wanted_of(given)
         dtype = accumulator_dtype(hidden.dtype, given.get("accum_dtype"))
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
-        made = (
+        made = [
             hidden.new_empty(shape, dtype=dtype) if want else state_like(hidden)
             for want, shape in zip(wanted, shapes, strict=True)
-        )
+        ]
+        if given.get("keep_logits", False):
+            num_valid, tokens = given.get("num_valid"), hidden.numel() // hidden.shape[-1]
+            made[1] = logits_buffer(hidden, tokens if num_valid is None else num_valid, weight.shape[0], hidden.dtype)
         unit = state_like(hidden)
         if any(wanted) and hidden.dtype == torch.float16:
             unit = unit.new_empty(())
@@ -591,12 +463,18 @@ def register(namespace: str) -> None:
     def _(grad_output, hidden, weight, target, scale, **given):
         return grads_like(hidden, weight, given)
 
+    @fake(f"_{OP}_weight_gradient")
+    def _(grad_output, grad_logits, hidden, *args, main_grad=None, **given):
+        shape = (grad_logits.shape[1], hidden.shape[-1])
+        return hidden.new_empty(shape) if main_grad is None else grad_output.new_empty((0,))
+
     def differentiable(op: Any, with_stats: bool):
         below = below_autograd(op)
 
         def autograd(hidden, weight, labels, *, bias=None, **given):
             refuse_transforms(OP, REFUSED)
             check_constants(OP, {name: given.get(name) for name in CONSTANTS})
+            check_main_grad(OP, given.get("main_grad"), weight, hidden.dtype)
             if any(x is not None and is_differentiated(x) for x in (hidden, weight, bias)):
                 options = {**DEFAULTS, **given}
                 return LinearCrossEntropyFunction.call(raw, hidden, weight, bias, labels, options, with_stats)
@@ -630,6 +508,7 @@ def linear_cross_entropy(
     chunk_tokens: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
+    main_grad: Tensor | None = None,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, CrossEntropyStats]:
     """``cross_entropy(hidden @ weight.T + bias, labels, ...)`` without the logits: the lm_head and the loss in one.
@@ -657,6 +536,10 @@ def linear_cross_entropy(
             until the backward), or for bf16 parameters ``torch.bfloat16`` (half of that, and less accurate with every chunk).
         logits_dtype: ``torch.float32`` keeps the logits of 16-bit parameters in fp32; chunks are smaller for it (on Hopper, where
             no gradient is wanted, the logits never leave the product). None: the dtype of ``hidden``.
+        main_grad: (V, H) fp32 (fp64 for fp64), contiguous: ``weight.main_grad`` of Megatron-LM and Transformer Engine. The
+            backward adds the gradient of ``weight`` to it, in fp32 and not rounded, and autograd gets none for ``weight``. If the
+            parameter has an attribute ``grad_added_to_main_grad``, the backward sets it and autograd gets memory that Megatron's
+            hooks drop unread (not in compiled code). None: autograd gets the gradient, in the dtype of ``weight``.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:
@@ -689,6 +572,7 @@ def linear_cross_entropy(
         "chunk_tokens": chunk_tokens,
         "accum_dtype": accum_dtype,
         "logits_dtype": logits_dtype,
+        "main_grad": main_grad,
     }
     named = {"hidden": hidden, "weight": weight, "labels": labels, "return_stats": return_stats, **options}
     check_types(OP, KINDS, named.items())

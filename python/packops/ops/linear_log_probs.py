@@ -8,8 +8,10 @@ With the logits ``x' = softcap tanh(logit_scale x / softcap)`` of a row, ``x = w
 
     d (g log_prob + h entropy + l lse) / d x'_j  =  g (1[j = y] - p_j) - h p_j (log p_j + entropy) + l p_j
 
-The forward keeps four numbers per row and no logits. g, h and l are not known before the backward, which makes a chunk's logits
-anew, turns them into their gradient in place, and multiplies that with the hidden states and the weight: four products in all.
+The forward keeps four numbers per row and no logits. g, h and l are not known before the backward, which makes the logits anew,
+turns them into their gradient in place, and multiplies that with the hidden states and the weight: four products in all. The
+forward takes a chunk of rows at a time. The backward knows lse, so it can take a block of the vocabulary for all rows at a time:
+then the weight's gradient is final at once, and only that of the hidden states, which is smaller, is accumulated.
 Logits are fp32 (fp64 for fp64) whatever the dtype of the hidden states, so they are not rounded; their gradient is rounded once.
 """
 
@@ -22,6 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from .. import _checks
 from . import autocast, lm_head
@@ -34,13 +37,19 @@ from .lm_head import (
     Product,
     Wanted,
     accumulator_dtype,
+    check_main_grad,
+    choose_block_columns,
+    column_blocks,
     hidden_rows,
     logits_buffer,
     make_logits,
-    multiply,
+    product_,
     row_chunks,
+    rows_to_score,
+    stand_in,
     take,
     wanted_of,
+    weight_gradient_,
 )
 from .op import below_autograd, library, register_fake
 from .vocab_shard import Shard
@@ -64,6 +73,7 @@ DEFAULTS: dict[str, Any] = {
     "entropy": True,
     "num_valid": None,
     "chunk_tokens": None,
+    "main_grad": None,
 }
 MATHS = ("logit_scale", "softcap")
 CHUNKS = ("num_valid", "chunk_tokens")
@@ -91,12 +101,13 @@ def linear_log_probs(
     entropy: bool = True,
     num_valid: int | None = None,
     chunk_tokens: int | None = None,
+    main_grad: Tensor | None = None,
 ) -> LinearLogProbs:
     """Log-probabilities of the labels, and entropies, without the logits: what DPO, GRPO and PPO take from a policy.
 
-    The logits ``softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap)`` exist a chunk of tokens at a time, in fp32
-    whatever the dtype of ``hidden``; both the forward and the backward make them. A gradient nobody wants
-    (``requires_grad=False``) costs no product. Nothing waits for the device.
+    The logits ``softcap * tanh((hidden @ weight.T + bias) * logit_scale / softcap)`` exist a chunk at a time, in fp32 whatever
+    the dtype of ``hidden``; both the forward and the backward make them. A gradient nobody wants (``requires_grad=False``) costs
+    no product. Nothing waits for the device.
 
     Args:
         hidden: (..., H) bf16, fp16 or fp32 (fp64 on the CPU): what the lm_head is applied to. Rows that do not count may hold
@@ -111,6 +122,7 @@ def linear_log_probs(
         entropy: whether to return it.
         num_valid, chunk_tokens: as in :func:`linear_cross_entropy`. If more than ``num_valid`` rows count, that is a ValueError
             on the CPU, and on CUDA with :func:`packops.checks` on; otherwise all results are NaN.
+        main_grad: as in :func:`linear_cross_entropy`.
 
     Returns:
         :class:`LinearLogProbs`, of the labels' shape, fp32 (fp64 for fp64); 0 where a row does not count. Every part is
@@ -136,6 +148,7 @@ def linear_log_probs(
         "entropy": entropy,
         "num_valid": num_valid,
         "chunk_tokens": chunk_tokens,
+        "main_grad": main_grad,
     }
     named = {"hidden": hidden, "weight": weight, "labels": labels, **options}
     check_types(OP, {**linear.KINDS, "entropy": "bool"}, named.items())
@@ -173,9 +186,16 @@ def rows_of(
     return loss.neg(), Rows(floats[ce.ENTROPY] if with_entropy else None, floats[ce.MAX], floats[ce.SUM].log())
 
 
-def _column(target: Tensor, shard: Shard, width: int, elsewhere: int) -> Tensor:
-    """The label as a column of this shard, or ``elsewhere`` where another has it; negative labels stay."""
-    local = target - shard.first_class
+def block_columns(rows: int, vocab: int, dtype: torch.dtype, by_product: bool, chunk_tokens: int | None) -> int:
+    """Columns of a block in the backward, all rows of which take the memory of ``chunk_tokens`` rows of the whole vocabulary."""
+    if chunk_tokens is None or rows == 0:
+        return choose_block_columns(vocab, copies=3 if dtype.itemsize == 2 and not by_product else 1)
+    return min(-(-vocab * chunk_tokens // (8 * rows)) * 8, vocab)
+
+
+def _column(target: Tensor, first: int, width: int, elsewhere: int) -> Tensor:
+    """The label as one of ``width`` columns from class ``first`` on, or ``elsewhere``; negative labels stay."""
+    local = target - first
     return torch.where(target < 0, target, torch.where((local >= 0) & (local < width), local, elsewhere))
 
 
@@ -293,7 +313,7 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
         buffer = None if product is not None else logits_buffer(hidden, largest, vocab, row_max.dtype)
         for here in chunks:
             y = take(target, here)
-            column = y if shard is None else _column(y, shard, vocab, elsewhere=0)
+            column = y if shard is None else _column(y, shard.first_class, vocab, elsewhere=0)
             if product is not None:
                 log_prob, *found = product.statistics(take(flat, here), weight, bias, column, *maths.values(), with_entropy)
                 of_chunk = Rows(found[0] if with_entropy else None, *found[1:])
@@ -330,54 +350,61 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
         wanted: Wanted,
         **given: Any,
     ) -> list[Tensor | None]:
-        flat, dtype = hidden.reshape(-1, hidden.shape[-1]), accumulator_dtype(hidden.dtype, torch.float32)
-        tokens, vocab, device = len(flat), weight.shape[0], hidden.device
+        flat, wide = hidden.reshape(-1, hidden.shape[-1]), accumulator_dtype(hidden.dtype, torch.float32)
+        vocab, device, on_cuda = weight.shape[0], hidden.device, hidden.is_cuda
         coefficients = [None if x is None else x.reshape(-1).to(rows.row_max.dtype).masked_fill(target < 0, 0) for x in grads]
         unit = None
-        if hidden.dtype == torch.float16 and tokens:
+        if hidden.dtype == torch.float16 and len(flat):
             unit = _unit(coefficients, rows.entropy, given["logit_scale"])
             coefficients = [None if x is None else x / unit for x in coefficients]
-        on = on_rows(coefficients, rows)
-        grad_hidden = torch.zeros(flat.shape, dtype=dtype, device=device) if wanted.hidden else None
-        grad_weight = torch.zeros(weight.shape, dtype=dtype, device=device) if wanted.weight else None
-        grad_bias = torch.zeros(vocab, dtype=dtype, device=device) if wanted.bias else None
-        maths = {name: given[name] for name in MATHS}
+        maths, main_grad = {name: given[name] for name in MATHS}, given["main_grad"]
         product = ops.product if ops.product.fits(flat, weight) else None
         bias = None if bias is None else bias.contiguous()
-        compacted = given["num_valid"] if given["num_valid"] is not None and given["num_valid"] < tokens else None
-        sizes = (flat.shape[1], vocab)
-        product_rows = None if product is None else lm_head.choose_chunk_tokens(tokens, *sizes, num_valid=compacted)
-        chunks, largest = chunks_of(given, target, hidden.dtype, sizes, product_rows)
-        buffer = logits_buffer(hidden, largest, vocab, rows.row_max.dtype if product is None else hidden.dtype)
-        for number, here in enumerate(chunks):
-            h, y = hidden_rows(flat, target, here)
-            logits = buffer[: len(y)]
-            row_max, log_sum = take(rows.row_max, here), take(rows.log_sum, here)
-            on_p, on_p_log, on_label = (None if x is None else take(x, here) for x in on)
+
+        here = rows_to_score(target, given["num_valid"])
+        h, y = hidden_rows(flat, target, here)
+        row_max, log_sum = take(rows.row_max, here), take(rows.log_sum, here)
+        on = [None if x is None else take(x, here) for x in on_rows(coefficients, rows)]
+        grad_hidden = torch.zeros(h.shape, dtype=wide, device=device) if wanted.hidden else None
+        allocate = functools.partial(torch.empty if len(y) else torch.zeros, dtype=hidden.dtype, device=device)
+        grad_weight = allocate(weight.shape) if wanted.weight and main_grad is None else None
+        into = grad_weight if main_grad is None else main_grad
+        grad_bias = allocate(vocab) if wanted.bias else None
+
+        columns = block_columns(len(y), vocab, hidden.dtype, product is not None, given["chunk_tokens"])
+        buffer = logits_buffer(hidden, len(y), columns, rows.row_max.dtype if product is None else hidden.dtype)
+        operand = h if on_cuda else h.to(wide)
+        for block in column_blocks(vocab if len(y) else 0, columns):
+            w, of_bias = weight[block], None if bias is None else bias[block]
+            logits = buffer[:, : w.shape[0]]
+            first = block.start if shard is None else shard.first_class + block.start
+            column = _column(y, first, w.shape[0], elsewhere=ELSEWHERE if product is not None else IGNORED)
             if product is not None:
-                column = y if shard is None else _column(y, shard, vocab, elsewhere=ELSEWHERE)
-                of_rows = (row_max, log_sum, on_p, on_p_log, on_label)
-                product.gradient_(logits, h, weight, bias, column, *of_rows, *maths.values())
+                buffer[:, w.shape[0] :].zero_()  # products read whole vectors
+                product.gradient_(logits, h, w, of_bias, column, row_max, log_sum, *on, *maths.values())
                 grad_logits = logits
             else:
-                make_logits(h, weight, bias, out=logits)
-                column = y if shard is None else _column(y, shard, vocab, elsewhere=IGNORED)
-                gradient_of_logits_(logits, column, row_max, log_sum, on_p, on_p_log, on_label, **maths)
+                make_logits(h, w, of_bias, out=logits)
+                gradient_of_logits_(logits, column, row_max, log_sum, *on, **maths)
                 logits.masked_fill_((y < 0)[:, None], 0)
                 # Matrix units take two operands of one dtype.
-                grad_logits = logits.to(hidden.dtype) if hidden.is_cuda else logits
-            in_place = grad_hidden is not None and isinstance(here, slice)
-            part = None
+                grad_logits = logits.to(hidden.dtype) if on_cuda else logits
             if grad_hidden is not None:
-                part = grad_hidden[here] if in_place else torch.empty_like(h, dtype=dtype)
-            multiply(grad_logits, h, weight, part, grad_weight, grad_bias, first=number == 0)
-            if grad_hidden is not None and part is not None and not in_place:
-                grad_hidden[here] = part
-            del h, part, grad_logits  # before the next chunk's are made
-        if grad_hidden is not None and shard is not None:
-            shard.add_up(grad_hidden)
-        made = (None if grad_hidden is None else grad_hidden.view(hidden.shape), grad_weight, grad_bias)
-        return [None if x is None else (x if unit is None else x * unit).to(hidden.dtype) for x in made]
+                product_(grad_hidden, grad_logits, w if on_cuda else w.to(wide), add=block.start > 0)
+            if into is not None:
+                weight_gradient_(into[block], grad_logits, operand, unit, add=main_grad is not None)
+            if grad_bias is not None:
+                of_block = grad_logits.sum(0, dtype=wide)
+                grad_bias[block] = of_block if unit is None else of_block * unit
+            del w, grad_logits  # before the next block's are made
+        if grad_hidden is not None:
+            if shard is not None:
+                shard.add_up(grad_hidden)
+            grad_hidden = (grad_hidden if unit is None else grad_hidden.mul_(unit)).to(hidden.dtype)
+            if not isinstance(here, slice):
+                grad_hidden = torch.zeros(flat.shape, dtype=hidden.dtype, device=device).index_copy_(0, here, grad_hidden)
+            grad_hidden = grad_hidden.view(hidden.shape)
+        return [grad_hidden, grad_weight, grad_bias]
 
     return SimpleNamespace(forward=forward, backward=backward)
 
@@ -429,6 +456,9 @@ class LinearLogProbsFunction(torch.autograd.Function):
         labels: Tensor,
         options: dict[str, Any],
     ):
+        options = {**options}
+        ctx.main_grad = options.pop("main_grad")  # not kept as saved tensors are, whose versions are compared: others add to it
+        ctx.leaf = weight if ctx.main_grad is not None and hasattr(weight, "grad_added_to_main_grad") else None
         log_probs, entropy, row_max, log_sum, target = ops.forward(hidden, weight, labels, bias=bias, **options)
         ctx.ops, ctx.options = ops, {name: options[name] for name in (*MATHS, *CHUNKS)}
         ctx.wanted = Wanted(*ctx.needs_input_grad[1:4])
@@ -445,8 +475,13 @@ class LinearLogProbsFunction(torch.autograd.Function):
 
         def compute(g: Tensor | None, h: Tensor | None, l: Tensor | None, *saved: Any) -> tuple:  # noqa: E741
             hidden, weight, bias, target, *rows = saved
-            grads = ctx.ops.backward(g, h, l, hidden, weight, target, *rows, bias=bias, **ctx.options, **flags)
-            return tuple(grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
+            more = {"bias": bias, "main_grad": ctx.main_grad, **ctx.options, **flags}
+            grads = ctx.ops.backward(g, h, l, hidden, weight, target, *rows, **more)
+            of_hidden, of_weight, of_bias = (grad if want else None for grad, want in zip(grads, ctx.wanted, strict=True))
+            if ctx.main_grad is not None:
+                increment_version(ctx.main_grad)
+                of_weight = stand_in(ctx.leaf)
+            return of_hidden, of_weight, of_bias
 
         return None, *once(OP, compute, g, h, l, *ctx.saved_tensors), None, None
 
@@ -469,12 +504,13 @@ def register(namespace: str) -> None:
     maths = "float logit_scale=1.0, float? softcap=None"
     chunk = "SymInt? num_valid=None, SymInt? chunk_tokens=None"
     inputs = f"Tensor hidden, Tensor weight, Tensor labels, *, Tensor? bias=None, {rows}, {maths}, bool entropy=True, {chunk}"
-    kernels.define(f"{OP}({inputs}) -> (Tensor, Tensor, Tensor)")
+    kernels.define(f"{OP}({inputs}, Tensor? main_grad=None) -> (Tensor, Tensor, Tensor)")
     kernels.define(f"_{OP}_forward({inputs}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)")
     kernels.define(
         f"_{OP}_backward(Tensor? grad_log_probs, Tensor? grad_entropy, Tensor? grad_lse, Tensor hidden, Tensor weight, Tensor "
         "target, Tensor entropy, Tensor row_max, Tensor log_sum, *, Tensor? bias=None, "
-        f"{maths}, {chunk}, bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False) -> (Tensor, Tensor, Tensor)"
+        f"{maths}, {chunk}, Tensor(a!)? main_grad=None, bool grad_hidden=False, bool grad_weight=False, bool grad_bias=False) -> "
+        "(Tensor, Tensor, Tensor)"
     )
     public = getattr(ops, OP).default
     raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default)
@@ -486,11 +522,14 @@ def register(namespace: str) -> None:
         return work.forward(hidden, weight, labels, bias=bias, **given)
 
     def backward(*args, **given):
-        given = {**{name: DEFAULTS[name] for name in (*MATHS, *CHUNKS)}, **given}  # a schema's defaults do not arrive
+        given = {
+            **{name: DEFAULTS[name] for name in (*MATHS, *CHUNKS, "main_grad")},
+            **given,
+        }  # a schema's defaults do not arrive
         made = work.backward(*args, **given)
         return tuple(args[3].new_empty((0,)) if x is None else x for x in made)  # an op cannot return None
 
-    def plain(hidden, weight, labels, *, entropy=True, **given):
+    def plain(hidden, weight, labels, *, entropy=True, main_grad=None, **given):
         return results(forward(hidden, weight, labels, entropy=entropy, **given), labels.shape, entropy)
 
     for key in ("CPU", "CUDA"):
@@ -519,15 +558,18 @@ def register(namespace: str) -> None:
         return row, entropies, torch.empty_like(row), torch.empty_like(row), target
 
     @fake(f"_{OP}_backward")
-    def _(grad_log_probs, grad_entropy, grad_lse, hidden, weight, *args, **given):
+    def _(grad_log_probs, grad_entropy, grad_lse, hidden, weight, *args, main_grad=None, **given):
         shapes = (hidden.shape, weight.shape, weight.shape[:1])
         wanted = wanted_of(given)
+        if main_grad is not None:
+            wanted = wanted._replace(weight=False)
         return tuple(hidden.new_empty(shape if want else (0,)) for want, shape in zip(wanted, shapes, strict=True))
 
     below = below_autograd(public)
 
     def autograd(hidden, weight, labels, *, bias=None, **given):
         refuse_transforms(OP, REFUSED)
+        check_main_grad(OP, given.get("main_grad"), weight, hidden.dtype)
         if any(x is not None and is_differentiated(x) for x in (hidden, weight, bias)):
             options = {**DEFAULTS, **given}
             found = LinearLogProbsFunction.apply(raw, hidden, weight, bias, labels, options)

@@ -20,6 +20,9 @@ LOGITS_SHARE = 0.35  # of the memory that all logits would take
 MIN_ROWS = 1024  # below, a product of a chunk is bound by reading and writing the (V, H) matrices, not by the matrix units
 MAX_ROWS = 4096  # above, a larger chunk saves a few percent at most
 COLUMN_MULTIPLE = 64  # of the tiles of matrix products
+MAX_COLUMNS = 32768  # of a block of the vocabulary; half as many cost 1 to 2 %
+UNSPLIT = 1 << 23  # elements of a result, two waves of tiles, above which no product adds up parts that it has rounded to 16 bits
+TILE_COLUMNS = 768  # whole tiles of 192 columns, as csrc/lm_head.h has them, and of 256, as others do
 CPU_BLOCKS = 32  # pieces of the vocabulary in which the CPU widens 16-bit operands
 
 
@@ -61,15 +64,23 @@ def wanted_of(given: dict[str, Any]) -> Wanted:
     return Wanted(*(given.get(f"grad_{name}", False) for name in Wanted._fields))
 
 
-def row_chunks(target: Tensor, num_valid: int | None, chunk_tokens: int) -> Iterator[slice | Tensor]:
-    """Which rows each chunk has: slices of all rows or, with ``num_valid``, the numbers of those that count and some more."""
+def rows_to_score(target: Tensor, num_valid: int | None) -> slice | Tensor:
+    """All rows or, with ``num_valid``, the numbers of those that count and some more."""
     tokens = target.shape[0]
     if num_valid is None or num_valid >= tokens:
-        for begin in range(0, tokens, chunk_tokens):
-            yield slice(begin, min(begin + chunk_tokens, tokens))
-    else:  # the rows that count come first; the rest is never touched
-        order = (target == IGNORED).to(torch.uint8).argsort(stable=True)[:num_valid]
-        yield from order.split(chunk_tokens)
+        return slice(0, tokens)
+    # The rows that count come first; the rest is never touched.
+    return (target == IGNORED).to(torch.uint8).argsort(stable=True)[:num_valid]
+
+
+def row_chunks(target: Tensor, num_valid: int | None, chunk_tokens: int) -> Iterator[slice | Tensor]:
+    """Which rows each chunk has."""
+    rows = rows_to_score(target, num_valid)
+    if isinstance(rows, slice):
+        for begin in range(0, rows.stop, chunk_tokens):
+            yield slice(begin, min(begin + chunk_tokens, rows.stop))
+    else:
+        yield from rows.split(chunk_tokens)
 
 
 def take(x: Tensor, rows: slice | Tensor) -> Tensor:
@@ -96,8 +107,14 @@ def logits_buffer(hidden: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> 
     return buffer[:, :vocab]
 
 
-def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
-    """out = hidden @ weight.T + bias, in the dtype of ``out``: that of the operands or, for 16-bit operands, fp32."""
+def make_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, product: Product | None = None) -> None:
+    """out = hidden @ weight.T + bias, in the dtype of ``out``: that of the operands or, for 16-bit operands, fp32.
+
+    product: takes the place of torch's where ``out`` has the operands' dtype.
+    """
+    if product is not None and out.dtype == hidden.dtype:
+        product.logits_(out, hidden, weight, bias)
+        return
     if out.dtype == hidden.dtype:
         if bias is None:
             torch.mm(hidden, weight.t(), out=out)
@@ -130,18 +147,27 @@ def multiply(
     if made is None:
         return
     wide = made.dtype
-    if wide != hidden.dtype and not hidden.is_cuda:
-        return _multiply_widened(grad_logits, hidden, weight, grad_hidden, grad_weight, grad_bias, wide, first)
+    if wide != hidden.dtype and not hidden.is_cuda:  # whose products cannot write a wider dtype than they read
+        hidden = hidden.to(wide)
+        for block in column_blocks(weight.shape[0], -(-weight.shape[0] // CPU_BLOCKS)):
+            g = grad_logits[:, block].to(wide)
+            if grad_hidden is not None:
+                product_(grad_hidden, g, weight[block].to(wide), add=block.start > 0)
+            if grad_weight is not None:
+                product_(grad_weight[block], g.t(), hidden, add=not first)
+            if grad_bias is not None:
+                grad_bias[block] += g.sum(0)
+        return
     if grad_hidden is not None:
-        _product(grad_hidden, grad_logits, weight, add=False)
+        product_(grad_hidden, grad_logits, weight, add=False)
     if grad_weight is not None:
-        _product(grad_weight, grad_logits.t(), hidden, add=not first)
+        product_(grad_weight, grad_logits.t(), hidden, add=not first)
     if grad_bias is not None:
         grad_bias += grad_logits.sum(0, dtype=wide)
 
 
-def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
-    """out (+)= a @ b, accumulated in the dtype of `out` by the product itself."""
+def product_(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
+    """out (+)= a @ b, accumulated in the dtype of `out` by the product itself; on the CPU all three have one dtype."""
     if out.dtype == a.dtype:
         out.addmm_(a, b) if add else torch.mm(a, b, out=out)
     elif add:
@@ -150,29 +176,84 @@ def _product(out: Tensor, a: Tensor, b: Tensor, add: bool) -> None:
         torch.ops.aten.mm.dtype_out(a, b, out.dtype, out=out)
 
 
-def _multiply_widened(
-    grad_logits: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    grad_hidden: Tensor | None,
-    grad_weight: Tensor | None,
-    grad_bias: Tensor | None,
-    wide: torch.dtype,
-    first: bool,
-) -> None:
-    """The same on the CPU, whose products cannot write a wider dtype than they read: a block of the vocabulary at a time."""
-    hidden = hidden.to(wide)
-    vocab = weight.shape[0]
-    columns = -(-vocab // CPU_BLOCKS)
+def column_blocks(vocab: int, columns: int) -> Iterator[slice]:
+    """The vocabulary, so many columns at a time."""
     for begin in range(0, vocab, columns):
-        block = slice(begin, min(begin + columns, vocab))
-        g = grad_logits[:, block].to(wide)
-        if grad_hidden is not None:
-            _product(grad_hidden, g, weight[block].to(wide), add=begin > 0)
-        if grad_weight is not None:
-            _product(grad_weight[block], g.t(), hidden, add=not first)
-        if grad_bias is not None:
-            grad_bias[block] += g.sum(0)
+        yield slice(begin, min(begin + columns, vocab))
+
+
+def choose_block_columns(vocab: int, *, copies: int = 1) -> int:
+    """Columns of a block, where the logits of all rows are made a block of the vocabulary at a time: all, or a multiple of what
+    the tiles of products have in common. Rows do not matter, so a row's results do not depend on how many there are.
+
+    A block takes ``copies rows columns`` elements. This may be ``LOGITS_SHARE`` of the memory of all logits, but always
+    ``MIN_ROWS`` columns, and never more than ``MAX_COLUMNS``. Over blocks only the gradient of the hidden states is accumulated,
+    4 T H bytes; over chunks of rows it would be that of the weight, 4 V H bytes, which every chunk reads and writes.
+    """
+    most = min(max(int(LOGITS_SHARE * vocab / copies), MIN_ROWS), MAX_COLUMNS)
+    if vocab <= most:
+        return vocab
+    blocks = -(-vocab // (most // TILE_COLUMNS * TILE_COLUMNS))  # of even size
+    return -(-vocab // (blocks * TILE_COLUMNS)) * TILE_COLUMNS
+
+
+def weight_gradient_(out: Tensor, grad_logits: Tensor, hidden: Tensor, factor: Tensor | None, add: bool) -> None:
+    """out (+)= factor * grad_logits.T @ hidden: rows of the weight's gradient, accumulated in fp32 (fp64) and rounded once.
+
+    factor: a 0-d tensor, or None: 1. On the CPU the operands are in the accumulator's dtype.
+    """
+    wide = accumulator_dtype(hidden.dtype, torch.float32)
+    large = hidden.is_cuda and not add and out.numel() >= UNSPLIT
+    if factor is None and (out.dtype == wide or large):
+        product_(out, grad_logits.t(), hidden, add)
+        return
+    made = torch.empty_like(out, dtype=wide)
+    product_(made, grad_logits.t(), hidden, add=False)
+    if add:
+        out.add_(made if factor is None else made.mul_(factor))
+    elif factor is None:
+        out.copy_(made)
+    else:
+        torch.mul(made, factor.reshape(1, 1), out=out)  # not 0-d, which would be rounded to the dtype of `out` first
+
+
+def add_(main_grad: Tensor, grad: Tensor, factor: Tensor | None) -> None:
+    """main_grad += factor * grad, in the dtype of main_grad."""
+    grad = grad.to(main_grad.dtype)
+    if factor is None:
+        main_grad.add_(grad)
+    else:
+        main_grad.addcmul_(grad, factor.to(main_grad.dtype).reshape(1, 1))
+
+
+def check_main_grad(op: str, main_grad: Tensor | None, weight: Tensor, dtype: torch.dtype) -> None:
+    """TypeError or ValueError for memory that the gradient of ``weight`` cannot be added to. dtype: of the operands."""
+    if main_grad is None:
+        return
+    wide = accumulator_dtype(dtype, torch.float32)
+    if main_grad.dtype != wide:
+        raise TypeError(f"packops.{op}: main_grad must be {wide} for operands of {dtype}, got {main_grad.dtype}")
+    if main_grad.shape != weight.shape or not main_grad.is_contiguous():
+        raise ValueError(
+            f"packops.{op}: main_grad must be contiguous and of weight's shape {tuple(weight.shape)}, got shape "
+            f"{tuple(main_grad.shape)} and strides {tuple(main_grad.stride())}"
+        )
+    if main_grad.device != weight.device:
+        raise ValueError(f"packops.{op}: main_grad must be on weight's device {weight.device}, got {main_grad.device}")
+    if main_grad.requires_grad:
+        raise ValueError(f"packops.{op}: main_grad is memory that a gradient is added to, but it needs a gradient itself")
+    if torch.is_grad_enabled() and not weight.requires_grad:
+        raise ValueError(f"packops.{op}: main_grad is given, but weight needs no gradient")
+
+
+def stand_in(weight: Tensor | None) -> Tensor | None:
+    """What autograd gets for a weight whose gradient went to ``main_grad``: None, or what Megatron's hooks look for. Where a
+    parameter has ``grad_added_to_main_grad``, they want a gradient, which they drop unread, and this attribute set."""
+    if weight is None:
+        return None
+    weight.grad_added_to_main_grad = True  # type: ignore[attr-defined]
+    make = torch.zeros_like if getattr(weight, "zero_out_wgrad", False) else torch.empty_like
+    return make(weight)
 
 
 def finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool, blocks: int) -> Tensor:
@@ -197,6 +278,7 @@ class Product:
     def __init__(self, namespace: str):
         ops = getattr(torch.ops, namespace)
         self._fits = ops._lm_head_fits.default
+        self.logits_ = ops._lm_head_logits_.default
         self.statistics = ops._lm_head_statistics.default
         self.gradient_ = ops._lm_head_gradient_.default
 

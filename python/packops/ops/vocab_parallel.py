@@ -11,7 +11,7 @@ from torch import Tensor
 
 from .. import _checks
 from .._errors import raise_typed
-from . import autocast, vocab_shard
+from . import autocast, lm_head, vocab_shard
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
 from . import linear_log_probs as lp
@@ -136,6 +136,7 @@ def vocab_parallel_linear_cross_entropy(
     chunk_tokens: int | None = None,
     accum_dtype: torch.dtype = torch.float32,
     logits_dtype: torch.dtype | None = None,
+    main_grad: Tensor | None = None,
 ) -> Tensor:
     """:func:`packops.linear_cross_entropy` with the rows of ``weight`` split over the processes of ``group``.
 
@@ -156,6 +157,7 @@ def vocab_parallel_linear_cross_entropy(
         cu_seqlens, shift, reduction, num_items, ignore_index: as in :func:`packops.linear_cross_entropy`.
         token_weight, label_smoothing, z_loss, softcap, logit_scale: as in :func:`packops.linear_cross_entropy`.
         num_valid, accum_dtype, logits_dtype: as in :func:`packops.linear_cross_entropy`.
+        main_grad: of ``local_weight``'s shape, as in :func:`packops.linear_cross_entropy`.
 
     Returns:
         The loss of the whole vocabulary, fp32 (fp64 for fp64), the same bits on every rank. Differentiable once in ``hidden``,
@@ -186,18 +188,19 @@ def vocab_parallel_linear_cross_entropy(
         "logit_scale": logit_scale,
     }
     head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-    _check(op, {**head, "labels": labels, **options, **chunks})
+    _check(op, {**head, "labels": labels, "main_grad": main_grad, **options, **chunks})
     hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
     linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
+    lm_head.check_main_grad(op, main_grad, local_weight, hidden.dtype)
     tokens = labels.numel()
     if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
         compacted = num_valid if num_valid is not None and num_valid < tokens else None
         copies = 1 if logits_dtype in (None, hidden.dtype) else 3
-        chunks["chunk_tokens"] = linear.choose_chunk_tokens(
+        chunks["chunk_tokens"] = lm_head.choose_chunk_tokens(
             tokens, hidden.shape[-1], max(sizes), num_valid=compacted, copies=copies
         )
-    options |= chunks
+    options |= {**chunks, "main_grad": main_grad}
     try:
         with torch.autocast(hidden.device.type, enabled=False):
             ops = vocab_shard.linear_ops(_OPS, shard)
@@ -222,6 +225,7 @@ def vocab_parallel_linear_log_probs(
     entropy: bool = True,
     num_valid: int | None = None,
     chunk_tokens: int | None = None,
+    main_grad: Tensor | None = None,
 ) -> lp.LinearLogProbs:
     """:func:`packops.linear_log_probs` with the rows of ``weight`` split over the processes of ``group``.
 
@@ -233,6 +237,7 @@ def vocab_parallel_linear_log_probs(
         chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
         cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy, num_valid: as in :func:`packops.linear_log_probs`; the
             same on every rank.
+        main_grad: of ``local_weight``'s shape, as in :func:`packops.linear_cross_entropy`.
 
     Returns:
         :class:`packops.LinearLogProbs` of the whole vocabulary, the same bits on every rank. Differentiable once in ``hidden``,
@@ -252,12 +257,14 @@ def vocab_parallel_linear_log_probs(
         "entropy": entropy,
         "num_valid": num_valid,
         "chunk_tokens": chunk_tokens,
+        "main_grad": main_grad,
     }
     head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
     _check(op, {**head, "labels": labels, **options})
     hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
     lp.check(op, hidden, local_weight, local_bias, labels, options)
+    lm_head.check_main_grad(op, main_grad, local_weight, hidden.dtype)
     if sum(sizes) > 1 << 24:  # places of shards travel as fp32
         raise ValueError(f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {sum(sizes)}")
     tokens = labels.numel()
