@@ -1,11 +1,12 @@
-"""Log-probabilities and entropies from hidden states and the lm_head, with gradients, against eager and torch.compile.
+"""Log-probabilities and entropies from hidden states and the lm_head, with gradients, against eager, torch.compile, Liger and TRL.
 
     packops bench log-probs                                # everything
     packops bench log-probs --shape 8192 4096 151936       # tokens, hidden size, vocabulary
     packops bench log-probs --device cpu --threads 2
 
 `one product` is hidden @ weight.T on all tokens at once, the bound of the forward; `four products` adds that product once more
-and the two of its backward. Peak memory is what a call allocates at most at once, its gradients included.
+and the two of its backward. Peak memory is what a call allocates at most at once, its gradients included. Errors are root mean
+squares over a sample of rows, against fp64: in nats, and of the gradients relative to their size.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from measuring import Candidate, Case, Target
 NAME = "log-probs"
 STEM = "log_probs"
 DATA = "hidden states from N(0, 1), the weight such that logits are from N(0, 4), labels uniform over the vocabulary"
-PEERS = {"eager": peers.TORCH, "torch.compile": peers.TORCH}
+PEERS = {"eager": peers.TORCH, "torch.compile": peers.TORCH, "TRL": peers.TRL, "Liger": peers.LIGER}
 SHAPES = ((8192, 4096, 151936), (8192, 2304, 256000), (16384, 896, 151936))
 CPU_SHAPES = ((512, 256, 16000),)
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -50,6 +51,22 @@ def ours(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor
     return found.log_probs, found.entropy
 
 
+def trl() -> Made:
+    apply = peers.trl("kernels.chunked_logprob").ChunkedLogProbFunction.apply
+    # As its trainers call it: columns of a tile, no softcap, no scale.
+    return lambda hidden, weight, labels: apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ("entropy",))[:2]
+
+
+def liger() -> Made:
+    from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Function
+
+    def made(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        loss, entropy = Function.apply(hidden, weight, labels, return_entropy=True)
+        return -loss, entropy
+
+    return made
+
+
 @dataclass
 class Problem:
     tokens: int
@@ -61,6 +78,7 @@ class Problem:
     weight: Tensor = field(init=False)
     labels: Tensor = field(init=False)
     advantages: Tensor = field(init=False)
+    errors: dict[str, dict[str, float]] = field(default_factory=dict)  # by candidate
 
     def __post_init__(self) -> None:
         options: Any = {"device": self.device, "generator": torch.Generator(self.device).manual_seed(0)}
@@ -70,7 +88,7 @@ class Problem:
         self.labels = torch.randint(0, self.vocab, (self.tokens,), **options)
         self.advantages = torch.randn(self.tokens, **options)
 
-    def candidate(self, made: Made, gradient: bool) -> Candidate:
+    def candidate(self, name: str, made: Made, gradient: bool) -> Candidate:
         def call(i: int) -> tuple[Tensor, ...]:
             if not gradient:
                 return made(self.hidden, self.weight, self.labels)
@@ -80,7 +98,7 @@ class Problem:
                 grads = torch.autograd.grad((log_probs * self.advantages + BONUS * entropy).sum(), leaves)
                 return log_probs.detach(), entropy.detach(), *grads
 
-        return Candidate(call, check=self.wrong)
+        return Candidate(call, check=lambda result: self.wrong(name, result))
 
     @functools.cached_property
     def reference(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,14 +111,17 @@ class Problem:
             total = (log_probs * self.advantages[rows].double() + BONUS * entropy).sum()
             return log_probs.detach(), entropy.detach(), torch.autograd.grad(total, hidden)[0]
 
-    def wrong(self, result: tuple[Tensor, ...]) -> str:
+    def wrong(self, name: str, result: tuple[Tensor, ...]) -> str:
         rows = slice(0, None, max(1, self.tokens // CHECK_ROWS))
         rounding = 0.02 if self.dtype == "bf16" else 1e-5  # of logits that are rounded, which those of peers are
-        bad = []
-        for name, found, exact in zip(("log-probabilities", "entropies", "gradients"), result, self.reference, strict=False):
-            error = ((found[rows].double() - exact).square().mean() / exact.square().mean()).sqrt().item()
-            if not error <= rounding:
-                bad.append(f"{name} off by {100 * error:.3g} %")
+        bad, errors = [], {}
+        for what, found, exact in zip(("log-probabilities", "entropies", "gradients"), result, self.reference, strict=False):
+            size, error = (x.square().mean().sqrt().item() for x in (exact, found[rows].double() - exact))
+            errors[what] = error / size if what == "gradients" else error
+            if not error <= rounding * size:
+                bad.append(f"{what} off by {100 * error / size:.3g} %")
+        if len(errors) > len(self.errors.get(name, ())):  # with gradients, if there are
+            self.errors[name] = errors
         return ", ".join(bad)
 
 
@@ -133,16 +154,28 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
                     "packops": lambda: ours,
                     "eager": lambda: eager,
                     "torch.compile": lambda: measuring.compiled(eager),
+                    "TRL": trl,
+                    "Liger": liger,
                 }
                 candidates: dict[str, Callable[[], Candidate]] = {
-                    name: functools.partial(lambda make, g, p=problem: p.candidate(make(), g), make, gradient)
+                    name: functools.partial(lambda n, make, g, p=problem: p.candidate(n, make(), g), name, make, gradient)
                     for name, make in makers.items()
                     if name == "packops" or name in args.peers
                 }
                 candidates[bound] = functools.partial(products, problem, count)
                 targets = {} if on_cpu else {"packops": [Target(bound, limit)]}
-                yield Case(f"{work}, {title}", candidates, targets=targets, facts={**facts, "work": work})
+                yield Case(
+                    f"{work}, {title}", candidates, targets=targets, facts={**facts, "work": work, "errors": problem.errors}
+                )
+            print(error_table(problem.errors))
             del problem, candidates
+
+
+def error_table(errors: dict[str, dict[str, float]]) -> str:
+    return "\n".join(
+        f"  {name:14} off by " + ", ".join(f"{error:.2e} ({what})" for what, error in found.items())
+        for name, found in errors.items()
+    )
 
 
 def extend(parser: argparse.ArgumentParser) -> None:

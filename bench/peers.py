@@ -44,6 +44,7 @@ class Peer:
 LIGER = Peer("liger-kernel", "0.8.5")
 QUACK = Peer("quack-kernels", "0.6.5")
 FLASH_ATTENTION = Peer("flash-attn", "2.8.3.post2")
+TRL = Peer("trl", "1.16.0")
 UNSLOTH = Peer("unsloth", "2026.10.9")
 APPLE_CCE = Peer("cut-cross-entropy", "25.1.1")
 TORCH = Peer("torch", cuda_only=False)
@@ -79,6 +80,15 @@ def enter(name: str, folder: Path | None = None, **contents: Any) -> None:
             module.__path__ = module.__spec__.submodule_search_locations = [str(folder)]
         vars(module).update(contents)
         sys.modules[name] = module
+
+
+def trl(module: str) -> Any:
+    """``trl.<module>`` of those that need torch and Triton only, without the trainers around them."""
+    folder = folder_of("trl")
+    enter("trl", folder)
+    enter("trl.trainer", folder / "trainer")
+    enter("trl.trainer.utils", maybe_gather_lm_head_ctx=lambda *parameters: contextlib.nullcontext())  # DeepSpeed's
+    return importlib.import_module(f"trl.{module}")
 
 
 def flash_attention(module: str) -> Any:
