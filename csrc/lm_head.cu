@@ -89,8 +89,6 @@ __global__ void finish_kernel(const __grid_constant__ LmHeadParams p) {
   p.log_sum[row] = counts ? float(highest - double(row_max) + log_total) : 0;
 }
 
-#ifdef __CUDACC__
-
 // ---- Epilogues: 64 rows x 192 columns over a warp group
 
 // What stands for a column that is none, or for the label's where it is left out: a number that no capped logit is.
@@ -100,11 +98,15 @@ __device__ __forceinline__ float nothing() {
 }
 // In one instruction: a branch would keep products from running on.
 __device__ __forceinline__ float unless_nothing(float z, float value, float instead) {
+#ifdef __CUDACC__
   float chosen;
   asm("{\n.reg .pred none;\nsetp.eq.u32 none, %1, 0x7fffdead;\nselp.f32 %0, %3, %2, none;\n}"
       : "=f"(chosen)
       : "r"(__float_as_uint(z)), "f"(value), "f"(instead));
   return chosen;
+#else
+  return __float_as_uint(z) == 0x7fffdeadu ? instead : value;
+#endif
 }
 
 // tanh to 2 ulps without a branch, which would keep products from running on.
@@ -333,20 +335,6 @@ cudaError_t multiply(const LmHeadParams& p, const Device& device, cudaStream_t s
   };
   return p.dtype == DType::bf16 ? with_type(bf16_t{}) : with_type(half_t{});
 }
-#else  // the emulator has no product
-
-template <typename, bool>
-struct Logits;
-template <typename, bool>
-struct Statistics;
-template <typename, bool>
-struct Gradient;
-template <template <typename, bool> class>
-cudaError_t multiply(const LmHeadParams&, const Device&, cudaStream_t) {
-  return cudaErrorInvalidValue;
-}
-
-#endif
 
 }  // namespace
 

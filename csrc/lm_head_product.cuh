@@ -18,14 +18,16 @@
 #include "lm_head_launch.h"
 
 #ifdef __CUDACC__
-
 #include <cuda.h>
+#endif
 
 namespace packops {
 namespace {
 
 constexpr int kSums = kLmHeadColumns / 2;  // of a thread, for 64 rows
 constexpr int kParts = kLmHeadRows / 64;
+
+#ifdef __CUDACC__
 
 struct LmHeadShared {  // tiles at multiples of 1024 bytes, where the 128-byte swizzle begins anew
   uint16_t hidden[kLmHeadStages][kLmHeadRows * kLmHeadDepth];
@@ -227,7 +229,48 @@ cudaError_t launch_product(const LmHeadParams& p, int device, cudaStream_t strea
                      kLmHeadShared, stream, hidden_map, weight_map, out_map, p, grid);
 }
 
-}  // namespace
-}  // namespace packops
+#else
+
+// The emulator has neither tensor copies nor wgmma. It forms a tile's sums one by one, puts them where wgmma would, and hands them
+// to the same epilogues.
+template <typename T, typename Epilogue>
+void lm_head_kernel(const LmHeadParams& p, const LmHeadGrid& grid) {
+  const LmHeadTile tile = lm_head_tile(grid, blockIdx.x / kLmHeadCluster);
+  const int block = blockIdx.x % kLmHeadCluster, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const T *hidden = static_cast<const T*>(p.hidden), *weight = static_cast<const T*>(p.weight);
+  const auto column_of = [&](int i) { return tile.column * kLmHeadColumns + i / 4 * 8 + lane % 4 * 2 + i % 2; };
+  float sums[kSums];
+  for (int part = 0; part < kParts; part++) {
+    const int row = (tile.row * kLmHeadCluster + block) * kLmHeadRows + part * 64 + warp * 16 + lane / 4;
+    for (int i = 0; i < kSums; i++) {
+      const int64_t r = row + i / 2 % 2 * 8, column = column_of(i);
+      float sum = 0;
+      if (r < p.rows && column < p.vocab)
+        for (int64_t k = 0; k < p.width; k++) sum += to_float(hidden[r * p.width + k]) * to_float(weight[column * p.width + k]);
+      sums[i] = sum;
+    }
+    Epilogue epilogue(sums, p, row, tile.column);
+    if constexpr (Epilogue::kStores) {
+      epilogue.template transform<0, 32>(sums);
+      epilogue.template transform<32, 32>(sums);
+      epilogue.template transform<64, 32>(sums);
+      for (int i = 0; i < kSums; i++) {
+        const int64_t r = row + i / 2 % 2 * 8, column = column_of(i);
+        if (r < p.rows && column < (p.vocab + 7) / 8 * 8)  // tensor copies write whole vectors
+          static_cast<T*>(p.out)[r * p.out_stride + column] = from_float<T>(sums[i]);
+      }
+    }
+  }
+}
+
+template <typename T, typename Epilogue>
+cudaError_t launch_product(const LmHeadParams& p, int, cudaStream_t stream) {
+  const LmHeadGrid grid = choose_lm_head_grid(p.rows, p.vocab, p.width);
+  launch(lm_head_kernel<T, Epilogue>, dim3(unsigned(grid.tiles() * kLmHeadCluster)), dim3(128), 0, stream, p, grid);
+  return cudaGetLastError();
+}
 
 #endif
+
+}  // namespace
+}  // namespace packops
