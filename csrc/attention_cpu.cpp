@@ -1,6 +1,5 @@
-// Attention within documents on the CPU: attention.h's formulas, a row of scores at a time in fp32 (fp64 for fp64), in plain
-// code. It is the standard that attention.cu is held to; models on the CPU attend through torch's own kernels, which block for
-// caches.
+// Attention within documents on the CPU: the formulas of attention.h, one row of scores at a time, in fp32 (fp64 for fp64). Plain
+// code, because it is the reference for attention.cu. Models on the CPU use torch's attention, whose blocks fit into caches.
 #include <algorithm>
 #include <cmath>
 #include <limits>

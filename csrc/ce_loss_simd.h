@@ -45,7 +45,7 @@ struct CeRow {
   S cap = p.softcap, inverse_cap = p.softcap > 0 ? S(p.logit_scale) / S(p.softcap) : S(0), factor = p.logit_scale;
 
   V transform(V x) const { return cap > 0 ? L::fill(cap) * L::tanh(x * L::fill(inverse_cap)) : x * L::fill(factor); }
-  // d x' / d x out of x'.
+  // d x' / d x, computed from x'.
   V chain(V transformed) const {
     if (!(cap > 0)) return L::fill(factor);
     V t = transformed * L::fill(1 / cap);
@@ -177,7 +177,7 @@ struct CeRow {
     if (p.grad) gradient(t, scale[t]);
   }
 
-  // A row's state out of its shards', always in their order, so that every process gets the same bits.
+  // Combines the states of a row's shards. Always in the order of the shards, so that every process gets the same bits.
   void combine(int64_t t) const {
     const S infinity = std::numeric_limits<S>::infinity(), nan = std::numeric_limits<S>::quiet_NaN();
     S &row_max = static_cast<S*>(p.row_max)[t], &row_sum = static_cast<S*>(p.row_sum)[t],
@@ -213,8 +213,8 @@ struct CeRow {
     row_loss = loss;
   }
 
-  // The first of the largest. Not by looking for the row's maximum: the compiler may contract products differently at each place,
-  // and then no x' need be equal to it.
+  // The first of the largest logits. Comparing with the row's maximum would not do: the compiler may fuse products differently in
+  // each place, and then no x' need equal it.
   int32_t argmax(const T* x) const {
     S best = -std::numeric_limits<S>::infinity();
     int64_t at = 0;
@@ -244,7 +244,7 @@ struct CeRow {
     const V base = L::fill(maximum), softmax_factor = L::fill(multiplier * k.alpha / sum), uniform = L::fill(multiplier * k.beta);
     const bool smoothing = k.beta != 0;
 
-    // The target's gradient is a difference of terms that may nearly cancel: in double, so that it adds no error of its own.
+    // The terms of the target's gradient may nearly cancel. In double their difference adds no error of its own.
     S target_gradient = 0;
     if (is_here(y)) {
       const V target = transform(L::fill(L::read1(x + y)));

@@ -47,7 +47,7 @@ static void gated_stretch(const GatedStretch<T>& s, int64_t count) {
   int64_t i = 0;
   for (; i + PACKOPS_LANES <= count; i += PACKOPS_LANES) gated_vector<A>(s, i);
   if (i == count) return;
-  // The rest as a whole vector, so that an element has the same bits wherever it lies.
+  // The remaining elements go through a whole vector too, so that an element has the same bits wherever it lies.
   T in[3][PACKOPS_LANES] = {}, out[3][PACKOPS_LANES];
   const size_t bytes = size_t(count - i) * sizeof(T);
   memcpy(in[0], s.gate + i, bytes);

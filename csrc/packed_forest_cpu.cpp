@@ -1,5 +1,5 @@
-// A packed axis whose documents share prefixes, on the CPU; packed_forest.h has the rule. Three passes: segments forward for
-// their first positions, segments backward for the ends of subtrees, then tokens.
+// A packed axis whose documents share prefixes, on the CPU; packed_forest.h has the rule. Three passes: over segments
+// forward for their first positions, over segments backward for the ends of subtrees, then over tokens.
 #include "packed_forest.h"
 
 #include <algorithm>

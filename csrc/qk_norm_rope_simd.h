@@ -2,7 +2,7 @@
 // includes but this one of the same kind.
 #include "rope_row_simd.h"
 
-// A row of T as State in a buffer and back.
+// Converts a row of T to State, and back.
 template <typename T>
 static inline void widen_row(const T* x, typename Lane<T>::State* y, int n) {
   using L = Lane<T>;
