@@ -283,8 +283,11 @@ def test_torch_instead(options, graph, monkeypatch):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 0.7, "scaling": 0.5}, {"softcap": 0.7, "window": 5}], ids=str)
-def test_torch_instead_with_shared_prefixes(options, monkeypatch):
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_torch_instead_with_shared_prefixes(options, graph, monkeypatch):
     monkeypatch.setattr(attention_paths, "SCORE_ROWS", 7)
+    if graph:
+        in_a_graph(monkeypatch)
     inputs, bounds = padded(FOREST[0])
     parents, direction = torch.tensor(FOREST[1]), torch.randn(23, 4, 16, dtype=torch.float64)
     found = gradients(inputs, attention_paths.attend(*inputs, bounds, parents, Rule(**options)), direction)
@@ -293,6 +296,24 @@ def test_torch_instead_with_shared_prefixes(options, monkeypatch):
     expected = gradients(inputs, packops.attention(*inputs, bounds, parents, **options), direction)
     assert_same(found, expected, 1e-12)
     assert all(x[20:].eq(0).all() for x in found)
+
+
+def test_the_forest_is_that_of_both_tensors_as_they_are_now():
+    (q, k, v), bounds = padded(FOREST[0])
+    parents = torch.tensor(FOREST[1])
+    others = bounds.clone()
+    others[1] += 1
+    alone = torch.full_like(parents, -1)
+    for boundaries, above in ((bounds, parents), (others, parents), (bounds, alone), (bounds, parents)):
+        out = attention_paths.attend(q, k, v, boundaries, above, Rule())
+        torch.testing.assert_close(out, packops.attention(q, k, v, boundaries, above), rtol=1e-12, atol=1e-12)
+    parents.fill_(-1)
+    torch.testing.assert_close(
+        attention_paths.attend(q, k, v, bounds, parents, Rule()), packops.attention(q, k, v, bounds, alone)
+    )
+    parents.fill_(7)
+    with pytest.raises(ValueError, match="parents must be -1 or, depth first"):
+        attention_paths.attend(q, k, v, bounds, parents, Rule())
 
 
 @pytest.mark.parametrize("path", ["varlen", "flex", "sdpa"])

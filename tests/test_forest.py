@@ -12,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import packops
+from packops.ops import attention_paths
+from packops.ops.attention_paths import Rule
 
 VOCAB = 7
 REDUCTIONS = ["mean", "seq-mean-token-mean", "seq-mean-token-sum"]
@@ -207,7 +209,7 @@ def test_edges(name, reduction):
         check_same(grads(model, loss), grads(model, want))
     else:
         assert name == "one token each"
-        assert float(loss) == 0
+        assert loss.item() == 0
 
 
 def test_a_prompt_that_all_documents_train_on_weighs_as_much_as_all_of_them():
@@ -281,10 +283,13 @@ def test_a_row_of_weight_0_is_not_scored():
     assert batch.document_sums(torch.ones(1, 9)).tolist() == [2, 3, 0]
 
 
-@pytest.mark.parametrize("attention", ["packops_varlen", "sdpa"])
+@pytest.mark.parametrize("attention", ["packops_varlen", "packops_varlen by segments", "sdpa"])
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
-def test_hugging_face_models(attention, reduction, family):
+def test_hugging_face_models(attention, reduction, family, monkeypatch):
+    if attention.endswith("by segments"):
+        monkeypatch.setattr(attention_paths, "CALL_PER_SEGMENT", 0)
+    attention = attention.split()[0]
     transformers = pytest.importorskip("transformers")
     if attention == "sdpa" and family != "llama":
         pytest.skip("the mask has no window")
@@ -474,8 +479,17 @@ def test_attention_of_trees(device, name, window):
     assert all((x[begin:] == 0).all() for x in got)
 
 
+def by_torch(q, k, v, cu_seqlens, parents, window):
+    return attention_paths.attend(q, k, v, cu_seqlens, parents, Rule(window=window))
+
+
+def by_packops(q, k, v, cu_seqlens, parents, window):
+    return packops.attention(q, k, v, cu_seqlens, parents, window=window)
+
+
+@pytest.mark.parametrize("attend", [by_packops, by_torch])
 @pytest.mark.parametrize("window", [None, 90])
-def test_nan_in_a_branch_stays_in_the_documents_through_it(device, window):
+def test_nan_in_a_branch_stays_in_the_documents_through_it(device, window, attend):
     head_dim = 64 if device.type == "cuda" else 4
     values = [x.detach() for x in tensors(device, (510, 4, head_dim), (510, 2, head_dim), (510, 2, head_dim))]
     incoming = torch.randn_like(values[0])
@@ -486,7 +500,7 @@ def test_nan_in_a_branch_stays_in_the_documents_through_it(device, window):
         for x in (q, k, v, grad):
             x[bad] = float("nan")
         leaves = [x.requires_grad_() for x in (q, k, v)]
-        out = packops.attention(*leaves, cu_seqlens, parents, window=window)
+        out = attend(*leaves, cu_seqlens, parents, window)
         return [out.detach(), *torch.autograd.grad(out, leaves, grad)]
 
     def continues(segment: int, other: int) -> bool:
@@ -506,6 +520,8 @@ def test_nan_in_a_branch_stays_in_the_documents_through_it(device, window):
             for at, (x, y) in enumerate(zip(got, want, strict=True)):
                 if not reads and (at < 2 or not is_read):
                     assert torch.equal(x[rows], y[rows]), (bad, other, at)
+            if reads and window is None:
+                assert got[0][rows].isnan().all()
 
 
 @pytest.mark.parametrize("parents", [[5] * 11, list(range(11)), [-2] + [0] * 10, [-1, 0, -1, 0, *[-1] * 7]], ids=str)

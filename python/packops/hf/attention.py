@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import packops
 
-from ..ops.attention_paths import ATTEND, Rule, attend_masked, choose_path, shaped_attention
+from ..ops.attention_paths import ATTEND, Rule, attend_forest_on_cpu, choose_path, shaped_attention
 from . import rewrite
 from .attention_documents import NAME, find_documents
 from .record import Record, decoder_of
@@ -373,8 +373,8 @@ def _over_prefixes(
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if q.is_cuda:
         output = packops.attention(q, k, v, cu_seqlens, parents, **rule.options)
-    else:  # where packops' kernel is plain code
-        output = attend_masked(q, k, v, cu_seqlens, parents, rule)
+    else:
+        output = attend_forest_on_cpu(q, k, v, cu_seqlens, parents, rule)
     return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous()
 
 

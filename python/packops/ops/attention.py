@@ -144,8 +144,8 @@ def attention_path(
     Returns:
         ``"packops"``: its own kernel, always so on the CPU. Else what torch has: ``"varlen"``, its FlashAttention-2
         (``torch.nn.attention.varlen``); ``"flex"``, FlexAttention; ``"sdpa"``, ``scaled_dot_product_attention`` on one document
-        after the other or on groups of about equal length; ``"masked"``, the same with a mask: documents that share prefixes, and
-        what would be ``"sdpa"`` under ``torch.compile`` or while a CUDA graph is captured.
+        (segment, where documents share prefixes) after the other or on groups of about equal length; ``"masked"``, the same with
+        a mask: what would be ``"sdpa"`` under ``torch.compile`` or while a CUDA graph is captured.
 
     Raises:
         TypeError, ValueError: an argument that does not fit, where it is not its own kernel.

@@ -28,11 +28,13 @@ class Documents:
         cu_seqlens: (documents + 1,) int32, on the tokens' device, ends at T.
         max_seqlen: length of the longest; an upper bound is right too.
         total: T.
+        parents: (documents,) where documents share prefixes, what each segment of ``cu_seqlens`` continues, or -1.
     """
 
     cu_seqlens: Tensor
     max_seqlen: int
     total: int
+    parents: Tensor | None = None
     _block_masks: dict[int | None, Any] = field(default_factory=dict)
 
     @functools.cached_property
@@ -44,6 +46,25 @@ class Documents:
                 f"packops.attention: cu_seqlens must rise from 0 to the {self.total} tokens of the batch, got {some(bounds)}"
             )
         return [b - a for a, b in itertools.pairwise(bounds) if b > a]
+
+    @functools.cached_property
+    def paths(self) -> list[list[slice]]:
+        """Of each segment that holds tokens, its path: the tokens of the segments from a root to itself. Waits for the device."""
+        assert self.parents is not None
+        bounds, paths = self.cu_seqlens.tolist(), list[list[slice]]()
+        for segment, parent in enumerate(self.parents.tolist()):
+            before = paths[parent] if parent >= 0 else []
+            paths.append([*before, slice(bounds[segment], bounds[segment + 1])])
+        return [path for path in paths if path[-1].stop > path[-1].start]
+
+    @functools.cached_property
+    def pairs(self) -> int:
+        """Of a token and one that it sees on its path. Waits for the device."""
+        count = 0
+        for *before, own in self.paths:
+            length = own.stop - own.start
+            count += length * sum(x.stop - x.start for x in before) + length * (length + 1) // 2
+        return count
 
     @functools.cached_property
     def starts(self) -> Tensor:

@@ -4,9 +4,9 @@
 ``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: other head dimensions.
 ``flex``    FlexAttention, for a softcap on CUDA.
 ``sdpa``    ``scaled_dot_product_attention`` on one document after the other or on groups of about equal length: everything else,
-            and attention sinks.
-``masked``  the same with a mask, a stretch of queries at a time: documents that share prefixes, and graphs (``torch.compile``,
-            CUDA graphs), in which nobody can read where documents begin.
+            and attention sinks. Where documents share prefixes, a segment after the other, each with the keys of its path.
+``masked``  the same with a mask, a stretch of queries at a time: graphs (``torch.compile``, CUDA graphs), in which nobody can
+            read where documents begin.
 
 :func:`choose_path` takes the fastest. :func:`packops.attention` takes its own kernel wherever that takes the heads.
 """
@@ -44,6 +44,8 @@ BY_WARPS = {"head_dim": 128, "longest": 2048}
 CALL_PER_DOCUMENT = 24
 # Query rows at a time where the scores are materialised.
 SCORE_ROWS = 512
+# Multiplications of a product from which a call per segment is faster on the CPU than the kernel, which is plain code.
+CALL_PER_SEGMENT = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,6 +227,8 @@ def attend_sdpa(
     documents: Documents,
     rule: Rule,
 ) -> Tensor:
+    if documents.parents is not None:
+        return _attend_paths(q, k, v, documents.paths, rule)
     lengths = documents.lengths
     if not lengths:
         return _zeros(q, k, v)
@@ -238,6 +242,19 @@ def attend_sdpa(
         a, b, c = (x.index_select(0, rows).unflatten(0, (count, -1)).transpose(1, 2) for x in (q, k, v))
         outputs.append(_document(a, b, c, rule).transpose(1, 2).flatten(0, 1))
     return torch.cat(outputs).index_select(0, place)
+
+
+def _attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]], rule: Rule) -> Tensor:
+    if not paths:
+        return _zeros(q, k, v)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+
+    def along(x: Tensor, path: list[slice]) -> Tensor:
+        return torch.cat([x[:, :, tokens] for tokens in path], dim=2)
+
+    return torch.cat([_document(q[:, :, path[-1]], along(k, path), along(v, path), rule) for path in paths], dim=2)[0].transpose(
+        0, 1
+    )
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -254,14 +271,18 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, is_causal: bool = Fals
 
 
 def _document(q: Tensor, k: Tensor, v: Tensor, rule: Rule) -> Tensor:
-    """Attention of whole documents (N, heads, L, head_dim), a stretch of queries at a time where it needs a mask."""
-    length = q.shape[2]
+    """Attention of documents (N, heads, L, head_dim), a stretch of queries at a time where it needs a mask.
+
+    Queries may be fewer than keys: those of the last tokens.
+    """
+    length = k.shape[2]
+    before = length - q.shape[2]
     window = rule.window if rule.window is not None and rule.window < length else None
-    if window is None and not rule.shapes_scores:
+    if window is None and not rule.shapes_scores and before == 0:
         return _sdpa(q, k, v, rule, is_causal=rule.causal)
     rows = SCORE_ROWS if window is None else max(window, FLEX_BLOCK)
     outputs = []
-    for begin, part in zip(range(0, length, rows), q.split(rows, dim=2), strict=True):
+    for begin, part in zip(range(before, length, rows), q.split(rows, dim=2), strict=True):
         end = begin + part.shape[2] if rule.causal else length
         first = 0 if window is None else max(0, begin - window + 1)
         query, key = torch.arange(begin, begin + part.shape[2], device=q.device), torch.arange(first, end, device=q.device)
@@ -326,6 +347,21 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: 
     return torch.cat(outputs, dim=2)[0].transpose(0, 1).masked_fill(padding, 0)
 
 
+def attend_forest_on_cpu(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: Tensor, rule: Rule) -> Tensor:
+    """Documents that share prefixes, by the kernel on the CPU, which is plain code, or a call per segment: what is faster."""
+    has_kernel = q.shape[2] == v.shape[2]
+    if in_graph(cu_seqlens):
+        slow = False
+    else:
+        forest = read_forest(cu_seqlens, parents, q.shape[0])
+        slow = forest.pairs * q.shape[1] * q.shape[2] >= CALL_PER_SEGMENT * len(forest.paths)
+    if slow or not has_kernel:
+        return attend(q, k, v, cu_seqlens, parents, rule)
+    import packops
+
+    return packops.attention(q, k, v, cu_seqlens, parents, **rule.options)
+
+
 def _zeros(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """The result where there are no documents, with gradients of 0."""
     return v.new_zeros(*q.shape[:2], v.shape[2]) + sum(x[:0].sum() for x in (q, k, v))
@@ -351,7 +387,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: Tensor 
         # nobody sees whether they rise: no address outside the tensors all the same. The padding is the last document.
         bounds = F.pad(cu_seqlens.clamp(0, total).cummax(0).values.int(), (0, 1), value=total)
         return ATTEND[path](q, k, v, Documents(bounds, total, total), rule).masked_fill(padding, 0).contiguous()
-    documents = look_up(cu_seqlens, lambda: read_documents(cu_seqlens, total), "attention", total)
+    if parents is None:
+        documents = look_up(cu_seqlens, lambda: read_documents(cu_seqlens, total), "attention", total)
+    else:
+        documents = read_forest(cu_seqlens, parents, total)
     count = documents.total
     if count == 0:
         return _zeros(q, k, v)
@@ -362,7 +401,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: Tensor 
 def path_of(q: Tensor, v: Tensor, cu_seqlens: Tensor, parents: Tensor | None, rule: Rule) -> Path:
     """Which of torch's ways it is, without a host sync."""
     if parents is not None:
-        return "masked"
+        return "masked" if in_graph(cu_seqlens) else "sdpa"
     path = choose_path(
         q.device,
         q.dtype,
@@ -390,6 +429,20 @@ def read_documents(cu_seqlens: Tensor, total: int) -> Documents:
         raise ValueError(f"packops.attention: cu_seqlens must rise from 0 to at most the {total} tokens of q, got {some(bounds)}")
     longest = max((b - a for a, b in itertools.pairwise(bounds)), default=0)
     return Documents(cu_seqlens.detach().to(torch.int32, copy=True), longest, bounds[-1])
+
+
+def read_forest(cu_seqlens: Tensor, parents: Tensor, total: int) -> Documents:
+    """The segments of documents that share prefixes, without the padding. Waits for the device, once per pair of tensors."""
+
+    def read() -> Documents:
+        bounds = cu_seqlens.detach().to("cpu", torch.int32, copy=True)
+        packed_metadata(bounds, total, parents.cpu())  # raises where either is malformed
+        return Documents(bounds, total, int(bounds[-1]), parents)
+
+    if parents.is_inference():
+        return read()
+    # What is found holds the parents, so that no other tensor has their id meanwhile.
+    return look_up(cu_seqlens, read, "forest", total, id(parents), parents._version)
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: Tensor | None, rule: Rule) -> None:
