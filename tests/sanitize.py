@@ -141,10 +141,13 @@ def linear_cross_entropy(device: torch.device) -> Iterator[str]:
             labels = torch.randint(0, 1031, (17,), device=device)
             labels[5] = -100
             cu_seqlens = torch.tensor([0, 3, 3, 11, 15], dtype=torch.int32, device=device)
-            options = {"reduction": reduction, "cu_seqlens": cu_seqlens, "shift": True, "chunk_tokens": 4}
+            options = {"reduction": reduction, "cu_seqlens": cu_seqlens, "shift": True}
+            main_grad = torch.zeros(weight.shape, device=device)
             for num_valid in (None, 11, 14):
-                loss = packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid, **options)
+                loss = packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid, chunk_tokens=4, **options)
                 backward(loss, hidden, weight)
+                loss = packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid, main_grad=main_grad, **options)
+                backward(loss, hidden)
             yield f"{dtype} {reduction}"
     hidden, weight = (torch.randn(n, 24, device=device).requires_grad_() for n in (2500, 33))
     labels = torch.randint(0, 33, (2500,), device=device)
@@ -502,7 +505,7 @@ def cleared_logits() -> Iterator[None]:
     The lm_head's kernel writes it by tensor copies (TMA). initcheck does not see these: for it, whoever reads the gradient reads
     what nobody wrote.
     """
-    modules = [importlib.import_module(f"packops.ops.{name}") for name in ("linear_ce_loss", "linear_log_probs")]
+    modules = [importlib.import_module(f"packops.ops.{name}") for name in ("linear_ce_chunks", "linear_log_probs")]
     kept = [module.logits_buffer for module in modules]
 
     def clear(*arguments: Any) -> Tensor:

@@ -116,7 +116,7 @@ def test_log_probs_runs(tmp_path):
 def test_mistakes_in_log_probs_are_found(mistake, message):
     bench = importlib.import_module("log_probs")
     problem = bench.Problem(70, 16, 203, "fp32", "cpu")
-    right = problem.candidate(bench.ours, True)
+    right = problem.candidate("ours", bench.ours, True)
     assert right.check(right.call(0)) == ""
-    wrong = problem.candidate(mistake, True)
+    wrong = problem.candidate("mistake", mistake, True)
     assert message in wrong.check(wrong.call(0))
