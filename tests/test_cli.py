@@ -191,6 +191,23 @@ def test_an_interrupt_ends_it_without_a_traceback(tmp_path, start):
     assert process.returncode == -signal.SIGINT
 
 
+@pytest.mark.parametrize("start", [["-m", "packops"], CONSOLE_SCRIPT], ids=["module", "script"])
+def test_an_interrupt_ends_it_while_torch_is_imported(tmp_path, start):
+    """Also where what is being imported catches the exception that Ctrl-C would be, as parts of torch and numpy do."""
+    catcher = (
+        "import time\nprint('importing', flush=True)\ntry:\n    time.sleep(60)\nexcept BaseException:\n    print('went on')\n"
+    )
+    (tmp_path / "torch.py").write_text(catcher)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{PYTHON}"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, *start, "info"], env=environment, preexec_fn=heed, **pipes) as process:
+        assert process.stdout.readline() == "importing\n"
+        process.send_signal(signal.SIGINT)
+        assert process.communicate() == ("", "")
+    assert process.returncode == -signal.SIGINT
+
+
 @pytest.mark.parametrize(
     ("text", "says"),
     [

@@ -282,3 +282,10 @@ def test_a_crash_of_verify_does_not_look_like_a_difference(model, monkeypatch, c
     shown = capsys.readouterr().err
     assert "Traceback" in shown
     assert f"packops verify: crashed: {error!r}" in shown
+
+
+@pytest.mark.parametrize("name", ["lengths.txt", "lengths.parquet", "lengths"])
+def test_a_file_that_is_not_there_is_named(tmp_path, capsys, name):
+    """Before anything is said about its format or about a package that reads it."""
+    assert command("pack", tmp_path / name) == 2
+    assert capsys.readouterr().err == f"packops pack: {tmp_path / name}: there is no such file\n"

@@ -74,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
 
 def read_lengths(path: Path, column: str | None = None, tokenizer: str | None = None, form: str | None = None) -> IntArray:
     """Tokens of every document that the file ``path``, or the standard input (``-``), tells of."""
+    if str(path) != "-" and not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file")
     form = form or format_of(path)
     if form == "npy":
         lengths = read_npy(path)

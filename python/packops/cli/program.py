@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the result is the exit status."""
     try:
         arguments = read(sys.argv[1:] if argv is None else argv)
-        status = importlib.import_module(COMMANDS[arguments.command][0]).main(arguments) if arguments else 0
+        if arguments is None:
+            return 0
+        command = importlib.import_module(COMMANDS[arguments.command][0])
+        heed_interrupts()
+        status = command.main(arguments)
         sys.stdout.flush()
         return status
     except BrokenPipeError:  # whoever read our output, head or less, has seen enough
@@ -60,7 +65,7 @@ def early() -> None:
 
 
 def hush_interrupts() -> None:
-    """End by SIGINT without a traceback when Ctrl-C is pressed, also while torch is being imported."""
+    """End by SIGINT without a traceback when Ctrl-C is pressed."""
     previous = sys.excepthook
 
     def hook(kind: Any, error: Any, trace: Any) -> None:
@@ -68,6 +73,15 @@ def hush_interrupts() -> None:
             previous(kind, error, trace)
 
     sys.excepthook = hook
+    # Some libraries catch every exception of what they import, and go on: until torch is there, no exception is raised.
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def heed_interrupts() -> None:
+    """From here on Ctrl-C is an exception again, so that commands tidy up."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def read(argv: Sequence[str]) -> argparse.Namespace | None:
