@@ -630,7 +630,7 @@ def test_in_place_keeps_retained_graphs_right(device):
 
 @pytest.mark.parametrize("form", ["linear_cross_entropy", "vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"])
 def test_every_form_of_the_loss_takes_the_same_options(form):
-    """Each spells them out, for whoever reads its signature; a default that differed in one would be a trap."""
+    """Every signature spells them out; a default that differed in one would be a trap."""
     plain, other = (inspect.signature(getattr(packops, name)).parameters for name in ("cross_entropy", form))
     missing = {"logits"} | ({"return_stats"} - set(other)) | ({"inplace"} if "linear" in form else set())
     shared = {name: str(option) for name, option in plain.items() if name not in missing}

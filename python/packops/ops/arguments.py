@@ -7,8 +7,9 @@ device, and anything that has a truth value for a bool. A call that fails, or ha
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
-from typing import Any, NoReturn
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from .._errors import raise_typed
 
+F = TypeVar("F", bound=Callable[..., Any])
 INTEGERS = (int, np.integer, torch.SymInt)
 NUMBERS = (*INTEGERS, float, np.floating, torch.SymFloat)
 _WANTED = {
@@ -106,3 +108,37 @@ def explain(error: Exception, op: str, kinds: Mapping[str, str], values: Iterabl
     except TypeError as better:
         raise better from None
     raise_typed(error, op)
+
+
+def with_options_of(source: Callable[..., Any], *, without: Iterable[str] = ()) -> Callable[[F], F]:
+    """Decorator of a function whose ``**options`` are the keyword arguments of ``source``, save those it has itself and those
+    ``without``. It gets all of them, defaults filled in; others are a TypeError; and its signature spells them out. Type checkers
+    read ``**options: Unpack[...]``."""
+
+    def decorate(function: F) -> F:
+        own = inspect.signature(function)
+        named = [parameter for parameter in own.parameters.values() if parameter.kind is not parameter.VAR_KEYWORD]
+        absent = {*own.parameters, *without}
+        options = [
+            parameter
+            for parameter in inspect.signature(source).parameters.values()
+            if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in absent
+        ]
+        defaults = {parameter.name: parameter.default for parameter in options}
+        known = {*own.parameters, *defaults}
+
+        @functools.wraps(function)
+        def call(*arguments: Any, **given: Any) -> Any:
+            if not given.keys() <= known:
+                name = next(name for name in given if name not in known)
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+            return function(*arguments, **{**defaults, **given})
+
+        call.__signature__ = own.replace(parameters=[*named, *options])  # type: ignore[attr-defined]
+        types = get_type_hints(source)  # their names mean something where the source is
+        call.__annotations__ = {parameter.name: parameter.annotation for parameter in named}
+        call.__annotations__ |= {parameter.name: types[parameter.name] for parameter in options}
+        call.__annotations__["return"] = own.return_annotation
+        return cast(F, call)
+
+    return decorate

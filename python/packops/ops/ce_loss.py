@@ -325,8 +325,8 @@ def as_num_items(op: str, num_items: Tensor | float | None) -> Tensor | None:
     return torch.tensor(num_items, dtype=torch.float64, device="cpu")  # under torch.device("cuda"), too
 
 
-class CrossEntropyOptions(TypedDict, total=False):
-    """The keyword arguments of :func:`cross_entropy`, for its overloads: ``return_stats`` alone decides what it returns."""
+class LossOptions(TypedDict, total=False):
+    """The keyword arguments that all forms of the loss share."""
 
     cu_seqlens: Tensor | None
     shift: bool
@@ -339,6 +339,11 @@ class CrossEntropyOptions(TypedDict, total=False):
     z_loss: float
     softcap: float | None
     logit_scale: float
+
+
+class CrossEntropyOptions(LossOptions, total=False):
+    """Those of :func:`cross_entropy`, for its overloads: ``return_stats`` alone decides what it returns."""
+
     inplace: bool
 
 

@@ -35,6 +35,7 @@ from .ce_loss import (
     MATHS,
     PREDICTION,
     CrossEntropyStats,
+    LossOptions,
     Reduction,
     as_num_items,
     graph_is_kept,
@@ -73,6 +74,16 @@ KINDS = {
     "main_grad": "Tensor?",
     "return_stats": "bool",
 }
+
+
+class LinearCrossEntropyOptions(LossOptions, total=False):
+    """The keyword arguments of :func:`linear_cross_entropy` that its form over ranks shares."""
+
+    num_valid: int | None
+    chunk_tokens: int | None
+    accum_dtype: torch.dtype
+    logits_dtype: torch.dtype | None
+    main_grad: Tensor | None
 
 
 class LinearCrossEntropyFunction(torch.autograd.Function):

@@ -20,7 +20,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
@@ -77,6 +77,20 @@ DEFAULTS: dict[str, Any] = {
 }
 MATHS = ("logit_scale", "softcap")
 CHUNKS = ("num_valid", "chunk_tokens")
+
+
+class LinearLogProbsOptions(TypedDict, total=False):
+    """The keyword arguments of :func:`linear_log_probs` that its form over ranks shares."""
+
+    cu_seqlens: Tensor | None
+    shift: bool
+    ignore_index: int
+    logit_scale: float
+    softcap: float | None
+    entropy: bool
+    num_valid: int | None
+    chunk_tokens: int | None
+    main_grad: Tensor | None
 
 
 class LinearLogProbs(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.distributed as dist
@@ -15,9 +15,16 @@ from . import autocast, lm_head, vocab_shard
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
 from . import linear_log_probs as lp
-from .arguments import check_types
-from .ce_loss import Reduction, as_num_items
+from .arguments import check_types, with_options_of
+from .ce_loss import as_num_items
 from .derivatives import check_constants, refuse_transforms
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from .ce_loss import CrossEntropyOptions
+    from .linear_ce_loss import LinearCrossEntropyOptions
+    from .linear_log_probs import LinearLogProbsOptions
 
 __all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy", "vocab_parallel_linear_log_probs"]
 
@@ -27,24 +34,14 @@ UNLIKE_SHARDS = "the shards of the vocabulary do not line up:"
 REFUSED = -1  # a rank says so instead of a width
 
 
+@with_options_of(ce.cross_entropy, without=("return_stats",))
 def vocab_parallel_cross_entropy(
     local_logits: Tensor,
     labels: Tensor,
     *,
     group: dist.ProcessGroup | None = None,
     shard_sizes: Sequence[int] | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = False,
-    reduction: Reduction = "mean",
-    num_items: Tensor | float | None = None,
-    ignore_index: int = -100,
-    token_weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    inplace: bool = False,
+    **options: Unpack[CrossEntropyOptions],
 ) -> Tensor:
     """:func:`packops.cross_entropy` of logits whose classes are split over the processes of ``group``.
 
@@ -81,20 +78,9 @@ def vocab_parallel_cross_entropy(
         RuntimeError: ``torch.distributed`` is not initialised.
     """
     op = "vocab_parallel_cross_entropy"
-    options = {
-        "cu_seqlens": cu_seqlens,
-        "shift": shift,
-        "reduction": reduction,
-        "num_items": as_num_items(op, num_items),
-        "ignore_index": ignore_index,
-        "token_weight": token_weight,
-        "class_weight": class_weight,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-    }
-    _check(op, {"local_logits": local_logits, "labels": labels, "inplace": inplace, **options})
+    options["num_items"] = as_num_items(op, options["num_items"])
+    _check(op, {"local_logits": local_logits, "labels": labels, **options})
+    inplace = options.pop("inplace")
     if local_logits.dim() == 0:
         raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
     shard = _shard(local_logits.shape[-1], group, shard_sizes, op, labels)[0]
@@ -107,12 +93,12 @@ def vocab_parallel_cross_entropy(
     except Exception as error:
         raise_typed(error, op)
     if local_logits.is_cuda and _checks.enabled():
-        _checks.raise_bad_rows(
-            labels, cu_seqlens, ints[ce.TARGET], shift=shift, ignore_index=ignore_index, vocab=shard.vocab_size, op=op
-        )
+        rule = {"shift": options["shift"], "ignore_index": options["ignore_index"], "vocab": shard.vocab_size}
+        _checks.raise_bad_rows(labels, options["cu_seqlens"], ints[ce.TARGET], op=op, **cast(Any, rule))
     return loss
 
 
+@with_options_of(linear.linear_cross_entropy, without=("bias", "return_stats"))
 def vocab_parallel_linear_cross_entropy(
     hidden: Tensor,
     local_weight: Tensor,
@@ -121,22 +107,7 @@ def vocab_parallel_linear_cross_entropy(
     group: dist.ProcessGroup | None = None,
     shard_sizes: Sequence[int] | None = None,
     local_bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = False,
-    reduction: Reduction = "mean",
-    num_items: Tensor | float | None = None,
-    ignore_index: int = -100,
-    token_weight: Tensor | None = None,
-    class_weight: Tensor | None = None,
-    label_smoothing: float = 0.0,
-    z_loss: float = 0.0,
-    softcap: float | None = None,
-    logit_scale: float = 1.0,
-    num_valid: int | None = None,
-    chunk_tokens: int | None = None,
-    accum_dtype: torch.dtype = torch.float32,
-    logits_dtype: torch.dtype | None = None,
-    main_grad: Tensor | None = None,
+    **options: Unpack[LinearCrossEntropyOptions],
 ) -> Tensor:
     """:func:`packops.linear_cross_entropy` with the rows of ``weight`` split over the processes of ``group``.
 
@@ -168,39 +139,19 @@ def vocab_parallel_linear_cross_entropy(
             :func:`vocab_parallel_cross_entropy`.
     """
     op = "vocab_parallel_linear_cross_entropy"
-    chunks: dict[str, Any] = {
-        "num_valid": num_valid,
-        "chunk_tokens": chunk_tokens,
-        "accum_dtype": accum_dtype,
-        "logits_dtype": logits_dtype,
-    }
-    options = {
-        "cu_seqlens": cu_seqlens,
-        "shift": shift,
-        "reduction": reduction,
-        "num_items": as_num_items(op, num_items),
-        "ignore_index": ignore_index,
-        "token_weight": token_weight,
-        "class_weight": class_weight,
-        "label_smoothing": label_smoothing,
-        "z_loss": z_loss,
-        "softcap": softcap,
-        "logit_scale": logit_scale,
-    }
+    options["num_items"] = as_num_items(op, options["num_items"])
     head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-    _check(op, {**head, "labels": labels, "main_grad": main_grad, **options, **chunks})
+    _check(op, {**head, "labels": labels, **options})
     hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
+    chunks: dict[str, Any] = {name: cast(Any, options)[name] for name in linear.CHUNKS}
     linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
-    lm_head.check_main_grad(op, main_grad, local_weight, hidden.dtype)
-    tokens = labels.numel()
-    if chunk_tokens is None:  # of the widest shard: ranks that took turns of different length would wait for each other forever
-        compacted = num_valid if num_valid is not None and num_valid < tokens else None
-        copies = 1 if logits_dtype in (None, hidden.dtype) else 3
-        chunks["chunk_tokens"] = lm_head.choose_chunk_tokens(
-            tokens, hidden.shape[-1], max(sizes), num_valid=compacted, copies=copies
+    lm_head.check_main_grad(op, options["main_grad"], local_weight, hidden.dtype)
+    if options["chunk_tokens"] is None:  # of the widest shard: ranks with different turns would wait for each other forever
+        copies = 1 if options["logits_dtype"] in (None, hidden.dtype) else 3
+        options["chunk_tokens"] = lm_head.choose_chunk_tokens(
+            labels.numel(), hidden.shape[-1], max(sizes), num_valid=_compacted(labels, options["num_valid"]), copies=copies
         )
-    options |= {**chunks, "main_grad": main_grad}
     try:
         with torch.autocast(hidden.device.type, enabled=False):
             ops = vocab_shard.linear_ops(_OPS, shard)
@@ -209,6 +160,7 @@ def vocab_parallel_linear_cross_entropy(
         raise_typed(error, op)
 
 
+@with_options_of(lp.linear_log_probs, without=("bias",))
 def vocab_parallel_linear_log_probs(
     hidden: Tensor,
     local_weight: Tensor,
@@ -217,15 +169,7 @@ def vocab_parallel_linear_log_probs(
     group: dist.ProcessGroup | None = None,
     shard_sizes: Sequence[int] | None = None,
     local_bias: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    shift: bool = False,
-    ignore_index: int = -100,
-    logit_scale: float = 1.0,
-    softcap: float | None = None,
-    entropy: bool = True,
-    num_valid: int | None = None,
-    chunk_tokens: int | None = None,
-    main_grad: Tensor | None = None,
+    **options: Unpack[LinearLogProbsOptions],
 ) -> lp.LinearLogProbs:
     """:func:`packops.linear_log_probs` with the rows of ``weight`` split over the processes of ``group``.
 
@@ -248,37 +192,26 @@ def vocab_parallel_linear_log_probs(
             :func:`vocab_parallel_cross_entropy`.
     """
     op = "vocab_parallel_linear_log_probs"
-    options = {
-        "cu_seqlens": cu_seqlens,
-        "shift": shift,
-        "ignore_index": ignore_index,
-        "logit_scale": logit_scale,
-        "softcap": softcap,
-        "entropy": entropy,
-        "num_valid": num_valid,
-        "chunk_tokens": chunk_tokens,
-        "main_grad": main_grad,
-    }
     head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
     _check(op, {**head, "labels": labels, **options})
     hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
     shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
-    lp.check(op, hidden, local_weight, local_bias, labels, options)
-    lm_head.check_main_grad(op, main_grad, local_weight, hidden.dtype)
+    lp.check(op, hidden, local_weight, local_bias, labels, dict(options))
+    lm_head.check_main_grad(op, options["main_grad"], local_weight, hidden.dtype)
     if sum(sizes) > 1 << 24:  # places of shards travel as fp32
         raise ValueError(f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {sum(sizes)}")
-    tokens = labels.numel()
-    if chunk_tokens is None:
-        compacted = num_valid if num_valid is not None and num_valid < tokens else None
-        options["chunk_tokens"] = lp.choose_chunk_tokens(tokens, hidden.shape[-1], max(sizes), hidden.dtype, num_valid=compacted)
+    if options["chunk_tokens"] is None:
+        compacted = _compacted(labels, options["num_valid"])
+        sizes_of_head = (labels.numel(), hidden.shape[-1], max(sizes))
+        options["chunk_tokens"] = lp.choose_chunk_tokens(*sizes_of_head, hidden.dtype, num_valid=compacted)
     try:
         with torch.autocast(hidden.device.type, enabled=False):
             ops = lp.as_ops(lp.forward_and_backward(lp.raw_ops("packops"), op, shard))
             found = _apply(lp.LinearLogProbsFunction.apply, ops, hidden, local_weight, local_bias, labels, options)
     except Exception as error:
         raise_typed(error, op)
-    log_probs, entropies, lse = lp.results(found, labels.shape, entropy)
-    return lp.LinearLogProbs(log_probs, entropies if entropy else None, lse)
+    log_probs, entropies, lse = lp.results(found, labels.shape, options["entropy"])
+    return lp.LinearLogProbs(log_probs, entropies if options["entropy"] else None, lse)
 
 
 _KINDS = {**linear.KINDS, "local_logits": "Tensor", "local_weight": "Tensor", "local_bias": "Tensor?", "inplace": "bool"}
@@ -295,6 +228,10 @@ def _check(op: str, arguments: Mapping[str, Any]) -> None:
 def _cast_head(hidden: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
     """As autocast treats a linear layer."""
     return cast(Any, autocast.lower_precision(hidden.device.type, (hidden, local_weight, local_bias)))
+
+
+def _compacted(labels: Tensor, num_valid: int | None) -> int | None:
+    return num_valid if num_valid is not None and num_valid < labels.numel() else None
 
 
 @torch.compiler.disable(reason="it communicates over a process group")
