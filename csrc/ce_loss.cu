@@ -38,8 +38,12 @@ __global__ void __launch_bounds__(kTile) reduce_kernel(const __grid_constant__ C
   __shared__ float scratch[kTile / 32];
   griddepcontrol_wait();
   float sum = 0;
-  for (int64_t t = threadIdx.x; t < p.rows; t += kTile)
-    sum += p.target[t] == kIgnored ? 0.f : state(p.scale, t) * state(p.row_loss, t);
+#pragma unroll 4
+  for (int64_t t = threadIdx.x; t < p.rows; t += kTile) {
+    // All three are loaded at once: after a branch, the second would wait for the first.
+    const float loss = state(p.scale, t) * state(p.row_loss, t);
+    sum += p.target[t] == kIgnored ? 0.f : loss;
+  }
   sum = block_reduce<kTile>(sum, 0.f, Add<float>{}, scratch);
   if (threadIdx.x == 0) state(p.loss, 0) = sum;
 }
@@ -111,19 +115,30 @@ __global__ void __launch_bounds__(kCombineThreads) combine_kernel(const __grid_c
 // SM load.
 constexpr int kStagedUnroll = 4;
 
+// first_wave: that many blocks start while rows are still being prepared, and guess theirs: the order is not known yet, but without
+// ignored rows it is that of the blocks. Logits are older than the preparation, so they may be read.
 template <typename T, int kFeatures, int kThreads>
-__global__ void __launch_bounds__(kThreads, staged_blocks(kThreads)) staged_kernel(const __grid_constant__ CeLossParams p) {
+__global__ void __launch_bounds__(kThreads, staged_blocks(kThreads))
+    staged_kernel(const __grid_constant__ CeLossParams p, const unsigned first_wave) {
   using Maths = RowMaths<T, kFeatures>;
   using Partial = typename Maths::Partial;
   constexpr int kWarps = kThreads / 32, kStep = kThreads * kVec<T>;
   static_assert(kThreads >= RowPart<T>::kMostHead + kVec<T>);
   auto* kept = dynamic_shared<uint4>();
   __shared__ Partial of_warps[kWarps];
+  const int thread = threadIdx.x, lane = thread % 32;
+  const auto copy = [&](const RowPart<T>& row) {
+    const T* body = row.row + row.column();
+    for (int v = thread; v < row.count; v += kThreads) cp_async_16(kept + v, body + int64_t(v) * kVec<T>);
+  };
+  const bool guesses = blockIdx.x < first_wave;
+  if (guesses) copy(RowPart<T>(p, blockIdx.x, 1, 0));
   griddepcontrol_wait();
   const RowEntry entry = Workspace(p).order[blockIdx.x];
   const int64_t t = entry.row;
   const int32_t y = entry.target;
-  const int thread = threadIdx.x, lane = thread % 32;
+  const bool guessed = guesses && t == blockIdx.x && y >= 0;
+  if (guesses && !guessed) cp_async_wait_all();
   T* out = row_of<T>(p.grad, p.grad_layout, t);
   if (y < 0) {
     if (thread == 0) write_ignored_row(p, t, y);
@@ -131,7 +146,7 @@ __global__ void __launch_bounds__(kThreads, staged_blocks(kThreads)) staged_kern
   }
   const RowPart<T> all(p, t, 1, 0);
   const int64_t column = all.column();
-  for (int v = thread; v < all.count; v += kThreads) cp_async_16(kept + v, all.row + column + int64_t(v) * kVec<T>);
+  if (!guessed) copy(all);
 
   const int64_t edge = all.edge(p.vocab, thread);
   const float edge_raw = edge >= 0 ? to_float(all.row[edge]) : 0.f;
@@ -316,7 +331,10 @@ cudaError_t launch_staged(const CeLossParams& p, const CeLossLaunch& launch, con
   constexpr auto kKernel = staged_kernel<T, kFeatures, kThreads>;
   if (const cudaError_t error = allow_shared<kKernel>(device.index, most_staged_bytes(device)); error != cudaSuccess)
     return error;
-  return launch_with({0, device.overlaps_launches()}, kKernel, unsigned(p.rows), kThreads, launch.shared_bytes, stream, p);
+  const bool overlaps = device.overlaps_launches();
+  const int64_t wave = overlaps ? int64_t(device.multiprocessors) * launch.blocks_per_sm : 0;
+  return launch_with({0, overlaps}, kKernel, unsigned(p.rows), kThreads, launch.shared_bytes, stream, p,
+                     unsigned(std::min(wave, p.rows)));
 }
 
 template <typename T, int kFeatures, bool kGrad>

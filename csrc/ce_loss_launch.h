@@ -80,9 +80,10 @@ enum class CeLossPath {
 
 struct CeLossLaunch {
   CeLossPath path = CeLossPath::streaming;
-  int threads = 0;  // staged
-  int cluster = 1;  // resident: blocks that share a row
-  int stages = 0;   // resident
+  int threads = 0;        // staged
+  int blocks_per_sm = 0;  // staged
+  int cluster = 1;        // resident: blocks that share a row
+  int stages = 0;         // resident
   int shared_bytes = 0;
 };
 
@@ -107,7 +108,9 @@ inline CeLossLaunch choose_ce_loss_launch(const CeLossParams& p, const DeviceLim
   if (grad && row_bytes <= most_staged_bytes(device)) {
     launch.path = CeLossPath::staged;
     launch.shared_bytes = int(row_bytes / 16 * 16);
-    launch.threads = device.shared_per_sm / (launch.shared_bytes + kStagedOverhead) >= 4 ? 128 : 256;
+    const int fitting = device.shared_per_sm / (launch.shared_bytes + kStagedOverhead);
+    launch.threads = fitting >= 4 ? 128 : 256;
+    launch.blocks_per_sm = std::min(fitting, staged_blocks(launch.threads));
     return launch;
   }
   if (!device.has_clusters()) return launch;

@@ -43,7 +43,9 @@ inline constexpr int kNormBlockThreads = 160;
 
 // As choose_rope_launch, but with whole warps of whole heads.
 inline RopeLaunch choose_norm_launch(const RopeParams& p, const DeviceLimits& device) {
-  const int unroll = rope_vector_width(p) * size_of(p.dtype) < 16 ? 1 : 0;  // narrow vectors are rare
+  const int width = rope_vector_width(p);
+  const int most = width * size_of(p.dtype) < 16 ? 1 : 4;  // narrow vectors are rare
+  const int unroll = rope_heads_per_thread(p, rope_lanes(p, width), device, most);
   RopeLaunch launch = choose_rope_launch(p, device, unroll, kNormBlockThreads);
   const auto power_of_two = [](int x) { return (x & (x - 1)) == 0; };
   while (!power_of_two(launch.lanes_per_block)) launch.lanes_per_block++;

@@ -19,7 +19,8 @@
 namespace packops {
 namespace {
 
-template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll>
+// kPlain: see RopeLaunch::plain.
+template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll, bool kPlain>
 __global__ void __launch_bounds__(kRopeMostThreads, 1)
     rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
   // M-RoPE: cosines, then sines, of each token's lanes. cu_seqlens: the start of each token's document.
@@ -28,7 +29,7 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
   auto* start_of = reinterpret_cast<int64_t*>(numbers + 2 * sines);
 
   int lane = threadIdx.x, chunk = blockIdx.y;
-  if (launch.lane_chunks > 1) {
+  if (!kPlain && launch.lane_chunks > 1) {
     lane += chunk % launch.lane_chunks * blockDim.x;
     chunk /= launch.lane_chunks;
   }
@@ -37,16 +38,19 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
   const int slot = chunk * launch.slots_per_block + slot_in_block;
   const int64_t first = int64_t(blockIdx.x) * launch.tokens_per_block;
   const RopeToken at{first_batch + blockIdx.z, first + local};
-  const bool active = at.token < p.tokens && slot < launch.slots && lane < launch.lanes;
-  const RopeLane place = rope_lane<W, kInterleaved>(p, lane, launch.lanes);
-  const RopeSlot heads = rope_slot(p, launch, slot);
+  const bool active = at.token < p.tokens && slot < launch.slots && (kPlain || lane < launch.lanes);
+  const int turning = p.rotary_offset + lane * W;
+  const RopeLane place =
+      kPlain ? RopeLane{turning, turning + p.rotary_dim / 2, true, true} : rope_lane<W, kInterleaved>(p, lane, launch.lanes);
+  const RopeSlots<T, kPlain> heads(p, launch, slot);
   Vec<T, W> a[kUnroll], b[kUnroll];
   if (active) {
-    const T* x = head_in<T>(heads.side, at, heads.head);
+    const T* x = heads.input(p, at);
+    const int64_t step = heads.input_step(p);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
-      if (u < heads.count) a[u].load_streaming(x + u * heads.side.in_head + place.a);
-      if (u < heads.count && place.has_b) b[u].load_streaming(x + u * heads.side.in_head + place.b);
+      if (heads.has(u)) a[u].load(x + u * step + place.a);
+      if (heads.has(u) && place.has_b) b[u].load(x + u * step + place.b);
     }
   }
 
@@ -68,7 +72,8 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
   if (position.outside() && p.in_place) return;
 
   if (place.turns && !position.outside()) {
-    coefficients.load(p, at, position, lane, shared);
+    if constexpr (kPlain) coefficients.load_rows(p, at, position, lane, {p.table_dtype, true, 1});
+    else coefficients.load(p, at, position, lane, shared);
 #pragma unroll
     for (int u = 0; u < kUnroll; u++) {
       if (coefficients.bad) {
@@ -85,11 +90,12 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
     }
   }
 
-  T* y = head_out<T>(heads.side, at, heads.head);
+  T* y = heads.output(p, at);
+  const int64_t step = heads.output_step(p);
 #pragma unroll
   for (int u = 0; u < kUnroll; u++) {
-    if (u < heads.count) a[u].store_streaming(y + u * heads.side.out_head + place.a);
-    if (u < heads.count && place.has_b) b[u].store_streaming(y + u * heads.side.out_head + place.b);
+    if (heads.has(u)) a[u].store(y + u * step + place.a);
+    if (heads.has(u) && place.has_b) b[u].store(y + u * step + place.b);
   }
 }
 
@@ -98,11 +104,14 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_unrolled(const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   constexpr int kMost = rope_max_unroll(W * sizeof(T));
+  if constexpr (W * sizeof(T) == 16 && !kMrope)
+    if (launch.plain && launch.unroll == 2)
+      return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 2, true>>(p, p, launch, stream);
   if constexpr (kMost >= 4)
-    if (launch.unroll == 4) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 4>>(p, p, launch, stream);
+    if (launch.unroll == 4) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 4, false>>(p, p, launch, stream);
   if constexpr (kMost >= 2)
-    if (launch.unroll == 2) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 2>>(p, p, launch, stream);
-  launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 1>>(p, p, launch, stream);
+    if (launch.unroll == 2) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 2, false>>(p, p, launch, stream);
+  launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 1, false>>(p, p, launch, stream);
 }
 
 template <typename T, bool kInterleaved, bool kMrope>

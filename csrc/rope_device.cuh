@@ -180,6 +180,40 @@ __device__ inline RopeSlot rope_slot(const RopeParams& p, const RopeLaunch& laun
   return {side, head, min(launch.unroll, int(side.heads) - head), is_q};
 }
 
+// The heads of a thread of rope_kernel: one of q or k, and those `slots of that side` further on, so that neighbouring threads
+// have neighbouring heads. q or k is chosen number by number: choosing a struct would load its members by a pointer, one more
+// latency before the first head. kNarrow: strides fit into 31 bits, so a product is one instruction.
+template <typename T, bool kNarrow>
+struct RopeSlots {
+  using Stride = std::conditional_t<kNarrow, int32_t, int64_t>;
+  bool is_q;
+  int slot, slots, heads;
+
+  __device__ RopeSlots(const RopeParams& p, const RopeLaunch& launch, int of_token)
+      : is_q(of_token < launch.q_slots),
+        slot(is_q ? of_token : of_token - launch.q_slots),
+        slots(is_q ? launch.q_slots : launch.slots - launch.q_slots),
+        heads(is_q ? int(p.q.heads) : int(p.k.heads)) {}
+  __device__ bool has(int u) const { return slot + u * slots < heads; }
+  __device__ const T* input(const RopeParams& p, RopeToken at) const {
+    const auto* q = static_cast<const T*>(p.q.in) + at.batch * p.q.in_batch;
+    const auto* k = static_cast<const T*>(p.k.in) + at.batch * p.k.in_batch;
+    return (is_q ? q : k) + (times(at.token, is_q ? p.q.in_token : p.k.in_token) + times(slot, is_q ? p.q.in_head : p.k.in_head));
+  }
+  __device__ T* output(const RopeParams& p, RopeToken at) const {
+    auto* q = static_cast<T*>(p.q.out) + at.batch * p.q.out_batch;
+    auto* k = static_cast<T*>(p.k.out) + at.batch * p.k.out_batch;
+    return (is_q ? q : k) +
+           (times(at.token, is_q ? p.q.out_token : p.k.out_token) + times(slot, is_q ? p.q.out_head : p.k.out_head));
+  }
+  // Elements from one of the thread's heads to the next.
+  __device__ int64_t input_step(const RopeParams& p) const { return times(slots, is_q ? p.q.in_head : p.k.in_head); }
+  __device__ int64_t output_step(const RopeParams& p) const { return times(slots, is_q ? p.q.out_head : p.k.out_head); }
+
+ private:
+  static __device__ int64_t times(int64_t count, int64_t stride) { return int64_t(Stride(count)) * Stride(stride); }
+};
+
 template <typename T>
 __device__ inline const T* head_in(const RopeHeads& side, RopeToken at, int head) {
   return static_cast<const T*>(side.in) + at.batch * side.in_batch + at.token * side.in_token + head * side.in_head;
@@ -223,20 +257,26 @@ struct RopeCoefficients {
 
   static __device__ int first_pair(const RopeParams& p, int lane, int run) { return lane * kRun + run * (p.rotary_dim / 4); }
 
+  static __device__ TableFormat format(const RopeParams& p) {
+    return TableFormat::of<kRun>(p.table_dtype, reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin),
+                                 p.cos_batch | p.cos_row | p.sin_batch | p.sin_row, p.table_step);
+  }
+
   // position: not outside. With M-RoPE the numbers come from shared memory, where share() put them before a barrier.
   __device__ void load(const RopeParams& p, RopeToken at, const RopePosition<false>& position, int lane, RopeShared) {
+    load_rows(p, at, position, lane, format(p));
+  }
+  __device__ void load_rows(const RopeParams& p, RopeToken at, const RopePosition<false>& position, int lane,
+                            TableFormat format) {
     const int64_t row = position.row[0];
     bad = row == kBad;
     if (bad) return;
     constexpr int kRuns = W / kRun;
-    const TableFormat format =
-        TableFormat::of<kRun>(p.table_dtype, reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin),
-                              p.cos_batch | p.cos_row | p.sin_batch | p.sin_row, p.table_step);
     const int64_t batch = p.per_token_table ? at.batch : 0, cos_base = batch * p.cos_batch, sin_base = batch * p.sin_batch;
     TableRun<kRun> cos_run[kRuns], sin_run[kRuns];
 #pragma unroll
     for (int r = 0; r < kRuns; r++) {
-      const int column = first_pair(p, lane, r) * p.table_step;
+      const int column = first_pair(p, lane, r) * format.step;
       cos_run[r].load(p.cos, format, cos_base + row * p.cos_row + column);
       sin_run[r].load(p.sin, format, sin_base + row * p.sin_row + column);
     }

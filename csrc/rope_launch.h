@@ -27,6 +27,7 @@ struct RopeLaunch {
   int tokens_per_block = 1;
   bool token_inner = false;  // thread order lanes, tokens, slots: for layouts with tokens closer together than heads
   int64_t token_blocks = 0;  // per batch row
+  bool plain = false;        // see rope_is_plain
 
   PACKOPS_HOST_DEVICE int threads() const { return lanes_per_block * slots_per_block * tokens_per_block; }
 };
@@ -61,29 +62,51 @@ inline int rope_vector_width(const RopeParams& p) {
 // The most heads per thread that the kernel is compiled for. Fewer for narrow vectors, which are rare.
 constexpr int rope_max_unroll(int vector_bytes) { return vector_bytes == 16 ? 4 : vector_bytes == 8 ? 2 : 1; }
 
+// What models nearly always have, and what a kernel with half the instructions takes: vectors of 16 bytes, every lane turns, rows of
+// the table are aligned vectors, too, and strides fit into 31 bits.
+inline bool rope_is_plain(const RopeParams& p, const RopeLaunch& launch) {
+  const int run = p.interleaved ? launch.width / 2 : launch.width, number = size_of(p.table_dtype);
+  const uint64_t table = uint64_t(reinterpret_cast<uintptr_t>(p.cos) | reinterpret_cast<uintptr_t>(p.sin)) |
+                         uint64_t((p.cos_batch | p.cos_row | p.sin_batch | p.sin_row) * number);
+  const int64_t strides = p.q.in_token | p.q.in_head | p.q.out_token | p.q.out_head | p.k.in_token | p.k.in_head | p.k.out_token |
+                          p.k.out_head | p.tokens;
+  return launch.width * size_of(p.dtype) == 16 && launch.lanes * launch.width * 2 == p.rotary_dim && launch.lane_chunks == 1 &&
+         !p.mrope && p.table_dtype != DType::f64 && p.table_step == 1 && table % std::min(run * number, 16) == 0 &&
+         strides >> 31 == 0;
+}
+
+// Of a head: pairs of vectors that turn, then pairs that only pass through.
+inline int rope_lanes(const RopeParams& p, int width) {
+  const int passing = p.in_place ? 0 : (p.head_dim - p.rotary_dim) / width;
+  return p.rotary_dim / 2 / width + (passing + 1) / 2;
+}
+
+// More heads per thread keep more bytes in flight and read the table less often. With little work, more threads are better: four
+// heads only if each SM still gets 8 x 512 threads, two if 2 x 1024.
+inline int rope_heads_per_thread(const RopeParams& p, int lanes, const DeviceLimits& device, int most) {
+  const int64_t work = p.batch * p.tokens * (p.q.heads + p.k.heads) * lanes / device.multiprocessors;
+  return std::min(work >= 8 * 512 * 4 ? 4 : work >= 2 * 1024 * 2 ? 2 : 1, most);
+}
+
+// Two heads per thread and small blocks: an SM has many of them, whose loads, arithmetic and stores overlap. With M-RoPE the threads
+// of a token look up its sines and cosines together, so they take more heads.
 // unroll, block_threads: 0 lets the function choose. token_inner: -1 likewise.
 inline RopeLaunch choose_rope_launch(const RopeParams& p, const DeviceLimits& device, int unroll = 0, int block_threads = 0,
                                      int token_inner = -1) {
   const auto parts = [](int64_t all, int64_t part) { return int((all + part - 1) / part); };
   RopeLaunch launch;
   launch.width = rope_vector_width(p);
-  const int passing = p.in_place ? 0 : (p.head_dim - p.rotary_dim) / launch.width;
-  launch.lanes = p.rotary_dim / 2 / launch.width + (passing + 1) / 2;
-  const int64_t heads = p.q.heads + p.k.heads;
-
-  // More heads per thread keep more bytes in flight and read the table less often. With little work, more threads are better:
-  // four heads only if each SM still gets 8 x 512 threads, two if 2 x 1024.
-  const int64_t work = p.batch * p.tokens * heads * launch.lanes / device.multiprocessors;
-  const int fitting = work >= 8 * 512 * 4 ? 4 : work >= 2 * 1024 * 2 ? 2 : 1;
-  launch.unroll = std::min(unroll ? unroll : fitting, rope_max_unroll(launch.width * size_of(p.dtype)));
+  launch.lanes = rope_lanes(p, launch.width);
+  launch.unroll = std::min(unroll ? unroll : rope_heads_per_thread(p, launch.lanes, device, p.mrope ? 4 : 2),
+                           rope_max_unroll(launch.width * size_of(p.dtype)));
   launch.q_slots = parts(p.q.heads, launch.unroll);
   launch.slots = std::max(launch.q_slots + parts(p.k.heads, launch.unroll), 1);
-  const int most = block_threads ? block_threads : 256;
+  launch.token_inner = token_inner < 0 ? p.tokens > 1 && p.q.heads > 1 && p.q.in_token < p.q.in_head : token_inner != 0;
+  const int most = block_threads ? block_threads : launch.token_inner || p.mrope ? 256 : 160;
 
   launch.lane_chunks = parts(launch.lanes, most);
   launch.lanes_per_block = parts(launch.lanes, launch.lane_chunks);
   constexpr int kInnerTokens = 8;
-  launch.token_inner = token_inner < 0 ? p.tokens > 1 && p.q.heads > 1 && p.q.in_token < p.q.in_head : token_inner != 0;
   launch.token_inner &= launch.lanes_per_block * kInnerTokens <= most;
   const int tokens = launch.token_inner ? kInnerTokens : 1;
   // Slots are a block's second or third dimension, and the third is limited to 64.
@@ -98,6 +121,7 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, const DeviceLimits& de
       launch.tokens_per_block = n;
   launch.tokens_per_block = std::max(launch.tokens_per_block, parts(32, threads));
   launch.token_blocks = (p.tokens + launch.tokens_per_block - 1) / launch.tokens_per_block;
+  launch.plain = rope_is_plain(p, launch);
   return launch;
 }
 

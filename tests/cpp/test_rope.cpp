@@ -371,7 +371,7 @@ CASE(a_launch_for_mrope_shares_cosines_and_sines) {
   const int32_t cu_seqlens[] = {0, 16384};
   CHECK_EQ(rope_shared_bytes(p, choose_rope_launch(p, kDevice)), 0);
   p.axis.cu_seqlens = cu_seqlens;
-  CHECK_EQ(rope_shared_bytes(p, choose_rope_launch(p, kDevice)), 2 * 8);
+  CHECK_EQ(rope_shared_bytes(p, choose_rope_launch(p, kDevice)), 8);
   p.mrope = true;
   const RopeLaunch launch = choose_rope_launch(p, kDevice);
   CHECK_EQ(launch.unroll, 4);
@@ -384,7 +384,7 @@ CASE(a_launch_for_mrope_shares_cosines_and_sines) {
 CASE(a_launch_prefers_threads_where_work_is_scarce) {
   CHECK_EQ(choose_rope_launch(dense(16, 32, 8, 128, 128, 0, 0, false, false), kDevice).unroll, 1);
   CHECK_EQ(choose_rope_launch(dense(4096, 32, 8, 128, 128, 0, 0, false, false), kDevice).unroll, 2);
-  CHECK_EQ(choose_rope_launch(dense(16384, 32, 8, 128, 128, 0, 0, false, false), kDevice).unroll, 4);
+  CHECK_EQ(choose_rope_launch(dense(16384, 32, 8, 128, 128, 0, 0, false, false), kDevice).unroll, 2);
   CHECK_EQ(choose_rope_launch(dense(16384, 32, 8, 128, 128, 0, 8, false, false), kDevice).unroll, 2);  // narrow vectors
   CHECK(choose_rope_launch(dense(4096, 32, 8, 128, 128, 0, 0, false, true), kDevice).token_inner);
   CHECK(!choose_rope_launch(dense(4096, 32, 8, 128, 128, 0, 0, false, false), kDevice).token_inner);
@@ -394,7 +394,7 @@ CASE(a_launch_leaves_few_threads_idle) {
   auto launch = [](int64_t q_heads, int64_t k_heads, int head_dim, int64_t tokens = 16384) {
     return choose_rope_launch(dense(tokens, q_heads, k_heads, head_dim, head_dim, 0, 0, false, false), kDevice);
   };
-  CHECK_EQ(launch(32, 8, 128).threads(), 160);  // two tokens of 80 threads are five warps; three would be seven and a half
-  CHECK_EQ(launch(64, 8, 128).threads(), 144);  // one token: no larger number fits
-  CHECK_EQ(launch(16, 16, 64).threads(), 256);  // eight tokens of a warp
+  CHECK_EQ(launch(32, 8, 128).threads(), 160);  // one token
+  CHECK_EQ(launch(64, 8, 128).threads(), 144);  // half a token
+  CHECK_EQ(launch(16, 16, 64).threads(), 128);  // two tokens of two warps
 }

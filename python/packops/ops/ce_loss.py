@@ -465,7 +465,7 @@ def cross_entropy(
     return (loss, stats_of(labels.shape, *state)) if return_stats else loss
 
 
-_PLAIN: tuple[Any, ...] = tuple(cross_entropy.__kwdefaults__[name] for name in _PLAIN_NAMES)
+_PLAIN: tuple[Any, ...] = tuple((cross_entropy.__kwdefaults__ or {})[name] for name in _PLAIN_NAMES)
 _PLAIN_TYPES = tuple(map(type, _PLAIN))
 
 
