@@ -81,6 +81,17 @@ def test_layouts_of_toolkits(no_cuda, monkeypatch, tmp_path, folder):
     assert _build.cuda_libraries(home) == home / folder
 
 
+def test_the_toolkit_of_pips_packages_is_found(no_cuda, monkeypatch, tmp_path):
+    """nvidia-cuda-nvcc and its kin, in this environment: no root is needed, and nothing has to be set."""
+    home = fake_toolkit(tmp_path / "site-packages" / "nvidia" / "cu13")
+    (home / "lib64").rename(home / "lib")
+    assert _build.choose_cuda_home() is None
+    monkeypatch.setattr(sys, "path", [*sys.path, str(tmp_path / "site-packages")])
+    assert _build.choose_cuda_home() == home
+    (home / "bin" / "nvcc").unlink()  # torch brings the libraries, not the compiler
+    assert _build.choose_cuda_home() is None
+
+
 def test_a_bad_cuda_home_is_an_error(no_cuda, monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "absent"))
     with pytest.raises(RuntimeError, match=r"CUDA_HOME=.*absent is no CUDA toolkit.*PACKOPS_CUDA=0 builds without CUDA"):

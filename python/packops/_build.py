@@ -99,12 +99,14 @@ def is_toolkit(home: Path) -> bool:
 
 
 def find_cuda_home() -> Path | None:
-    """The CUDA toolkit that has an nvcc: $CUDA_HOME, then the PATH, then /usr/local/cuda."""
+    """The CUDA toolkit that has an nvcc: $CUDA_HOME, then the PATH, then /usr/local/cuda, then pip's packages."""
     on_path = shutil.which("nvcc")
     candidates = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
     if on_path:
         candidates.append(str(Path(on_path).resolve().parents[1]))
     candidates.append("/usr/local/cuda")
+    for folder in sys.path:
+        candidates += sorted(map(str, Path(folder, "nvidia").glob("cu[0-9]*")), reverse=True)
     for home in candidates:
         if home and is_toolkit(Path(home)):
             return Path(home)
