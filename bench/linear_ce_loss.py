@@ -175,8 +175,7 @@ def peer_candidates(problem: Problem, wanted: dict[str, peers.Peer]) -> dict[str
         return lambda hidden, weight, labels: Loss.apply(hidden, weight, labels)
 
     def quack(scaled_exp: bool) -> LossOf:
-        from quack.linear_cross_entropy import chunked_linear_cross_entropy as loss
-
+        loss = peers.quack("linear_cross_entropy").chunked_linear_cross_entropy
         return lambda hidden, weight, labels: loss(hidden, weight, labels, use_scaled_exp=scaled_exp)
 
     makers: dict[str, Callable[[], LossOf]] = {

@@ -1,5 +1,7 @@
 """packops.hf.log_probs: every document as the model alone would score it, without logits."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -74,3 +76,46 @@ def test_what_is_refused():
     with pytest.raises(TypeError):
         hf.log_probs(model, batch, nonsense=object(), input_ids=3)
     assert model.loss_function is loss_function  # put back when the forward fails
+
+
+def recipe():
+    """The class that docs/hugging_face.md puts in the place of TRL's function."""
+    text = (Path(__file__).resolve().parents[1] / "docs" / "hugging_face.md").read_text()
+    block = text.split("class LogProbs:")[1].split("\n\n\n")[0]
+    scope = {"packops": packops, "torch": torch}
+    exec("class LogProbs:" + block, scope)
+    return scope["LogProbs"]
+
+
+@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}], ids=str)
+def test_recipe_for_trl(monkeypatch, options):
+    """What TRL's trainers ask its head for is the same from TRL's function and from the recipe, gradients too."""
+    utils = pytest.importorskip("trl.trainer.utils")
+    asked = ("log_probs", "entropy", "mean_logits", "is_top1")
+    ids = torch.randint(0, 99, (3, 17))
+    labels = ids.clone()
+    labels[:, :4] = -100
+    with torch.no_grad():
+        labels[:, 8] = llama()(input_ids=ids).logits[:, 7].argmax(-1)
+    found = []
+    for replaced in (False, True):
+        model = llama()
+        utils.add_fused_lm_head(model, outputs=asked, **options)
+        if replaced:
+            monkeypatch.setattr(utils, "_ChunkedLogProbFunction", recipe())
+        made = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        made.is_top1[0, 5]  # a tensor, as the trainers want it
+        (made.log_probs.sum() + 0.3 * made.entropy.sum() + made.loss).backward()
+        found.append([getattr(made, name).detach().float() for name in (*asked, "loss")] + [p.grad for p in model.parameters()])
+    assert found[0][3].sum() > 0  # some labels are the most likely
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "arguments", [(0.7, 64, 5.0, 1.0, ()), (1.0, 64, None, 1.0, ("log_sum_sq_probs",)), (1.0, 64, 5.0, 1.0, ("mean_logits",))]
+)
+def test_recipe_for_trl_refuses_what_it_cannot(arguments):
+    hidden, weight, labels = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
+    with pytest.raises(NotImplementedError):
+        recipe().apply(hidden, weight, None, labels, *arguments)

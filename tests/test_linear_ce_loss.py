@@ -481,6 +481,32 @@ def test_chunk_sizes_of_the_smallest():
         assert c >= min(tokens, MIN_ROWS // 2)
 
 
+@pytest.mark.parametrize(
+    "tokens, dtype, options, keeps",
+    [
+        (8192, torch.bfloat16, {}, True),
+        (12602, torch.bfloat16, {}, True),  # up to 4 * 4096 / (2 * 0.65)
+        (12604, torch.bfloat16, {}, False),
+        (16384, torch.bfloat16, {"num_valid": 8192}, True),
+        (8192, torch.bfloat16, {"accum_dtype": torch.bfloat16}, False),
+        (4096, torch.bfloat16, {"accum_dtype": torch.bfloat16}, True),
+        (8192, torch.bfloat16, {"chunk_tokens": 4096}, False),
+        (8192, torch.float16, {"chunk_tokens": 8192}, True),
+        (8192, torch.bfloat16, {"logits_dtype": torch.float32}, False),
+        (64, torch.float32, {}, False),
+    ],
+    ids=str,
+)
+def test_logits_are_kept_where_they_take_no_more_memory(tokens, dtype, options, keeps):
+    hidden = torch.empty(2, tokens // 2, 4096, dtype=dtype, device="meta")
+    options = {"num_valid": None, "chunk_tokens": None, "accum_dtype": None, "logits_dtype": None, **options}
+    assert linear_ce_chunks.keeps_logits(hidden, **options) is keeps
+    if keeps:
+        rows = options["num_valid"] or tokens
+        accumulator = 2 if options["accum_dtype"] else 4
+        assert 2 * rows <= 0.35 * 2 * rows + accumulator * 4096
+
+
 class Recorder(TorchDispatchMode):
     """What the loop allocates, at most at once in any tensor, and which matrix products it makes."""
 

@@ -295,6 +295,26 @@ def test_no_memory_grows_with_tokens_times_vocabulary(dtype):
     assert peaks[1] - peaks[0] <= 768 * 200
 
 
+@pytest.mark.parametrize("vocab", [1, 7, 1000, 1024, 5000, 32000, 50257, 128256, 151936, 256000, 1 << 21])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_blocks_of_the_vocabulary(vocab, copies):
+    """All columns, in blocks of even size, which are whole tiles and take no more than a share of all logits, or 1024 columns."""
+    head = module.lm_head
+    columns = head.choose_block_columns(vocab, copies=copies)
+    blocks = list(head.column_blocks(vocab, columns))
+    assert [b.start for b in blocks] == [0, *(b.stop for b in blocks[:-1])]
+    assert blocks[-1].stop == vocab
+    assert columns <= max(head.LOGITS_SHARE * vocab / copies, head.MIN_ROWS)
+    assert columns <= head.MAX_COLUMNS
+    if columns < vocab:
+        assert columns % head.TILE_COLUMNS == 0
+        assert vocab - blocks[-1].start > columns - len(blocks) * head.TILE_COLUMNS
+    for rows, chunk_tokens in ((1, 1), (300, 7), (300, 299), (300, 1000)):
+        columns = module.block_columns(rows, vocab, torch.float32, False, chunk_tokens)
+        assert 1 <= columns <= vocab
+        assert rows * columns < chunk_tokens * vocab + 8 * rows
+
+
 def test_chunk_sizes():
     """Rows of fp32 logits take twice the memory, and their 16-bit gradient more."""
     loss = module.lm_head.choose_chunk_tokens(16384, 4096, 128256)
