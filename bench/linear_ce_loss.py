@@ -1,4 +1,4 @@
-"""lm_head and loss with both gradients, against eager, torch.compile, Liger's two, Apple CCE, QuACK's two and torch's own loop.
+"""lm_head and loss with both gradients, against eager, torch.compile, Liger, Apple CCE, QuACK and torch's own loop.
 
     packops bench linear-cross-entropy                          # everything; about four minutes on an H200
     packops bench linear-cross-entropy --shape 8192 4096 128256 # tokens, hidden size, vocabulary
