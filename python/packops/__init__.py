@@ -16,7 +16,8 @@ from . import _loader
 from ._version import __version__
 
 _C: _types.ModuleType = _loader.load()
-has_cuda: bool = bool(_C.build_info()["cuda"])  #: whether this build has the CUDA kernels; a GPU is another question
+has_cuda: bool = bool(_C.build_info()["cuda"])
+"""Whether this build has the CUDA kernels. Whether there is a GPU is another question."""
 
 # The native ops must be there before the modules that bind and use them.
 from . import ops  # noqa: E402
@@ -78,6 +79,7 @@ __all__ = [
     "document_sums",
     "gated_activation",
     "gated_linear",
+    "has_cuda",
     "linear_cross_entropy",
     "linear_log_probs",
     "loss_normalizer",
