@@ -176,7 +176,13 @@ def test_the_layout_for_the_kernels_hub(tmp_path):
     assert all((tmp_path / "hub" / name).is_file() for name in listed)
     there = {p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")}
     assert there - listed == {"csrc/bindings.cpp"}
-    assert not any(name.endswith(".cu") for name in layout["kernel"]["packops_cpu"]["src"])
+    assert {name for name in there if name.startswith("csrc/torch/")} <= set(layout["kernel"]["packops"]["src"])
+    kernels = layout["kernel"]
+    assert not any(name.endswith(".cu") for name in kernels["packops_cpu"]["src"])
+    assert sorted(layout["general"]["backends"]) == sorted(kernel["backend"] for kernel in kernels.values())
+    assert layout["torch"]["stable-abi"] == "2.10"
+    # What the flags of a kernel are not for must not need them: the namespace, C++20, CUDA.
+    assert layout["torch"]["src"] == ["torch-ext/torch_binding.cpp"]
     for kernel in layout["kernel"].values():
         assert "-DPACKOPS_NAMESPACE=TORCH_EXTENSION_NAME" in kernel["cxx-flags"]
     assert (tmp_path / "hub" / "torch-ext" / "packops" / "__init__.py").is_file()

@@ -3,8 +3,9 @@
     python tools/kernels_hub.py [FOLDER]
 
 The hub builds the sources itself, against the stable ABI, and gives every build a namespace of its own, which packops takes as
-PACKOPS_NAMESPACE (csrc/torch/register.h). The Python half is thin: the raw ops, without the gradients and fake kernels of the
-package. Nothing here runs the hub's builder: it needs Nix and a network.
+PACKOPS_NAMESPACE (csrc/torch/register.h). Flags belong to a kernel there, so the torch glue is among each kernel's sources. The
+Python half is thin: the raw ops, without the gradients and fake kernels of the package. Nothing here runs the hub's builder: it
+needs Nix and a network.
 """
 
 from __future__ import annotations
@@ -25,6 +26,12 @@ from ._ops import ops
 
 __all__ = ["ops"]
 '''
+# The builder writes registration.h. Loading the library registers the ops; this makes it a module, which can be imported.
+BINDING = """\
+#include "registration.h"
+
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+"""
 
 
 def version() -> str:
@@ -43,11 +50,8 @@ def listing(paths: list[Path]) -> str:
 def build_toml() -> str:
     """``build.toml``: the torch glue, the kernels of the CPU and those of CUDA, with the flags of csrc/build.json."""
     config = json.loads((CSRC / "build.json").read_text())
-    headers = [path for suffix in ("h", "cuh") for path in CSRC.rglob(f"*.{suffix}")]
-    glue = [*(CSRC / "torch").glob("*.cpp"), *(CSRC / "torch").glob("*.h")]
-    host = [path for folder in (CSRC, CSRC / "common") for path in folder.glob("*.cpp") if path.name != "bindings.cpp"]
-    device = [path for folder in (CSRC, CSRC / "common") for path in folder.glob("*.cu")]
-    kernel_headers = [path for path in headers if path.parent != CSRC / "torch"]
+    shared = [path for path in CSRC.rglob("*") if path.suffix in (".cpp", ".h", ".cuh") and path.name != "bindings.cpp"]
+    device = list(CSRC.rglob("*.cu"))
     capabilities = [item.removesuffix("+PTX") for item in config["cuda_arch_list"].split(";")]
     config["defines"].append("PACKOPS_NAMESPACE=TORCH_EXTENSION_NAME")  # of this build, as the hub's builder defines it
     cxx = [*config["cxx_flags"], *(f"-D{define}" for define in config["defines"])]
@@ -56,12 +60,12 @@ def build_toml() -> str:
 # Made by tools/kernels_hub.py from csrc/ of packops {version()}.
 [general]
 name = "packops"
-universal = false
+version = 1
+backends = ["cuda", "cpu"]
 
 [torch]
-src = {listing(glue)}
-include = ["csrc"]
-minver = "2.10"
+stable-abi = "2.10"
+src = ["torch-ext/torch_binding.cpp"]
 
 [kernel.packops]
 backend = "cuda"
@@ -70,14 +74,14 @@ cuda-capabilities = {json.dumps(capabilities)}
 include = ["csrc"]
 cxx-flags = {json.dumps(cxx)}
 cuda-flags = {json.dumps(nvcc)}
-src = {listing([*host, *device, *kernel_headers])}
+src = {listing([*shared, *device])}
 
 [kernel.packops_cpu]
 backend = "cpu"
 depends = ["torch"]
 include = ["csrc"]
 cxx-flags = {json.dumps(cxx)}
-src = {listing([*host, *kernel_headers])}
+src = {listing(shared)}
 """
 
 
@@ -89,6 +93,7 @@ def write(folder: Path) -> None:
     package = folder / "torch-ext" / "packops"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(PACKAGE)
+    (package.parent / "torch_binding.cpp").write_text(BINDING)
     (folder / "build.toml").write_text(build_toml())
     for name in ("LICENSE", "README.md"):
         shutil.copy(ROOT / name, folder)
