@@ -454,3 +454,18 @@ def test_masks_as_older_versions_of_transformers_ask_for_them():
     )
     new = attention.packed_mask(1, 5, 5, mask_function=causal_mask_function)
     assert (old.causal, old.window, old.padding) == (new.causal, new.window, new.padding) == (True, None, None)
+
+
+def test_replicas_of_data_parallel_are_refused():
+    """torch.nn.DataParallel scatters a batch of one row: the row is whole, and cu_seq_lens_q is cut."""
+    model = packops.hf.apply(build("llama"), attention="packops_varlen")
+    inputs = packed(documents_of())
+    names, tensors = zip(*((name, x) for name, x in inputs.items() if isinstance(x, torch.Tensor)), strict=True)
+    pieces = {name: x.chunk(2, dim=0) for name, x in zip(names, tensors, strict=True)}
+    assert len(pieces["input_ids"]) == 1
+    assert len(pieces["cu_seq_lens_q"]) == 2
+    for module in model.modules():  # as torch marks them
+        module._is_replica = True
+    assert "_is_replica" in vars(torch.nn.Linear(1, 1)._replicate_for_data_parallel())
+    with pytest.raises(ValueError, match="DataParallel cuts cu_seq_lens_q"):
+        model(**{**inputs, **{name: parts[0] for name, parts in pieces.items()}})

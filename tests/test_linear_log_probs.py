@@ -2,7 +2,6 @@
 
 import itertools
 import math
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -530,7 +529,7 @@ def test_what_must_be_plain_and_on_the_host():
     with pytest.raises(TypeError, match="num_valid must be an int on the host"):
         packops.linear_log_probs(hidden, weight, labels, num_valid=torch.tensor(3))
     with pytest.raises(TypeError, match=r"weight must be a plain tensor, got a DTensor"):
-        packops.linear_log_probs(hidden, SimpleNamespace(full_tensor=lambda: weight), labels)
+        packops.linear_log_probs(hidden, type("Sharded", (type("DTensor", (), {}),), {})(), labels)
 
 
 @pytest.mark.gpu

@@ -301,7 +301,8 @@ def packed_attention(
         (B, S, heads, head_dim), and None for the attention weights, which are never computed.
 
     Raises:
-        ValueError: documents that are not known, or said twice in different ways.
+        ValueError: documents that are not known, or said twice in different ways; boundaries in a replica of
+            ``torch.nn.DataParallel``, which has cut them.
         NotImplementedError: position biases, attention weights.
     """
     for name in ("position_bias", "output_attentions", "head_mask"):
@@ -309,6 +310,11 @@ def packed_attention(
         if argument is not None and argument is not False:
             raise NotImplementedError(f"{NAME} has no {name}")
     known = cu_seq_lens_q is not None or cu_seq_lens_k is not None
+    if known and "_is_replica" in vars(module):
+        raise ValueError(
+            f"{NAME}: torch.nn.DataParallel cuts cu_seq_lens_q along its first dimension, as if it were a batch: documents get "
+            "lost; use one process per GPU (DistributedDataParallel)"
+        )
     if isinstance(attention_mask, Tensor) or key.shape[2] != query.shape[2]:
         if known:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar, cast, get_type_hints
 import numpy as np
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from .._errors import raise_typed
 
@@ -59,6 +60,12 @@ def _fits(value: Any, kind: str) -> bool:
     return isinstance(value, NUMBERS if kind == "float" else INTEGERS) and not isinstance(value, (bool, Tensor))
 
 
+def is_dtensor(value: Any) -> bool:
+    """By name: importing the class takes longer than importing packops, and looking at its bases is more than torch compiles."""
+    kind = type(value)
+    return kind.__name__ == "DTensor" or (not is_compiling() and any(base.__name__ == "DTensor" for base in kind.__mro__))
+
+
 def describe(value: Any) -> str:
     if value is None:
         return "None"
@@ -83,7 +90,7 @@ def check_types(op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, A
                 reason = ": reading it would wait for the device"
             optional = " or None" if kinds[name].endswith("?") else ""
             raise TypeError(f"packops.{op}: {name} must be {_WANTED[kind]}{optional}, got {describe(value)}{reason}")
-        if kind == "Tensor" and type(value).__name__ == "DTensor":  # hasattr() of some tensors is more than torch 2.11 compiles
+        if kind == "Tensor" and is_dtensor(value):
             raise TypeError(
                 f"packops.{op}: {name} must be a plain tensor, got a DTensor, whose parts are on several devices: pass "
                 f"{name}.to_local() where every device computes its own part, or {name}.full_tensor()"

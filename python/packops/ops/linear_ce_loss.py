@@ -28,7 +28,7 @@ from torch.autograd.graph import increment_version
 from .. import _checks
 from .._errors import raise_typed
 from . import autocast
-from .arguments import check_types, kinds_of
+from .arguments import check_types, is_dtensor, kinds_of
 from .ce_loss import (
     CONSTANTS,
     LOSS,
@@ -561,7 +561,7 @@ def linear_cross_entropy(
     Raises:
         TypeError, ValueError, IndexError: as :func:`cross_entropy`.
     """
-    if hasattr(weight, "full_tensor"):
+    if is_dtensor(weight):
         raise TypeError(
             "packops.linear_cross_entropy: weight must be a plain tensor, got a DTensor, a sharded parameter; compute the loss "
             "within the forward of the module that owns it, where FSDP has gathered it"

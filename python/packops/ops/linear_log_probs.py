@@ -30,7 +30,7 @@ from .. import _checks
 from . import autocast, lm_head
 from . import ce_loss as ce
 from . import linear_ce_loss as linear
-from .arguments import check_types
+from .arguments import check_types, is_dtensor
 from .derivatives import is_differentiated, no_forward_mode, once, refuse_transforms
 from .lm_head import (
     IGNORED,
@@ -147,7 +147,7 @@ def linear_log_probs(
         IndexError: a label outside [0, V) that is not ``ignore_index``, on the CPU. On CUDA that row's results are NaN and its
             gradient 0, unless :func:`packops.checks` is on.
     """
-    if hasattr(weight, "full_tensor"):
+    if is_dtensor(weight):
         raise TypeError(
             f"packops.{OP}: weight must be a plain tensor, got a DTensor, a sharded parameter; compute the log-probabilities "
             "within the forward of the module that owns it, where FSDP has gathered it"
