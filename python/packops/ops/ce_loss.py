@@ -123,16 +123,15 @@ def check_may_overwrite(logits: Tensor, op: str) -> None:
 
 
 class CrossEntropyFunction(torch.autograd.Function):
-    """``apply(ops, logits, labels, options, with_stats, inplace)``; ``options`` may leave out those at their defaults.
+    """``apply(logits, labels, (ops, options, with_stats, inplace))``: three arguments, since torch spends time on each.
 
-    The loss; with statistics, or where labels are checked, ``loss, floats, ints, counts, sequence_loss``. Only the loss is
-    differentiable.
+    ``options`` may leave out those at their defaults. Returns the loss; with statistics, or where labels are checked,
+    ``loss, floats, ints, counts, sequence_loss``. Only the loss is differentiable.
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, ops: SimpleNamespace, logits: Tensor, labels: Tensor, options: dict[str, Any], with_stats: bool, inplace: bool
-    ):
+    def forward(ctx: Any, logits: Tensor, labels: Tensor, call: tuple[SimpleNamespace, dict[str, Any], bool, bool]):
+        ops, options, with_stats, inplace = call
         early = logits.dtype != torch.float16 and options.get("reduction") != "none"
         ctx.ops, ctx.early, ctx.inplace = ops, early, inplace
         ctx.maths = {name: value for name, value in options.items() if name in MATHS and name != "class_weight"}
@@ -167,13 +166,15 @@ class CrossEntropyFunction(torch.autograd.Function):
             elif ctx.early or ctx.inplace:
                 grad_logits = grad if ctx.early else logits
                 source = None if ctx.inplace else logits
-                options = {"class_weight": class_weight, "holds_gradient": ctx.early, **ctx.maths}
+                options = ctx.maths if class_weight is None else {"class_weight": class_weight, **ctx.maths}
+                if not ctx.early:
+                    options = {"holds_gradient": False, **options}
                 ctx.ops.backward_(grad_logits, grad_output, source, floats, ints, **options)
                 if ctx.inplace:
                     increment_version(logits)
             else:
                 grad_logits = ctx.ops.backward(grad_output, logits, floats, ints, class_weight=class_weight, **ctx.maths)
-        return None, grad_logits, None, None, None, None
+        return grad_logits, None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -287,7 +288,7 @@ def register(namespace: str) -> None:
             refuse_transforms("cross_entropy", f"torch.ops.{namespace} has no rules for them; packops.cross_entropy has")
             check_constants("cross_entropy", {name: options.get(name) for name in CONSTANTS})
             if is_differentiated(logits):
-                outputs = CrossEntropyFunction.apply(raw, logits, labels, options, with_stats, False)
+                outputs = CrossEntropyFunction.apply(logits, labels, (raw, options, with_stats, False))
                 return outputs if with_stats or isinstance(outputs, Tensor) else outputs[0]
             return below(logits, labels, **options)
 
@@ -450,7 +451,7 @@ def cross_entropy(
         if torch.is_grad_enabled() and logits.requires_grad:
             if inplace:
                 check_may_overwrite(logits, "cross_entropy")
-            outputs = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, inplace)
+            outputs = CrossEntropyFunction.apply(logits, labels, (_OPS, options, return_stats, inplace))
             if isinstance(outputs, Tensor):
                 return outputs
             loss, *state = outputs
@@ -481,7 +482,7 @@ def _transformed(logits: Tensor, labels: Tensor, options: dict[str, Any], inplac
     """Under a transform of torch.func, or where forward mode may want a derivative."""
     if not transforms_are_active():
         if is_differentiated(logits):
-            outputs = CrossEntropyFunction.apply(_OPS, logits, labels, options, return_stats, False)
+            outputs = CrossEntropyFunction.apply(logits, labels, (_OPS, options, return_stats, False))
             if isinstance(outputs, Tensor):
                 return outputs
             loss, *state = outputs
