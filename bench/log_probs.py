@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies from hidden states and the lm_head, with gradients, against eager, torch.compile, TRL, Liger.
+"""Log-probabilities and entropies from hidden states and the lm_head, with gradients, against TRL, Liger and torch.
 
     packops bench log-probs                                # everything
     packops bench log-probs --shape 8192 4096 151936       # tokens, hidden size, vocabulary
