@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import typing
 from collections import defaultdict
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 import packops
 from op_table import OPS, Op, flatten
-from packops.ops.arguments import kinds_of
+from packops.ops.arguments import kinds_of, with_options_of
 from packops.ops.linear_ce_loss import KINDS as LINEAR_KINDS
 
 DEVICE = torch.device("meta")
@@ -239,3 +240,24 @@ def test_error_of_a_right_call_is_its_own():
         packops.rms_norm(torch.ones(3, 8), torch.ones(7), eps=1e-6)
     with pytest.raises(IndexError, match="label 99"):
         packops.cross_entropy(torch.ones(3, 8), torch.tensor([1, 2, 99]))
+
+
+def test_a_form_takes_the_options_of_another_function():
+    def source(x: int, *, a: int = 1, b: float = 2.0, c: str = "c") -> int:
+        return 0
+
+    @with_options_of(source, without=("c",))
+    def form(x, *, a: int = 5, **options):
+        """A form of source."""
+        return x, a, options
+
+    assert form(0) == (0, 5, {"b": 2.0})
+    assert form(0, b=3.0, a=4) == (0, 4, {"b": 3.0})
+    for wrong in ({"c": "d"}, {"d": 1}):
+        with pytest.raises(TypeError, match=rf"form\(\) got an unexpected keyword argument '{next(iter(wrong))}'"):
+            form(0, **wrong)
+    with pytest.raises(TypeError, match="x"):
+        form()
+    assert str(inspect.signature(form)) == "(x, *, a: 'int' = 5, b: 'float' = 2.0)"
+    assert typing.get_type_hints(form)["b"] is float
+    assert (form.__name__, form.__doc__) == ("form", "A form of source.")
