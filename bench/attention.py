@@ -1,16 +1,20 @@
-"""Attention within packed documents, against the FlashAttention-2 of torch, FlexAttention and SDPA.
+"""Attention within packed documents, against FlashAttention-4, the FlashAttention-2 of torch, FlexAttention and SDPA.
 
     packops bench attention                     # everything
     packops bench attention --only "^forward,"  # some cases
     packops bench attention --shape 16 8 128    # heads, heads of keys and values, head_dim
+    packops bench attention --tokens 8192 32768 131072 --corpora mixed
     packops bench attention --device cpu --threads 2
 
 Documents have the lengths of a corpus (``document_lengths.json``; ``short`` and ``long``), at evenly spaced quantiles; a last one
-fills the rest. Attention is causal. FLOPs: of the two products of every query with the keys it sees, and of the five products of
-the backward; what a kernel computes and masks does not count. Bytes: q, k, v, the result and the gradients, each read or written
-once a pass. Every result is checked against an fp64 reference, document by document and head by head.
+fills the rest. In ``mixed``, half of the tokens are of each. Attention is causal. FLOPs: of the two products of every query with
+the keys it sees, and of the five products of the backward; what a kernel computes and masks does not count. Bytes: q, k, v, the
+result and the gradients, each read or written once a pass. Every result is checked against an fp64 reference, document by
+document and head by head.
 
-SDPA, a call for one document after the other, runs on the CPU only, varlen_attn and FlexAttention on CUDA only.
+SDPA, a call for one document after the other, runs on the CPU only, the others on CUDA only. FlashAttention-4 adds gradients of
+queries in whatever order they come; its deterministic form, where there is a backward, is measured beside it. cuDNN's kernels for
+documents are left out: their gradients were wrong (docs/design.md).
 """
 
 from __future__ import annotations
@@ -46,8 +50,16 @@ DATA = "k, v and gradients from N(0, 1), q from N(0, 16): scores of standard dev
 VARLEN = "torch varlen_attn"
 FLEX = "FlexAttention"
 SDPA = "SDPA"
+FA4 = "FlashAttention-4"
+FA4_DETERMINISTIC = "FlashAttention-4, deterministic"
 TORCH_CUDA = peers.Peer("torch")  # what torch can do on CUDA only
-PEERS = {VARLEN: TORCH_CUDA, FLEX: TORCH_CUDA, SDPA: peers.TORCH}
+PEERS = {
+    FA4: peers.FLASH_ATTENTION_4,
+    FA4_DETERMINISTIC: peers.FLASH_ATTENTION_4,
+    VARLEN: TORCH_CUDA,
+    FLEX: TORCH_CUDA,
+    SDPA: peers.TORCH,
+}
 # (heads, heads of keys and values, head_dim), softcap: those of Llama-3.2-1B, Qwen3-0.6B and Gemma-2-2B
 SHAPES: list[tuple[tuple[int, int, int], float | None]] = [
     ((32, 8, 64), None),
@@ -71,6 +83,8 @@ Attend = Callable[[Tensor, Tensor, Tensor], Tensor]  # (q, k, v) -> result
 
 def document_lengths(corpus: str, tokens: int) -> list[int]:
     """As end_to_end.py draws them, and a document of the tokens that are left."""
+    if corpus == "mixed":
+        return document_lengths("long", tokens // 2) + document_lengths("short", tokens - tokens // 2)
     lengths = draw_lengths(json.loads(LENGTHS.read_text())[corpus], tokens, np.random.default_rng(0))
     rest = tokens - sum(lengths)
     return [*lengths, rest] if rest else lengths
@@ -212,13 +226,42 @@ def peer_candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: b
             raise NotImplementedError("varlen_attn has no softcap")
         return make(attend_varlen)
 
+    def flash_attention_4(deterministic: bool) -> Candidate:
+        attend = peers.flash_attention_4().flash_attn_varlen_func
+        bounds, longest = problem.documents.cu_seqlens, max(problem.lengths)
+
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            result = attend(
+                q,
+                k,
+                v,
+                cu_seqlens_q=bounds,
+                cu_seqlens_k=bounds,
+                max_seqlen_q=longest,
+                max_seqlen_k=longest,
+                causal=True,
+                softcap=problem.softcap or 0.0,
+                deterministic=deterministic,
+            )
+            return result[0] if isinstance(result, tuple) else result
+
+        return problem.candidate(call, gradient)
+
     def flex() -> Candidate:
         torch._dynamo.reset()  # else it would be compiled anew for shapes of any size, at the second one
         return make(attend_flex)
 
-    makers = {VARLEN: varlen, FLEX: flex, SDPA: lambda: make(attend_sdpa)}
+    makers = {
+        FA4: lambda: flash_attention_4(False),
+        FA4_DETERMINISTIC: lambda: flash_attention_4(True),
+        VARLEN: varlen,
+        FLEX: flex,
+        SDPA: lambda: make(attend_sdpa),
+    }
     if problem.device == "cuda":
         del makers[SDPA]
+    if not gradient:
+        del makers[FA4_DETERMINISTIC]
     return {name: maker for name, maker in makers.items() if name in wanted}
 
 
@@ -233,8 +276,8 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         shapes = [(tuple(args.shape), args.softcap)]
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
     for shape, softcap in shapes[: 1 if args.quick else None]:
-        for corpus in args.corpora:
-            lengths = document_lengths(corpus, args.tokens or TOKENS[args.device])
+        for corpus, tokens in itertools.product(args.corpora, args.tokens or [TOKENS[args.device]]):
+            lengths = document_lengths(corpus, tokens)
             problem = Problem(lengths, *shape, softcap, dtype, args.device)
             for gradient in (False, True):
                 work = "forward + backward" if gradient else "forward"
@@ -265,8 +308,9 @@ def draw(data: dict[str, Any], path: Path) -> None:
 
 
 def extend(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--tokens", type=int, help="of all documents (default 16384, on the CPU 512)")
-    parser.add_argument("--corpora", nargs="+", choices=["short", "long"], default=["short", "long"], help="lengths of documents")
+    parser.add_argument("--tokens", type=int, nargs="+", help="of all documents (default 16384, on the CPU 512)")
+    corpora = ["short", "mixed", "long"]
+    parser.add_argument("--corpora", nargs="+", choices=corpora, default=corpora, help="lengths of documents")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, on the CPU fp32")
     parser.add_argument("--shape", type=int, nargs=3, metavar=("HEADS", "KV_HEADS", "HEAD_DIM"), help="this one only")
     parser.add_argument("--softcap", type=float, help="of the scores, with --shape")

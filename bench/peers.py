@@ -2,6 +2,7 @@
 
     pip install liger-kernel==0.8.5 quack-kernels==0.6.5 cut-cross-entropy==25.1.1
     pip install --no-deps unsloth==2026.10.9 flash-attn==2.8.3.post2
+    pip install flash-attn-4==4.0.0b36
 
 ``import unsloth`` patches torch and transformers in the whole process, and ``import flash_attn`` wants its CUDA extension. The
 kernels measured here need neither, so these packages are entered without running what they do on import.
@@ -45,6 +46,7 @@ LIGER = Peer("liger-kernel", "0.8.5")
 QUACK = Peer("quack-kernels", "0.6.5")
 FLASH_ATTENTION = Peer("flash-attn", "2.8.3.post2")
 TRL = Peer("trl", "1.16.0")
+FLASH_ATTENTION_4 = Peer("flash-attn-4", "4.0.0b36")
 UNSLOTH = Peer("unsloth", "2026.10.9")
 APPLE_CCE = Peer("cut-cross-entropy", "25.1.1")
 TORCH = Peer("torch", cuda_only=False)
@@ -108,10 +110,20 @@ def trl(module: str) -> Any:
 
 
 def flash_attention(module: str) -> Any:
-    """``flash_attn.<module>`` of those that need Triton only."""
+    """``flash_attn.<module>`` of those that do not need its CUDA extension."""
     if "flash_attn" not in sys.modules:
         enter("flash_attn", folder_of("flash_attn"))
     return importlib.import_module(f"flash_attn.{module}")
+
+
+def flash_attention_4() -> Any:
+    """FlashAttention-4's interface, ``flash_attn.cute``.
+
+    The compiler that it needs adds its own folder to the path in a ``.pth`` file, which is read in ``site-packages`` only.
+    """
+    if importlib.util.find_spec("cutlass") is None:
+        sys.path.append(str(folder_of("nvidia_cutlass_dsl") / "dsl_packages"))
+    return flash_attention("cute.interface")
 
 
 def unsloth(module: str) -> Any:

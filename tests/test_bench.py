@@ -325,6 +325,9 @@ def foreign(tmp_path, monkeypatch):
         "flash_attn/__init__.py": "raise ImportError('wants its CUDA extension')",
         "flash_attn/ops/__init__.py": "",
         "flash_attn/ops/thing.py": "value = 3",
+        "flash_attn/cute/__init__.py": "",
+        "flash_attn/cute/interface.py": "from cutlass import value",
+        "nvidia_cutlass_dsl/dsl_packages/cutlass.py": "value = 4",
         "lone/__init__.py": "raise RuntimeError('patches the world')",
         "lone/data/tools.py": "import nowhere\nLIMIT = 1\ndef double(x: Unknown): return 2 * x + EXTRA\nclass Other: pass\n",
     }.items():
@@ -334,7 +337,7 @@ def foreign(tmp_path, monkeypatch):
     before = set(sys.modules)
     yield
     for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("flash_attn", "lone"):
+        if name.split(".")[0] in ("flash_attn", "lone", "cutlass"):
             del sys.modules[name]
 
 
@@ -344,6 +347,11 @@ def test_peers_are_entered_without_their_init(foreign):
     assert peers.folder_of("flash_attn").name == "flash_attn"  # also once it is entered
     with pytest.raises(ModuleNotFoundError):
         peers.folder_of("surely_not_installed")
+
+
+def test_the_compiler_of_flash_attention_4_is_found_without_its_pth_file(foreign, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert peers.flash_attention_4().value == 4
 
 
 def test_single_functions_of_an_installed_file(foreign):

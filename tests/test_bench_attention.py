@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import types
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_it_runs(bench, tmp_path, capsys):
     assert code == 0
     assert [case["name"] for case in data["cases"]] == [
         f"{work}, {documents}, 150 x 4/2 x 16 fp32"
-        for documents in ("2 short documents", "1 long document")
+        for documents in ("2 short documents", "2 mixed documents", "1 long document")
         for work in ("forward", "forward + backward")
     ]
     for case in data["cases"]:
@@ -48,11 +49,11 @@ def test_it_runs(bench, tmp_path, capsys):
         assert not any(row.get("wrong") for row in case["rows"])
         assert all(row["microseconds"] > 0 for row in case["rows"])
         assert "flops" not in case["rows"][0]
-    forward, both = ({row["flops"] for row in case["rows"][1:]} for case in data["cases"][2:])
+    forward, both = ({row["flops"] for row in case["rows"][1:]} for case in data["cases"][4:])
     assert forward == {4 * 4 * 16 * 150 * 151 // 2}
     assert both == {14 * 4 * 16 * 150 * 151 // 2}
-    assert [case["rows"][1]["bytes"] for case in data["cases"][2:]] == [150 * 12 * 16 * 4, 3 * 150 * 12 * 16 * 4]
-    assert text.count("FLOP/s") == 8
+    assert [case["rows"][1]["bytes"] for case in data["cases"][4:]] == [150 * 12 * 16 * 4, 3 * 150 * 12 * 16 * 4]
+    assert text.count("FLOP/s") == 12
     assert (tmp_path / "result.png").stat().st_size > 10_000
 
 
@@ -69,17 +70,21 @@ def test_what_it_measures_by_default(bench, monkeypatch):
 
     assert names("--device", "cpu") == [
         f"{work}, {documents}, 512 x 4/2 x 64 fp32"
-        for documents in ("5 short documents", "1 long document")
+        for documents in ("5 short documents", "4 mixed documents", "1 long document")
         for work in ("forward", "forward + backward")
     ]
     on_cuda = names("--device", "cuda")
     assert on_cuda == [
         f"{work}, {documents}, 16384 x {shape}"
         for shape in ("32/8 x 64 bf16", "16/8 x 128 bf16", "8/4 x 256 bf16", "8/4 x 256 bf16, softcap 50")
-        for documents in ("118 short documents", "3 long documents")
+        for documents in ("118 short documents", "65 mixed documents", "3 long documents")
         for work in ("forward", "forward + backward")
     ]
-    assert names("--device", "cuda", "--quick") == on_cuda[:4]
+    assert names("--device", "cuda", "--quick") == on_cuda[:6]
+    several = names("--device", "cuda", "--quick", "--corpora", "mixed", "--tokens", "8192", "131072")
+    assert [name.split(", ")[2] for name in several] == [
+        f"{tokens} x 32/8 x 64 bf16" for tokens in (8192, 131072) for _ in range(2)
+    ]
 
 
 @pytest.mark.parametrize("name", ["short", "long"])
@@ -203,7 +208,7 @@ def test_a_wrong_result_of_ours_fails_the_benchmark(bench, tmp_path, monkeypatch
 def test_varlen_is_left_out_of_a_softcap_and_named(bench):
     problem = problem_of(bench, softcap=50.0)
     candidates = bench.ours(problem, False) | bench.peer_candidates(problem, bench.PEERS, False)
-    del candidates[bench.FLEX]
+    del candidates[bench.FLEX], candidates[bench.FA4]
     result = measuring.measure(measuring.Case("a case", candidates), "cpu", rounds=1, seconds=0)
     assert result["absent"] == {bench.VARLEN: "NotImplementedError: varlen_attn has no softcap"}
     assert [row["system"] for row in result["rows"]] == ["packops", "SDPA"]
@@ -211,9 +216,36 @@ def test_varlen_is_left_out_of_a_softcap_and_named(bench):
 
 def test_peers_of_each_device(bench):
     problem = problem_of(bench)
-    for device, expected in (("cpu", [bench.SDPA]), ("cuda", [bench.VARLEN, bench.FLEX])):
+    flash = [bench.FA4, bench.FA4_DETERMINISTIC]
+    for device, gradient, expected in (
+        ("cpu", True, [bench.SDPA]),
+        ("cuda", False, [bench.FA4, bench.VARLEN, bench.FLEX]),
+        ("cuda", True, [*flash, bench.VARLEN, bench.FLEX]),
+    ):
         problem.device = device
-        assert list(bench.peer_candidates(problem, command.chosen(bench.PEERS, "all", device), False)) == expected
+        assert list(bench.peer_candidates(problem, command.chosen(bench.PEERS, "all", device), gradient)) == expected
+    assert list(command.chosen(bench.PEERS, "FlashAttention-4", "cuda")) == flash
+
+
+@pytest.mark.parametrize("softcap", [None, 20.0])
+def test_flash_attention_4_is_asked_for_the_same(bench, monkeypatch, softcap):
+    """Its interface, by the reference: every document, causal, the softcap; deterministic only under that name."""
+    problem = problem_of(bench, softcap=softcap)
+    asked = []
+
+    def attend(q, k, v, *, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, causal, softcap, deterministic):
+        assert cu_seqlens_q is cu_seqlens_k
+        assert max_seqlen_q == max_seqlen_k == 90
+        asked.append(deterministic)
+        return reference.attention(q, k, v, cu_seqlens_q, causal=causal, softcap=softcap or None), None
+
+    monkeypatch.setattr(bench.peers, "flash_attention_4", lambda: types.SimpleNamespace(flash_attn_varlen_func=attend))
+    for gradient in (False, True):
+        candidates = bench.peer_candidates(problem, command.chosen(bench.PEERS, "FlashAttention-4", "cuda"), gradient)
+        for make in candidates.values():
+            candidate = make()
+            assert candidate.check(candidate.call(0)) == ""
+    assert asked == [False, False, True]
 
 
 def test_a_softcap_wants_a_shape(bench, tmp_path):
@@ -224,10 +256,11 @@ def test_a_softcap_wants_a_shape(bench, tmp_path):
 @pytest.mark.gpu
 @pytest.mark.parametrize("softcap", [(), ("--softcap", "50")], ids=["", "softcap"])
 def test_on_a_gpu(bench, tmp_path, softcap):
-    """Both corpora with the peers that torch brings, whose results are right, too."""
-    code, data = run(bench, tmp_path, "--tokens", "4096", "--shape", "4", "2", "64", *softcap, device="cuda")
+    """All corpora with the peers that torch brings, whose results are right, too."""
+    peers = ("--peers", f"{bench.VARLEN},{bench.FLEX}")
+    code, data = run(bench, tmp_path, "--tokens", "4096", "--shape", "4", "2", "64", *peers, *softcap, device="cuda")
     assert code == 0
-    assert len(data["cases"]) == 4
+    assert len(data["cases"]) == 6
     for case in data["cases"]:
         rows = {row["system"]: row for row in case["rows"]}
         assert list(rows) == ["copy", "packops", *([] if softcap else [bench.VARLEN]), bench.FLEX]
