@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 import packops
@@ -39,12 +38,6 @@ class _LogProbsInPlaceOfLoss(CausalLMLoss):
     ) -> Any:
         kwargs.pop("parents", None)  # of shared prefixes: what a row is scored against stands in shift_labels
         options = self._options(hidden.shape[:-1], labels, None, ignore_index, shift_labels, hidden.device, kwargs)
-        weight: Tensor = head.weight
-        bias: Tensor | None = head.bias
-        if torch.is_autocast_enabled(hidden.device.type):  # as the head itself would compute
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
         if softcap is not None and self.temperature != 1:
             raise ValueError(
                 "packops.hf.log_probs: temperature must be 1 for a model that caps its logits: it divides what the cap returns, "
@@ -52,8 +45,8 @@ class _LogProbsInPlaceOfLoss(CausalLMLoss):
             )
         return packops.linear_log_probs(
             hidden,
-            weight,
-            bias=bias,
+            head.weight,  # under autocast the op casts, as the head itself would
+            bias=head.bias,
             logit_scale=logit_scale / self.temperature,
             softcap=softcap,
             entropy=self.entropy,

@@ -90,16 +90,10 @@ class CausalLMLoss:
     ) -> Tensor:
         """The same of the (B, S, H) hidden states below the lm_head, whose logits are never all there."""
         options = self._options(hidden.shape[:-1], labels, num_items_in_batch, ignore_index, shift_labels, hidden.device, kwargs)
-        weight: Tensor = head.weight
-        bias: Tensor | None = head.bias
-        if torch.is_autocast_enabled(hidden.device.type):  # as the head itself would compute
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight = hidden.to(dtype), weight.to(dtype)
-            bias = None if bias is None else bias.to(dtype)
         loss = packops.linear_cross_entropy(
             hidden,
-            weight,
-            bias=bias,
+            head.weight,  # under autocast the op casts, as the head itself would
+            bias=head.bias,
             logit_scale=logit_scale,
             softcap=softcap,
             num_valid=kwargs.get("num_valid"),
