@@ -390,6 +390,32 @@ CASE(a_launch_prefers_threads_where_work_is_scarce) {
   CHECK(!choose_rope_launch(dense(4096, 32, 8, 128, 128, 0, 0, false, false), kDevice).token_inner);
 }
 
+CASE(a_launch_is_plain_where_the_short_kernel_is_right) {
+  const auto is_plain = [](const RopeParams& p) { return choose_rope_launch(p, kDevice).plain; };
+  RopeParams p = dense(4096, 32, 8, 128, 128, 0, 0, false, false);
+  p.cos_row = p.sin_row = 64;
+  CHECK(is_plain(p));
+  const auto without = [&](auto change) {
+    RopeParams other = p;
+    change(other);
+    CHECK(!is_plain(other));
+  };
+  without([](RopeParams& p) { p.cos = reinterpret_cast<void*>(8); });  // a row that is not aligned
+  without([](RopeParams& p) { p.sin_row = 66; });
+  without([](RopeParams& p) { p.table_dtype = DType::f64; });
+  without([](RopeParams& p) { p.table_step = 2; });
+  without([](RopeParams& p) { p.mrope = true; });
+  without([](RopeParams& p) { p.rotary_dim = 64; });               // features that pass through
+  without([](RopeParams& p) { p.k.in_head = int64_t(1) << 31; });  // a stride, and tokens, of more than 31 bits
+  without([](RopeParams& p) { p.q.out_token = int64_t(1) << 35; });
+  without([](RopeParams& p) { p.tokens = int64_t(1) << 31; });
+  without([](RopeParams& p) { p.q.in = reinterpret_cast<void*>(8); });  // narrow vectors
+  p.interleaved = true, p.table_dtype = DType::bf16, p.cos_row = 60;    // a run of four numbers is 8 bytes
+  CHECK(is_plain(p));
+  p.rotary_dim = 64, p.in_place = true;  // nothing else is written
+  CHECK(is_plain(p));
+}
+
 CASE(a_launch_leaves_few_threads_idle) {
   auto launch = [](int64_t q_heads, int64_t k_heads, int head_dim, int64_t tokens = 16384) {
     return choose_rope_launch(dense(tokens, q_heads, k_heads, head_dim, head_dim, 0, 0, false, false), kDevice);

@@ -184,9 +184,13 @@ CASE(every_launch_gives_the_same_bits) {
       q_out.insert(q_out.end(), k_out.begin(), k_out.end());
       return q_out;
     };
-    for (bool mrope : {false, true}) {
-      p.mrope = p.mrope_interleaved = mrope;
-      if (mrope) {
+    const int32_t cu_seqlens[] = {0, 0, 4, 9};
+    enum Kind { indexed, interleaved, documents, mrope };
+    for (Kind kind : {indexed, interleaved, documents, mrope}) {
+      p.interleaved = kind == interleaved;
+      p.axis = {kind == documents ? cu_seqlens : nullptr, DType::i32, 3};
+      p.mrope = p.mrope_interleaved = kind == mrope;
+      if (p.mrope) {
         p.position_ids = ids.data(), p.position_axis = kTokens, p.position_token = 1;
         p.mrope_section[0] = 12, p.mrope_section[1] = p.mrope_section[2] = 10;
       }
