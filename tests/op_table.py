@@ -91,6 +91,7 @@ def build() -> dict[str, Op]:
     chunks = {
         "num_valid": Refused(2, message="num_valid"),
         "chunk_tokens": Refused(0, message="chunk_tokens"),
+        "main_grad": Elsewhere("test_main_grad.py"),
     }
     inplace = Elsewhere("test_in_place")
     linear = {
