@@ -35,22 +35,23 @@ def random_documents(seed: int, count: int | None = None) -> list[dict[str, np.n
 
 
 class Model(torch.nn.Module):
-    """Two layers of attention with RoPE, in fp64. ``attend(q, k, v, batch)`` says who sees whom."""
+    """Two layers of attention with RoPE. ``attend(q, k, v, batch)`` says who sees whom."""
 
-    def __init__(self):
+    def __init__(self, head_dim: int = 6, dtype: torch.dtype = torch.float64):
         super().__init__()
         torch.manual_seed(3)
-        self.embed = torch.nn.Embedding(VOCAB, 12, dtype=torch.float64)
-        self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 36, dtype=torch.float64) for _ in range(2))
-        self.head = torch.nn.Linear(12, VOCAB, dtype=torch.float64)
-        self.table = packops.rope_table(6, 256, dtype=torch.float64)
+        self.head_dim, width = head_dim, 2 * head_dim
+        self.embed = torch.nn.Embedding(VOCAB, width, dtype=dtype)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(width, 3 * width, dtype=dtype) for _ in range(2))
+        self.head = torch.nn.Linear(width, VOCAB, dtype=dtype)
+        self.table = packops.rope_table(head_dim, 256, dtype=dtype)
 
     def forward(self, batch, attend):
         x = self.embed(batch.input_ids[0])
         for layer in self.layers:
-            q, k, v = layer(x).view(-1, 3, 2, 6).unbind(1)
-            q, k = packops.apply_rope(q, k, *self.table, position_ids=batch.position_ids[0])
-            x = x + attend(q, k, v, batch).reshape(len(x), 12)
+            q, k, v = layer(x).view(-1, 3, 2, self.head_dim).unbind(1)
+            q, k = packops.apply_rope(q, k, *(t.to(x.device) for t in self.table), position_ids=batch.position_ids[0])
+            x = x + attend(q, k, v, batch).reshape(x.shape)
         return self.head(torch.tanh(x))
 
 
@@ -138,6 +139,32 @@ def test_ten_steps_of_training_end_at_the_same_weights(attend):
             loss.backward()
             optimizer.step()
     check_same([p.detach() for p in models[0].parameters()], [p.detach() for p in models[1].parameters()])
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_ten_steps_in_bf16_differ_from_fp64_by_rounding(device, reduction):
+    exact, rounded = Model(64), Model(64, torch.float32)
+    exact.embed.weight.data *= 0.3  # so that no step is a leap, which would make rounding large
+    rounded.load_state_dict(exact.state_dict())
+    before = [p.detach().clone() for p in exact.parameters()]
+    rounded.to(device)
+    collate = packops.PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction, columns={"token_weight": 0.0})
+    for step in range(10):
+        documents = random_documents(step, count=5)
+        batch = collate(documents).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits = rounded(batch, by_kernel)
+            loss = packops.cross_entropy(
+                logits, batch.shift_labels[0], token_weight=batch.token_weight[0], num_items=batch.denominator
+            )
+        want = one_by_one(exact, documents, reduction)
+        torch.testing.assert_close(loss.double().cpu(), want, rtol=1e-2, atol=1e-2)
+        for model, value in ((rounded, loss), (exact, want)):
+            for p, grad in zip(model.parameters(), torch.autograd.grad(value, list(model.parameters())), strict=True):
+                p.data -= 0.02 * grad
+    for p, q, old in zip(rounded.parameters(), exact.parameters(), before, strict=True):
+        error = (p.double().cpu() - q).norm() / (q - old).norm()
+        assert error < 0.15, error
 
 
 @pytest.mark.parametrize("attend", [by_mask, by_kernel])
