@@ -41,7 +41,8 @@ TIMEOUT = 1200  # seconds for one test command: a bug may also hang
 class Mutant:
     """One bug: ``old`` in ``file`` (exactly once) becomes ``new``.
 
-    ``tests`` are arguments of pytest, ``cpp`` names of ctest; any of them may kill. ``gpu``: only a GPU can see it.
+    ``tests`` are arguments of pytest, ``cpp`` names of ctest, some followed by cases; any of them may kill. ``gpu``: only a GPU
+    can see it.
     """
 
     name: str
@@ -161,29 +162,30 @@ class Scratch:
         return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
     def build_cpp(self, test: str) -> str | None:
+        """``test``: a name of ctest and, perhaps, names of its cases."""
         tree = self.folder / "build" / "cmake"
         if not (tree / "CMakeCache.txt").is_file():
             options = [f"-DPACKOPS_PYTHON={sys.executable}", "-DPACKOPS_CUDA=OFF", "-DPACKOPS_TORCH=/nowhere"]
             configured = self.run(["cmake", "-S", ".", "-B", str(tree), *options])
             if configured.returncode:
                 return configured.stdout + configured.stderr
-        target = test.removesuffix("_code80")
+        target = test.split()[0].removesuffix("_code80")
         done = self.run(["cmake", "--build", str(tree), "--target", target, "--parallel", str(os.cpu_count())])
         return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
     def test(self, command: tuple[str, ...]) -> tuple[bool, str]:
         """Whether it passes, and what it says. ValueError if it cannot be run at all."""
         if command[0] == "ctest":
-            done = self.run(
-                ["ctest", "--test-dir", "build/cmake", "-R", f"^{command[1]}$", "--no-tests=error", "--output-on-failure"],
-                TIMEOUT,
-            )
+            name, *cases = command[1].split()
+            program = str(self.folder / "build" / "cmake" / name.removesuffix("_code80"))
+            code = {"EMULATED_CODE": "80"} if name.endswith("_code80") else {}
+            done = self.run([program, *cases], TIMEOUT, **code)
         else:
             options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--no-header"]
             done = self.run([sys.executable, "-m", "pytest", *options, *shlex.split(command[1])], TIMEOUT)
             if done.returncode in (2, 3, 4, 5):
                 raise ValueError(f"pytest {command[1]} does not run:\n{(done.stdout + done.stderr)[-3000:]}")
-        failed = re.search(r"^(?:FAILED|ERROR) (\S+)", done.stdout, re.MULTILINE)
+        failed = re.search(r"^(?:FAILED|ERROR) +(\S+)", done.stdout, re.MULTILINE)
         said = failed[1] if failed else "ran out of time" if done.returncode == -1 else command[1]
         return done.returncode == 0, said
 

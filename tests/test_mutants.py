@@ -40,8 +40,12 @@ def test_each_can_be_planted(name):
         for file in (word for word in shlex.split(arguments) if word.endswith(".py") or ".py::" in word):
             assert (ROOT / file.split("::")[0]).is_file(), f"no {file}"
     for test in mutant.cpp:
-        folder, stem = ("emulator", test[len("emulated_") :]) if test.startswith("emulated_") else ("cpp", test)
-        assert (ROOT / "tests" / folder / f"{stem.removesuffix('_code80')}.cpp").is_file(), f"no {test}"
+        name, *cases = test.split()
+        folder, stem = ("emulator", name[len("emulated_") :]) if name.startswith("emulated_") else ("cpp", name)
+        source = ROOT / "tests" / folder / f"{stem.removesuffix('_code80')}.cpp"
+        assert source.is_file(), f"no {name}"
+        for case in cases:
+            assert f"CASE({case})" in source.read_text(), f"no case {case} in {source.name}"
 
 
 # --------------------------------------------------------------------------------------------------------------------------------
@@ -78,6 +82,19 @@ def test_outcomes(scratch, case):
     assert got[0] == outcome, got
     assert re.search(said, got[1])
     assert (scratch.folder / mutant.file).read_text() == before, "the bug was left behind"
+
+
+@pytest.mark.parametrize(("listed", "cases", "code"), [("t", "", ""), ("t_code80 some", "some", "80")])
+def test_cases_of_a_program(scratch, listed, cases, code):
+    program = scratch.folder / "build" / "cmake" / "t"
+    program.parent.mkdir(parents=True)
+    program.write_text('#!/bin/sh\necho "FAILED it with $EMULATED_CODE and $*"\ngrep -q "a + b" python/small.py\n')
+    program.chmod(0o755)
+    assert scratch.test(("ctest", listed)) == (True, "it")
+    mutant = dataclasses.replace(ADD, tests=(), cpp=(listed,))
+    with scratch.planted(mutant):
+        assert scratch.test(("ctest", listed))[0] is False
+        assert f"with {code} and {cases}" in scratch.run([str(program), *listed.split()[1:]], EMULATED_CODE=code).stdout
 
 
 def test_a_text_that_is_not_there_once_is_refused(scratch):
