@@ -24,6 +24,10 @@ rm -r "$folder/cache" "$folder"/nothing.*
 echo '__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;' \
   | cc -x c -c -fPIC -o "$folder/single_threaded.o" -
 ar rcs "$folder/libnewer.a" "$folder/single_threaded.o"
-rm "$folder/libc.so"
-echo "GROUP ( $folder/libc.so.6 $(cc -print-file-name=libc_nonshared.a) $folder/libnewer.a AS_NEEDED ( $folder/libld.so.2 ) )" > "$folder/libc.so"
+# What is in libc today was in libraries of its own.
+cat > "$folder/script" <<END
+GROUP ( $folder/libc.so.6 $(cc -print-file-name=libc_nonshared.a) $folder/libnewer.a
+  AS_NEEDED ( $folder/libpthread.so.0 $folder/libdl.so.2 $folder/librt.so.1 $folder/libld.so.2 ) )
+END
+mv "$folder/script" "$folder/libc.so" # a link until now
 echo "INPUT ( $(c++ -print-file-name=libstdc++.a) )" > "$folder/libstdc++.so"
