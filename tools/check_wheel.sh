@@ -23,6 +23,9 @@ unset PYTHONPATH
 "$work/venv/bin/packops" info
 if [ "${TORCH_TESTS:-}" = 1 ]; then
   "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-timeout hypothesis
-  cp -r "$(dirname "$smoke")/../tests" "$(dirname "$smoke")/../pyproject.toml" "$(dirname "$smoke")" "$work/"
+  root=$(dirname "$(dirname "$smoke")")
+  cp -r "$root"/{tests,tools,csrc,pyproject.toml} "$work/"
+  mkdir -p python/packops
+  cp "$root/python/packops/_build.py" python/packops/ # the tests name the sources that they speak of; the rest is the wheel's
   "$work/venv/bin/python" -m pytest -q tests/test_{ce_loss,linear_ce_loss,rope,rotary,rms_norm,qk_norm_rope,gated_linear,attention,metadata,packing,sampler,batch}.py
 fi
