@@ -37,7 +37,10 @@ EXCUSED_SKIPS = (r"needs \d+ GPUs: found \d+", r"(fp64|float64) is for the CPU")
 EXCUSED_PTX_SKIPS = (r"neither this GPU nor the loaded code has wgmma, .*",)  # PTX of 8.0 is older than the instruction
 # The hazards of racecheck that tests/sanitize.py excuses, by the line of the reader: "<kernel's file>: <its source line>".
 # A hazard elsewhere, or another number of them, is looked at by someone before it is written down here.
-EXCUSED_HAZARDS: dict[str, int] = {}
+# These: a thread reads a chunk that a bulk copy brought, which the tool does not see arrive at its barrier.
+EXCUSED_HAZARDS: dict[str, int] = {
+    "ce_loss_resident.cuh: for (int k = 0; k < kPerThread; k++) raw[k] = chunk[threadIdx.x + k * Role::kReducers];": 86,
+}
 
 # By its path, because the record must be readable where packops is not built.
 _spec = importlib.util.spec_from_file_location("packops_build", ROOT / "python" / "packops" / "_build.py")

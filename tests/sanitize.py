@@ -147,6 +147,7 @@ def linear_cross_entropy(device: torch.device) -> Iterator[str]:
                 backward(loss, hidden, weight)
                 loss = packops.linear_cross_entropy(hidden, weight, labels, num_valid=num_valid, main_grad=main_grad, **options)
                 backward(loss, hidden)
+            backward(packops.linear_cross_entropy(hidden, weight, labels, **options), hidden, weight)
             yield f"{dtype} {reduction}"
     hidden, weight = (torch.randn(n, 24, device=device).requires_grad_() for n in (2500, 33))
     labels = torch.randint(0, 33, (2500,), device=device)
@@ -483,7 +484,7 @@ def run_cases(device: torch.device, functions: list[Case] | None = None) -> int:
     """Run them all, or those of some functions; the exit status."""
     torch.manual_seed(0)
     count = 0
-    with cleared_logits() if os.environ.get(TOOL) == "initcheck" else contextlib.nullcontext():
+    with cleared_outputs() if os.environ.get(TOOL) == "initcheck" else contextlib.nullcontext():
         for function in functions or CASES:
             started = time.monotonic()
             for name in function(device):
@@ -498,24 +499,28 @@ def run_cases(device: torch.device, functions: list[Case] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def cleared_logits() -> Iterator[None]:
-    """Memory for a chunk of logits, or of their gradient, is set to 0.
+def cleared_outputs() -> Iterator[None]:
+    """Memory for a chunk of logits, for their gradient and for what the products of cuBLAS make is set to 0.
 
-    The lm_head's kernel writes it by tensor copies (TMA). initcheck does not see these: for it, whoever reads the gradient reads
-    what nobody wrote.
+    The lm_head's kernel and cuBLAS write it by tensor copies (TMA). initcheck does not see these: for it, whoever reads the
+    result reads what nobody wrote.
     """
+
+    def cleared_buffer(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *arguments: make(*arguments).zero_()
+
+    def cleared_product(multiply: Callable[..., None]) -> Callable[..., None]:
+        return lambda out, a, b, add: multiply(out if add else out.zero_(), a, b, add)
+
     loaded = [module for name, module in sys.modules.items() if name.startswith("packops.ops.")]
-    modules = [module for module in loaded if hasattr(module, "logits_buffer")]
-    kept = [module.logits_buffer for module in modules]
-
-    def clear(*arguments: Any) -> Tensor:
-        return kept[0](*arguments).zero_()
-
-    for module in modules:
-        module.logits_buffer = clear  # type: ignore[attr-defined]
-    yield
-    for module, logits_buffer in zip(modules, kept, strict=True):
-        module.logits_buffer = logits_buffer  # type: ignore[attr-defined]
+    with contextlib.ExitStack() as stack:
+        for name, wrap in (("logits_buffer", cleared_buffer), ("product_", cleared_product)):
+            for module in loaded:
+                if hasattr(module, name):
+                    kept = getattr(module, name)
+                    setattr(module, name, wrap(kept))
+                    stack.callback(setattr, module, name, kept)
+        yield
 
 
 def warm_up() -> None:
@@ -642,10 +647,12 @@ def main() -> int:
     if unknown := set(arguments.tools) - set(TOOLS):
         parser.error(f"unknown tool {', '.join(sorted(unknown))}; choose from {', '.join(TOOLS)}")
     functions = [function for function in CASES if function.__name__ in (arguments.only or [function.__name__])]
-    if arguments.cases:
-        return run_cases(torch.device("cuda"), functions)
-    if arguments.planted:
-        return run_planted(*arguments.planted)
+    if arguments.cases or arguments.planted:
+        status = run_planted(*arguments.planted) if arguments.planted else run_cases(torch.device("cuda"), functions)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        # Under the sanitizer a library's thread now and then aborts the process while the interpreter shuts down.
+        os._exit(status)
     if arguments.warm_up:
         warm_up()
         return 0

@@ -108,6 +108,7 @@ CALLS = {
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_documents_never_see_each_other(family, device):
+    torch.compiler.reset()  # past its limit of graphs, torch 2.11 fails in FlexAttention
     model, documents = build(family, device), documents_of()
     direction = torch.randn(sum(LENGTHS), SMALL["vocab_size"], device=device)
     expected = alone(model, documents, direction)

@@ -1008,6 +1008,23 @@ def test_no_synchronisation(reduction, dtype):
         (packops.linear_cross_entropy(hidden, weight, labels, **arguments).sum() * 3).backward()
 
 
+def test_kept_logits_compile(device, monkeypatch):
+    """With Inductor, which lowers every op of the backward; main_grad is added to by another one."""
+    monkeypatch.setattr(linear_ce_loss, "keeps_logits", lambda *arguments, **options: True)
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    hidden, weight = (torch.randn(n, 16, device=device, dtype=dtype, requires_grad=True) for n in (6, 32))
+    labels = torch.randint(0, 32, (6,), device=device)
+    expected = torch.autograd.grad(packops.linear_cross_entropy(hidden, weight, labels), (hidden, weight))
+    torch.compiler.reset()
+    compiled = torch.compile(lambda **more: packops.linear_cross_entropy(hidden, weight, labels, **more), fullgraph=True)
+    found = torch.autograd.grad(compiled(), (hidden, weight))
+    main_grad = torch.zeros(32, 16, device=device)
+    compiled(main_grad=main_grad).backward()
+    for x, y in zip((*found, hidden.grad, main_grad.to(dtype)), (*expected, *expected), strict=True):
+        torch.testing.assert_close(x, y, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-5)
+    torch.compiler.reset()
+
+
 @pytest.mark.gpu
 def test_cuda_graph_replays_with_other_data():
     """What counts is data, up to num_valid rows of it."""

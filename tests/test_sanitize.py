@@ -307,8 +307,8 @@ def test_every_case_runs(device):
     assert sanitize.run_cases(device) == 0
 
 
-def test_initcheck_reads_no_logits_that_nobody_wrote(monkeypatch):
-    """What tensor copies write, it does not see."""
+def test_initcheck_reads_nothing_that_tensor_copies_wrote(monkeypatch):
+    """It does not see them write: logits, and what a product of cuBLAS makes."""
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     torch.use_deterministic_algorithms(True)
     try:
@@ -316,11 +316,21 @@ def test_initcheck_reads_no_logits_that_nobody_wrote(monkeypatch):
             module = importlib.import_module(f"packops.ops.{module}")
             arguments = torch.zeros(1, 8), 3, 17, torch.float32
             assert module.logits_buffer(*arguments).isnan().all()
-            with sanitize.cleared_logits():
+            with sanitize.cleared_outputs():
                 assert (module.logits_buffer(*arguments) == 0).all()
             assert module.logits_buffer(*arguments).isnan().all()
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+def test_initcheck_lets_products_write_over_zeros(monkeypatch):
+    lm_head, seen = importlib.import_module("packops.ops.lm_head"), []
+    monkeypatch.setattr(lm_head, "product_", lambda out, a, b, add: seen.append(out.clone()))
+    with sanitize.cleared_outputs():
+        for add in (False, True):
+            lm_head.product_(torch.ones(2), None, None, add)
+    lm_head.product_(torch.ones(2), None, None, False)
+    assert [out.tolist() for out in seen] == [[0, 0], [1, 1], [1, 1]]
 
 
 def test_some_cases_alone(capsys):

@@ -175,14 +175,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
             def of_weight(grad: Tensor) -> Tensor | None:
                 if ctx.keeps_logits:
                     hidden = grads[len(Wanted._fields)]
-                    more = {"num_valid": ctx.num_valid, "main_grad": main_grad}
-                    grad = ctx.ops.weight_gradient(grad_output, grad, hidden, target, unit, **more)
+                    given = (grad_output, grad, hidden, target, unit)
+                    if main_grad is None:
+                        return ctx.ops.weight_gradient(*given, num_valid=ctx.num_valid)
+                    ctx.ops.add_weight_gradient(main_grad, *given, num_valid=ctx.num_valid)
                 elif main_grad is None:
                     return finish(grad, factor, ctx.dtype, keeps, blocks=CPU_BLOCKS)
                 else:
                     add_(main_grad, grad, factor)
-                if main_grad is None:
-                    return grad
                 increment_version(main_grad)
                 return stand_in(ctx.leaf)
 
@@ -331,7 +331,12 @@ def forward_and_backward(
     ):
         return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1:]
 
-    return SimpleNamespace(forward=forward, backward=backward, weight_gradient=weight_gradient)
+    def add_weight_gradient(main_grad: Tensor, *given: Any, num_valid: int | None = None) -> None:
+        weight_gradient(*given, num_valid=num_valid, main_grad=main_grad)
+
+    return SimpleNamespace(
+        forward=forward, backward=backward, weight_gradient=weight_gradient, add_weight_gradient=add_weight_gradient
+    )
 
 
 NO_STATS = (torch.float32, torch.int32, torch.int64, torch.float32)  # dtypes of what an op returns instead
@@ -374,10 +379,10 @@ def register(namespace: str) -> None:
         f"_{OP}_forward({inputs}, {options}, {chunks}, {flags}, bool keep_logits=False, bool with_stats=False) -> (Tensor loss, "
         f"Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit, Tensor target, Tensor scale, {stats})"
     )
-    kernels.define(
-        f"_{OP}_weight_gradient(Tensor grad_output, Tensor grad_logits, Tensor hidden, Tensor target, Tensor unit, *, SymInt? "
-        "num_valid=None, Tensor(a!)? main_grad=None) -> Tensor"
-    )
+    # Two ops: torch 2.11 does not compile one that may write to an argument and returns one tensor.
+    kept = "Tensor grad_output, Tensor grad_logits, Tensor hidden, Tensor target, Tensor unit, *, SymInt? num_valid=None"
+    kernels.define(f"_{OP}_weight_gradient({kept}) -> Tensor")
+    kernels.define(f"_{OP}_add_weight_gradient(Tensor(a!) main_grad, {kept}) -> ()")
     kernels.define(
         f"_{OP}_backward(Tensor grad_output, Tensor hidden, Tensor weight, Tensor target, Tensor scale, *, Tensor? bias=None, "
         f"{maths}, {chunks}, {flags}) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias, Tensor unit)"
@@ -387,6 +392,7 @@ def register(namespace: str) -> None:
         forward=getattr(ops, f"_{OP}_forward").default,
         backward=getattr(ops, f"_{OP}_backward").default,
         weight_gradient=getattr(ops, f"_{OP}_weight_gradient").default,
+        add_weight_gradient=getattr(ops, f"_{OP}_add_weight_gradient").default,
     )
 
     work = forward_and_backward(ce)
@@ -406,11 +412,6 @@ def register(namespace: str) -> None:
         grads = work.backward(grad_output, hidden, weight, target, scale, bias=bias, **{**DEFAULTS, **given})
         return tuple(as_outputs(grads, scale))
 
-    @torch.no_grad()
-    def weight_gradient(*args, num_valid=None, main_grad=None):
-        made = work.weight_gradient(*args, num_valid=num_valid, main_grad=main_grad)
-        return made if main_grad is None else args[0].new_empty((0,))  # an op cannot return what it was given
-
     def loss_only(hidden, weight, labels, *, main_grad=None, **given):
         return forward(hidden, weight, labels, **given)[0]
 
@@ -423,7 +424,8 @@ def register(namespace: str) -> None:
         kernels.impl(f"{OP}_stats", loss_and_stats, key)
         kernels.impl(f"_{OP}_forward", forward, key)
         kernels.impl(f"_{OP}_backward", backward, key)
-        kernels.impl(f"_{OP}_weight_gradient", weight_gradient, key)
+        kernels.impl(f"_{OP}_weight_gradient", torch.no_grad()(work.weight_gradient), key)
+        kernels.impl(f"_{OP}_add_weight_gradient", torch.no_grad()(work.add_weight_gradient), key)
 
     def state_like(hidden: Tensor) -> Tensor:
         return hidden.new_empty((0,), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
@@ -475,9 +477,12 @@ def register(namespace: str) -> None:
         return grads_like(hidden, weight, given)
 
     @fake(f"_{OP}_weight_gradient")
-    def _(grad_output, grad_logits, hidden, *args, main_grad=None, **given):
-        shape = (grad_logits.shape[1], hidden.shape[-1])
-        return hidden.new_empty(shape) if main_grad is None else grad_output.new_empty((0,))
+    def _(grad_output, grad_logits, hidden, *args, **given):
+        return hidden.new_empty((grad_logits.shape[1], hidden.shape[-1]))
+
+    @fake(f"_{OP}_add_weight_gradient")
+    def _(*args, **given):
+        return None
 
     def differentiable(op: Any, with_stats: bool):
         below = below_autograd(op)
