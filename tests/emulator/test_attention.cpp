@@ -193,6 +193,8 @@ CASE(branches_of_a_shared_prefix) {
     if (head_dim == 64) compare<half_t>(problem);
     problem.window = 90;
     compare<bf16_t>(problem);
+    problem.window = 2;  // of a branch's first token: the last of its parent
+    if (head_dim == 64) compare<bf16_t>(problem);
     problem.window = 0, problem.softcap = 5, problem.size = 8;
     compare<bf16_t>(problem);
   }
