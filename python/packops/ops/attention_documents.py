@@ -50,9 +50,9 @@ class Documents:
     @functools.cached_property
     def paths(self) -> list[list[slice]]:
         """Of each segment that holds tokens, its path: the tokens of the segments from a root to itself. Waits for the device."""
-        assert self.parents is not None
         bounds, paths = self.cu_seqlens.tolist(), list[list[slice]]()
-        for segment, parent in enumerate(self.parents.tolist()):
+        parents = [] if self.parents is None else self.parents.tolist()
+        for segment, parent in enumerate(parents):
             before = paths[parent] if parent >= 0 else []
             paths.append([*before, slice(bounds[segment], bounds[segment + 1])])
         return [path for path in paths if path[-1].stop > path[-1].start]
