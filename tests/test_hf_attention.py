@@ -241,6 +241,26 @@ def test_16_bits_where_the_model_computes_in_16_bits(monkeypatch):
     assert chosen == [torch.bfloat16, torch.float16]
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_longest_length_that_is_too_small(compiled):
+    """It hid the window, as if no document reached it. In a graph nobody can look; the window is obeyed all the same."""
+    q = torch.randn(1, 2, 46, 16)
+    bounds = torch.tensor([0, 29, 46], dtype=torch.int32)
+
+    def attend(longest):
+        options = {"cu_seq_lens_q": bounds, "max_length_q": longest, "sliding_window": 5}
+        return attention.packed_attention(torch.nn.Module(), q, q, q, None, **options)[0]
+
+    expected = attend(29)
+    if compiled:
+        torch._dynamo.reset()
+        torch.testing.assert_close(torch.compile(attend, backend="eager", fullgraph=True)(3), expected)
+    else:
+        torch.testing.assert_close(attend(64), expected)
+        with pytest.raises(ValueError, match=r"at least the longest document of cu_seq_lens_q \(29\), got 3"):
+            attend(3)
+
+
 # ---- what is found out once ------------------------------------------------------------------------------------------------
 
 

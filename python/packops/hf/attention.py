@@ -27,7 +27,7 @@ import packops
 
 from ..ops.attention_paths import ATTEND, Rule, attend_forest_on_cpu, choose_path, shaped_attention
 from . import rewrite
-from .attention_documents import NAME, find_documents
+from .attention_documents import NAME, find_documents, may_read
 from .record import Record, decoder_of
 
 UNSAID = -1  # the layer did not pass its window at all
@@ -342,9 +342,12 @@ def packed_attention(
         rule = Rule(pattern.causal and is_causal, pattern.window, softcap, scaling, dropout, s_aux)
         return _over_prefixes(query, key, value, cu_seq_lens_q, parents, rule, pattern.padding), None
     documents = find_documents(query, position_ids, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), pattern.padding)
-    window = pattern.window if pattern.window is not None and pattern.window < documents.max_seqlen else None
-    rule = Rule(pattern.causal and is_causal, window, softcap, scaling, dropout, s_aux)
-    if not rule.causal and (window is not None or rule.shapes_scores):
+    causal = pattern.causal and is_causal
+    # A window that no document reaches is none. A length that nobody checked may be wrong: then only one past the row goes.
+    reach = documents.max_seqlen if may_read(documents.cu_seqlens) or not causal else documents.total
+    window = pattern.window if pattern.window is not None and pattern.window < reach else None
+    rule = Rule(causal, window, softcap, scaling, dropout, s_aux)
+    if not causal and (window is not None or rule.shapes_scores):
         raise NotImplementedError(f"{NAME}: bidirectional attention with a sliding window, a softcap or sinks")
     path = choose_path(
         query.device,

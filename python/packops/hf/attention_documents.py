@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _checks
 from ..data.documents import document_begins
 from ..ops.attention_documents import Documents, look_up
 
@@ -33,10 +34,13 @@ def find_documents(
         longest = max_lengths[0] if max_lengths[0] is not None else max_lengths[1]
 
         def given() -> Documents:
-            host = int(bounds.diff().max()) if longest is None and bounds.numel() > 1 else int(longest or 0)
-            return Documents(
-                bounds.detach().to(torch.int32), host, total
-            )  # not `bounds` itself: it would keep its own entry alive
+            host = _longest(bounds) if longest is None else int(longest)
+            if longest is not None and may_read(bounds) and host < (least := _longest(bounds)):
+                raise ValueError(
+                    f"{NAME}: max_length_q must be at least the longest document of cu_seq_lens_q ({least}), got {host}"
+                )
+            # not `bounds` itself: it would keep its own entry alive
+            return Documents(bounds.detach().to(torch.int32), host, total)
 
         return look_up(bounds, given, total, longest if isinstance(longest, int) else None)
     if position_ids is None or position_ids.dim() != 2:
@@ -51,6 +55,15 @@ def find_documents(
     if padding is None:
         return look_up(position_ids, lambda: _from_positions(positions, None), batch)
     return look_up(padding, lambda: _from_positions(positions, padding))
+
+
+def may_read(bounds: Tensor) -> bool:
+    """Whether the values can be looked at: without a wait for the device, or with :func:`packops.checks` on."""
+    return not torch.compiler.is_compiling() and (bounds.is_cpu or _checks.enabled())
+
+
+def _longest(bounds: Tensor) -> int:
+    return int(bounds.diff().max()) if bounds.numel() > 1 else 0
 
 
 def _check_bounds(bounds: Tensor, other: Tensor | None, query: Tensor) -> None:
