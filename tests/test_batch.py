@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -303,6 +304,17 @@ def test_any_integer_type_holds_the_ignore_index(dtype, mask, ignore_index):
     batch = PackingCollator(ignore_index=n)([document, {**document, "labels": np.array([5, 6, 7], dtype)}])
     assert batch.labels.tolist() == [[n, n, 7, n, n, 7]]
     assert (batch.labels.dtype, batch.num_items) == (torch.int64, 2)
+
+
+@pytest.mark.parametrize("name", ["completion_mask", "assistant_masks"])
+def test_a_mask_says_yes_or_no(name):
+    """One that is added to the scores has 0 where a token counts: taken for a truth value, it scored the opposite."""
+    for mask in ([0.0, -math.inf, 0.0], [0, -1, 1], [0, 2, 1], [0.0, 0.5, 1.0], ["", "a", "a"]):
+        with pytest.raises(ValueError, match=rf"^{name} of document 1 must be 1 for tokens that are scored and 0 for others"):
+            PackingCollator()([[1, 2], {"input_ids": [5, 6, 7], name: mask}])
+    for mask in ([0, 0, 1], [0.0, 0.0, 1.0], [False, False, True]):
+        assert PackingCollator()([{"input_ids": [5, 6, 7], name: mask}]).labels.tolist() == [[-100, -100, 7]]
+    assert PackingCollator()([{"input_ids": [], name: []}]).num_items == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.uint16, torch.uint32])

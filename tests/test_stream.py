@@ -101,7 +101,7 @@ def test_bad_arguments():
 
 @pytest.mark.parametrize("most", [0, -1])
 def test_a_limit_of_no_document_is_refused(most):
-    with pytest.raises(ValueError, match=f"max_docs_per_pack must be positive, got {most}"):
+    with pytest.raises(ValueError, match=f"max_docs_per_pack must be positive or None, got {most}"):
         StreamPacker(8, max_docs_per_pack=most)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from ..ops.attention_paths import max_docs_for_flash_attention
 from .batch import PackedBatch
+from .counts import as_count
 from .documents import tokens_of, without_padding
 from .forest import PackedForest
 from .prefixes import MIN_SHARED, prefix_forest
@@ -107,15 +108,14 @@ class PackingCollator(Generic[Batch]):
     ):
         if names not in ("packops", "hf"):
             raise ValueError(f"names must be 'packops' or 'hf', got {names!r}")
-        for name, value in (("pad_to_multiple_of", pad_to_multiple_of), ("pad_doc_to_multiple_of", pad_doc_to_multiple_of)):
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
-        self.pad_token_id = pad_token_id
-        self.ignore_index = ignore_index
-        self.pad_to_multiple_of = pad_to_multiple_of
-        self.pad_to_length = pad_to_length
-        self.pad_doc_to_multiple_of = pad_doc_to_multiple_of
-        self.num_documents = num_documents
+        if pad_token_id is None:
+            raise TypeError("pad_token_id must be an integer, got None: where a tokenizer has none, any of its ids will do")
+        self.pad_token_id = as_count("pad_token_id", pad_token_id, least=-(2**63))
+        self.ignore_index = as_count("ignore_index", ignore_index, least=-(2**63))
+        self.pad_to_multiple_of = as_count("pad_to_multiple_of", pad_to_multiple_of, optional=True)
+        self.pad_to_length = as_count("pad_to_length", pad_to_length, optional=True)
+        self.pad_doc_to_multiple_of = as_count("pad_doc_to_multiple_of", pad_doc_to_multiple_of)
+        self.num_documents = as_count("num_documents", num_documents, optional=True)
         self.shift_labels = shift_labels
         self.columns = dict(columns or {})
         self.names = names
@@ -194,7 +194,7 @@ class PackingCollator(Generic[Batch]):
                 labels = _same_length(_ids(document["labels"], "labels", number), "labels", ids, number)
             for name in SCORED_MASKS:
                 if document.get(name) is not None:
-                    scored = _same_length(np.asarray(document[name]), name, ids, number).astype(bool)
+                    scored = _scored(_same_length(np.asarray(document[name]), name, ids, number), name, number)
                     labels = np.where(scored, labels, self.ignore_index)
         return labels
 
@@ -266,6 +266,12 @@ def _ids(values: Any, name: str, number: int) -> np.ndarray:
     if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
         raise ValueError(f"{name} of document {number} must fit int64, got {array.max()}")
     return array.astype(np.int64, copy=False)  # an unsigned type could not hold a negative ignore_index
+
+
+def _scored(mask: np.ndarray, name: str, number: int) -> np.ndarray:
+    if mask.size and (mask.dtype.kind not in "biuf" or not ((mask == 0) | (mask == 1)).all()):
+        raise ValueError(f"{name} of document {number} must be 1 for tokens that are scored and 0 for others, got {mask}")
+    return mask.astype(bool)
 
 
 def _same_length(values: np.ndarray, name: str, ids: np.ndarray, number: int) -> np.ndarray:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import operator
 from collections.abc import Iterator
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -16,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _loader
+from .counts import as_count, as_integer
 
 __all__ = ["STRATEGIES", "DocumentSlice", "PackingPlan", "pack"]
 
@@ -233,16 +233,15 @@ def pack(
     Raises:
         ValueError: a negative length, an overlong document under ``overlong="error"`` (with its index and length), an argument
             out of range.
-        TypeError: ``lengths`` are not integers.
+        TypeError: what must be an integer is none.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
-    if max_docs_per_pack is not None and max_docs_per_pack < 1:
-        raise ValueError(f"max_docs_per_pack must be positive or None, got {max_docs_per_pack}")
-    for name, value in (("seed", 0 if seed is None else seed), ("epoch", epoch)):
-        if not 0 <= value < 2**64:
-            raise ValueError(f"{name} must be between 0 and 2^64 - 1, got {value}")
-    max_length = operator.index(max_length)
+    max_docs_per_pack = as_count("max_docs_per_pack", max_docs_per_pack, optional=True)
+    seed = as_count("seed", seed, least=0, bits=64, optional=True)
+    epoch = as_count("epoch", epoch, least=0, bits=64)
+    max_length = as_count("max_length", max_length, bits=31)
+    pad_doc_to_multiple_of = as_integer("pad_doc_to_multiple_of", pad_doc_to_multiple_of)
     if groups is not None or shared is not None:
         if groups is None:
             raise ValueError("shared needs groups: documents share prefixes within their group")

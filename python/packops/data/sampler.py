@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from .counts import as_count, as_integer
 from .packing import _C, DocumentSlice, IntArray, Overlong, PackingPlan, Strategy, as_lengths, pack
 
 __all__ = ["PackedBatchSampler"]
@@ -128,18 +130,19 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         pad_doc_to_multiple_of: int = 1,
     ):
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        self.world_size = world_size if world_size is not None else torch.distributed.get_world_size() if distributed else 1
-        self.rank = rank if rank is not None else torch.distributed.get_rank() if distributed else 0
+        if world_size is None:
+            world_size = torch.distributed.get_world_size() if distributed else 1
+        if rank is None:
+            rank = torch.distributed.get_rank() if distributed else 0
+        self.world_size, self.rank = as_count("world_size", world_size), as_integer("rank", rank)
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, world_size = {self.world_size}), got {self.rank}")
-        if packs_per_batch < 1:
-            raise ValueError(f"packs_per_batch must be positive, got {packs_per_batch}")
+        self.packs_per_batch = as_count("packs_per_batch", packs_per_batch)
         if balance not in ("none", "tokens", "attention"):
             raise ValueError(f"balance must be 'none', 'tokens' or 'attention', got {balance!r}")
         self.all_ranks = all_ranks
-        self.packs_per_batch = packs_per_batch
         self.balance = balance
-        self.cost = cost
+        self.cost = _checked_cost(cost)
         self.drop_last = drop_last
         self.seed = None if strategy == "sequential" else seed
         self.epoch = 0
@@ -169,6 +172,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
 
     def set_epoch(self, epoch: int) -> None:
         """Pack and order anew. Setting the current epoch changes nothing, so that a resumed epoch goes on where it stopped."""
+        epoch = as_count("epoch", epoch, least=0, bits=64)
         if epoch != self.epoch:
             self._prepare(epoch, [])  # raises for an epoch that there is not
             self._begin(epoch, [], 0)
@@ -238,7 +242,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             ValueError: ``step`` is before the steps that this process resumed after, or past the epoch's last one.
         """
         epoch, before = self._prepare(), self._steps_before()
-        current = self._step if step is None else operator.index(step) - before
+        current = self._step if step is None else as_integer("step", step) - before
         if not self._start <= current <= len(epoch.steps):
             raise ValueError(
                 f"step must be between {before + self._start} and {before + len(epoch.steps)}, got {step}: it counts from the "
@@ -337,6 +341,16 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             return documents
         parts = zip(documents, plan.starts[pieces].tolist(), plan.lengths[pieces].tolist(), strict=True)
         return [DocumentSlice(*part) for part in parts]
+
+
+def _checked_cost(cost: Any) -> tuple[float, float]:
+    try:
+        a, b = map(float, cost)
+    except (TypeError, ValueError):
+        raise TypeError(f"cost must be two numbers (per token, per document length^2), got {cost!r}") from None
+    if not (0 <= a < math.inf and 0 <= b < math.inf):
+        raise ValueError(f"cost must be two finite numbers of at least 0, got {cost!r}")
+    return a, b
 
 
 def _parse_state(state: Any) -> tuple[int, list[Segment], str]:

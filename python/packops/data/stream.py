@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import bisect
-import operator
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
+from .counts import as_count, as_integer
 from .documents import length_of, slice_document
 from .packing import Overlong
 
@@ -49,22 +49,15 @@ class StreamPacker(Generic[Document]):
         length: Callable[[Document], int] = length_of,
         cut: Callable[[Document, int, int], Document] = slice_document,
     ):
-        for name, value in (
-            ("max_length", max_length),
-            ("open_packs", open_packs),
-            ("max_docs_per_pack", 1 if max_docs_per_pack is None else max_docs_per_pack),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be positive, got {value}")
+        self.max_length = max_length = as_count("max_length", max_length)
+        self.open_packs = as_count("open_packs", open_packs)
+        self.max_docs_per_pack = as_count("max_docs_per_pack", max_docs_per_pack, optional=True)
+        self.pad_doc_to_multiple_of = as_integer("pad_doc_to_multiple_of", pad_doc_to_multiple_of)
         if pad_doc_to_multiple_of < 1 or max_length % pad_doc_to_multiple_of:
             raise ValueError(f"pad_doc_to_multiple_of must divide max_length = {max_length}, got {pad_doc_to_multiple_of}")
         if overlong not in ("error", "truncate", "split", "drop"):
             raise ValueError(f"overlong must be 'error', 'truncate', 'split' or 'drop', got {overlong!r}")
-        self.max_length = max_length
-        self.open_packs = open_packs
-        self.max_docs_per_pack = max_docs_per_pack
         self.overlong = overlong
-        self.pad_doc_to_multiple_of = pad_doc_to_multiple_of
         self._length, self._cut = length, cut
         self._open: dict[int, list[Document]] = {}  # by age: number of the pack -> its documents
         self._free: list[tuple[int, int]] = []  # (free space, number of the pack), ascending
@@ -85,7 +78,7 @@ class StreamPacker(Generic[Document]):
 
     def add(self, document: Document) -> None:
         """Place one document."""
-        length = operator.index(self._length(document))
+        length = as_integer(f"the length of document {self.num_documents}", self._length(document))
         if length < 0:
             raise ValueError(f"document {self.num_documents} has a negative length, {length}")
         if length > self.max_length and self.overlong == "error":
@@ -127,6 +120,8 @@ class StreamPacker(Generic[Document]):
             ValueError: the state is of a packer with other settings, or none. The packer stays as it was.
         """
         settings = self._settings()
+        if not isinstance(state, Mapping):
+            raise ValueError(f"not the state of a StreamPacker: {state!r}")
         missing = [name for name in settings if name not in state]
         if missing:
             raise ValueError(f"not the state of a StreamPacker: it has no {missing[0]!r}")

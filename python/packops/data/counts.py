@@ -1,0 +1,39 @@
+"""Arguments that count something, checked where they are given: a float or a bool among them would be wrong in silence later."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any, overload
+
+__all__ = ["as_count", "as_integer"]
+
+
+def as_integer(name: str, value: Any) -> int:
+    """``value`` as a Python int; TypeError for what is no integer, bool included."""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        shown = repr(value) if value is None or isinstance(value, (bool, float, str)) else f"a {type(value).__name__}"
+        raise TypeError(f"{name} must be an integer, got {shown}") from None
+
+
+@overload
+def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63) -> int: ...
+@overload
+def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63, optional: bool) -> int | None: ...
+def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63, optional: bool = False) -> int | None:
+    """``value`` as a Python int from ``least`` to ``2^bits - 1``; with ``optional`` also None.
+
+    Raises:
+        TypeError: it is no integer.
+        ValueError: it is out of range.
+    """
+    if optional and value is None:
+        return None
+    count = as_integer(name, value)
+    if not least <= count < 2**bits:
+        wanted = "positive" if (least, bits) == (1, 63) and count < least else f"between {least} and 2^{bits} - 1"
+        raise ValueError(f"{name} must be {wanted}{' or None' if optional else ''}, got {count}")
+    return count
