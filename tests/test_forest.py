@@ -8,7 +8,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import packops
@@ -32,6 +32,35 @@ def random_documents(seed: int, count: int | None = None) -> list[dict[str, np.n
         labels = np.where(rng.random(len(ids)) < 0.8, ids, -100)
         documents.append({"input_ids": ids, "labels": labels, "token_weight": rng.random(len(ids)).astype(np.float32) + 0.5})
     return documents
+
+
+@st.composite
+def forests(draw: st.DrawFn, longest: int = 5) -> list[dict[str, np.ndarray]]:
+    """Documents that continue prefixes of those before them by up to ``longest`` tokens. Any token, of a prompt too, may be no
+    label, and any row may weigh nothing."""
+    documents: list[dict[str, np.ndarray]] = []
+    for number in range(draw(st.integers(1, 6))):
+        # A document to continue, rather than none: random ids of their own share next to nothing.
+        before = draw(st.sampled_from(documents))["input_ids"].tolist() if number else []
+        ids = before[: draw(st.integers(0, len(before)))]
+        ids += draw(st.lists(st.integers(0, VOCAB - 1), max_size=longest))
+        trained = draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))
+        weights = draw(st.lists(st.sampled_from([1.0, 0.5, 1.75, 0.0]), min_size=len(ids), max_size=len(ids)))
+        documents.append(
+            {
+                "input_ids": np.array(ids, np.int64),
+                "labels": np.array([x if train else -100 for x, train in zip(ids, trained, strict=True)], np.int64),
+                "token_weight": np.array(weights, np.float32),
+            }
+        )
+    return documents
+
+
+def scored_rows(document: dict[str, np.ndarray]) -> np.ndarray:
+    """Which rows of a document alone count."""
+    rows = np.zeros(len(document["input_ids"]), bool)
+    rows[:-1] = document["labels"][1:] != -100
+    return rows & (document["token_weight"] > 0) if "token_weight" in document else rows
 
 
 class Model(torch.nn.Module):
@@ -103,37 +132,46 @@ def check_same(got, want):
 
 
 @pytest.mark.parametrize("attend", [by_mask, by_kernel])
-@given(seed=st.integers(0, 10**6), reduction=st.sampled_from(REDUCTIONS), weights=st.booleans(), min_shared=st.integers(1, 4))
+@given(
+    documents=forests(),
+    reduction=st.sampled_from(REDUCTIONS),
+    weights=st.booleans(),
+    min_shared=st.integers(1, 4),
+    multiple=st.integers(1, 9),
+)
 @settings(max_examples=25)
-def test_loss_and_gradients_are_those_of_the_documents_one_by_one(attend, seed, reduction, weights, min_shared):
-    documents = random_documents(seed)
+def test_loss_and_gradients_are_those_of_the_documents_one_by_one(attend, documents, reduction, weights, min_shared, multiple):
     if not weights:
-        for document in documents:
-            del document["token_weight"]
+        documents = [{name: values for name, values in d.items() if name != "token_weight"} for d in documents]
     collate = packops.PackingCollator(
         share_prefixes=True,
         min_shared=min_shared,
         reduction=reduction,
         columns={"token_weight": 0.0} if weights else None,
-        pad_to_multiple_of=1 + seed % 9,
+        pad_to_multiple_of=multiple,
     )
     batch, model = collate(documents), Model()
+    assert batch.num_items == sum(int(scored_rows(d).sum()) for d in documents)
     want = one_by_one(model, documents, reduction)
-    if not isinstance(want, torch.Tensor) or not want.requires_grad:
-        assert batch.num_items == 0
-        return
-    check_same(grads(model, of_forest(model, batch, attend)), grads(model, want))
-    assert batch.num_items == sum(int((d["labels"][1:] != -100).sum()) for d in documents)
+    if batch.num_items:
+        check_same(grads(model, of_forest(model, batch, attend)), grads(model, want))
 
 
 @pytest.mark.parametrize("attend", [by_mask, by_kernel])
-def test_ten_steps_of_training_end_at_the_same_weights(attend):
+@given(batches=st.lists(forests(), min_size=10, max_size=10), reduction=st.sampled_from(REDUCTIONS), min_shared=st.integers(1, 4))
+@settings(max_examples=8, phases=(Phase.generate,))  # to shrink ten forests takes minutes, and the one before has done it
+def test_ten_steps_of_training_end_at_the_same_weights(attend, batches, reduction, min_shared):
+    collate = packops.PackingCollator(
+        share_prefixes=True, min_shared=min_shared, reduction=reduction, columns={"token_weight": 0.0}
+    )
     models = Model(), Model()
-    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.03) for model in models]
-    for step in range(10):
-        documents = random_documents(step, count=5)
-        batch = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"token_weight": 0.0})(documents)
-        losses = of_forest(models[0], batch, attend), one_by_one(models[1], documents, "mean")
+    # eps: at 1e-8 the rounding of a gradient that is 0 in exact arithmetic would be a step of 1e-10.
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=0.03, eps=1e-3) for model in models]
+    for documents in batches:
+        batch = collate(documents)
+        if not batch.num_items:
+            continue
+        losses = of_forest(models[0], batch, attend), one_by_one(models[1], documents, reduction)
         for optimizer, loss in zip(optimizers, losses, strict=True):
             optimizer.zero_grad()
             loss.backward()
@@ -168,14 +206,19 @@ def test_ten_steps_in_bf16_differ_from_fp64_by_rounding(device, reduction):
 
 
 @pytest.mark.parametrize("attend", [by_mask, by_kernel])
-def test_no_gradient_crosses_from_one_branch_to_another(attend):
-    documents = random_documents(11, count=6)
-    batch = packops.PackingCollator(share_prefixes=True, min_shared=1, columns={"token_weight": 0.0})(documents)
+@given(documents=forests(), min_shared=st.integers(1, 4), multiple=st.integers(1, 9))
+@settings(max_examples=40)
+def test_no_gradient_crosses_from_one_branch_to_another(attend, documents, min_shared, multiple):
+    """A row reads exactly the rows of its documents up to itself: asked of the documents, not of the batch's own mask."""
+    batch = packops.PackingCollator(share_prefixes=True, min_shared=min_shared, pad_to_multiple_of=multiple)(documents)
+    rows = torch.arange(batch.num_tokens)
+    allowed = torch.zeros(batch.num_tokens, batch.num_tokens, dtype=torch.bool)
+    for path in batch.unpack(rows[None]):
+        for at, row in enumerate(path):
+            allowed[row, path[: at + 1]] = True
     q, k, v = (torch.randn(batch.num_tokens, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(3))
     out = attend(q, k, v, batch)
-    allowed = batch.attention_mask()[0, 0]
-    assert 0.1 < allowed.double().mean() < 0.5
-    for row in range(batch.num_tokens):
+    for row in rows[allowed.any(1)]:
         of_keys, of_values = ((g != 0).any((1, 2)) for g in torch.autograd.grad(out[row].sum(), (k, v), retain_graph=True))
         assert torch.equal(of_values, allowed[row])
         assert not (of_keys & ~allowed[row]).any()
@@ -237,6 +280,25 @@ def test_edges(name, reduction):
     else:
         assert name == "one token each"
         assert loss.item() == 0
+
+
+@given(documents=forests(), min_shared=st.integers(1, 4), reduction=st.sampled_from(REDUCTIONS))
+def test_a_row_weighs_as_much_as_in_all_documents_through_it(documents, min_shared, reduction):
+    """A prompt that is trained on counts for every document that trains on it, and for no other."""
+    collate = packops.PackingCollator(
+        share_prefixes=True, min_shared=min_shared, reduction=reduction, columns={"token_weight": 0.0}
+    )
+    batch = collate(documents)
+    want = torch.zeros(batch.num_tokens, dtype=torch.float64)
+    for path, document in zip(batch.unpack(torch.arange(batch.num_tokens)[None]), documents, strict=True):
+        rows = scored_rows(document)
+        weight = document["token_weight"].astype(np.float64) * rows
+        if rows.any():
+            want[path] += torch.tensor(weight / (weight.sum() if reduction == "seq-mean-token-mean" else 1))
+            labels = torch.tensor(document["input_ids"])
+            assert torch.equal(batch.shift_labels[0, path[:-1]][rows[:-1]], labels[1:][rows[:-1]])
+    torch.testing.assert_close(batch.token_weight[0].double(), want, rtol=1e-6, atol=1e-6)
+    assert (batch.num_items, batch.num_valid) == (sum(int(scored_rows(d).sum()) for d in documents), int((want > 0).sum()))
 
 
 def test_a_prompt_that_all_documents_train_on_weighs_as_much_as_all_of_them():
