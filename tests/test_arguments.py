@@ -261,3 +261,74 @@ def test_a_form_takes_the_options_of_another_function():
     assert str(inspect.signature(form)) == "(x, *, a: 'int' = 5, b: 'float' = 2.0)"
     assert typing.get_type_hints(form)["b"] is float
     assert (form.__name__, form.__doc__) == ("form", "A form of source.")
+
+
+# ---- functions and classes beside the ops ------------------------------------------------------------------------------------
+
+IDS, BOUNDS = torch.arange(7), torch.tensor([0, 3, 7])
+BESIDE: dict[str, tuple[Any, dict[str, Any]]] = {
+    "rope_table": (packops.rope_table, {"rotary_dim": 8, "max_position": 16}),
+    "RotaryEmbedding": (packops.RotaryEmbedding, {"rotary_dim": 8}),
+    "CrossEntropyLoss": (packops.CrossEntropyLoss, {}),
+    "loss_normalizer": (packops.loss_normalizer, {"labels_or_counts": IDS}),
+    "verify": (packops.verify, {"model": None, "documents": []}),
+    "max_docs_for_flash_attention": (
+        packops.max_docs_for_flash_attention,
+        {"total_tokens": 64, "num_heads": 2, "head_dim": 64},
+    ),
+    "PackedBatch.build": (packops.PackedBatch.build, {"input_ids": IDS, "labels": IDS, "boundaries": [0, 3, 7]}),
+    "PackedBatch.from_cu_seqlens": (packops.PackedBatch.from_cu_seqlens, {"input_ids": IDS, "cu_seqlens": BOUNDS}),
+    "PackedBatch.from_position_ids": (packops.PackedBatch.from_position_ids, {"input_ids": IDS, "position_ids": IDS}),
+    "PackedBatch.from_padded": (
+        packops.PackedBatch.from_padded,
+        {"input_ids": IDS[None], "attention_mask": torch.ones_like(IDS)[None]},
+    ),
+}
+KIND_OF_HINT = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor", "bool": "bool", "int": "int", "int | None": "int", "float": "float",
+    "float | None": "float", "str": "str", "Reduction": "str", "torch.dtype": "ScalarType",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BESIDE)
+def test_wrong_things_beside_the_ops_are_named(name):
+    """As their annotations say, so that a new argument is looked at without a word here."""
+    function, valid = BESIDE[name]
+    tried = 0
+    for parameter in inspect.signature(function).parameters.values():
+        for value in WRONG.get(KIND_OF_HINT.get(parameter.annotation, ""), []):
+            tried += 1
+            with pytest.raises(TypeError, match=rf"^packops\.{name}: {parameter.name} must be "):
+                function(**{**valid, parameter.name: value})
+    assert tried > 4
+
+
+def test_a_mapping_is_named():
+    for function in (packops.rope_table, packops.RotaryEmbedding):
+        with pytest.raises(TypeError, match=r"scaling must be a mapping or None, got a list"):
+            function(8, 16, scaling=[("factor", 2.0)])
+
+
+def test_a_missing_argument_is_said_in_the_words_of_python():
+    with pytest.raises(TypeError, match=r"rope_table\(\) missing 1 required positional argument: 'max_position'"):
+        packops.rope_table(8)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_int_past_64_bits(name):
+    """The dispatcher says that it expected an int and found an int."""
+    op = OPS[name]
+    for argument in (argument for argument, kind in kinds(op).items() if kind.removesuffix("?") == "int"):
+        with pytest.raises(ValueError, match=rf"{argument} must fit int64, got {2**70}"):
+            call(op.function, op, {argument: 2**70})
+
+
+@pytest.mark.parametrize("item", ["12", ["12"], True, [True], None, [None], -1, [3, -1], math.nan, math.inf])
+def test_counts_that_are_none(item):
+    with pytest.raises((TypeError, ValueError), match=r"^loss_normalizer: "):
+        packops.loss_normalizer(item)
+
+
+@pytest.mark.parametrize("item", [3, 3.0, np.int64(3), np.float32(3), [1, np.int32(2)], torch.tensor(3)])
+def test_counts_of_any_type(item):
+    assert packops.loss_normalizer(item).item() == 3

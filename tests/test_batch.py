@@ -159,7 +159,7 @@ def test_bad_rows():
         PackedBatch.from_cu_seqlens(torch.zeros(2, 4), torch.tensor([0, 4]))
     with pytest.raises(ValueError, match=r"share one shape \(batch, length\), got \(2, 4\) and \(2, 3\)"):
         PackedBatch.from_padded(torch.zeros(2, 4), torch.zeros(2, 3))
-    with pytest.raises(TypeError, match="input_ids of document 1 must be a list of integers"):
+    with pytest.raises(TypeError, match="input_ids of document 1 must be a sequence of integers"):
         PackingCollator()([[1], [0.5]])
     with pytest.raises(ValueError, match=r"labels of document 0 must have one entry per token \(2\), got shape \(3,\)"):
         PackingCollator()([{"input_ids": [1, 2], "labels": [1, 2, 3]}])
@@ -304,6 +304,16 @@ def test_any_integer_type_holds_the_ignore_index(dtype, mask, ignore_index):
     batch = PackingCollator(ignore_index=n)([document, {**document, "labels": np.array([5, 6, 7], dtype)}])
     assert batch.labels.tolist() == [[n, n, 7, n, n, 7]]
     assert (batch.labels.dtype, batch.num_items) == (torch.int64, 2)
+
+
+@pytest.mark.parametrize("name", ["labels", "position_ids", "attention_mask", "cu_seq_lens_q", "seq_idx"])
+def test_a_column_takes_no_place_of_the_batch(name):
+    """Labels among the columns were scored at every document's first token; an attention_mask let documents see each other."""
+    document = {"input_ids": [5, 6, 7], name: [1, 1, 1]}
+    with pytest.raises(ValueError, match=f"columns must not hold {name!r}: that is made from the documents"):
+        PackingCollator(columns={name: 0}, names="hf")([document])
+    with pytest.raises(ValueError, match=f"columns must not hold {name!r}"):
+        PackedBatch.build(torch.arange(3), torch.arange(3), [0, 3], columns={name: torch.ones(3)})
 
 
 @pytest.mark.parametrize("name", ["completion_mask", "assistant_masks"])

@@ -254,7 +254,7 @@ def test_bad_arguments():
             pack([1], max_length)
     with pytest.raises(ValueError, match=r"strategy must be one of 'best_fit', .*got 'lpfhp'"):
         pack([1], 10, strategy="lpfhp")
-    with pytest.raises(ValueError, match=r'overlong must be one of "error", .*got "keep"'):
+    with pytest.raises(ValueError, match=r"overlong must be one of 'error', .*got 'keep'"):
         pack([1], 10, overlong="keep")
     with pytest.raises(ValueError, match="max_docs_per_pack must be positive or None, got 0"):
         pack([1], 10, max_docs_per_pack=0)

@@ -131,6 +131,15 @@ def test_theta_in_the_dictionary_wins():
             "must have rotary_dim / 2 = 4 numbers, got 1",
         ),
         ((8, 4), {"rope_theta": -1.0}, "base must be positive"),
+        ((8, 4), {"rope_theta": math.inf}, r"scaling\['rope_theta'\] must be finite, got inf"),
+        ((8, 4), {"rope_type": "linear", "factor": 0.0}, r"scaling\['factor'\] must be positive and finite, got 0.0"),
+        ((8, 4), {"rope_type": "linear", "factor": math.nan}, r"scaling\['factor'\] must be positive and finite, got nan"),
+        (
+            (4, 4),
+            {"rope_type": "longrope", "factor": 2.0, "original_max_position_embeddings": 9, "short_factor": [1.0, 0.0]},
+            r"scaling\['short_factor'\] must be positive and finite",
+        ),
+        ((8, -1), None, "max_position must not be negative, got -1"),
     ],
 )
 def test_errors(arguments, scaling, message):

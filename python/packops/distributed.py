@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -11,12 +12,14 @@ from torch import Tensor
 
 from .data.batch import PackedBatch
 from .functional import packed_labels, packed_metadata
+from .ops.arguments import NUMBERS, checks_annotations, describe
 
 __all__ = ["loss_normalizer"]
 
 DENOMINATORS = {"mean": "tokens", "seq-mean-token-mean": "documents", "seq-mean-token-sum": "documents"}
 
 
+@checks_annotations
 def loss_normalizer(
     labels_or_counts: Any,
     *,
@@ -59,7 +62,7 @@ def loss_normalizer(
         raise ValueError(f"loss_normalizer: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
     if gradients not in ("mean", "sum"):
         raise ValueError(f"loss_normalizer: gradients must be 'mean' or 'sum', got {gradients!r}")
-    is_one = isinstance(labels_or_counts, (PackedBatch, Tensor, int, float))
+    is_one = isinstance(labels_or_counts, (PackedBatch, Tensor, *NUMBERS)) or not isinstance(labels_or_counts, Iterable)
     items: Iterable[Any] = [labels_or_counts] if is_one else labels_or_counts
     counts = [_count(item, reduction, cu_seqlens, shift, ignore_index) for item in items]
     on_device = next((c.device for c in counts if isinstance(c, Tensor) and not c.is_cpu), None)
@@ -78,6 +81,10 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
     if isinstance(item, PackedBatch):
         return item.num_items if of_tokens else item.num_sequences
     if not isinstance(item, Tensor):
+        if isinstance(item, bool) or not isinstance(item, NUMBERS):
+            raise TypeError(f"loss_normalizer: labels_or_counts must be batches, labels or numbers, got {describe(item)}")
+        if not 0 <= item < math.inf:
+            raise ValueError(f"loss_normalizer: a count must be finite and at least 0, got {item}")
         return float(item)
     if item.dim() == 0:
         return item

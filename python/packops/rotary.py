@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
 
 from .functional import apply_rope
+from .ops.arguments import NUMBERS, checks_annotations
 
 __all__ = ["RotaryEmbedding", "rope_inverse_frequencies", "rope_table"]
 
+POSITIVE = (
+    "factor",
+    "long_factor",
+    "short_factor",
+    "attention_factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 
 
@@ -37,9 +46,15 @@ def rope_inverse_frequencies(
         kind = "default"
     if kind not in ROPE_TYPES:
         raise ValueError(f"packops.rope_table: scaling['rope_type'] must be one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+    for key, value in scaling.items():
+        numbers = value if isinstance(value, (list, tuple)) else [value]
+        positive = key in POSITIVE
+        if not all(0 < x < math.inf if positive else math.isfinite(x) for x in numbers if isinstance(x, NUMBERS)):
+            wanted = "positive and finite" if positive else "finite"
+            raise ValueError(f"packops.rope_table: scaling[{key!r}] must be {wanted}, got {value!r}")
     base = float(scaling.get("rope_theta") or base)
-    if not base > 0:
-        raise ValueError(f"packops.rope_table: base must be positive, got {base}")
+    if not 0 < base < math.inf:
+        raise ValueError(f"packops.rope_table: base must be positive and finite, got {base}")
 
     def need(*keys: str) -> Any:
         for key in keys:
@@ -123,6 +138,7 @@ def _yarn(plain: Tensor, base: float, trained: float, factor: float, scaling: Ma
     return plain * (stretched / factor + 1 - stretched), float(attention)
 
 
+@checks_annotations
 def rope_table(
     rotary_dim: int,
     max_position: int,
@@ -149,6 +165,8 @@ def rope_table(
     Raises:
         ValueError: an odd ``rotary_dim``, an unknown ``rope_type``, or a missing entry of ``scaling``.
     """
+    if max_position < 0:
+        raise ValueError(f"packops.rope_table: max_position must not be negative, got {max_position}")
     frequencies, factor = rope_inverse_frequencies(rotary_dim, base=base, scaling=scaling, max_position=max_position)
     return _table(frequencies, factor, max_position, dtype, device)
 
@@ -303,6 +321,7 @@ class RotaryEmbedding(nn.Module):
     >>> q, k = rope(torch.randn(7, 4, 64), torch.randn(7, 1, 64), cu_seqlens=torch.tensor([0, 3, 7]))
     """
 
+    @checks_annotations
     def __init__(
         self,
         rotary_dim: int,

@@ -17,6 +17,7 @@ from .data.documents import length_of
 from .data.forest import PackedForest
 from .data.packing import pack
 from .distributed import DENOMINATORS, loss_normalizer
+from .ops.arguments import checks_annotations
 
 Forward = Callable[[nn.Module, PackedBatch], Tensor]
 Loss = Callable[[nn.Module, PackedBatch, Tensor], Tensor]
@@ -142,6 +143,7 @@ def hf_loss(model: nn.Module, batch: PackedBatch, num_items: Tensor) -> Tensor:
     return model(**inputs).loss
 
 
+@checks_annotations
 def verify(
     model: nn.Module,
     documents: Sequence[Any],

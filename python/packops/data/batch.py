@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..functional import packed_labels, packed_metadata
+from ..ops.arguments import checks_annotations
 from ..ops.document_sums import document_sums
+from .counts import as_integers
 from .documents import document_begins
 
 __all__ = ["PackedBatch"]
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass
@@ -62,6 +66,7 @@ class PackedBatch:
     # ---- making one ----------------------------------------------------------------------------------------------------
 
     @classmethod
+    @checks_annotations
     def build(
         cls,
         input_ids: Tensor,
@@ -84,14 +89,14 @@ class PackedBatch:
             shift_labels: also fill :attr:`shift_labels`.
             columns: further (T,) tensors.
         """
-        input_ids, labels = _int64(input_ids, "input_ids"), _int64(labels, "labels")
-        for name, values in {"labels": labels, **(columns or {})}.items():
+        input_ids, labels, columns = _int64(input_ids, "input_ids"), _int64(labels, "labels"), checked_columns(columns)
+        for name, values in {"labels": labels, **columns}.items():
             _check_one_each(values, name, len(input_ids))
-        boundaries = tuple(boundaries)
+        boundaries = tuple(as_integers("boundaries", boundaries).tolist())
         if boundaries[:1] != (0,) or boundaries[-1] != len(input_ids) or any(a > b for a, b in itertools.pairwise(boundaries)):
             raise ValueError(f"boundaries must rise from 0 to the {len(input_ids)} tokens, got {_some(boundaries)}")
         spans = tuple(end - begin for begin, end in itertools.pairwise(boundaries))
-        lengths = spans if lengths is None else tuple(lengths)
+        lengths = spans if lengths is None else tuple(as_integers("lengths", lengths).tolist())
         if len(lengths) > len(spans) or any(length > span for length, span in zip(lengths, spans, strict=False)):
             raise ValueError(f"lengths must fit the documents between the boundaries, {_some(spans)}, got {_some(lengths)}")
         if capacity is not None:
@@ -122,11 +127,12 @@ class PackedBatch:
             lengths=lengths,
             shift_labels=packed_labels(labels, cu_seqlens, ignore_index=ignore_index)[0][None] if shift_labels else None,
             real_tokens=real_tokens,
-            columns={name: column[None] for name, column in (columns or {}).items()},
+            columns={name: column[None] for name, column in columns.items()},
             ignore_index=ignore_index,
         )
 
     @classmethod
+    @checks_annotations
     def from_cu_seqlens(
         cls, input_ids: Tensor, cu_seqlens: Tensor, *, labels: Tensor | None = None, **options: Any
     ) -> PackedBatch:
@@ -134,8 +140,8 @@ class PackedBatch:
 
         ``labels`` are the input ids unless given. Reads ``cu_seqlens`` on the host, which waits for the device.
         """
-        tokens = _one_row(input_ids, "input_ids")
-        bounds = cu_seqlens.tolist()
+        tokens = _int64(_one_row(input_ids, "input_ids"), "input_ids")
+        bounds = as_integers("cu_seqlens", cu_seqlens.cpu()).tolist()
         if not bounds or bounds[0] != 0 or bounds[-1] > len(tokens) or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"cu_seqlens must rise from 0 to at most the {len(tokens)} tokens, got {_some(bounds)}")
         lengths = [end - begin for begin, end in itertools.pairwise(bounds)]
@@ -146,6 +152,7 @@ class PackedBatch:
         return cls.build(tokens, targets, bounds, lengths=lengths, **options)
 
     @classmethod
+    @checks_annotations
     def from_position_ids(
         cls, input_ids: Tensor, position_ids: Tensor, *, labels: Tensor | None = None, **options: Any
     ) -> PackedBatch:
@@ -157,6 +164,7 @@ class PackedBatch:
         return cls.from_cu_seqlens(input_ids, cu_seqlens, labels=labels, **options)
 
     @classmethod
+    @checks_annotations
     def from_padded(
         cls, input_ids: Tensor, attention_mask: Tensor, *, labels: Tensor | None = None, **options: Any
     ) -> PackedBatch:
@@ -308,6 +316,22 @@ class PackedBatch:
             field.name: f(value) for field in dataclasses.fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, columns={name: f(column) for name, column in self.columns.items()}, **moved)
+
+
+# What a batch has in any case, under either set of names. An attention_mask would end the search for packed documents.
+OWN_NAMES = frozenset(field.name for field in dataclasses.fields(PackedBatch)) | {
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "use_cache", "attention_mask", "parents"),
+}
+
+
+def checked_columns(columns: Mapping[str, T] | None) -> Mapping[str, T]:
+    """The columns that come on top of a batch's own, or an error where one would take the place of its own."""
+    if not isinstance(columns, Mapping | None):
+        raise TypeError(f"columns must be a mapping with their names as keys or None, got {type(columns).__name__}")
+    for name in columns or {}:
+        if name in OWN_NAMES:
+            raise ValueError(f"columns must not hold {name!r}: that is made from the documents")
+    return columns or {}
 
 
 def _documents_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:

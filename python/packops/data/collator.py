@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from ..ops.attention_paths import max_docs_for_flash_attention
-from .batch import PackedBatch
-from .counts import as_count
+from .batch import PackedBatch, checked_columns
+from .counts import as_count, as_integers
 from .documents import tokens_of, without_padding
 from .forest import PackedForest
 from .prefixes import MIN_SHARED, prefix_forest
@@ -117,11 +117,11 @@ class PackingCollator(Generic[Batch]):
         self.pad_doc_to_multiple_of = as_count("pad_doc_to_multiple_of", pad_doc_to_multiple_of)
         self.num_documents = as_count("num_documents", num_documents, optional=True)
         self.shift_labels = shift_labels
-        self.columns = dict(columns or {})
+        self.columns = dict(checked_columns(columns))
         self.names = names
-        self.attention_shape = attention_shape
+        self.attention_shape = None if attention_shape is None else _checked_shape(attention_shape)
         self.share_prefixes = share_prefixes
-        self.min_shared = min_shared
+        self.min_shared = as_count("min_shared", min_shared)
         self.reduction = reduction
         if share_prefixes and pad_doc_to_multiple_of != 1:
             raise ValueError("share_prefixes packs documents without padding inside: pad_doc_to_multiple_of must be 1")
@@ -130,7 +130,9 @@ class PackingCollator(Generic[Batch]):
 
     def __call__(self, documents: Sequence[Any]) -> Batch:
         documents = [_real_part(document, number) for number, document in enumerate(documents)]
-        tokens = [_ids(tokens_of(document), "input_ids", number) for number, document in enumerate(documents)]
+        tokens = [
+            as_integers(f"input_ids of document {number}", tokens_of(document)) for number, document in enumerate(documents)
+        ]
         numbered = list(zip(documents, tokens, range(len(tokens)), strict=True))
         labels = [self._labels(*entry) for entry in numbered]
         if self.share_prefixes:
@@ -191,7 +193,8 @@ class PackingCollator(Generic[Batch]):
         labels = ids
         if isinstance(document, Mapping):
             if document.get("labels") is not None:
-                labels = _same_length(_ids(document["labels"], "labels", number), "labels", ids, number)
+                labels = as_integers(f"labels of document {number}", document["labels"])
+                labels = _same_length(labels, "labels", ids, number)
             for name in SCORED_MASKS:
                 if document.get(name) is not None:
                     scored = _scored(_same_length(np.asarray(document[name]), name, ids, number), name, number)
@@ -241,6 +244,14 @@ def _check_text(document: Mapping[str, Any], number: int) -> None:
         )
 
 
+def _checked_shape(shape: Any) -> tuple[int, int]:
+    try:
+        heads, features = shape
+    except (TypeError, ValueError):
+        raise TypeError(f"attention_shape must be (num_heads, head_dim), got {shape!r}") from None
+    return as_count("num_heads of attention_shape", heads), as_count("head_dim of attention_shape", features)
+
+
 def _column_dtype(name: str, parts: Sequence[np.ndarray], fill: float) -> np.dtype:
     """A type that holds the values of all documents and the padding."""
     dtype = np.result_type(*{part.dtype for part in parts}) if parts else np.asarray(fill).dtype
@@ -255,17 +266,6 @@ def _column_dtype(name: str, parts: Sequence[np.ndarray], fill: float) -> np.dty
             if part.dtype.kind in "iu" and not np.array_equal(part.astype(np.float32).astype(np.float64), part.astype(object)):
                 raise ValueError(f"column {name!r} holds floats and integers that float32 cannot hold: make it one or the other")
     return np.dtype(np.float32)
-
-
-def _ids(values: Any, name: str, number: int) -> np.ndarray:
-    array = np.asarray(values)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"{name} of document {number} must be a list of integers, got shape {array.shape} of {array.dtype}")
-    if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
-        raise ValueError(f"{name} of document {number} must fit int64, got {array.max()}")
-    return array.astype(np.int64, copy=False)  # an unsigned type could not hold a negative ignore_index
 
 
 def _scored(mask: np.ndarray, name: str, number: int) -> np.ndarray:

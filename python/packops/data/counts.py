@@ -1,11 +1,14 @@
-"""Arguments that count something, checked where they are given: a float or a bool among them would be wrong in silence later."""
+"""Integers that users hand over, checked where they are given: a float or a bool among them would be wrong in silence later."""
 
 from __future__ import annotations
 
 import operator
 from typing import Any, overload
 
-__all__ = ["as_count", "as_integer"]
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["as_count", "as_integer", "as_integers"]
 
 
 def as_integer(name: str, value: Any) -> int:
@@ -37,3 +40,20 @@ def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63, optional:
         wanted = "positive" if (least, bits) == (1, 63) and count < least else f"between {least} and 2^{bits} - 1"
         raise ValueError(f"{name} must be {wanted}{' or None' if optional else ''}, got {count}")
     return count
+
+
+def as_integers(name: str, values: Any) -> NDArray[np.int64]:
+    """``values`` as a one-dimensional int64 array, which holds negative numbers whatever type they came in.
+
+    Raises:
+        TypeError: they are no sequence of integers.
+        ValueError: one of them does not fit.
+    """
+    array = np.asarray(values)
+    if array.size == 0:
+        array = array.astype(np.int64)
+    if array.ndim != 1 or array.dtype.kind not in "iu":
+        raise TypeError(f"{name} must be a sequence of integers, got shape {array.shape} of {array.dtype}")
+    if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
+        raise ValueError(f"{name} must fit int64, got {array.max()}")
+    return array.astype(np.int64, copy=False)

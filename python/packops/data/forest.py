@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..distributed import DENOMINATORS
 from ..ops.document_sums import document_sums
-from .batch import PackedBatch
+from .batch import PackedBatch, checked_columns
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
 
@@ -112,7 +112,7 @@ class PackedForest(PackedBatch):
             parents += [-1] * (capacity - len(parents))
 
         rows = [_rows(forest, begins, number) for number in range(len(documents))]
-        extra = dict(columns or {})
+        extra = dict(checked_columns(columns))
         scored = _score(documents if labels is None else labels, rows, extra.pop(WEIGHT, None), total, reduction, ignore_index)
         positions = np.arange(total) - np.repeat(begins, np.diff([*begins, total]))
         positions[:own] += np.repeat(forest.start, forest.length)

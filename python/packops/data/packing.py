@@ -9,13 +9,13 @@ import dataclasses
 import hashlib
 from collections.abc import Iterator
 from functools import cached_property
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _loader
-from .counts import as_count, as_integer
+from .counts import as_count, as_integer, as_integers
 
 __all__ = ["STRATEGIES", "DocumentSlice", "PackingPlan", "pack"]
 
@@ -25,7 +25,8 @@ Strategy = Literal["best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped"
 Overlong = Literal["error", "truncate", "split", "drop"]
 IntArray = NDArray[np.int64]
 
-STRATEGIES: tuple[str, ...] = ("best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped")
+STRATEGIES: tuple[str, ...] = get_args(Strategy)
+OVERLONG: tuple[str, ...] = get_args(Overlong)
 
 
 class DocumentSlice(NamedTuple):
@@ -237,6 +238,8 @@ def pack(
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"strategy must be one of {', '.join(map(repr, STRATEGIES))}, got {strategy!r}")
+    if overlong not in OVERLONG:
+        raise ValueError(f"overlong must be one of {', '.join(map(repr, OVERLONG))}, got {overlong!r}")
     max_docs_per_pack = as_count("max_docs_per_pack", max_docs_per_pack, optional=True)
     seed = as_count("seed", seed, least=0, bits=64, optional=True)
     epoch = as_count("epoch", epoch, least=0, bits=64)
@@ -301,7 +304,7 @@ def _pack_groups(
     **order: Any,
 ) -> PackingPlan:
     """Packs parts of groups, each as long as a pack allows, as if they were documents."""
-    numbers = np.asarray(groups)
+    numbers = as_integers("groups", groups)
     common = np.zeros_like(lengths) if shared is None else as_lengths(shared)
     overlong_count = int((lengths > max_length).sum())
     if (lengths < 0).any() or (overlong == "error" and overlong_count):

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from .. import _loader
+from .counts import as_count, as_integers
 from .packing import IntArray
 
 __all__ = ["MIN_SHARED", "PrefixForest", "prefix_forest", "shared_prefixes"]
@@ -66,10 +66,10 @@ def prefix_forest(documents: Sequence[ArrayLike], *, min_shared: int = MIN_SHARE
         TypeError: a document is not a sequence of integers.
         ValueError: ``min_shared`` is not positive.
     """
-    arrays = [_tokens(document, number) for number, document in enumerate(documents)]
+    arrays = [as_integers(f"document {number}", document) for number, document in enumerate(documents)]
     offsets = np.array([0, *itertools.accumulate(len(array) for array in arrays)], np.int64)
     tokens = np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
-    return PrefixForest(*_C.prefix_forest(tokens, offsets, min_shared))
+    return PrefixForest(*_C.prefix_forest(tokens, offsets, as_count("min_shared", min_shared)))
 
 
 def shared_prefixes(documents: Sequence[ArrayLike], groups: ArrayLike | None = None, *, min_shared: int = MIN_SHARED) -> IntArray:
@@ -83,8 +83,9 @@ def shared_prefixes(documents: Sequence[ArrayLike], groups: ArrayLike | None = N
         groups: (documents,) integers: documents of one number may share prefixes. None: all may.
         min_shared: as :func:`prefix_forest` takes it.
     """
-    arrays = [_tokens(document, number) for number, document in enumerate(documents)]
-    numbers = np.zeros(len(arrays), np.int64) if groups is None else np.asarray(groups)
+    min_shared = as_count("min_shared", min_shared)
+    arrays = [as_integers(f"document {number}", document) for number, document in enumerate(documents)]
+    numbers = np.zeros(len(arrays), np.int64) if groups is None else as_integers("groups", groups)
     if numbers.shape != (len(arrays),):
         raise ValueError(f"groups must have one number per document ({len(arrays)}), got shape {numbers.shape}")
     shared = np.zeros(len(arrays), np.int64)
@@ -103,12 +104,3 @@ def _shared(before: np.ndarray, document: np.ndarray, min_shared: int) -> int:
     if common == len(before) == len(document):
         return common
     return common - 1 if common - 1 >= min_shared else 0  # the last token of a shared prefix begins every branch
-
-
-def _tokens(document: Any, number: int) -> np.ndarray:
-    array = np.asarray(document)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise TypeError(f"document {number} must be a sequence of integers, got shape {array.shape} of {array.dtype}")
-    return array.astype(np.int64)

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 from .counts import as_count, as_integer
 from .documents import length_of, slice_document
-from .packing import Overlong
+from .packing import OVERLONG, Overlong
 
 __all__ = ["StreamPacker"]
 
@@ -55,8 +55,8 @@ class StreamPacker(Generic[Document]):
         self.pad_doc_to_multiple_of = as_integer("pad_doc_to_multiple_of", pad_doc_to_multiple_of)
         if pad_doc_to_multiple_of < 1 or max_length % pad_doc_to_multiple_of:
             raise ValueError(f"pad_doc_to_multiple_of must divide max_length = {max_length}, got {pad_doc_to_multiple_of}")
-        if overlong not in ("error", "truncate", "split", "drop"):
-            raise ValueError(f"overlong must be 'error', 'truncate', 'split' or 'drop', got {overlong!r}")
+        if overlong not in OVERLONG:
+            raise ValueError(f"overlong must be one of {', '.join(map(repr, OVERLONG))}, got {overlong!r}")
         self.overlong = overlong
         self._length, self._cut = length, cut
         self._open: dict[int, list[Document]] = {}  # by age: number of the pack -> its documents

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NoReturn, TypeVar, cast, get_type_hints
+from types import UnionType
+from typing import Any, Literal, NoReturn, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ _WANTED = {
     "str": "a str",
     "ScalarType": "a torch.dtype",
     "int[]": "a sequence of ints",
+    "Mapping": "a mapping",
 }
 
 
@@ -55,6 +57,8 @@ def _fits(value: Any, kind: str) -> bool:
         return isinstance(value, str)
     if kind == "ScalarType":
         return isinstance(value, torch.dtype)
+    if kind == "Mapping":
+        return isinstance(value, Mapping)
     if kind == "int[]":
         return isinstance(value, (list, tuple)) and all(isinstance(x, INTEGERS) and not isinstance(x, bool) for x in value)
     return isinstance(value, NUMBERS if kind == "float" else INTEGERS) and not isinstance(value, (bool, Tensor))
@@ -77,7 +81,7 @@ def describe(value: Any) -> str:
 
 
 def check_types(op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, Any]]) -> None:
-    """TypeError for the first of the ``(name, value)`` pairs that is not of its kind."""
+    """TypeError for the first of the ``(name, value)`` pairs that is not of its kind, ValueError for an int past 64 bits."""
     for name, value in values:
         kind = kinds[name]
         if kind.endswith("?"):
@@ -90,6 +94,8 @@ def check_types(op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, A
                 reason = ": reading it would wait for the device"
             optional = " or None" if kinds[name].endswith("?") else ""
             raise TypeError(f"packops.{op}: {name} must be {_WANTED[kind]}{optional}, got {describe(value)}{reason}")
+        if type(value) is int and not -(2**63) <= value < 2**63:
+            raise ValueError(f"packops.{op}: {name} must fit int64, got {value}")
         if kind == "Tensor" and is_dtensor(value):
             raise TypeError(
                 f"packops.{op}: {name} must be a plain tensor, got a DTensor, whose parts are on several devices: pass "
@@ -112,9 +118,45 @@ def explain(error: Exception, op: str, kinds: Mapping[str, str], values: Iterabl
     """Raise what a failed call failed of: an argument of the wrong kind, what a native message names, or ``error`` itself."""
     try:
         check_types(op, kinds, values)
-    except TypeError as better:
+    except (TypeError, ValueError) as better:
         raise better from None
     raise_typed(error, op)
+
+
+def _kind_of_hint(hint: Any) -> str | None:
+    """The kind that an annotation stands for; None for annotations that say more than a kind can."""
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        inner = [_kind_of_hint(part) for part in get_args(hint) if part is not type(None)]
+        return f"{inner[0]}?" if len(inner) == 1 and inner[0] else None
+    if get_origin(hint) is Literal:
+        return "str"
+    if get_origin(hint) is Mapping:
+        return "Mapping"
+    return {Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str", torch.dtype: "ScalarType"}.get(hint)
+
+
+def checks_annotations(function: F) -> F:
+    """Decorator: an argument that its annotation does not allow is a TypeError that names it.
+
+    For functions called now and then. Ops are called often, and have a schema: :class:`.op.Op`.
+    """
+    signature = inspect.signature(function)
+    owner = function.__qualname__.removesuffix(".__init__")
+
+    @functools.cache
+    def kinds() -> dict[str, str]:
+        return {name: kind for name, hint in get_type_hints(function).items() if (kind := _kind_of_hint(hint)) is not None}
+
+    @functools.wraps(function)
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        try:
+            given = signature.bind(*arguments, **keywords).arguments
+        except TypeError:
+            return function(*arguments, **keywords)  # which says it in Python's own words
+        check_types(owner, kinds(), ((name, value) for name, value in given.items() if name in kinds()))
+        return function(*arguments, **keywords)
+
+    return cast(F, call)
 
 
 def with_options_of(source: Callable[..., Any], *, without: Iterable[str] = ()) -> Callable[[F], F]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from .. import _C, has_cuda
+from .arguments import checks_annotations
 from .attention_documents import FLEX_BLOCK, Documents, look_up, some
 from .metadata import packed_metadata
 
@@ -91,12 +92,17 @@ def runs_kernels(device: torch.device) -> bool:
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= LEAST_CAPABILITY
 
 
+@checks_annotations
 def max_docs_for_flash_attention(total_tokens: int, num_heads: int, head_dim: int) -> int:
     """Most documents a packed row may have before FlashAttention-2's variable-length backward overflows 32 bits.
 
     It needs ``(total_tokens + 128 * documents) * num_heads * head_dim < 2^31``, head_dim rounded up to a multiple of 32; beyond
     that it writes out of bounds. Pass the result to :func:`packops.pack` as ``max_docs_per_pack``.
     """
+    if num_heads < 1 or head_dim < 1:
+        raise ValueError(
+            f"packops.max_docs_for_flash_attention: num_heads and head_dim must be positive, got {num_heads} and {head_dim}"
+        )
     per_token = num_heads * (-(-head_dim // 32) * 32)
     return max(0, ((2**31 - 1) // per_token - total_tokens) // 128)
 

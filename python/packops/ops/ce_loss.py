@@ -23,7 +23,7 @@ from torch.autograd.graph import increment_version
 from torch.compiler import is_compiling
 
 from .. import _C, _checks
-from .arguments import NUMBERS, check_types, describe, explain, kinds_of
+from .arguments import NUMBERS, check_types, checks_annotations, describe, explain, kinds_of
 from .derivatives import (
     check_constants,
     is_differentiated,
@@ -532,6 +532,7 @@ class CrossEntropyLoss(nn.Module):
 
     class_weight: Tensor | None
 
+    @checks_annotations
     def __init__(
         self,
         *,

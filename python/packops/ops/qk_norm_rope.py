@@ -14,7 +14,7 @@ from .. import _checks
 from . import autocast
 from .derivatives import check_constants
 from .op import Op
-from .rope import PLAIN, empty_heads_like, feature_contiguous, mark_constants
+from .rope import empty_heads_like, feature_contiguous, mark_constants
 
 __all__ = ["apply_qk_norm_rope"]
 
@@ -118,4 +118,5 @@ def apply_qk_norm_rope(
     tensors = (q, k, q_weight, k_weight, cos, sin, position_ids, cu_seqlens)
     rotation = (layout, rotary_dim, rotary_offset, interleaved, mrope_section, mrope_interleaved, per_token_table)
     plain = type(eps) is float and zero_centered is interleaved is mrope_interleaved is per_token_table is False
-    return cast(tuple[Tensor, Tensor | None], _OP(tensors, (eps, zero_centered, *rotation), plain and rotation == PLAIN))
+    plain = plain and layout is rotary_dim is mrope_section is None and type(rotary_offset) is int and rotary_offset == 0
+    return cast(tuple[Tensor, Tensor | None], _OP(tensors, (eps, zero_centered, *rotation), plain))
