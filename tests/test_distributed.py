@@ -289,10 +289,20 @@ def linear_form(world):
     with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16):
         loss = packops.vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard_sizes=sizes)
     torch.testing.assert_close(loss, plain, rtol=2e-2, atol=0)
+    # Ranks without classes.
     everything_here = [VOCAB] + [0] * (world.world_size - 1)
-    nothing = full["weight"].float()[: everything_here[world.rank]]
-    with pytest.raises(ValueError, match="must have at least one class"):
-        packops.vocab_parallel_linear_cross_entropy(hidden, nothing, labels, shard_sizes=everything_here)
+    full = full["weight"].float()
+    local = full[: everything_here[world.rank]].clone().requires_grad_()
+    h, whole, of_whole = (x.detach().clone().requires_grad_() for x in (hidden, full, hidden))
+    for reduction in ("mean", "none"):
+        options = {"reduction": reduction, "label_smoothing": 0.1}
+        loss = packops.vocab_parallel_linear_cross_entropy(h, local, labels, shard_sizes=everything_here, **options)
+        expected = packops.linear_cross_entropy(of_whole, whole, labels, **options)
+        torch.testing.assert_close(loss, expected)
+        got = torch.autograd.grad(loss.sum(), (h, local))
+        want = torch.autograd.grad(expected.sum(), (of_whole, whole))
+        torch.testing.assert_close(got[0], want[0], rtol=2e-5, atol=1e-5)
+        torch.testing.assert_close(got[1], want[1][: len(local)], rtol=2e-5, atol=1e-5)
 
 
 def replay(world):
@@ -679,35 +689,50 @@ def test_a_run_resumes_on_half_its_ranks(tmp_path):
 # ---- refusals ----------------------------------------------------------------------------------------------------------------
 
 
-def _shards_that_one_rank_cannot_accept(rank):
-    calls = {
-        "vocab_parallel_cross_entropy": lambda width, sizes: packops.vocab_parallel_cross_entropy(
-            torch.randn(5, width), labels, shard_sizes=sizes
-        ),
-        "vocab_parallel_linear_cross_entropy": lambda width, sizes: packops.vocab_parallel_linear_cross_entropy(
-            torch.randn(5, 3), torch.randn(width, 3), labels, shard_sizes=sizes
-        ),
-        "vocab_parallel_linear_log_probs": lambda width, sizes: packops.vocab_parallel_linear_log_probs(
-            torch.randn(5, 3), torch.randn(width, 3), labels, shard_sizes=sizes
-        ),
+def _what_one_rank_cannot_accept(rank):
+    def call(op, width=4, sizes=None, labels=LABELS, dtype=torch.float32, rows=5, features=3, needs_gradient=False, **options):
+        if op == "vocab_parallel_cross_entropy":
+            return packops.vocab_parallel_cross_entropy(
+                torch.randn(rows, width).to(dtype), labels, shard_sizes=sizes, reduction="sum"
+            )
+        hidden = torch.randn(rows, 3, requires_grad=needs_gradient)
+        weight = torch.randn(width, features).to(dtype)
+        return getattr(packops, op)(hidden, weight, labels, shard_sizes=sizes, **options)
+
+    def here(*each):
+        return each[rank]
+
+    of_all = {
+        "no shard on the last rank": {"width": here(8, 0)},
+        "no shard on the first rank": {"width": here(0, 8)},
+        "unlike widths that nobody said": {"width": here(8, 4)},
+        "a width that is not as said": {"width": here(8, 4), "sizes": [8, 8]},
+        "ranks that say different things": {"width": here(8, 4), "sizes": here([8, 4], [4, 4])},
+        "one that says too little": {"width": here(8, 4), "sizes": here([8, 4], [8])},
+        "rows that are not those of the labels": {"rows": here(5, 6)},
+        "as many rows and labels as others have not": {"rows": here(5, 4), "labels": here(LABELS, LABELS[:4])},
+        "a dtype that is none": {"dtype": here(torch.int64, torch.float32)},
     }
-    labels = torch.tensor([0, 5, 7, 3, 1])
-    refused = {
-        "no shard on the last rank": ([8, 0], None),
-        "no shard on the first rank": ([0, 8], None),
-        "unlike widths that nobody said": ([8, 4], None),
-        "a width that is not as said": ([8, 4], [8, 8]),
-        "ranks that say different things": ([8, 4], [[8, 4], [4, 4]][rank]),
-        "one that says too little": ([8, 4], [[8, 4], [8]][rank]),
+    of_linear = {
+        "another hidden size": {"features": here(3, 4)},
+        "another number of turns": {"chunk_tokens": here(2, 3)},
+        "rows left out on one rank": {"num_valid": here(5, None)},
+        "a gradient that one rank does not want": {"needs_gradient": here(True, False)},
+        "main_grad of another shape": {"main_grad": here(None, torch.zeros(4, 2))},
     }
-    for op, call in calls.items():
-        for widths, sizes in refused.values():
-            with pytest.raises(ValueError, match=f"packops.{op}: "):
-                call(widths[rank], sizes)
+    for op in ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy", "vocab_parallel_linear_log_probs"):
+        refused = of_all if op == "vocab_parallel_cross_entropy" else of_all | of_linear
+        for name, arguments in refused.items():
+            with pytest.raises((ValueError, TypeError), match=f"packops.{op}: "):
+                call(op, **arguments), print(f"{op} accepts {name}")
             dist.barrier()  # nobody is one call ahead
-        call([5, 3][rank], [5, 3])
+        call(op, here(5, 3), [5, 3])
+        call(op, here(0, 8), [0, 8])
 
 
-def test_where_one_rank_refuses_its_shard_all_do(tmp_path):
+LABELS = torch.tensor([0, 5, 7, 3, 1])
+
+
+def test_where_one_rank_refuses_its_arguments_all_do(tmp_path):
     """The others would wait for it until the timeout, or take its next call for this one and return a number."""
-    run_ranks(2, tmp_path, _shards_that_one_rank_cannot_accept)
+    run_ranks(2, tmp_path, _what_one_rank_cannot_accept)

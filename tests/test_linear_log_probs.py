@@ -440,7 +440,7 @@ def test_fully_sharded_weight(tmp_path):
     run_ranks(2, tmp_path, train_sharded, *(x.detach() for x in (hidden, labels, weight, bias)), expected)
 
 
-def over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
+def _over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
     begin = sum(sizes[:rank])
     for options in (
         {},
@@ -465,6 +465,12 @@ def over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
             others = [torch.empty_like(x) for _ in sizes]
             dist.all_gather(others, x.detach().contiguous())
             assert all(torch.equal(x, other) for other in others)
+
+
+def over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
+    for widths in (sizes, [0, sum(sizes)]):  # a rank may have no classes
+        _over_ranks(rank, hidden, weight, bias, labels, weights, widths)
+    begin = sum(sizes[:rank])
     # A shard whose classes are all switched off, with a label among them.
     off = torch.full((sizes[0],), -math.inf)
     masked = torch.cat([off, bias[sizes[0] :]])

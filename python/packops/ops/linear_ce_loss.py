@@ -218,8 +218,10 @@ def check_arguments(
     accum_dtype: torch.dtype | None,
     logits_dtype: torch.dtype | None = None,
     op: str = OP,
+    least: int = 1,
 ) -> None:
-    """TypeError or ValueError for what the ops that do the work would not name as the caller does."""
+    """TypeError or ValueError for what the ops that do the work would not name as the caller does. least: classes of a weight,
+    which may be a shard that holds none."""
 
     def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
         if not condition:
@@ -236,7 +238,7 @@ def check_arguments(
         weight.shape[1] == hidden.shape[-1],
         f"weight must have shape (vocab, {hidden.shape[-1]}) for hidden {show(hidden)}, got {show(weight)}",
     )
-    require(weight.shape[0] > 0 or hidden.numel() == 0, "weight must have at least one class, got none")
+    require(weight.shape[0] >= least or hidden.numel() == 0, "weight must have at least one class, got none")
     require(weight.dtype == hidden.dtype, f"weight must have hidden's dtype {hidden.dtype}, got {weight.dtype}", TypeError)
     require(weight.device == hidden.device, f"weight must be on hidden's device {hidden.device}, got {weight.device}")
     if bias is not None:

@@ -180,8 +180,13 @@ class Rows(NamedTuple):
 
 
 def choose_chunk_tokens(tokens: int, hidden_size: int, vocab: int, dtype: torch.dtype, num_valid: int | None = None) -> int:
-    """Rows of a chunk, as for the loss; of 16-bit dtypes a row's logits take two elements and their gradient one."""
-    return lm_head.choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=num_valid, copies=3 if dtype.itemsize == 2 else 1)
+    """Rows of a chunk, as for the loss."""
+    return lm_head.choose_chunk_tokens(tokens, hidden_size, vocab, num_valid=num_valid, copies=copies_of(dtype))
+
+
+def copies_of(dtype: torch.dtype) -> int:
+    """Of 16-bit dtypes a row's logits take two elements and their gradient one."""
+    return 3 if dtype.itemsize == 2 else 1
 
 
 def state_dtype(hidden: Tensor) -> torch.dtype:
@@ -192,6 +197,9 @@ def rows_of(
     ops: SimpleNamespace, logits: Tensor, target: Tensor, maths: dict[str, Any], with_entropy: bool
 ) -> tuple[Tensor, Rows]:
     """Log-probabilities and the rest: the forward of the cross-entropy kernel. May change the logits."""
+    if not logits.shape[1]:  # a shard without classes
+        none = logits.new_zeros(len(logits))
+        return none, Rows(none if with_entropy else None, torch.full_like(none, -torch.inf), none)
     if logits.dtype == torch.float64:  # the kernel's options are fp32
         _scale_and_cap_(logits, **maths)
         maths = {}
@@ -203,7 +211,7 @@ def rows_of(
 def block_columns(rows: int, vocab: int, dtype: torch.dtype, by_product: bool, chunk_tokens: int | None) -> int:
     """Columns of a block in the backward, all rows of which take the memory of ``chunk_tokens`` rows of the whole vocabulary."""
     if chunk_tokens is None or rows == 0:
-        return choose_block_columns(vocab, copies=3 if dtype.itemsize == 2 and not by_product else 1)
+        return choose_block_columns(vocab, copies=1 if by_product else copies_of(dtype))
     return min(-(-vocab * chunk_tokens // (8 * rows)) * 8, vocab)
 
 
@@ -220,8 +228,8 @@ def _over_shards(log_prob: Tensor, rows: Rows, target: Tensor, shard: Shard, wid
     """
     owned = (target >= shard.first_class) & (target < shard.first_class + width)
     entropy = torch.zeros_like(log_prob) if rows.entropy is None else rows.entropy
-    place = log_prob.new_tensor([shard.first_class, width])
-    everyone = shard.gather(torch.cat([rows.row_max, rows.log_sum, entropy, log_prob, owned.to(place.dtype), place]))
+    place = [log_prob.new_full((1,), number) for number in (shard.first_class, width)]  # a list would be copied to the device
+    everyone = shard.gather(torch.cat([rows.row_max, rows.log_sum, entropy, log_prob, owned.to(log_prob.dtype), *place]))
     everyone = everyone.view(-1, 5 * len(target) + 2)
     maxima, log_sums, entropies, log_probs, owners = everyone[:, :-2].view(len(everyone), 5, -1).unbind(1)
     begins, widths = everyone[:, -2:].unbind(1)
@@ -385,7 +393,7 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
         into = grad_weight if main_grad is None else main_grad
         grad_bias = allocate(vocab) if wanted.bias else None
 
-        columns = block_columns(len(y), vocab, hidden.dtype, product is not None, given["chunk_tokens"])
+        columns = max(block_columns(len(y), vocab, hidden.dtype, product is not None, given["chunk_tokens"]), 1)
         buffer = logits_buffer(hidden, len(y), columns, rows.row_max.dtype if product is None else hidden.dtype)
         operand = h if on_cuda else h.to(wide)
         for block in column_blocks(vocab if len(y) else 0, columns):
@@ -634,7 +642,8 @@ def raw_ops(namespace: str) -> SimpleNamespace:
     )
 
 
-def check(op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, given: dict[str, Any]) -> None:
-    linear.check_arguments(
-        hidden, weight, bias, labels, **{name: given[name] for name in CHUNKS}, accum_dtype=torch.float32, op=op
-    )
+def check(
+    op: str, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, given: dict[str, Any], least: int = 1
+) -> None:
+    chunks = {name: given[name] for name in CHUNKS}
+    linear.check_arguments(hidden, weight, bias, labels, **chunks, accum_dtype=torch.float32, op=op, least=least)

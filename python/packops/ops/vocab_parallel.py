@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import torch
 import torch.distributed as dist
@@ -31,7 +31,11 @@ __all__ = ["vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy"
 _OPS = vocab_shard.raw_ops("packops")
 
 UNLIKE_SHARDS = "the shards of the vocabulary do not line up:"
-REFUSED = -1  # a rank says so instead of a width
+MOST_CLASSES = 1 << 24
+#: What decides how much travels, and how often.
+ALIKE = ("labels", "fp64", "gradient of hidden", "num_valid", "chunk_tokens")
+NONE = -1  # one that was not given
+REFUSED = -2  # a rank says so instead of a width
 
 
 @with_options_of(ce.cross_entropy, without=("return_stats",))
@@ -58,7 +62,8 @@ def vocab_parallel_cross_entropy(
         labels: (...) int32 or int64, numbered over the whole vocabulary; the same on every rank.
         group: the processes that share the vocabulary; None: the default group.
         shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. If that is not so, all ranks raise
-            a ValueError on the CPU; on CUDA, where telling each other would wait for the device, the loss is NaN.
+            a ValueError on the CPU and under :func:`packops.checks`; else, on CUDA, where telling each other would wait for the
+            device, the loss is NaN.
         class_weight: (V,) float per class of the whole vocabulary, the same on every rank.
         num_items: as in :func:`packops.cross_entropy`. Count tokens once per data-parallel rank, not once per rank of ``group``:
             ``loss_normalizer(..., group=data_parallel_group)``.
@@ -78,24 +83,25 @@ def vocab_parallel_cross_entropy(
         RuntimeError: ``torch.distributed`` is not initialised.
     """
     op = "vocab_parallel_cross_entropy"
-    options["num_items"] = as_num_items(op, options["num_items"])
-    _check(op, {"local_logits": local_logits, "labels": labels, **options})
-    inplace = options.pop("inplace")
-    if local_logits.dim() == 0:
-        raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
-    shard = _shard(local_logits.shape[-1], group, shard_sizes, op, labels)[0]
-    if inplace and local_logits.requires_grad and torch.is_grad_enabled():
-        ce.check_may_overwrite(local_logits, op)
-    try:
-        loss, ints = _apply(
-            vocab_shard.VocabParallelCrossEntropyFunction.apply, _OPS, shard, local_logits, labels, options, inplace
-        )
-    except Exception as error:
-        raise_typed(error, op)
-    if local_logits.is_cuda and _checks.enabled():
-        rule = {"shift": options["shift"], "ignore_index": options["ignore_index"], "vocab": shard.vocab_size}
-        _checks.raise_bad_rows(labels, options["cu_seqlens"], ints[ce.TARGET], op=op, **cast(Any, rule))
-    return loss
+
+    def work(ranks: _Ranks) -> Tensor:
+        options["num_items"] = as_num_items(op, options["num_items"])
+        _check(op, {"local_logits": local_logits, "labels": labels, **options})
+        inplace = options.pop("inplace")
+        if local_logits.dim() == 0:
+            raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
+        shard = ranks.shard(local_logits.shape[-1], shard_sizes, labels, local_logits.dtype)
+        ranks.owes = (ce.PARTIAL_STATES * labels.numel() + 2, local_logits)
+        if inplace and local_logits.requires_grad and torch.is_grad_enabled():
+            ce.check_may_overwrite(local_logits, op)
+        function = vocab_shard.VocabParallelCrossEntropyFunction
+        loss, ints = function.apply(_OPS, shard, local_logits, labels, options, inplace)
+        if local_logits.is_cuda and _checks.enabled():
+            rule = {"shift": options["shift"], "ignore_index": options["ignore_index"], "vocab": shard.vocab_size}
+            _checks.raise_bad_rows(labels, options["cu_seqlens"], ints[ce.TARGET], op=op, **cast(Any, rule))
+        return loss
+
+    return cast(Tensor, _together(op, group, (local_logits, labels), work))
 
 
 @with_options_of(linear.linear_cross_entropy, without=("bias", "return_stats"))
@@ -117,11 +123,11 @@ def vocab_parallel_linear_cross_entropy(
 
     Args:
         hidden: (..., H), the same on every rank, as are labels, options, and whether it needs a gradient.
-        local_weight: (V_local, H), this rank's classes, which come after those of the ranks before it. At least one.
+        local_weight: (V_local, H), this rank's classes, which come after those of the ranks before it. V_local may be 0.
         labels: (...) int32 or int64, numbered over the whole vocabulary.
         group: the processes that share the vocabulary; None: the default group.
-        shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. Ranks whose widths differ must say
-            so: what they exchange depends on it.
+        shard_sizes: every rank's V_local, in rank order. None: all are as wide as this one. If that is not so, all ranks raise
+            a ValueError on the CPU and under :func:`packops.checks`; else the loss is NaN.
         local_bias: (V_local,) or None.
         class_weight: (V,) float per class of the whole vocabulary.
         chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
@@ -139,25 +145,24 @@ def vocab_parallel_linear_cross_entropy(
             :func:`vocab_parallel_cross_entropy`.
     """
     op = "vocab_parallel_linear_cross_entropy"
-    options["num_items"] = as_num_items(op, options["num_items"])
-    head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-    _check(op, {**head, "labels": labels, **options})
-    hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
-    shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
-    chunks: dict[str, Any] = {name: cast(Any, options)[name] for name in linear.CHUNKS}
-    linear.check_arguments(hidden, local_weight, local_bias, labels, **chunks, op=op)
-    lm_head.check_main_grad(op, options["main_grad"], local_weight, hidden.dtype)
-    if options["chunk_tokens"] is None:  # of the widest shard: ranks with different turns would wait for each other forever
-        copies = 1 if options["logits_dtype"] in (None, hidden.dtype) else 3
-        options["chunk_tokens"] = lm_head.choose_chunk_tokens(
-            labels.numel(), hidden.shape[-1], max(sizes), num_valid=_compacted(labels, options["num_valid"]), copies=copies
-        )
-    try:
-        with torch.autocast(hidden.device.type, enabled=False):
+
+    def work(ranks: _Ranks) -> Tensor:
+        options["num_items"] = as_num_items(op, options["num_items"])
+        head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
+        _check(op, {**head, "labels": labels, **options})
+        h, weight, bias = _cast_head(hidden, local_weight, local_bias)
+        chunks: dict[str, Any] = {name: cast(Any, options)[name] for name in linear.CHUNKS}
+        linear.check_arguments(h, weight, bias, labels, **chunks, op=op, least=0)
+        lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
+        if options["chunk_tokens"] is None:
+            copies = 1 if options["logits_dtype"] in (None, h.dtype) else 3
+            options["chunk_tokens"] = _choose_chunk_tokens(h, labels, options["num_valid"], copies)
+        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_chunks_of(cast(Any, options)))
+        with torch.autocast(h.device.type, enabled=False):
             ops = vocab_shard.linear_ops(_OPS, shard)
-            return _apply(linear.LinearCrossEntropyFunction.call, ops, hidden, local_weight, local_bias, labels, options)
-    except Exception as error:
-        raise_typed(error, op)
+            return cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
+
+    return cast(Tensor, _together(op, group, (hidden, local_weight, labels), work))
 
 
 @with_options_of(lp.linear_log_probs, without=("bias",))
@@ -192,26 +197,27 @@ def vocab_parallel_linear_log_probs(
             :func:`vocab_parallel_cross_entropy`.
     """
     op = "vocab_parallel_linear_log_probs"
-    head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-    _check(op, {**head, "labels": labels, **options})
-    hidden, local_weight, local_bias = _cast_head(hidden, local_weight, local_bias)
-    shard, sizes = _shard(len(local_weight), group, shard_sizes, op, labels, least=1)
-    lp.check(op, hidden, local_weight, local_bias, labels, dict(options))
-    lm_head.check_main_grad(op, options["main_grad"], local_weight, hidden.dtype)
-    if sum(sizes) > 1 << 24:  # places of shards travel as fp32
-        raise ValueError(f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {sum(sizes)}")
-    if options["chunk_tokens"] is None:
-        compacted = _compacted(labels, options["num_valid"])
-        sizes_of_head = (labels.numel(), hidden.shape[-1], max(sizes))
-        options["chunk_tokens"] = lp.choose_chunk_tokens(*sizes_of_head, hidden.dtype, num_valid=compacted)
-    try:
-        with torch.autocast(hidden.device.type, enabled=False):
+
+    def work(ranks: _Ranks) -> lp.LinearLogProbs:
+        head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
+        _check(op, {**head, "labels": labels, **options})
+        h, weight, bias = _cast_head(hidden, local_weight, local_bias)
+        lp.check(op, h, weight, bias, labels, dict(options), least=0)
+        lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
+        if options["chunk_tokens"] is None:
+            options["chunk_tokens"] = _choose_chunk_tokens(h, labels, options["num_valid"], lp.copies_of(h.dtype))
+        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_chunks_of(cast(Any, options)))
+        if shard.vocab_size > MOST_CLASSES:  # places of shards travel as fp32
+            raise ValueError(
+                f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {shard.vocab_size}"
+            )
+        with torch.autocast(h.device.type, enabled=False):
             ops = lp.as_ops(lp.forward_and_backward(lp.raw_ops("packops"), op, shard))
-            found = _apply(lp.LinearLogProbsFunction.apply, ops, hidden, local_weight, local_bias, labels, options)
-    except Exception as error:
-        raise_typed(error, op)
-    log_probs, entropies, lse = lp.results(found, labels.shape, options["entropy"])
-    return lp.LinearLogProbs(log_probs, entropies if options["entropy"] else None, lse)
+            found = lp.LinearLogProbsFunction.apply(ops, h, weight, bias, labels, options)
+        log_probs, entropies, lse = lp.results(found, labels.shape, options["entropy"])
+        return lp.LinearLogProbs(log_probs, entropies if options["entropy"] else None, lse)
+
+    return cast(lp.LinearLogProbs, _together(op, group, (hidden, local_weight, labels), work))
 
 
 _KINDS = {**linear.KINDS, "local_logits": "Tensor", "local_weight": "Tensor", "local_bias": "Tensor?", "inplace": "bool"}
@@ -230,77 +236,131 @@ def _cast_head(hidden: Tensor, local_weight: Tensor, local_bias: Tensor | None) 
     return cast(Any, autocast.lower_precision(hidden.device.type, (hidden, local_weight, local_bias)))
 
 
-def _compacted(labels: Tensor, num_valid: int | None) -> int | None:
-    return num_valid if num_valid is not None and num_valid < labels.numel() else None
+def _choose_chunk_tokens(hidden: Tensor, labels: Tensor, num_valid: int | None, copies: int) -> int:
+    """Rows of a chunk, as if this shard were as wide as can be: ranks of unlike width must take as many turns."""
+    compacted = num_valid if num_valid is not None and num_valid < labels.numel() else None
+    return lm_head.choose_chunk_tokens(labels.numel(), hidden.shape[-1], MOST_CLASSES, num_valid=compacted, copies=copies)
+
+
+def _chunks_of(options: Mapping[str, Any]) -> dict[str, int]:
+    return {name: NONE if options[name] is None else options[name] for name in ("num_valid", "chunk_tokens")}
 
 
 @torch.compiler.disable(reason="it communicates over a process group")
-def _apply(function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(*arguments)
-
-
-def _shard(
-    width: int, group: dist.ProcessGroup | None, shard_sizes: Sequence[int] | None, op: str, labels: Tensor, least: int = 0
-) -> tuple[vocab_shard.Shard, list[int]]:
-    """This rank's shard, ``width`` classes of the vocabulary, and the widths of all ranks.
-
-    On the CPU the ranks tell each other first, so that all of them raise where one does: the others would wait for it, or take
-    what it sends in its next call for an answer to this one.
-    """
+def _together(op: str, group: dist.ProcessGroup | None, tensors: tuple[Any, ...], work: Callable[[_Ranks], Any]) -> Any:
+    """What ``work`` returns. Where it raises on one rank it raises on all of them, if they may tell each other."""
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(f"packops.{op}: torch.distributed is not initialised, so there is no group to share a vocabulary")
-    rank, world_size = dist.get_rank(group), dist.get_world_size(group)
-    if rank < 0:
-        raise ValueError(f"packops.{op}: this process is not in group")
-    sizes = [width] * world_size if shard_sizes is None else [int(size) for size in shard_sizes]
-    problem = None
-    if len(sizes) != world_size:
-        problem = f"shard_sizes must have one entry per rank ({world_size}), got {len(sizes)}"
-    elif min(sizes) < 0 or sizes[rank] != width:
-        problem = f"shard_sizes must hold this rank's width, {width}, at place {rank}, got {sizes}"
-    elif min(sizes) < least:
-        problem = f"every rank must have at least one class, got shard_sizes {sizes}"
-    if isinstance(labels, Tensor) and labels.is_cpu:
-        told = _exchange([width, *sizes] if problem is None else [REFUSED] * (1 + world_size), group)
-        widths, claims = [numbers[0] for numbers in told], [numbers[1:] for numbers in told]
-        if problem is None and REFUSED in widths:
-            problem = f"rank {widths.index(REFUSED)} refuses its shard; its error says why"
-        elif problem is None and any(claim != widths for claim in claims):
-            expected = next(claim for claim in claims if claim != widths)
-            problem = f"{UNLIKE_SHARDS} their widths are {widths}, not {expected}; shards that differ in width need shard_sizes"
-    if problem is not None:
-        raise ValueError(f"packops.{op}: {problem}")
+    on_cuda = next((x.device for x in tensors if isinstance(x, Tensor) and x.is_cuda), None)
+    ranks = _Ranks(op, group, on_cuda or torch.device("cpu"))
+    try:
+        return work(ranks)
+    except Exception as error:
+        ranks.refuse()
+        raise_typed(error, op)
 
-    def gather(partial: Tensor) -> Tensor:
-        partials = partial.new_empty(world_size * partial.numel())
-        # torch 2.13 renamed it, and warns of the old name.
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-        all_gather(partials, partial, group=group)
+
+class _Ranks:
+    """The processes of a group that make one call of ``op``.
+
+    On the CPU, and on CUDA with checks on, they tell each other what they were given before anything else travels, so that all
+    of them raise where one does: the others would wait for it, or take what it sends in its next call for an answer to this one.
+    On CUDA this would wait for the device.
+    """
+
+    def __init__(self, op: str, group: dist.ProcessGroup | None, device: torch.device) -> None:
+        self.op, self.group, self.device = op, group, device
+        self.rank, self.world_size = dist.get_rank(group), dist.get_world_size(group)
+        if self.rank < 0:
+            raise ValueError(f"packops.{op}: this process is not in group")
+        self.are_waiting = device.type == "cpu" or _checks.enabled()  #: for this rank's numbers
+        self.owes: tuple[int, Tensor] | None = None  #: elements that the others will gather from this rank, and of which kind
+
+    def shard(
+        self,
+        width: int,
+        shard_sizes: Sequence[int] | None,
+        labels: Tensor,
+        dtype: torch.dtype,
+        hidden: Tensor | None = None,
+        **chunks: int,
+    ) -> vocab_shard.Shard:
+        """This rank's shard, ``width`` classes of the vocabulary.
+
+        ValueError on every rank if one of them refuses its arguments, or if what they were given does not go together.
+        """
+        sizes = [width] * self.world_size if shard_sizes is None else [int(size) for size in shard_sizes]
+        if len(sizes) != self.world_size:
+            self.fail(f"shard_sizes must have one entry per rank ({self.world_size}), got {len(sizes)}")
+        if min(sizes) < 0 or sizes[self.rank] != width:
+            self.fail(f"shard_sizes must hold this rank's width, {width}, at place {self.rank}, got {sizes}")
+        if self.are_waiting:
+            given = {"labels": labels.numel(), "fp64": dtype == torch.float64, **chunks}
+            given["gradient of hidden"] = hidden is not None and hidden.requires_grad and torch.is_grad_enabled()
+            self._compare([width, *(given.get(name, NONE) for name in ALIKE), *sizes])
+        # One rank alone may think that there are no classes at all: it goes on, and the others see that it has none.
+        vocab_size = max(sum(sizes), 1)
+
+        def gather(partial: Tensor) -> Tensor:
+            return self._gather(partial, vocab_size)
+
+        def add_up(x: Tensor) -> None:
+            dist.all_reduce(x, group=self.group)
+
+        return vocab_shard.Shard(sum(sizes[: self.rank]), vocab_size, gather, add_up)
+
+    def refuse(self) -> None:
+        """This rank raises: let the others hear of it where they wait."""
+        if self.are_waiting:
+            self._exchange([REFUSED])
+        elif self.owes is not None:
+            numel, like = self.owes
+            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+            self._all_gather(torch.full((numel,), REFUSED, dtype=dtype, device=like.device))
+
+    def fail(self, problem: str) -> NoReturn:
+        raise ValueError(f"packops.{self.op}: {problem}")
+
+    def _compare(self, numbers: list[int]) -> None:
+        told = self._exchange(numbers)
+        self._raise_refusals([other[0] for other in told])
+        widths = [other[0] for other in told]
+        for other in told:
+            claim = other[1 + len(ALIKE) :]
+            if claim != widths:
+                self.fail(f"{UNLIKE_SHARDS} their widths are {widths}, not {claim}; shards that differ in width need shard_sizes")
+        for name, *values in zip(ALIKE, *(other[1 : 1 + len(ALIKE)] for other in told), strict=True):
+            if len(set(values)) > 1:
+                self.fail(f"{name} must be the same on every rank, got {values}")
+
+    def _exchange(self, numbers: list[int]) -> list[list[int]]:
+        """The numbers of every rank, in rank order."""
+        self.are_waiting = False
+        length = 1 + len(ALIKE) + self.world_size
+        own = torch.tensor([*numbers, *[NONE] * (length - len(numbers))], device=self.device)
+        return self._all_gather(own).view(-1, length).tolist()
+
+    def _gather(self, partial: Tensor, vocab_size: int) -> Tensor:
+        partials = self._all_gather(partial)
         if not partials.is_cuda or _checks.enabled():
-            _raise_bad_shards(partials.view(world_size, -1), op, sum(sizes))
+            begins, widths = partials.view(self.world_size, -1)[:, -2:].long().T.tolist()
+            self._raise_refusals(widths)
+            ends = [sum(widths[: r + 1]) for r in range(len(widths))]
+            if begins != [0, *ends[:-1]] or ends[-1] != vocab_size:
+                self.fail(
+                    f"{UNLIKE_SHARDS} their widths are {widths}, they begin at {begins}, in a vocabulary of {vocab_size}; shards "
+                    "that differ in width need shard_sizes"
+                )
         return partials
 
-    def add_up(x: Tensor) -> None:
-        dist.all_reduce(x, group=group)
+    def _all_gather(self, own: Tensor) -> Tensor:
+        self.owes = None
+        of_all = own.new_empty(self.world_size * own.numel())
+        # torch 2.13 renamed it, and warns of the old name.
+        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+        all_gather(of_all, own, group=self.group)
+        return of_all
 
-    return vocab_shard.Shard(sum(sizes[:rank]), sum(sizes), gather, add_up), sizes
-
-
-@torch.compiler.disable(reason="it communicates over a process group")
-def _exchange(numbers: list[int], group: dist.ProcessGroup | None) -> list[list[int]]:
-    """The numbers of every rank, in rank order."""
-    own = torch.tensor(numbers, device="cpu")
-    of_all = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(of_all, own, group=group)
-    return [other.tolist() for other in of_all]
-
-
-def _raise_bad_shards(partials: Tensor, op: str, vocab_size: int) -> None:
-    """ValueError unless the shards, as their owners describe them, follow each other and make up the vocabulary."""
-    begins, widths = partials[:, -2:].long().T.tolist()
-    ends = [sum(widths[: r + 1]) for r in range(len(widths))]
-    if begins != [0, *ends[:-1]] or ends[-1] != vocab_size:
-        raise ValueError(
-            f"packops.{op}: {UNLIKE_SHARDS} their widths are {widths}, they begin at {begins}, in a "
-            f"vocabulary of {vocab_size}; shards that differ in width need shard_sizes"
-        )
+    def _raise_refusals(self, widths: list[int]) -> None:
+        if REFUSED in widths:
+            self.fail(f"rank {widths.index(REFUSED)} refuses its arguments; its error says why")
