@@ -298,6 +298,56 @@ def test_torch_instead_with_shared_prefixes(options, graph, monkeypatch):
     assert all(x[20:].eq(0).all() for x in found)
 
 
+@pytest.mark.parametrize(
+    "graph, options",
+    [
+        *itertools.product(("eager", "graph"), ({}, {"window": 4}, {"softcap": 0.7}, {"causal": False})),
+        ("compiled", {}),
+        ("compiled", {"softcap": 0.7, "window": 4}),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bad", ["q", "k", "v", "direction"])
+@pytest.mark.parametrize("share", [False, True], ids=["documents", "segments"])
+def test_nan_stays_in_its_document(share, bad, graph, options, monkeypatch):
+    """In a graph scores of all tokens are computed: what is not seen must not count, in either direction."""
+    if share and options.get("causal") is False:
+        pytest.skip("segments are causal")
+    monkeypatch.setattr(attention_paths, "SCORE_ROWS", 7)
+    if graph != "eager":
+        in_a_graph(monkeypatch)
+    lengths = FOREST[0]
+    inputs, documents = problem([*lengths, 2])
+    bounds = documents.cu_seqlens[:-1]
+    parents = torch.tensor(FOREST[1]) if share else None
+    direction = torch.randn(22, 4, 16, dtype=torch.float64)
+
+    def results(spoilt, value):
+        values = {"q": inputs[0], "k": inputs[1], "v": inputs[2], "direction": direction}
+        values = {name: x.detach().clone() for name, x in values.items()}
+        values[bad][int(bounds[spoilt]) + 1, 0, 3] = value
+        leaves = [values[name].requires_grad_() for name in "qkv"]
+        attend = attention_paths.attend
+        if graph == "compiled":
+            attend = torch.compile(attend, backend="aot_eager", fullgraph=True)
+        return gradients(leaves, attend(*leaves, bounds, parents, Rule(**options)), values["direction"])
+
+    # A segment, those that see it, and those that it sees, whose keys and values have a gradient of it.
+    for spoilt, sees, seen in ((3, set(), {0}), (4, {5}, set())):
+        want = results(spoilt, 0.5)
+        for value in (torch.nan, torch.inf):
+            got = results(spoilt, value)
+            for segment in set(range(6)) - {spoilt}:
+                rows = slice(int(bounds[segment]), int(bounds[segment + 1]))
+                for at, (x, y) in enumerate(zip(got, want, strict=True)):
+                    if not share or (segment not in sees and (segment not in seen or at < 2)):
+                        torch.testing.assert_close(x[rows], y[rows], rtol=1e-12, atol=1e-12)
+            token = int(bounds[spoilt]) + 1
+            if graph != "eager":  # torch's kernels give some such rows a finite result
+                assert not got[2 if bad == "direction" else 0][token].isfinite().all()
+            assert all(x[20:].eq(0).all() for x in got)
+
+
 def test_the_forest_is_that_of_both_tensors_as_they_are_now():
     (q, k, v), bounds = padded(FOREST[0])
     parents = torch.tensor(FOREST[1])

@@ -28,6 +28,7 @@ from torch.compiler import is_compiling
 from .. import _C, has_cuda
 from .arguments import checks_annotations
 from .attention_documents import FLEX_BLOCK, Documents, look_up, some
+from .attention_nan import Shield, Unshield
 from .metadata import packed_metadata
 
 Path = Literal["packops", "varlen", "flex", "sdpa", "masked"]
@@ -331,8 +332,8 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: 
     )
     position, document = metadata[:2]
     padding = (document < 0)[:, None, None]
-    # NaN times a weight of 0 is NaN
     q, k, v = (x.masked_fill(padding, 0).transpose(0, 1)[None] for x in (q, k, v))
+    q, k, v, bad_queries, bad_keys = Shield.apply(q, k, v)
     row = torch.arange(total, device=q.device)
     outputs = []
     size = total if is_compiling() else SCORE_ROWS  # a graph of any length has no loop
@@ -349,7 +350,8 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: 
         if rule.window is not None:
             sees &= position[queries, None] - position[keys] < rule.window
         sees |= key == query  # so that padding sees something
-        outputs.append(_masked(part, k[:, :, keys], v[:, :, keys], rule, sees))
+        output = _masked(part, k[:, :, keys], v[:, :, keys], rule, sees)
+        outputs.append(Unshield.apply(output, bad_queries[queries], bad_keys[keys], sees))
     return torch.cat(outputs, dim=2)[0].transpose(0, 1).masked_fill(padding, 0)
 
 
