@@ -9,9 +9,10 @@ import pytest
 
 pytest.importorskip("transformers")
 
+import packops
 import packops.hf
 from packops.hf import families
-from sweep_families import alone, build, difference, outcome, packed
+from sweep_families import alone, build, difference, documents, outcome, packed
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -27,7 +28,8 @@ CASES = {
     "deepseek_v32": (ROTATION, ROTATION, MASK),  # a second rotary function, beside the one of its indexer
     "axk2": (ROTATION, ROTATION, MASK),
     "deepseek_v3": (ROTATION, ROTATION, RIGHT),
-    "doge": (RIGHT, MASK, MASK),
+    "ctrl": (NONE, NONE, RIGHT),
+    "doge": (NOT_SO, MASK, MASK),
     "glm_moe_dsa": (NONE, NONE, MASK),
     "hy_v4": (RIGHT, MASK, MASK),
     "jetmoe": (RIGHT, RIGHT, RIGHT),  # goes on with .view()
@@ -58,12 +60,25 @@ def test_right_or_refused(family):
         pytest.skip(f"this transformers has no {family}")
     expected = alone(model)
     for way, wanted in zip(WAYS, CASES[family], strict=True):
-        if wanted == NOT_SO and not families.never_looks(family):
+        if wanted == NOT_SO and not families.never_looks(model):
             wanted = RIGHT
         assert wanted in outcome(model, expected, **way), way
     # What is said to let documents see each other does, without packops; and nothing that is said not to.
-    unsound = families.never_looks(family) or family in families.NO_POSITIONS
+    unsound = families.never_looks(model) or family in families.NO_POSITIONS
     assert (difference(packed(model), expected) > 0.1) == unsound
+
+
+def test_a_model_that_makes_its_own_mask_is_refused(monkeypatch):
+    """As some of transformers 5.0 and 5.1 do, and remote code that was written for older ones."""
+    model = build("llama")
+    inputs = packops.PackingCollator(names="hf")(documents())
+    monkeypatch.setattr(type(model.model), "_update_causal_mask", None, raising=False)
+    with pytest.raises(ValueError, match="it makes its mask by itself"):
+        packops.hf.apply(model, attention="packops_varlen")
+    with pytest.raises(ValueError, match=r"'llama' of transformers [\d.]+ never looks where packed documents"):
+        packops.hf.apply(model)(**inputs)
+    monkeypatch.undo()
+    assert packops.hf.apply(packops.hf.revert(model))(**inputs).loss.isfinite()
 
 
 def test_masks_are_looked_for_without_weights():

@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 failed=()
-[ $# -gt 0 ] || set -- 5.10.0 5.17.0 5.24.0
+[ $# -gt 0 ] || set -- 5.0.0 5.10.4 5.17.0 5.24.0
 for version in "$@"; do
   overlay=$PWD/build/transformers/$version
   if [ ! -d "$overlay/transformers" ]; then
@@ -14,7 +14,6 @@ for version in "$@"; do
     rm -rf "$overlay"/numpy* # the one that torch and packops were installed with
   fi
   echo "==== transformers $version"
-  # Other warnings than the one of the versions stay what they are.
   # shellcheck disable=SC2086
   PYTHONPATH=$overlay:$PWD/python "$python" -m pytest -q -p no:cacheprovider tests/test_hf_families.py ${ARGS:-} || failed+=("$version")
 done

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import packops
 
 from ..ops.attention_paths import ATTEND, Rule, attend_forest_on_cpu, choose_path, shaped_attention
-from . import rewrite
+from . import families, rewrite
 from .attention_documents import NAME, find_documents, may_read
 from .record import Record, decoder_of
 
@@ -54,7 +54,7 @@ def register() -> str:
         ModuleNotFoundError: transformers is not installed.
     """
     try:
-        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig  # noqa: F401  (only 5 has all)
     except ImportError as error:
         raise ModuleNotFoundError("packops.hf needs transformers >= 5: pip install '.[hf]'") from error
     AttentionInterface.register(NAME, packed_attention)
@@ -116,6 +116,11 @@ def _check_masks(model: nn.Module) -> None:
     if crosses or getattr(cast(Any, model).config, "is_encoder_decoder", False):
         raise ValueError(
             f"packops.hf: {type(model).__name__} does not take attention={NAME!r}: it attends to more than its own tokens"
+        )
+    if families.makes_own_mask(model):
+        raise ValueError(
+            f"packops.hf: {type(model).__name__} of transformers {families.installed()} does not take attention={NAME!r}: it "
+            "makes its mask by itself. Models of transformers 5.2 and newer do not"
         )
     attention = [module for module in decoder.modules() if _attends(rewrite.class_of(module))]
     layers = {child for module in attention for child in module.modules()}

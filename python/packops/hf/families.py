@@ -14,12 +14,14 @@ import re
 import warnings
 from collections.abc import Callable
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-OLDEST, NEWEST = (5, 10), (5, 24)
+from .record import decoder_of
+
+OLDEST, NEWEST = (5, 0), (5, 24)
 
 # config.model_type -> the name people know. Each is in tests/test_hf_families.py: packed against padded, stock against patched.
 TESTED = {
@@ -67,11 +69,12 @@ TESTED = {
 # flex_attention let documents see each other ...
 NEVER_LOOK = frozenset(
     {
-        "afmoe", "bert", "bert-generation", "big_bird", "biogpt", "bloom", "cpmant", "deepseek_v4", "electra", "ernie", "falcon",
-        "gpt_oss", "megatron-bert", "mpt", "openai-gpt", "opt", "qwen2_5_vl", "qwen2_vl", "rembert", "roformer", "xglm", "xlnet",
+        "afmoe", "bert", "bert-generation", "big_bird", "biogpt", "bloom", "cpmant", "ctrl", "deepseek_v4", "doge", "electra",
+        "ernie", "falcon", "gpt_oss", "megatron-bert", "mpt", "openai-gpt", "opt", "qwen2_5_vl", "qwen2_vl", "rembert",
+        "roformer", "xglm", "xlnet",
     }
 )  # fmt: skip
-LOOKS_SINCE = {"falcon": (5, 24)}
+LOOKS_SINCE = {"ctrl": (5, 13), "doge": (5, 18), "falcon": (5, 24)}
 # ... these learn a table of positions and take none, so that a later document has those of the row ...
 NO_POSITIONS = frozenset(
     {
@@ -83,16 +86,30 @@ NO_POSITIONS = frozenset(
 STATEFUL = frozenset({"lfm3", "minimax"})
 
 
+def never_looks(model: nn.Module) -> bool:
+    """Whether the installed transformers lets packed documents of this model see each other."""
+    return _family_never_looks(cast(Any, model).config.model_type) or makes_own_mask(model)
+
+
 @cache
-def never_looks(family: str) -> bool:
-    """Whether the installed transformers lets packed documents of this family see each other."""
+def _family_never_looks(family: str) -> bool:
     since = LOOKS_SINCE.get(family)
-    return family in NEVER_LOOK and (since is None or _version(importlib.metadata.version("transformers")) < since)
+    return family in NEVER_LOOK and (since is None or _version(installed()) < since)
+
+
+def makes_own_mask(model: nn.Module) -> bool:
+    """Whether a model makes its mask by itself, from no positions, as some of transformers 5.1 and older do."""
+    return hasattr(type(decoder_of(model)), "_update_causal_mask")
 
 
 def supported() -> str:
     """The tested families, for messages."""
     return ", ".join(TESTED.values())
+
+
+def installed() -> str:
+    """The version of transformers."""
+    return importlib.metadata.version("transformers")
 
 
 def _version(text: str) -> tuple[int, int]:
@@ -105,7 +122,7 @@ def require_transformers() -> None:
     """Raise unless transformers is installed; warn, once, where packops was not tested with its version."""
     if importlib.util.find_spec("transformers") is None:
         raise ImportError("packops.hf needs transformers, which is not installed: pip install '.[hf]'")
-    found = importlib.metadata.version("transformers")
+    found = installed()
     if not OLDEST <= _version(found) <= NEWEST:
         warnings.warn(
             f"packops.hf is tested with transformers {_dotted(OLDEST)} to {_dotted(NEWEST)}, found {found}. What it does not "

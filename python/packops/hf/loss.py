@@ -294,17 +294,19 @@ class Model:
 
     Attributes:
         fused: its forward may end without logits.
+        never_looks: as :func:`packops.hf.families.never_looks`, which takes too long to ask at every call.
     """
 
     fused: bool
+    never_looks: bool
 
     def methods(self, base: Any) -> dict[str, Callable]:
-        inner, fused = _model_forward(base, self.fused).function, self.fused
+        inner, fused, never_looks = _model_forward(base, self.fused).function, self.fused, self.never_looks
         names = list(inspect.signature(base.forward).parameters)[1:]
 
         @functools.wraps(base.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check_call(self, {**dict(zip(names, args, strict=False)), **kwargs})
+            check_call(self, {**dict(zip(names, args, strict=False)), **kwargs}, never_looks)
             if fused and not _returns_dict(self, kwargs):
                 if kwargs.get("skip_logits"):
                     raise ValueError("packops.hf: skip_logits=True would leave a hole in a tuple: it needs return_dict=True")
@@ -322,7 +324,7 @@ def _returns_dict(model: Any, kwargs: Mapping[str, Any]) -> bool:
     return bool(model.config.return_dict if wanted is None else wanted)
 
 
-def check_call(model: Any, given: Mapping[str, Any]) -> None:
+def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
     """Raise for calls whose result would be wrong without a word. Reads nothing off a device."""
     scored = given.get("labels") is not None or given.get("shift_labels") is not None
     if not scored and model.training and torch.is_grad_enabled() and _by_document(model):
@@ -349,10 +351,11 @@ def check_call(model: Any, given: Mapping[str, Any]) -> None:
         raise ValueError(
             f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {family!r}, which takes no position_ids"
         )
-    if by_positions and families.never_looks(family):
+    if by_positions and never_looks:
         raise ValueError(
-            f"packops.hf: with {name!r}, {family!r} never looks where packed documents (cu_seq_lens_q) begin: they would see "
-            "each other. packops.hf.apply(model, attention='packops_varlen') keeps them apart where the family takes it"
+            f"packops.hf: with {name!r}, {family!r} of transformers {families.installed()} never looks where packed documents "
+            "(cu_seq_lens_q) begin: they would see each other. packops.hf.apply(model, attention='packops_varlen') keeps them "
+            "apart where the family takes it; a newer transformers may look"
         )
     if by_positions and positions is None:
         raise ValueError(
@@ -412,7 +415,7 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
     reason = ending.reason
     if reason is None and getattr(model, ending.head, None) is not model.get_output_embeddings():  # type: ignore[operator]
         reason = f"{ending.head} is not the model's output embedding"
-    record.set_methods("the model", model, Model(fused=reason is None))
+    record.set_methods("the model", model, Model(reason is None, families.never_looks(model)))
     if reason is None:
         record.replaced("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
     else:

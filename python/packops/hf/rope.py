@@ -314,8 +314,9 @@ def _norm_of(layer: nn.Module, name: str) -> tuple[RMSNorm, float, bool] | None:
 
 # All that the forward of a rotary embedding uses whose table is cos and sin of position * inv_freq, times attention_scaling.
 _TABLE_NAMES = {
-    "attention_scaling", "cat", "cos", "device", "device_type", "dtype", "expand", "float", "getattr", "inv_freq",
-    "repeat_interleave", "shape", "sin", "stack", "to", "torch", "transpose", "view",
+    "attention_scaling", "autocast", "cat", "cos", "device", "device_type", "dtype", "expand", "float", "getattr", "inv_freq",
+    "isinstance", "maybe_autocast", "repeat_interleave", "shape", "sin", "stack", "str", "to", "torch", "transpose", "type",
+    "view",
 }  # fmt: skip
 
 
