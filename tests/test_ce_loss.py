@@ -1,6 +1,7 @@
 """Cross entropy against the fp64 specification, torch, and its own promises (determinism, no waiting, bad data)."""
 
 import ctypes
+import functools
 import inspect
 import math
 
@@ -370,6 +371,24 @@ def test_grad_output_of_every_kind(device, dtype):
         assert_close(*both(logits, labels, grad_output, reduction="none"), dtype)
     for value in (0.0, 1.0, 0.37, -2.0, 65536.0 if dtype != torch.float16 else 512.0):
         assert_close(*both(logits, labels, torch.tensor(value, device=device)), dtype)
+
+
+@pytest.mark.parametrize(
+    "loss", [packops.cross_entropy, functools.partial(packops.linear_cross_entropy, weight=torch.ones(9, 9))]
+)
+def test_num_items_that_no_float_can_hold(loss):
+    with pytest.raises(ValueError, match="num_items must be positive and finite"):
+        loss(torch.randn(4, 9), labels=torch.arange(4), num_items=10**400)
+
+
+@pytest.mark.parametrize("reduction, inplace, roundings", [("sum", False, 1), ("sum", True, 2), ("none", True, 1)])
+def test_in_place_rounds_bf16_twice_at_most(device, reduction, inplace, roundings):
+    logits, labels = torch.randn(40, 33, device=device).bfloat16(), torch.randint(0, 33, (40,), device=device)
+    leaf, exact = logits.clone().requires_grad_(), logits.double().cpu().requires_grad_()
+    (packops.cross_entropy(leaf * 1, labels, reduction=reduction, inplace=inplace) * 1.7).sum().backward()
+    (1.7 * F.cross_entropy(exact, labels.cpu(), reduction="sum")).backward()
+    error = ((leaf.grad.double().cpu() - exact.grad) / exact.grad).abs().max()
+    assert error <= roundings * 2**-8 * (1 + 1e-3)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -323,7 +323,10 @@ def as_num_items(op: str, num_items: Tensor | float | None) -> Tensor | None:
         return num_items
     if isinstance(num_items, bool) or not isinstance(num_items, NUMBERS):
         raise TypeError(f"packops.{op}: num_items must be a number, a tensor of one element or None, got {describe(num_items)}")
-    return torch.tensor(num_items, dtype=torch.float64, device="cpu")  # under torch.device("cuda"), too
+    try:
+        return torch.tensor(num_items, dtype=torch.float64, device="cpu")  # under torch.device("cuda"), too
+    except OverflowError:
+        raise ValueError(f"packops.{op}: num_items must be positive and finite, got an int that no float can hold") from None
 
 
 class LossOptions(TypedDict, total=False):
@@ -405,7 +408,9 @@ def cross_entropy(
         token_weight: (...) float per token. A token of weight 0 is not counted and its row is not read, as if its label were
             ``ignore_index``.
         class_weight: (V,) float per class.
-        inplace: overwrite the logits with their gradient: O(rows) extra memory. The logits must not be a leaf.
+        inplace: overwrite the logits with their gradient: O(rows) extra memory. The logits must not be a leaf. The gradient of a
+            reduced loss is multiplied by ``grad_output`` where it stands: in bf16 that is a second rounding, unless
+            ``grad_output`` is a power of two.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:
