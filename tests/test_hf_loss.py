@@ -314,6 +314,45 @@ def test_documents_that_the_attention_is_not_told_of_are_refused():
     torch.testing.assert_close(model(**{**inputs, "position_ids": None}).loss, expected)
 
 
+CALLS = {
+    "a cache": {"use_cache": True},
+    "the cache of the configuration": {"use_cache": None},
+    "a mask of ones": {"attention_mask": torch.ones(1, sum(LENGTHS), dtype=torch.int64)},
+    "two rows": {"use_cache": None, "rows": 2},
+}
+
+
+@pytest.mark.parametrize("never_looks", [False, True])
+@pytest.mark.parametrize("bounds", [True, False], ids=["boundaries", "positions alone"])
+@pytest.mark.parametrize("name", CALLS)
+def test_what_hides_packed_documents_from_transformers_is_refused(name, bounds, never_looks, monkeypatch):
+    """Beside a mask or a cache, transformers does not look where positions begin anew; some families never do."""
+    change = dict(CALLS[name])
+    rows = change.pop("rows", 1)
+    if rows == 2 and bounds:
+        pytest.skip("boundaries are of one row")
+    monkeypatch.setattr(packops.hf.families, "never_looks", lambda model: never_looks)
+    model, inputs = make("llama"), packed(documents())
+    if not bounds:
+        inputs = {key: inputs[key].repeat(rows, 1) for key in ("input_ids", "labels", "position_ids")} | {"use_cache": False}
+    model.config.use_cache = True
+    packops.hf.apply(model)
+    if not never_looks:
+        model(**inputs)
+        message = "with an attention_mask" if "attention_mask" in change else "with use_cache=True, the configuration's default"
+    else:
+        message = "never looks where packed documents"
+    inputs |= change
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+    alone = torch.tensor([[0, 0, 5, 6, 7]])
+    seen = (alone > 0).long()
+    positions = (seen.cumsum(1) - 1).clamp(min=0)
+    model(alone, attention_mask=seen, position_ids=positions, labels=alone)  # padded, not packed
+    packops.hf.apply(model, attention="packops_varlen")
+    model(**inputs)
+
+
 @pytest.mark.parametrize("attention", [None, "packops_varlen"])
 def test_prompts_that_are_learned_are_refused(attention):
     """PEFT puts its tokens before a packed row's first document, and drops the positions."""

@@ -62,6 +62,17 @@ def may_read(bounds: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (bounds.is_cpu or _checks.enabled())
 
 
+def begin_anew(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """Whether a row holds several documents, as far as positions (B, S) that may be read tell: one is 0, and the token before it
+    is no padding by ``mask`` (B, S)."""
+    if positions is None or positions.dim() != 2 or positions.shape[1] < 2 or not may_read(positions):
+        return False
+    begins = positions[:, 1:] == 0
+    if mask is not None and mask.shape[-1] == positions.shape[1]:
+        begins = begins & (mask[:, :-1] != 0) & (mask[:, 1:] != 0)
+    return bool(begins.any())
+
+
 def _longest(bounds: Tensor) -> int:
     return int(bounds.diff().max()) if bounds.numel() > 1 else 0
 

@@ -25,6 +25,7 @@ from ..data.documents import document_begins
 from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
+from .attention_documents import begin_anew
 from .record import Record
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
@@ -325,7 +326,7 @@ def _returns_dict(model: Any, kwargs: Mapping[str, Any]) -> bool:
 
 
 def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
-    """Raise for calls whose result would be wrong without a word. Reads nothing off a device."""
+    """Raise for calls whose result would be wrong without a word. Waits for no device, unless :func:`packops.checks` is on."""
     scored = given.get("labels") is not None or given.get("shift_labels") is not None
     if not scored and model.training and torch.is_grad_enabled() and _by_document(model):
         raise ValueError(_ignored(model, "it was called without labels"))
@@ -336,32 +337,58 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             f"packops.hf: {images[0]} with position_ids of shape {tuple(positions.shape)}, but images have "
             "positions in three dimensions here (M-RoPE). Pass those of its get_rope_index, document by document, or none"
         )
-    bounds = given.get("cu_seq_lens_q")
-    if bounds is None or bounds.numel() <= 2:
+    config = model.config.get_text_config(decoder=True)
+    bounds, mask, cache = given.get("cu_seq_lens_q"), given.get("attention_mask"), given.get("past_key_values")
+    packed = ""
+    if bounds is not None and bounds.numel() > 2:
+        packed = "cu_seq_lens_q"
+        if cache is not None or (positions is None and given.get("input_ids") is None):
+            raise ValueError(
+                "packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. PEFT's prompt learning "
+                "(prompt, prefix and p-tuning) calls so: it puts its tokens before the first document alone, and drops the "
+                "positions of all. Train it on padded rows"
+            )
+        if model.config.model_type in families.NO_POSITIONS:
+            raise ValueError(
+                f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {model.config.model_type!r}, which takes "
+                "no position_ids"
+            )
+    said = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
+    if said or config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+        return  # whatever attends was told who sees whom, or takes the boundaries
+    if not packed and begin_anew(positions, mask):
+        packed = "position_ids that begin at 0 again"
+    if not packed:
         return
-    if given.get("past_key_values") is not None or (positions is None and given.get("input_ids") is None):
-        raise ValueError(
-            "packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. PEFT's prompt learning (prompt, "
-            "prefix and p-tuning) calls so: it puts its tokens before the first document alone, and drops the positions of all. "
-            "Train it on padded rows"
-        )
-    family, name = model.config.model_type, model.config.get_text_config(decoder=True)._attn_implementation
-    by_positions = name in ("sdpa", "eager", "flex_attention")
-    if family in families.NO_POSITIONS:
-        raise ValueError(
-            f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {family!r}, which takes no position_ids"
-        )
-    if by_positions and never_looks:
+    family, name = model.config.model_type, config._attn_implementation
+    if never_looks:
         raise ValueError(
             f"packops.hf: with {name!r}, {family!r} of transformers {families.installed()} never looks where packed documents "
-            "(cu_seq_lens_q) begin: they would see each other. packops.hf.apply(model, attention='packops_varlen') keeps them "
+            f"({packed}) begin: they would see each other. packops.hf.apply(model, attention='packops_varlen') keeps them "
             "apart where the family takes it; a newer transformers may look"
         )
-    if by_positions and positions is None:
+    _check_told_apart(name, packed, positions, mask, _uses_cache(config, given))
+
+
+def _check_told_apart(name: str, packed: str, positions: Tensor | None, mask: Tensor | None, uses_cache: bool) -> None:
+    """ValueError unless the attention ``name`` of transformers keeps packed documents apart, which it does by positions alone."""
+    if positions is None:
         raise ValueError(
             f"packops.hf: cu_seq_lens_q without position_ids, by which alone {name!r} tells documents apart: they would see each "
             "other. Pass position_ids too, as packops.PackingCollator makes them"
         )
+    if mask is not None or uses_cache:
+        beside = "an attention_mask" if mask is not None else "use_cache=True, the configuration's default"
+        raise ValueError(
+            f"packops.hf: {packed} with {beside}, beside which transformers does not look for packed documents: with {name!r} "
+            "they would see each other. Pass use_cache=False and no mask, as PackedBatch.to_hf() does, or "
+            "packops.hf.apply(model, attention='packops_varlen')"
+        )
+
+
+def _uses_cache(config: Any, given: Mapping[str, Any]) -> bool:
+    wanted = given.get("use_cache")
+    return given.get("past_key_values") is not None or bool(getattr(config, "use_cache", False) if wanted is None else wanted)
 
 
 _IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
