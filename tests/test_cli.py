@@ -56,6 +56,16 @@ def test_info_shows_variables(monkeypatch, capsys):
     assert "PACKOPS_CACHE_DIR=/somewhere" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("command", ["pack", "verify", "info", "demo"])
+def test_an_unknown_option_shows_the_usage_of_its_command(command, capsys):
+    with pytest.raises(SystemExit) as end:
+        program.read([command, *(["x"] if command in ("pack", "verify") else []), "--bogus", "3"])
+    assert end.value.code == 2
+    usage, _, error = capsys.readouterr().err.rpartition(f"packops {command}: error: ")
+    assert usage.startswith(f"usage: packops {command} ")
+    assert error.startswith("unrecognized arguments: --bogus")
+
+
 @pytest.mark.parametrize(
     ("capability", "archs", "expected"),
     [

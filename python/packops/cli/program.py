@@ -86,8 +86,10 @@ def heed_interrupts() -> None:
 
 def read(argv: Sequence[str]) -> argparse.Namespace | None:
     """The arguments of a command, or None if help was all that was asked for and has been printed. Mistakes exit with 2."""
-    parser = build_parser()
-    arguments = parser.parse_args(argv)
+    parser, commands = build_parsers()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:  # parse_args would show the usage of packops, not that of the command
+        commands.get(arguments.command, parser).error(f"unrecognized arguments: {' '.join(unknown)}")
     if arguments.command is None:
         parser.print_help()
         return None
@@ -100,7 +102,8 @@ def asks_for_list(arguments: argparse.Namespace) -> bool:
     return arguments.wants_list or not (arguments.arguments or arguments.reproduce)
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """The parser of packops, and those of its commands by name."""
     parser = argparse.ArgumentParser(
         prog="packops", description="Packed LLM training with the loss and the gradients of padded training."
     )
@@ -111,7 +114,7 @@ def build_parser() -> argparse.ArgumentParser:
         defaults: dict[str, Any] = {"description": text, "formatter_class": argparse.RawDescriptionHelpFormatter}
         command = commands.add_parser(name, help=text, **defaults | options)
         add_arguments(command)
-    return parser
+    return parser, commands.choices
 
 
 def version() -> str:
