@@ -266,21 +266,25 @@ def error_table(errors: dict[str, dict[str, float]]) -> str:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """A column for each shape: times above, below what is allocated at most at once where that was measured."""
+    """Two shapes beside each other: times above, below what is allocated at most at once where that was measured."""
     found = [case for case in data["cases"] if case["facts"]["work"] == "gradients" and case["rows"]]
     if not found:
         return
     plot = reporting.pyplot()
     with_memory = any("peak_bytes" in row for case in found for row in case["rows"])
     deepest = max(len(case["rows"]) for case in found)
-    lines = 2 if with_memory else 1
-    figure, axes = plot.subplots(
-        lines, len(found), figsize=(5 * len(found), lines * (1.2 + 0.27 * deepest)), constrained_layout=True, squeeze=False
-    )
-    for column, case in enumerate(found):
-        reporting.bars(axes[0][column], case["rows"], case["name"])
+    columns, each = min(2, len(found)), 2 if with_memory else 1
+    lines = each * -(-len(found) // columns)
+    size = (5 * columns, lines * (1.2 + 0.27 * deepest))
+    figure, axes = plot.subplots(lines, columns, figsize=size, constrained_layout=True, squeeze=False)
+    if len(found) % columns:
+        for axis in axes[-each:, -1]:
+            axis.remove()
+    for place, case in enumerate(found):
+        line, column = each * (place // columns), place % columns
+        reporting.bars(axes[line][column], case["rows"], case["name"])
         if with_memory:
-            memory(axes[1][column], case)
+            memory(axes[line + 1][column], case)
     reporting.finish(figure, data, path)
 
 
@@ -289,11 +293,12 @@ def memory(axis: Any, case: dict[str, Any]) -> None:
     sizes = [row["peak_bytes"] / 2**30 for row in rows]
     axis.barh(range(len(rows)), sizes, color=[reporting.colour(row) for row in rows])
     axis.set_yticks(range(len(rows)), [row["system"] for row in rows])
+    white = {"facecolor": "white", "edgecolor": "none", "pad": 0}
     for place, size in enumerate(sizes):
-        axis.text(size, place, f" {size:.3g}", va="center", fontsize=8)
+        axis.text(size, place, f" {size:.3g}", va="center", fontsize=8, bbox=white)
     logits = case["facts"]["logits_bytes"] / 2**30
-    axis.axvline(logits, color="#667", linewidth=0.8)
-    axis.set(xlim=(0, 1.2 * max([*sizes, logits])), xlabel="GiB at most at once; the line: the logits alone")
+    axis.axvline(logits, color="#667", linewidth=0.8, zorder=0)
+    axis.set(xlim=(0, 1.2 * max([*sizes, logits])), xlabel="peak GiB; the line: the logits alone")
     axis.spines[["top", "right"]].set_visible(False)
     axis.tick_params(labelsize=8)
 
