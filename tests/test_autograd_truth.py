@@ -347,6 +347,15 @@ def test_what_others_saved_is_not_overwritten_unseen(name, reduction, dtype):
     aside = logits.square().sum()  # a second reader of the logits, whose backward comes later
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         (aside.to(torch.float64) + loss_in_place(name, logits, reduction, inplace=True)).backward()
+    # The other reader's backward alone, with logits that the forward has overwritten or will leave to the backward.
+    logits = x * 1
+    aside = logits.square().sum()
+    loss_in_place(name, logits, reduction, inplace=True)
+    if torch.equal(logits, x):
+        assert torch.equal(torch.autograd.grad(aside, x)[0], 2 * x)
+    else:
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            torch.autograd.grad(aside, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
