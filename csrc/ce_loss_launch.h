@@ -37,7 +37,8 @@ inline Features ce_loss_features(const CeLossParams& p) {
   const bool softcap = p.softcap > 0, scale = p.logit_scale != 1, uniform = p.label_smoothing != 0,
              statistics = p.entropy || p.prediction;
   if (!uniform && !statistics) {
-    if (softcap && (p.logits_dtype == DType::f32 || is_capped_fast(p.softcap, p.logit_scale, p.logits_dtype))) return kSoftcap;
+    if (softcap && (p.logits_dtype == DType::f32 || is_capped_fast(float(p.softcap), float(p.logit_scale), p.logits_dtype)))
+      return kSoftcap;
     if (scale && !softcap) return kScale;
   }
   if (statistics || softcap || scale) return kEverything;
