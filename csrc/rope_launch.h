@@ -33,6 +33,7 @@ struct RopeLaunch {
 };
 
 inline constexpr int kRopeMostThreads = 512;
+inline constexpr int kRopePlainThreads = 384, kRopePlainBlocks = 3;  // so 56 registers: seven blocks of 160 threads fit
 
 // Shared memory of a block. M-RoPE: cosines, then sines, of all lanes of its tokens. cu_seqlens: each token's document start.
 inline int rope_shared_bytes(const RopeParams& p, const RopeLaunch& launch) {
@@ -71,8 +72,8 @@ inline bool rope_is_plain(const RopeParams& p, const RopeLaunch& launch) {
   const int64_t strides = p.q.in_token | p.q.in_head | p.q.out_token | p.q.out_head | p.k.in_token | p.k.in_head | p.k.out_token |
                           p.k.out_head | p.tokens;
   return launch.width * size_of(p.dtype) == 16 && launch.lanes * launch.width * 2 == p.rotary_dim && launch.lane_chunks == 1 &&
-         !p.mrope && p.table_dtype != DType::f64 && p.table_step == 1 && table % std::min(run * number, 16) == 0 &&
-         strides >> 31 == 0;
+         launch.threads() <= kRopePlainThreads && !p.mrope && p.table_dtype != DType::f64 && p.table_step == 1 &&
+         table % std::min(run * number, 16) == 0 && strides >> 31 == 0;
 }
 
 // Of a head: pairs of vectors that turn, then pairs that only pass through.
