@@ -22,7 +22,7 @@ namespace {
 
 // kPlain: see RopeLaunch::plain.
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll, bool kPlain>
-__global__ void __launch_bounds__(kPlain ? kRopePlainThreads : kRopeMostThreads, kPlain ? kRopePlainBlocks : 1)
+__global__ void __launch_bounds__(rope_bound_threads(kPlain, kUnroll), kPlain ? kRopePlainBlocks : 1)
     rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
   // M-RoPE: cosines, then sines, of each token's lanes. cu_seqlens: the start of each token's document.
   auto* numbers = dynamic_shared<float>();
@@ -105,9 +105,12 @@ __global__ void __launch_bounds__(kPlain ? kRopePlainThreads : kRopeMostThreads,
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_unrolled(const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   constexpr int kMost = rope_max_unroll(W * sizeof(T));
-  if constexpr (W * sizeof(T) == 16 && !kMrope)
+  if constexpr (W * sizeof(T) == 16 && !kMrope) {
+    if (launch.plain && launch.unroll == 4)
+      return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 4, true>>(p, p, launch, stream);
     if (launch.plain && launch.unroll == 2)
       return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 2, true>>(p, p, launch, stream);
+  }
   if constexpr (kMost >= 4)
     if (launch.unroll == 4) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 4, false>>(p, p, launch, stream);
   if constexpr (kMost >= 2)
