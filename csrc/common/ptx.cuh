@@ -98,6 +98,14 @@ __device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// fence.proxy.async: makes a thread's writes to shared memory, its completed cp.async included, visible to wgmma and to bulk
+// copies after a barrier. sm_90 and later.
+__device__ __forceinline__ void fence_proxy_async() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // ---- wgmma, sm_90a only: matrix products of a warpgroup, four warps. Operands in shared memory are rows of 128 bytes (64
 // elements of 16 bits) with the 128-byte swizzle: a row's 16-byte chunks are permuted by exclusive or with the row's number
 // modulo 8. Tiles are aligned to 1024 bytes. Sums are laid out as in mma_m16n8k16, 16 rows per warp.
@@ -110,8 +118,6 @@ inline constexpr bool kHasWgmma = false;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// fence.proxy.async: makes a thread's writes to shared memory, its completed cp.async included, visible to wgmma after a barrier.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // wgmma.fence orders register accesses before the products; from there to wgmma.wait_group their registers and memory are off
 // limits.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -183,7 +189,6 @@ struct WgmmaDescriptor {
   __device__ __forceinline__ WgmmaDescriptor at(int) const { return *this; }
 };
 
-__device__ __forceinline__ void fence_proxy_async() {}
 __device__ __forceinline__ void wgmma_fence() {}
 __device__ __forceinline__ void wgmma_commit_group() {}
 template <int kNewest>
@@ -256,6 +261,36 @@ __device__ __forceinline__ void cp_async_bulk(void* destination, const void* sou
                    shared_address(destination)),
                "l"(source), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+
+// cp.async.bulk from shared to global memory, in groups: what a thread has issued since its last commit is one. Other threads that
+// wrote the source need fence_proxy_async(), then a barrier. wait_group: for all but the newest groups; read: until their sources
+// were read, so that these may change.
+__device__ __forceinline__ void cp_async_bulk_store(void* destination, const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kNewest>
+__device__ __forceinline__ void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kNewest) : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// mbarrier.test_wait: whether the phase of that parity has completed.
+__device__ __forceinline__ bool mbarrier_test_wait_parity(MBarrier* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done;
 }
 
 __device__ __forceinline__ uint32_t cluster_ctarank() {

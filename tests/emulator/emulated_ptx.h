@@ -42,6 +42,7 @@ inline void cp_async_bulk(void* destination, const void* source, uint32_t bytes,
   emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
   emulator::depart({static_cast<char*>(destination), static_cast<const char*>(source), {}, bytes, barrier});
 }
+inline bool mbarrier_test_wait_parity(MBarrier* barrier, uint32_t parity) { return emulator::is_over(barrier, parity); }
 // A thread's copies arrive when it waits for them, not before; until then there is NaN.
 struct Copy {
   void* destination;
@@ -78,6 +79,25 @@ template <int kNewest>
 void cp_async_wait_group() {
   land_copies_before(copy_groups[emulator::current] - kNewest);
 }
+
+// Stores read their source when the thread waits for them, not before.
+inline std::map<int, std::vector<Copy>> stores;
+inline std::map<int, int> store_groups;
+inline void cp_async_bulk_store(void* destination, const void* source, uint32_t bytes) {
+  const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
+  emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
+  stores[emulator::current].push_back({destination, source, bytes, store_groups[emulator::current]});
+}
+inline void cp_async_bulk_commit_group() { store_groups[emulator::current]++; }
+template <int kNewest>
+void cp_async_bulk_wait_group_read() {
+  std::erase_if(stores[emulator::current], [](const Copy& store) {
+    if (store.group >= store_groups[emulator::current] - kNewest) return false;
+    std::memcpy(store.destination, store.source, store.bytes);
+    return true;
+  });
+}
+inline void cp_async_bulk_wait_group() { cp_async_bulk_wait_group_read<0>(); }
 
 // ---- Products of small matrices by a warp: lanes show each other where their operands are, and go on when all have read them.
 
