@@ -18,6 +18,7 @@
 #include "attention.h"
 
 #include "attention_launch.h"
+#include "attention_long_forward.cuh"
 #include "attention_products.cuh"
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
@@ -52,7 +53,11 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn;
   using Product = Products<T, D, kGroup>;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
-  if (tile.begin == tile.end) return;
+  // This launch may have begun before that for long documents has ended, and what comes after both waits for this one only.
+  const auto wait_for_long = [] {
+    if (blockIdx.x == 0) griddepcontrol_wait();
+  };
+  if (tile.begin == tile.end || is_long<kForest>(p, tile)) return wait_for_long();
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
@@ -154,6 +159,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   const int64_t stride = int64_t(p.heads) * D;
   store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride,
                                             tile.end - tile.begin, queries, first_row, lane, out, factor);
+  wait_for_long();
 }
 
 // ---- Backward
@@ -455,27 +461,16 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
 
 // ---- Launches
 
-template <typename... P>
-cudaError_t launch_large(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-                         const std::type_identity_t<P>&... arguments) {
-  if (blocks == 0) return cudaSuccess;  // no heads
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream, arguments...);
-  return cudaGetLastError();
-}
-
 template <typename T, int D, bool kGroup, bool kForest>
 cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
-  const cudaError_t error = launch_large(queries_kernel<T, D, kGroup, kForest>, tiles * p.heads, kQueries.threads(),
+  const cudaError_t error = launch_large({}, queries_kernel<T, D, kGroup, kForest>, tiles * p.heads, kQueries.threads(),
                                          attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
-      return launch_large(keys_kernel<T, D, kGroup, kForest, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
+      return launch_large({}, keys_kernel<T, D, kGroup, kForest, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
                           attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false));
     };
     if constexpr (attention_keys_split(D)) {
@@ -492,6 +487,20 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Devic
   if constexpr (kMost >= 2)
     if (teams == 2) return with_teams(std::integral_constant<int, 2>{});
   return with_teams(std::integral_constant<int, 1>{});
+}
+
+template <typename T, int D, bool kGroup, bool kForest>
+cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
+  if (p.long_from == 0) p.long_from = attention_long_forward_from(D);
+  const bool any_long = kGroup && attention_is_long(p.tokens, p.window, p.long_from);
+  if (!any_long) p.long_from = kNeverLong;
+  if constexpr (kGroup)
+    if (any_long) {
+      const cudaError_t error = launch_long_forward<T, D, kForest>(p, tiles, device.multiprocessors, stream);
+      if (error != cudaSuccess) return error;
+    }
+  return launch_large({.follows = any_long}, forward_kernel<T, D, kGroup, kForest>, tiles * p.heads,
+                      attention_forward_shape(D, kGroup).threads(), attention_forward_shared(D, kGroup), stream, p, Scores(p));
 }
 
 // f(element type, head_dim, whether by warp groups, whether documents share prefixes)
@@ -529,9 +538,7 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   launch(p.axis.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
          tiles);
   return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
-    return launch_large(forward_kernel<decltype(type), dim, group, forest>, tiles * p.heads,
-                        attention_forward_shape(dim, group).threads(), attention_forward_shared(dim, group), stream, p,
-                        Scores(p));
+    return launch_forward<decltype(type), dim, group, forest>(p, tiles, device, stream);
   });
 }
 

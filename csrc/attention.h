@@ -73,8 +73,10 @@ struct AttentionParams {
   void *grad_q = nullptr, *grad_k = nullptr, *grad_v = nullptr;
 
   // CUDA: what the kernels tell each other.
-  AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
-  float* delta = nullptr;          // (heads, tokens), backward
+  AttentionTile* tiles =
+      nullptr;             // attention_tiles(tokens, documents) of them, and one to count in; backward reads the forward's
+  float* delta = nullptr;  // (heads, tokens), backward
+  int32_t long_from = 0;   // tokens from which a document is long; 0: each kernel's own
 };
 
 // No more tiles than these are needed: a document of n tokens has at most n / kAttentionRows + 1, and so has the padding.

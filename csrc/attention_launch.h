@@ -68,6 +68,34 @@ constexpr int attention_keys_shared(int head_dim, bool group, int teams) {
   return 2 * head_dim * 2 * kAttentionRows + teams * shape.stages * shape.turn * (2 * 2 * head_dim + 2 * 4);
 }
 
+// ---- Long documents (attention_long_forward.cuh)
+
+// Whether a document takes the kernels for long ones. The list of tiles is sorted by it where `from` is whole tiles.
+constexpr bool attention_is_long(int64_t length, int64_t window, int64_t from) {
+  return (window > 0 && window < length ? window : length) > from;
+}
+
+// 64 queries for each of `groups` consumers of 128 threads, keys and values in turns of `turn`. in_turns: consumers issue their
+// products one after the other.
+struct AttentionLongForwardShape {
+  int groups, turn, stages;
+  bool in_turns;
+  constexpr int rows() const { return kAttentionRows * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+};
+constexpr AttentionLongForwardShape attention_long_forward_shape(int head_dim) {
+  return head_dim <= 64    ? AttentionLongForwardShape{3, 128, 2, true}
+         : head_dim <= 128 ? AttentionLongForwardShape{2, 128, 2, true}
+                           : AttentionLongForwardShape{2, 80, 2, false};
+}
+constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barriers
+  const AttentionLongForwardShape shape = attention_long_forward_shape(head_dim);
+  return 2 * head_dim * (shape.rows() + 2 * shape.stages * shape.turn) + 1024;
+}
+// Tokens up to which the other form is as fast (docs/design.md). Results are not the same bits, so nothing but the document and the
+// options of the call may decide.
+constexpr int attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 3072 : head_dim <= 128 ? 768 : 576; }
+
 // Teams of a block: at most 8 warps, at most one per head of the group, and as many as fit into shared memory.
 constexpr int attention_teams(int head_dim, bool by_group, int group, int shared_per_block = 227 * 1024) {
   int teams = by_group || attention_keys_split(head_dim) ? 1 : 8 / attention_keys_shape(head_dim, false).warps();

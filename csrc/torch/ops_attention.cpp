@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
   const Tensor lse = allocate(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Tensor tiles =
-      allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) : 0, kAttentionTileNumbers}, ScalarType::Int);
+      allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) + 1 : 0, kAttentionTileNumbers}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
                     lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
                     lse.device() == q.device(),
                 ValueError, kOp, ": lse must be that of the forward pass");
-  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kAttentionTileNumbers * attention_tiles(p.tokens, p.axis.documents) &&
+  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kAttentionTileNumbers * (attention_tiles(p.tokens, p.axis.documents) + 1) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
   const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);

@@ -191,7 +191,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
   emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1, [&] {
     kernel(arguments...);
     // Launches run one after the other here. On a GPU this one could read what the one before has not written yet.
-    emulator::require(!follows || emulator::fibers[emulator::current].waited_for_launch,
+    emulator::require(!follows || blockIdx.x > 0 || emulator::fibers[emulator::current].waited_for_launch,
                       "a launch that may overlap the one before it does not wait for it");
   });
   return cudaSuccess;

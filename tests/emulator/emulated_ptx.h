@@ -20,10 +20,14 @@ inline float lg2_approx(float x) { return std::log2(x); }
 // Code for older architectures has nothing here, so its launches must not overlap.
 inline void griddepcontrol_wait() { emulator::fibers[emulator::current].waited_for_launch = emulator::code_architecture >= 90; }
 
+inline void griddepcontrol_launch_dependents() {}
+
 inline void bar_sync(int id, int threads) {
   if (id == 0) return __syncthreads();
   emulator::wait(emulator::Waiting::for_some_of_block, uint64_t(id) << 32 | uint64_t(threads));
 }
+
+inline void bar_arrive(int id, int threads) { emulator::arrive_at_some(uint64_t(id) << 32 | uint64_t(threads)); }
 
 using MBarrier = uint64_t;
 
@@ -150,7 +154,8 @@ void wgmma_fence_operand(float (&)[kColumns][4]) {}
 
 class WgmmaDescriptor {
  public:
-  explicit WgmmaDescriptor(const void* tile) : tile_(reinterpret_cast<uintptr_t>(tile)) {
+  explicit WgmmaDescriptor(const void* tile, int panel_bytes = 16)
+      : tile_(reinterpret_cast<uintptr_t>(tile)), panel_bytes_(panel_bytes) {
     emulator::require(tile_ % 1024 == 0, "a tile of a warp group's products that does not begin at 1024 bytes");
   }
   WgmmaDescriptor at(int bytes) const {
@@ -159,13 +164,14 @@ class WgmmaDescriptor {
     return other;
   }
   uint16_t element(int row, int column) const {
-    uintptr_t at = tile_ + uintptr_t(row * 128 + column * 2);
+    uintptr_t at = tile_ + uintptr_t(column / 64 * panel_bytes_ + row * 128 + column % 64 * 2);
     at ^= (at >> 7 & 7) << 4;
     return *reinterpret_cast<const uint16_t*>(at);
   }
 
  private:
   uintptr_t tile_;
+  int panel_bytes_;
 };
 template <int kColumns, typename T>
 void wgmma_ss(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
@@ -180,15 +186,17 @@ void wgmma_ss(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, boo
     }
   emulator::collective(0);
 }
-template <typename T>
-void wgmma_rs(float (&s)[8][4], const uint32_t (&a)[4], WgmmaDescriptor b, T type) {
+template <int kColumns, typename T>
+void wgmma_rs(float (&s)[kColumns][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add, T type) {
   const emulator::Shown all = emulator::collective(reinterpret_cast<uintptr_t>(a));
   const int lane = emulator::current % 32;
+  if (!add)
+    for (auto& four : s) four[0] = four[1] = four[2] = four[3] = 0;
   for (int i = 0; i < 4; i++)
     for (int k = 0; k < 16; k++) {
       const uint32_t word = reinterpret_cast<const uint32_t*>(all.value[lane / 4 * 4 + k % 8 / 2])[i / 2 + 2 * (k / 8)];
       const float weight = element(uint16_t(k % 2 ? word >> 16 : word), type);
-      for (int n = 0; n < 8; n++) s[n][i] += weight * element(b.element(k, 8 * n + 2 * (lane % 4) + i % 2), type);
+      for (int n = 0; n < kColumns; n++) s[n][i] += weight * element(b.element(k, 8 * n + 2 * (lane % 4) + i % 2), type);
     }
   emulator::collective(0);
 }

@@ -23,6 +23,7 @@ struct Problem {
   double softcap = 0;
   double size = 1;                    // of queries: large ones make rows whose weight lies on one key
   bool wide = false;                  // boundaries as int64
+  int32_t long_from = 0;              // tokens beyond which documents take the kernels for long ones; 0: as they choose
   std::vector<int32_t> parents = {};  // shared prefixes: what segments, which are then the documents above, continue
   int bad_segment = -1;               // whose inputs and gradients are NaN
 };
@@ -95,9 +96,10 @@ Results<T> run(const Problem& problem, bool cuda) {
   p.grad_out = {grad.data(), problem.heads * (dim + gap), dim + gap};
   p.grad_q = r.grad_q.data() + kGuard, p.grad_k = r.grad_k.data() + kGuard, p.grad_v = r.grad_v.data() + kGuard;
   const AttentionTile nothing = {77, 77, 77, 77, 77};
-  std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.axis.documents), nothing);
+  std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.axis.documents) + 1, nothing);
   std::vector<float> delta = r.lse;
   p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard;
+  p.long_from = problem.long_from;
   if (cuda) {
     CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
     CHECK_EQ(attention_backward_cuda(p, nullptr), cudaSuccess);
@@ -165,6 +167,35 @@ CASE(windows_softcaps_and_both_directions) {
   compare<bf16_t>({{0, 100}, 100, 2, 1, 64, true, 0, 5.0, 8});
   compare<bf16_t>({{0, 100}, 100, 2, 1, 256, true, 40, 50.0, 30});
 }
+// A prompt and branches of every length around that of a tile; a tree in a tree; a document between trees; padding.
+const std::vector<int32_t> kSegments = {0, 70, 71, 134, 198, 330, 331, 340, 420, 425, 500};
+const std::vector<int32_t> kParents = {-1, 0, 0, 2, 2, 0, -1, 6, 7, -1};
+
+// The kernels for long documents, with documents that begin at 65 tokens, beside short ones.
+CASE(long_documents) {
+  const auto compare_long = [](Problem problem, auto type) {
+    problem.long_from = 64;
+    compare<decltype(type)>(problem);
+  };
+  for (int32_t head_dim : {64, 128, 256}) {
+    compare_long({{0, 20, 85, 86, 480, 540}, 550, 2, 1, head_dim}, bf16_t{});
+    compare_long({{0, 200, 230}, 230, 3, 1, head_dim, true, 70, 5.0, 8}, bf16_t{});
+    compare_long({{0, 130, 330}, 330, 1, 1, head_dim, false}, half_t{});
+    compare_long({{0, 150, 407}, 407, 2, 1, head_dim, true, 0, 0, 60}, half_t{});
+    Problem forest{kSegments, 510, 2, 1, head_dim};
+    forest.parents = kParents;
+    compare_long(forest, bf16_t{});
+    forest.window = 90;
+    compare_long(forest, bf16_t{});
+  }
+  const int32_t most = 0x7fffffff;
+  for (const std::vector<int32_t>& cu_seqlens :
+       std::vector<std::vector<int32_t>>{{5, 70}, {0, 500}, {-7, 50, 3, 60}, {60, 0, 70}, {0, most}, {0, 65, 0, 66, 1, 70}}) {
+    Problem problem{cu_seqlens, 70, 1, 1, 64};
+    problem.long_from = 64;
+    run<bf16_t>(problem, true);
+  }
+}
 CASE(weights_on_one_key) {
   compare<bf16_t>({{0, 150}, 150, 2, 1, 64, true, 0, 0, 60});
   compare<half_t>({{0, 150}, 150, 2, 1, 128, true, 0, 0, 60});
@@ -181,10 +212,6 @@ CASE(more_documents_than_threads_that_place_them) {
   problem.tokens = problem.cu_seqlens.back() + 3;
   compare<bf16_t>(problem);
 }
-// A prompt and branches of every length around that of a tile; a tree in a tree; a document between trees; padding.
-const std::vector<int32_t> kSegments = {0, 70, 71, 134, 198, 330, 331, 340, 420, 425, 500};
-const std::vector<int32_t> kParents = {-1, 0, 0, 2, 2, 0, -1, 6, 7, -1};
-
 CASE(branches_of_a_shared_prefix) {
   for (int32_t head_dim : {64, 128, 256}) {
     Problem problem{kSegments, 510, 2, 1, head_dim};
@@ -275,10 +302,11 @@ std::vector<AttentionTile> tiles_of(const std::vector<int32_t>& cu_seqlens, int6
   p.tokens = tokens, p.window = 1;
   p.axis.cu_seqlens = cu_seqlens.data(), p.axis.documents = int64_t(cu_seqlens.size()) - 1;
   p.out = out.data(), p.lse = lse.data();
-  std::vector<AttentionTile> tiles(size_t(attention_tiles(p.tokens, p.axis.documents)),
+  std::vector<AttentionTile> tiles(size_t(attention_tiles(p.tokens, p.axis.documents) + 1),
                                    AttentionTile{0, 1, 0, 1});  // none of them
   p.tiles = tiles.data();
   CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
+  tiles.pop_back();  // the place to count in
   return tiles;
 }
 

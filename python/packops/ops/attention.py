@@ -32,7 +32,7 @@ class Attention(Op):
     ) -> tuple:
         tokens, heads, _ = q.shape
         segments = cu_seqlens.shape[0] - 1
-        tiles = tokens // ROWS + cu_seqlens.shape[0] if q.is_cuda else 0
+        tiles = tokens // ROWS + cu_seqlens.shape[0] + 1 if q.is_cuda else 0
         return (
             q.new_empty(q.shape),
             q.new_empty((heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
