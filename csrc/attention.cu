@@ -4,6 +4,7 @@
 //   forward    out and lse, with an online softmax                                     2 products per pair of tiles
 //   queries    delta and grad_q, scores recomputed                                     3 products
 //   keys       grad_k and grad_v, scores recomputed, summed over a group's heads       4 products
+//   long keys  the same of long documents, on Hopper (attention_long_backward.cuh)
 //
 // Bound: the tensor cores from a few hundred tokens per document on (forward: 4 tokens keys_seen head_dim FLOPs per head); memory
 // below that (q, k, v and out once). The backward pass recomputes the scores twice. A single kernel with atomic additions to
@@ -18,8 +19,10 @@
 #include "attention.h"
 
 #include "attention_launch.h"
+#include "attention_long_backward.cuh"
 #include "attention_long_forward.cuh"
 #include "attention_products.cuh"
+#include "attention_rows.cuh"
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 #include "common/device.cuh"
@@ -27,20 +30,6 @@
 
 namespace packops {
 namespace {
-
-// ---- Rows
-
-template <typename T>
-__device__ __forceinline__ const T* head_of(const Heads& heads, int64_t token, int head) {
-  return static_cast<const T*>(heads.data) + token * heads.token + head * heads.head;
-}
-
-// Loads rows of one head from a token on.
-template <typename T, int D, int kRows, int kThreads>
-struct Rows : RowLoader<T, D, kRows, kThreads> {
-  __device__ __forceinline__ Rows(const Heads& heads, int token, int head, int thread)
-      : RowLoader<T, D, kRows, kThreads>(head_of<T>(heads, token, head), heads.token, thread) {}
-};
 
 // ---- Forward
 
@@ -164,26 +153,6 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 
 // ---- Backward
 
-// s: query-key products, committed first; becomes the weights p. g: products of grad_out and values; becomes g of attention.h.
-template <typename Product, int kBlocks, int kColumns, typename Lse, typename Delta>
-__device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
-                                      Lse&& lse, Delta&& delta) {
-  if (scores.capped) {
-    Product::wait(s, g);
-    for_each(s, [&](float& x, int m, int n, int i) {
-      x = scores.cap(x);
-      const float slope = 1.f - x * x;
-      x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
-      g[m][n][i] = x * (g[m][n][i] - delta(m, n, i)) * slope;
-    });
-  } else {
-    Product::template wait<1>(s);
-    for_each(s, [&](float& x, int m, int n, int i) { x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i))); });
-    Product::wait(g);
-    for_each(g, [&](float& x, int m, int n, int i) { x = s[m][n][i] * (x - delta(m, n, i)); });
-  }
-}
-
 template <typename T, int D, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
                                   attention_queries_shape(D, kGroup).per_multiprocessor)
@@ -192,6 +161,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step;
   using Product = Products<T, D, kGroup>;
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
@@ -217,26 +187,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   load(turn);
   cp_async_commit_group();
 
-  // delta, D / 8 threads per row
-  const int64_t stride = int64_t(p.heads) * D;
-  constexpr int kChunks = D / 8;
-  for (int i = thread; i < kAttentionRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    float sum = 0;
-    if (row < there) {
-      float a[8], b[8];
-      unpack<T>(load_cached(static_cast<const T*>(p.out) + (tile.begin + row) * stride + head * D + chunk * 8), a);
-      unpack<T>(load_cached(head_of<T>(p.grad_out, tile.begin + row, head) + chunk * 8), b);
-#pragma unroll
-      for (int j = 0; j < 8; j++) sum = fmaf(a[j], b[j], sum);
-    }
-#pragma unroll
-    for (int by = kChunks / 2; by > 0; by /= 2) sum += __shfl_xor_sync(kWarp, sum, by);
-    if (chunk == 0) {
-      deltas[row] = sum;
-      if (row < there) p.delta[head * p.tokens + tile.begin + row] = sum;
-    }
-  }
+  compute_deltas<T, D, kThreads>(p, tile.begin, there, head, deltas, thread);
   float lse[kBlocks][2], delta[kBlocks][2];
 #pragma unroll
   for (int m = 0; m < kBlocks; m++)
@@ -292,6 +243,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   cp_async_wait_all();
   __syncthreads();
 
+  const int64_t stride = int64_t(p.heads) * D;
   float factor[kBlocks][2];
 #pragma unroll
   for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scores.product_scale;
@@ -329,7 +281,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   using Product = Products<T, D, kGroup>;
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
-  if (tile.begin == tile.end) return;
+  if (tile.begin == tile.end || is_long<false>(p, tile)) return;
   const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
   const int first_row = thread / 32 * 16 * kBlocks;
@@ -462,16 +414,35 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
 // ---- Launches
 
 template <typename T, int D, bool kGroup, bool kForest>
-cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
+cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
+  p.long_from = choose_attention_long_forward_from(p, device);
+  const bool has_long = p.long_from != kNeverLong;
+  if constexpr (kGroup)
+    if (has_long) {
+      const cudaError_t error = launch_long_forward<T, D, kForest>(p, tiles, device, stream);
+      if (error != cudaSuccess) return error;
+    }
+  return launch_large<forward_kernel<T, D, kGroup, kForest>>({.follows = has_long}, device, tiles * p.heads,
+                                                             attention_forward_shape(D, kGroup).threads(),
+                                                             attention_forward_shared(D, kGroup), stream, p, Scores(p));
+}
+
+template <typename T, int D, bool kGroup, bool kForest>
+cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
-  const cudaError_t error = launch_large({}, queries_kernel<T, D, kGroup, kForest>, tiles * p.heads, kQueries.threads(),
-                                         attention_queries_shared(D, kGroup), stream, p, Scores(p));
+  cudaError_t error = launch_large<queries_kernel<T, D, kGroup, kForest>>(
+      {}, device, tiles * p.heads, kQueries.threads(), attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
+  p.long_from = choose_attention_long_keys_from(p, device);
+  if constexpr (kGroup && !kForest && attention_long_keys_from(D) != kNeverLong)
+    if (p.long_from != kNeverLong)
+      if ((error = launch_long_keys<T, D>(p, tiles, device, stream)) != cudaSuccess) return error;
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
-      return launch_large({}, keys_kernel<T, D, kGroup, kForest, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
-                          attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false));
+      return launch_large<keys_kernel<T, D, kGroup, kForest, kTeams, half>>(
+          {}, device, tiles * p.kv_heads, kKeys.threads() * kTeams, attention_keys_shared(D, kGroup, kTeams), stream, p,
+          Scores(p, false));
     };
     if constexpr (attention_keys_split(D)) {
       const cudaError_t error = with_half(std::integral_constant<Half, Half::values>{});
@@ -487,20 +458,6 @@ cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Devic
   if constexpr (kMost >= 2)
     if (teams == 2) return with_teams(std::integral_constant<int, 2>{});
   return with_teams(std::integral_constant<int, 1>{});
-}
-
-template <typename T, int D, bool kGroup, bool kForest>
-cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
-  if (p.long_from == 0) p.long_from = attention_long_forward_from(D);
-  const bool any_long = kGroup && attention_is_long(p.tokens, p.window, p.long_from);
-  if (!any_long) p.long_from = kNeverLong;
-  if constexpr (kGroup)
-    if (any_long) {
-      const cudaError_t error = launch_long_forward<T, D, kForest>(p, tiles, device.multiprocessors, stream);
-      if (error != cudaSuccess) return error;
-    }
-  return launch_large({.follows = any_long}, forward_kernel<T, D, kGroup, kForest>, tiles * p.heads,
-                      attention_forward_shape(D, kGroup).threads(), attention_forward_shared(D, kGroup), stream, p, Scores(p));
 }
 
 // f(element type, head_dim, whether by warp groups, whether documents share prefixes)

@@ -3,6 +3,7 @@
 
 #include "attention_launch.h"
 #include "attention_tiles.cuh"
+#include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 
@@ -33,9 +34,9 @@ __device__ __forceinline__ bool may_be_long(const AttentionParams& p, const Atte
 // Items of work are numbers of a tile, the first of `groups` neighbours in a long document, times `heads`, plus a head. -1: there are
 // no more.
 template <int kGroups, bool kForest>
-__device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned* next, unsigned heads, unsigned end) {
+__device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned heads, unsigned end) {
   for (;;) {
-    const unsigned item = atomicAdd(next, 1u);
+    const unsigned item = atomicAdd(p.drawn, 1u);
     if (item >= end) return -1;
     const AttentionTile tile = p.tiles[item / heads];
     if (!may_be_long(p, tile)) return -1;
@@ -47,7 +48,7 @@ __device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned* nex
 constexpr int kConsumersBarrier = 1, kTurnBarrier = 2;
 
 // Consumers issue their products one after the other.
-template <bool kOn, int kGroups>
+template <int kGroups, bool kOn = true>
 class ProductTurns {
  public:
   __device__ __forceinline__ explicit ProductTurns(int group) : group_(group) {
@@ -67,22 +68,17 @@ class ProductTurns {
   int group_;
 };
 
-// Registers of a thread. A multiprocessor has 512 for the four threads of a block that share a lane.
-constexpr int long_producer_registers(int groups) { return groups == 2 ? 24 : 32; }
-constexpr int long_consumer_registers(int groups) { return groups == 2 ? 240 : 160; }
-
 // ---- Launches
 
-constexpr int32_t kNeverLong = 0x7fffffff;
-
-template <typename... P>
-cudaError_t launch_large(LaunchOptions options, void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes,
-                         cudaStream_t stream, const std::type_identity_t<P>&... arguments) {
+// On the current device, which `device` must be.
+template <auto kKernel, typename... Arguments>
+cudaError_t launch_large(LaunchOptions options, const Device& device, int64_t blocks, int threads, int shared_bytes,
+                         cudaStream_t stream, const Arguments&... arguments) {
   if (blocks == 0) return cudaSuccess;  // no heads
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  const cudaError_t error = allow_shared<kKernel>(device.index, shared_bytes);
   if (error != cudaSuccess) return error;
-  return launch_with(options, kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream,
+  return launch_with(options, kKernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream,
                      arguments...);
 }
 

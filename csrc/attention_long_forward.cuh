@@ -127,7 +127,7 @@ template <typename T, int D, bool kForest>
 __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
     long_forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                         const __grid_constant__ CUtensorMap v_map, const __grid_constant__ AttentionParams p,
-                        const __grid_constant__ Scores scores, unsigned* drawn, unsigned end) {
+                        const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   using namespace hopper;
   using Shared = LongForwardShared<D>;
@@ -142,7 +142,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
   __syncthreads();
 
   if (threadIdx.x >= 128 * kGroups) {
-    setmaxnreg_dec<long_producer_registers(kGroups)>();
+    setmaxnreg_dec<attention_producer_registers(kGroups)>();
     if (threadIdx.x == 128 * kGroups) {  // copies
       RingPlace<kShape.stages> place;
       RingPlace<Shared::kItems> items;
@@ -170,16 +170,16 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
     } else if (threadIdx.x == 128 * kGroups + 32) {  // draws items ahead
       RingPlace<Shared::kItems> items;
       for (int number = 0; number >= 0; items.advance()) {
-        number = draw_item<kGroups, kForest>(p, drawn, unsigned(p.heads), end);
+        number = draw_item<kGroups, kForest>(p, unsigned(p.heads), end);
         mbarrier_wait_parity(&s.empty_item[items.slot], uint32_t(items.parity ^ 1));
         s.item[items.slot] = number;
         mbarrier_arrive(&s.full_item[items.slot]);
       }
     }
   } else {
-    setmaxnreg_inc<long_consumer_registers(kGroups)>();
+    setmaxnreg_inc<attention_consumer_registers(kGroups)>();
     const int group = int(threadIdx.x) / 128, lane = int(threadIdx.x) % 32, first_row = int(threadIdx.x) / 32 * 16;
-    const ProductTurns<kShape.in_turns, kGroups> turns(group);
+    const ProductTurns<kGroups, kShape.in_turns> turns(group);
     RingPlace<kShape.stages> at_keys, at_values;
     RingPlace<Shared::kItems> items;
     const auto release = [&](MBarrier* barrier) {
@@ -290,7 +290,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
 }
 
 template <typename T, int D, bool kForest>
-cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, int multiprocessors, cudaStream_t stream) {
+cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionLongForwardShape kShape = attention_long_forward_shape(D);
   if (tiles * p.heads > 0x7fffffff) return cudaErrorInvalidValue;
   CUtensorMap q, k, v;
@@ -300,9 +300,9 @@ cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, int mul
   if (p.heads > 0 && !(encode(&q, p.q, p.heads, kShape.rows()) && encode(&k, p.k, p.kv_heads, kShape.turn) &&
                        encode(&v, p.v, p.kv_heads, kShape.turn)))
     return cudaErrorInvalidValue;
-  return launch_large({}, long_forward_kernel<T, D, kForest>, std::min<int64_t>(multiprocessors, tiles * p.heads),
-                      kShape.threads(), attention_long_forward_shared(D), stream, q, k, v, p, Scores(p), items_drawn(p),
-                      unsigned(tiles * p.heads));
+  return launch_large<long_forward_kernel<T, D, kForest>>(
+      {}, device, std::min<int64_t>(device.multiprocessors, tiles * p.heads), kShape.threads(), attention_long_forward_shared(D),
+      stream, q, k, v, p, Scores(p), unsigned(tiles * p.heads));
 }
 
 }  // namespace

@@ -11,11 +11,6 @@ constexpr unsigned kWarp = 0xffffffffu;
 
 constexpr int kClasses = 1024;  // documents are sorted by the tiles that see them, most first: a thread per class
 
-// How many items of work the blocks of attention_long_forward.cuh have taken: in the place after the last tile.
-__host__ __device__ __forceinline__ unsigned* items_drawn(const AttentionParams& p) {
-  return reinterpret_cast<unsigned*>(p.tiles + attention_tiles(p.tokens, p.axis.documents));
-}
-
 template <typename Index>
 __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__ AttentionParams p, int64_t capacity) {
   using Count = unsigned;           // may overflow if malformed documents overlap, which never gives an address outside
@@ -34,7 +29,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
       p.tiles[place] = {begin, min(end, begin + kAttentionRows), document_begin, document_end, int32_t(document)};
   };
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
-  if (me == 0) *items_drawn(p) = 0;
+  if (me == 0) *p.drawn = 0;
   next[me] = 0;
   __syncthreads();
   for (int64_t i = me; i < p.axis.documents; i += kClasses)

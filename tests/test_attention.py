@@ -112,6 +112,37 @@ def test_many_documents_and_long_ones():
     check(*problem([9000], heads=(2, 2), dim=128, device="cuda"))
 
 
+@gpu
+@pytest.mark.parametrize("rule", [{}, {"window": 1500, "softcap": 20.0}, {"causal": False}], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_long_documents_among_short_ones(dim, rule):
+    """Their kernels are others. Each document has the bits that it has alone, whatever the neighbours hold, also in a graph."""
+    lengths = [40, 1100, 0, 2990, 1, 70, 1025, 1024]
+    q, k, v, grad, bounds = problem(lengths, heads=(4, 2), dim=dim, device="cuda", padding=9)
+    check(q, k, v, grad, bounds, **rule)
+    found = results(packops.attention, q, k, v, grad, bounds, **rule)
+    begin = 0
+    for n in lengths:
+        there = slice(begin, begin + n)
+        alone = [x[there].detach().requires_grad_() for x in (q, k, v)]
+        for a, b in zip(found, results(packops.attention, *alone, grad[there], bounds_of([n], "cuda"), **rule), strict=True):
+            assert torch.equal(a[there], b)
+        begin += n
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[40 + 1100 : 40 + 1100 + 2990] = torch.nan
+    for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds, **rule), strict=True):
+        assert torch.equal(a[: 40 + 1100], b[: 40 + 1100])
+        assert torch.equal(a[40 + 1100 + 2990 :], b[40 + 1100 + 2990 :])
+    q, k, v, grad, bounds = problem([3000], dim=dim, device="cuda")
+    graph, found = capture(lambda: results(packops.attention, q, k, v, grad, bounds, **rule))
+    for total in (3000, 300, 1500):
+        bounds.copy_(bounds_of([total]))
+        graph.replay()
+        for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds, **rule), strict=True):
+            assert torch.equal(a, b)
+
+
 def test_documents_never_see_each_other(device):
     q, k, v, grad, bounds = problem(device=device)
     begin, end = 71, 135

@@ -75,14 +75,6 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 
 // ---- Warp groups
 
-template <int kRegisters>
-__device__ __forceinline__ void setmaxnreg_inc() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void setmaxnreg_dec() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
 // The compiler must not read these registers before this place.
 template <int kCount>
 __device__ __forceinline__ void hold(float (&sums)[kCount]) {

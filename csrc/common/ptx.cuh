@@ -145,6 +145,16 @@ __device__ __forceinline__ void wgmma_fence_operand(float (&sums)[kColumns][4]) 
     for (int i = 0; i < 4; i++) asm volatile("" : "+f"(sums[n][i])::"memory");
 }
 
+// setmaxnreg: registers of a thread from here on, of all warps of a group.
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
 // The matrix descriptor of a tile in shared memory; panel_bytes: from one panel of 64 columns to the next, where a product of more
 // columns than that takes rows as its columns. at(): the same tile from that byte on.
 class WgmmaDescriptor {
@@ -226,6 +236,10 @@ template <int kNewest>
 __device__ __forceinline__ void wgmma_wait_group() {}
 template <int kColumns>
 __device__ __forceinline__ void wgmma_fence_operand(float (&)[kColumns][4]) {}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {}
 template <int kColumns, typename T>
 __device__ __forceinline__ void wgmma_ss(float (&)[kColumns][4], WgmmaDescriptor, WgmmaDescriptor, bool, T) {}
 template <int kColumns, typename T>
@@ -284,6 +298,11 @@ __device__ __forceinline__ void mbarrier_wait_parity_cluster(MBarrier* barrier, 
       "}" ::"r"(shared_address(barrier)),
       "r"(parity), "r"(kSuspend)
       : "memory");
+}
+
+// cp.async.mbarrier.arrive.noinc: arrives once this thread's copies by cp.async so far have landed.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(MBarrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
 // cp.async.bulk (TMA) from global to shared memory. Addresses and bytes are multiples of 16. Completes on the mbarrier.

@@ -117,6 +117,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
+  p.drawn = reinterpret_cast<unsigned*>(p.tiles + attention_tiles(p.tokens, p.axis.documents));
   run(p, q, false);
   return {out, lse, tiles, numbers};
 }
@@ -154,7 +155,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
                 ValueError, kOp, ": tiles must be those of the forward pass");
   const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);
   const Tensor read_lse = as_contiguous(lse), read_tiles = as_contiguous(tiles);
-  const Tensor delta = allocate(q, {q.is_cuda() ? p.heads * p.tokens : 0}, ScalarType::Float);
+  const Tensor delta = allocate(q, {q.is_cuda() ? p.heads * p.tokens + 1 : 0}, ScalarType::Float);
   const Tensor grad_q = allocate(q, {p.tokens, p.heads, p.head_dim});
   const Tensor grad_k = allocate(q, {p.tokens, p.kv_heads, p.head_dim});
   const Tensor grad_v = allocate(q, {p.tokens, p.kv_heads, p.head_dim});
@@ -162,6 +163,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
+  p.drawn = reinterpret_cast<unsigned*>(p.delta + p.heads * p.tokens);
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr();

@@ -20,11 +20,6 @@ inline bool encode_tensor_map(CUtensorMap* map, DType, const void* data, const i
 
 namespace hopper {
 
-template <int kRegisters>
-void setmaxnreg_inc() {}
-template <int kRegisters>
-void setmaxnreg_dec() {}
-
 inline void tma_load_3d(void* to, const CUtensorMap& map, int x, int y, int z, uint64_t* barrier) {
   const auto place = reinterpret_cast<uintptr_t>(to);
   emulator::require(place % 1024 == 0, "a box that does not begin at 1024 bytes");

@@ -28,6 +28,10 @@ inline void bar_sync(int id, int threads) {
 }
 
 inline void bar_arrive(int id, int threads) { emulator::arrive_at_some(uint64_t(id) << 32 | uint64_t(threads)); }
+template <int kRegisters>
+void setmaxnreg_inc() {}
+template <int kRegisters>
+void setmaxnreg_dec() {}
 
 using MBarrier = uint64_t;
 
@@ -77,6 +81,10 @@ inline void land_copies_before(int group) {
     else std::memset(copy.destination, 0, copy.bytes);
     return true;
   });
+}
+inline void cp_async_mbarrier_arrive(MBarrier* barrier) {
+  land_copies_before(copy_groups[emulator::current] + 1);
+  emulator::arrive(barrier);
 }
 inline void cp_async_wait_all() { land_copies_before(copy_groups[emulator::current] + 1); }
 template <int kNewest>
