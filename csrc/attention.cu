@@ -36,17 +36,14 @@ namespace {
 template <typename T, int D, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
                                   attention_forward_shape(D, kGroup).per_multiprocessor)
-    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, bool beside) {
   if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_forward_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn;
   using Product = Products<T, D, kGroup>;
+  begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
-  // This launch may have begun before that for long documents has ended, and what comes after both waits for this one only.
-  const auto wait_for_long = [] {
-    if (blockIdx.x == 0) griddepcontrol_wait();
-  };
-  if (tile.begin == tile.end || is_long<kForest>(p, tile)) return wait_for_long();
+  if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
@@ -148,7 +145,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   const int64_t stride = int64_t(p.heads) * D;
   store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride,
                                             tile.end - tile.begin, queries, first_row, lane, out, factor);
-  wait_for_long();
+  end_overlapping(beside);
 }
 
 // ---- Backward
@@ -161,6 +158,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step;
   using Product = Products<T, D, kGroup>;
+  griddepcontrol_launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end) return;
@@ -273,15 +271,16 @@ enum class Half { both, keys, values };  // which gradients a kernel computes
 template <typename T, int D, bool kGroup, bool kForest, int kTeams, Half kHalf>
 __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kTeams,
                                   attention_keys_shape(D, kGroup).per_multiprocessor)
-    keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
+    keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, bool beside) {
   if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_keys_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step;
   constexpr int kTurnBytes = 2 * 2 * D * kQueries;
   using Product = Products<T, D, kGroup>;
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
+  begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
-  if (tile.begin == tile.end || is_long<false>(p, tile)) return;
+  if (tile.begin == tile.end || is_long<false>(p, tile)) return end_overlapping(beside);
   const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
   const int first_row = thread / 32 * 16 * kBlocks;
@@ -409,6 +408,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   };
   if constexpr (kForValues) finish(grad_v, p.grad_v, values, 1.f);
   if constexpr (kForKeys) finish(grad_k, p.grad_k, keys, scores.product_scale);
+  end_overlapping(beside);
 }
 
 // ---- Launches
@@ -416,15 +416,19 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
 template <typename T, int D, bool kGroup, bool kForest>
 cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
   p.long_from = choose_attention_long_forward_from(p, device);
-  const bool has_long = p.long_from != kNeverLong;
+  const auto launch_short = [&](bool beside) {
+    return launch_large<forward_kernel<T, D, kGroup, kForest>>({.follows = device.overlaps_launches()}, device, tiles * p.heads,
+                                                               attention_forward_shape(D, kGroup).threads(),
+                                                               attention_forward_shared(D, kGroup), stream, p, Scores(p), beside);
+  };
   if constexpr (kGroup)
-    if (has_long) {
-      const cudaError_t error = launch_long_forward<T, D, kForest>(p, tiles, device, stream);
+    if (p.long_from != kNeverLong) {
+      const auto launch_long = [&](bool beside) { return launch_long_forward<T, D, kForest>(p, tiles, device, stream, beside); };
+      const cudaError_t error = kAttentionLongFirst ? launch_long(false) : launch_short(false);
       if (error != cudaSuccess) return error;
+      return kAttentionLongFirst ? launch_short(true) : launch_long(true);
     }
-  return launch_large<forward_kernel<T, D, kGroup, kForest>>({.follows = has_long}, device, tiles * p.heads,
-                                                             attention_forward_shape(D, kGroup).threads(),
-                                                             attention_forward_shared(D, kGroup), stream, p, Scores(p));
+  return launch_short(false);
 }
 
 template <typename T, int D, bool kGroup, bool kForest>
@@ -434,18 +438,20 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
       {}, device, tiles * p.heads, kQueries.threads(), attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
   p.long_from = choose_attention_long_keys_from(p, device);
+  bool beside = p.long_from != kNeverLong;
   if constexpr (kGroup && !kForest && attention_long_keys_from(D) != kNeverLong)
-    if (p.long_from != kNeverLong)
+    if (beside)
       if ((error = launch_long_keys<T, D>(p, tiles, device, stream)) != cudaSuccess) return error;
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
       return launch_large<keys_kernel<T, D, kGroup, kForest, kTeams, half>>(
-          {}, device, tiles * p.kv_heads, kKeys.threads() * kTeams, attention_keys_shared(D, kGroup, kTeams), stream, p,
-          Scores(p, false));
+          {.follows = device.overlaps_launches()}, device, tiles * p.kv_heads, kKeys.threads() * kTeams,
+          attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false), beside);
     };
     if constexpr (attention_keys_split(D)) {
       const cudaError_t error = with_half(std::integral_constant<Half, Half::values>{});
+      beside = true;  // neither reads what the other writes
       return error != cudaSuccess ? error : with_half(std::integral_constant<Half, Half::keys>{});
     } else {
       return with_half(std::integral_constant<Half, Half::both>{});

@@ -117,6 +117,9 @@ constexpr int attention_long_keys_shared(int head_dim) {
 constexpr int attention_producer_registers(int groups) { return groups == 2 ? 24 : 32; }
 constexpr int attention_consumer_registers(int groups) { return groups == 2 ? 240 : 160; }
 
+// Of the forward's two launches, that for long documents comes first: that for short ones fills the multiprocessors that it leaves.
+inline constexpr bool kAttentionLongFirst = true;
+
 // Tokens up to which the kernels for short documents are as fast (docs/design.md). The forward's two forms do not have the same bits,
 // so nothing but the document and the options of the call may decide. Those of grad_k and grad_v have.
 constexpr int32_t attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 3072 : head_dim <= 128 ? 768 : 576; }

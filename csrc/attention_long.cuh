@@ -69,6 +69,21 @@ class ProductTurns {
 };
 
 // ---- Launches
+//
+// Launches of a pass overlap, so that one which finds nothing to do hardly costs time, and one begins where the one before it leaves
+// multiprocessors idle: forward tiles, long, short; backward queries, long keys, keys. The second waits for the first. The third runs
+// beside the second.
+
+// Of a kernel that may begin before the launch before it has ended. beside: it reads nothing that that one writes, but what the launch
+// before that wrote, for which that one waited before it let this one begin.
+__device__ __forceinline__ void begin_overlapping(bool beside) {
+  if (beside) griddepcontrol_launch_dependents();
+  else griddepcontrol_wait();
+}
+// At its end, so that what comes after it comes after both.
+__device__ __forceinline__ void end_overlapping(bool beside) {
+  if (beside && blockIdx.x == 0) griddepcontrol_wait();
+}
 
 // On the current device, which `device` must be.
 template <auto kKernel, typename... Arguments>

@@ -117,6 +117,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     long_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
+  griddepcontrol_wait();
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
   constexpr int kGroups = kShape.groups, kSlots = kShape.slots, kThreads = kShape.threads();
   using Product = Products<T, D, true>;
@@ -227,6 +228,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     split_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
+  griddepcontrol_wait();
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
   constexpr int kSlots = kShape.slots, kThreads = kShape.threads();
   using Product = Products<T, D, true>;
@@ -364,8 +366,9 @@ cudaError_t launch_long_keys(const AttentionParams& p, int64_t tiles, const Devi
     if constexpr (attention_keys_split(D)) return split_keys_kernel<T, D>;
     else return long_keys_kernel<T, D>;
   }();
-  return launch_large<kernel>({}, device, std::min<int64_t>(device.multiprocessors, items), attention_long_keys_shape(D).threads(),
-                              attention_long_keys_shared(D), stream, p, Scores(p), unsigned(items));
+  return launch_large<kernel>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
+                              attention_long_keys_shape(D).threads(), attention_long_keys_shared(D), stream, p, Scores(p),
+                              unsigned(items));
 }
 
 }  // namespace

@@ -127,7 +127,7 @@ template <typename T, int D, bool kForest>
 __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
     long_forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                         const __grid_constant__ CUtensorMap v_map, const __grid_constant__ AttentionParams p,
-                        const __grid_constant__ Scores scores, unsigned end) {
+                        const __grid_constant__ Scores scores, unsigned end, bool beside) {
 #ifdef PACKOPS_SM90A
   using namespace hopper;
   using Shared = LongForwardShared<D>;
@@ -136,8 +136,8 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
   using Item = LongForwardItem<kRows, kTurn, kForest>;
   static_assert(sizeof(Shared) <= attention_long_forward_shared(D));
   Shared& s = *dynamic_shared<Shared>();
-  griddepcontrol_launch_dependents();
-  if (!may_be_long(p, p.tiles[0])) return;  // nor is any other
+  begin_overlapping(beside);
+  if (!may_be_long(p, p.tiles[0])) return end_overlapping(beside);  // nor is any other
   if (threadIdx.x == 0) s.init();
   __syncthreads();
 
@@ -286,11 +286,12 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
     }
     turns.finish();
   }
+  end_overlapping(beside);
 #endif
 }
 
 template <typename T, int D, bool kForest>
-cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
+cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream, bool beside) {
   constexpr AttentionLongForwardShape kShape = attention_long_forward_shape(D);
   if (tiles * p.heads > 0x7fffffff) return cudaErrorInvalidValue;
   CUtensorMap q, k, v;
@@ -301,8 +302,8 @@ cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, const D
                        encode(&v, p.v, p.kv_heads, kShape.turn)))
     return cudaErrorInvalidValue;
   return launch_large<long_forward_kernel<T, D, kForest>>(
-      {}, device, std::min<int64_t>(device.multiprocessors, tiles * p.heads), kShape.threads(), attention_long_forward_shared(D),
-      stream, q, k, v, p, Scores(p), unsigned(tiles * p.heads));
+      {.follows = true}, device, std::min<int64_t>(device.multiprocessors, tiles * p.heads), kShape.threads(),
+      attention_long_forward_shared(D), stream, q, k, v, p, Scores(p), unsigned(tiles * p.heads), beside);
 }
 
 }  // namespace

@@ -46,7 +46,7 @@ __device__ __forceinline__ void griddepcontrol_wait() {
 #endif
 }
 
-// Its second half: this launch's blocks have all begun, so the next may.
+// Its second half: the next launch may begin once all blocks of this one have come here or ended.
 __device__ __forceinline__ void griddepcontrol_launch_dependents() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");

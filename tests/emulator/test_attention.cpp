@@ -183,9 +183,9 @@ CASE(long_documents) {
   };
   for (int32_t head_dim : {64, 128, 256}) {
     compare_long({{0, 20, 85, 86, 350, 390}, 395, 1, 1, head_dim}, bf16_t{});
-    compare_long({{0, 150, 160}, 160, 2, 1, head_dim, true, 70, 5.0, 8}, bf16_t{});   // a window that ends within a turn
+    compare_long({{0, 150, 160}, 160, 2, 1, head_dim, true, 70, 5.0, 8}, bf16_t{});  // a window that ends within a turn
     compare_long({{0, 130}, 130, 1, 1, head_dim, false, 0, 0, 60}, half_t{});        // weights on one key
-    compare_long({{0, 129}, 129, 3, 3, head_dim, true, 128}, half_t{});             // of every token but one
+    compare_long({{0, 129}, 129, 3, 3, head_dim, true, 128}, half_t{});              // of every token but one
     Problem forest{{0, 70, 71, 134, 207}, 210, 1, 1, head_dim};
     forest.parents = {-1, 0, 0, -1};
     compare_long(forest, bf16_t{});
@@ -210,7 +210,8 @@ CASE(long_documents) {
 // A document's gradients do not say which kernels made them.
 CASE(long_documents_have_the_bits_of_short_ones) {
   for (int32_t head_dim : {128, 256})
-    for (Problem problem : {Problem{{0, 20, 150}, 150, 2, 1, head_dim}, Problem{{0, 130}, 130, 1, 1, head_dim, true, 70, 5.0, 8}}) {
+    for (Problem problem :
+         {Problem{{0, 20, 150}, 150, 2, 1, head_dim}, Problem{{0, 130}, 130, 1, 1, head_dim, true, 70, 5.0, 8}}) {
       problem.long_from = 64;
       const Results<bf16_t> got = run<bf16_t>(problem, true);
       problem.long_backward_from = kNeverLong;
