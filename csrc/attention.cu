@@ -100,11 +100,12 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         most = max_of_quad(most);
-        shift[m][half] = most == -INFINITY ? 0.f : most * scores.scale;  // -inf: no key seen so far
-        correction[m][half] = ex2_approx(greatest[m][half] * scores.scale - shift[m][half]);
+        shift[m][half] = scores.shift_of(most);
+        correction[m][half] = scores.correction(greatest[m][half], most);
         greatest[m][half] = most;
         rises |= correction[m][half] != 1.f;
       }
+    scores.subtract_where_far(s, greatest, shift);
     if (__any_sync(kWarp, rises)) {
 #pragma unroll
       for (int m = 0; m < kBlocks; m++)
