@@ -28,7 +28,8 @@ inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, c
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
   }();
   const cuuint64_t counts[3] = {cuuint64_t(sizes[0]), cuuint64_t(sizes[1]), cuuint64_t(sizes[2])};
-  const cuuint64_t bytes[2] = {cuuint64_t(strides[0]) * 2, cuuint64_t(strides[1]) * 2};
+  const auto bytes_of = [](int64_t size, int64_t stride) { return cuuint64_t(size > 1 ? stride * 2 : 16); };  // of one: whatever
+  const cuuint64_t bytes[2] = {bytes_of(sizes[1], strides[0]), bytes_of(sizes[2], strides[1])};
   const cuuint32_t box[3] = {64, 1, cuuint32_t(box_rows)}, steps[3] = {1, 1, 1};
   const CUtensorMapDataType type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
   return encode && encode(map, type, 3, const_cast<void*>(data), counts, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,

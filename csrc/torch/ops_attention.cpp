@@ -20,14 +20,22 @@ struct AttentionOptions {
   std::optional<double> softcap, scale;
 };
 
-// What the kernels read: the tensor itself, or a copy where a row is not contiguous or, on CUDA, does not begin at 16 bytes.
-Tensor set_input(const Tensor& tensor, Heads* heads) {
+// Whether a dimension is one row over and over.
+bool is_expanded(const Tensor& tensor) {
+  const auto repeats = [&](int64_t i) { return tensor.size(i) > 1 && tensor.stride(i) == 0; };
+  return repeats(0) || repeats(1);
+}
+
+// What the kernels read: the tensor itself, or a copy where a row is not contiguous or, on CUDA, does not begin at 16 bytes. by_map:
+// or is expanded, since a kernel may read it by a tensor map.
+Tensor set_input(const Tensor& tensor, Heads* heads, bool by_map) {
   bool fits = tensor.size(2) <= 1 || tensor.stride(2) == 1;
   if (tensor.is_cuda())
     fits &= (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) | uintptr_t(tensor.stride(0) * 2) |
              uintptr_t(tensor.stride(1) * 2)) %
                 16 ==
             0;
+  if (tensor.is_cuda() && by_map) fits &= !is_expanded(tensor);
   const Tensor read = fits ? tensor : contiguous_copy(tensor);
   *heads = {read.const_data_ptr(), read.stride(0), read.stride(1)};
   return read;
@@ -73,7 +81,7 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   p.scale = options.scale.value_or(1 / std::sqrt(double(dim)));
 
   const auto [boundaries, axis] = check_documents(kOp, cu_seqlens, p.tokens, "q", q);
-  Attention a{p, set_input(q, &p.q), set_input(k, &p.k), set_input(v, &p.v), boundaries};
+  Attention a{p, set_input(q, &p.q, true), set_input(k, &p.k, true), set_input(v, &p.v, true), boundaries};
   p.axis = axis;
   a.params = p;
   return a;
@@ -153,7 +161,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kAttentionTileNumbers * (attention_tiles(p.tokens, p.axis.documents) + 1) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
-  const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);
+  const Tensor read_grad = set_input(grad_out, &p.grad_out, false), read_out = as_contiguous(out);
   const Tensor read_lse = as_contiguous(lse), read_tiles = as_contiguous(tiles);
   const Tensor delta = allocate(q, {q.is_cuda() ? p.heads * p.tokens + 1 : 0}, ScalarType::Float);
   const Tensor grad_q = allocate(q, {p.tokens, p.heads, p.head_dim});

@@ -12,8 +12,10 @@ struct CUtensorMap {
 };
 inline bool encode_tensor_map(CUtensorMap* map, DType, const void* data, const int64_t (&sizes)[3], const int64_t (&strides)[2],
                               int box_rows) {
-  emulator::require(reinterpret_cast<uintptr_t>(data) % 16 == 0 && strides[0] % 8 == 0 && strides[1] % 8 == 0 && box_rows <= 256,
-                    "a tensor map of something that is not aligned, or of too many rows");
+  const auto fits = [](int64_t size, int64_t stride) { return size <= 1 || (stride > 0 && stride % 8 == 0); };
+  emulator::require(
+      reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(sizes[1], strides[0]) && fits(sizes[2], strides[1]) && box_rows <= 256,
+      "a tensor map of something that is not aligned, or expanded, or of too many rows");
   *map = {static_cast<const char*>(data), {sizes[0], sizes[1], sizes[2]}, {strides[0], strides[1]}, box_rows};
   return true;
 }
