@@ -1,10 +1,11 @@
 // Attention within documents on CUDA. Formulas: attention.h. Work distribution: attention_launch.h.
 //
-//   tiles      cu_seqlens -> tiles of 64 tokens, those of long documents first (attention_tiles.cuh)
-//   forward    out and lse, with an online softmax                                     2 products per pair of tiles
-//   queries    delta and grad_q, scores recomputed                                     3 products
-//   keys       grad_k and grad_v, scores recomputed, summed over a group's heads       4 products
-//   long keys  the same of long documents, on Hopper (attention_long_backward.cuh)
+//   tiles         cu_seqlens -> tiles of 64 tokens, those of long documents first (attention_tiles.cuh)
+//   forward       out and lse, with an online softmax                                  2 products per pair of tiles
+//   long forward  the same of long documents, on Hopper (attention_long_forward.cuh)
+//   queries       delta and grad_q, scores recomputed                                  3 products
+//   keys          grad_k and grad_v, scores recomputed, summed over a group's heads    4 products
+//   long keys     the same of long documents, on Hopper (attention_long_backward.cuh)
 //
 // Bound: the tensor cores from a few hundred tokens per document on (forward: 4 tokens keys_seen head_dim FLOPs per head); memory
 // below that (q, k, v and out once). The backward pass recomputes the scores twice. A single kernel with atomic additions to
@@ -139,9 +140,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
       const float total = sum_of_quad(sum[m][half]);
       factor[m][half] = total == 0 ? 0.f : 1.f / total;
       const int row = first_row + 16 * m + 8 * half + lane / 4;
-      if (lane % 4 == 0 && row < tile.end - tile.begin)
-        static_cast<float*>(p.lse)[head * p.tokens + tile.begin + row] =
-            total == 0 ? -INFINITY : greatest[m][half] * scores.scale + lg2_approx(total);
+      if (lane % 4 == 0 && row < tile.end - tile.begin) store_lse(p, scores, head, tile.begin + row, greatest[m][half], total);
     }
   const int64_t stride = int64_t(p.heads) * D;
   store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride,
@@ -162,6 +161,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   griddepcontrol_launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
+  const bool far = *p.far;
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
@@ -222,7 +222,9 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
       Product::template multiply_rows<kAttentionRows, kKeys>(g, grads, first_row, values, step, lane);
       Product::commit();
       weigh<Product>(
-          s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
+          s, g, scores, far, [&](int m, int, int i) { return lse[m][i / 2]; },
+          [&](int m, int, int i) { return lse_rest(p, head)[tile.begin + first_row + 16 * m + 8 * (i / 2) + lane / 4]; },
+          [&](int m, int, int i) { return delta[m][i / 2]; });
       const int key = turn.key + step;
       if (!scores.all_see(query, query + kAttentionRows, key, key + kStep, turn.end))
         mask(g, key, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, turn.end); });
@@ -281,6 +283,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
+  const bool far = *p.far;
   if (tile.begin == tile.end || is_long<false>(p, tile)) return end_overlapping(beside);
   const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
@@ -300,6 +303,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
                                         : length;
   const int turns_per_head = (query_end - query_begin + kQueries - 1) / kQueries;
   const int count = turns_per_head * ((group - team + kTeams - 1) / kTeams);
+  const auto head_of_turn = [&](int turn) { return kv_head * group + team + kTeams * (turn / turns_per_head); };
   const auto query_of = [&](int turn) { return query_begin + turn % turns_per_head * kQueries; };
   // With shared prefixes, a window is one of positions, which begin anew at every branch.
   const int32_t* positions = kForest && p.window && length > 0 ? p.prefixes.positions : nullptr;
@@ -318,7 +322,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     return turn;
   };
   const auto load = [&](int turn, int number) {
-    const int head = kv_head * group + team + kTeams * (turn / turns_per_head);
+    const int head = head_of_turn(turn);
     const int query = query_of(turn), token = tile.document_begin + query;
     char* to = turns + number % kShape.stages * kTurnBytes;
     Rows<T, D, kQueries, kThreads>(p.q, token, head, thread).load(to, 0, length - query);
@@ -366,7 +370,10 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
       if constexpr (kForKeys) Product::template multiply_rows<kAttentionRows, kQueries>(g, values, first_row, grads, step, lane);
       Product::commit();
       weigh<Product>(
-          s, g, scores, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
+          s, g, scores, far, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
+          [&](int, int n, int i) {
+            return lse_rest(p, head_of_turn(turn))[tile.document_begin + query + step + 8 * n + 2 * (lane % 4) + i % 2];
+          },
           [&](int, int n, int i) { return delta[step + 8 * n + 2 * (lane % 4) + i % 2]; });
       if (!scores.all_see(query + step, query + step + kStep, key, key + kAttentionRows, length)) {
         const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };

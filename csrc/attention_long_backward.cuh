@@ -118,6 +118,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     long_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   griddepcontrol_wait();
+  const bool far = *p.far;
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
   constexpr int kGroups = kShape.groups, kSlots = kShape.slots, kThreads = kShape.threads();
   using Product = Products<T, D, true>;
@@ -183,7 +184,11 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
         Product::commit();
         turns.pass();
         weigh<Product>(
-            s, g, scores, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
+            s, g, scores, far, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
+            [&](int, int n, int i) {
+              const int head = kv_head * group + turn / (count / group);
+              return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
+            },
             [&](int, int n, int i) { return delta[8 * n + 2 * (lane % 4) + i % 2]; });
         if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length)) {
           const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
@@ -229,6 +234,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     split_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   griddepcontrol_wait();
+  const bool far = *p.far;
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
   constexpr int kSlots = kShape.slots, kThreads = kShape.threads();
   using Product = Products<T, D, true>;
@@ -298,20 +304,28 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
         if (turn > 0) ring.release(slot - 1 - role, lane);
         if (role == 0) {
           mbarrier_wait_parity(read, parity ^ 1);
-          const auto weight = [&](float x, int n, int i) {
-            return ex2_approx(fmaf(x, scores.scale, -lse[8 * n + 2 * (lane % 4) + i % 2]));
-          };
+          const auto pass_on = [&](auto&& exponent_of) {
 #pragma unroll
-          for (int n = 0; n < kLongTurn / 8; n++) {
-            float slope[4] = {1, 1, 1, 1};
+            for (int n = 0; n < kLongTurn / 8; n++) {
+              float slope[4] = {1, 1, 1, 1};
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-              float& x = s[0][n][i];
-              if (scores.capped) x = scores.cap(x), slope[i] = 1.f - x * x;
-              x = weight(x, n, i);
+              for (int i = 0; i < 4; i++) {
+                float& x = s[0][n][i];
+                if (scores.capped) x = scores.cap(x), slope[i] = 1.f - x * x;
+                x = ex2_approx(exponent_of(x, n, i));
+              }
+              weights[n * 128] = {s[0][n][0] * slope[0], s[0][n][1] * slope[1], s[0][n][2] * slope[2], s[0][n][3] * slope[3]};
             }
-            weights[n * 128] = {s[0][n][0] * slope[0], s[0][n][1] * slope[1], s[0][n][2] * slope[2], s[0][n][3] * slope[3]};
-          }
+          };
+          const auto lse_of = [&](int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; };
+          if (far)
+            pass_on([&](float x, int n, int i) {
+              return far_exponent(scores, x, lse_of(n, i), [&] {
+                const int head = kv_head * group + turn / (count / group);
+                return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
+              });
+            });
+          else pass_on([&](float x, int n, int i) { return exponent(scores, x, lse_of(n, i)); });
           mbarrier_arrive(written);
         } else {
           mbarrier_wait_parity(written, parity);

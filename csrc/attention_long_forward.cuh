@@ -100,9 +100,7 @@ __device__ __forceinline__ void store_results(const AttentionParams& p, const At
   for (int half = 0; half < 2; half++) {
     const float total = sum_of_quad(sum[half]), factor = total == 0 ? 0.f : 1.f / total;
     const int token = tile.begin + first_row + 8 * half + lane / 4;
-    if (lane % 4 == 0 && token < tile.end)
-      static_cast<float*>(p.lse)[head * p.tokens + token] =
-          total == 0 ? -INFINITY : greatest[half] * scores.scale + lg2_approx(total);
+    if (lane % 4 == 0 && token < tile.end) store_lse(p, scores, head, token, greatest[half], total);
     T* to = static_cast<T*>(p.out) + (token * int64_t(p.heads) + head) * D;
 #pragma unroll
     for (int n = 0; n < D / 8; n += 4) {

@@ -25,21 +25,43 @@ struct Rows : RowLoader<T, D, kRows, kThreads> {
 
 // ---- Backward
 
+// The second part of a head's lse, by tokens.
+__device__ __forceinline__ const float* lse_rest(const AttentionParams& p, int head) {
+  return static_cast<const float*>(p.lse) + (p.heads + head) * p.tokens;
+}
+
+// Exponents of a row's scores x. far: some row's lse has a second part. rest() reads it; rows without have the same bits as ever.
+__device__ __forceinline__ float exponent(const Scores& scores, float x, float lse) { return fmaf(x, scores.scale, -lse); }
+template <typename Rest>
+__device__ __forceinline__ float far_exponent(const Scores& scores, float x, float lse, Rest&& rest) {
+  const float near = exponent(scores, x, lse);
+  return Scores::is_far(lse) && lse != -INFINITY ? near - rest() : near;
+}
+
 // s: query-key products, committed first; becomes the weights p. g: products of grad_out and values; becomes g of attention.h.
-template <typename Product, int kBlocks, int kColumns, typename Lse, typename Delta>
+template <typename Product, int kBlocks, int kColumns, typename Lse, typename Rest, typename Delta>
 __device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
-                                      Lse&& lse, Delta&& delta) {
+                                      bool far, Lse&& lse, Rest&& rest, Delta&& delta) {
+  const auto with_exponents = [&](auto&& make) {
+    if (far)
+      make([&](float x, int m, int n, int i) { return far_exponent(scores, x, lse(m, n, i), [&] { return rest(m, n, i); }); });
+    else make([&](float x, int m, int n, int i) { return exponent(scores, x, lse(m, n, i)); });
+  };
   if (scores.capped) {
     Product::wait(s, g);
-    for_each(s, [&](float& x, int m, int n, int i) {
-      x = scores.cap(x);
-      const float slope = 1.f - x * x;
-      x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
-      g[m][n][i] = x * slope * (g[m][n][i] - delta(m, n, i));
+    with_exponents([&](auto&& exponent_of) {
+      for_each(s, [&](float& x, int m, int n, int i) {
+        x = scores.cap(x);
+        const float slope = 1.f - x * x;
+        x = ex2_approx(exponent_of(x, m, n, i));
+        g[m][n][i] = x * slope * (g[m][n][i] - delta(m, n, i));
+      });
     });
   } else {
     Product::template wait<1>(s);
-    for_each(s, [&](float& x, int m, int n, int i) { x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i))); });
+    with_exponents([&](auto&& exponent_of) {
+      for_each(s, [&](float& x, int m, int n, int i) { x = ex2_approx(exponent_of(x, m, n, i)); });
+    });
     Product::wait(g);
     for_each(g, [&](float& x, int m, int n, int i) { x = s[m][n][i] * (x - delta(m, n, i)); });
   }

@@ -81,6 +81,18 @@ struct Scores {
   }
 };
 
+// lse of a row whose exponentials, relative to `greatest`, add up to `total`; what its rounding leaves holds the sum up to 2^40.
+__device__ __forceinline__ void store_lse(const AttentionParams& p, const Scores& scores, int head, int token, float greatest,
+                                          float total) {
+  float* to = static_cast<float*>(p.lse) + head * p.tokens + token;
+  const float log_sum = lg2_approx(total), lse = total == 0 ? -INFINITY : fmaf(greatest, scores.scale, log_sum);
+  *to = lse;
+  if (Scores::is_far(lse) && total != 0) {
+    to[p.heads * p.tokens] = fmaf(greatest, scores.scale, -lse) + log_sum;
+    *p.far = 1;
+  }
+}
+
 // Replaces the sums in masked columns by `value`. columns(row) is the Interval that a row of the warp keeps; `first` is the
 // column of the first sum.
 template <int kBlocks, int kColumns, typename F>

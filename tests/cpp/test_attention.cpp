@@ -113,7 +113,7 @@ struct Run {
     draw(p.q, heads, problem.size), draw(p.k, kv_heads, 1), draw(p.v, kv_heads, 1), draw(p.grad_out, heads, 1);
     out.assign(size_t(tokens * heads * dim), from_double<T>(kSentinel)), grad_q = out;
     grad_k.assign(size_t(tokens * kv_heads * dim), from_double<T>(kSentinel)), grad_v = grad_k;
-    lse.assign(size_t(tokens * heads), Real(kSentinel));
+    lse.assign(size_t(2 * tokens * heads), Real(kSentinel));
     p.tokens = tokens, p.heads = problem.heads, p.kv_heads = problem.kv_heads, p.head_dim = problem.dim, p.dtype = kDType<T>;
     p.causal = problem.causal, p.window = problem.window, p.scale = problem.scale, p.softcap = problem.softcap;
     p.axis.cu_seqlens = cu_seqlens.data(), p.axis.documents = problem.documents();
@@ -390,7 +390,7 @@ CASE(units_write_their_own_documents_only) {
     attention_cpu(again.p, unit, unit + 1);
     of_whole_or_untouched(again.out, whole.out, problem.heads);
     for (size_t i = 0; i < again.lse.size(); i++) {
-      const int64_t head = int64_t(i) / problem.tokens, t = int64_t(i) % problem.tokens;
+      const int64_t head = int64_t(i) / problem.tokens % problem.heads, t = int64_t(i) % problem.tokens;
       CHECK_EQ(again.lse[i], here[size_t(t * problem.kv_heads + head / group)] ? whole.lse[i] : 77.f);
     }
   }
