@@ -11,7 +11,7 @@
 // PACKOPS_NAMESPACE (python/packops/jit.py).
 #pragma once
 
-#include "torch/stable.h"
+#include <torch/csrc/stable/library.h>
 
 #ifndef PACKOPS_NAMESPACE
 #define PACKOPS_NAMESPACE packops

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include "torch/stable.h"
+#include <torch/csrc/stable/stableivalue_conversions.h>
 
 namespace packops {
 struct StringArgument : std::string {};
