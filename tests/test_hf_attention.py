@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import packops
 from cuda_streams import no_host_sync
@@ -259,6 +260,15 @@ def test_a_longest_length_that_is_too_small(compiled):
         torch.testing.assert_close(attend(64), expected)
         with pytest.raises(ValueError, match=r"at least the longest document of cu_seq_lens_q \(29\), got 3"):
             attend(3)
+
+
+def test_tensors_without_values_are_not_looked_at():
+    """Tools that estimate a model's memory run it on such tensors."""
+    model, inputs = build("llama"), packed(documents_of())
+    packops.hf.apply(model)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        ids, positions = (mode.from_tensor(inputs[name]) for name in ("input_ids", "position_ids"))
+        assert model(input_ids=ids, position_ids=positions, use_cache=False).logits.shape == (1, sum(LENGTHS), 61)
 
 
 # ---- what is found out once ------------------------------------------------------------------------------------------------

@@ -391,6 +391,12 @@ def test_what_counts_is_an_integer(which):
     COUNTS[which](np.int64(1))
 
 
+def test_ids_may_be_negative_and_fit_64_bits():
+    packops.PackingCollator(pad_token_id=-1, ignore_index=-(2**63))
+    with pytest.raises(ValueError, match=r"^pad_token_id must be between -2\^63 and 2\^63 - 1, got 9223372036854775808"):
+        packops.PackingCollator(pad_token_id=2**63)
+
+
 def test_a_state_holds_plain_numbers():
     """So that it is JSON, and torch.load takes it."""
     sampler = packops.PackedBatchSampler([3, 2], 8, rank=np.int64(0), world_size=np.int32(1), packs_per_batch=np.uint8(1))

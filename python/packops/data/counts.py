@@ -37,7 +37,9 @@ def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63, optional:
         return None
     count = as_integer(name, value)
     if not least <= count < 2**bits:
-        wanted = "positive" if (least, bits) == (1, 63) and count < least else f"between {least} and 2^{bits} - 1"
+        wanted = f"between {'-2^63' if least == -(2**63) else least} and 2^{bits} - 1"
+        if (least, bits) == (1, 63) and count < least:
+            wanted = "positive"
         raise ValueError(f"{name} must be {wanted}{' or None' if optional else ''}, got {count}")
     return count
 

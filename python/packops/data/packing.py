@@ -176,15 +176,11 @@ class PackingPlan:
 def as_lengths(lengths: ArrayLike) -> IntArray:
     """A one-dimensional int64 array, or an error that says what came instead."""
     array = np.asarray(lengths)
-    if array.size == 0:
-        array = array.astype(np.int64)
-    if array.dtype.kind not in "iu":
+    if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers (tokens per document), got {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"lengths must be one-dimensional (one number per document), got shape {array.shape}")
-    if array.dtype == np.uint64 and array.max(initial=0) > np.iinfo(np.int64).max:
-        raise ValueError(f"lengths must fit int64, got {array.max()}")
-    return np.ascontiguousarray(array, dtype=np.int64)
+    return np.ascontiguousarray(as_integers("lengths", array))
 
 
 def pack(

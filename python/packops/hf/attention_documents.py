@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .. import _checks
 from ..data.documents import document_begins
@@ -59,7 +60,7 @@ def find_documents(
 
 def may_read(bounds: Tensor) -> bool:
     """Whether the values can be looked at: without a wait for the device, or with :func:`packops.checks` on."""
-    return not torch.compiler.is_compiling() and (bounds.is_cpu or _checks.enabled())
+    return not torch.compiler.is_compiling() and not is_fake(bounds) and (bounds.is_cpu or _checks.enabled())
 
 
 def begin_anew(positions: Tensor | None, mask: Tensor | None) -> bool:

@@ -138,7 +138,7 @@ def _kind_of_hint(hint: Any) -> str | None:
 def checks_annotations(function: F) -> F:
     """Decorator: an argument that its annotation does not allow is a TypeError that names it.
 
-    For functions called now and then. Ops are called often, and have a schema: :class:`.op.Op`.
+    For functions called now and then, and not in graphs. Ops are called often, and have a schema: :class:`.op.Op`.
     """
     signature = inspect.signature(function)
     owner = function.__qualname__.removesuffix(".__init__")
@@ -149,6 +149,8 @@ def checks_annotations(function: F) -> F:
 
     @functools.wraps(function)
     def call(*arguments: Any, **keywords: Any) -> Any:
+        if is_compiling():  # torch compiles no signatures
+            return function(*arguments, **keywords)
         try:
             given = signature.bind(*arguments, **keywords).arguments
         except TypeError:

@@ -104,6 +104,10 @@ def max_docs_for_flash_attention(total_tokens: int, num_heads: int, head_dim: in
         raise ValueError(
             f"packops.max_docs_for_flash_attention: num_heads and head_dim must be positive, got {num_heads} and {head_dim}"
         )
+    return _most_documents(total_tokens, num_heads, head_dim)
+
+
+def _most_documents(total_tokens: int, num_heads: int, head_dim: int) -> int:
     per_token = num_heads * (-(-head_dim // 32) * 32)
     return max(0, ((2**31 - 1) // per_token - total_tokens) // 128)
 
@@ -149,7 +153,7 @@ def choose_path(
         and "cu_seq_q" in parameters
         and (rule.window is None or "window_size" in parameters)
         and (rule.scaling in (None, head_dims[0] ** -0.5) or "scale" in parameters)
-        and count <= max_docs_for_flash_attention(total, heads, head_dims[0])
+        and count <= _most_documents(total, heads, head_dims[0])
     )
     return "varlen" if can else "sdpa"
 
