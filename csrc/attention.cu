@@ -1,9 +1,11 @@
 // Attention within documents on CUDA. Formulas: attention.h. Work distribution: attention_launch.h.
 //
-//   tiles      cu_seqlens -> tiles of 64 tokens, those of long documents first (attention_tiles.cuh)
-//   forward    out and lse, with an online softmax                                     2 products per pair of tiles
-//   queries    delta and grad_q, scores recomputed                                     3 products
-//   keys       grad_k and grad_v, scores recomputed, summed over a group's heads       4 products
+//   tiles         cu_seqlens -> tiles of 64 tokens, those of long documents first (attention_tiles.cuh)
+//   forward       out and lse, with an online softmax                                  2 products per pair of tiles
+//   long forward  the same of long documents, on Hopper (attention_long_forward.cuh)
+//   queries       delta and grad_q, scores recomputed                                  3 products
+//   keys          grad_k and grad_v, scores recomputed, summed over a group's heads    4 products
+//   long keys     the same of long documents, on Hopper (attention_long_backward.cuh)
 //
 // Bound: the tensor cores from a few hundred tokens per document on (forward: 4 tokens keys_seen head_dim FLOPs per head); memory
 // below that (q, k, v and out once). The backward pass recomputes the scores twice. A single kernel with atomic additions to
@@ -18,7 +20,10 @@
 #include "attention.h"
 
 #include "attention_launch.h"
+#include "attention_long_backward.cuh"
+#include "attention_long_forward.cuh"
 #include "attention_products.cuh"
+#include "attention_rows.cuh"
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 #include "common/device.cuh"
@@ -27,32 +32,19 @@
 namespace packops {
 namespace {
 
-// ---- Rows
-
-template <typename T>
-__device__ __forceinline__ const T* head_of(const Heads& heads, int64_t token, int head) {
-  return static_cast<const T*>(heads.data) + token * heads.token + head * heads.head;
-}
-
-// Loads rows of one head from a token on.
-template <typename T, int D, int kRows, int kThreads>
-struct Rows : RowLoader<T, D, kRows, kThreads> {
-  __device__ __forceinline__ Rows(const Heads& heads, int token, int head, int thread)
-      : RowLoader<T, D, kRows, kThreads>(head_of<T>(heads, token, head), heads.token, thread) {}
-};
-
 // ---- Forward
 
 template <typename T, int D, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
                                   attention_forward_shape(D, kGroup).per_multiprocessor)
-    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
+    forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, bool beside) {
   if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_forward_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn;
   using Product = Products<T, D, kGroup>;
+  begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
-  if (tile.begin == tile.end) return;
+  if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
@@ -109,11 +101,12 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 #pragma unroll
         for (int n = 0; n < kKeys / 8; n++) most = fmaxf(most, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         most = max_of_quad(most);
-        shift[m][half] = most == -INFINITY ? 0.f : most * scores.scale;  // -inf: no key seen so far
-        correction[m][half] = ex2_approx(greatest[m][half] * scores.scale - shift[m][half]);
+        shift[m][half] = scores.shift_of(most);
+        correction[m][half] = scores.correction(greatest[m][half], most);
         greatest[m][half] = most;
         rises |= correction[m][half] != 1.f;
       }
+    scores.subtract_where_far(s, greatest, shift);
     if (__any_sync(kWarp, rises)) {
 #pragma unroll
       for (int m = 0; m < kBlocks; m++)
@@ -147,36 +140,15 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
       const float total = sum_of_quad(sum[m][half]);
       factor[m][half] = total == 0 ? 0.f : 1.f / total;
       const int row = first_row + 16 * m + 8 * half + lane / 4;
-      if (lane % 4 == 0 && row < tile.end - tile.begin)
-        static_cast<float*>(p.lse)[head * p.tokens + tile.begin + row] =
-            total == 0 ? -INFINITY : greatest[m][half] * scores.scale + lg2_approx(total);
+      if (lane % 4 == 0 && row < tile.end - tile.begin) store_lse(p, scores, head, tile.begin + row, greatest[m][half], total);
     }
   const int64_t stride = int64_t(p.heads) * D;
   store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride,
                                             tile.end - tile.begin, queries, first_row, lane, out, factor);
+  end_overlapping(beside);
 }
 
 // ---- Backward
-
-// s: query-key products, committed first; becomes the weights p. g: products of grad_out and values; becomes g of attention.h.
-template <typename Product, int kBlocks, int kColumns, typename Lse, typename Delta>
-__device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
-                                      Lse&& lse, Delta&& delta) {
-  if (scores.capped) {
-    Product::wait(s, g);
-    for_each(s, [&](float& x, int m, int n, int i) {
-      x = scores.cap(x);
-      const float slope = 1.f - x * x;
-      x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
-      g[m][n][i] = x * (g[m][n][i] - delta(m, n, i)) * slope;
-    });
-  } else {
-    Product::template wait<1>(s);
-    for_each(s, [&](float& x, int m, int n, int i) { x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i))); });
-    Product::wait(g);
-    for_each(g, [&](float& x, int m, int n, int i) { x = s[m][n][i] * (x - delta(m, n, i)); });
-  }
-}
 
 template <typename T, int D, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
@@ -186,7 +158,10 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step;
   using Product = Products<T, D, kGroup>;
+  griddepcontrol_launch_dependents();
+  if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
+  const bool far = *p.far;
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
@@ -211,26 +186,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   load(turn);
   cp_async_commit_group();
 
-  // delta, D / 8 threads per row
-  const int64_t stride = int64_t(p.heads) * D;
-  constexpr int kChunks = D / 8;
-  for (int i = thread; i < kAttentionRows * kChunks; i += kThreads) {
-    const int row = i / kChunks, chunk = i % kChunks;
-    float sum = 0;
-    if (row < there) {
-      float a[8], b[8];
-      unpack<T>(load_cached(static_cast<const T*>(p.out) + (tile.begin + row) * stride + head * D + chunk * 8), a);
-      unpack<T>(load_cached(head_of<T>(p.grad_out, tile.begin + row, head) + chunk * 8), b);
-#pragma unroll
-      for (int j = 0; j < 8; j++) sum = fmaf(a[j], b[j], sum);
-    }
-#pragma unroll
-    for (int by = kChunks / 2; by > 0; by /= 2) sum += __shfl_xor_sync(kWarp, sum, by);
-    if (chunk == 0) {
-      deltas[row] = sum;
-      if (row < there) p.delta[head * p.tokens + tile.begin + row] = sum;
-    }
-  }
+  compute_deltas<T, D, kThreads>(p, tile.begin, there, head, deltas, thread);
   float lse[kBlocks][2], delta[kBlocks][2];
 #pragma unroll
   for (int m = 0; m < kBlocks; m++)
@@ -266,7 +222,9 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
       Product::template multiply_rows<kAttentionRows, kKeys>(g, grads, first_row, values, step, lane);
       Product::commit();
       weigh<Product>(
-          s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
+          s, g, scores, far, [&](int m, int, int i) { return lse[m][i / 2]; },
+          [&](int m, int, int i) { return lse_rest(p, head)[tile.begin + first_row + 16 * m + 8 * (i / 2) + lane / 4]; },
+          [&](int m, int, int i) { return delta[m][i / 2]; });
       const int key = turn.key + step;
       if (!scores.all_see(query, query + kAttentionRows, key, key + kStep, turn.end))
         mask(g, key, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, turn.end); });
@@ -286,6 +244,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   cp_async_wait_all();
   __syncthreads();
 
+  const int64_t stride = int64_t(p.heads) * D;
   float factor[kBlocks][2];
 #pragma unroll
   for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scores.product_scale;
@@ -315,15 +274,17 @@ enum class Half { both, keys, values };  // which gradients a kernel computes
 template <typename T, int D, bool kGroup, bool kForest, int kTeams, Half kHalf>
 __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kTeams,
                                   attention_keys_shape(D, kGroup).per_multiprocessor)
-    keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
+    keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, bool beside) {
   if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_keys_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step;
   constexpr int kTurnBytes = 2 * 2 * D * kQueries;
   using Product = Products<T, D, kGroup>;
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
+  begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
-  if (tile.begin == tile.end) return;
+  const bool far = *p.far;
+  if (tile.begin == tile.end || is_long<false>(p, tile)) return end_overlapping(beside);
   const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
   const int first_row = thread / 32 * 16 * kBlocks;
@@ -342,6 +303,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
                                         : length;
   const int turns_per_head = (query_end - query_begin + kQueries - 1) / kQueries;
   const int count = turns_per_head * ((group - team + kTeams - 1) / kTeams);
+  const auto head_of_turn = [&](int turn) { return kv_head * group + team + kTeams * (turn / turns_per_head); };
   const auto query_of = [&](int turn) { return query_begin + turn % turns_per_head * kQueries; };
   // With shared prefixes, a window is one of positions, which begin anew at every branch.
   const int32_t* positions = kForest && p.window && length > 0 ? p.prefixes.positions : nullptr;
@@ -360,7 +322,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     return turn;
   };
   const auto load = [&](int turn, int number) {
-    const int head = kv_head * group + team + kTeams * (turn / turns_per_head);
+    const int head = head_of_turn(turn);
     const int query = query_of(turn), token = tile.document_begin + query;
     char* to = turns + number % kShape.stages * kTurnBytes;
     Rows<T, D, kQueries, kThreads>(p.q, token, head, thread).load(to, 0, length - query);
@@ -408,7 +370,10 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
       if constexpr (kForKeys) Product::template multiply_rows<kAttentionRows, kQueries>(g, values, first_row, grads, step, lane);
       Product::commit();
       weigh<Product>(
-          s, g, scores, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
+          s, g, scores, far, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
+          [&](int, int n, int i) {
+            return lse_rest(p, head_of_turn(turn))[tile.document_begin + query + step + 8 * n + 2 * (lane % 4) + i % 2];
+          },
           [&](int, int n, int i) { return delta[step + 8 * n + 2 * (lane % 4) + i % 2]; });
       if (!scores.all_see(query + step, query + step + kStep, key, key + kAttentionRows, length)) {
         const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
@@ -451,35 +416,50 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   };
   if constexpr (kForValues) finish(grad_v, p.grad_v, values, 1.f);
   if constexpr (kForKeys) finish(grad_k, p.grad_k, keys, scores.product_scale);
+  end_overlapping(beside);
 }
 
 // ---- Launches
 
-template <typename... P>
-cudaError_t launch_large(void (*kernel)(P...), int64_t blocks, int threads, int shared_bytes, cudaStream_t stream,
-                         const std::type_identity_t<P>&... arguments) {
-  if (blocks == 0) return cudaSuccess;  // no heads
-  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  launch(kernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream, arguments...);
-  return cudaGetLastError();
+template <typename T, int D, bool kGroup, bool kForest>
+cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
+  p.long_from = choose_attention_long_forward_from(p, device);
+  const auto launch_short = [&](bool beside) {
+    return launch_large<forward_kernel<T, D, kGroup, kForest>>({.follows = device.overlaps_launches()}, device, tiles * p.heads,
+                                                               attention_forward_shape(D, kGroup).threads(),
+                                                               attention_forward_shared(D, kGroup), stream, p, Scores(p), beside);
+  };
+  if constexpr (kGroup)
+    if (p.long_from != kNeverLong) {
+      const auto launch_long = [&](bool beside) { return launch_long_forward<T, D, kForest>(p, tiles, device, stream, beside); };
+      const cudaError_t error = kAttentionLongFirst ? launch_long(false) : launch_short(false);
+      if (error != cudaSuccess) return error;
+      return kAttentionLongFirst ? launch_short(true) : launch_long(true);
+    }
+  return launch_short(false);
 }
 
 template <typename T, int D, bool kGroup, bool kForest>
-cudaError_t launch_backward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
+cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
-  const cudaError_t error = launch_large(queries_kernel<T, D, kGroup, kForest>, tiles * p.heads, kQueries.threads(),
-                                         attention_queries_shared(D, kGroup), stream, p, Scores(p));
+  cudaError_t error = launch_large<queries_kernel<T, D, kGroup, kForest>>(
+      {}, device, tiles * p.heads, kQueries.threads(), attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
+  p.long_from = choose_attention_long_keys_from(p, device);
+  bool beside = p.long_from != kNeverLong;
+  if constexpr (kGroup && !kForest && attention_long_keys_from(D) != kNeverLong)
+    if (beside)
+      if ((error = launch_long_keys<T, D>(p, tiles, device, stream)) != cudaSuccess) return error;
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
-      return launch_large(keys_kernel<T, D, kGroup, kForest, kTeams, half>, tiles * p.kv_heads, kKeys.threads() * kTeams,
-                          attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false));
+      return launch_large<keys_kernel<T, D, kGroup, kForest, kTeams, half>>(
+          {.follows = device.overlaps_launches()}, device, tiles * p.kv_heads, kKeys.threads() * kTeams,
+          attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false), beside);
     };
     if constexpr (attention_keys_split(D)) {
       const cudaError_t error = with_half(std::integral_constant<Half, Half::values>{});
+      beside = true;  // neither reads what the other writes
       return error != cudaSuccess ? error : with_half(std::integral_constant<Half, Half::keys>{});
     } else {
       return with_half(std::integral_constant<Half, Half::both>{});
@@ -529,9 +509,7 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   launch(p.axis.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
          tiles);
   return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
-    return launch_large(forward_kernel<decltype(type), dim, group, forest>, tiles * p.heads,
-                        attention_forward_shape(dim, group).threads(), attention_forward_shared(dim, group), stream, p,
-                        Scores(p));
+    return launch_forward<decltype(type), dim, group, forest>(p, tiles, device, stream);
   });
 }
 

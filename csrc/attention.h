@@ -35,6 +35,7 @@ struct AttentionTile {
 inline constexpr int64_t kAttentionTileNumbers = sizeof(AttentionTile) / sizeof(int32_t);
 inline constexpr int kAttentionRows = 64;
 inline constexpr std::array kAttentionHeadDims = {64, 128, 256};  // that the CUDA kernels take
+inline constexpr int32_t kAttentionLongFrom = 1024;
 
 // (tokens, heads, head_dim), contiguous in the last dimension; strides in elements.
 struct Heads {
@@ -49,7 +50,7 @@ struct SharedPrefixes {
   const int32_t* subtree_ends = nullptr;                // (documents,)
   const int32_t* trees = nullptr;                       // (documents + 1,)
   const int32_t *positions = nullptr, *ends = nullptr;  // (tokens,)
-  explicit operator bool() const { return segments != nullptr; }
+  explicit constexpr operator bool() const { return segments != nullptr; }
 };
 
 struct AttentionParams {
@@ -63,8 +64,8 @@ struct AttentionParams {
   PackedAxis axis;
   SharedPrefixes prefixes;  // only with causal
 
-  // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (heads, tokens), to base 2, -inf where
-  // nothing is seen.
+  // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (2, heads, tokens): to base 2, -inf where
+  // nothing is seen; and what its rounding left, on CUDA only where that can be seen (Scores::is_far).
   void* out = nullptr;
   void* lse = nullptr;
 
@@ -75,6 +76,9 @@ struct AttentionParams {
   // CUDA: what the kernels tell each other.
   AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
   float* delta = nullptr;          // (heads, tokens), backward
+  unsigned* drawn = nullptr;       // how many items of work the blocks for long documents have taken in this pass
+  int32_t* far = nullptr;          // whether the second part of any lse was written; backward reads the forward's
+  int32_t long_from = 0;           // tokens beyond which a document is long; 0: each kernel's own (attention_launch.h)
 };
 
 // No more tiles than these are needed: a document of n tokens has at most n / kAttentionRows + 1, and so has the padding.

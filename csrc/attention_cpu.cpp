@@ -12,7 +12,7 @@
 namespace packops {
 namespace {
 
-constexpr double kLn2 = 0.6931471805599453;
+constexpr double kLog2e = 1.4426950408889634;
 
 // One document, or one tree of them, and one head of keys and values.
 template <typename T>
@@ -33,14 +33,16 @@ class Unit {
     for_each_query([&](int64_t head, int64_t query, int64_t token) {
       Real* lse = static_cast<Real*>(p.lse) + head * p.tokens + token;
       std::vector<Real> out(dim, 0);
-      *lse = -std::numeric_limits<Real>::infinity();
+      Real& rest = lse[p.heads * p.tokens];
+      *lse = -std::numeric_limits<Real>::infinity(), rest = 0;
       if (!is_padding) {
         make_scores(query, row(p.q, token, head), k);
         const Real most = *std::max_element(scores.begin(), scores.end());
         Real sum = 0;
         for (Real& x : scores) sum += x = std::exp(x - most);
         for (size_t i = 0; i < scores.size(); i++) add(out.data(), scores[i] / sum, &v[seen[i] * dim]);
-        *lse = most / Real(kLn2) + std::log2(sum);
+        *lse = std::fma(most, Real(kLog2e), std::log2(sum));
+        rest = std::fma(most, Real(kLog2e), -*lse) + std::log2(sum);
       }
       write(p.out, p.heads, token, head, out.data());
     });
@@ -54,11 +56,13 @@ class Unit {
       if (!is_padding) {
         const std::vector<Real> q = row(p.q, token, head), grad = row(p.grad_out, token, head);
         const std::vector<Real> out = row({p.out, p.heads * dim, dim}, token, head);
-        const Real lse = static_cast<const Real*>(p.lse)[head * p.tokens + token], delta = dot(grad.data(), out.data());
+        const Real* lse = static_cast<const Real*>(p.lse) + head * p.tokens + token;
+        const Real rest = lse[p.heads * p.tokens], delta = dot(grad.data(), out.data());
         make_scores(query, q, k);
         for (size_t i = 0; i < scores.size(); i++) {
           const int64_t at = seen[i] * dim;
-          const Real weight = std::exp(scores[i] - lse * Real(kLn2)), capped = p.softcap > 0 ? scores[i] / Real(p.softcap) : 0;
+          const Real weight = std::exp2(std::fma(scores[i], Real(kLog2e), -*lse) - rest),
+                     capped = p.softcap > 0 ? scores[i] / Real(p.softcap) : 0;
           const Real g = weight * (dot(grad.data(), &v[at]) - delta) * (1 - capped * capped) * Real(p.scale);
           add(&grad_v[at], weight, grad.data());
           add(&grad_k[at], g, q.data());

@@ -19,6 +19,7 @@
 #include <cstdint>
 
 #include "attention.h"
+#include "common/device.h"
 
 namespace packops {
 
@@ -66,6 +67,75 @@ constexpr int attention_queries_shared(int head_dim, bool group) {
 constexpr int attention_keys_shared(int head_dim, bool group, int teams) {
   const AttentionShape shape = attention_keys_shape(head_dim, group);
   return 2 * head_dim * 2 * kAttentionRows + teams * shape.stages * shape.turn * (2 * 2 * head_dim + 2 * 4);
+}
+
+// ---- Long documents
+
+// Whether a document takes the kernels for long ones. The list of tiles is sorted by it where `from` is whole tiles.
+constexpr bool attention_is_long(int64_t length, int64_t window, int64_t from) {
+  return (window > 0 && window < length ? window : length) > from;
+}
+inline constexpr int32_t kNeverLong = 0x7fffffff;
+
+// Forward (attention_long_forward.cuh): 64 queries for each of `groups` consumers of 128 threads, keys and values in turns of `turn`.
+// in_turns: consumers issue their products one after the other.
+struct AttentionLongForwardShape {
+  int groups, turn, stages;
+  bool in_turns;
+  constexpr int rows() const { return kAttentionRows * groups; }
+  constexpr int threads() const { return 128 * (groups + 1); }
+};
+constexpr AttentionLongForwardShape attention_long_forward_shape(int head_dim) {
+  return head_dim <= 64    ? AttentionLongForwardShape{3, 128, 2, true}
+         : head_dim <= 128 ? AttentionLongForwardShape{2, 128, 2, true}
+                           : AttentionLongForwardShape{2, 80, 2, false};
+}
+constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barriers
+  const AttentionLongForwardShape shape = attention_long_forward_shape(head_dim);
+  return 2 * head_dim * (shape.rows() + 2 * shape.stages * shape.turn) + 1024;
+}
+
+// grad_k and grad_v (attention_long_backward.cuh): `groups` consumers of 128 threads and a producer, which copies into `slots` tiles
+// of 64 rows.
+struct AttentionLongKeysShape {
+  int groups, slots;
+  constexpr int threads() const { return 128 * (groups + 1); }
+};
+constexpr AttentionLongKeysShape attention_long_keys_shape(int head_dim) {
+  return attention_keys_split(head_dim) ? AttentionLongKeysShape{2, 4} : AttentionLongKeysShape{2, 6};
+}
+// A head_dim that is split has one block of keys for both consumers, and the weights that one passes to the other.
+constexpr int attention_long_keys_shared(int head_dim) {
+  const AttentionLongKeysShape shape = attention_long_keys_shape(head_dim);
+  const bool split = attention_keys_split(head_dim);
+  const int tiles = (split ? 2 : 2 * shape.groups) + shape.slots, barriers = 2 * shape.slots + (split ? 2 : 0);
+  return 2 * head_dim * kAttentionRows * tiles + shape.slots / 2 * 2 * 4 * kAttentionRows +
+         (split ? 4 * kAttentionRows * kAttentionRows : 0) + 8 * barriers + 16;
+}
+
+// Registers of a thread of both kinds of blocks. A multiprocessor has 512 for the four threads of a block that share a lane.
+constexpr int attention_producer_registers(int groups) { return groups == 2 ? 24 : 32; }
+constexpr int attention_consumer_registers(int groups) { return groups == 2 ? 240 : 160; }
+
+// Of the forward's two launches, that for long documents comes first: that for short ones fills the multiprocessors that it leaves.
+inline constexpr bool kAttentionLongFirst = true;
+
+// Tokens up to which the kernels for short documents are as fast (docs/design.md). The forward's two forms do not have the same bits,
+// so nothing but the document and the options of the call may decide. Those of grad_k and grad_v have.
+constexpr int32_t attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 3072 : head_dim <= 128 ? 768 : 576; }
+constexpr int32_t attention_long_keys_from(int head_dim) { return head_dim <= 64 ? kNeverLong : 1024; }
+
+// Which documents of a call are long: those of more tokens than this. kNeverLong where none can be, and nothing is launched for them.
+constexpr int32_t choose_attention_long_from(const AttentionParams& p, const DeviceLimits& device, int32_t from) {
+  if (p.long_from && from != kNeverLong) from = p.long_from;
+  return device.has_wgmma && attention_is_long(p.tokens, p.window, from) ? from : kNeverLong;
+}
+constexpr int32_t choose_attention_long_forward_from(const AttentionParams& p, const DeviceLimits& device) {
+  return choose_attention_long_from(p, device, attention_long_forward_from(p.head_dim));
+}
+// With shared prefixes, keys are seen by the tokens of a subtree, which the kernel for long documents does not know.
+constexpr int32_t choose_attention_long_keys_from(const AttentionParams& p, const DeviceLimits& device) {
+  return p.prefixes ? kNeverLong : choose_attention_long_from(p, device, attention_long_keys_from(p.head_dim));
 }
 
 // Teams of a block: at most 8 warps, at most one per head of the group, and as many as fit into shared memory.

@@ -169,7 +169,7 @@ struct Products {
 #pragma unroll
         for (int panel = 0; panel < D / 64; panel++)
           wgmma_rs(reinterpret_cast<float (&)[8][4]>(sums[0][8 * panel]), weights.words[k][0],
-                   rows.at(panel * (128 * kRowsB) + 16 * k * 128), T{});
+                   rows.at(panel * (128 * kRowsB) + 16 * k * 128), true, T{});
     } else {
 #pragma unroll
       for (int k = 0; k < kColumns / 2; k++)

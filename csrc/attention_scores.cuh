@@ -38,6 +38,36 @@ struct Scores {
   __device__ __forceinline__ float cap(float product) const {
     return 1.f - 2.f * rcp_approx(1.f + ex2_approx(product * (2 * kLog2e * softcap_scale)));
   }
+  // Forward, of a row whose greatest score so far is `greatest`: weights are 2^(x scale - shift). -inf: it has seen no key.
+  __device__ __forceinline__ float shift_of(float greatest) const {
+    return greatest == -INFINITY ? 0.f : __fmul_rn(greatest, scale);
+  }
+  // The factor of what was summed when it was `before`.
+  __device__ __forceinline__ float correction(float before, float greatest) const {
+    const float shift = shift_of(greatest);
+    return ex2_approx(is_far(shift) ? (before - greatest) * scale : __fmul_rn(before, scale) - shift);
+  }
+  // All of a row have the rounding of its shift, which weights do not show. From 2^31 on it would overflow an exponent. In such rows
+  // the difference from the greatest, which is exact, comes first, and there is no shift.
+  template <int kBlocks, int kColumns>
+  __device__ __forceinline__ void subtract_where_far(float (&s)[kBlocks][kColumns][4], const float (&greatest)[kBlocks][2],
+                                                     float (&shift)[kBlocks][2]) const {
+    bool any = false;
+#pragma unroll
+    for (int m = 0; m < kBlocks; m++) any |= is_far(shift[m][0]) || is_far(shift[m][1]);
+    if (!any) return;
+    float base[kBlocks][2];
+#pragma unroll
+    for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const bool far = is_far(shift[m][half]);
+        base[m][half] = far ? greatest[m][half] : 0.f;
+        if (far) shift[m][half] = 0;
+      }
+    for_each(s, [&](float& x, int m, int, int i) { x -= base[m][i / 2]; });
+  }
+  static __device__ __forceinline__ bool is_far(float shift) { return fabsf(shift) > 0x1p12f; }
   // The keys that a query sees, of `keys` in its document; the queries that see a key. [first, last], both inclusive.
   __device__ __forceinline__ Interval keys_of(int query, int keys) const {
     return {window ? query - window + 1 : 0, causal ? min(query, keys - 1) : keys - 1};
@@ -50,6 +80,18 @@ struct Scores {
     return key_end <= keys && (!causal || (key_end - 1 <= query && (window == 0 || key > query_end - 1 - window)));
   }
 };
+
+// lse of a row whose exponentials, relative to `greatest`, add up to `total`; what its rounding leaves holds the sum up to 2^40.
+__device__ __forceinline__ void store_lse(const AttentionParams& p, const Scores& scores, int head, int token, float greatest,
+                                          float total) {
+  float* to = static_cast<float*>(p.lse) + head * p.tokens + token;
+  const float log_sum = lg2_approx(total), lse = total == 0 ? -INFINITY : fmaf(greatest, scores.scale, log_sum);
+  *to = lse;
+  if (Scores::is_far(lse) && total != 0) {
+    to[p.heads * p.tokens] = fmaf(greatest, scores.scale, -lse) + log_sum;
+    *p.far = 1;
+  }
+}
 
 // Replaces the sums in masked columns by `value`. columns(row) is the Interval that a row of the warp keeps; `first` is the
 // column of the first sum.

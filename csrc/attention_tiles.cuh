@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.h"
+#include "common/ptx.cuh"
 #include "packed_forest.h"
 
 namespace packops {
@@ -29,6 +30,8 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
       p.tiles[place] = {begin, min(end, begin + kAttentionRows), document_begin, document_end, int32_t(document)};
   };
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
+  griddepcontrol_launch_dependents();
+  if (me == 0) *p.drawn = 0, *p.far = 0;
   next[me] = 0;
   __syncthreads();
   for (int64_t i = me; i < p.axis.documents; i += kClasses)

@@ -71,7 +71,7 @@ template <int kThreads>
 __device__ __forceinline__ float sum_class_weights(const CeLossParams& p, float (&scratch)[kThreads / 32]) {
   if (!p.class_weight) return float(class_count(p));
   float sum = 0;
-  for (int64_t c = threadIdx.x; c < class_count(p); c += kThreads) sum += p.class_weight[c - p.first_class];
+  for (int64_t c = threadIdx.x; c < class_count(p); c += kThreads) sum += class_weight(p, c - p.first_class);
   return block_reduce<kThreads>(sum, 0.f, Add<float>{}, scratch);
 }
 

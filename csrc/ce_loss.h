@@ -63,12 +63,12 @@ struct CeLossParams {
   DType num_items_dtype = DType::f32;
   double num_items_value = 0;
 
-  const float* token_weight = nullptr;  // (rows,) or null: 1. A row of weight 0 is ignored
-  const float* class_weight = nullptr;  // column 0's, those of other shards lie before and after it; or null: 1
-  float label_smoothing = 0;
-  float z_loss = 0;
-  float softcap = 0;  // 0: none
-  float logit_scale = 1;
+  const void* token_weight = nullptr;  // (rows,) of the state's type, or null: 1. A row of weight 0 is ignored
+  const void* class_weight = nullptr;  // the same: column 0's, those of other shards lie before and after it
+  double label_smoothing = 0;
+  double z_loss = 0;
+  double softcap = 0;  // 0: none
+  double logit_scale = 1;
 
   // Per row, kept for the backward. State is float, double for f64 logits.
   int32_t* target = nullptr;      // (rows,) a class, kIgnored or kBadLabel

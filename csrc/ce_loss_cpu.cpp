@@ -12,10 +12,15 @@ namespace packops {
 namespace {
 
 int64_t bound(const CeLossParams& p, int64_t d) { return p.axis.cu_seqlens ? boundary(p.axis, d) : d * p.doc_length; }
-double token_weight(const CeLossParams& p, int64_t t) { return p.token_weight ? double(p.token_weight[t]) : 1.0; }
+// Number i of token_weight or class_weight.
+double weight_at(const CeLossParams& p, const void* weights, int64_t i) {
+  if (!weights) return 1;
+  return p.logits_dtype == DType::f64 ? static_cast<const double*>(weights)[i] : static_cast<const float*>(weights)[i];
+}
+double token_weight(const CeLossParams& p, int64_t t) { return weight_at(p, p.token_weight, t); }
 // What a counted row adds to the denominator.
 double norm_weight(const CeLossParams& p, int64_t t) {
-  return token_weight(p, t) * (p.class_weight && p.target[t] >= 0 ? double(p.class_weight[p.target[t] - p.first_class]) : 1.0);
+  return token_weight(p, t) * (p.target[t] >= 0 ? weight_at(p, p.class_weight, p.target[t] - p.first_class) : 1.0);
 }
 double inverse_or_zero(double x) { return x != 0 ? 1 / x : 0.0; }
 

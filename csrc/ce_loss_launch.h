@@ -37,7 +37,8 @@ inline Features ce_loss_features(const CeLossParams& p) {
   const bool softcap = p.softcap > 0, scale = p.logit_scale != 1, uniform = p.label_smoothing != 0,
              statistics = p.entropy || p.prediction;
   if (!uniform && !statistics) {
-    if (softcap && (p.logits_dtype == DType::f32 || is_capped_fast(p.softcap, p.logit_scale, p.logits_dtype))) return kSoftcap;
+    if (softcap && (p.logits_dtype == DType::f32 || is_capped_fast(float(p.softcap), float(p.logit_scale), p.logits_dtype)))
+      return kSoftcap;
     if (scale && !softcap) return kScale;
   }
   if (statistics || softcap || scale) return kEverything;
@@ -62,7 +63,7 @@ inline constexpr int64_t kMinResidentBytes = 1024;  // shorter rows have too lit
 
 // Shared memory beside the ring: barriers, one partial result per block of the cluster for every exchange, and two per warp.
 inline int resident_overhead(int cluster, int partial_bytes) {
-  return int(sizeof(uint64_t)) * (2 * kMaxStages + 2 * kExchanges) + (kExchanges * cluster + 2 * kMaxWarps) * partial_bytes + 128;
+  return int(sizeof(uint64_t)) * (3 * kMaxStages + 2 * kExchanges) + (kExchanges * cluster + 2 * kMaxWarps) * partial_bytes + 128;
 }
 
 // ---- The staged kernel, a block per row. Fewer threads leave more registers for each thread and repeat less per-row work. Short

@@ -112,14 +112,19 @@ struct RowMaths {
 
   const CeLossParams& p;
   float class_weight_sum;  // sum_c w_c; used with kHasUniform
-  float twice_into_tanh, inverse_cap;
+  float softcap, logit_scale, twice_into_tanh, inverse_cap;
 
   // With kCapped four elements share a reciprocal. The product of their denominators must not overflow, so logits are first
   // clamped to a value at which tanh is 1 in fp32. Stored twice, for pairs of 16-bit elements.
   uint32_t largest;
 
   __device__ __forceinline__ RowMaths(const CeLossParams& p, float class_weight_sum)
-      : p(p), class_weight_sum(class_weight_sum), twice_into_tanh(2 * p.logit_scale / p.softcap), inverse_cap(1 / p.softcap) {
+      : p(p),
+        class_weight_sum(class_weight_sum),
+        softcap(float(p.softcap)),
+        logit_scale(float(p.logit_scale)),
+        twice_into_tanh(2 * logit_scale / softcap),
+        inverse_cap(1 / softcap) {
     if constexpr (kCapped) {
       const float x = kLargestExponent / into_exponent();
       largest = pack2(x, x, T{});
@@ -127,7 +132,7 @@ struct RowMaths {
   }
 
   __device__ __forceinline__ bool has_softcap() const {
-    return kFeatures == kEverything ? p.softcap > 0 : (kFeatures & kSoftcap) != 0;
+    return kFeatures == kEverything ? softcap > 0 : (kFeatures & kSoftcap) != 0;
   }
   __device__ __forceinline__ float into_exponent() const { return twice_into_tanh * kLog2E; }
   // r = 1 / (e^2u + 1); tanh u = 1 - 2r.
@@ -142,19 +147,19 @@ struct RowMaths {
     reciprocals_of_successors(r);
   }
   // (x' - softcap) log2(e) = below_cap() r.
-  __device__ __forceinline__ float below_cap() const { return -2 * kLog2E * p.softcap; }
+  __device__ __forceinline__ float below_cap() const { return -2 * kLog2E * softcap; }
   // x', or (x' - softcap) log2(e) with kCapped. 16-bit logits: absolute error 2^-22 softcap, a tenth of their own rounding near
   // 0.
   __device__ __forceinline__ float transform(float x) const {
     if constexpr (!kHasTransform) return x;
-    if (!has_softcap()) return x * p.logit_scale;
+    if (!has_softcap()) return x * logit_scale;
     if constexpr (kCapped) return below_cap() * fall(x);
-    if constexpr (sizeof(T) == 2) return fmaf(-2 * p.softcap, fall(x), p.softcap);
-    return p.softcap * tanh_accurate(x * (0.5f * twice_into_tanh));
+    if constexpr (sizeof(T) == 2) return fmaf(-2 * softcap, fall(x), softcap);
+    return softcap * tanh_accurate(x * (0.5f * twice_into_tanh));
   }
   // x' from the result of transform.
   __device__ __forceinline__ float logit(float transformed) const {
-    return kCapped ? fmaf(transformed, kLn2, p.softcap) : transformed;
+    return kCapped ? fmaf(transformed, kLn2, softcap) : transformed;
   }
   // x' of the element at column c, with the same bits as in the vector passes: computed together with its neighbours in the
   // aligned 8 bytes around it, unless the row ends there. Every kernel takes the target's x' from here. Otherwise p - 1 of a
@@ -173,21 +178,23 @@ struct RowMaths {
   }
   __device__ __forceinline__ float chain(float transformed) const {  // d x' / d x
     if constexpr (!kHasTransform) return 1.f;
-    if (!has_softcap()) return p.logit_scale;
+    if (!has_softcap()) return logit_scale;
     if constexpr (kCapped) {
       const float r = transformed * (-0.5f * kLn2) * inverse_cap;
-      return p.logit_scale * 4 * fmaf(-r, r, r);
+      return logit_scale * 4 * fmaf(-r, r, r);
     }
     const float t = transformed * inverse_cap;
-    return p.logit_scale * (1.f - t * t);
+    return logit_scale * (1.f - t * t);
   }
-  __device__ __forceinline__ float class_weight(int64_t c) const { return p.class_weight ? p.class_weight[c] : 1.f; }
+  __device__ __forceinline__ float class_weight(int64_t c) const {
+    return p.class_weight ? static_cast<const float*>(p.class_weight)[c] : 1.f;
+  }
 
   // Adds kCount transformed elements that begin at column c.
   template <int kCount>
   __device__ __forceinline__ void add(Partial& part, const float (&x)[kCount], int64_t c) const {
     if constexpr (kCapped) {
-      part.max = p.softcap;
+      part.max = softcap;
 #pragma unroll
       for (int i = 0; i < kCount; i++) part.sum += ex2_approx(x[i]);
       return;
@@ -219,7 +226,7 @@ struct RowMaths {
   template <int kCount>
   __device__ __forceinline__ void add(Partial& part, const uint4 (&raw)[kCount], int64_t c, int step, int valid = kCount) const {
     if constexpr (kCapped) {
-      part.max = p.softcap;
+      part.max = softcap;
       float sums[4] = {0, 0, 0, 0};
 #pragma unroll
       for (int k = 0; k < kCount; k++) {
@@ -235,7 +242,7 @@ struct RowMaths {
     }
     float x[kVec<T>];
     // If the transform is increasing, the largest logit gives the largest x', and one transform per element is enough.
-    const bool rising = !kHasTransform || (sizeof(T) == 2 && p.logit_scale > 0);
+    const bool rising = !kHasTransform || (sizeof(T) == 2 && logit_scale > 0);
     if (kHasStatistics || !rising) {
 #pragma unroll
       for (int k = 0; k < kCount; k++) {
@@ -262,7 +269,7 @@ struct RowMaths {
 #pragma unroll
       for (int i = 0; i < kVec<T>; i++) {
         sums[i % 4] += exp(transform(x[i]));
-        if constexpr (kHasUniform) weighted[i % 2] += p.class_weight ? p.class_weight[c + int64_t(k) * step + i] * x[i] : x[i];
+        if constexpr (kHasUniform) weighted[i % 2] += class_weight(c + int64_t(k) * step + i) * x[i];
       }
     }
     part.sum = part.sum * RowExp<T>::ratio(part.max, top) + ((sums[0] + sums[1]) + (sums[2] + sums[3]));
@@ -274,11 +281,11 @@ struct RowMaths {
     float alpha, beta, gamma;
   };
   __device__ __forceinline__ Coefficients coefficients(int32_t y, float max, float log_sum) const {
-    const float eps = kHasUniform ? p.label_smoothing : 0.f, beta = eps / float(class_count(p)),
+    const float eps = kHasUniform ? float(p.label_smoothing) : 0.f, beta = eps / float(class_count(p)),
                 gamma = (1 - eps) * class_weight(y);
     float alpha = gamma;
     if constexpr (kHasUniform) alpha += beta * class_weight_sum;
-    if (p.z_loss != 0) alpha += 2 * p.z_loss * (max + log_sum);
+    if (p.z_loss != 0) alpha += 2 * float(p.z_loss) * (max + log_sum);
     return {alpha, beta, gamma};
   }
   __device__ __forceinline__ float loss(const Partial& row, int32_t y) const {
@@ -288,8 +295,12 @@ struct RowMaths {
     float loss =
         k.gamma * (kCapped ? logf(row.sum / ex2_approx(row.target)) : log_sum + RowExp<T>::below_max(row.target, row.max));
     // Kernels with statistics have the uniform part without smoothing, too: 0 times a logit of -inf would be NaN.
-    if (kHasUniform && k.beta != 0) loss += k.beta * (class_weight_sum * lse - row.weighted);
-    if (p.z_loss != 0) loss += p.z_loss * lse * lse;
+    if (kHasUniform && k.beta != 0) {
+      const float uniform = class_weight_sum * lse - row.weighted;
+      loss +=
+          k.beta * (uniform == -INFINITY ? INFINITY : uniform);  // a sum of huge logits overflowed: so does the loss, as torch's
+    }
+    if (p.z_loss != 0) loss += float(p.z_loss) * lse * lse;
     return loss;
   }
   // below_max: the sum has the rounding of its terms' exponents (see RowExp), the moment's differences have none.
@@ -315,10 +326,10 @@ struct RowGradient {
   __device__ __forceinline__ RowGradient(const Maths& maths, int32_t y, float max, float sum, float multiplier)
       : maths(maths), k(maths.coefficients(y, max, logf(sum))), y(y), exp(max), multiplier(multiplier), over_sum(k.alpha / sum) {
     // After a forward with statistics, which takes the general form, the sum is relative to the maximum.
-    if constexpr (Maths::kCapped) over_sum *= ex2_approx((maths.p.softcap - max) * kLog2E);
+    if constexpr (Maths::kCapped) over_sum *= ex2_approx((maths.softcap - max) * kLog2E);
     softmax_factor = multiplier * over_sum;
     if constexpr (Maths::kCapped) {
-      const float factor = softmax_factor * 4 * maths.p.logit_scale;
+      const float factor = softmax_factor * 4 * maths.logit_scale;
       exponent_offset = lg2_approx(fabsf(factor));
       sign = factor < 0 ? 0x80008000u : 0;
     }

@@ -61,8 +61,11 @@ __device__ int64_t document_of(const CeLossParams& p, int64_t t) {
   return low == 0 || low > p.axis.documents ? -1 : low - 1;
 }
 
+__device__ __forceinline__ float class_weight(const CeLossParams& p, int64_t c) {
+  return p.class_weight ? static_cast<const float*>(p.class_weight)[c] : 1.f;
+}
 __device__ __forceinline__ float token_weight(const CeLossParams& p, int64_t t) {
-  return p.token_weight ? p.token_weight[t] : 1.f;
+  return p.token_weight ? static_cast<const float*>(p.token_weight)[t] : 1.f;
 }
 __device__ __forceinline__ float inverse_or_zero(float x) { return x != 0 ? 1 / x : 0.f; }
 
@@ -90,8 +93,7 @@ __device__ void prepare_targets(const CeLossParams& p, int64_t tile, Scratch& sc
       if (label != p.ignore_index) target = label >= 0 && label < class_count(p) ? int32_t(label) : kBadLabel;
     }
     p.target[t] = target;
-    if (target != kIgnored)
-      mine = {token_weight(p, t) * (p.class_weight && target >= 0 ? p.class_weight[column_of(p, target)] : 1.f), 1};
+    if (target != kIgnored) mine = {token_weight(p, t) * (target >= 0 ? class_weight(p, column_of(p, target)) : 1.f), 1};
     w.weight[t] = mine.weight;
   }
   mine = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch);
@@ -172,7 +174,7 @@ __device__ void prepare_totals(const CeLossParams& p, Scratch& scratch) {
   float class_weight_sum = float(class_count(p));
   if (p.class_weight) {
     WeightAndCount mine{0, 0};
-    for (int64_t c = threadIdx.x; c < class_count(p); c += kTile) mine.weight += p.class_weight[c - p.first_class];
+    for (int64_t c = threadIdx.x; c < class_count(p); c += kTile) mine.weight += class_weight(p, c - p.first_class);
     class_weight_sum = block_reduce<kTile>(mine, WeightAndCount{0, 0}, AddWeightAndCount{}, scratch).weight;
   }
   if (threadIdx.x == 0) {

@@ -6,16 +6,18 @@
 namespace packops {
 namespace {
 
-// A pipeline of three roles:
+// A pipeline of roles:
 //   copier    one thread; fills the ring with bulk copies of chunks
 //   reducers  read each chunk once and send the row's partial result to every block of the cluster
-//   writers   combine the blocks' results, write loss and gradient, and free the chunks
-// Only the writers wait for other blocks. Meanwhile the next rows are copied and reduced.
+//   writers   combine the blocks' results, write the loss, and replace the chunks by their gradient
+//   storer    one thread; stores these by bulk copies and frees the chunks
+// Only the writers wait for other blocks. Meanwhile the next rows are copied and reduced. Forward only: there is no storer, and
+// the reducers free the chunks.
 template <bool kGrad, int kFeatures>
 struct Roles {
   static constexpr int kReducers = kGrad ? kRoleThreads : kForwardThreads;
   static constexpr int kWriters = kGrad ? kRoleThreads : 32;  // forward only: one warp, which writes the loss
-  static constexpr int kThreads = kReducers + kWriters + 32;
+  static constexpr int kThreads = kReducers + kWriters + (kGrad ? 64 : 32);
   static constexpr int kBlocks =
       !kGrad && (kFeatures & (kUniform | kStatistics)) ? 2 : resident_blocks(kGrad);  // with more, registers spill
 };
@@ -70,13 +72,14 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
   auto* results = reinterpret_cast<Partial*>(shared + stages * chunk_bytes(kGrad));  // [kExchanges][cluster]
   Partial* of_warps = results + kExchanges * cluster;                                // [2][kReducerWarps]
   auto* full = reinterpret_cast<MBarrier*>(of_warps + 2 * kMaxWarps);
-  MBarrier *empty = full + stages, *exchanged = empty + stages, *collected = exchanged + kExchanges;
+  MBarrier *empty = full + stages, *written = empty + stages, *exchanged = written + stages, *collected = exchanged + kExchanges;
   auto* targets = reinterpret_cast<float*>(collected + kExchanges);  // [2]
 
   if (threadIdx.x == 0) {
     for (int s = 0; s < stages; s++) {
       mbarrier_init(full + s, 1);
-      mbarrier_init(empty + s, (kGrad ? Role::kWriters : Role::kReducers) / 32);
+      mbarrier_init(empty + s, kGrad ? 1 : kReducerWarps);
+      mbarrier_init(written + s, Role::kWriters / 32);
     }
     for (int s = 0; s < kExchanges; s++) {
       mbarrier_init(exchanged + s, 1);
@@ -201,28 +204,24 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
         const RowGradient<T, kFeatures> gradient(maths, y, part.max, part.sum, scale);
         const int64_t column = mine.column();
         T* out = row_of<T>(p.grad, p.grad_layout, t);
-        T* out_part = out + column;
         const int target_element = y - int32_t(column);
         const int target_vector = target_element >= 0 ? target_element / kVec<T> : -1;
-        const auto write = [&](uint4 raw, int v) {
-          store_streaming(out_part + int64_t(v) * kVec<T>, gradient.others(raw, column + int64_t(v) * kVec<T>));
-          if (v == target_vector) out[y] = from_float<T>(gradient.target(part.target));
-        };
         for (int done = 0; done < mine.count; done += kChunkVectors) {
-          const uint4* chunk = ring + place.stage * kChunkVectors;
+          uint4* chunk = ring + place.stage * kChunkVectors;
+          const auto write = [&](int v) {
+            chunk[v] = gradient.others(chunk[v], column + int64_t(done + v) * kVec<T>);
+            if (done + v == target_vector)
+              reinterpret_cast<T*>(chunk + v)[target_element % kVec<T>] = from_float<T>(gradient.target(part.target));
+          };
           if (mine.count - done >= kChunkVectors) {
-            uint4 raw[kPerThread];
 #pragma unroll
-            for (int k = 0; k < kPerThread; k++) raw[k] = chunk[thread + k * Role::kWriters];
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(empty + place.stage);
-#pragma unroll
-            for (int k = 0; k < kPerThread; k++) write(raw[k], done + thread + k * Role::kWriters);
+            for (int k = 0; k < kPerThread; k++) write(thread + k * Role::kWriters);
           } else {
-            for (int v = thread; v < mine.count - done; v += Role::kWriters) write(chunk[v], done + v);
-            __syncwarp();
-            if (lane == 0) mbarrier_arrive(empty + place.stage);
+            for (int v = thread; v < mine.count - done; v += Role::kWriters) write(v);
           }
+          fence_proxy_async();
+          __syncwarp();
+          if (lane == 0) mbarrier_arrive(written + place.stage);
           place.advance(stages);
         }
         const int64_t edge = rank == 0 ? mine.edge(p.vocab, thread) : -1;
@@ -230,8 +229,8 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
           out[edge] = from_float<T>(edge == y ? gradient.target(part.target) : gradient.other(to_float(mine.row[edge]), edge));
       }
     }
-  } else if (lane == 0) {  // ---- copier
-    bool wrapped = false;  // in the first round every stage is free
+  } else if (threadIdx.x == Role::kReducers + Role::kWriters) {  // ---- copier
+    bool wrapped = false;                                        // in the first round every stage is free
     while (!walk.done()) {
       const RowEntry entry = walk.take();
       if (entry.target < 0) continue;
@@ -246,6 +245,32 @@ __global__ void __launch_bounds__(Roles<kGrad, kFeatures>::kThreads, Roles<kGrad
         if (place.stage == 0) wrapped = true;
       }
     }
+  } else if (kGrad && threadIdx.x == Role::kReducers + Role::kWriters + 32) {  // ---- storer
+    MBarrier* reading = nullptr;  // frees the chunk that the last store may still read
+    while (!walk.done()) {
+      const RowEntry entry = walk.take();
+      if (entry.target < 0) continue;
+      const RowPart<T> mine(p, entry.row, cluster, rank);
+      T* out = row_of<T>(p.grad, p.grad_layout, entry.row) + mine.column();
+      for (int done = 0; done < mine.count; done += kChunkVectors) {
+        if (reading && !mbarrier_test_wait_parity(written + place.stage, place.phase)) {  // nothing to do meanwhile
+          cp_async_bulk_wait_group_read<0>();
+          mbarrier_arrive(reading);
+          reading = nullptr;
+        }
+        mbarrier_wait_parity(written + place.stage, place.phase);
+        const uint32_t bytes = uint32_t(min(kChunkVectors, mine.count - done)) * 16;
+        cp_async_bulk_store(out + int64_t(done) * kVec<T>, ring + place.stage * kChunkVectors, bytes);
+        cp_async_bulk_commit_group();
+        if (reading) {
+          cp_async_bulk_wait_group_read<1>();
+          mbarrier_arrive(reading);
+        }
+        reading = empty + place.stage;
+        place.advance(stages);
+      }
+    }
+    cp_async_bulk_wait_group();
   }
   __syncwarp();
   cluster_sync();  // a block must not exit while another still writes into its shared memory

@@ -27,7 +27,7 @@ struct CeLane<double> : Lane<double> {
   static V max(V a, V b) { return a > b ? a : b; }
   static double sum(V v) { return v; }
   static double top(V v) { return v; }
-  static V weights(const float* p) { return *p; }
+  static V weights(const double* p) { return *p; }
   static V fill(double x) { return x; }
   static V zero_where_zero(V e, V x) { return e == 0 ? 0 : x; }
 };
@@ -42,7 +42,7 @@ struct CeRow {
 
   const CeLossParams& p;
   S class_weight_sum;
-  S cap = p.softcap, inverse_cap = p.softcap > 0 ? S(p.logit_scale) / S(p.softcap) : S(0), factor = p.logit_scale;
+  S cap = S(p.softcap), inverse_cap = cap > 0 ? S(p.logit_scale) / cap : S(0), factor = S(p.logit_scale);
 
   V transform(V x) const { return cap > 0 ? L::fill(cap) * L::tanh(x * L::fill(inverse_cap)) : x * L::fill(factor); }
   // d x' / d x, computed from x'.
@@ -68,11 +68,12 @@ struct CeRow {
     memcpy(&v, padded, sizeof v);
     return v;
   }
+  S class_weight(int64_t c) const { return p.class_weight ? static_cast<const S*>(p.class_weight)[c] : S(1); }
   V read_weights(int64_t c) const {
     if (!p.class_weight) return L::fill(1);
-    if (c + kLanes <= p.vocab) return L::weights(p.class_weight + c);
+    if (c + kLanes <= p.vocab) return L::weights(static_cast<const S*>(p.class_weight) + c);
     S padded[kLanes];
-    for (int i = 0; i < kLanes; i++) padded[i] = c + i < p.vocab ? S(p.class_weight[c + i]) : S(0);
+    for (int i = 0; i < kLanes; i++) padded[i] = c + i < p.vocab ? class_weight(c + i) : S(0);
     V v;
     memcpy(&v, padded, sizeof v);
     return v;
@@ -93,8 +94,14 @@ struct CeRow {
     S alpha, beta, gamma;
   };
   Coefficients coefficients(int32_t y, S lse) const {
-    const S eps = p.label_smoothing, target_weight = p.class_weight ? S(p.class_weight[y]) : S(1), beta = eps / S(class_count(p));
+    const S eps = S(p.label_smoothing), target_weight = class_weight(y), beta = eps / S(class_count(p));
     return {(1 - eps) * target_weight + beta * class_weight_sum + 2 * S(p.z_loss) * lse, beta, (1 - eps) * target_weight};
+  }
+
+  // The sum of smoothing. A sum of huge logits may overflow: then so does the loss, as torch's does, and not to the other side.
+  static S not_overflown(S x) {
+    const S infinity = std::numeric_limits<S>::infinity();
+    return x == -infinity ? infinity : x;
   }
 
   void forward(int64_t t) const {
@@ -155,7 +162,7 @@ struct CeRow {
       weighted += L::sum(weights);
       if (smoothing)  // the block's last, partial vector
         for (int64_t c = begin + (end - begin) / kLanes * kLanes; c < end; c++)
-          weighted += (p.class_weight ? p.class_weight[c] : 1.f) * (transform1(L::read1(x + c)) - reference);
+          weighted += class_weight(c) * (transform1(L::read1(x + c)) - reference);
     }
     if (p.partial) {
       partial(kPartialMax, t) = maximum;
@@ -167,7 +174,7 @@ struct CeRow {
     const S log_sum = S(::log(sum)), lse = maximum + log_sum, gap = log_sum - (target_logit - maximum);  // gap = lse - x'_y
     const Coefficients k = coefficients(y, lse);
     S loss = k.gamma * gap;
-    if (smoothing) loss += k.beta * (class_weight_sum * (log_sum - (reference - maximum)) - S(weighted));
+    if (smoothing) loss += k.beta * not_overflown(class_weight_sum * (log_sum - (reference - maximum)) - S(weighted));
     if (p.z_loss != 0) loss += S(p.z_loss) * lse * lse;
     row_max[t] = maximum;
     row_sum[t] = S(sum);
@@ -206,7 +213,7 @@ struct CeRow {
     const S log_sum = S(::log(sum)), lse = maximum + log_sum;
     const Coefficients k = coefficients(column_of(target_class), lse);
     S loss = k.gamma * (log_sum - (target_logit - maximum));
-    if (p.label_smoothing != 0) loss += k.beta * (class_weight_sum * lse - S(weighted));
+    if (p.label_smoothing != 0) loss += k.beta * not_overflown(class_weight_sum * lse - S(weighted));
     if (p.z_loss != 0) loss += S(p.z_loss) * lse * lse;
     row_max = maximum;
     row_sum = S(sum);
@@ -249,7 +256,7 @@ struct CeRow {
     if (is_here(y)) {
       const V target = transform(L::fill(L::read1(x + y)));
       const double probability = ::exp(double(first(target)) - double(maximum)) / double(sum);
-      const double inner = k.alpha * probability - double(k.beta) * (p.class_weight ? p.class_weight[y] : 1.f) - k.gamma;
+      const double inner = k.alpha * probability - double(k.beta) * class_weight(y) - k.gamma;
       target_gradient = S(inner * multiplier * first(chain(target)));
     }
 
@@ -285,12 +292,13 @@ struct CeRow {
 
 template <typename T>
 static void ce_rows(const CeLossParams& p, int64_t begin, int64_t end, CePass pass) {
+  using S = typename CeRow<T>::S;
   double class_weight_sum = double(class_count(p));
   if (p.class_weight) {
     class_weight_sum = 0;
-    for (int64_t c = 0; c < class_count(p); c++) class_weight_sum += p.class_weight[c - p.first_class];
+    for (int64_t c = 0; c < class_count(p); c++) class_weight_sum += static_cast<const S*>(p.class_weight)[c - p.first_class];
   }
-  const CeRow<T> row{p, typename CeRow<T>::S(class_weight_sum)};
+  const CeRow<T> row{p, S(class_weight_sum)};
   for (int64_t t = begin; t < end; t++) {
     switch (pass) {
       case CePass::forward: row.forward(t); break;

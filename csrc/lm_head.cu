@@ -16,14 +16,17 @@
 namespace packops {
 namespace {
 
-constexpr float kLog2E = 1.4426950408889634f;
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr float kLeastLog = -1e4f;  // stands for log 0, so that 0 log 0 is 0
+// Beyond this the rounding of a row's largest logit no longer fits into an exponent. There all logits are rounded, as torch
+// rounds them: neighbouring ones are at least 128 apart, so the largest share the probability.
+constexpr float kExtreme = 0x1p31f;
 
 // Workspace, in floats.
 struct LmHeadWorkspace {
   int64_t rows, tiles;
   constexpr int64_t plane() const { return rows * tiles; }
-  constexpr int64_t top() const { return 0; }              // of a row's logits in a tile, its label's apart
+  constexpr int64_t top() const { return 0; }              // of a row's logits in a tile, its label's apart; capped, or unscaled
   constexpr int64_t sum() const { return plane(); }        // of exponentials relative to the top
   constexpr int64_t mean() const { return 2 * plane(); }   // of these times their exponents
   constexpr int64_t label() const { return 3 * plane(); }  // a row's label's logit before scale and cap
@@ -41,6 +44,8 @@ __device__ double capped(const LmHeadParams& p, double z) {
   const double x = z * p.logit_scale;
   return p.softcap > 0 ? p.softcap * tanh(x / p.softcap) : x;
 }
+// A tile's top.
+__device__ double scaled(const LmHeadParams& p, double top) { return p.softcap > 0 ? top : top * p.logit_scale; }
 
 __global__ void finish_kernel(const __grid_constant__ LmHeadParams p) {
   const LmHeadWorkspace w = workspace_of(p);
@@ -63,10 +68,9 @@ __global__ void finish_kernel(const __grid_constant__ LmHeadParams p) {
       const int64_t at = tile * p.rows + row;
       const float part = p.workspace[w.sum() + at];
       if (part == 0) continue;  // a tile of nothing but -inf
-      const float below = p.workspace[w.top() + at] - top;
-      const double factor = expf(below);
+      const double below = scaled(p, double(p.workspace[w.top() + at]) - top), factor = expf(float(below));
       sum += factor * part;
-      mean += factor * (p.workspace[w.mean() + at] + double(below) * part);
+      mean += factor != 0 ? factor * (p.workspace[w.mean() + at] + below * part) : 0;
     }
   sums[slice][lane] = sum;
   means[slice][lane] = mean;
@@ -76,8 +80,8 @@ __global__ void finish_kernel(const __grid_constant__ LmHeadParams p) {
 
   const int32_t y = p.target[row];
   const bool counts = y >= 0;
-  const double label = counts ? capped(p, p.workspace[w.label() + row]) : 0, highest = fmax(double(top), label);
-  const double down = double(top) - highest, factor = sum != 0 ? exp(down) : 0;  // to what is relative to the row's highest
+  const double label = counts ? capped(p, p.workspace[w.label() + row]) : 0, highest = fmax(scaled(p, top), label);
+  const double down = scaled(p, top) - highest, factor = sum != 0 ? exp(down) : 0;  // to what is relative to the row's highest
   mean = sum != 0 ? factor * (mean + down * sum) : 0;
   const double rest = factor * sum, of_label = exp(label - highest), total = rest + of_label;
   const double log_total = label == highest ? log1p(rest) : log(total);  // a confident row keeps its digits
@@ -86,7 +90,7 @@ __global__ void finish_kernel(const __grid_constant__ LmHeadParams p) {
   p.log_prob[row] = counts ? float(label - highest - log_total) : 0;
   if (p.entropy) p.entropy[row] = counts ? float(log_total - weighted / total) : 0;
   p.row_max[row] = counts ? row_max : 0;
-  p.log_sum[row] = counts ? float(highest - double(row_max) + log_total) : 0;
+  p.log_sum[row] = counts ? float((fabs(highest) > kExtreme ? 0 : highest - double(row_max)) + log_total) : 0;
 }
 
 // ---- Epilogues: 64 rows x 192 columns over a warp group
@@ -232,10 +236,10 @@ struct Statistics {
     labels.set_apart(d, p, row);
     leave_out<kCapped>(d, labels, p, column);
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0}, mean[2] = {0, 0};
-    float scale = p.logit_scale;
+    float to_exponent = p.logit_scale * kLog2E;
     if constexpr (kCapped) {
       const Cap cap(p);
-      scale = 1;
+      to_exponent = kLog2E;
 #pragma unroll
       for (int i = 0; i < kSums; i++) d[i] = unless_nothing(d[i], cap.value(d[i]), -INFINITY);
     }
@@ -244,20 +248,21 @@ struct Statistics {
     float reference[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-      top[half] = quad_max(top[half]) * scale;
+      top[half] = quad_max(top[half]);
       reference[half] = top[half] == -INFINITY ? 0 : top[half];
     }
 #pragma unroll
     for (int i = 0; i < kSums; i++) {
       const int half = i / 2 % 2;
-      const float exponent = fmaf(d[i], scale, -reference[half]), e = ex2_approx(exponent * kLog2E);
+      // The difference before the scale: exactly 0 for the largest, however large it is.
+      const float exponent = (d[i] - reference[half]) * to_exponent, e = ex2_approx(exponent);
       sum[half] += e;
       mean[half] = fmaf(e, fmaxf(exponent, kLeastLog), mean[half]);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       sum[half] = quad_sum(sum[half]);
-      mean[half] = quad_sum(mean[half]);
+      mean[half] = quad_sum(mean[half]) * kLn2;
       if (threadIdx.x % 4 == 0 && row + 8 * half < p.rows) {
         float* to = p.workspace + tile * p.rows + row + 8 * half;
         to[w.top()] = top[half];
@@ -285,6 +290,13 @@ class Gradient {
       on_p_[half] = there && p.on_p ? p.on_p[at] : 0;
       on_p_log_[half] = there && p.on_p_log ? p.on_p_log[at] : 0;
       on_label[half] = there && p.on_label ? p.on_label[at] : 0;
+      scale_[half] = p.logit_scale;
+      if (!kCapped && fabsf(top_[half]) > kExtreme) {
+#pragma unroll
+        for (int i = 0; i < kSums; i++)
+          if (i / 2 % 2 == half) d[i] *= p.logit_scale;
+        scale_[half] = 1;
+      }
     }
     if (labels_.any) {
       labels_.exchange(d, of_label_, false);
@@ -317,9 +329,10 @@ class Gradient {
   Cap cap_;
   Labels labels_;
   float top_[2], log_sum_[2], on_p_[2], on_p_log_[2], of_label_[2] = {0, 0};
+  float scale_[2];  // yet to be multiplied by
 
   __device__ __forceinline__ float log_p_of(float z, int half) const {
-    return (kCapped ? cap_.value(z) - top_[half] : fmaf(z, p_.logit_scale, -top_[half])) - log_sum_[half];
+    return (kCapped ? cap_.value(z) - top_[half] : fmaf(z, scale_[half], -top_[half])) - log_sum_[half];
   }
   __device__ __forceinline__ float slope_of(float z) const { return kCapped ? p_.logit_scale * cap_.slope(z) : p_.logit_scale; }
 };

@@ -3,7 +3,8 @@
 //   x' = x cos a - y sin a,   y' = y cos a + x sin a      for the pairs (x, y) of every head (see rope.h)
 //
 // Bound: memory. A head is read once and written once, 2 (Hq + Hk) D element_size bytes per token (in place: only rotated
-// features), plus the token's sines and cosines (R / 2 of each, 1 to 3 % more) and its position.
+// features), plus the token's sines and cosines (R / 2 of each, 1 to 3 % more) and its position. Tables that would be misread
+// (RopeTable) show in three sines of one row, the same for all threads, or in one more sine per vector of a full-width table.
 //
 // Layout: see rope_launch.h. A thread owns both vectors of a pair, so no element is loaded twice. It issues the loads of all its
 // heads, then of its position, then of the table's rows, before any head has arrived: the dependent loads position -> row are
@@ -21,7 +22,7 @@ namespace {
 
 // kPlain: see RopeLaunch::plain.
 template <typename T, int W, bool kInterleaved, bool kMrope, int kUnroll, bool kPlain>
-__global__ void __launch_bounds__(kRopeMostThreads, 1)
+__global__ void __launch_bounds__(rope_bound_threads(kPlain, kUnroll), kPlain ? kRopePlainBlocks : 1)
     rope_kernel(const __grid_constant__ RopeParams p, const __grid_constant__ RopeLaunch launch, const int64_t first_batch) {
   // M-RoPE: cosines, then sines, of each token's lanes. cu_seqlens: the start of each token's document.
   auto* numbers = dynamic_shared<float>();
@@ -104,9 +105,12 @@ __global__ void __launch_bounds__(kRopeMostThreads, 1)
 template <typename T, int W, bool kInterleaved, bool kMrope>
 void launch_unrolled(const RopeParams& p, const RopeLaunch& launch, cudaStream_t stream) {
   constexpr int kMost = rope_max_unroll(W * sizeof(T));
-  if constexpr (W * sizeof(T) == 16 && !kMrope)
+  if constexpr (W * sizeof(T) == 16 && !kMrope) {
+    if (launch.plain && launch.unroll == 4)
+      return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 4, true>>(p, p, launch, stream);
     if (launch.plain && launch.unroll == 2)
       return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 2, true>>(p, p, launch, stream);
+  }
   if constexpr (kMost >= 4)
     if (launch.unroll == 4) return launch_rope<rope_kernel<T, W, kInterleaved, kMrope, 4, false>>(p, p, launch, stream);
   if constexpr (kMost >= 2)

@@ -17,6 +17,11 @@
 
 namespace packops {
 
+// half: a column for each pair. full: a column for each feature, so the two features of a pair have the same number. guessed:
+// taken for half a table, since twice its width fits into a head and nobody said more. A table that contradicts this would be
+// misread: an error on the CPU (torch/rope_args.h), and on CUDA a fault, as a position outside the table is.
+enum class RopeTable : int8_t { half, guessed, full };
+
 // One of q and k. Strides count elements; the features of a head are contiguous.
 struct RopeHeads {
   const void* in = nullptr;
@@ -40,6 +45,7 @@ struct RopeParams {
   bool per_token_table = false;
   int64_t table_rows = 0;
   int32_t table_step = 1;
+  RopeTable table = RopeTable::half;
   int64_t cos_batch = 0, cos_row = 0, sin_batch = 0, sin_row = 0;
 
   // The position of a token: position_ids, or else its distance from the start of its document (axis, the flattened tokens), or
@@ -63,6 +69,24 @@ PACKOPS_HOST_DEVICE int rope_mrope_axis(const RopeParams& p, int i) {
   }
   return i < p.mrope_section[0] ? 0 : i < p.mrope_section[0] + p.mrope_section[1] ? 1 : 2;
 }
+
+// Finds out, row by row, whether a table holds every number twice, in halves or as neighbours, as a full-width table does. A row
+// of position 0 says nothing: all its sines are 0.
+struct RopeRepetition {
+  bool halves = true, neighbours = true, turns = false;
+
+  // sine(i): of column i of `width`.
+  template <typename Sine>
+  PACKOPS_HOST_DEVICE void add_row(int width, Sine sine) {
+    for (int i = 0; i < width / 2 && possible(); i++) {
+      halves &= sine(i) == sine(i + width / 2);
+      neighbours &= sine(2 * i) == sine(2 * i + 1);
+      turns |= sine(i) != 0;
+    }
+  }
+  PACKOPS_HOST_DEVICE bool possible() const { return halves || neighbours; }
+  PACKOPS_HOST_DEVICE bool found() const { return turns && possible(); }
+};
 
 // A token whose position is outside the table; token -1: there is none.
 struct RopeFault {

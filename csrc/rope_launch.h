@@ -33,6 +33,12 @@ struct RopeLaunch {
 };
 
 inline constexpr int kRopeMostThreads = 512;
+// The short kernel. Its bound is on registers, 56 for two heads per thread and 80 for four: seven or five blocks of 160 threads
+// fit.
+inline constexpr int kRopePlainThreads = 256, kRopePlainBlocks = 3;
+constexpr int rope_bound_threads(bool plain, int unroll) {
+  return !plain ? kRopeMostThreads : unroll == 4 ? kRopePlainThreads : 384;
+}
 
 // Shared memory of a block. M-RoPE: cosines, then sines, of all lanes of its tokens. cu_seqlens: each token's document start.
 inline int rope_shared_bytes(const RopeParams& p, const RopeLaunch& launch) {
@@ -71,8 +77,8 @@ inline bool rope_is_plain(const RopeParams& p, const RopeLaunch& launch) {
   const int64_t strides = p.q.in_token | p.q.in_head | p.q.out_token | p.q.out_head | p.k.in_token | p.k.in_head | p.k.out_token |
                           p.k.out_head | p.tokens;
   return launch.width * size_of(p.dtype) == 16 && launch.lanes * launch.width * 2 == p.rotary_dim && launch.lane_chunks == 1 &&
-         !p.mrope && p.table_dtype != DType::f64 && p.table_step == 1 && table % std::min(run * number, 16) == 0 &&
-         strides >> 31 == 0;
+         launch.threads() <= kRopePlainThreads && !p.mrope && p.table_dtype != DType::f64 && p.table_step == 1 &&
+         table % std::min(run * number, 16) == 0 && strides >> 31 == 0;
 }
 
 // Of a head: pairs of vectors that turn, then pairs that only pass through.
@@ -88,8 +94,17 @@ inline int rope_heads_per_thread(const RopeParams& p, int lanes, const DeviceLim
   return std::min(work >= 8 * 512 * 4 ? 4 : work >= 2 * 1024 * 2 ? 2 : 1, most);
 }
 
-// Two heads per thread and small blocks: an SM has many of them, whose loads, arithmetic and stores overlap. With M-RoPE the threads
-// of a token look up its sines and cosines together, so they take more heads.
+inline constexpr int kRopeBlockThreads = 160;
+
+// The most heads per thread. Two: then an SM has many small blocks, whose loads, arithmetic and stores overlap. Four where a
+// block holds a token of the short kernel only so: blocks that share a token all look its row up. With M-RoPE too: there the
+// threads of a token look up its sines and cosines together.
+inline int rope_most_heads_per_thread(const RopeParams& p, int width, int lanes) {
+  const auto threads = [&](int heads) { return ((p.q.heads + heads - 1) / heads + (p.k.heads + heads - 1) / heads) * lanes; };
+  const bool short_kernel = lanes * width * 2 == p.rotary_dim && width * size_of(p.dtype) == 16;
+  return p.mrope || (short_kernel && threads(2) > kRopeBlockThreads && threads(4) <= kRopeBlockThreads) ? 4 : 2;
+}
+
 // unroll, block_threads: 0 lets the function choose. token_inner: -1 likewise.
 inline RopeLaunch choose_rope_launch(const RopeParams& p, const DeviceLimits& device, int unroll = 0, int block_threads = 0,
                                      int token_inner = -1) {
@@ -97,12 +112,13 @@ inline RopeLaunch choose_rope_launch(const RopeParams& p, const DeviceLimits& de
   RopeLaunch launch;
   launch.width = rope_vector_width(p);
   launch.lanes = rope_lanes(p, launch.width);
-  launch.unroll = std::min(unroll ? unroll : rope_heads_per_thread(p, launch.lanes, device, p.mrope ? 4 : 2),
+  const int most_heads = rope_most_heads_per_thread(p, launch.width, launch.lanes);
+  launch.unroll = std::min(unroll ? unroll : rope_heads_per_thread(p, launch.lanes, device, most_heads),
                            rope_max_unroll(launch.width * size_of(p.dtype)));
   launch.q_slots = parts(p.q.heads, launch.unroll);
   launch.slots = std::max(launch.q_slots + parts(p.k.heads, launch.unroll), 1);
   launch.token_inner = token_inner < 0 ? p.tokens > 1 && p.q.heads > 1 && p.q.in_token < p.q.in_head : token_inner != 0;
-  const int most = block_threads ? block_threads : launch.token_inner || p.mrope ? 256 : 160;
+  const int most = block_threads ? block_threads : launch.token_inner || p.mrope ? 256 : kRopeBlockThreads;
 
   launch.lane_chunks = parts(launch.lanes, most);
   launch.lanes_per_block = parts(launch.lanes, launch.lane_chunks);

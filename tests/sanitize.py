@@ -401,6 +401,15 @@ def attention(device: torch.device) -> Iterator[str]:
         q, k, v, cu_seqlens = attention_problem(device, dtype, [2, 130], (2, 1), head_dim, padding=3)
         backward(packops.attention(q, k, v, cu_seqlens.long(), **rule), q, k, v)
         yield f"{dtype} head_dim {head_dim}, {rule}"
+    long = 1 if device.type == "cpu" else 50  # there they have no kernels of their own
+    for dtype, head_dim, lengths, rule in (
+        (bfloat, 64, [62 * long, 20], {}),
+        (half, 128, [70, 21 * long], {"window": 21 * long - 1}),
+        (bfloat, 256, [21 * long], {"softcap": 5.0}),
+    ):
+        q, k, v, cu_seqlens = attention_problem(device, dtype, lengths, (1, 1), head_dim, padding=3)
+        backward(packops.attention(q, k, v, cu_seqlens, **rule), q, k, v)
+        yield f"{dtype} head_dim {head_dim}, lengths {lengths}, {rule}"
     for padding, lengths in ((0, []), (3, []), (70, [0, 0])):
         q, k, v, cu_seqlens = attention_problem(device, bfloat, lengths, (2, 1), 64, padding)
         backward(packops.attention(q, k, v, cu_seqlens), q, k, v)

@@ -80,6 +80,21 @@ def test_weights_on_one_key(device):
         check(*problem((200, 40), dtype=dtype, device=device, size=40.0), noise=0 if dtype == torch.float64 else 1e-4)
 
 
+@pytest.mark.parametrize("dim", [64, 256])
+def test_scores_of_every_size(dim, device):
+    """Up to 2^40; from 2^31 on rounding alone would overflow an exponent. A query has the keys of its own feature."""
+    tokens = 600 if device.type == "cuda" else 70
+    feature = torch.arange(tokens, device=device) * 7 % dim
+    for dtype, size in itertools.product(dtypes_of(device), (1.37e3, 4.1e4, 3.7e5)):
+        if size > torch.finfo(dtype).max:
+            continue
+        _, _, v, grad, bounds = problem([tokens], heads=(1, 1), dim=dim, dtype=dtype, device=device)
+        q, k = ((torch.nn.functional.one_hot(feature, dim)[:, None] * size).to(dtype).requires_grad_() for _ in range(2))
+        found, want = (results(call, q, k, v, grad, bounds) for call in (packops.attention, reference.attention))
+        for i in (0, 3):  # the others are sums that cancel
+            assert (found[i].double() - want[i]).abs().max() <= 2 * UNITS[dtype] * want[i].abs().max()
+
+
 @pytest.mark.parametrize(
     "lengths", [[1] * 300, [2000], [5, 700, 1, 64, 65, 63, 128], [0, 0], [0, 64, 0]], ids=lambda x: str(x[:4])
 )
@@ -110,6 +125,118 @@ def test_many_documents_and_long_ones():
         assert (a[some].double() - b).abs().max() <= 2**-6 * b.abs().max()
         assert not a[int(bounds[-1]) :].any()
     check(*problem([9000], heads=(2, 2), dim=128, device="cuda"))
+
+
+LONG = [3100, 40, 1100, 0, 577, 70]  # each of them longer than 3072, 768 or 576 tokens, or than none
+LONG_RULES = [{}, {"window": 1099}, {"window": 1500, "softcap": 20.0}, {"causal": False}]
+
+
+@gpu
+@pytest.mark.parametrize("rule", LONG_RULES, ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_long_documents(dtype, dim, rule):
+    """They have kernels of their own, which do not change what short ones get, nor have rows of them. 1099: all but one token."""
+    q, k, v, grad, bounds = problem(LONG, heads=(4, 2), dim=dim, dtype=dtype, device="cuda", padding=9)
+    check(q, k, v, grad, bounds, **rule)
+    found = results(packops.attention, q, k, v, grad, bounds, **rule)
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[3140:4240] = torch.nan
+    for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds, **rule), strict=True):
+        assert torch.equal(a[:3140], b[:3140])
+        assert torch.equal(a[4240:], b[4240:])
+
+
+@gpu
+@pytest.mark.parametrize("rule", LONG_RULES[1:], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_bits_of_long_documents(dim, rule):
+    """Those that a document has alone, on both sides of every length from which it is long, in every run, and in a graph."""
+    lengths = [40, 3073, 769, 1024, 0, 576, 1025, 577, 768, 3072]
+    q, k, v, grad, bounds = problem(lengths, heads=(4, 2), dim=dim, device="cuda", padding=9)
+    found = results(packops.attention, q, k, v, grad, bounds, **rule)
+    for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds, **rule), strict=True):
+        assert torch.equal(a, b)
+    for begin, n in zip(itertools.accumulate([0, *lengths]), lengths, strict=False):
+        there = slice(begin, begin + n)
+        alone = [x[there].detach().requires_grad_() for x in (q, k, v)]
+        for a, b in zip(found, results(packops.attention, *alone, grad[there], bounds_of([n], "cuda"), **rule), strict=True):
+            assert torch.equal(a[there], b), n
+    q, k, v, grad, bounds = problem([3500], dim=dim, device="cuda")
+    graph, found = capture(lambda: results(packops.attention, q, k, v, grad, bounds, **rule))
+    for total in (3500, 300, 1500):
+        bounds.copy_(bounds_of([total]))
+        graph.replay()
+        for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds, **rule), strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_strides_of_long_documents(dim):
+    """Heads before tokens, inputs and a gradient that are expanded, one head with any stride."""
+    n = 3200
+    q, k, v, grad, bounds = problem([n], heads=(4, 2), dim=dim, device="cuda")
+    with torch.no_grad():
+        swapped = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v)]
+        expanded = [q[5:6].expand(n, 4, dim), k[:, :1].expand(n, 2, dim), v[:, :1].expand(n, 2, dim)]
+        single = [x[:, :1].as_strided((n, 1, dim), (x.stride(0), 8 << 40, 1), x.storage_offset()) for x in (q, k, v)]
+    for inputs, g in ((swapped, grad), (expanded, grad[:1].expand(n, 4, dim)), (single, grad[:, 1:2])):
+        given = [x.detach().requires_grad_() for x in inputs]
+        plain = [x.detach().contiguous().requires_grad_() for x in inputs]
+        for a, b in zip(
+            results(packops.attention, *given, g, bounds),
+            results(packops.attention, *plain, g.contiguous(), bounds),
+            strict=True,
+        ):
+            assert torch.equal(a, b)
+
+
+@gpu
+def test_long_documents_past_2_31_elements():
+    """The last document begins at an element beyond 2^31, and has the bits that it has alone."""
+    if torch.cuda.mem_get_info()[0] < 48 << 30:
+        pytest.skip("needs 48 GiB")
+    n, heads, dim = 1100, 64, 128
+    lengths = [800] * 330 + [n]
+    bounds = bounds_of(lengths, "cuda")
+    qkv = torch.randn(sum(lengths), heads + 2, dim, device="cuda", dtype=torch.bfloat16)
+    q, k, v = (x.requires_grad_() for x in qkv.split([heads, 1, 1], 1))
+    grad = torch.randn(sum(lengths), heads, dim, device="cuda", dtype=torch.bfloat16)
+    assert (sum(lengths) - n) * heads * dim > 2**31
+    found = [x[-n:].clone() for x in results(packops.attention, q, k, v, grad, bounds)]
+    alone = [x[-n:].detach().clone().requires_grad_() for x in (q, k, v)]
+    for a, b in zip(found, results(packops.attention, *alone, grad[-n:], bounds_of([n], "cuda")), strict=True):
+        assert torch.equal(a, b)
+
+
+@gpu
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_prefixes_that_are_long(dim):
+    """A prompt that is long by itself and its branches, beside a long document without any."""
+    segments, parents = [3100, 90, 1200, 3080], torch.tensor([-1, 0, 0, -1], dtype=torch.int32, device="cuda")
+    q, k, v, grad, bounds = problem(segments, heads=(2, 1), dim=dim, device="cuda", padding=3)
+    shared = results(functools.partial(packops.attention, parents=parents), q, k, v, grad, bounds)
+    want = results(functools.partial(reference.attention, parents=parents), q, k, v, grad, bounds)
+    for a, b in zip(shared, want, strict=True):
+        assert (a.double() - b).abs().max() <= 2**-6 * b.abs().max()
+
+
+@gpu
+def test_hopper_has_kernels_for_long_documents():
+    """They run where the code has products of warp groups. Nothing is launched for them where no document can be long."""
+    built_for = packops._C.build_info()["cuda_archs"].split("_")
+    by_groups = torch.cuda.get_device_capability() == (9, 0) and any(arch.startswith("9.0") for arch in built_for)
+    for dim, tokens, kernels in ((64, 3073, 1), (64, 3072, 0), (128, 1025, 2), (128, 1024, 1), (256, 577, 1), (256, 576, 0)):
+        given = problem([tokens], dim=dim, device="cuda")
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            results(packops.attention, *given)
+        names = [event.key for event in profile.key_averages()]
+        found = [
+            name for name in names if any(x in name for x in ("long_forward_kernel", "long_keys_kernel", "split_keys_kernel"))
+        ]
+        assert len(found) == (kernels if by_groups else 0), found
 
 
 def test_documents_never_see_each_other(device):

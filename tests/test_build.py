@@ -370,3 +370,9 @@ def test_source_distribution_is_complete(tmp_path):
     wanted |= {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements-dev.txt", "setup.py"}
     assert not wanted - names
     assert not [name for name in names if name.endswith((".so", ".o"))]
+
+
+def test_headers_of_torch_are_included_in_one_place():
+    """csrc/torch/stable.h changes what they do when a call fails, which only works where it comes first."""
+    including = [path for path in (ROOT / "csrc").rglob("*.*") if "#include <torch/" in path.read_text()]
+    assert [path.name for path in including] == ["stable.h"]

@@ -50,7 +50,8 @@ def both(logits, labels, grad_output=None, **options):
 def assert_close(loss, expected, grad, expected_grad, dtype):
     assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert grad.dtype == dtype
-    torch.testing.assert_close(loss.double(), expected, rtol=2e-6, atol=2e-6)
+    bound = 1e-13 if dtype == torch.float64 else 2e-6
+    torch.testing.assert_close(loss.double(), expected, rtol=bound, atol=bound)
     # One rounding to the gradient's dtype, plus fp32 noise of its terms: a confident row's are larger than their difference.
     size = expected_grad.abs()
     noise = 3e-6 * size.amax(-1, keepdim=True) + 1e-6 * size.max() + (2.0**-24 if dtype == torch.float16 else 0)
@@ -410,6 +411,44 @@ def test_backward_twice_and_two_losses(device, dtype, reduction):
     exact = logits.detach().double().requires_grad_()
     (F.cross_entropy(exact, labels) + 0.5 * F.cross_entropy(exact, labels.flip(0))).backward()
     torch.testing.assert_close(logits.grad.double(), exact.grad, rtol=2 * EPS[dtype], atol=2 * EPS[dtype] * 0.2)
+
+
+ODD = {  # nothing that fp32 holds exactly
+    "label_smoothing": 0.1,
+    "z_loss": 0.1,
+    "softcap": 3.3,
+    "logit_scale": 0.7,
+    "num_items": 2.7,
+    "token_weight": torch.linspace(0.1, 0.9, 5, dtype=torch.float64),
+    "class_weight": torch.linspace(0.1, 0.9, 33, dtype=torch.float64),
+}
+
+
+@pytest.mark.parametrize("option", ODD)
+@pytest.mark.parametrize("function", ["cross_entropy", "linear_cross_entropy"])
+def test_options_are_double_where_the_logits_are(function, option):
+    options = {option: ODD[option], "reduction": "seq-mean-token-mean"}
+    labels, hidden, weight = torch.tensor([3, 32, 0, -100, 7]), torch.randn(5, 6).double(), torch.randn(33, 6).double()
+    inputs = [hidden @ weight.t()] if function == "cross_entropy" else [hidden, weight]
+    ours, theirs = ([x.clone().requires_grad_() for x in inputs] for _ in range(2))
+    loss, expected = getattr(packops, function)(*ours, labels, **options), getattr(reference, function)(*theirs, labels, **options)
+    torch.testing.assert_close(loss, expected, rtol=1e-13, atol=0)
+    loss.backward()
+    expected.backward()
+    for mine, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine.grad, wanted.grad, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab", [7, 33, 5000])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_smoothing_of_huge_logits_overflows_upwards(device, dtype, vocab, sign):
+    """The sum of a row overflows, to either side. The loss was -inf where torch's is +inf."""
+    logits = torch.zeros(2, vocab, dtype=dtype, device=device)
+    logits[:, 1::2] = sign * 3e38
+    labels = torch.tensor([0, 1], device=device)
+    loss = packops.cross_entropy(logits, labels, label_smoothing=0.1, reduction="none")
+    torch.testing.assert_close(loss, F.cross_entropy(logits.float(), labels, label_smoothing=0.1, reduction="none"))
 
 
 def test_double_backward_is_refused(device):

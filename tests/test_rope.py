@@ -270,6 +270,30 @@ def test_tables_that_would_be_misread_are_refused(device, request, case, fused_n
         call()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", MISREAD_TABLES)
+@pytest.mark.parametrize("fused_norm", [False, True])
+@pytest.mark.parametrize("per_token_table", [False, True])
+def test_misread_tables_are_nan_on_cuda(case, fused_norm, per_token_table):
+    """Without packops.checks nobody reads the table but the kernel."""
+    columns, layout, head_dim, options = MISREAD_TABLES[case]
+    table = packops.rope_table(2 * columns, 7, device="cuda")
+    widened = {"half": lambda t: t, "halves": lambda t: torch.cat([t, t], -1), "neighbours": lambda t: t.repeat_interleave(2, -1)}
+    cos, sin = (widened[layout](t) for t in table)
+    q = torch.randn(7, 2, head_dim, device="cuda", requires_grad=True)
+    options = {"layout": "thd", "per_token_table": per_token_table, **options}
+    if fused_norm:
+        out, _ = packops.apply_qk_norm_rope(q, None, torch.ones(head_dim, device="cuda"), None, cos, sin, eps=1e-6, **options)
+    else:
+        out, _ = packops.apply_rope(q, None, cos, sin, **options)
+    faulty = out[1:].isnan().any(-1)  # position 0 turns nothing, however it is read
+    assert faulty.all()
+    out.nan_to_num().sum().backward()
+    assert q.grad.isfinite().all()
+    if 2 * columns <= head_dim:
+        assert packops.apply_rope(q.detach(), None, *table, layout="thd", per_token_table=per_token_table)[0].isfinite().all()
+
+
 def test_equals_cohere(device):
     cohere = pytest.importorskip("transformers.models.cohere.modeling_cohere")
     q = make_heads((2, 3, 10, 64), torch.float32, device)

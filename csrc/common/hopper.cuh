@@ -1,5 +1,5 @@
 // Instructions that only sm_90a has, or that only kernels for it use: tensor copies with multicast, wide products by a warp group,
-// barriers of a cluster. Named after PTX's instructions. Callers stand within #ifdef __CUDA_ARCH_FEAT_SM90_ALL.
+// barriers of a cluster. Named after PTX's instructions. Callers stand within #ifdef PACKOPS_SM90A.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,11 @@
 #include "common/dtype.h"
 #include "common/ptx.cuh"
 
-#if defined(__CUDACC__) && defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#ifndef __CUDACC__
+#define PACKOPS_SM90A
+#include "emulated_hopper.h"
+#elif defined(__CUDA_ARCH_FEAT_SM90_ALL)
+#define PACKOPS_SM90A
 
 #include <cuda.h>  // CUtensorMap
 
@@ -44,6 +48,13 @@ __device__ __forceinline__ void tma_load_2d(void* to, const CUtensorMap& map, in
       "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y)
       : "memory");
 }
+__device__ __forceinline__ void tma_load_3d(void* to, const CUtensorMap& map, int x, int y, int z, uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(
+          shared_address(to)),
+      "l"(&map), "r"(shared_address(barrier)), "r"(x), "r"(y), "r"(z)
+      : "memory");
+}
 // Into the same place of all blocks of the cluster in `blocks`, and reported to the same barrier of each.
 __device__ __forceinline__ void tma_load_2d_multicast(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier,
                                                       uint16_t blocks) {
@@ -64,14 +75,6 @@ __device__ __forceinline__ void tma_store_wait_read() { asm volatile("cp.async.b
 
 // ---- Warp groups
 
-template <int kRegisters>
-__device__ __forceinline__ void setmaxnreg_inc() {
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
-template <int kRegisters>
-__device__ __forceinline__ void setmaxnreg_dec() {
-  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
-}
 // The compiler must not read these registers before this place.
 template <int kCount>
 __device__ __forceinline__ void hold(float (&sums)[kCount]) {

@@ -38,8 +38,9 @@ T* dynamic_shared() {
 #endif
 
 // cluster: blocks per cluster; 0: none. follows: the previous launch on the stream is one of ours, and this one may start before
-// that one has ended (programmatic dependent launch), so its kernel has to call griddepcontrol_wait(). Device and code must
-// support both: see DeviceLimits.
+// that one has ended (programmatic dependent launch). So every thread of its kernel has to call griddepcontrol_wait() before it
+// reads what that one writes. A kernel that reads nothing of it calls it in its first block alone, before that ends: what comes after
+// this launch then comes after both. Device and code must support both: see DeviceLimits.
 struct LaunchOptions {
   int cluster = 0;
   bool follows = false;

@@ -29,9 +29,12 @@ __device__ __forceinline__ float lg2_approx(float x) {  // absolute error 2^-22 
   return y;
 }
 
-// bar.sync: barrier `id` for `threads` threads of the block. Barrier 0 is __syncthreads.
+// bar.sync: barrier `id` for `threads` threads of the block. Barrier 0 is __syncthreads. bar.arrive: counts among them, and goes on.
 __device__ __forceinline__ void bar_sync(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void bar_arrive(int id, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // griddepcontrol.wait, then launch_dependents. A launch that may start before the previous one has ended (see launch_with) waits
@@ -40,6 +43,13 @@ __device__ __forceinline__ void bar_sync(int id, int threads) {
 __device__ __forceinline__ void griddepcontrol_wait() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;\ngriddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// Its second half: the next launch may begin once all blocks of this one have come here or ended.
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
 
@@ -98,6 +108,14 @@ __device__ __forceinline__ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// fence.proxy.async: makes a thread's writes to shared memory, its completed cp.async included, visible to wgmma and to bulk
+// copies after a barrier. sm_90 and later.
+__device__ __forceinline__ void fence_proxy_async() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
+
 // ---- wgmma, sm_90a only: matrix products of a warpgroup, four warps. Operands in shared memory are rows of 128 bytes (64
 // elements of 16 bits) with the 128-byte swizzle: a row's 16-byte chunks are permuted by exclusive or with the row's number
 // modulo 8. Tiles are aligned to 1024 bytes. Sums are laid out as in mma_m16n8k16, 16 rows per warp.
@@ -110,8 +128,6 @@ inline constexpr bool kHasWgmma = false;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
-// fence.proxy.async: makes a thread's writes to shared memory, its completed cp.async included, visible to wgmma after a barrier.
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 // wgmma.fence orders register accesses before the products; from there to wgmma.wait_group their registers and memory are off
 // limits.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
@@ -129,11 +145,22 @@ __device__ __forceinline__ void wgmma_fence_operand(float (&sums)[kColumns][4]) 
     for (int i = 0; i < 4; i++) asm volatile("" : "+f"(sums[n][i])::"memory");
 }
 
-// The matrix descriptor of a tile in shared memory. at(): the same tile from that byte on.
+// setmaxnreg: registers of a thread from here on, of all warps of a group.
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
+}
+
+// The matrix descriptor of a tile in shared memory; panel_bytes: from one panel of 64 columns to the next, where a product of more
+// columns than that takes rows as its columns. at(): the same tile from that byte on.
 class WgmmaDescriptor {
  public:
-  __device__ __forceinline__ explicit WgmmaDescriptor(const void* tile)
-      : bits_((shared_address(tile) >> 4 & 0x3fff) | kEightRows | kSwizzled128) {}
+  __device__ __forceinline__ explicit WgmmaDescriptor(const void* tile, int panel_bytes = 16)
+      : bits_((shared_address(tile) >> 4 & 0x3fff) | uint64_t(panel_bytes >> 4) << 16 | kEightRows | kSwizzled128) {}
   __device__ __forceinline__ WgmmaDescriptor at(int bytes) const {
     WgmmaDescriptor other = *this;
     other.bits_ += uint32_t(bytes) >> 4;
@@ -142,16 +169,29 @@ class WgmmaDescriptor {
   __device__ __forceinline__ uint64_t bits() const { return bits_; }
 
  private:
-  static constexpr uint64_t kEightRows = uint64_t(1) << 16 | uint64_t(1024 >> 4) << 32;  // 1024 bytes to the next eight rows
+  static constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;  // 1024 bytes to the next eight rows
   static constexpr uint64_t kSwizzled128 = uint64_t(1) << 62;
   uint64_t bits_;
 };
 
-#define PACKOPS_NUMBERS_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
-#define PACKOPS_NUMBERS_32 PACKOPS_NUMBERS_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+// "%0, %1, ..., %9" with a tens digit before each, and longer lists of them
+#define PACKOPS_TEN(t) "%" #t "0, %" #t "1, %" #t "2, %" #t "3, %" #t "4, %" #t "5, %" #t "6, %" #t "7, %" #t "8, %" #t "9"
+#define PACKOPS_NUMBERS_16 PACKOPS_TEN() ", %10, %11, %12, %13, %14, %15"
+#define PACKOPS_NUMBERS_32 PACKOPS_TEN() ", " PACKOPS_TEN(1) ", " PACKOPS_TEN(2) ", %30, %31"
+#define PACKOPS_NUMBERS_40 PACKOPS_TEN() ", " PACKOPS_TEN(1) ", " PACKOPS_TEN(2) ", " PACKOPS_TEN(3)
+#define PACKOPS_NUMBERS_60 PACKOPS_NUMBERS_40 ", " PACKOPS_TEN(4) ", " PACKOPS_TEN(5)
+#define PACKOPS_NUMBERS_64 PACKOPS_NUMBERS_60 ", %60, %61, %62, %63"
+#define PACKOPS_NUMBERS_128                                                                                            \
+  PACKOPS_NUMBERS_60 ", " PACKOPS_TEN(6) ", " PACKOPS_TEN(7) ", " PACKOPS_TEN(8) ", " PACKOPS_TEN(9) ", " PACKOPS_TEN( \
+      10) ", " PACKOPS_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define PACKOPS_SUMS_4(n) "+f"(s[n][0]), "+f"(s[n][1]), "+f"(s[n][2]), "+f"(s[n][3])
-#define PACKOPS_SUMS_16 PACKOPS_SUMS_4(0), PACKOPS_SUMS_4(1), PACKOPS_SUMS_4(2), PACKOPS_SUMS_4(3)
-#define PACKOPS_SUMS_32 PACKOPS_SUMS_16, PACKOPS_SUMS_4(4), PACKOPS_SUMS_4(5), PACKOPS_SUMS_4(6), PACKOPS_SUMS_4(7)
+#define PACKOPS_SUMS_8(n) PACKOPS_SUMS_4(n), PACKOPS_SUMS_4(n + 1)
+#define PACKOPS_SUMS_16 PACKOPS_SUMS_8(0), PACKOPS_SUMS_8(2)
+#define PACKOPS_SUMS_32_FROM(n) PACKOPS_SUMS_8(n), PACKOPS_SUMS_8(n + 2), PACKOPS_SUMS_8(n + 4), PACKOPS_SUMS_8(n + 6)
+#define PACKOPS_SUMS_32 PACKOPS_SUMS_32_FROM(0)
+#define PACKOPS_SUMS_40 PACKOPS_SUMS_32, PACKOPS_SUMS_8(8)
+#define PACKOPS_SUMS_64 PACKOPS_SUMS_32, PACKOPS_SUMS_32_FROM(8)
+#define PACKOPS_SUMS_128 PACKOPS_SUMS_64, PACKOPS_SUMS_32_FROM(16), PACKOPS_SUMS_32_FROM(24)
 
 // s (64 x columns) = a b^T over 16 elements, or += with `add`. Both operands are in shared memory.
 #define PACKOPS_MULTIPLY_ROWS(type, name, columns, numbers, sums, a_at, b_at, add_at)                                            \
@@ -162,38 +202,48 @@ class WgmmaDescriptor {
                  : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                                   \
                  : "memory");                                                                                                    \
   }
-// s (64 x 64) += a (64 x 16, 16 rows to a warp as in mma_m16n8k16) times 16 rows of b, 64 elements each.
-#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                      \
-  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")               \
-  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")               \
-  __device__ __forceinline__ void wgmma_rs(float (&s)[8][4], const uint32_t (&a)[4], WgmmaDescriptor b, type) { \
-    asm volatile("wgmma.mma_async.sync.aligned.m64n64k16.f32." name "." name " {" PACKOPS_NUMBERS_32            \
-                 "}, {%32, %33, %34, %35}, %36, 1, 1, 1, 1;"                                                    \
-                 : PACKOPS_SUMS_32                                                                              \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits())                                    \
-                 : "memory");                                                                                   \
+// s (64 x columns) = or, with `add`, += a (64 x 16, 16 rows to a warp as in mma_m16n8k16) times 16 rows of b.
+#define PACKOPS_ADD_ROWS(type, name, columns, numbers, sums, a_at, b_at, add_at)                                                 \
+  __device__ __forceinline__ void wgmma_rs(float (&s)[columns / 8][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add,      \
+                                           type) {                                                                               \
+    asm volatile("{.reg .pred add;\nsetp.ne.b32 add, " add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name \
+                 "." name " {" numbers "}, {" a_at "}, " b_at ", add, 1, 1, 1;\n}"                                               \
+                 : sums                                                                                                          \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(int(add))                                      \
+                 : "memory");                                                                                                    \
   }
+#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                   \
+  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")            \
+  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")            \
+  PACKOPS_MULTIPLY_ROWS(type, name, 80, PACKOPS_NUMBERS_40, PACKOPS_SUMS_40, "%40", "%41", "%42")            \
+  PACKOPS_MULTIPLY_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64", "%65", "%66")           \
+  PACKOPS_ADD_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32, %33, %34, %35", "%36", "%37")  \
+  PACKOPS_ADD_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69") \
+  PACKOPS_ADD_ROWS(type, name, 256, PACKOPS_NUMBERS_128, PACKOPS_SUMS_128, "%128, %129, %130, %131", "%132", "%133")
 PACKOPS_GROUP_PRODUCTS(bf16_t, "bf16")
 PACKOPS_GROUP_PRODUCTS(half_t, "f16")
 
 #else  // only so that kernels which are never launched here compile
 
 struct WgmmaDescriptor {
-  __device__ __forceinline__ explicit WgmmaDescriptor(const void*) {}
+  __device__ __forceinline__ explicit WgmmaDescriptor(const void*, int = 16) {}
   __device__ __forceinline__ WgmmaDescriptor at(int) const { return *this; }
 };
 
-__device__ __forceinline__ void fence_proxy_async() {}
 __device__ __forceinline__ void wgmma_fence() {}
 __device__ __forceinline__ void wgmma_commit_group() {}
 template <int kNewest>
 __device__ __forceinline__ void wgmma_wait_group() {}
 template <int kColumns>
 __device__ __forceinline__ void wgmma_fence_operand(float (&)[kColumns][4]) {}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_inc() {}
+template <int kRegisters>
+__device__ __forceinline__ void setmaxnreg_dec() {}
 template <int kColumns, typename T>
 __device__ __forceinline__ void wgmma_ss(float (&)[kColumns][4], WgmmaDescriptor, WgmmaDescriptor, bool, T) {}
-template <typename T>
-__device__ __forceinline__ void wgmma_rs(float (&)[8][4], const uint32_t (&)[4], WgmmaDescriptor, T) {}
+template <int kColumns, typename T>
+__device__ __forceinline__ void wgmma_rs(float (&)[kColumns][4], const uint32_t (&)[4], WgmmaDescriptor, bool, T) {}
 
 #endif
 
@@ -250,12 +300,47 @@ __device__ __forceinline__ void mbarrier_wait_parity_cluster(MBarrier* barrier, 
       : "memory");
 }
 
+// cp.async.mbarrier.arrive.noinc: arrives once this thread's copies by cp.async so far have landed.
+__device__ __forceinline__ void cp_async_mbarrier_arrive(MBarrier* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
 // cp.async.bulk (TMA) from global to shared memory. Addresses and bytes are multiples of 16. Completes on the mbarrier.
 __device__ __forceinline__ void cp_async_bulk(void* destination, const void* source, uint32_t bytes, MBarrier* barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    shared_address(destination)),
                "l"(source), "r"(bytes), "r"(shared_address(barrier))
                : "memory");
+}
+
+// cp.async.bulk from shared to global memory, in groups: what a thread has issued since its last commit is one. Other threads that
+// wrote the source need fence_proxy_async(), then a barrier. wait_group: for all but the newest groups; read: until their sources
+// were read, so that these may change.
+__device__ __forceinline__ void cp_async_bulk_store(void* destination, const void* source, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(destination), "r"(shared_address(source)),
+               "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_commit_group() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+template <int kNewest>
+__device__ __forceinline__ void cp_async_bulk_wait_group_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kNewest) : "memory");
+}
+__device__ __forceinline__ void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// mbarrier.test_wait: whether the phase of that parity has completed.
+__device__ __forceinline__ bool mbarrier_test_wait_parity(MBarrier* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done;
 }
 
 __device__ __forceinline__ uint32_t cluster_ctarank() {

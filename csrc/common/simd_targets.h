@@ -5,7 +5,9 @@
 //
 // The file is included inside the namespace with PACKOPS_LANES floats per vector and common/simd.h before it. It must not include
 // anything itself: code of the standard library compiled here would carry the wrong instructions into every other file.
+#ifdef __x86_64__
 #include <immintrin.h>
+#endif
 
 #include <cmath>
 #include <cstdint>

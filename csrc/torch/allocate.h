@@ -8,9 +8,6 @@
 #include <stdexcept>
 #include <utility>
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/ops.h>
-
 #include "torch/check.h"
 
 // Weak: only torch >= 2.13 has the first; the second is no part of any ABI.

@@ -11,10 +11,8 @@
 #include <sstream>
 #include <string>
 
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
 #include "torch/error.h"
+#include "torch/stable.h"
 
 namespace packops {
 

@@ -20,14 +20,22 @@ struct AttentionOptions {
   std::optional<double> softcap, scale;
 };
 
-// What the kernels read: the tensor itself, or a copy where a row is not contiguous or, on CUDA, does not begin at 16 bytes.
-Tensor set_input(const Tensor& tensor, Heads* heads) {
+// Whether a dimension is one row over and over.
+bool is_expanded(const Tensor& tensor) {
+  const auto repeats = [&](int64_t i) { return tensor.size(i) > 1 && tensor.stride(i) == 0; };
+  return repeats(0) || repeats(1);
+}
+
+// What the kernels read: the tensor itself, or a copy where a row is not contiguous or, on CUDA, does not begin at 16 bytes. by_map:
+// or is expanded, since a kernel may read it by a tensor map.
+Tensor set_input(const Tensor& tensor, Heads* heads, bool by_map) {
   bool fits = tensor.size(2) <= 1 || tensor.stride(2) == 1;
   if (tensor.is_cuda())
     fits &= (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) | uintptr_t(tensor.stride(0) * 2) |
              uintptr_t(tensor.stride(1) * 2)) %
                 16 ==
             0;
+  if (tensor.is_cuda() && by_map) fits &= !is_expanded(tensor);
   const Tensor read = fits ? tensor : contiguous_copy(tensor);
   *heads = {read.const_data_ptr(), read.stride(0), read.stride(1)};
   return read;
@@ -73,7 +81,7 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   p.scale = options.scale.value_or(1 / std::sqrt(double(dim)));
 
   const auto [boundaries, axis] = check_documents(kOp, cu_seqlens, p.tokens, "q", q);
-  Attention a{p, set_input(q, &p.q), set_input(k, &p.k), set_input(v, &p.v), boundaries};
+  Attention a{p, set_input(q, &p.q, true), set_input(k, &p.k, true), set_input(v, &p.v, true), boundaries};
   p.axis = axis;
   a.params = p;
   return a;
@@ -89,6 +97,13 @@ void run(const AttentionParams& p, const Tensor& q, bool backward) {
   const CudaScope scope(q);
   check_cuda((backward ? attention_backward_cuda : attention_cuda)(p, scope.stream()), kOp);
 #endif
+}
+
+// On CUDA there is one place more than there are tiles: for the kernels' flag, and in the forward for what they count in.
+void set_scratch(AttentionParams& p) {
+  if (!p.tiles) return;
+  p.far = reinterpret_cast<int32_t*>(p.tiles + attention_tiles(p.tokens, p.axis.documents));
+  p.drawn = reinterpret_cast<unsigned*>(p.far + 1);
 }
 
 void set_forest(AttentionParams& p, const PackedForestParams& forest) {
@@ -111,12 +126,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
     numbers = allocate(q, {0}, ScalarType::Int);
   }
   const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
-  const Tensor lse = allocate(q, {p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor lse = allocate(q, {2, p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Tensor tiles =
-      allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) : 0, kAttentionTileNumbers}, ScalarType::Int);
+      allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) + 1 : 0, kAttentionTileNumbers}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
+  set_scratch(p);
   run(p, q, false);
   return {out, lse, tiles, numbers};
 }
@@ -145,23 +161,25 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   };
   check_shape(grad_out, "grad_out");
   check_shape(out, "out");
-  PACKOPS_CHECK(lse.dim() == 2 && lse.size(0) == p.heads && lse.size(1) == p.tokens &&
+  PACKOPS_CHECK(lse.dim() == 3 && lse.size(0) == 2 && lse.size(1) == p.heads && lse.size(2) == p.tokens &&
                     lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
                     lse.device() == q.device(),
                 ValueError, kOp, ": lse must be that of the forward pass");
-  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kAttentionTileNumbers * attention_tiles(p.tokens, p.axis.documents) &&
+  PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kAttentionTileNumbers * (attention_tiles(p.tokens, p.axis.documents) + 1) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
-  const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);
+  const Tensor read_grad = set_input(grad_out, &p.grad_out, false), read_out = as_contiguous(out);
   const Tensor read_lse = as_contiguous(lse), read_tiles = as_contiguous(tiles);
-  const Tensor delta = allocate(q, {q.is_cuda() ? p.heads * p.tokens : 0}, ScalarType::Float);
+  const Tensor delta = allocate(q, {q.is_cuda() ? p.heads * p.tokens + 1 : 0}, ScalarType::Float);
   const Tensor grad_q = allocate(q, {p.tokens, p.heads, p.head_dim});
   const Tensor grad_k = allocate(q, {p.tokens, p.kv_heads, p.head_dim});
   const Tensor grad_v = allocate(q, {p.tokens, p.kv_heads, p.head_dim});
   p.out = const_cast<void*>(read_out.const_data_ptr());
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));
+  set_scratch(p);
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
+  p.drawn = reinterpret_cast<unsigned*>(p.delta + p.heads * p.tokens);
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = grad_k.mutable_data_ptr();
   p.grad_v = grad_v.mutable_data_ptr();

@@ -90,18 +90,20 @@ struct Shard {
   std::optional<int64_t> vocab_size;
 };
 
-const float* float_weights(const OptionalTensor& weight, const Tensor& logits, int64_t numel, const char* name, Tensor& holder) {
+// The numbers of a weight in the state's type, from `first` on. `holder` keeps converted ones alive.
+const void* weights_of(const CeLossParams& p, const OptionalTensor& weight, const Tensor& logits, int64_t numel, const char* name,
+                       Tensor& holder, int64_t first = 0) {
   if (!weight) return nullptr;
   check_device(kOp, name, *weight, "logits", logits);
   PACKOPS_CHECK(weight->numel() == numel, ValueError, kOp, ": ", name, " must have ", numel, " elements, got shape ",
                 shape_of(*weight));
   const DType dtype = kernel_dtype(*weight, kOp, name);
   PACKOPS_CHECK(!is_index(dtype), TypeError, kOp, ": ", name, " must be floating point, got ", dtype_of(*weight));
-  holder = as_contiguous(as_dtype(*weight, ScalarType::Float));
-  return static_cast<const float*>(holder.data_ptr());
+  const bool is_double = p.logits_dtype == DType::f64;
+  holder = as_contiguous(as_dtype(*weight, is_double ? ScalarType::Double : ScalarType::Float));
+  return static_cast<const char*>(holder.data_ptr()) + first * size_of(is_double ? DType::f64 : DType::f32);
 }
 
-// `holder` keeps a converted class_weight alive.
 void set_maths(CeLossParams& p, const Options& options, const Tensor& like, Tensor& holder) {
   PACKOPS_CHECK(options.label_smoothing >= 0 && options.label_smoothing <= 1, ValueError, kOp,
                 ": label_smoothing must be in [0, 1], got ", options.label_smoothing);
@@ -112,12 +114,11 @@ void set_maths(CeLossParams& p, const Options& options, const Tensor& like, Tens
     check_positive(kOp, "softcap", *options.softcap);
     check_positive(kOp, "logit_scale / softcap", options.logit_scale / *options.softcap);
   }
-  p.label_smoothing = float(options.label_smoothing);
-  p.z_loss = float(options.z_loss);
-  p.softcap = float(options.softcap.value_or(0));
-  p.logit_scale = float(options.logit_scale);
-  p.class_weight = float_weights(options.class_weight, like, class_count(p), "class_weight", holder);
-  if (p.class_weight) p.class_weight += p.first_class;
+  p.label_smoothing = options.label_smoothing;
+  p.z_loss = options.z_loss;
+  p.softcap = options.softcap.value_or(0);
+  p.logit_scale = options.logit_scale;
+  p.class_weight = weights_of(p, options.class_weight, like, class_count(p), "class_weight", holder, p.first_class);
 }
 
 // What forward and backward share: the matrix and the maths options. `holder` keeps a converted class_weight alive.
@@ -271,7 +272,7 @@ Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
   p.labels = rows.labels.data_ptr();
   p.ignore_index = in.ignore_index;
   p.shift = in.shift;
-  p.token_weight = float_weights(in.token_weight, in.labels, p.rows, "token_weight", rows.token_weight);
+  p.token_weight = weights_of(p, in.token_weight, in.labels, p.rows, "token_weight", rows.token_weight);
 
   if (in.cu_seqlens) {
     const auto [boundaries, axis] = check_documents(kOp, *in.cu_seqlens, p.rows, "labels", in.labels);
@@ -450,6 +451,7 @@ std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, LOSS_PARAMETERS, bool 
   CeLossParams p;
   p.rows = labels.numel();
   p.vocab = vocab;
+  p.logits_dtype = double_precision ? DType::f64 : DType::f32;
   Tensor weights;
   set_maths(p, MATHS, labels, weights);
   const Rows rows = set_rows(p, LOSS_INPUTS);
@@ -468,7 +470,6 @@ std::tuple<Tensor, Tensor, Tensor> prepare(int64_t vocab, LOSS_PARAMETERS, bool 
     check_cuda(cudaError_t(ce_loss_prepare_cuda(p, scope.stream())), kOp);
 #endif
   } else {
-    p.logits_dtype = double_precision ? DType::f64 : DType::f32;
     prepare_on_cpu(p);
   }
   return {target, scale, counts};

@@ -11,7 +11,7 @@
 // PACKOPS_NAMESPACE (python/packops/jit.py).
 #pragma once
 
-#include <torch/csrc/stable/library.h>
+#include "torch/stable.h"
 
 #ifndef PACKOPS_NAMESPACE
 #define PACKOPS_NAMESPACE packops

@@ -105,21 +105,15 @@ struct RopeOptions {
 // Without rotary_dim a table that fits twice into a head is read as half a table. Hugging Face's tables of partial rotary
 // embeddings hold every number twice and would be misread: raise on the host, where that shows.
 inline void check_half_table(const char* op, const RopeParams& p) {
-  const int width = p.rotary_dim / 2, half = width / 2;
-  if (width % 2 != 0) return;
-  bool halves_alike = true, neighbours_alike = true, turns = false;
+  const int width = p.rotary_dim / 2;
+  RopeRepetition repetition;
   for (int64_t batch = 0; batch < (p.per_token_table ? p.batch : 1); batch++)
-    for (int64_t row = 0; row < p.table_rows; row++) {
-      const auto sine = [&](int i) { return table_at<double>(p.sin, p.table_dtype, batch * p.sin_batch + row * p.sin_row + i); };
-      for (int i = 0; i < half; i++) {
-        halves_alike &= sine(i) == sine(i + half);
-        neighbours_alike &= sine(2 * i) == sine(2 * i + 1);
-        turns |= sine(i) != 0;
-        if (!halves_alike && !neighbours_alike) return;
-      }
-    }
-  PACKOPS_CHECK(!turns, ValueError, op, ": cos and sin hold every number twice, as Hugging Face makes them for ", width,
-                " rotary features: pass rotary_dim=", width, ", or else they are half a table of ", p.rotary_dim, " features");
+    for (int64_t row = 0; row < p.table_rows && repetition.possible(); row++)
+      repetition.add_row(
+          width, [&](int i) { return table_at<double>(p.sin, p.table_dtype, batch * p.sin_batch + row * p.sin_row + i); });
+  PACKOPS_CHECK(!repetition.found(), ValueError, op, ": cos and sin hold every number twice, as Hugging Face makes them for ",
+                width, " rotary features: pass rotary_dim=", width, ", or else they are half a table of ", p.rotary_dim,
+                " features");
 }
 
 // A table as wide as the rotary features has every number twice, at the two features of a pair. Only one is read: in the other
@@ -192,7 +186,8 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   p.rotary_dim = int32_t(rotary_dim);
   p.rotary_offset = int32_t(options.rotary_offset);
   p.interleaved = options.interleaved;
-  p.table_step = options.interleaved && width == rotary_dim ? 2 : 1;
+  p.table = width == rotary_dim ? RopeTable::full : options.rotary_dim || width % 2 != 0 ? RopeTable::half : RopeTable::guessed;
+  p.table_step = options.interleaved && p.table == RopeTable::full ? 2 : 1;
   p.transposed = options.transposed;
   p.cos = cos.data_ptr();
   p.sin = sin.data_ptr();
@@ -210,8 +205,8 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   }
 
   if (q.is_cpu()) {
-    if (width == rotary_dim) check_full_table(op, p);
-    else if (!options.rotary_dim) check_half_table(op, p);
+    if (p.table == RopeTable::full) check_full_table(op, p);
+    if (p.table == RopeTable::guessed) check_half_table(op, p);
   }
 
   p.mrope = options.mrope_section.has_value();

@@ -4,8 +4,6 @@
 #ifdef PACKOPS_WITH_CUDA
 
 #include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 
 #include "torch/check.h"
 

@@ -4,7 +4,7 @@
 
 #include <string>
 
-#include <torch/csrc/stable/stableivalue_conversions.h>
+#include "torch/stable.h"
 
 namespace packops {
 struct StringArgument : std::string {};

@@ -90,7 +90,7 @@ def cross_entropy(
         return losses.sum()
     norm_weight = torch.where(counted, weight * target_weight, 0.0)
     if reduction == "mean":
-        total = norm_weight.sum() if num_items is None else torch.as_tensor(num_items, device=x.device).double()
+        total = norm_weight.sum() if num_items is None else torch.as_tensor(num_items, dtype=torch.float64, device=x.device)
         return losses.sum() / total if counted.any() and total != 0 else losses.sum() * 0.0
 
     total, count = losses.sum() * 0.0, 0
@@ -105,7 +105,7 @@ def cross_entropy(
             total = total + losses[inside].sum() / norm_weight[inside].sum()
     if count == 0:
         return total
-    return total / (count if num_items is None else torch.as_tensor(num_items, device=x.device).double())
+    return total / (count if num_items is None else torch.as_tensor(num_items, dtype=torch.float64, device=x.device))
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None = None, **options) -> Tensor:

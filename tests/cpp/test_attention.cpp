@@ -113,7 +113,7 @@ struct Run {
     draw(p.q, heads, problem.size), draw(p.k, kv_heads, 1), draw(p.v, kv_heads, 1), draw(p.grad_out, heads, 1);
     out.assign(size_t(tokens * heads * dim), from_double<T>(kSentinel)), grad_q = out;
     grad_k.assign(size_t(tokens * kv_heads * dim), from_double<T>(kSentinel)), grad_v = grad_k;
-    lse.assign(size_t(tokens * heads), Real(kSentinel));
+    lse.assign(size_t(2 * tokens * heads), Real(kSentinel));
     p.tokens = tokens, p.heads = problem.heads, p.kv_heads = problem.kv_heads, p.head_dim = problem.dim, p.dtype = kDType<T>;
     p.causal = problem.causal, p.window = problem.window, p.scale = problem.scale, p.softcap = problem.softcap;
     p.axis.cu_seqlens = cu_seqlens.data(), p.axis.documents = problem.documents();
@@ -390,7 +390,7 @@ CASE(units_write_their_own_documents_only) {
     attention_cpu(again.p, unit, unit + 1);
     of_whole_or_untouched(again.out, whole.out, problem.heads);
     for (size_t i = 0; i < again.lse.size(); i++) {
-      const int64_t head = int64_t(i) / problem.tokens, t = int64_t(i) % problem.tokens;
+      const int64_t head = int64_t(i) / problem.tokens % problem.heads, t = int64_t(i) % problem.tokens;
       CHECK_EQ(again.lse[i], here[size_t(t * problem.kv_heads + head / group)] ? whole.lse[i] : 77.f);
     }
   }
@@ -450,6 +450,66 @@ CASE(blocks_fit_gpus_of_99_kib) {
     });
 }
 
+CASE(blocks_for_long_documents_fit_a_hopper) {
+  for (int head_dim : {64, 128, 256}) {
+    const auto check_registers = [](int groups) {
+      const int producer = attention_producer_registers(groups), consumer = attention_consumer_registers(groups);
+      CHECK(128 * (producer + groups * consumer) <= 65536);
+      CHECK(producer % 8 == 0 && consumer % 8 == 0);
+    };
+    const AttentionLongForwardShape forward = attention_long_forward_shape(head_dim);
+    CHECK(attention_long_forward_shared(head_dim) <= kH100.per_block);
+    CHECK(forward.turn % 8 == 0 && forward.turn <= 256 && forward.rows() <= 256);  // of a product, and of a box of a tensor map
+    check_registers(forward.groups);
+    if (attention_long_keys_from(head_dim) == kNeverLong) continue;
+    const AttentionLongKeysShape shape = attention_long_keys_shape(head_dim);
+    CHECK(attention_long_keys_shared(head_dim) <= kH100.per_block);
+    CHECK_EQ(shape.groups, 2);
+    check_registers(shape.groups);
+    CHECK(shape.slots % 2 == 0);  // lse and delta have a place per pair
+    // Where grad_k and grad_v are split, the products of the next turn begin before the tiles of this one are released.
+    CHECK(shape.slots >= (attention_keys_split(head_dim) ? 4 : 2));
+  }
+}
+CASE(documents_are_long_by_the_keys_that_a_query_sees) {
+  CHECK(!attention_is_long(1024, 0, 1024) && attention_is_long(1025, 0, 1024));
+  CHECK(!attention_is_long(9000, 1024, 1024) && attention_is_long(9000, 1025, 1024));
+  CHECK(!attention_is_long(1000, 4096, 1024) && attention_is_long(1 << 29, int64_t(1) << 40, 1024));
+  for (int head_dim : {64, 128, 256}) {  // the list of tiles is sorted by whole tiles
+    CHECK_EQ(attention_long_forward_from(head_dim) % kAttentionRows, 0);
+    CHECK(attention_long_keys_from(head_dim) == kNeverLong || attention_long_keys_from(head_dim) % kAttentionRows == 0);
+  }
+}
+CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
+  const DeviceLimits hopper = {90, 132, 228 << 10, 227 << 10, true};
+  AttentionParams p;
+  p.head_dim = 128, p.tokens = 1 << 20;
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 768);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 1024);
+  DeviceLimits other = hopper;
+  other.has_wgmma = false;  // code for another architecture, or another device
+  CHECK_EQ(choose_attention_long_forward_from(p, other), kNeverLong);
+  CHECK_EQ(choose_attention_long_keys_from(p, other), kNeverLong);
+  p.tokens = 1024;  // one document of all of them is long forward only
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 768);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
+  p.tokens = 768;
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), kNeverLong);
+  p.tokens = 1 << 20, p.window = 512;
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), kNeverLong);
+  p.window = 0, p.head_dim = 64;
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 3072);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
+  p.long_from = 64;  // no kernel for it, whatever is asked for
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
+  p.head_dim = 256;
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 64);
+  const ForestSegment segment = {};
+  p.prefixes.segments = &segment;
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
+}
 CASE(threads_share_rows_evenly) {
   for (int head_dim : {64, 128, 256})
     for (bool by_group : {false, true})

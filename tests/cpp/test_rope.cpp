@@ -421,6 +421,10 @@ CASE(a_launch_leaves_few_threads_idle) {
     return choose_rope_launch(dense(tokens, q_heads, k_heads, head_dim, head_dim, 0, 0, false, false), kDevice);
   };
   CHECK_EQ(launch(32, 8, 128).threads(), 160);  // one token
-  CHECK_EQ(launch(64, 8, 128).threads(), 144);  // half a token
+  CHECK_EQ(launch(64, 8, 128).threads(), 144);  // one token, four heads per thread; with two it would be half a token
+  CHECK_EQ(launch(64, 8, 128).unroll, 4);
+  CHECK_EQ(launch(64, 8, 128, 1024).unroll, 2);  // too little work
+  CHECK_EQ(launch(96, 8, 128).unroll, 2);        // more than a block with four as well
+  CHECK(launch(64, 8, 128).plain);
   CHECK_EQ(launch(16, 16, 64).threads(), 128);  // two tokens of two warps
 }

@@ -23,6 +23,9 @@ struct alignas(8) uint2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
 struct alignas(8) float2 {
   float x, y;
 };
@@ -188,11 +191,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
     emulator::needs_sm90("clusters");
     emulator::cluster_launches++;
   }
+  const auto threads_of = [](const dim3& x) { return uint64_t(x.x) * x.y * x.z; };
+  const uint64_t block = threads_of(launch->blockDim), all = threads_of(launch->gridDim) * block;
+  uint64_t waited = 0, waited_in_first = 0;
   emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1, [&] {
     kernel(arguments...);
-    // Launches run one after the other here. On a GPU this one could read what the one before has not written yet.
-    emulator::require(!follows || emulator::fibers[emulator::current].waited_for_launch,
-                      "a launch that may overlap the one before it does not wait for it");
+    if (!emulator::fibers[emulator::current].waited_for_launch) return;
+    waited++;
+    if (blockIdx.x + blockIdx.y + blockIdx.z == 0) waited_in_first++;
   });
+  // Launches run one after the other here. On a GPU this one could read what the one before has not written yet. All threads wait for
+  // that, or, where nothing of it is read, those of the first block.
+  emulator::require(!follows || waited == all || (waited == block && waited_in_first == block),
+                    "a launch that may overlap the one before it does not wait for it");
   return cudaSuccess;
 }

@@ -20,10 +20,18 @@ inline float lg2_approx(float x) { return std::log2(x); }
 // Code for older architectures has nothing here, so its launches must not overlap.
 inline void griddepcontrol_wait() { emulator::fibers[emulator::current].waited_for_launch = emulator::code_architecture >= 90; }
 
+inline void griddepcontrol_launch_dependents() {}
+
 inline void bar_sync(int id, int threads) {
   if (id == 0) return __syncthreads();
   emulator::wait(emulator::Waiting::for_some_of_block, uint64_t(id) << 32 | uint64_t(threads));
 }
+
+inline void bar_arrive(int id, int threads) { emulator::arrive_at_some(uint64_t(id) << 32 | uint64_t(threads)); }
+template <int kRegisters>
+void setmaxnreg_inc() {}
+template <int kRegisters>
+void setmaxnreg_dec() {}
 
 using MBarrier = uint64_t;
 
@@ -42,6 +50,7 @@ inline void cp_async_bulk(void* destination, const void* source, uint32_t bytes,
   emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
   emulator::depart({static_cast<char*>(destination), static_cast<const char*>(source), {}, bytes, barrier});
 }
+inline bool mbarrier_test_wait_parity(MBarrier* barrier, uint32_t parity) { return emulator::is_over(barrier, parity); }
 // A thread's copies arrive when it waits for them, not before; until then there is NaN.
 struct Copy {
   void* destination;
@@ -73,11 +82,34 @@ inline void land_copies_before(int group) {
     return true;
   });
 }
+inline void cp_async_mbarrier_arrive(MBarrier* barrier) {
+  land_copies_before(copy_groups[emulator::current] + 1);
+  emulator::arrive(barrier);
+}
 inline void cp_async_wait_all() { land_copies_before(copy_groups[emulator::current] + 1); }
 template <int kNewest>
 void cp_async_wait_group() {
   land_copies_before(copy_groups[emulator::current] - kNewest);
 }
+
+// Stores read their source when the thread waits for them, not before.
+inline std::map<int, std::vector<Copy>> stores;
+inline std::map<int, int> store_groups;
+inline void cp_async_bulk_store(void* destination, const void* source, uint32_t bytes) {
+  const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
+  emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
+  stores[emulator::current].push_back({destination, source, bytes, store_groups[emulator::current]});
+}
+inline void cp_async_bulk_commit_group() { store_groups[emulator::current]++; }
+template <int kNewest>
+void cp_async_bulk_wait_group_read() {
+  std::erase_if(stores[emulator::current], [](const Copy& store) {
+    if (store.group >= store_groups[emulator::current] - kNewest) return false;
+    std::memcpy(store.destination, store.source, store.bytes);
+    return true;
+  });
+}
+inline void cp_async_bulk_wait_group() { cp_async_bulk_wait_group_read<0>(); }
 
 // ---- Products of small matrices by a warp: lanes show each other where their operands are, and go on when all have read them.
 
@@ -130,7 +162,8 @@ void wgmma_fence_operand(float (&)[kColumns][4]) {}
 
 class WgmmaDescriptor {
  public:
-  explicit WgmmaDescriptor(const void* tile) : tile_(reinterpret_cast<uintptr_t>(tile)) {
+  explicit WgmmaDescriptor(const void* tile, int panel_bytes = 16)
+      : tile_(reinterpret_cast<uintptr_t>(tile)), panel_bytes_(panel_bytes) {
     emulator::require(tile_ % 1024 == 0, "a tile of a warp group's products that does not begin at 1024 bytes");
   }
   WgmmaDescriptor at(int bytes) const {
@@ -139,13 +172,14 @@ class WgmmaDescriptor {
     return other;
   }
   uint16_t element(int row, int column) const {
-    uintptr_t at = tile_ + uintptr_t(row * 128 + column * 2);
+    uintptr_t at = tile_ + uintptr_t(column / 64 * panel_bytes_ + row * 128 + column % 64 * 2);
     at ^= (at >> 7 & 7) << 4;
     return *reinterpret_cast<const uint16_t*>(at);
   }
 
  private:
   uintptr_t tile_;
+  int panel_bytes_;
 };
 template <int kColumns, typename T>
 void wgmma_ss(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
@@ -160,15 +194,17 @@ void wgmma_ss(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, boo
     }
   emulator::collective(0);
 }
-template <typename T>
-void wgmma_rs(float (&s)[8][4], const uint32_t (&a)[4], WgmmaDescriptor b, T type) {
+template <int kColumns, typename T>
+void wgmma_rs(float (&s)[kColumns][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add, T type) {
   const emulator::Shown all = emulator::collective(reinterpret_cast<uintptr_t>(a));
   const int lane = emulator::current % 32;
+  if (!add)
+    for (auto& four : s) four[0] = four[1] = four[2] = four[3] = 0;
   for (int i = 0; i < 4; i++)
     for (int k = 0; k < 16; k++) {
       const uint32_t word = reinterpret_cast<const uint32_t*>(all.value[lane / 4 * 4 + k % 8 / 2])[i / 2 + 2 * (k / 8)];
       const float weight = element(uint16_t(k % 2 ? word >> 16 : word), type);
-      for (int n = 0; n < 8; n++) s[n][i] += weight * element(b.element(k, 8 * n + 2 * (lane % 4) + i % 2), type);
+      for (int n = 0; n < kColumns; n++) s[n][i] += weight * element(b.element(k, 8 * n + 2 * (lane % 4) + i % 2), type);
     }
   emulator::collective(0);
 }

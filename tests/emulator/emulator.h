@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <random>
 #include <string>
 #include <unordered_map>
@@ -105,7 +106,8 @@ struct Shown {
   uint64_t value[32];
   bool present[32];
 };
-inline std::vector<Shown> shown;  // by the lanes of each warp, at their last collective
+inline std::map<std::pair<int, uint64_t>, uint64_t> arrived;  // at a block's barriers for some of it, without waiting
+inline std::vector<Shown> shown;                              // by the lanes of each warp, at their last collective
 
 inline void become(int thread) {
   current = thread;
@@ -245,6 +247,10 @@ inline bool run_warps() {
   return ran;
 }
 
+inline void arrive_at_some(uint64_t barrier) {
+  sometimes_yield();
+  require(++arrived[{this_block(), barrier}] < uint32_t(barrier), "more arrivals at a barrier than it expects");
+}
 inline bool run_collectives() {
   bool ran = false;
   for (int begin = 0; begin < int(fibers.size()); begin += 32) {
@@ -260,11 +266,16 @@ inline bool run_collectives() {
     std::unordered_map<uint64_t, uint64_t> there;  // by the barrier's number and how many threads it is for
     for (int i = begin; i < end; i++)
       if (is_waiting(fibers[i], Waiting::for_some_of_block)) there[fibers[i].value]++;
-    for (int i = begin; i < end; i++)
-      if (is_waiting(fibers[i], Waiting::for_some_of_block) && there[fibers[i].value] == uint32_t(fibers[i].value)) {
-        fibers[i].waiting = Waiting::for_nothing;
-        ran = true;
-      }
+    for (const auto& [barrier, count] : there) {
+      uint64_t& early = arrived[{b, barrier}];
+      require(count + early <= uint32_t(barrier), "more arrivals at a barrier than it expects");
+      if (count + early < uint32_t(barrier)) continue;
+      early = 0;
+      ran = true;
+      for (int i = begin; i < end; i++)
+        if (is_waiting(fibers[i], Waiting::for_some_of_block) && fibers[i].value == barrier)
+          fibers[i].waiting = Waiting::for_nothing;
+    }
   }
   const int all = int(fibers.size());
   return ran | release(0, all, Waiting::for_cluster, all_wait(0, all, Waiting::for_cluster));
@@ -276,6 +287,7 @@ inline void run_together(int blocks, size_t shared_bytes) {
   shown.assign(fibers.size() / 32 + 1, {});
   shared_memory.assign(blocks, std::vector<char>(shared_bytes + 2048, char(0xff)));
   barriers.clear();
+  arrived.clear();
   for (Fiber& f : fibers) {
     f.done = f.waited_for_launch = false;
     f.waiting = Waiting::for_nothing;

@@ -23,8 +23,11 @@ struct Problem {
   double softcap = 0;
   double size = 1;                    // of queries: large ones make rows whose weight lies on one key
   bool wide = false;                  // boundaries as int64
+  int32_t long_from = 0;              // tokens beyond which documents take the kernels for long ones; 0: as they choose
+  int32_t long_backward_from = 0;     // the same of the backward, where it is another
   std::vector<int32_t> parents = {};  // shared prefixes: what segments, which are then the documents above, continue
   int bad_segment = -1;               // whose inputs and gradients are NaN
+  double key_size = 0;                // queries and keys are this at one feature, their token's, and 0 at the others; 0: random
 };
 
 constexpr int64_t kGuard = 16;  // elements before and behind every output, which nobody may write
@@ -60,6 +63,10 @@ Results<T> run(const Problem& problem, bool cuda) {
     }
   if (const int64_t padding = problem.cu_seqlens.back(); padding >= 0 && padding < problem.tokens)  // nobody reads it
     for (int64_t i = padding * row; i < problem.tokens * row; i++) qkv[size_t(i)] = from_float<T>(NAN);
+  if (problem.key_size > 0)
+    for (int64_t t = 0; t < problem.tokens; t++)
+      for (int64_t i = 0; i < (problem.heads + problem.kv_heads) * dim; i++)
+        qkv[size_t(t * row + i)] = from_float<T>(i % dim == t * 7 % dim ? float(problem.key_size) : 0.f);
   if (problem.bad_segment >= 0) {
     const int64_t begin = problem.cu_seqlens[size_t(problem.bad_segment)],
                   end = problem.cu_seqlens[size_t(problem.bad_segment) + 1];
@@ -70,7 +77,7 @@ Results<T> run(const Problem& problem, bool cuda) {
   Results<T> r;
   r.out = guarded(q_size, from_float<T>(77)), r.grad_q = r.out;
   r.grad_k = guarded(kv_size, from_float<T>(77)), r.grad_v = r.grad_k;
-  r.lse = guarded(problem.tokens * problem.heads, 77.f);
+  r.lse = guarded(2 * problem.tokens * problem.heads, 77.f);
   AttentionParams p;
   p.q = {qkv.data(), row, dim};
   p.k = {qkv.data() + problem.heads * dim, row, dim};
@@ -96,10 +103,14 @@ Results<T> run(const Problem& problem, bool cuda) {
   p.grad_q = r.grad_q.data() + kGuard, p.grad_k = r.grad_k.data() + kGuard, p.grad_v = r.grad_v.data() + kGuard;
   const AttentionTile nothing = {77, 77, 77, 77, 77};
   std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.axis.documents), nothing);
-  std::vector<float> delta = r.lse;
-  p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard;
+  std::vector<float> delta = guarded(problem.tokens * problem.heads, 77.f);
+  unsigned drawn = 77;
+  int32_t far = 77;
+  p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard, p.drawn = &drawn, p.far = &far;
+  p.long_from = problem.long_from;
   if (cuda) {
     CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
+    if (problem.long_backward_from) p.long_from = problem.long_backward_from;
     CHECK_EQ(attention_backward_cuda(p, nullptr), cudaSuccess);
   } else {
     attention_cpu(p, 0, (p.axis.documents + 1) * p.kv_heads);
@@ -120,8 +131,8 @@ void compare(const Problem& problem) {
   // Weights and g are rounded to T before they are factors of a product; of the sums, whose size is that of the largest, a few
   // units.
   const double unit = std::is_same_v<T, half_t> ? 0x1p-11 : 0x1p-8;
-  const auto check = [&](const char* name, const auto& a, const auto& b, double tolerance) {
-    double largest = 0, worst = 0;
+  const auto check = [&](const char* name, const auto& a, const auto& b, double tolerance, double size = 0) {
+    double largest = size, worst = 0;
     const size_t end = b.size() - size_t(kGuard);
     for (size_t i = size_t(kGuard); i < end; i++)
       largest = std::max(largest, std::isfinite(to_float(b[i])) ? std::abs(double(to_float(b[i]))) : 0);
@@ -138,9 +149,12 @@ void compare(const Problem& problem) {
     }
   };
   check("out", got.out, want.out, 2 * unit);
-  check("lse", got.lse, want.lse, 4e-6);
-  check("grad_q", got.grad_q, want.grad_q, 3 * unit);
-  check("grad_k", got.grad_k, want.grad_k, 3 * unit);
+  const auto lse_of = [&](const Results<T>& r) {  // without its second part
+    return std::vector<float>(r.lse.begin(), r.lse.begin() + 2 * kGuard + problem.tokens * problem.heads);
+  };
+  check("lse", lse_of(got), lse_of(want), 4e-6);
+  check("grad_q", got.grad_q, want.grad_q, 3 * unit, problem.key_size);  // sums of terms of that size that cancel
+  check("grad_k", got.grad_k, want.grad_k, 3 * unit, problem.key_size);
   check("grad_v", got.grad_v, want.grad_v, 3 * unit);
 }
 
@@ -165,6 +179,57 @@ CASE(windows_softcaps_and_both_directions) {
   compare<bf16_t>({{0, 100}, 100, 2, 1, 64, true, 0, 5.0, 8});
   compare<bf16_t>({{0, 100}, 100, 2, 1, 256, true, 40, 50.0, 30});
 }
+// A prompt and branches of every length around that of a tile; a tree in a tree; a document between trees; padding.
+const std::vector<int32_t> kSegments = {0, 70, 71, 134, 198, 330, 331, 340, 420, 425, 500};
+const std::vector<int32_t> kParents = {-1, 0, 0, 2, 2, 0, -1, 6, 7, -1};
+
+// The kernels for long documents, with documents that begin at 65 tokens, beside short ones. 264 tokens are three turns of keys, so
+// that the ring of two comes around, and more than one item of work.
+CASE(long_documents) {
+  const auto compare_long = [](Problem problem, auto type) {
+    problem.long_from = 64;
+    compare<decltype(type)>(problem);
+  };
+  for (int32_t head_dim : {64, 128, 256}) {
+    compare_long({{0, 20, 85, 86, 350, 390}, 395, 1, 1, head_dim}, bf16_t{});
+    compare_long({{0, 150, 160}, 160, 2, 1, head_dim, true, 66, 5.0, 8},
+                 bf16_t{});                                                    // a window whose last query is alone in its turn
+    compare_long({{0, 130}, 130, 1, 1, head_dim, false, 0, 0, 60}, half_t{});  // weights on one key
+    compare_long({{0, 129}, 129, 3, 3, head_dim, true, 128}, half_t{});        // of every token but one
+    Problem forest{{0, 70, 71, 134, 207}, 210, 1, 1, head_dim};
+    forest.parents = {-1, 0, 0, -1};
+    compare_long(forest, bf16_t{});
+    if (!emulator::is_long) continue;
+    compare_long({{0, 20, 85, 86, 480, 540}, 550, 2, 1, head_dim}, bf16_t{});
+    compare_long({{0, 130, 330}, 330, 1, 1, head_dim, false}, half_t{});
+    forest = {kSegments, 510, 2, 1, head_dim};
+    forest.parents = kParents;
+    forest.window = 90;
+    compare_long(forest, bf16_t{});
+  }
+  const int32_t most = 0x7fffffff;
+  for (const std::vector<int32_t>& cu_seqlens :
+       std::vector<std::vector<int32_t>>{{5, 70}, {0, 500}, {-7, 50, 3, 60}, {60, 0, 70}, {0, most}, {0, 65, 0, 66, 1, 70}}) {
+    Problem problem{cu_seqlens, 70, 1, 1, 64};
+    problem.long_from = 64;
+    run<bf16_t>(problem, true);
+    problem.head_dim = 128;
+    run<bf16_t>(problem, true);
+  }
+}
+// A document's gradients do not say which kernels made them.
+CASE(long_documents_have_the_bits_of_short_ones) {
+  for (int32_t head_dim : {128, 256})
+    for (Problem problem :
+         {Problem{{0, 20, 150}, 150, 2, 1, head_dim}, Problem{{0, 130}, 130, 1, 1, head_dim, true, 66, 5.0, 8}}) {
+      problem.long_from = 64;
+      const Results<bf16_t> got = run<bf16_t>(problem, true);
+      problem.long_backward_from = kNeverLong;
+      const Results<bf16_t> want = run<bf16_t>(problem, true);
+      const auto same = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0; };
+      CHECK(same(got.grad_q, want.grad_q) && same(got.grad_k, want.grad_k) && same(got.grad_v, want.grad_v));
+    }
+}
 CASE(weights_on_one_key) {
   compare<bf16_t>({{0, 150}, 150, 2, 1, 64, true, 0, 0, 60});
   compare<half_t>({{0, 150}, 150, 2, 1, 128, true, 0, 0, 60});
@@ -174,6 +239,16 @@ CASE(padding_alone) {
   compare<half_t>({{0, 0, 0}, 1, 2, 1, 128});
   compare<bf16_t>({{0, 0}, 0, 2, 1, 64});
 }
+// A query's weight lies on the keys of its own feature. From scores of 2^31 on, rounding alone would overflow an exponent.
+CASE(scores_beyond_the_exponents_of_fp32) {
+  for (int32_t head_dim : {64, 128, 256})
+    for (int32_t long_from : {0, 64})
+      for (double size : {0x1.6ap10, 0x1.6ap15, 0x1.6ap18}) {
+        Problem problem{{0, 130}, 130, 1, 1, head_dim};
+        problem.long_from = long_from, problem.key_size = size;
+        compare<bf16_t>(problem);
+      }
+}
 CASE(more_documents_than_threads_that_place_them) {
   Problem problem{{0}, 0, 1, 1, 64};
   problem.wide = true;
@@ -181,10 +256,6 @@ CASE(more_documents_than_threads_that_place_them) {
   problem.tokens = problem.cu_seqlens.back() + 3;
   compare<bf16_t>(problem);
 }
-// A prompt and branches of every length around that of a tile; a tree in a tree; a document between trees; padding.
-const std::vector<int32_t> kSegments = {0, 70, 71, 134, 198, 330, 331, 340, 420, 425, 500};
-const std::vector<int32_t> kParents = {-1, 0, 0, 2, 2, 0, -1, 6, 7, -1};
-
 CASE(branches_of_a_shared_prefix) {
   for (int32_t head_dim : {64, 128, 256}) {
     Problem problem{kSegments, 510, 2, 1, head_dim};
@@ -277,7 +348,9 @@ std::vector<AttentionTile> tiles_of(const std::vector<int32_t>& cu_seqlens, int6
   p.out = out.data(), p.lse = lse.data();
   std::vector<AttentionTile> tiles(size_t(attention_tiles(p.tokens, p.axis.documents)),
                                    AttentionTile{0, 1, 0, 1});  // none of them
-  p.tiles = tiles.data();
+  unsigned drawn;
+  int32_t far;
+  p.tiles = tiles.data(), p.drawn = &drawn, p.far = &far;
   CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
   return tiles;
 }

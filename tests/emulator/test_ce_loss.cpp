@@ -349,7 +349,7 @@ CASE(shards_of_the_vocabulary_make_the_whole) {
       part.p.first_class = kBegin[s];
       part.p.classes = kVocab;
       part.p.logits = static_cast<const float*>(problem.p.logits) + kBegin[s];
-      if (part.p.class_weight) part.p.class_weight += kBegin[s];
+      if (part.p.class_weight) part.p.class_weight = static_cast<const float*>(part.p.class_weight) + kBegin[s];
       part.p.grad = nullptr;
       part.p.partial = partials.data() + s * size;
       part.run_cuda();

@@ -171,3 +171,56 @@ CASE(statistics_gradient_and_logits) {
   compare<bf16_t>(12, 50, 32, {.logit_scale = 0.7, .softcap = 3, .bias = true});
   compare<half_t>(5, 386, 16, {.softcap = 20, .entropy = false});
 }
+
+// Logits so large that e^x tells only equal from smaller: the largest share the probability. Sums are exact: one product each.
+CASE(huge_logits) {
+  if (!emulator::code_has_wgmma) return;
+  constexpr int64_t kVocab = 400, kWidth = 16;
+  const std::vector<float> sizes = {1e3f, 1e8f, 1e9f, 2.1e9f, 3e9f, 1e12f, 1e20f, 1.2e38f};
+  for (double scale : {1.0, 0.7, 1.3, 1e-3})
+    for (double softcap : {0.0, 30.0})
+      for (int ties : {1, 3}) {
+        Problem<bf16_t> x(int64_t(4 * sizes.size()), kVocab, kWidth, {.logit_scale = scale, .softcap = softcap, .bias = true});
+        std::fill(x.hidden.begin(), x.hidden.end(), from_float<bf16_t>(0));
+        std::fill(x.weight.begin(), x.weight.end(), from_float<bf16_t>(0));
+        std::fill(x.bias.begin(), x.bias.end(), from_float<bf16_t>(0));
+        x.bias[5] = x.bias[390] = from_float<bf16_t>(-INFINITY);
+        for (int64_t j = 0; j < kVocab; j++)  // the largest and the smallest are in each of the three tiles, or in one
+          x.weight[size_t(j * kWidth)] = from_float<bf16_t>(j % 192 == 7 && j / 192 < ties    ? 1.9921875f
+                                                            : j % 192 == 11 && j / 192 < ties ? 1.0078125f
+                                                                                              : 1.5f);
+        for (int64_t t = 0; t < x.rows; t++) {
+          const bool positive = t % 2 == 0;
+          x.hidden[size_t(t * kWidth)] = from_float<bf16_t>(positive ? sizes[size_t(t / 4)] : -sizes[size_t(t / 4)]);
+          const int32_t largest = positive ? 7 : 11, in_last = largest + 192 * (ties - 1);
+          x.target[size_t(t)] = t % 4 < 2 ? in_last : 100;
+        }
+        LmHeadParams p = x.p;
+        std::vector<float> workspace(size_t(lm_head_workspace(p)), NAN), log_prob(x.rows), entropy(x.rows), row_max(x.rows),
+            log_sum(x.rows), ones(x.rows, 1), zeros(x.rows, 0);
+        p.workspace = workspace.data(), p.log_prob = log_prob.data(), p.row_max = row_max.data(), p.log_sum = log_sum.data();
+        p.entropy = entropy.data();
+        CHECK_EQ(lm_head_cuda(LmHeadPass::statistics, p, nullptr), cudaSuccess);
+        std::vector<bf16_t> out(size_t(x.rows * kVocab));
+        p.out = out.data(), p.out_stride = kVocab, p.on_p = ones.data(), p.on_p_log = zeros.data(), p.on_label = zeros.data();
+        CHECK_EQ(lm_head_cuda(LmHeadPass::gradient, p, nullptr), cudaSuccess);
+        for (int64_t t = 0; t < x.rows; t++) {
+          const double h = to_float(x.hidden[size_t(t * kWidth)]), largest = x.capped(h * (h > 0 ? 1.9921875 : 1.0078125));
+          const double others = x.capped(h * 1.5), gap = largest - others;
+          if (softcap > 0 && std::fabs(h * scale) > 1e3) {  // all are at the cap; the two that are -inf at the lower end of it
+            CHECK(std::fabs(log_prob[t] + std::log(h > 0 ? 398 : 400)) <= 1e-5);
+            for (int64_t j = 0; j < kVocab; j++) CHECK(to_float(out[size_t(t * kVocab + j)]) == 0);
+          }
+          if (gap < 50) continue;
+          CHECK(std::fabs(row_max[t] + double(log_sum[t]) - largest - std::log(ties)) <= 1e-6 * std::fabs(largest) + 1e-5);
+          CHECK(std::fabs(entropy[t] - std::log(ties)) <= 1e-5);
+          if (t % 4 < 2) CHECK(std::fabs(log_prob[t] + std::log(ties)) <= 1e-5);
+          else CHECK(std::fabs(log_prob[t] + gap + std::log(ties)) <= 1e-6 * std::fabs(largest) + 1e-4);
+          for (int64_t j = 0; j < kVocab; j++) {
+            const bool shares = j % 192 == (h > 0 ? 7 : 11) && j / 192 < ties;
+            const double slope = shares ? x.slope(largest / scale) : 0, found = to_float(out[size_t(t * kVocab + j)]);
+            CHECK(std::fabs(found - (shares ? slope / ties : 0)) <= 0.01 * slope);
+          }
+        }
+      }
+}

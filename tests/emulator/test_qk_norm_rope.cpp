@@ -196,3 +196,58 @@ CASE(positions_outside_the_table) {
     for (float d : weight_grad) CHECK(!std::isnan(d));
   }
 }
+
+// A table of two rows that would be misread (see RopeTable), or not. The first token has position 0. Kernels of one warp's heads,
+// and wide ones.
+CASE(misread_tables) {
+  enum Columns { half, halves, neighbours };
+  for (int head_dim : {16, 320})
+    for (RopeTable read : {RopeTable::guessed, RopeTable::full})
+      for (Columns columns : {half, halves, neighbours})
+        for (int flags = 0; flags < 8; flags++) {
+          const bool interleaved = flags & 1, mrope = flags & 2, across = flags & 4, full = read == RopeTable::full;
+          const bool faulty = full ? columns != (interleaved ? neighbours : halves) : columns != half;
+          constexpr int kTurning = 8;
+          const int width = full ? kTurning : kTurning / 2;
+          const size_t size = size_t(2 * head_dim);
+          std::vector<float> x(size), y(size), dx(size), g(size), weight(size_t(head_dim), 1), weight_grad(weight), partial;
+          for (size_t i = 0; i < size; i++) x[i] = float(i % 5) + 1, g[i] = float(i % 7) + 1;
+          std::vector<float> cos(size_t(2 * width), 1), sin(size_t(2 * width), 0);
+          for (int i = 0; i < width; i++) {
+            const int angle = columns == half ? i : columns == halves ? i % (width / 2) : i / 2;
+            cos[size_t(width + i)] = std::cos(float(angle + 1)), sin[size_t(width + i)] = std::sin(float(angle + 1));
+          }
+          const std::vector<int64_t> ids = {0, 1, 0, 1, 0, 1};
+          QkNormRopeParams p;
+          p.across_heads = across;
+          p.rope.tokens = 2, p.rope.head_dim = head_dim, p.rope.rotary_dim = kTurning, p.rope.interleaved = interleaved;
+          p.rope.q = {x.data(), y.data(), 1, 0, head_dim, head_dim, 0, head_dim, head_dim};
+          p.rope.cos = cos.data(), p.rope.sin = sin.data(), p.rope.table_rows = 2, p.rope.cos_row = p.rope.sin_row = width;
+          p.rope.table = read, p.rope.table_step = full && interleaved ? 2 : 1;
+          p.rope.position_ids = ids.data(), p.rope.position_axis = 2, p.rope.position_token = 1;
+          p.rope.mrope = mrope;
+          p.rope.mrope_section[0] = 2, p.rope.mrope_section[1] = p.rope.mrope_section[2] = 1;
+          p.q_weight = weight.data();
+          CHECK_EQ(qk_norm_rope_cuda(p, nullptr), cudaSuccess);
+          p.rope.transposed = true;
+          p.rope.q.out = dx.data();
+          p.q_grad = p.rope.q, p.q_grad.in = g.data();
+          qk_norm_rope_cuda_partials(p);
+          partial.resize(size_t(p.q_partials * head_dim));
+          p.q_partial = partial.data(), p.q_weight_grad = weight_grad.data();
+          CHECK_EQ(qk_norm_rope_cuda(p, nullptr), cudaSuccess);
+          int faults = 0;
+          for (int i = 0; i < int(size); i++) {
+            const bool turns = i % head_dim < kTurning, bad = std::isnan(y[size_t(i)]);
+            faults += bad;
+            if (!faulty || !turns) CHECK(!bad);
+            else if (!full) CHECK(bad);  // of a full-width table, only pairs of two numbers
+            CHECK(!std::isnan(dx[size_t(i)]));
+          }
+          CHECK_EQ(faults > 0, faulty);
+          // No gradient of a rotated feature comes through: its weight has none.
+          for (int i = 0; i < head_dim; i++)
+            if (!faulty || i >= kTurning) CHECK(weight_grad[size_t(i)] != 0);
+            else if (!full) CHECK_EQ(weight_grad[size_t(i)], 0.f);
+        }
+}

@@ -61,6 +61,13 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
       if constexpr (std::is_same_v<Table, double>) x = number;
       else x = from_float<Table>(float(number));
     }
+  if (full_width)
+    for (int64_t row = 0; row < std::max(kRows, all); row++)
+      for (int i = 0; i < width; i++) {
+        const int64_t one = shift + (interleaved ? 2 * i : i), other = interleaved ? one + 1 : one + width;
+        cos[size_t(row * cos_row + other)] = cos[size_t(row * cos_row + one)];
+        sin[size_t(row * sin_row + other)] = sin[size_t(row * sin_row + one)];
+      }
   std::vector<int64_t> ids(size_t(3 * all));
   for (int64_t& id : ids) id = random.below(kRows);
   std::vector<int32_t> cu_seqlens = {0, 0, int32_t(all / 3), int32_t(all - all / 5)};  // an empty document, and padding
@@ -74,6 +81,7 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
   p.table_rows = kRows;
   p.cos_row = cos_row, p.sin_row = sin_row;
   p.table_step = full_width && interleaved ? 2 : 1;
+  p.table = full_width ? RopeTable::full : width % 2 == 0 ? RopeTable::guessed : RopeTable::half;
   if (positions == Positions::documents || positions == Positions::axes_in_turn) {
     p.axis = {cu_seqlens.data(), DType::i32, 3};
   }
@@ -234,5 +242,193 @@ CASE(of_three_positions_one_outside_the_table_is_enough) {
       if (turns && bad && transposed) CHECK_EQ(y[i], 0.f);
       else CHECK_EQ(std::isnan(y[i]), transposed || (turns && bad));
     }
+  }
+}
+
+namespace {
+
+// Tables of real angles. Position 0 turns nothing, and some tokens have it.
+enum class Columns { half, halves, neighbours };
+
+template <typename Table>
+std::vector<Table> table_of(Columns columns, int width, int64_t rows, bool sines) {
+  std::vector<Table> table(size_t(rows * width));
+  for (int64_t row = 0; row < rows; row++)
+    for (int i = 0; i < width; i++) {
+      const int frequency = columns == Columns::half ? i : columns == Columns::halves ? i % (width / 2) : i / 2;
+      const double angle = double(row) * std::pow(100., -frequency / double(width)),
+                   number = sines ? std::sin(angle) : std::cos(angle);
+      if constexpr (std::is_same_v<Table, double>) table[size_t(row * width + i)] = number;
+      else table[size_t(row * width + i)] = from_float<Table>(float(number));
+    }
+  return table;
+}
+
+// A table of `width` columns read as `read`: are the rotated features faulty, and all others what they were?
+template <typename T, typename Table>
+void check_read(int head_dim, int rotary_dim, int offset, Columns columns, RopeTable read, bool interleaved, Positions positions,
+                bool faulty, int64_t rows = 9) {
+  constexpr int64_t kTokens = 9;
+  const int width = read == RopeTable::full ? rotary_dim : rotary_dim / 2;
+  const auto cos = table_of<Table>(columns, width, rows, false), sin = table_of<Table>(columns, width, rows, true);
+  const std::vector<int32_t> cu_seqlens = {0, 3, 7};  // the last two tokens are padding
+  const std::vector<int64_t> ids = {0, 3, 1, 4, 1, 5, 8, 2, 6, 0, 5, 3, 5, 8, 8, 7, 8, 3, 0, 8, 4, 6, 2, 6, 4, 3, 3};
+  for (bool transposed : {false, true}) {
+    std::vector<T> x(size_t(kTokens * 3 * head_dim), from_float<T>(1)), y(x);
+    for (size_t i = 0; i < x.size(); i++) x[i] = from_float<T>(float(int(i % 7) + 1));
+    RopeParams p;
+    p.dtype = kType<T>, p.table_dtype = kType<Table>;
+    p.tokens = kTokens, p.head_dim = head_dim, p.rotary_dim = rotary_dim, p.rotary_offset = offset;
+    p.interleaved = interleaved, p.transposed = transposed;
+    p.q = {x.data(), y.data(), 3, 0, 3 * head_dim, head_dim, 0, 3 * head_dim, head_dim};
+    p.cos = cos.data(), p.sin = sin.data(), p.table_rows = rows, p.cos_row = p.sin_row = width;
+    p.table = read;
+    p.table_step = read == RopeTable::full && interleaved ? 2 : 1;
+    if (positions == Positions::documents) p.axis = {cu_seqlens.data(), DType::i32, 2};
+    if (positions == Positions::given || positions == Positions::three_axes)
+      p.position_ids = ids.data(), p.position_axis = kTokens, p.position_token = 1;
+    if (positions == Positions::per_token_table) p.per_token_table = true;
+    if (positions == Positions::three_axes) {
+      p.mrope = true;
+      p.mrope_section[0] = rotary_dim / 2 - 2, p.mrope_section[1] = p.mrope_section[2] = 1;
+    }
+    CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
+    int faults = 0, wrong = 0, zeros = 0;
+    for (int64_t i = 0; i < int64_t(y.size()); i++) {
+      const int64_t token = i / (3 * head_dim), feature = i % head_dim - offset;
+      const bool turns = feature >= 0 && feature < rotary_dim && !(p.axis.cu_seqlens && token >= 7);
+      const float value = to_float(y[size_t(i)]);
+      if (!turns) wrong += value != to_float(x[size_t(i)]);
+      else if (faulty) faults += transposed ? value == 0 : std::isnan(value);
+      else wrong += std::isnan(value), zeros += value == 0;
+      if (turns && faulty && read == RopeTable::guessed) wrong += transposed ? value != 0 : !std::isnan(value);
+    }
+    CHECK_EQ(wrong, 0);
+    if (faulty) CHECK(faults > 0);
+    CHECK(zeros < 4);
+  }
+}
+
+// Heads of every kernel: vectors of 16 bytes that all turn, the same with features that pass, and narrow ones.
+template <typename T, typename Table>
+void check_reads(Columns columns, RopeTable read, bool interleaved, bool faulty, int64_t rows = 9) {
+  for (Positions positions :
+       {Positions::counted, Positions::documents, Positions::given, Positions::per_token_table, Positions::three_axes}) {
+    check_read<T, Table>(64, 64, 0, columns, read, interleaved, positions, faulty, rows);
+    check_read<T, Table>(96, 64, 8, columns, read, interleaved, positions, faulty, rows);
+    check_read<T, Table>(21, 12, 4, columns, read, interleaved, positions, faulty, rows);
+  }
+}
+
+}  // namespace
+
+CASE(a_full_width_table_taken_for_half_a_table_is_a_fault) {
+  for (Columns columns : {Columns::half, Columns::halves, Columns::neighbours})
+    for (bool interleaved : {false, true}) {
+      const bool faulty = columns != Columns::half;
+      check_reads<bf16_t, float>(columns, RopeTable::guessed, interleaved, faulty);
+      check_reads<bf16_t, bf16_t>(columns, RopeTable::guessed, interleaved, faulty);
+      check_reads<float, double>(columns, RopeTable::guessed, interleaved, faulty);
+      check_reads<half_t, half_t>(columns, RopeTable::half, interleaved, false);  // said to be half a table
+    }
+}
+
+CASE(a_pair_with_two_numbers_in_a_full_width_table_is_a_fault) {
+  for (Columns columns : {Columns::half, Columns::halves, Columns::neighbours})
+    for (bool interleaved : {false, true}) {
+      const bool faulty = columns != (interleaved ? Columns::neighbours : Columns::halves);
+      check_reads<bf16_t, float>(columns, RopeTable::full, interleaved, faulty);
+      check_reads<half_t, half_t>(columns, RopeTable::full, interleaved, faulty);
+      check_reads<float, double>(columns, RopeTable::full, interleaved, faulty);
+    }
+}
+
+// A table of position 0 alone turns nothing, however it is read. Of a table of another single row, that row decides.
+CASE(one_row_of_a_guessed_table) {
+  for (int position : {0, 5})
+    for (Columns columns : {Columns::half, Columns::halves, Columns::neighbours}) {
+      auto cos = table_of<float>(columns, 16, 6, false), sin = table_of<float>(columns, 16, 6, true);
+      std::vector<float> x(32, 1), y(x);
+      RopeParams p;
+      p.tokens = 1, p.head_dim = p.rotary_dim = 32;
+      p.q = {x.data(), y.data(), 1, 32, 32, 32, 32, 32, 32};
+      p.cos = cos.data() + position * 16, p.sin = sin.data() + position * 16, p.table_rows = 1, p.cos_row = p.sin_row = 16;
+      p.per_token_table = true;
+      p.table = RopeTable::guessed;
+      CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
+      for (float value : y) CHECK_EQ(std::isnan(value), position != 0 && columns != Columns::half);
+    }
+}
+
+// Two batch rows with tables of their own: half a table, and a full-width one.
+CASE(each_batch_row_of_a_table_per_token_is_asked_for_itself) {
+  constexpr int kTokens = 6, kWidth = 16;
+  std::vector<float> x(2 * kTokens * 32, 1), y(x), cos, sin;
+  for (Columns columns : {Columns::half, Columns::halves})
+    for (auto [table, sines] : {std::pair{&cos, false}, {&sin, true}}) {
+      const auto rows = table_of<float>(columns, kWidth, kTokens, sines);
+      table->insert(table->end(), rows.begin(), rows.end());
+    }
+  for (int first : {0, 1}) {  // the table of the first batch row
+    RopeParams p;
+    p.batch = 2, p.tokens = kTokens, p.head_dim = p.rotary_dim = 32;
+    p.q = {x.data(), y.data(), 1, kTokens * 32, 32, 32, kTokens * 32, 32, 32};
+    const int64_t start = first * kTokens * kWidth, step = (1 - 2 * first) * kTokens * kWidth;
+    p.cos = cos.data() + start, p.sin = sin.data() + start, p.cos_batch = p.sin_batch = step;
+    p.cos_row = p.sin_row = kWidth, p.table_rows = kTokens, p.per_token_table = true, p.table = RopeTable::guessed;
+    CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
+    for (size_t i = 0; i < y.size(); i++) CHECK_EQ(std::isnan(y[i]), (int(i) / (kTokens * 32) == 1) != (first == 1));
+  }
+}
+
+// Half a table of an image: one half of the columns are the angles of a patch's row, the other those of its column, of the same
+// frequencies. On the diagonal it holds every number twice, as do tokens before the image, at (0, 0).
+CASE(patches_on_the_diagonal_of_an_image_are_no_fault) {
+  for (int side : {2, 3, 5, 8})
+    for (int before : {0, 1, 5})
+      for (bool neighbours : {false, true}) {
+        constexpr int kWidth = 16;
+        const int tokens = before + side * side;
+        std::vector<float> cos(size_t(tokens * kWidth), 1), sin(size_t(tokens * kWidth), 0);
+        for (int t = before; t < tokens; t++)
+          for (int i = 0; i < kWidth; i++) {
+            const int place[] = {(t - before) / side, (t - before) % side};
+            const int axis = neighbours ? i % 2 : i / (kWidth / 2), frequency = neighbours ? i / 2 : i % (kWidth / 2);
+            const double angle = place[axis] * std::pow(100., -frequency / 8.);
+            cos[size_t(t * kWidth + i)] = float(std::cos(angle)), sin[size_t(t * kWidth + i)] = float(std::sin(angle));
+          }
+        for (bool per_token : {false, true}) {
+          std::vector<float> x(size_t(tokens * 32), 1), y(x);
+          RopeParams p;
+          p.tokens = tokens, p.head_dim = p.rotary_dim = 32;
+          p.q = {x.data(), y.data(), 1, 0, 32, 32, 0, 32, 32};
+          p.cos = cos.data(), p.sin = sin.data(), p.table_rows = tokens, p.cos_row = p.sin_row = kWidth;
+          p.per_token_table = per_token;
+          p.table = RopeTable::guessed;
+          CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
+          for (float value : y) CHECK(!std::isnan(value));
+        }
+      }
+}
+
+// Frequencies of 0 at the end, as of proportional scaling, and sines that a 16-bit type cannot hold.
+CASE(columns_that_turn_nothing_are_no_fault) {
+  constexpr int kWidth = 16, kRows = 5;
+  for (int turning : {1, 2, 5, 8}) {
+    std::vector<half_t> cos(kRows * kWidth, from_float<half_t>(1)), sin(kRows * kWidth, from_float<half_t>(0));
+    for (int row = 0; row < kRows; row++)
+      for (int i = 0; i < turning; i++) {
+        const double angle = row * std::pow(1e8, -i / double(kWidth));
+        cos[size_t(row * kWidth + i)] = from_float<half_t>(float(std::cos(angle)));
+        sin[size_t(row * kWidth + i)] = from_float<half_t>(float(std::sin(angle)));
+      }
+    std::vector<float> x(kRows * 32, 1), y(x);
+    RopeParams p;
+    p.tokens = kRows, p.head_dim = p.rotary_dim = 32;
+    p.q = {x.data(), y.data(), 1, 0, 32, 32, 0, 32, 32};
+    p.cos = cos.data(), p.sin = sin.data(), p.table_dtype = DType::f16, p.table_rows = kRows, p.cos_row = p.sin_row = kWidth;
+    p.table = RopeTable::guessed;
+    CHECK_EQ(rope_cuda(p, nullptr), cudaSuccess);
+    for (float value : y) CHECK(!std::isnan(value));
   }
 }

@@ -32,10 +32,10 @@ class Attention(Op):
     ) -> tuple:
         tokens, heads, _ = q.shape
         segments = cu_seqlens.shape[0] - 1
-        tiles = tokens // ROWS + cu_seqlens.shape[0] if q.is_cuda else 0
+        tiles = tokens // ROWS + cu_seqlens.shape[0] + 1 if q.is_cuda else 0
         return (
             q.new_empty(q.shape),
-            q.new_empty((heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
+            q.new_empty((2, heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
             q.new_empty((tiles, TILE), dtype=torch.int32),
             q.new_empty((0 if parents is None else PER_SEGMENT * segments + 1 + PER_TOKEN * tokens,), dtype=torch.int32),
         )

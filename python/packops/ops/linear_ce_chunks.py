@@ -204,7 +204,8 @@ def losses_and_gradients(
 ) -> tuple[Chunked, Tensor | None]:
     """:func:`run_chunks` with the cross-entropy kernel, and the unit of its gradients (None: 1)."""
     if maths["class_weight"] is not None:
-        maths = {**maths, "class_weight": maths["class_weight"].float()}  # once, not in every chunk
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        maths = {**maths, "class_weight": maths["class_weight"].to(wide)}  # once, not in every chunk
     kernel = ops.loss_and_gradient_ if any(wanted) else ops.loss
     stats = {"with_stats": True} if with_stats else {}
     product: Product | None = getattr(ops, "product", None)  # a shard has none

@@ -1,0 +1,101 @@
+// What the kernels for long documents share: the items of work that blocks draw, and the turns of their warp groups.
+#pragma once
+
+#include "attention_launch.h"
+#include "attention_tiles.cuh"
+#include "common/device.cuh"
+#include "common/launch.cuh"
+#include "common/ptx.cuh"
+
+namespace packops {
+namespace {
+
+// Tokens of a tile's document. With shared prefixes, of its segment, if that continues no other: else 0.
+template <bool kForest>
+__device__ __forceinline__ int own_length(const AttentionParams& p, const AttentionTile& tile) {
+  if constexpr (kForest) {
+    if (tile.document >= p.axis.documents) return 0;
+    const ForestSegment segment = p.prefixes.segments[tile.document];
+    return segment.parent < 0 ? segment.end - segment.begin : 0;
+  } else {
+    return tile.document_end - tile.document_begin;
+  }
+}
+template <bool kForest>
+__device__ __forceinline__ bool is_long(const AttentionParams& p, const AttentionTile& tile) {
+  return attention_is_long(own_length<kForest>(p, tile), p.window, p.long_from);
+}
+
+// The list of tiles is sorted by this: the first tile of which it is false ends what is long.
+__device__ __forceinline__ bool may_be_long(const AttentionParams& p, const AttentionTile& tile) {
+  return attention_is_long(tile.document_end - tile.document_begin, p.window, p.long_from);
+}
+
+// Items of work are numbers of a tile, the first of `groups` neighbours in a long document, times `heads`, plus a head. -1: there are
+// no more.
+template <int kGroups, bool kForest>
+__device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned heads, unsigned end) {
+  for (;;) {
+    const unsigned item = atomicAdd(p.drawn, 1u);
+    if (item >= end) return -1;
+    const AttentionTile tile = p.tiles[item / heads];
+    if (!may_be_long(p, tile)) return -1;
+    if ((tile.begin - tile.document_begin) / kAttentionRows % kGroups == 0 && is_long<kForest>(p, tile)) return int(item);
+  }
+}
+
+// Barriers of the block by number: 2 + i the turn of consumer i.
+constexpr int kConsumersBarrier = 1, kTurnBarrier = 2;
+
+// Consumers issue their products one after the other.
+template <int kGroups, bool kOn = true>
+class ProductTurns {
+ public:
+  __device__ __forceinline__ explicit ProductTurns(int group) : group_(group) {
+    if (kOn && group == kGroups - 1) pass();
+  }
+  __device__ __forceinline__ void wait() const {
+    if constexpr (kOn) bar_sync(kTurnBarrier + group_, 256);
+  }
+  __device__ __forceinline__ void pass() const {
+    if constexpr (kOn) bar_arrive(kTurnBarrier + (group_ + 1) % kGroups, 256);
+  }
+  __device__ __forceinline__ void finish() const {
+    if (group_ == 0) wait();
+  }
+
+ private:
+  int group_;
+};
+
+// ---- Launches
+//
+// Launches of a pass overlap, so that one which finds nothing to do hardly costs time, and one begins where the one before it leaves
+// multiprocessors idle: forward tiles, long, short; backward queries, long keys, keys. The second waits for the first. The third runs
+// beside the second.
+
+// Of a kernel that may begin before the launch before it has ended. beside: it reads nothing that that one writes, but what the launch
+// before that wrote, for which that one waited before it let this one begin.
+__device__ __forceinline__ void begin_overlapping(bool beside) {
+  if (beside) griddepcontrol_launch_dependents();
+  else griddepcontrol_wait();
+}
+// At its end, so that what comes after it comes after both.
+__device__ __forceinline__ void end_overlapping(bool beside) {
+  if (beside && blockIdx.x == 0) griddepcontrol_wait();
+}
+
+// On the current device, which `device` must be.
+template <auto kKernel, typename... Arguments>
+cudaError_t launch_large(LaunchOptions options, const Device& device, int64_t blocks, int threads, int shared_bytes,
+                         cudaStream_t stream, const Arguments&... arguments) {
+  if (blocks == 0) return cudaSuccess;  // no heads
+  if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  const cudaError_t error = allow_shared<kKernel>(device.index, shared_bytes);
+  if (error != cudaSuccess) return error;
+  return launch_with(options, kKernel, dim3(unsigned(blocks)), dim3(unsigned(threads)), size_t(shared_bytes), stream,
+                     arguments...);
+}
+
+}  // namespace
+}  // namespace packops

@@ -1,0 +1,389 @@
+// grad_k and grad_v of long documents, on Hopper. Part of attention.cu, and with the same bits as its keys_kernel.
+//
+// A block has a multiprocessor to itself and takes one item of work after another. A producer, one warp group, streams tiles of 64
+// queries and gradients through a ring of shared memory; the other warp groups are consumers, and each tile serves all of them.
+//
+//   long keys    64 keys per consumer    which makes grad_k and grad_v
+//   split keys   64 keys for two         the first makes grad_v and passes the weights on to the second, which makes grad_k: 256
+//                                        features do not leave one group the registers for both
+//
+// What bounds attention.cu's kernels on long documents is shared memory: every warp group copies what it multiplies there for
+// itself, and reads both operands of 64 x 64 products, at 128 bytes a cycle as fast as the tensor cores can multiply them. Here a
+// copy serves several groups, whose products run in turns: while one multiplies, another has its exponentials.
+//
+// Copies are cp.async, not TMA: what lies past the end of a document must be zeros, and the tensor map of a row knows no documents.
+#pragma once
+
+#include <algorithm>
+#include <type_traits>
+
+#include "attention_launch.h"
+#include "attention_long.cuh"
+#include "attention_products.cuh"
+#include "attention_rows.cuh"
+#include "attention_scores.cuh"
+#include "common/hopper.cuh"
+#include "common/launch.cuh"
+
+namespace packops {
+namespace {
+
+// ---- Shared memory
+
+#ifdef PACKOPS_SM90A
+
+constexpr int kLongTurn = kAttentionRows;
+
+// Slots of a tile of 64 rows each, numbered on and on as they are used. A slot is full when the copies of all threads of the
+// producer have arrived, and empty when all warps of the consumers have released it.
+template <int D, int kSlots>
+class SlotRing {
+ public:
+  static constexpr int kTileBytes = 2 * D * kAttentionRows;
+  __device__ __forceinline__ SlotRing(char* tiles, MBarrier* barriers) : tiles_(tiles), barriers_(barriers) {}
+  __device__ __forceinline__ void init(int consumer_warps) const {
+    for (int i = 0; i < kSlots; i++) mbarrier_init(full(unsigned(i)), 128), mbarrier_init(empty(unsigned(i)), consumer_warps);
+  }
+  __device__ __forceinline__ char* tile(unsigned slot) const { return tiles_ + slot % kSlots * kTileBytes; }
+  // Of the producer
+  __device__ __forceinline__ void wait_empty(unsigned slot) const { mbarrier_wait_parity(empty(slot), slot / kSlots % 2 ^ 1); }
+  __device__ __forceinline__ void commit(unsigned slot) const { cp_async_mbarrier_arrive(full(slot)); }
+  // Of the consumers
+  __device__ __forceinline__ void wait_full(unsigned slot) const {
+    mbarrier_wait_parity(full(slot), slot / kSlots % 2);
+    fence_proxy_async();
+  }
+  __device__ __forceinline__ void release(unsigned slot, int lane) const {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty(slot));
+  }
+
+ private:
+  char* tiles_;
+  MBarrier* barriers_;
+  __device__ __forceinline__ MBarrier* full(unsigned slot) const { return barriers_ + slot % kSlots; }
+  __device__ __forceinline__ MBarrier* empty(unsigned slot) const { return barriers_ + kSlots + slot % kSlots; }
+};
+
+// Barriers of the block by number: 1 all threads, 8 + i consumer i.
+constexpr int kItemBarrier = 1, kGroupBarrier = 8;
+
+// ---- Kernels
+
+// The queries that see any of `rows` keys of a document from `key` on.
+__device__ __forceinline__ Interval queries_of_block(const Scores& scores, int key, int rows, int length) {
+  return {scores.causal ? key : 0, (scores.window ? min(length, key + rows - 1 + scores.window) : length) - 1};
+}
+
+// The producer of both kernels: queries and gradients of all heads of a group. lse and delta of a turn come with its
+// queries, into `numbers`.
+template <typename T, int D, int kGroups, int kSlots, int kThreads>
+__device__ __forceinline__ void produce_queries(const AttentionParams& p, const Scores& scores, const SlotRing<D, kSlots>& ring,
+                                                float* numbers, int* drawn, unsigned end, int thread) {
+  const unsigned heads = unsigned(p.kv_heads);
+  const int group = p.heads / p.kv_heads;
+  unsigned slot = 0;
+  for (int item;;) {
+    item = *drawn;
+    bar_sync(kItemBarrier, kThreads);
+    if (item < 0) break;
+    const AttentionTile tile = p.tiles[unsigned(item) / heads];
+    const int kv_head = int(unsigned(item) % heads), length = tile.document_end - tile.document_begin;
+    const Interval queries = queries_of_block(scores, tile.begin - tile.document_begin, kAttentionRows * kGroups, length);
+    for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+      const Rows<T, D, kLongTurn, 128> from_q(p.q, tile.document_begin, head, thread),
+          from_grad(p.grad_out, tile.document_begin, head, thread);
+      const float* from = (thread < 64 ? static_cast<const float*>(p.lse) : p.delta) + head * p.tokens + tile.document_begin;
+      for (int query = queries.first; query <= queries.last; query += kLongTurn) {
+        ring.wait_empty(slot);
+        from_q.load(ring.tile(slot), query, length - query);
+        const int i = query + thread % 64;
+        cp_async_4_zfill(numbers + slot / 2 % (kSlots / 2) * 128 + thread, from + (i < length ? i : 0), i < length);
+        ring.commit(slot++);
+        ring.wait_empty(slot);
+        from_grad.load(ring.tile(slot), query, length - query);
+        ring.commit(slot++);
+      }
+    }
+    if (thread == 0) *drawn = draw_item<kGroups, false>(p, heads, end);
+    bar_sync(kItemBarrier, kThreads);
+  }
+  cp_async_wait_all();
+}
+
+#endif
+
+template <typename T, int D>
+__global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
+    long_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
+#ifdef PACKOPS_SM90A
+  griddepcontrol_wait();
+  const bool far = *p.far;
+  constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
+  constexpr int kGroups = kShape.groups, kSlots = kShape.slots, kThreads = kShape.threads();
+  using Product = Products<T, D, true>;
+  using Ring = SlotRing<D, kSlots>;
+  char* fixed = dynamic_shared<char>();  // of every consumer: keys, values
+  char* slots = fixed + 2 * kGroups * Ring::kTileBytes;
+  float* numbers = reinterpret_cast<float*>(slots + kSlots * Ring::kTileBytes);
+  MBarrier* barriers = reinterpret_cast<MBarrier*>(numbers + kSlots / 2 * 128);
+  int* drawn = reinterpret_cast<int*>(barriers + 2 * kSlots);
+  const Ring ring(slots, barriers);
+  const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
+  const unsigned heads = unsigned(p.kv_heads);
+  if (threadIdx.x == 0) {
+    ring.init(4 * kGroups);
+    fence_mbarrier_init();
+    *drawn = draw_item<kGroups, false>(p, heads, end);
+  }
+  __syncthreads();
+  if (role == kGroups) {
+    setmaxnreg_dec<attention_producer_registers(2)>();
+    produce_queries<T, D, kGroups, kSlots, kThreads>(p, scores, ring, numbers, drawn, end, thread);
+  } else {
+    setmaxnreg_inc<attention_consumer_registers(2)>();
+    const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
+    const ProductTurns<kGroups> turns(role);
+    char *keys = fixed + role * 2 * Ring::kTileBytes, *values = keys + Ring::kTileBytes;
+    unsigned slot = 0;
+    for (int item;;) {
+      item = *drawn;
+      bar_sync(kItemBarrier, kThreads);
+      if (item < 0) break;
+      const AttentionTile tile = p.tiles[unsigned(item) / heads];
+      const int kv_head = int(unsigned(item) % heads);
+      const int length = tile.document_end - tile.document_begin, begin = tile.begin - tile.document_begin;
+      const int key = begin + kAttentionRows * role, token = tile.begin + kAttentionRows * role;
+      const int there = min(kAttentionRows, tile.document_end - token);  // not positive: this group has none, but takes part
+      const Interval queries_of_all = queries_of_block(scores, begin, kAttentionRows * kGroups, length);
+      const int count = (queries_of_all.last - queries_of_all.first + kLongTurn) / kLongTurn * group;
+      Rows<T, D, kAttentionRows, 128>(p.k, token, kv_head, thread).load(keys, 0, there);
+      Rows<T, D, kAttentionRows, 128>(p.v, token, kv_head, thread).load(values, 0, there);
+      cp_async_commit_group();
+      cp_async_wait_all();
+      fence_proxy_async();
+      bar_sync(kGroupBarrier + role, 128);
+
+      Sums<1, D> grad_k, grad_v;
+      for_each(grad_k, [](float& x, int, int, int) { x = 0; });
+      for_each(grad_v, [](float& x, int, int, int) { x = 0; });
+      wgmma_fence_operand(grad_k[0]);
+      wgmma_fence_operand(grad_v[0]);
+      int query = queries_of_all.first;
+      for (int turn = 0; turn < count; turn++, slot += 2) {
+        char *queries = ring.tile(slot), *grads = ring.tile(slot + 1);
+        const float *lse = numbers + slot / 2 % (kSlots / 2) * 128, *delta = lse + 64;
+        Sums<1, kLongTurn> s, g;
+        ring.wait_full(slot);
+        ring.wait_full(slot + 1);
+        turns.wait();
+        Product::begin();
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(s, keys, 0, queries, 0, lane);
+        Product::commit();
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
+        Product::commit();
+        turns.pass();
+        weigh<Product>(
+            s, g, scores, far, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
+            [&](int, int n, int i) {
+              const int head = kv_head * group + turn / (count / group);
+              return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
+            },
+            [&](int, int n, int i) { return delta[8 * n + 2 * (lane % 4) + i % 2]; });
+        if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length)) {
+          const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
+          mask(s, query, lane, 0.f, seen);
+          mask(g, query, lane, 0.f, seen);
+        }
+        query += kLongTurn;
+        if (query > queries_of_all.last) query = queries_of_all.first;  // the next head
+        using Left = typename Product::template Left<1, kLongTurn / 8>;
+        const Left weights(s), changes(g);
+        turns.wait();
+        wgmma_fence_operand(grad_k[0]);
+        wgmma_fence_operand(grad_v[0]);
+        Product::begin();
+        Product::template add_weighted_rows<kLongTurn>(grad_v, weights, grads, 0, lane);
+        Product::template add_weighted_rows<kLongTurn>(grad_k, changes, queries, 0, lane);
+        Product::commit();
+        turns.pass();
+        Product::wait(grad_v, grad_k);
+        ring.release(slot, lane);
+        ring.release(slot + 1, lane);
+      }
+      const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + kv_head * D;
+      const float one[1][2] = {{1.f, 1.f}}, scale[1][2] = {{scores.product_scale, scores.product_scale}};
+      if (there > 0) {
+        store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_v) + first, stride, there, values, first_row, lane, grad_v,
+                                            one);
+        store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_k) + first, stride, there, keys, first_row, lane, grad_k,
+                                            scale);
+      }
+      bar_sync(kItemBarrier, kThreads);
+    }
+    turns.finish();
+  }
+#endif
+}
+
+// The first consumer makes grad_v, the second grad_k. One exponential for both: the first passes its weights, times the slope of a
+// softcap, on in fp32. The two are half a turn apart, since the second waits for them, and so one multiplies while the other does
+// not.
+template <typename T, int D>
+__global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
+    split_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
+#ifdef PACKOPS_SM90A
+  griddepcontrol_wait();
+  const bool far = *p.far;
+  constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
+  constexpr int kSlots = kShape.slots, kThreads = kShape.threads();
+  using Product = Products<T, D, true>;
+  using Ring = SlotRing<D, kSlots>;
+  char* fixed = dynamic_shared<char>();  // keys, values
+  char* slots = fixed + 2 * Ring::kTileBytes;
+  float4* passed = reinterpret_cast<float4*>(slots + kSlots * Ring::kTileBytes);  // of a turn: 8 x 128
+  float* numbers = reinterpret_cast<float*>(passed + 8 * 128);
+  MBarrier *barriers = reinterpret_cast<MBarrier*>(numbers + kSlots / 2 * 128), *written = barriers + 2 * kSlots,
+           *read = written + 1;
+  int* drawn = reinterpret_cast<int*>(read + 1);
+  const Ring ring(slots, barriers);
+  const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
+  const unsigned heads = unsigned(p.kv_heads);
+  if (threadIdx.x == 0) {
+    ring.init(8);
+    mbarrier_init(written, 128), mbarrier_init(read, 128);
+    fence_mbarrier_init();
+    *drawn = draw_item<1, false>(p, heads, end);
+  }
+  __syncthreads();
+  if (role == 2) {
+    setmaxnreg_dec<attention_producer_registers(2)>();
+    produce_queries<T, D, 1, kSlots, kThreads>(p, scores, ring, numbers, drawn, end, thread);
+  } else {
+    setmaxnreg_inc<attention_consumer_registers(2)>();
+    const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
+    char* mine = fixed + role * Ring::kTileBytes;
+    unsigned slot = 0, turns = 0;  // of all items
+    for (int item;;) {
+      item = *drawn;
+      bar_sync(kItemBarrier, kThreads);
+      if (item < 0) break;
+      const AttentionTile tile = p.tiles[unsigned(item) / heads];
+      const int kv_head = int(unsigned(item) % heads), there = tile.end - tile.begin;
+      const int length = tile.document_end - tile.document_begin, key = tile.begin - tile.document_begin;
+      const Interval queries = queries_of_block(scores, key, kAttentionRows, length);
+      const int count = (queries.last - queries.first + kLongTurn) / kLongTurn * group;
+      Rows<T, D, kAttentionRows, 128>(role == 0 ? p.k : p.v, tile.begin, kv_head, thread).load(mine, 0, there);
+      cp_async_commit_group();
+      cp_async_wait_all();
+      fence_proxy_async();
+      bar_sync(kGroupBarrier + role, 128);
+
+      // Role 0: products of keys and queries, then grad_v. Role 1: of values and gradients, then grad_k.
+      Sums<1, D> grad;
+      Sums<1, kLongTurn> s;
+      for_each(grad, [](float& x, int, int, int) { x = 0; });
+      const auto multiply = [&](unsigned slot) {
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(s, mine, 0, ring.tile(slot + role), 0, lane);
+        Product::commit();
+      };
+      ring.wait_full(slot + role);
+      wgmma_fence_operand(grad[0]);
+      Product::begin();
+      multiply(slot);
+      int query = queries.first;
+      const auto add = [&](int turn, auto next_follows) {
+        constexpr bool kNext = decltype(next_follows)::value;
+        const float* lse = numbers + slot / 2 % (kSlots / 2) * 128;
+        const unsigned parity = turns % 2;
+        float4* weights = passed + thread;
+        const bool masked = !scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length);
+        const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
+        ring.wait_full(slot + 1 - role);
+        Product::wait(s, grad);
+        if (turn > 0) ring.release(slot - 1 - role, lane);
+        if (role == 0) {
+          mbarrier_wait_parity(read, parity ^ 1);
+          const auto pass_on = [&](auto&& exponent_of) {
+#pragma unroll
+            for (int n = 0; n < kLongTurn / 8; n++) {
+              float slope[4] = {1, 1, 1, 1};
+#pragma unroll
+              for (int i = 0; i < 4; i++) {
+                float& x = s[0][n][i];
+                if (scores.capped) x = scores.cap(x), slope[i] = 1.f - x * x;
+                x = ex2_approx(exponent_of(x, n, i));
+              }
+              weights[n * 128] = {s[0][n][0] * slope[0], s[0][n][1] * slope[1], s[0][n][2] * slope[2], s[0][n][3] * slope[3]};
+            }
+          };
+          const auto lse_of = [&](int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; };
+          if (far)
+            pass_on([&](float x, int n, int i) {
+              return far_exponent(scores, x, lse_of(n, i), [&] {
+                const int head = kv_head * group + turn / (count / group);
+                return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
+              });
+            });
+          else pass_on([&](float x, int n, int i) { return exponent(scores, x, lse_of(n, i)); });
+          mbarrier_arrive(written);
+        } else {
+          mbarrier_wait_parity(written, parity);
+          const float* delta = lse + 64;
+#pragma unroll
+          for (int n = 0; n < kLongTurn / 8; n++) {
+            const float4 w = weights[n * 128];
+            const float even = delta[8 * n + 2 * (lane % 4)], odd = delta[8 * n + 2 * (lane % 4) + 1];
+            s[0][n][0] = w.x * (s[0][n][0] - even);
+            s[0][n][1] = w.y * (s[0][n][1] - odd);
+            s[0][n][2] = w.z * (s[0][n][2] - even);
+            s[0][n][3] = w.w * (s[0][n][3] - odd);
+          }
+          mbarrier_arrive(read);
+        }
+        if (masked) mask(s, query, lane, 0.f, seen);
+        ring.release(slot + role, lane);
+        const typename Product::template Left<1, kLongTurn / 8> left(s);
+        query += kLongTurn;
+        if (query > queries.last) query = queries.first;  // the next head
+        if constexpr (kNext) ring.wait_full(slot + 2 + role);
+        wgmma_fence_operand(grad[0]);
+        wgmma_fence_operand(s[0]);
+        Product::begin();
+        Product::template add_weighted_rows<kLongTurn>(grad, left, ring.tile(slot + 1 - role), 0, lane);
+        Product::commit();
+        if constexpr (kNext) multiply(slot + 2);
+        slot += 2;
+        turns++;
+      };
+      int turn = 0;
+      for (; turn + 1 < count; turn++) add(turn, std::true_type{});
+      add(turn, std::false_type{});
+      Product::wait(grad);
+      ring.release(slot - 1 - role, lane);
+      const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;
+      const float scale = role ? scores.product_scale : 1.f;
+      const float factor[1][2] = {{scale, scale}};
+      store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(role ? p.grad_k : p.grad_v) + first, stride, there, mine, first_row,
+                                          lane, grad, factor);
+      bar_sync(kItemBarrier, kThreads);
+    }
+  }
+#endif
+}
+
+template <typename T, int D>
+cudaError_t launch_long_keys(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
+  const int64_t items = tiles * p.kv_heads;
+  if (items > 0x7fffffff) return cudaErrorInvalidValue;
+  constexpr auto kernel = [] {
+    if constexpr (attention_keys_split(D)) return split_keys_kernel<T, D>;
+    else return long_keys_kernel<T, D>;
+  }();
+  return launch_large<kernel>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
+                              attention_long_keys_shape(D).threads(), attention_long_keys_shared(D), stream, p, Scores(p),
+                              unsigned(items));
+}
+
+}  // namespace
+}  // namespace packops

@@ -1,0 +1,95 @@
+// What the kernels of attention.cu and of attention_long_backward.cuh share beside products and scores.
+#pragma once
+
+#include "attention.h"
+#include "attention_products.cuh"
+#include "attention_scores.cuh"
+#include "common/vec.cuh"
+
+namespace packops {
+namespace {
+
+// ---- Rows
+
+template <typename T>
+__device__ __forceinline__ const T* head_of(const Heads& heads, int64_t token, int head) {
+  return static_cast<const T*>(heads.data) + token * heads.token + head * heads.head;
+}
+
+// Loads rows of one head from a token on.
+template <typename T, int D, int kRows, int kThreads>
+struct Rows : RowLoader<T, D, kRows, kThreads> {
+  __device__ __forceinline__ Rows(const Heads& heads, int token, int head, int thread)
+      : RowLoader<T, D, kRows, kThreads>(head_of<T>(heads, token, head), heads.token, thread) {}
+};
+
+// ---- Backward
+
+// The second part of a head's lse, by tokens.
+__device__ __forceinline__ const float* lse_rest(const AttentionParams& p, int head) {
+  return static_cast<const float*>(p.lse) + (p.heads + head) * p.tokens;
+}
+
+// Exponents of a row's scores x. far: some row's lse has a second part. rest() reads it; rows without have the same bits as ever.
+__device__ __forceinline__ float exponent(const Scores& scores, float x, float lse) { return fmaf(x, scores.scale, -lse); }
+template <typename Rest>
+__device__ __forceinline__ float far_exponent(const Scores& scores, float x, float lse, Rest&& rest) {
+  const float near = exponent(scores, x, lse);
+  return Scores::is_far(lse) && lse != -INFINITY ? near - rest() : near;
+}
+
+// s: query-key products, committed first; becomes the weights p. g: products of grad_out and values; becomes g of attention.h.
+template <typename Product, int kBlocks, int kColumns, typename Lse, typename Rest, typename Delta>
+__device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
+                                      bool far, Lse&& lse, Rest&& rest, Delta&& delta) {
+  const auto with_exponents = [&](auto&& make) {
+    if (far)
+      make([&](float x, int m, int n, int i) { return far_exponent(scores, x, lse(m, n, i), [&] { return rest(m, n, i); }); });
+    else make([&](float x, int m, int n, int i) { return exponent(scores, x, lse(m, n, i)); });
+  };
+  if (scores.capped) {
+    Product::wait(s, g);
+    with_exponents([&](auto&& exponent_of) {
+      for_each(s, [&](float& x, int m, int n, int i) {
+        x = scores.cap(x);
+        const float slope = 1.f - x * x;
+        x = ex2_approx(exponent_of(x, m, n, i));
+        g[m][n][i] = x * slope * (g[m][n][i] - delta(m, n, i));
+      });
+    });
+  } else {
+    Product::template wait<1>(s);
+    with_exponents([&](auto&& exponent_of) {
+      for_each(s, [&](float& x, int m, int n, int i) { x = ex2_approx(exponent_of(x, m, n, i)); });
+    });
+    Product::wait(g);
+    for_each(g, [&](float& x, int m, int n, int i) { x = s[m][n][i] * (x - delta(m, n, i)); });
+  }
+}
+
+// delta of rows of the tokens from `token` on, D / 8 threads per row, to `deltas` and to memory.
+template <typename T, int D, int kThreads>
+__device__ __forceinline__ void compute_deltas(const AttentionParams& p, int token, int there, int head, float* deltas,
+                                               int thread) {
+  constexpr int kChunks = D / 8;
+  for (int i = thread; i < kAttentionRows * kChunks; i += kThreads) {
+    const int row = i / kChunks, chunk = i % kChunks;
+    float sum = 0;
+    if (row < there) {
+      float a[8], b[8];
+      unpack<T>(load_cached(static_cast<const T*>(p.out) + ((token + row) * int64_t(p.heads) + head) * D + chunk * 8), a);
+      unpack<T>(load_cached(head_of<T>(p.grad_out, token + row, head) + chunk * 8), b);
+#pragma unroll
+      for (int j = 0; j < 8; j++) sum = fmaf(a[j], b[j], sum);
+    }
+#pragma unroll
+    for (int by = kChunks / 2; by > 0; by /= 2) sum += __shfl_xor_sync(kWarp, sum, by);
+    if (chunk == 0) {
+      deltas[row] = sum;
+      if (row < there) p.delta[head * p.tokens + token + row] = sum;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace packops
