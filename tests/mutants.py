@@ -179,7 +179,7 @@ class Scratch:
             name, *cases = command[1].split()
             program = str(self.folder / "build" / "cmake" / name.removesuffix("_code80"))
             code = {"EMULATED_CODE": "80"} if name.endswith("_code80") else {}
-            done = self.run([program, *cases], TIMEOUT, **code)
+            done = self.run([program, *cases], TIMEOUT, STOP_AT_FIRST_FAILURE="1", **code)
         else:
             options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--no-header"]
             done = self.run([sys.executable, "-m", "pytest", *options, *shlex.split(command[1])], TIMEOUT)

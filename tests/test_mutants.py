@@ -88,9 +88,11 @@ def test_outcomes(scratch, case):
 def test_cases_of_a_program(scratch, listed, cases, code):
     program = scratch.folder / "build" / "cmake" / "t"
     program.parent.mkdir(parents=True)
-    program.write_text('#!/bin/sh\necho "FAILED it with $EMULATED_CODE and $*"\ngrep -q "a + b" python/small.py\n')
+    program.write_text(
+        '#!/bin/sh\necho "FAILED it$STOP_AT_FIRST_FAILURE with $EMULATED_CODE and $*"\ngrep -q "a + b" python/small.py\n'
+    )
     program.chmod(0o755)
-    assert scratch.test(("ctest", listed)) == (True, "it")
+    assert scratch.test(("ctest", listed)) == (True, "it1")
     mutant = dataclasses.replace(ADD, tests=(), cpp=(listed,))
     with scratch.planted(mutant):
         assert scratch.test(("ctest", listed))[0] is False

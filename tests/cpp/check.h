@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <exception>
 #include <functional>
 #include <random>
@@ -15,6 +16,7 @@
 namespace check {
 
 inline int failures = 0;
+inline const char* running = "";  // the case
 
 struct Case {
   const char* name;
@@ -36,9 +38,14 @@ std::string show(const T& value) {
   return text.str();
 }
 
+// With STOP_AT_FIRST_FAILURE in the environment the program ends here, as pytest -x does.
 inline void fail(const char* file, int line, const std::string& message) {
   failures++;
   std::printf("%s:%d: %s\n", file, line, message.c_str());
+  if (!std::getenv("STOP_AT_FIRST_FAILURE")) return;
+  std::printf("FAILED %s\n", running);
+  std::fflush(stdout);
+  std::_Exit(1);
 }
 
 inline bool close(double got, double want, double tolerance) {
@@ -90,6 +97,7 @@ int main(int count, char** arguments) {  // names of cases, or none for all
     for (int i = 1; i < count; i++) wanted |= test.name == std::string(arguments[i]);
     if (!wanted) continue;
     const int before = check::failures;
+    check::running = test.name;
     try {
       test.run();
     } catch (const std::exception& error) {
