@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -143,6 +144,8 @@ def test_other_constructors(device):
 def test_tokens_past_the_last_boundary_are_padding():
     padded = PackingCollator(pad_to_length=10, pad_token_id=7)(DOCUMENTS)
     same(PackedBatch.from_cu_seqlens(padded.input_ids, torch.tensor([0, 3, 4, 8])), padded)
+    padded = PackingCollator(pad_to_length=10, ignore_index=-7)(DOCUMENTS)
+    same(PackedBatch.from_cu_seqlens(padded.input_ids, torch.tensor([0, 3, 4, 8]), ignore_index=-7), padded)
 
 
 def test_positions_that_do_not_start_at_zero():
@@ -196,12 +199,18 @@ def test_attention_masks(device):
         batch.attention_mask("2d")
 
 
-def test_moving(device):
-    batch = PackingCollator(shift_labels=True, columns={"w": 0.0})([{"input_ids": [1, 2], "w": [1.0, 2.0]}])
-    moved = batch.to(device, non_blocking=True)
-    for tensor in (moved.input_ids, moved.labels, moved.cu_seqlens, moved.seq_idx, moved.shift_labels, moved.columns["w"]):
-        assert tensor.device.type == device.type
-    assert moved.num_items == 1
+@pytest.mark.parametrize("own, options", [("labels", {}), ("parents", {"share_prefixes": True, "min_shared": 1})])
+def test_moving(device, own, options):
+    """All of it, to any device; to that of the CPU nothing would have to move."""
+    collate = PackingCollator(shift_labels=True, pad_to_length=5, columns={"w": 0.0}, **options)
+    batch = collate([{"input_ids": [1, 2], "w": [1.0, 2.0]}, {"input_ids": [1, 3], "w": [1.0, 2.0]}])
+    for target in (device, torch.device("meta")):
+        moved = batch.to(target, non_blocking=True)
+        found = {field.name: getattr(moved, field.name) for field in dataclasses.fields(moved)} | moved.columns
+        tensors = {name: x for name, x in found.items() if isinstance(x, torch.Tensor)}
+        assert tensors.keys() >= {"input_ids", "cu_seqlens", "seq_idx", "shift_labels", "real_tokens", "w", own}
+        assert {x.device.type for x in tensors.values()} == {target.type}
+        assert moved.num_items == batch.num_items
     assert batch.input_ids.device.type == "cpu"
 
 
