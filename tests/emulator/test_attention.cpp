@@ -48,43 +48,46 @@ Results<T> run(const Problem& problem, bool cuda) {
   const int64_t dim = problem.head_dim, q_size = problem.tokens * problem.heads * dim,
                 kv_size = problem.tokens * problem.kv_heads * dim;
   check::Random random{uint64_t(problem.tokens * 1000 + dim)};
-  const auto draw = [&](int64_t count, double size) {
-    std::vector<T> x(static_cast<size_t>(count));
-    for (T& v : x) v = from_float<T>(float(size * random.normal()));
-    return x;
-  };
-  // q, k and v as slices of one matrix, grad with a gap between heads
-  const int64_t row = (problem.heads + 2 * problem.kv_heads) * dim, gap = 8;
-  std::vector<T> qkv = draw(problem.tokens * row, 1), grad = draw(problem.tokens * problem.heads * (dim + gap), 1);
-  for (int64_t t = 0; t < problem.tokens; t++)
-    for (int64_t i = 0; i < problem.heads * dim; i++) {
-      T& x = qkv[size_t(t * row + i)];
-      x = from_float<T>(float(problem.size) * to_float(x));
+  // Each with gaps of its own between heads, so that no two tensors have the same strides; nobody reads what is in them.
+  struct Matrix {
+    std::vector<T> data;
+    int64_t heads, head, dim;
+    Heads view() const { return {data.data(), heads * head, head}; }
+    T& at(int64_t token, int64_t i) { return data[size_t((token * heads + i / dim) * head + i % dim)]; }
+    void fill(int64_t begin, int64_t end, double value) {
+      for (int64_t t = begin; t < end; t++)
+        for (int64_t i = 0; i < heads * dim; i++) at(t, i) = from_float<T>(float(value));
     }
-  if (const int64_t padding = problem.cu_seqlens.back(); padding >= 0 && padding < problem.tokens)  // nobody reads it
-    for (int64_t i = padding * row; i < problem.tokens * row; i++) qkv[size_t(i)] = from_float<T>(NAN);
-  if (problem.key_size > 0)
+  };
+  const auto matrix = [&](int64_t heads, int64_t gap, double size) {
+    const int64_t head = dim + gap;
+    Matrix m{std::vector<T>(size_t(problem.tokens * heads * head), from_float<T>(NAN)), heads, head, dim};
     for (int64_t t = 0; t < problem.tokens; t++)
-      for (int64_t i = 0; i < (problem.heads + problem.kv_heads) * dim; i++)
-        qkv[size_t(t * row + i)] = from_float<T>(i % dim == t * 7 % dim ? float(problem.key_size) : 0.f);
-  if (problem.bad_segment >= 0) {
-    const int64_t begin = problem.cu_seqlens[size_t(problem.bad_segment)],
-                  end = problem.cu_seqlens[size_t(problem.bad_segment) + 1];
-    for (int64_t i = begin * row; i < end * row; i++) qkv[size_t(i)] = from_float<T>(NAN);
-    for (int64_t i = begin * problem.heads * (dim + gap); i < end * problem.heads * (dim + gap); i++)
-      grad[size_t(i)] = from_float<T>(NAN);
-  }
+      for (int64_t i = 0; i < heads * dim; i++) m.at(t, i) = from_float<T>(float(size * random.normal()));
+    return m;
+  };
+  Matrix q = matrix(problem.heads, 16, problem.size), k = matrix(problem.kv_heads, 8, 1), v = matrix(problem.kv_heads, 24, 1),
+         grad = matrix(problem.heads, 32, 1);
+  if (const int64_t padding = problem.cu_seqlens.back(); padding >= 0)  // nobody reads it
+    for (Matrix* m : {&q, &k, &v}) m->fill(padding, problem.tokens, NAN);
+  if (problem.key_size > 0)
+    for (Matrix* m : {&q, &k})
+      for (int64_t t = 0; t < problem.tokens; t++)
+        for (int64_t i = 0; i < m->heads * dim; i++)
+          m->at(t, i) = from_float<T>(i % dim == t * 7 % dim ? float(problem.key_size) : 0.f);
+  if (problem.bad_segment >= 0)
+    for (Matrix* m : {&q, &k, &v, &grad})
+      m->fill(problem.cu_seqlens[size_t(problem.bad_segment)], problem.cu_seqlens[size_t(problem.bad_segment) + 1], NAN);
   Results<T> r;
   r.out = guarded(q_size, from_float<T>(77)), r.grad_q = r.out;
   r.grad_k = guarded(kv_size, from_float<T>(77)), r.grad_v = r.grad_k;
   r.lse = guarded(2 * problem.tokens * problem.heads, 77.f);
   AttentionParams p;
-  p.q = {qkv.data(), row, dim};
-  p.k = {qkv.data() + problem.heads * dim, row, dim};
-  p.v = {qkv.data() + (problem.heads + problem.kv_heads) * dim, row, dim};
+  p.q = q.view(), p.k = k.view(), p.v = v.view(), p.grad_out = grad.view();
   p.tokens = problem.tokens, p.heads = problem.heads, p.kv_heads = problem.kv_heads, p.head_dim = problem.head_dim;
   p.dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
-  p.causal = problem.causal, p.window = problem.window, p.softcap = problem.softcap, p.scale = 1 / std::sqrt(double(dim));
+  p.causal = problem.causal, p.window = problem.window, p.softcap = problem.softcap;
+  p.scale = 0.9 / std::sqrt(double(dim));  // not what the op chooses
   const std::vector<int64_t> wide(problem.cu_seqlens.begin(), problem.cu_seqlens.end());
   p.axis.cu_seqlens = problem.cu_seqlens.data(), p.axis.documents = int64_t(problem.cu_seqlens.size()) - 1;
   if (problem.wide) p.axis.cu_seqlens = wide.data(), p.axis.index_dtype = DType::i64;
@@ -99,7 +102,6 @@ Results<T> run(const Problem& problem, bool cuda) {
     p.prefixes = {f.segments, f.subtree_ends, f.trees, f.positions, f.ends};
   }
   p.out = r.out.data() + kGuard, p.lse = r.lse.data() + kGuard;
-  p.grad_out = {grad.data(), problem.heads * (dim + gap), dim + gap};
   p.grad_q = r.grad_q.data() + kGuard, p.grad_k = r.grad_k.data() + kGuard, p.grad_v = r.grad_v.data() + kGuard;
   const AttentionTile nothing = {77, 77, 77, 77, 77};
   std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.axis.documents), nothing);

@@ -1,6 +1,7 @@
 // The CUDA kernel of the gate of a gated MLP, emulated, against that of the CPU.
 #include "gated_linear.h"
 
+#include <array>
 #include <cstring>
 
 #include "check.h"
@@ -16,16 +17,18 @@ constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
                         : std::is_same_v<T, half_t> ? DType::f16
                                                     : DType::bf16;
 
-// Rows at least `gap` elements apart, each tensor with a stride of its own, in buffers that begin `offset` elements late. wanted:
-// of product, grad_gate, grad_up; 0: forward.
+using Gaps = std::array<int64_t, 3>;  // elements between the rows of gate, up and the gradient
+constexpr Gaps kNone = {0, 0, 0};
+Gaps from(int64_t gap) { return {gap, gap + 8, gap + 16}; }
+
+// In buffers that begin `offset` elements late. wanted: of product, grad_gate, grad_up; 0: forward.
 template <typename T>
-void compare(int64_t rows, int64_t columns, int64_t gap, int64_t offset, Activation activation, int wanted) {
+void compare(int64_t rows, int64_t columns, const Gaps& gaps, int64_t offset, Activation activation, int wanted) {
   check::Random random{uint64_t(rows * 1000 + columns)};
-  const int64_t stride = columns + gap, more = gap ? 8 : 0;
   std::vector<T> in[3], out[2][3];
-  for (auto& x : in) {
-    x.resize(size_t(rows * (stride + 2 * more) + offset));
-    for (T& v : x) v = from_float<T>(float(3 * random.normal()));
+  for (size_t i : {0, 1, 2}) {
+    in[i].resize(size_t(rows * (columns + gaps[i]) + offset));
+    for (T& v : in[i]) v = from_float<T>(float(3 * random.normal()));
   }
   for (size_t i = 0; i < 9 && i < in[0].size() - size_t(offset); i++) {  // where formulas like to break
     constexpr float kHuge[] = {1e30f, -1e30f, 65504.f, -65504.f, INFINITY, -INFINITY, NAN, 100.f, -100.f};
@@ -35,8 +38,8 @@ void compare(int64_t rows, int64_t columns, int64_t gap, int64_t offset, Activat
     for (auto& x : out[cuda]) x.assign(size_t(rows * columns + offset), from_float<T>(77));
     GatedParams p;
     p.gate = in[0].data() + offset, p.up = in[1].data() + offset;
-    p.gate_row = stride, p.up_row = stride + more;
-    if (wanted) p.grad = in[2].data() + offset, p.grad_row = stride + 2 * more;
+    p.gate_row = columns + gaps[0], p.up_row = columns + gaps[1];
+    if (wanted) p.grad = in[2].data() + offset, p.grad_row = columns + gaps[2];
     if (wanted == 0 || wanted & 1) p.product = out[cuda][0].data() + offset;
     if (wanted & 2) p.grad_gate = out[cuda][1].data() + offset;
     if (wanted & 4) p.grad_up = out[cuda][2].data() + offset;
@@ -57,15 +60,16 @@ template <typename T>
 void check_everything() {
   for (Activation activation : {Activation::silu, Activation::gelu_tanh, Activation::gelu})
     for (int wanted : {0, 7}) {
-      compare<T>(3, 1031, 0, 0, activation, wanted);  // one row of 3093, with a rest
-      compare<T>(2, 2100, 2100, 0, activation, wanted);
-      compare<T>(5, 40, 24, 0, activation, wanted);  // several rows in a block
-      compare<T>(7, 33, 1, 0, activation, wanted);   // rows off the alignment
-      compare<T>(1, 300, 0, 3, activation, wanted);  // all of it off
-      compare<T>(300, 1, 5, 0, activation, wanted);
-      compare<T>(1, 1, 0, 1, activation, wanted);
+      compare<T>(3, 1031, kNone, 0, activation, wanted);  // one row of 3093, with a rest
+      compare<T>(2, 2100, from(2100), 0, activation, wanted);
+      compare<T>(5, 40, from(24), 0, activation, wanted);  // several rows in a block
+      compare<T>(7, 33, from(1), 0, activation, wanted);   // rows off the alignment
+      compare<T>(1, 300, kNone, 3, activation, wanted);    // all of it off
+      compare<T>(300, 1, from(5), 0, activation, wanted);
+      compare<T>(1, 1, kNone, 1, activation, wanted);
     }
-  for (int wanted = 1; wanted < 7; wanted++) compare<T>(4, 72, 8, 0, Activation::silu, wanted);
+  for (int wanted = 1; wanted < 7; wanted++) compare<T>(4, 72, from(8), 0, Activation::silu, wanted);
+  for (const Gaps& one : {Gaps{8, 0, 0}, {0, 8, 0}, {0, 0, 8}}) compare<T>(5, 40, one, 0, Activation::silu, 7);
 }
 
 }  // namespace

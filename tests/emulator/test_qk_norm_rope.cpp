@@ -24,9 +24,11 @@ struct Shape {
   int64_t gap;  // between heads: 0 keeps vectors aligned
   bool across_heads = false;
   int64_t weight_shift = 0;  // by which weights miss the alignment of a vector
+  int64_t batch = 1;
 };
 
-constexpr int64_t kGradGap = 8;  // more between heads of the gradient than of x: aligned alike, not the same strides
+// More between heads of the gradient than of x, and of the output: aligned alike, not the same strides.
+constexpr int64_t kGradGap = 8, kOutGap = 16;
 
 template <typename T>
 struct Side {
@@ -34,9 +36,9 @@ struct Side {
   std::vector<float> weight_grad, partial;
 
   Side(const Shape& s, int64_t heads, check::Random& random)
-      : x(size_t(s.tokens * heads * (s.head_dim + s.gap))),
-        y(x.size(), from_float<T>(7)),
-        g(size_t(s.tokens * heads * (s.head_dim + s.gap + kGradGap))),
+      : x(size_t(s.batch * s.tokens * heads * (s.head_dim + s.gap))),
+        y(size_t(s.batch * s.tokens * heads * (s.head_dim + s.gap + kOutGap)), from_float<T>(7)),
+        g(size_t(s.batch * s.tokens * heads * (s.head_dim + s.gap + kGradGap))),
         dx(y),
         weight(size_t(s.across_heads ? heads * s.head_dim : s.head_dim)),
         weight_grad(weight.size(), 7) {
@@ -61,26 +63,26 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
   check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
   Side<T> inputs[2] = {Side<T>(s, s.q_heads, random), Side<T>(s, s.k_heads, random)};
   // Full-width tables whose columns all differ, cos and sin of their own strides.
-  const int64_t cos_row = s.rotary_dim, sin_row = cos_row + 4;
-  std::vector<float> cos(size_t(s.tokens * cos_row)), sin(size_t(s.tokens * sin_row));
+  const int64_t cos_row = s.rotary_dim, sin_row = cos_row + 4, rows = s.batch * s.tokens;
+  std::vector<float> cos(size_t(rows * cos_row)), sin(size_t(rows * sin_row));
   for (float& c : cos) c = float(2 * random.uniform() - 1);
   for (float& x : sin) x = float(2 * random.uniform() - 1);
-  const std::vector<int32_t> cu_seqlens = {0, 0, int32_t(s.tokens / 3), int32_t(s.tokens - s.tokens / 5)};
+  const std::vector<int32_t> cu_seqlens = {0, 0, int32_t(rows / 3), int32_t(rows - rows / 5)};
 
   QkNormRopeParams p;
   RopeParams& r = p.rope;
   r.dtype = kType<T>;
-  r.tokens = s.tokens;
+  r.batch = s.batch, r.tokens = s.tokens;
   r.head_dim = s.head_dim, r.rotary_dim = s.rotary_dim, r.rotary_offset = s.offset;
   r.interleaved = interleaved;
-  r.cos = cos.data(), r.sin = sin.data(), r.table_rows = s.tokens, r.cos_row = cos_row, r.sin_row = sin_row;
+  r.cos = cos.data(), r.sin = sin.data(), r.table_rows = rows, r.cos_row = cos_row, r.sin_row = sin_row;
   r.table_step = interleaved && zero_centered ? 2 : 1;
   if (documents) r.axis = {cu_seqlens.data(), DType::i32, 3};
-  std::vector<int64_t> ids(size_t(3 * s.tokens));
-  for (int64_t& id : ids) id = random.below(s.tokens);
+  std::vector<int64_t> ids(size_t(3 * rows));
+  for (int64_t& id : ids) id = random.below(rows);
   if (mrope) {
     r.mrope = true, r.mrope_interleaved = !documents;
-    r.position_ids = ids.data(), r.position_axis = s.tokens, r.position_token = 1;
+    r.position_ids = ids.data(), r.position_axis = rows, r.position_batch = s.tokens, r.position_token = 1;
     const int third = s.rotary_dim / 6;
     r.mrope_section[0] = s.rotary_dim / 2 - 2 * third, r.mrope_section[1] = r.mrope_section[2] = third;
   }
@@ -103,7 +105,8 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
       Side<T>*q = &results[cuda][0], *k = &results[cuda][1];
       const auto heads = [&](int64_t count, T* in, T* out) {
         const int64_t head = s.head_dim + s.gap + (out ? 0 : kGradGap), token = count * head;
-        return RopeHeads{in, out, count, s.tokens * token, token, head, s.tokens * token, token, head};
+        const int64_t out_head = s.head_dim + s.gap + kOutGap, out_token = count * out_head;
+        return RopeHeads{in, out, count, s.tokens * token, token, head, s.tokens * out_token, out_token, out_head};
       };
       r.transposed = backward;
       r.q = heads(s.q_heads, q->x.data(), backward ? q->dx.data() : q->y.data());
@@ -139,9 +142,17 @@ void compare(const Shape& s, bool interleaved, bool zero_centered, bool document
 }
 
 const Shape kShapes[] = {
-    {9, 4, 2, 64, 64, 0, 0},       {17, 3, 1, 96, 32, 64, 0}, {7, 5, 0, 40, 24, 8, 0},
-    {40, 8, 4, 128, 128, 0, 0},    {5, 2, 2, 256, 64, 0, 0},  {6, 3, 2, 30, 12, 4, 1},
-    {9, 4, 2, 64, 32, 0, 0, true}, {3, 1, 1, 320, 320, 0, 0}, {9, 4, 2, 64, 32, 0, 0, true, 1},
+    {9, 4, 2, 64, 64, 0, 0},
+    {17, 3, 1, 96, 32, 64, 0},
+    {7, 5, 0, 40, 24, 8, 0},
+    {40, 8, 4, 128, 128, 0, 0},
+    {5, 2, 2, 256, 64, 0, 0},
+    {6, 3, 2, 30, 12, 4, 1},
+    {9, 4, 2, 64, 32, 0, 0, true},
+    {3, 1, 1, 320, 320, 0, 0},
+    {9, 4, 2, 64, 32, 0, 0, true, 1},
+    {5, 3, 1, 64, 32, 0, 0, false, 0, 3},
+    {3, 2, 1, 64, 32, 0, 0, true, 0, 2},  // batch rows
 };
 
 template <typename T>

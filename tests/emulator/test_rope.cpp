@@ -30,18 +30,21 @@ struct Shape {
   bool heads_outer = false;
 };
 
+constexpr int64_t kOutGap = 8;  // more between heads of the output than of the input: aligned alike, not the same strides
+
 template <typename T>
 struct Side {
   std::vector<T> in, out;
   RopeHeads heads;
-  Side(const Shape& s, int64_t count, check::Random& random)
-      : in(size_t(s.batch * s.tokens * count * (s.head_dim + s.gap)) + 8), out(in) {
-    for (T& x : in) x = from_float<T>(float(random.normal()));
+  Side(const Shape& s, int64_t count, bool in_place, check::Random& random) {
     heads.heads = count;
-    const int64_t head = s.head_dim + s.gap, batch = s.tokens * count * head;
-    heads.in_batch = heads.out_batch = batch;
-    heads.in_token = heads.out_token = s.heads_outer ? head : count * head;
-    heads.in_head = heads.out_head = s.heads_outer ? s.tokens * head : head;
+    const int64_t head = s.head_dim + s.gap, out_head = head + (in_place ? 0 : kOutGap);
+    in.resize(size_t(s.batch * s.tokens * count * head) + 8);
+    out.resize(size_t(s.batch * s.tokens * count * out_head) + 8, from_float<T>(7));
+    for (T& x : in) x = from_float<T>(float(random.normal()));
+    heads.in_batch = s.tokens * count * head, heads.out_batch = s.tokens * count * out_head;
+    heads.in_token = s.heads_outer ? head : count * head, heads.out_token = s.heads_outer ? out_head : count * out_head;
+    heads.in_head = s.heads_outer ? s.tokens * head : head, heads.out_head = s.heads_outer ? s.tokens * out_head : out_head;
   }
 };
 
@@ -51,7 +54,7 @@ void compare(const Shape& s, Positions positions, bool interleaved, bool transpo
              bool full_width = false) {
   constexpr int64_t kRows = 64;
   check::Random random{uint64_t(s.tokens * 100 + s.head_dim)};
-  Side<T> q(s, s.q_heads, random), k(s, s.k_heads, random);
+  Side<T> q(s, s.q_heads, in_place, random), k(s, s.k_heads, in_place, random);
   const int64_t all = s.batch * s.tokens, width = s.rotary_dim / 2, cos_row = full_width ? 2 * width : width,
                 sin_row = cos_row + 8;
   std::vector<Table> cos(size_t(std::max(kRows, all) * cos_row + shift)), sin(size_t(std::max(kRows, all) * sin_row + shift));
