@@ -62,10 +62,10 @@ CASE(every_instruction_set_is_exact_to_a_few_units) {
 }
 
 CASE(threads_share_rows_anywhere) {
-  // A range ends in the middle of a row; rows of the inputs lie apart, those of the outputs do not.
-  constexpr int64_t kRows = 5, kColumns = 37, kGap = 3;
+  // A range ends in the middle of a row; rows of the inputs lie apart, each by another gap, those of the outputs do not.
+  constexpr int64_t kRows = 5, kColumns = 37, kGate = kColumns + 3, kUp = kColumns + 5, kGrad = kColumns + 1;
   check::Random random{1};
-  std::vector<double> gate(kRows * (kColumns + kGap)), up(gate), grad(gate);
+  std::vector<double> gate(kRows * kGate), up(kRows * kUp), grad(kRows * kGrad);
   for (auto* in : {&gate, &up, &grad})
     for (double& x : *in) x = random.normal();
   std::vector<double> outs[2][3];
@@ -74,7 +74,7 @@ CASE(threads_share_rows_anywhere) {
     for (auto& x : out) x.assign(kRows * kColumns, 7);
     GatedParams p;
     p.gate = gate.data(), p.up = up.data(), p.grad = grad.data();
-    p.gate_row = p.up_row = p.grad_row = kColumns + kGap;
+    p.gate_row = kGate, p.up_row = kUp, p.grad_row = kGrad;
     p.product = out[0].data(), p.grad_gate = out[1].data(), p.grad_up = out[2].data();
     p.rows = kRows, p.columns = kColumns, p.dtype = DType::f64, p.activation = Activation::gelu_tanh;
     for (int64_t begin = 0; begin < kRows * kColumns; begin += step)
@@ -83,11 +83,11 @@ CASE(threads_share_rows_anywhere) {
   for (int i : {0, 1, 2}) CHECK(outs[0][i] == outs[1][i]);
   for (int64_t r = 0; r < kRows; r++)
     for (int64_t c = 0; c < kColumns; c++) {
-      const int64_t in = r * (kColumns + kGap) + c;
-      const Exact want = exact(Activation::gelu_tanh, gate[in]);
-      CHECK_CLOSE(outs[0][0][r * kColumns + c], want.value * up[in], 1e-14);
-      CHECK_CLOSE(outs[0][1][r * kColumns + c], want.slope * up[in] * grad[in], 1e-14);
-      CHECK_CLOSE(outs[0][2][r * kColumns + c], want.value * grad[in], 1e-14);
+      const Exact want = exact(Activation::gelu_tanh, gate[r * kGate + c]);
+      const double x = up[r * kUp + c], g = grad[r * kGrad + c];
+      CHECK_CLOSE(outs[0][0][r * kColumns + c], want.value * x, 1e-14);
+      CHECK_CLOSE(outs[0][1][r * kColumns + c], want.slope * x * g, 1e-14);
+      CHECK_CLOSE(outs[0][2][r * kColumns + c], want.value * g, 1e-14);
     }
 }
 

@@ -16,14 +16,14 @@ constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
                                                     : DType::bf16;
 
 template <typename T>
-void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, double size = 1) {
+void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, double size = 1) {  // size: of x
   check::Random random{uint64_t(rows * 1000 + columns)};
-  const auto draw = [&](int64_t count) {
+  const auto draw = [&](int64_t count, double size = 1) {
     std::vector<T> x(static_cast<size_t>(count));
     for (T& v : x) v = from_float<T>(float(size * random.normal()));
     return x;
   };
-  const std::vector<T> x = draw(rows * (columns + gap)), grad = draw(rows * (columns + 2 * gap)), weight = draw(columns);
+  const std::vector<T> x = draw(rows * (columns + gap), size), grad = draw(rows * (columns + 2 * gap)), weight = draw(columns);
   for (bool backward : {false, true}) {
     std::vector<T> out[2], weight_grad[2];
     for (bool cuda : {false, true}) {
