@@ -169,8 +169,14 @@ def test_an_index_page_gets_the_projects_urls(publishable):
 def test_the_layout_for_the_kernels_hub(tmp_path):
     import tomllib
 
-    tool("kernels_hub").write(tmp_path / "hub")
+    tool("kernels_hub").write(tmp_path / "hub", "us/packops")
     layout = tomllib.loads((tmp_path / "hub" / "build.toml").read_text())
+    # The builder refuses keys that it does not know, and files of an older format.
+    assert layout.keys() == {"general", "torch", "kernel"}
+    assert layout["general"].keys() == {"name", "version", "edition", "license", "backends", "hub"}
+    assert (layout["general"]["edition"], layout["general"]["license"]) == (5, "Apache-2.0")
+    assert layout["general"]["hub"] == {"repo-id": "us/packops"}
+    assert all((tmp_path / "hub" / name).is_file() for name in ("flake.nix", "CARD.md", "LICENSE"))
     parts = [layout["torch"], *layout["kernel"].values()]
     listed = {name for part in parts for name in part["src"]}
     assert all((tmp_path / "hub" / name).is_file() for name in listed)
