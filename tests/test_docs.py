@@ -86,6 +86,7 @@ def literals() -> list[str]:
 FOREIGN = (
     "Could not run 'packops::...",
     "no kernel image is available",
+    "CUDA driver version is insufficient",
     "the provided PTX was compiled",
     "FlexAttention does not support backward on CPU",
     "one of the variables needed for gradient computation",

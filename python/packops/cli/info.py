@@ -16,6 +16,7 @@ from packops import _build
 EXTRAS = {
     "jit": ("filelock", "platformdirs", "setuptools", "ninja"),
     "hf": ("transformers", "accelerate"),
+    "trl": ("transformers", "accelerate", "trl"),
     "demo": ("matplotlib", "tqdm", "transformers", "tokenizers"),
 }
 
@@ -28,8 +29,9 @@ def main(args: argparse.Namespace) -> int:
 def info() -> dict[str, Any]:
     """What this installation is and what it can use: plain values, for ``packops info`` and for bug reports."""
     build = packops._C.build_info()
-    threads = f"{torch.get_num_threads()} threads"
-    cuda = f"CUDA {build['cuda']}, for {build['cuda_archs'].replace('_', ', ')}" if build["cuda"] else "none, built without nvcc"
+    count = torch.get_num_threads()
+    threads = f"{count} thread{'' if count == 1 else 's'}"
+    cuda = f"CUDA {build['cuda']}, for {build['cuda_archs'].replace('_', ', ')}" if build["cuda"] else "none, this is a CPU-only build"
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("PACKOPS_")]
     facts: dict[str, Any] = {
         "packops": packops.__version__,
