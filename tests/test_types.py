@@ -22,6 +22,7 @@ packops.cross_entropi(logits, labels)
 packops.no_such_module
 packops.cross_entropy(logits, labels, reduction="average")
 packops.cross_entropy(logits, labels, return_stats=True).backward()
+packops.linear_cross_entropy(logits, logits, labels, return_stats=True).backward()
 packops.PackingCollator(names="hf")([[1, 2]]).cu_seqlens
 packops.PackingCollator(pad_to=3)
 packops.apply_rope(logits, None, logits, logits)[1].sum()
@@ -33,6 +34,8 @@ logits, labels = torch.randn(3, 5), torch.tensor([1, 2, 3])
 loss, stats = packops.cross_entropy(logits, labels, return_stats=True)
 entropy: torch.Tensor = stats.entropy
 packops.cross_entropy(logits, labels, reduction="sum").backward()
+packops.linear_cross_entropy(logits, logits, labels, bias=None, chunk_tokens=8).backward()
+entropy = packops.linear_cross_entropy(logits, logits, labels, return_stats=True)[1].entropy
 q, k = packops.apply_rope(logits, logits, logits, logits, rotary_offset=1)
 k.sum(), packops.apply_rope(q, None, q, q)[0].sum()
 ids: torch.Tensor = packops.PackingCollator()([[1, 2]]).input_ids

@@ -31,7 +31,7 @@ def info() -> dict[str, Any]:
     build = packops._C.build_info()
     count = torch.get_num_threads()
     threads = f"{count} thread{'' if count == 1 else 's'}"
-    cuda = f"CUDA {build['cuda']}, for {build['cuda_archs'].replace('_', ', ')}" if build["cuda"] else "none, this is a CPU-only build"
+    cuda = f"CUDA {build['cuda']}, for {build['cuda_archs'].replace('_', ', ')}" if build["cuda"] else "none, a CPU-only build"
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("PACKOPS_")]
     facts: dict[str, Any] = {
         "packops": packops.__version__,

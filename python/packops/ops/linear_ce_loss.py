@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -58,6 +58,9 @@ from .lm_head import (
     wanted_of,
 )
 from .op import below_autograd, library, register_fake, typed
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 __all__ = ["linear_cross_entropy"]
 
@@ -505,6 +508,36 @@ def register(namespace: str) -> None:
         autocast.register(kernels, name, op, autocast.lower_precision, keywords=("bias",))
 
 
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_stats: Literal[False] = False,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> Tensor: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_stats: Literal[True],
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> tuple[Tensor, CrossEntropyStats]: ...
+@overload
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    bias: Tensor | None = None,
+    return_stats: bool,
+    **options: Unpack[LinearCrossEntropyOptions],
+) -> Tensor | tuple[Tensor, CrossEntropyStats]: ...
 def linear_cross_entropy(
     hidden: Tensor,
     weight: Tensor,
