@@ -177,6 +177,15 @@ __global__ void __launch_bounds__(2 * kNormBlockThreads, 2)  // 96 registers
     if (u < heads.count) xa[u].store_streaming(y + u * heads.side.out_head + place.a);
     if (u < heads.count && place.has_b) xb[u].store_streaming(y + u * heads.side.out_head + place.b);
   }
+  if (blockIdx.x == 0 && place.turns && !outside && coefficients.finds_misread(rope, at.batch, lane)) {
+    xa[0].fill(coefficients.fault(rope));
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (u >= heads.count) continue;
+      xa[0].store_streaming(y + u * heads.side.out_head + place.a);
+      xa[0].store_streaming(y + u * heads.side.out_head + place.b);
+    }
+  }
 }
 
 template <typename T, bool kInterleaved, bool kMrope, int kUnroll>
@@ -487,6 +496,10 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
       Vec<T, W> va, vb;
       va.from_floats(a);
       vb.from_floats(b);
+      if (at.token == 0 && place.turns && coefficients.finds_misread(rope, at.batch, item % launch.lanes)) {
+        va.fill(coefficients.fault(rope));
+        vb.fill(coefficients.fault(rope));
+      }
       T* y = head_out<T>(job.x, at, first_head + head);
       va.store_streaming(y + place.a);
       if (place.has_b) vb.store_streaming(y + place.b);

@@ -3,8 +3,7 @@
 //   x' = x cos a - y sin a,   y' = y cos a + x sin a      for the pairs (x, y) of every head (see rope.h)
 //
 // Bound: memory. A head is read once and written once, 2 (Hq + Hk) D element_size bytes per token (in place: only rotated
-// features), plus the token's sines and cosines (R / 2 of each, 1 to 3 % more) and its position. Tables that would be misread
-// (RopeTable) show in three sines of one row, the same for all threads, or in one more sine per vector of a full-width table.
+// features), plus the token's sines and cosines (R / 2 of each, 1 to 3 % more) and its position.
 //
 // Layout: see rope_launch.h. A thread owns both vectors of a pair, so no element is loaded twice. It issues the loads of all its
 // heads, then of its position, then of the table's rows, before any head has arrived: the dependent loads position -> row are
@@ -72,7 +71,8 @@ __global__ void __launch_bounds__(rope_bound_threads(kPlain, kUnroll), kPlain ? 
   }
   if (position.outside() && p.in_place) return;
 
-  if (place.turns && !position.outside()) {
+  const bool turns = place.turns && !position.outside();
+  if (turns) {
     if constexpr (kPlain) coefficients.load_rows(p, at, position, lane, {p.table_dtype, true, 1});
     else coefficients.load(p, at, position, lane, shared);
 #pragma unroll
@@ -97,6 +97,13 @@ __global__ void __launch_bounds__(rope_bound_threads(kPlain, kUnroll), kPlain ? 
   for (int u = 0; u < kUnroll; u++) {
     if (heads.has(u)) a[u].store(y + u * step + place.a);
     if (heads.has(u) && place.has_b) b[u].store(y + u * step + place.b);
+  }
+  if (blockIdx.x == 0 && turns && coefficients.finds_misread(p, at.batch, lane)) {
+    a[0].fill(coefficients.fault(p));
+#pragma unroll
+    for (int u = 0; u < kUnroll; u++) {
+      if (heads.has(u)) a[0].store(y + u * step + place.a), a[0].store(y + u * step + place.b);
+    }
   }
 }
 

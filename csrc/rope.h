@@ -19,7 +19,7 @@ namespace packops {
 
 // half: a column for each pair. full: a column for each feature, so the two features of a pair have the same number. guessed:
 // taken for half a table, since twice its width fits into a head and nobody said more. A table that contradicts this would be
-// misread: an error on the CPU (torch/rope_args.h), and on CUDA a fault, as a position outside the table is.
+// misread: an error on the CPU (torch/rope_args.h), and on CUDA NaN in the first tokens of every row (RopeCoefficients::finds_misread).
 enum class RopeTable : int8_t { half, guessed, full };
 
 // One of q and k. Strides count elements; the features of a head are contiguous.

@@ -106,54 +106,7 @@ __device__ inline RopeToken rope_token(const RopeParams& p, int64_t t) {
   return {batch, t - batch * p.tokens};
 }
 
-// Whether a guessed table (see RopeTable) holds every number twice. Rarely called, so short rather than fast. A row may do so by
-// chance, or on the diagonal of half a table of an image's patches, whose rows and columns have the same frequencies. So several
-// rows are asked, `row` (a token's) and neighbours among them: of two neighbouring patches one is beside the diagonal.
-__device__ inline bool holds_numbers_twice(const RopeParams& p, int64_t batch, int64_t row) {
-  const int64_t last = p.table_rows - 1;
-  RopeRepetition repetition;
-#pragma unroll 1
-  for (int n = 0; n < 7 && repetition.possible(); n++) {
-    const int64_t asked = n == 0 ? last / 2 : n == 1 ? last / 2 + 1 : n == 2 ? row : n == 3 ? 1 : last - (n - 4);
-    const int64_t first = batch * p.sin_batch + min(max(asked, int64_t(0)), last) * p.sin_row;
-    repetition.add_row(p.rotary_dim / 2, [&](int i) {
-      TableRun<1> sine;
-      sine.load(p.sin, {p.table_dtype, false, 1}, first + i);
-      return __uint_as_float(sine.words[0]);
-    });
-  }
-  return repetition.found();
-}
-
-// Loads the first sine of row 1 of a guessed table, and those that would be its copies. If none is, no other row need be asked.
-// Row 1 is position 1 as a rule, which turns every pair by its own frequency.
-class RopeProbe {
- public:
-  __device__ RopeProbe(const RopeParams& p, RopeToken at)
-      : guessed_(p.table == RopeTable::guessed && p.table_rows > 0), batch_(p.per_token_table ? at.batch : 0) {
-    if (!guessed_) return;
-    const int64_t first = batch_ * p.sin_batch + (p.table_rows > 1 ? p.sin_row : 0);
-    const int size = p.table_dtype == DType::f64 ? 8 : p.table_dtype == DType::f32 ? 4 : 2;
-    const auto bits = [&](int64_t i) -> uint32_t {  // of fp64 a half, which is enough for a suspicion
-      const auto* number = static_cast<const char*>(p.sin) + i * size;
-      return size == 2 ? __ldg(reinterpret_cast<const uint16_t*>(number)) : __ldg(reinterpret_cast<const uint32_t*>(number));
-    };
-    sine_ = bits(first);
-    neighbour_ = bits(first + 1);
-    half_ = bits(first + p.rotary_dim / 4);
-  }
-  __device__ bool finds_misread(const RopeParams& p, int64_t row) const {
-    return guessed_ && (sine_ == neighbour_ || sine_ == half_) && holds_numbers_twice(p, batch_, row);
-  }
-
- private:
-  bool guessed_;
-  int64_t batch_;
-  uint32_t sine_ = 0, neighbour_ = 0, half_ = 0;
-};
-
-// Not positions. kOutside: the token belongs to no document and is not rotated. kBad: the table has no such row, or would be
-// misread.
+// Not positions. kOutside: the token belongs to no document and is not rotated. kBad: the table has no such row.
 constexpr int64_t kOutside = -1, kBad = -2;
 
 // The start of the document of token t, or kOutside. A warp searches together for one t, 32 places at a time. Invariant:
@@ -194,7 +147,6 @@ struct RopePosition {
   __device__ RopePosition(const RopeParams& p, RopeToken at, int64_t start) {
     if (kMrope) at.token = min(at.token, p.tokens - 1);  // threads past the last token help with the table, too
     const auto checked = [&](int64_t x) { return x >= 0 && x < p.table_rows ? x : kBad; };
-    const RopeProbe probe(p, at);
     if (p.axis.cu_seqlens && start == kOutside) {
       row[0] = kOutside;
     } else if (p.per_token_table) {
@@ -210,7 +162,6 @@ struct RopePosition {
     } else {
       row[0] = checked(p.axis.cu_seqlens ? at.batch * p.tokens + at.token - start : at.token);
     }
-    if (row[0] >= 0 && probe.finds_misread(p, row[0])) row[0] = kBad;
   }
   __device__ bool outside() const { return row[0] == kOutside; }
 };
@@ -302,10 +253,8 @@ template <int W, bool kInterleaved>
 struct RopeCoefficients {
   static constexpr int kRun = kInterleaved && W > 1 ? W / 2 : W;  // consecutive pairs
   float cos[W], sin[W];
-  bool bad;  // the table has no such row, or two numbers for a pair
+  bool bad;  // the table has no such row
 
-  // To the column of the other feature of a pair, in a full-width table.
-  static __device__ int to_twin(const RopeParams& p) { return kInterleaved ? 1 : p.rotary_dim / 2; }
   static __device__ int first_pair(const RopeParams& p, int lane, int run) { return lane * kRun + run * (p.rotary_dim / 4); }
 
   static __device__ TableFormat format(const RopeParams& p) {
@@ -323,28 +272,21 @@ struct RopeCoefficients {
     bad = row == kBad;
     if (bad) return;
     constexpr int kRuns = W / kRun;
-    const int64_t batch = p.per_token_table ? at.batch : 0;
-    const int64_t cos_row = batch * p.cos_batch + row * p.cos_row, sin_row = batch * p.sin_batch + row * p.sin_row;
+    const int64_t batch = p.per_token_table ? at.batch : 0, cos_base = batch * p.cos_batch, sin_base = batch * p.sin_batch;
     TableRun<kRun> cos_run[kRuns], sin_run[kRuns];
-    TableRun<1> twin[kRuns];  // of a run's first pair
 #pragma unroll
     for (int r = 0; r < kRuns; r++) {
       const int column = first_pair(p, lane, r) * format.step;
-      cos_run[r].load(p.cos, format, cos_row + column);
-      sin_run[r].load(p.sin, format, sin_row + column);
-      if (p.table == RopeTable::full) twin[r].load(p.sin, format, sin_row + column + to_twin(p));
+      cos_run[r].load(p.cos, format, cos_base + row * p.cos_row + column);
+      sin_run[r].load(p.sin, format, sin_base + row * p.sin_row + column);
     }
 #pragma unroll
     for (int r = 0; r < kRuns; r++) {
-      float c[kRun], s[kRun], first[1];
+      float c[kRun], s[kRun];
       cos_run[r].to_floats(format, c);
       sin_run[r].to_floats(format, s);
 #pragma unroll
       for (int j = 0; j < kRun; j++) set(p, r * kRun + j, c[j], s[j]);
-      if (p.table == RopeTable::full) {
-        twin[r].to_floats(format, first);
-        bad |= s[0] != first[0];
-      }
     }
   }
 
@@ -358,7 +300,7 @@ struct RopeCoefficients {
       c.load(shared.cos + i);
       s.load(shared.sin + i);
 #pragma unroll
-      for (int j = 0; j < kStep; j++) set_mrope(p, i + j, {c.element[j], s.element[j]});
+      for (int j = 0; j < kStep; j++) set(p, i + j, c.element[j], s.element[j]);
     }
   }
 
@@ -379,7 +321,10 @@ struct RopeCoefficients {
     bad = position.row[0] == kBad;
     if (bad) return;
 #pragma unroll
-    for (int j = 0; j < W; j++) set_mrope(p, j, mrope_number(p, position, lane, j));
+    for (int j = 0; j < W; j++) {
+      const float2 number = mrope_number(p, position, lane, j);
+      set(p, j, number.x, number.y);
+    }
   }
 
   // Rotates the pairs of both vectors. If `bad`, features become fault() instead.
@@ -401,6 +346,33 @@ struct RopeCoefficients {
       for (int j = 0; j < W; j++) pair(a[j], b[j], j);
     }
   }
+  // Whether the table would be misread (RopeTable): half a table that holds every number twice, or a full-width one with two numbers
+  // for the lane's first pair. Asking takes a few latencies, and every thread would find the same. So the first block alone asks,
+  // when its work is done, and the others pay nothing, not even registers. A single row may repeat itself by chance, or on the
+  // diagonal of an image's patches, whose rows and columns have the same frequencies. So several are asked, neighbours among them.
+  static __device__ __noinline__ bool finds_misread(const RopeParams& p, int64_t batch, int lane) {
+    if (p.table == RopeTable::half || p.transposed || p.table_rows == 0) return false;
+    const int64_t last = p.table_rows - 1;
+    const auto sine = [&](int64_t row, int column) {
+      TableRun<1> number;
+      number.load(p.sin, {p.table_dtype, false, 1},
+                  (p.per_token_table ? batch : 0) * p.sin_batch + min(row, last) * p.sin_row + column);
+      return __uint_as_float(number.words[0]);
+    };
+    if (p.table == RopeTable::full) {
+      const int column = first_pair(p, lane, 0) * p.table_step, twin = column + (kInterleaved ? 1 : p.rotary_dim / 2);
+      bool found = false;
+#pragma unroll 1
+      for (const int64_t row : {int64_t(1), last}) found |= sine(row, column) != sine(row, twin);
+      return found;
+    }
+    RopeRepetition repetition;
+#pragma unroll 1
+    for (const int64_t row : {last / 2, last / 2 + 1, int64_t(1), last, max(last - 1, int64_t(0))})
+      if (repetition.possible()) repetition.add_row(p.rotary_dim / 2, [&](int i) { return sine(row, i); });
+    return repetition.found();
+  }
+
   // NaN, or a gradient of 0.
   static __device__ float fault(const RopeParams& p) { return p.transposed ? 0.f : __int_as_float(0x7fc00000); }
 
@@ -409,25 +381,14 @@ struct RopeCoefficients {
     cos[j] = c;
     sin[j] = p.transposed ? -s : s;
   }
-  __device__ void set_mrope(const RopeParams& p, int j, float2 number) {
-    set(p, j, number.x, number.y);
-    bad |= p.table == RopeTable::full && number.x != number.x;  // see mrope_number
-  }
-  // Cosine and sine of a lane's pair j; the cosine is NaN where a full-width table has two sines for it. No branch here, so the
-  // wait covers these loads only (see RopePosition).
+  // Cosine and sine of a lane's pair j. No branch here, so the wait covers these loads only (see RopePosition).
   static __device__ float2 mrope_number(const RopeParams& p, const RopePosition<true>& position, int lane, uint32_t j) {
     const int pair = first_pair(p, lane, j / kRun) + j % kRun, axis = rope_mrope_axis(p, pair);
     const int64_t row = axis == 0 ? position.row[0] : axis == 1 ? position.row[1] : position.row[2];
     const int column = pair * p.table_step;
     const int64_t c = row * p.cos_row + column, s = row * p.sin_row + column;
-    const int64_t twin = p.table == RopeTable::full ? s + to_twin(p) : s;
-    const auto checked = [](float cosine, float sine, bool alike) -> float2 {
-      return {alike ? cosine : __int_as_float(0x7fc00000), sine};
-    };
-    if (p.table_dtype == DType::f64) {
-      const auto *cosines = static_cast<const double*>(p.cos), *sines = static_cast<const double*>(p.sin);
-      return checked(to_float(cosines[c]), to_float(sines[s]), sines[s] == sines[twin]);
-    }
+    if (p.table_dtype == DType::f64)
+      return {to_float(static_cast<const double*>(p.cos)[c]), to_float(static_cast<const double*>(p.sin)[s])};
     const auto bits = [&](const void* table, int64_t i) -> uint32_t {
       return p.table_dtype == DType::f32 ? __ldg(static_cast<const uint32_t*>(table) + i)
                                          : __ldg(static_cast<const uint16_t*>(table) + i);
@@ -436,8 +397,8 @@ struct RopeCoefficients {
       const float of_bf16 = unpack2(x, bf16_t{}).x, of_half = unpack2(x, half_t{}).x;
       return p.table_dtype == DType::f32 ? __uint_as_float(x) : p.table_dtype == DType::bf16 ? of_bf16 : of_half;
     };
-    const uint32_t cos_bits = bits(p.cos, c), sin_bits = bits(p.sin, s), twin_bits = bits(p.sin, twin);
-    return checked(number(cos_bits), number(sin_bits), number(sin_bits) == number(twin_bits));
+    const uint32_t cos_bits = bits(p.cos, c), sin_bits = bits(p.sin, s);
+    return {number(cos_bits), number(sin_bits)};
   }
 };
 

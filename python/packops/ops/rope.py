@@ -278,8 +278,8 @@ def apply_rope(
         rotary_dim: how many features of a head turn; the others pass through bit for bit. None: twice the width of ``cos``, or
             its width where twice that is more than a head. A full-width table of at most half a head (partial rotary in Hugging
             Face) therefore needs ``rotary_dim=cos.shape[-1]``. Without it, it raises a ValueError on the CPU, where the table can
-            be read, and with :func:`packops.checks`; on CUDA the rotated features are NaN. So does, and are, a full-width table
-            whose pairs do not hold one number. Half a table whose frequencies all come twice needs
+            be read, and with :func:`packops.checks`; on CUDA the rotated features of the first tokens are NaN. So does, and are,
+            a full-width table whose pairs do not hold one number. Half a table whose frequencies all come twice needs
             ``rotary_dim=2 * cos.shape[-1]``.
         rotary_offset: first feature that turns: 0 for the leading part, ``head_dim - rotary_dim`` for the trailing part (MLA).
         mrope_section: three numbers of pairs that add up to ``rotary_dim / 2``: which of the three ``position_ids`` turns them,
