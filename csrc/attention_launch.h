@@ -125,7 +125,8 @@ inline constexpr bool kAttentionLongFirst = true;
 constexpr int32_t attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 3072 : head_dim <= 128 ? 768 : 576; }
 constexpr int32_t attention_long_keys_from(int head_dim) { return head_dim <= 64 ? kNeverLong : 1024; }
 
-// Which documents of a call are long: those of more tokens than this. kNeverLong where none can be, and nothing is launched for them.
+// Which documents of a call are long: those of more tokens than this. kNeverLong where none can be, and nothing is launched for them. A
+// window of `from` tokens or less makes all short, and a longer one changes nothing.
 constexpr int32_t choose_attention_long_from(const AttentionParams& p, const DeviceLimits& device, int32_t from) {
   if (p.long_from && from != kNeverLong) from = p.long_from;
   return device.has_wgmma && attention_is_long(p.tokens, p.window, from) ? from : kNeverLong;

@@ -23,12 +23,12 @@ __device__ __forceinline__ int own_length(const AttentionParams& p, const Attent
 }
 template <bool kForest>
 __device__ __forceinline__ bool is_long(const AttentionParams& p, const AttentionTile& tile) {
-  return attention_is_long(own_length<kForest>(p, tile), p.window, p.long_from);
+  return own_length<kForest>(p, tile) > p.long_from;
 }
 
 // The list of tiles is sorted by this: the first tile of which it is false ends what is long.
 __device__ __forceinline__ bool may_be_long(const AttentionParams& p, const AttentionTile& tile) {
-  return attention_is_long(tile.document_end - tile.document_begin, p.window, p.long_from);
+  return tile.document_end - tile.document_begin > p.long_from;
 }
 
 // Items of work are numbers of a tile, the first of `groups` neighbours in a long document, times `heads`, plus a head. -1: there are
@@ -77,8 +77,8 @@ class ProductTurns {
 // Of a kernel that may begin before the launch before it has ended. beside: it reads nothing that that one writes, but what the launch
 // before that wrote, for which that one waited before it let this one begin.
 __device__ __forceinline__ void begin_overlapping(bool beside) {
-  if (beside) griddepcontrol_launch_dependents();
-  else griddepcontrol_wait();
+  if (!beside) griddepcontrol_wait();
+  griddepcontrol_launch_dependents();
 }
 // At its end, so that what comes after it comes after both.
 __device__ __forceinline__ void end_overlapping(bool beside) {

@@ -117,7 +117,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     long_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
-  griddepcontrol_wait();
+  begin_overlapping(false);
   const bool far = *p.far;
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
   constexpr int kGroups = kShape.groups, kSlots = kShape.slots, kThreads = kShape.threads();
@@ -164,53 +164,57 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
       fence_proxy_async();
       bar_sync(kGroupBarrier + role, 128);
 
+      using OfTurn = Sums<1, kLongTurn>;
+      using Left = typename Product::template Left<1, kLongTurn / 8>;
       Sums<1, D> grad_k, grad_v;
       for_each(grad_k, [](float& x, int, int, int) { x = 0; });
       for_each(grad_v, [](float& x, int, int, int) { x = 0; });
       wgmma_fence_operand(grad_k[0]);
       wgmma_fence_operand(grad_v[0]);
       int query = queries_of_all.first;
-      for (int turn = 0; turn < count; turn++, slot += 2) {
-        char *queries = ring.tile(slot), *grads = ring.tile(slot + 1);
-        const float *lse = numbers + slot / 2 % (kSlots / 2) * 128, *delta = lse + 64;
-        Sums<1, kLongTurn> s, g;
-        ring.wait_full(slot);
-        ring.wait_full(slot + 1);
-        turns.wait();
-        Product::begin();
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(s, keys, 0, queries, 0, lane);
-        Product::commit();
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
-        Product::commit();
-        turns.pass();
-        weigh<Product>(
-            s, g, scores, far, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
-            [&](int, int n, int i) {
-              const int head = kv_head * group + turn / (count / group);
-              return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
-            },
-            [&](int, int n, int i) { return delta[8 * n + 2 * (lane % 4) + i % 2]; });
-        if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length)) {
-          const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
-          mask(s, query, lane, 0.f, seen);
-          mask(g, query, lane, 0.f, seen);
+      as_constant(far, [&](auto constant) {
+        constexpr bool kFar = decltype(constant)::value;
+        for (int turn = 0; turn < count; turn++, slot += 2) {
+          char *queries = ring.tile(slot), *grads = ring.tile(slot + 1);
+          const float *lse = numbers + slot / 2 % (kSlots / 2) * 128, *delta = lse + 64;
+          OfTurn s, g;
+          ring.wait_full(slot);
+          ring.wait_full(slot + 1);
+          turns.wait();
+          Product::begin();
+          Product::template multiply_rows<kAttentionRows, kLongTurn>(s, keys, 0, queries, 0, lane);
+          Product::commit();
+          Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
+          Product::commit();
+          turns.pass();
+          weigh<kFar, Product>(
+              s, g, scores, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
+              [&](int, int n, int i) {
+                const int head = kv_head * group + turn / (count / group);
+                return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
+              },
+              [&](int, int n, int i) { return delta[8 * n + 2 * (lane % 4) + i % 2]; });
+          if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length)) {
+            const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
+            mask(s, query, lane, 0.f, seen);
+            mask(g, query, lane, 0.f, seen);
+          }
+          query += kLongTurn;
+          if (query > queries_of_all.last) query = queries_of_all.first;  // the next head
+          const Left weights(s), changes(g);
+          turns.wait();
+          wgmma_fence_operand(grad_k[0]);
+          wgmma_fence_operand(grad_v[0]);
+          Product::begin();
+          Product::template add_weighted_rows<kLongTurn>(grad_v, weights, grads, 0, lane);
+          Product::template add_weighted_rows<kLongTurn>(grad_k, changes, queries, 0, lane);
+          Product::commit();
+          turns.pass();
+          Product::wait(grad_v, grad_k);
+          ring.release(slot, lane);
+          ring.release(slot + 1, lane);
         }
-        query += kLongTurn;
-        if (query > queries_of_all.last) query = queries_of_all.first;  // the next head
-        using Left = typename Product::template Left<1, kLongTurn / 8>;
-        const Left weights(s), changes(g);
-        turns.wait();
-        wgmma_fence_operand(grad_k[0]);
-        wgmma_fence_operand(grad_v[0]);
-        Product::begin();
-        Product::template add_weighted_rows<kLongTurn>(grad_v, weights, grads, 0, lane);
-        Product::template add_weighted_rows<kLongTurn>(grad_k, changes, queries, 0, lane);
-        Product::commit();
-        turns.pass();
-        Product::wait(grad_v, grad_k);
-        ring.release(slot, lane);
-        ring.release(slot + 1, lane);
-      }
+      });
       const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + kv_head * D;
       const float one[1][2] = {{1.f, 1.f}}, scale[1][2] = {{scores.product_scale, scores.product_scale}};
       if (there > 0) {
@@ -233,7 +237,7 @@ template <typename T, int D>
 __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     split_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
-  griddepcontrol_wait();
+  begin_overlapping(false);
   const bool far = *p.far;
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
   constexpr int kSlots = kShape.slots, kThreads = kShape.threads();
@@ -304,7 +308,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
         if (turn > 0) ring.release(slot - 1 - role, lane);
         if (role == 0) {
           mbarrier_wait_parity(read, parity ^ 1);
-          const auto pass_on = [&](auto&& exponent_of) {
+          as_constant(far, [&](auto constant) {
 #pragma unroll
             for (int n = 0; n < kLongTurn / 8; n++) {
               float slope[4] = {1, 1, 1, 1};
@@ -312,20 +316,14 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
               for (int i = 0; i < 4; i++) {
                 float& x = s[0][n][i];
                 if (scores.capped) x = scores.cap(x), slope[i] = 1.f - x * x;
-                x = ex2_approx(exponent_of(x, n, i));
+                const int of_turn = 8 * n + 2 * (lane % 4) + i % 2;
+                x = weight_of<decltype(constant)::value>(scores, x, lse[of_turn], [&] {
+                  return lse_rest(p, kv_head * group + turn / (count / group))[tile.document_begin + query + of_turn];
+                });
               }
               weights[n * 128] = {s[0][n][0] * slope[0], s[0][n][1] * slope[1], s[0][n][2] * slope[2], s[0][n][3] * slope[3]};
             }
-          };
-          const auto lse_of = [&](int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; };
-          if (far)
-            pass_on([&](float x, int n, int i) {
-              return far_exponent(scores, x, lse_of(n, i), [&] {
-                const int head = kv_head * group + turn / (count / group);
-                return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
-              });
-            });
-          else pass_on([&](float x, int n, int i) { return exponent(scores, x, lse_of(n, i)); });
+          });
           mbarrier_arrive(written);
         } else {
           mbarrier_wait_parity(written, parity);

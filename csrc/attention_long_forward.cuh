@@ -189,7 +189,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
       Sums<1, D> out;
       Sums<1, kTurn> x;
       uint32_t weights[kTurn / 16][4];
-      float greatest[1][2] = {{-INFINITY, -INFINITY}}, sum[2] = {0, 0}, correction[2];
+      float greatest[1][2] = {{-INFINITY, -INFINITY}}, sum[2] = {0, 0}, correction[1][2];
       const auto multiply = [&] {
         mbarrier_wait_parity(&s.full_keys[at_keys.slot], uint32_t(at_keys.parity));
         turns.wait();
@@ -214,19 +214,17 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         if (scores.capped) for_each(x, [&](float& score, int, int, int) { score = scores.cap(score); });
         if (!scores.all_see(query, query + 64, key, key + kTurn, item.length))
           mask(x, key, lane, -INFINITY, [&](int row) { return scores.keys_of(item.query + first_row + row, item.length); });
-        float shift[1][2];
+        float shift[1][2], now[1][2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
           float most = greatest[0][half];
 #pragma unroll
           for (int n = 0; n < kTurn / 8; n++) most = fmaxf(most, fmaxf(x[0][n][2 * half], x[0][n][2 * half + 1]));
-          most = max_of_quad(most);
-          shift[0][half] = scores.shift_of(most);
-          correction[half] = scores.correction(greatest[0][half], most);
-          greatest[0][half] = most;
-          sum[half] *= correction[half];
+          now[0][half] = max_of_quad(most);
         }
-        scores.subtract_where_far(x, greatest, shift);
+        scores.relate(x, greatest, now, shift, correction);
+#pragma unroll
+        for (int half = 0; half < 2; half++) greatest[0][half] = now[0][half], sum[half] *= correction[0][half];
         for_each(x, [&](float& score, int, int, int i) {
           score = ex2_approx(fmaf(score, scores.scale, -shift[0][i / 2]));
           sum[i / 2] += score;
@@ -275,8 +273,8 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         wgmma_wait_group<0>();
         values_read();
         convert();
-        if (__any_sync(kWarp, correction[0] != 1.f || correction[1] != 1.f))
-          for_each(out, [&](float& value, int, int, int i) { value *= correction[i / 2]; });
+        if (__any_sync(kWarp, correction[0][0] != 1.f || correction[0][1] != 1.f))
+          for_each(out, [&](float& value, int, int, int i) { value *= correction[0][i / 2]; });
       }
       add_values(item.last == item.first);
       wgmma_wait_group<0>();

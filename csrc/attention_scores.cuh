@@ -38,36 +38,40 @@ struct Scores {
   __device__ __forceinline__ float cap(float product) const {
     return 1.f - 2.f * rcp_approx(1.f + ex2_approx(product * (2 * kLog2e * softcap_scale)));
   }
-  // Forward, of a row whose greatest score so far is `greatest`: weights are 2^(x scale - shift). -inf: it has seen no key.
-  __device__ __forceinline__ float shift_of(float greatest) const {
-    return greatest == -INFINITY ? 0.f : __fmul_rn(greatest, scale);
-  }
-  // The factor of what was summed when it was `before`.
-  __device__ __forceinline__ float correction(float before, float greatest) const {
-    const float shift = shift_of(greatest);
-    return ex2_approx(is_far(shift) ? (before - greatest) * scale : __fmul_rn(before, scale) - shift);
-  }
-  // All of a row have the rounding of its shift, which weights do not show. From 2^31 on it would overflow an exponent. In such rows
-  // the difference from the greatest, which is exact, comes first, and there is no shift.
+  // Forward: `before` and `now` are the greatest scores of rows without and with those of s. Weights are 2^(x scale - shift), and
+  // correction is the factor of what was summed before.
   template <int kBlocks, int kColumns>
-  __device__ __forceinline__ void subtract_where_far(float (&s)[kBlocks][kColumns][4], const float (&greatest)[kBlocks][2],
-                                                     float (&shift)[kBlocks][2]) const {
-    bool any = false;
+  __device__ __forceinline__ void relate(float (&s)[kBlocks][kColumns][4], const float (&before)[kBlocks][2],
+                                         const float (&now)[kBlocks][2], float (&shift)[kBlocks][2],
+                                         float (&correction)[kBlocks][2]) const {
+    bool near = true;
 #pragma unroll
-    for (int m = 0; m < kBlocks; m++) any |= is_far(shift[m][0]) || is_far(shift[m][1]);
-    if (!any) return;
+    for (int m = 0; m < kBlocks; m++)
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        // Not a fused product: the factor of a row with the same greatest score is exactly 1.
+        shift[m][half] = __fmul_rn(now[m][half], scale);
+        correction[m][half] = ex2_approx(__fmul_rn(before[m][half], scale) - shift[m][half]);
+        near = near && !is_far(shift[m][half]);
+      }
+    if (near) return;
+    // All weights of a row have the rounding of its shift, so it cancels. From 2^31 on it would overflow them. So rows far from 0
+    // subtract the greatest score, which is exact, and have no shift. Nor have rows that have seen no key.
     float base[kBlocks][2];
 #pragma unroll
     for (int m = 0; m < kBlocks; m++)
 #pragma unroll
       for (int half = 0; half < 2; half++) {
-        const bool far = is_far(shift[m][half]);
-        base[m][half] = far ? greatest[m][half] : 0.f;
-        if (far) shift[m][half] = 0;
+        base[m][half] = 0;
+        if (!is_far(shift[m][half])) continue;
+        const bool seen = now[m][half] != -INFINITY;
+        correction[m][half] = seen ? ex2_approx((before[m][half] - now[m][half]) * scale) : 1.f;
+        base[m][half] = seen ? now[m][half] : 0.f;
+        shift[m][half] = 0;
       }
     for_each(s, [&](float& x, int m, int, int i) { x -= base[m][i / 2]; });
   }
-  static __device__ __forceinline__ bool is_far(float shift) { return fabsf(shift) > 0x1p12f; }
+  static __device__ __forceinline__ bool is_far(float exponent) { return !(fabsf(exponent) <= 0x1p12f); }
   // The keys that a query sees, of `keys` in its document; the queries that see a key. [first, last], both inclusive.
   __device__ __forceinline__ Interval keys_of(int query, int keys) const {
     return {window ? query - window + 1 : 0, causal ? min(query, keys - 1) : keys - 1};
