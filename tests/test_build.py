@@ -304,6 +304,22 @@ def test_the_library_knows_its_sources():
     assert packops._C.build_info()["sources"] == _build.source_digest(_build.find_csrc())
 
 
+def test_cuda_objects_older_than_a_header_are_built_again(tmp_path):
+    """ninja does not know their headers where torch has no CUDA."""
+    header, source = tmp_path / "a.cuh", "csrc/a.cu"
+    for folder, objects in (("old", 1), ("new", 3)):
+        for name in ("a", "b"):
+            built = tmp_path / folder / "csrc" / f"{name}.o"
+            built.parent.mkdir(parents=True, exist_ok=True)
+            built.touch()
+            os.utime(built, (objects, objects))
+        header.touch()
+        os.utime(header, (2, 2))
+        _build.drop_stale_objects(tmp_path / folder, [source, "csrc/b.cpp", "csrc/none.cu"], [str(header)])
+        left = sorted(path.name for path in (tmp_path / folder / "csrc").iterdir())
+        assert left == (["b.o"] if folder == "old" else ["a.o", "b.o"])
+
+
 def test_a_log_ends_with_the_compilers_error():
     log = "\n".join(
         [

@@ -300,6 +300,7 @@ def make_build_command():
             sources = extension.sources
             if extension.packops_digest_of:
                 extension.sources = [*sources, write_digest(temporary, extension.packops_digest_of)]
+            drop_stale_objects(temporary, extension.sources, extension.depends)
             label = f"packops: compiling {len(extension.sources)} files for {extension.packops_label}"
             try:
                 with quiet_output(temporary / "build.log", label, temporary):
@@ -308,6 +309,18 @@ def make_build_command():
                 extension.sources = sources
 
     return BuildCommand
+
+
+def drop_stale_objects(folder: Path, sources: list[str], files: list[str]) -> None:
+    """Remove CUDA objects that are older than any of ``files``, the headers among them.
+
+    torch asks nvcc which headers a source reads only where torch itself has CUDA. Elsewhere ninja would keep an old kernel.
+    """
+    newest = max(Path(file).stat().st_mtime for file in files)
+    for source in sources:
+        built = (folder / source).with_suffix(".o")
+        if source.endswith(".cu") and built.is_file() and built.stat().st_mtime < newest:
+            built.unlink()
 
 
 def write_digest(folder: Path, csrc: Path) -> str:
