@@ -52,6 +52,8 @@ if command -v ccache > /dev/null; then
     '    set -- "$@" "$argument"' 'done' 'exec ccache "${CUDA_HOME:+$CUDA_HOME/bin/}nvcc" "$@"' > build/wheels/nvcc
   chmod +x build/wheels/nvcc
   export PYTORCH_NVCC=$PWD/build/wheels/nvcc # torch's name for the compiler of .cu files
+else
+  echo "ccache is not on the PATH: every Python compiles all kernels anew"
 fi
 glibc=$(getconf GNU_LIBC_VERSION | cut -d' ' -f2)
 install() { "$1" -m pip install --quiet --disable-pip-version-check ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "${@:2}"; }
