@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 
@@ -597,6 +598,10 @@ def test_nan_in_a_branch_stays_in_the_documents_through_it(device, window, atten
             segment = PARENTS[segment]
         return segment == other
 
+    # On CUDA torch adds gradients of queries with atomics.
+    near = functools.partial(torch.allclose, rtol=2**-6, atol=2**-6)
+    same = near if attend is by_torch and device.type == "cuda" else torch.equal
+
     want = results(slice(0, 0))
     for bad in range(len(PARENTS)):
         if SEGMENTS[bad] == SEGMENTS[bad + 1]:
@@ -608,7 +613,7 @@ def test_nan_in_a_branch_stays_in_the_documents_through_it(device, window, atten
             reads, is_read = continues(other, bad), continues(bad, other)
             for at, (x, y) in enumerate(zip(got, want, strict=True)):
                 if not reads and (at < 2 or not is_read):
-                    assert torch.equal(x[rows], y[rows]), (bad, other, at)
+                    assert same(x[rows], y[rows]), (bad, other, at)
             if reads and window is None:
                 assert got[0][rows].isnan().all()
 
