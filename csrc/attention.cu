@@ -160,25 +160,23 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
     queries_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
   if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
-  constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step,
-                kStages = kShape.stages;
+  constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step;
   using Product = Products<T, D, kGroup>;
   griddepcontrol_launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
-  const bool far = *p.far;
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
   char *grads = queries + 2 * D * kAttentionRows, *turns = grads + 2 * D * kAttentionRows;
-  float* deltas = reinterpret_cast<float*>(turns + kStages * 2 * 2 * D * kKeys);
+  float* deltas = reinterpret_cast<float*>(turns + kShape.stages * 2 * 2 * D * kKeys);
 
   const int query = position_of<kForest>(p, tile), there = tile.end - tile.begin;
   using Turns = KeyTurns<kForest, kKeys>;
   const Rows<T, D, kKeys, kThreads> from_k(p.k, Turns::first_row(tile), kv_head, thread),
       from_v(p.v, Turns::first_row(tile), kv_head, thread);
-  const auto buffer_of = [&](const Turns& turn) { return turns + turn.buffer(kStages) * (2 * 2 * D * kKeys); };
+  const auto buffer_of = [&](const Turns& turn) { return turns + turn.buffer(kShape.stages) * (2 * 2 * D * kKeys); };
   const auto load = [&](const Turns& turn) {
     if (!turn.is_there()) return;
     char* to = buffer_of(turn);
@@ -206,51 +204,44 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
 #pragma unroll
     for (int half = 0; half < 2; half++) delta[m][half] = deltas[first_row + 16 * m + 8 * half + lane / 4];
 
-  using OfStep = Sums<kBlocks, kStep>;
-  using Left = typename Product::template Left<kBlocks, kStep / 8>;
   Sums<kBlocks, D> grad;
   for_each(grad, [](float& x, int, int, int) { x = 0; });
-  as_constant(far, [&](auto constant) {
-    constexpr bool kFar = decltype(constant)::value;
-    while (turn.is_there()) {
-      const Turns next = turn.next();
-      if constexpr (kStages == 2) {
-        load(next);
-        cp_async_commit_group();
-      }
-      cp_async_wait_group<kStages - 1>();
-      if constexpr (kGroup) fence_proxy_async();
-      __syncthreads();
-      char *keys = buffer_of(turn), *values = keys + 2 * D * kKeys;
-#pragma unroll 1
-      for (int step = 0; step < kKeys && turn.key + step < turn.end; step += kStep) {
-        OfStep s, g;
-        Product::begin();
-        Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, step, lane);
-        Product::commit();
-        Product::template multiply_rows<kAttentionRows, kKeys>(g, grads, first_row, values, step, lane);
-        Product::commit();
-        weigh<kFar, Product>(
-            s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; },
-            [&](int m, int, int i) { return lse_rest(p, head)[tile.begin + first_row + 16 * m + 8 * (i / 2) + lane / 4]; },
-            [&](int m, int, int i) { return delta[m][i / 2]; });
-        const int key = turn.key + step;
-        if (!scores.all_see(query, query + kAttentionRows, key, key + kStep, turn.end))
-          mask(g, key, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, turn.end); });
-        const Left weights(g);
-        Product::begin();
-        Product::template add_weighted_rows<kKeys>(grad, weights, keys, step, lane);
-        Product::commit();
-        Product::wait(grad);
-      }
-      __syncthreads();
-      if constexpr (kStages == 1) {
-        load(next);
-        cp_async_commit_group();
-      }
-      turn = next;
+  while (turn.is_there()) {
+    const Turns next = turn.next();
+    if constexpr (kShape.stages == 2) {
+      load(next);
+      cp_async_commit_group();
     }
-  });
+    cp_async_wait_group<kShape.stages - 1>();
+    if constexpr (kGroup) fence_proxy_async();
+    __syncthreads();
+    char *keys = buffer_of(turn), *values = keys + 2 * D * kKeys;
+#pragma unroll 1
+    for (int step = 0; step < kKeys && turn.key + step < turn.end; step += kStep) {
+      Sums<kBlocks, kStep> s, g;
+      Product::begin();
+      Product::template multiply_rows<kAttentionRows, kKeys>(s, queries, first_row, keys, step, lane);
+      Product::commit();
+      Product::template multiply_rows<kAttentionRows, kKeys>(g, grads, first_row, values, step, lane);
+      Product::commit();
+      weigh<Product>(
+          s, g, scores, [&](int m, int, int i) { return lse[m][i / 2]; }, [&](int m, int, int i) { return delta[m][i / 2]; });
+      const int key = turn.key + step;
+      if (!scores.all_see(query, query + kAttentionRows, key, key + kStep, turn.end))
+        mask(g, key, lane, 0.f, [&](int row) { return scores.keys_of(query + first_row + row, turn.end); });
+      const typename Product::template Left<kBlocks, kStep / 8> weights(g);
+      Product::begin();
+      Product::template add_weighted_rows<kKeys>(grad, weights, keys, step, lane);
+      Product::commit();
+      Product::wait(grad);
+    }
+    __syncthreads();
+    if constexpr (kShape.stages == 1) {
+      load(next);
+      cp_async_commit_group();
+    }
+    turn = next;
+  }
   cp_async_wait_all();
   __syncthreads();
 
@@ -287,22 +278,21 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, bool beside) {
   if constexpr (kGroup && !kHasWgmma) return;
   constexpr AttentionShape kShape = attention_keys_shape(D, kGroup);
-  constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step,
-                kStages = kShape.stages;
+  constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step;
   constexpr int kTurnBytes = 2 * 2 * D * kQueries;
   using Product = Products<T, D, kGroup>;
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
-  const bool far = *p.far;
   if (tile.begin == tile.end || is_long<false>(p, tile)) return end_overlapping(beside);
   const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
   const int first_row = thread / 32 * 16 * kBlocks;
   char* keys = dynamic_shared<char>();
   char *values = keys + 2 * D * kAttentionRows, *buffers = values + 2 * D * kAttentionRows;
-  char* turns = buffers + team * (kStages * kTurnBytes);
-  float* numbers = reinterpret_cast<float*>(buffers + kTeams * (kStages * kTurnBytes)) + team * (kStages * 2 * kQueries);
+  char* turns = buffers + team * (kShape.stages * kTurnBytes);
+  float* numbers =
+      reinterpret_cast<float*>(buffers + kTeams * (kShape.stages * kTurnBytes)) + team * (kShape.stages * 2 * kQueries);
 
   const int length = tile.document_end - tile.document_begin, key = tile.begin - tile.document_begin;
   const int there = tile.end - tile.begin;
@@ -334,10 +324,10 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   const auto load = [&](int turn, int number) {
     const int head = head_of_turn(turn);
     const int query = query_of(turn), token = tile.document_begin + query;
-    char* to = turns + number % kStages * kTurnBytes;
+    char* to = turns + number % kShape.stages * kTurnBytes;
     Rows<T, D, kQueries, kThreads>(p.q, token, head, thread).load(to, 0, length - query);
     Rows<T, D, kQueries, kThreads>(p.grad_out, token, head, thread).load(to + 2 * D * kQueries, 0, length - query);
-    float* lse = numbers + number % kStages * (2 * kQueries);
+    float* lse = numbers + number % kShape.stages * (2 * kQueries);
     if (thread < kQueries) {
       const bool is_there = query + thread < length;
       const int64_t row = head * p.tokens + (is_there ? token + thread : 0);
@@ -355,74 +345,66 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   if constexpr (kGroup) fence_proxy_async();
   __syncthreads();
 
-  using OfStep = Sums<kBlocks, kStep>;
-  using Left = typename Product::template Left<kBlocks, kStep / 8>;
   Sums<kBlocks, D> grad_k, grad_v;
   for_each(grad_k, [](float& x, int, int, int) { x = 0; });
   for_each(grad_v, [](float& x, int, int, int) { x = 0; });
-  as_constant(far, [&](auto constant) {
-    constexpr bool kFar = decltype(constant)::value;
-    for (int number = 0, next; turn < count; turn = next, number++) {
-      next = next_turn(turn + 1);
-      if constexpr (kStages == 2) {
-        if (next < count) load(next, number + 1);
-        cp_async_commit_group();
-      }
-      cp_async_wait_group<kStages - 1>();
-      if constexpr (kGroup) fence_proxy_async();
-      bar_sync(1 + team, kThreads);
-      char *queries = turns + number % kStages * kTurnBytes, *grads = queries + 2 * D * kQueries;
-      const float *lse = numbers + number % kStages * (2 * kQueries), *delta = lse + kQueries;
-      const int query = query_of(turn);
-#pragma unroll 1
-      for (int step = 0; step < kQueries && query + step < query_end; step += kStep) {
-        OfStep s, g;
-        if constexpr (!kForKeys) for_each(g, [](float& x, int, int, int) { x = 0; });
-        Product::begin();
-        Product::template multiply_rows<kAttentionRows, kQueries>(s, keys, first_row, queries, step, lane);
-        Product::commit();
-        if constexpr (kForKeys)
-          Product::template multiply_rows<kAttentionRows, kQueries>(g, values, first_row, grads, step, lane);
-        Product::commit();
-        weigh<kFar, Product>(
-            s, g, scores, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
-            [&](int, int n, int i) {
-              return lse_rest(p, head_of_turn(turn))[tile.document_begin + query + step + 8 * n + 2 * (lane % 4) + i % 2];
-            },
-            [&](int, int n, int i) { return delta[step + 8 * n + 2 * (lane % 4) + i % 2]; });
-        if (!scores.all_see(query + step, query + step + kStep, key, key + kAttentionRows, length)) {
-          const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
-          mask(s, query + step, lane, 0.f, seen);
-          mask(g, query + step, lane, 0.f, seen);
-        }
-        if constexpr (kForest)
-          if (positions) {
-            const auto seen = [&](int row, int column) {
-              return position(query + step + column) - position(key + first_row + row) < int(p.window);
-            };
-            mask_each(s, lane, 0.f, seen);
-            mask_each(g, lane, 0.f, seen);
-          }
-        const Left weights(s), changes(g);
-        Product::begin();
-        if constexpr (kForValues) Product::template add_weighted_rows<kQueries>(grad_v, weights, grads, step, lane);
-        if constexpr (kForKeys) Product::template add_weighted_rows<kQueries>(grad_k, changes, queries, step, lane);
-        Product::commit();
-        Product::wait(grad_v, grad_k);
-      }
-      bar_sync(1 + team, kThreads);
-      if constexpr (kStages == 1) {
-        if (next < count) load(next, number + 1);
-        cp_async_commit_group();
-      }
+  for (int number = 0, next; turn < count; turn = next, number++) {
+    next = next_turn(turn + 1);
+    if constexpr (kShape.stages == 2) {
+      if (next < count) load(next, number + 1);
+      cp_async_commit_group();
     }
-  });
+    cp_async_wait_group<kShape.stages - 1>();
+    if constexpr (kGroup) fence_proxy_async();
+    bar_sync(1 + team, kThreads);
+    char *queries = turns + number % kShape.stages * kTurnBytes, *grads = queries + 2 * D * kQueries;
+    const float *lse = numbers + number % kShape.stages * (2 * kQueries), *delta = lse + kQueries;
+    const int query = query_of(turn);
+#pragma unroll 1
+    for (int step = 0; step < kQueries && query + step < query_end; step += kStep) {
+      Sums<kBlocks, kStep> s, g;
+      if constexpr (!kForKeys) for_each(g, [](float& x, int, int, int) { x = 0; });
+      Product::begin();
+      Product::template multiply_rows<kAttentionRows, kQueries>(s, keys, first_row, queries, step, lane);
+      Product::commit();
+      if constexpr (kForKeys) Product::template multiply_rows<kAttentionRows, kQueries>(g, values, first_row, grads, step, lane);
+      Product::commit();
+      weigh<Product>(
+          s, g, scores, [&](int, int n, int i) { return lse[step + 8 * n + 2 * (lane % 4) + i % 2]; },
+          [&](int, int n, int i) { return delta[step + 8 * n + 2 * (lane % 4) + i % 2]; });
+      if (!scores.all_see(query + step, query + step + kStep, key, key + kAttentionRows, length)) {
+        const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
+        mask(s, query + step, lane, 0.f, seen);
+        mask(g, query + step, lane, 0.f, seen);
+      }
+      if constexpr (kForest)
+        if (positions) {
+          const auto seen = [&](int row, int column) {
+            return position(query + step + column) - position(key + first_row + row) < int(p.window);
+          };
+          mask_each(s, lane, 0.f, seen);
+          mask_each(g, lane, 0.f, seen);
+        }
+      using Left = typename Product::template Left<kBlocks, kStep / 8>;
+      const Left weights(s), changes(g);
+      Product::begin();
+      if constexpr (kForValues) Product::template add_weighted_rows<kQueries>(grad_v, weights, grads, step, lane);
+      if constexpr (kForKeys) Product::template add_weighted_rows<kQueries>(grad_k, changes, queries, step, lane);
+      Product::commit();
+      Product::wait(grad_v, grad_k);
+    }
+    bar_sync(1 + team, kThreads);
+    if constexpr (kShape.stages == 1) {
+      if (next < count) load(next, number + 1);
+      cp_async_commit_group();
+    }
+  }
   cp_async_wait_all();
   __syncthreads();
 
   const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;
   const auto finish = [&](Sums<kBlocks, D>& grad, void* to, char* rows, float scale) {
-    add_teams<kTeams, kThreads>(grad, buffers, kStages * kTurnBytes, team, thread);
+    add_teams<kTeams, kThreads>(grad, buffers, kShape.stages * kTurnBytes, team, thread);
     float factor[kBlocks][2];
 #pragma unroll
     for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scale;

@@ -64,8 +64,8 @@ struct AttentionParams {
   PackedAxis axis;
   SharedPrefixes prefixes;  // only with causal
 
-  // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (2, heads, tokens): to base 2, -inf where
-  // nothing is seen; and what its rounding left, on CUDA only where that can be seen (Scores::is_far).
+  // Forward writes these, backward reads them. out is contiguous; lse, fp32 (fp64), is (parts, heads, tokens): to base 2, -inf where
+  // nothing is seen; and on the CPU, where there are two parts, what its rounding left. CUDA: see store_lse.
   void* out = nullptr;
   void* lse = nullptr;
 
@@ -77,7 +77,6 @@ struct AttentionParams {
   AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
   float* delta = nullptr;          // (heads, tokens), backward
   unsigned* drawn = nullptr;       // how many items of work the blocks for long documents have taken in this pass
-  int32_t* far = nullptr;          // whether the second part of any lse was written; backward reads the forward's
   int32_t long_from = 0;           // tokens beyond which a document is long; 0: each kernel's own (attention_launch.h)
 };
 

@@ -110,7 +110,7 @@ constexpr int attention_long_keys_shared(int head_dim) {
   const bool split = attention_keys_split(head_dim);
   const int tiles = (split ? 2 : 2 * shape.groups) + shape.slots, barriers = 2 * shape.slots + (split ? 2 : 0);
   return 2 * head_dim * kAttentionRows * tiles + shape.slots / 2 * 2 * 4 * kAttentionRows +
-         (split ? 4 * kAttentionRows * kAttentionRows : 0) + 8 * barriers + 16;
+         (split ? 4 * kAttentionRows * kAttentionRows : 0) + 8 * barriers + 24;
 }
 
 // Registers of a thread of both kinds of blocks. A multiprocessor has 512 for the four threads of a block that share a lane.

@@ -65,8 +65,31 @@ class SlotRing {
   __device__ __forceinline__ MBarrier* empty(unsigned slot) const { return barriers_ + kSlots + slot % kSlots; }
 };
 
-// Barriers of the block by number: 1 all threads, 8 + i consumer i.
-constexpr int kItemBarrier = 1, kGroupBarrier = 8;
+// An item in shared memory: one thread puts it there, and every warp of the block takes it.
+struct ItemBox {
+  MBarrier full, empty;
+  int item;
+
+  __device__ __forceinline__ void init(int warps) { mbarrier_init(&full, 1), mbarrier_init(&empty, warps); }
+  // number: how many have been put there, or taken by this warp, before.
+  __device__ __forceinline__ void put(unsigned number, int value) {
+    if (number > 0) mbarrier_wait_parity(&empty, (number - 1) % 2);
+    item = value;
+    mbarrier_arrive(&full);
+  }
+  __device__ __forceinline__ int take(unsigned number, int lane) {
+    int value = 0;
+    if (lane == 0) {  // alone: another lane that waited might come when the box is two items further on
+      mbarrier_wait_parity(&full, number % 2);
+      value = item;
+      mbarrier_arrive(&empty);
+    }
+    return __shfl_sync(kWarp, value, 0);
+  }
+};
+
+// Barriers of the block by number: 8 + i consumer i.
+constexpr int kGroupBarrier = 8;
 
 // ---- Kernels
 
@@ -77,15 +100,15 @@ __device__ __forceinline__ Interval queries_of_block(const Scores& scores, int k
 
 // The producer of both kernels: queries and gradients of all heads of a group. lse and delta of a turn come with its
 // queries, into `numbers`.
-template <typename T, int D, int kGroups, int kSlots, int kThreads>
+template <typename T, int D, int kGroups, int kSlots>
 __device__ __forceinline__ void produce_queries(const AttentionParams& p, const Scores& scores, const SlotRing<D, kSlots>& ring,
-                                                float* numbers, int* drawn, unsigned end, int thread) {
+                                                float* numbers, ItemBox& box, unsigned end, int thread) {
   const unsigned heads = unsigned(p.kv_heads);
   const int group = p.heads / p.kv_heads;
   unsigned slot = 0;
-  for (int item;;) {
-    item = *drawn;
-    bar_sync(kItemBarrier, kThreads);
+  for (unsigned items = 0;; items++) {
+    if (thread == 0) box.put(items, draw_item<kGroups, false>(p, heads, end));
+    const int item = box.take(items, thread % 32);
     if (item < 0) break;
     const AttentionTile tile = p.tiles[unsigned(item) / heads];
     const int kv_head = int(unsigned(item) % heads), length = tile.document_end - tile.document_begin;
@@ -105,8 +128,6 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
         ring.commit(slot++);
       }
     }
-    if (thread == 0) *drawn = draw_item<kGroups, false>(p, heads, end);
-    bar_sync(kItemBarrier, kThreads);
   }
   cp_async_wait_all();
 }
@@ -118,37 +139,35 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     long_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   begin_overlapping(false);
-  const bool far = *p.far;
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
-  constexpr int kGroups = kShape.groups, kSlots = kShape.slots, kThreads = kShape.threads();
+  constexpr int kGroups = kShape.groups, kSlots = kShape.slots;
   using Product = Products<T, D, true>;
   using Ring = SlotRing<D, kSlots>;
   char* fixed = dynamic_shared<char>();  // of every consumer: keys, values
   char* slots = fixed + 2 * kGroups * Ring::kTileBytes;
   float* numbers = reinterpret_cast<float*>(slots + kSlots * Ring::kTileBytes);
   MBarrier* barriers = reinterpret_cast<MBarrier*>(numbers + kSlots / 2 * 128);
-  int* drawn = reinterpret_cast<int*>(barriers + 2 * kSlots);
+  ItemBox& box = *reinterpret_cast<ItemBox*>(barriers + 2 * kSlots);
   const Ring ring(slots, barriers);
   const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
   const unsigned heads = unsigned(p.kv_heads);
   if (threadIdx.x == 0) {
     ring.init(4 * kGroups);
+    box.init(4 * (kGroups + 1));
     fence_mbarrier_init();
-    *drawn = draw_item<kGroups, false>(p, heads, end);
   }
   __syncthreads();
   if (role == kGroups) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    produce_queries<T, D, kGroups, kSlots, kThreads>(p, scores, ring, numbers, drawn, end, thread);
+    produce_queries<T, D, kGroups>(p, scores, ring, numbers, box, end, thread);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
     const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
     const ProductTurns<kGroups> turns(role);
     char *keys = fixed + role * 2 * Ring::kTileBytes, *values = keys + Ring::kTileBytes;
     unsigned slot = 0;
-    for (int item;;) {
-      item = *drawn;
-      bar_sync(kItemBarrier, kThreads);
+    for (unsigned items = 0;; items++) {
+      const int item = box.take(items, lane);
       if (item < 0) break;
       const AttentionTile tile = p.tiles[unsigned(item) / heads];
       const int kv_head = int(unsigned(item) % heads);
@@ -164,57 +183,49 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
       fence_proxy_async();
       bar_sync(kGroupBarrier + role, 128);
 
-      using OfTurn = Sums<1, kLongTurn>;
-      using Left = typename Product::template Left<1, kLongTurn / 8>;
       Sums<1, D> grad_k, grad_v;
       for_each(grad_k, [](float& x, int, int, int) { x = 0; });
       for_each(grad_v, [](float& x, int, int, int) { x = 0; });
       wgmma_fence_operand(grad_k[0]);
       wgmma_fence_operand(grad_v[0]);
       int query = queries_of_all.first;
-      as_constant(far, [&](auto constant) {
-        constexpr bool kFar = decltype(constant)::value;
-        for (int turn = 0; turn < count; turn++, slot += 2) {
-          char *queries = ring.tile(slot), *grads = ring.tile(slot + 1);
-          const float *lse = numbers + slot / 2 % (kSlots / 2) * 128, *delta = lse + 64;
-          OfTurn s, g;
-          ring.wait_full(slot);
-          ring.wait_full(slot + 1);
-          turns.wait();
-          Product::begin();
-          Product::template multiply_rows<kAttentionRows, kLongTurn>(s, keys, 0, queries, 0, lane);
-          Product::commit();
-          Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
-          Product::commit();
-          turns.pass();
-          weigh<kFar, Product>(
-              s, g, scores, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
-              [&](int, int n, int i) {
-                const int head = kv_head * group + turn / (count / group);
-                return lse_rest(p, head)[tile.document_begin + query + 8 * n + 2 * (lane % 4) + i % 2];
-              },
-              [&](int, int n, int i) { return delta[8 * n + 2 * (lane % 4) + i % 2]; });
-          if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length)) {
-            const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
-            mask(s, query, lane, 0.f, seen);
-            mask(g, query, lane, 0.f, seen);
-          }
-          query += kLongTurn;
-          if (query > queries_of_all.last) query = queries_of_all.first;  // the next head
-          const Left weights(s), changes(g);
-          turns.wait();
-          wgmma_fence_operand(grad_k[0]);
-          wgmma_fence_operand(grad_v[0]);
-          Product::begin();
-          Product::template add_weighted_rows<kLongTurn>(grad_v, weights, grads, 0, lane);
-          Product::template add_weighted_rows<kLongTurn>(grad_k, changes, queries, 0, lane);
-          Product::commit();
-          turns.pass();
-          Product::wait(grad_v, grad_k);
-          ring.release(slot, lane);
-          ring.release(slot + 1, lane);
+      for (int turn = 0; turn < count; turn++, slot += 2) {
+        char *queries = ring.tile(slot), *grads = ring.tile(slot + 1);
+        const float *lse = numbers + slot / 2 % (kSlots / 2) * 128, *delta = lse + 64;
+        Sums<1, kLongTurn> s, g;
+        ring.wait_full(slot);
+        ring.wait_full(slot + 1);
+        turns.wait();
+        Product::begin();
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(s, keys, 0, queries, 0, lane);
+        Product::commit();
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
+        Product::commit();
+        turns.pass();
+        weigh<Product>(
+            s, g, scores, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
+            [&](int, int n, int i) { return delta[8 * n + 2 * (lane % 4) + i % 2]; });
+        if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length)) {
+          const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
+          mask(s, query, lane, 0.f, seen);
+          mask(g, query, lane, 0.f, seen);
         }
-      });
+        query += kLongTurn;
+        if (query > queries_of_all.last) query = queries_of_all.first;  // the next head
+        using Left = typename Product::template Left<1, kLongTurn / 8>;
+        const Left weights(s), changes(g);
+        turns.wait();
+        wgmma_fence_operand(grad_k[0]);
+        wgmma_fence_operand(grad_v[0]);
+        Product::begin();
+        Product::template add_weighted_rows<kLongTurn>(grad_v, weights, grads, 0, lane);
+        Product::template add_weighted_rows<kLongTurn>(grad_k, changes, queries, 0, lane);
+        Product::commit();
+        turns.pass();
+        Product::wait(grad_v, grad_k);
+        ring.release(slot, lane);
+        ring.release(slot + 1, lane);
+      }
       const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + kv_head * D;
       const float one[1][2] = {{1.f, 1.f}}, scale[1][2] = {{scores.product_scale, scores.product_scale}};
       if (there > 0) {
@@ -223,7 +234,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
         store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_k) + first, stride, there, keys, first_row, lane, grad_k,
                                             scale);
       }
-      bar_sync(kItemBarrier, kThreads);
+      bar_sync(kGroupBarrier + role, 128);  // all have stored what lies where the next keys and values come
     }
     turns.finish();
   }
@@ -238,9 +249,8 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
     split_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   begin_overlapping(false);
-  const bool far = *p.far;
   constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
-  constexpr int kSlots = kShape.slots, kThreads = kShape.threads();
+  constexpr int kSlots = kShape.slots;
   using Product = Products<T, D, true>;
   using Ring = SlotRing<D, kSlots>;
   char* fixed = dynamic_shared<char>();  // keys, values
@@ -249,28 +259,27 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
   float* numbers = reinterpret_cast<float*>(passed + 8 * 128);
   MBarrier *barriers = reinterpret_cast<MBarrier*>(numbers + kSlots / 2 * 128), *written = barriers + 2 * kSlots,
            *read = written + 1;
-  int* drawn = reinterpret_cast<int*>(read + 1);
+  ItemBox& box = *reinterpret_cast<ItemBox*>(read + 1);
   const Ring ring(slots, barriers);
   const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
   const unsigned heads = unsigned(p.kv_heads);
   if (threadIdx.x == 0) {
     ring.init(8);
     mbarrier_init(written, 128), mbarrier_init(read, 128);
+    box.init(12);
     fence_mbarrier_init();
-    *drawn = draw_item<1, false>(p, heads, end);
   }
   __syncthreads();
   if (role == 2) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    produce_queries<T, D, 1, kSlots, kThreads>(p, scores, ring, numbers, drawn, end, thread);
+    produce_queries<T, D, 1>(p, scores, ring, numbers, box, end, thread);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
     const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
     char* mine = fixed + role * Ring::kTileBytes;
     unsigned slot = 0, turns = 0;  // of all items
-    for (int item;;) {
-      item = *drawn;
-      bar_sync(kItemBarrier, kThreads);
+    for (unsigned items = 0;; items++) {
+      const int item = box.take(items, lane);
       if (item < 0) break;
       const AttentionTile tile = p.tiles[unsigned(item) / heads];
       const int kv_head = int(unsigned(item) % heads), there = tile.end - tile.begin;
@@ -308,22 +317,17 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
         if (turn > 0) ring.release(slot - 1 - role, lane);
         if (role == 0) {
           mbarrier_wait_parity(read, parity ^ 1);
-          as_constant(far, [&](auto constant) {
 #pragma unroll
-            for (int n = 0; n < kLongTurn / 8; n++) {
-              float slope[4] = {1, 1, 1, 1};
+          for (int n = 0; n < kLongTurn / 8; n++) {
+            float slope[4] = {1, 1, 1, 1};
 #pragma unroll
-              for (int i = 0; i < 4; i++) {
-                float& x = s[0][n][i];
-                if (scores.capped) x = scores.cap(x), slope[i] = 1.f - x * x;
-                const int of_turn = 8 * n + 2 * (lane % 4) + i % 2;
-                x = weight_of<decltype(constant)::value>(scores, x, lse[of_turn], [&] {
-                  return lse_rest(p, kv_head * group + turn / (count / group))[tile.document_begin + query + of_turn];
-                });
-              }
-              weights[n * 128] = {s[0][n][0] * slope[0], s[0][n][1] * slope[1], s[0][n][2] * slope[2], s[0][n][3] * slope[3]};
+            for (int i = 0; i < 4; i++) {
+              float& x = s[0][n][i];
+              if (scores.capped) x = scores.cap(x), slope[i] = 1.f - x * x;
+              x = ex2_approx(fmaf(x, scores.scale, -lse[8 * n + 2 * (lane % 4) + i % 2]));
             }
-          });
+            weights[n * 128] = {s[0][n][0] * slope[0], s[0][n][1] * slope[1], s[0][n][2] * slope[2], s[0][n][3] * slope[3]};
+          }
           mbarrier_arrive(written);
         } else {
           mbarrier_wait_parity(written, parity);
@@ -364,7 +368,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
       const float factor[1][2] = {{scale, scale}};
       store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(role ? p.grad_k : p.grad_v) + first, stride, there, mine, first_row,
                                           lane, grad, factor);
-      bar_sync(kItemBarrier, kThreads);
+      bar_sync(kGroupBarrier + role, 128);  // all have stored what lies where the next keys and values come
     }
   }
 #endif

@@ -83,12 +83,14 @@ struct LongForwardItem {
 // The next item, -1 after the last. `warp`: all of a warp take it.
 template <int D>
 __device__ __forceinline__ int take_item(LongForwardShared<D>& s, RingPlace<LongForwardShared<D>::kItems>& place, bool warp) {
-  mbarrier_wait_parity(&s.full_item[place.slot], uint32_t(place.parity));
-  const int item = s.item[place.slot];
-  if (warp) __syncwarp();
-  if (!warp || threadIdx.x % 32 == 0) mbarrier_arrive(&s.empty_item[place.slot]);
+  int item = 0;
+  if (!warp || threadIdx.x % 32 == 0) {
+    mbarrier_wait_parity(&s.full_item[place.slot], uint32_t(place.parity));
+    item = s.item[place.slot];
+    mbarrier_arrive(&s.empty_item[place.slot]);
+  }
   place.advance();
-  return item;
+  return warp ? __shfl_sync(kWarp, item, 0) : item;
 }
 
 // Results and lse of a warp's 16 rows. The four lanes that share a row exchange what they hold until each has whole 16 bytes.

@@ -25,48 +25,24 @@ struct Rows : RowLoader<T, D, kRows, kThreads> {
 
 // ---- Backward
 
-// The second part of a head's lse, by tokens.
-__device__ __forceinline__ const float* lse_rest(const AttentionParams& p, int head) {
-  return static_cast<const float*>(p.lse) + (p.heads + head) * p.tokens;
-}
-
-// The weight of a score x in a row. kFar: some row's lse has a second part, which rest() reads; rows without have the same bits as
-// ever. Kernels have their loops twice, so that such rows cost others nothing.
-template <bool kFar, typename Rest>
-__device__ __forceinline__ float weight_of(const Scores& scores, float x, float lse, Rest&& rest) {
-  float exponent = fmaf(x, scores.scale, -lse);
-  if constexpr (kFar)
-    if (Scores::is_far(lse) && lse != -INFINITY) exponent -= rest();
-  return ex2_approx(exponent);
-}
-
 // s: query-key products, committed first; becomes the weights p. g: products of grad_out and values; becomes g of attention.h.
-template <bool kFar, typename Product, int kBlocks, int kColumns, typename Lse, typename Rest, typename Delta>
+template <typename Product, int kBlocks, int kColumns, typename Lse, typename Delta>
 __device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&g)[kBlocks][kColumns][4], const Scores& scores,
-                                      Lse&& lse, Rest&& rest, Delta&& delta) {
-  const auto weight = [&](float x, int m, int n, int i) {
-    return weight_of<kFar>(scores, x, lse(m, n, i), [&] { return rest(m, n, i); });
-  };
+                                      Lse&& lse, Delta&& delta) {
   if (scores.capped) {
     Product::wait(s, g);
     for_each(s, [&](float& x, int m, int n, int i) {
       x = scores.cap(x);
       const float slope = 1.f - x * x;
-      x = weight(x, m, n, i);
+      x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i)));
       g[m][n][i] = x * slope * (g[m][n][i] - delta(m, n, i));
     });
   } else {
     Product::template wait<1>(s);
-    for_each(s, [&](float& x, int m, int n, int i) { x = weight(x, m, n, i); });
+    for_each(s, [&](float& x, int m, int n, int i) { x = ex2_approx(fmaf(x, scores.scale, -lse(m, n, i))); });
     Product::wait(g);
     for_each(g, [&](float& x, int m, int n, int i) { x = s[m][n][i] * (x - delta(m, n, i)); });
   }
-}
-
-template <typename F>
-__device__ __forceinline__ void as_constant(bool far, F&& run) {
-  if (far) run(std::true_type{});
-  else run(std::false_type{});
 }
 
 // delta of rows of the tokens from `token` on, D / 8 threads per row, to `deltas` and to memory.

@@ -85,16 +85,14 @@ struct Scores {
   }
 };
 
-// lse of a row whose exponentials, relative to `greatest`, add up to `total`; what its rounding leaves holds the sum up to 2^40.
+// lse of a row whose exponentials, relative to `greatest`, add up to `total`. From 2^16 on fp32 does not hold what the gradients need
+// of it, so they shall be NaN.
 __device__ __forceinline__ void store_lse(const AttentionParams& p, const Scores& scores, int head, int token, float greatest,
                                           float total) {
-  float* to = static_cast<float*>(p.lse) + head * p.tokens + token;
-  const float log_sum = lg2_approx(total), lse = total == 0 ? -INFINITY : fmaf(greatest, scores.scale, log_sum);
-  *to = lse;
-  if (Scores::is_far(lse) && total != 0) {
-    to[p.heads * p.tokens] = fmaf(greatest, scores.scale, -lse) + log_sum;
-    *p.far = 1;
-  }
+  const float lse = fmaf(greatest, scores.scale, lg2_approx(total));
+  static_cast<float*>(p.lse)[head * p.tokens + token] = total == 0             ? -INFINITY
+                                                        : fabsf(lse) < 0x1p16f ? lse
+                                                                               : __int_as_float(0x7fc00000);
 }
 
 // Replaces the sums in masked columns by `value`. columns(row) is the Interval that a row of the warp keeps; `first` is the

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   };
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
   griddepcontrol_launch_dependents();
-  if (me == 0) *p.drawn = 0, *p.far = 0;
+  if (me == 0) *p.drawn = 0;
   next[me] = 0;
   __syncthreads();
   for (int64_t i = me; i < p.axis.documents; i += kClasses)

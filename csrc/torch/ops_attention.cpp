@@ -99,12 +99,7 @@ void run(const AttentionParams& p, const Tensor& q, bool backward) {
 #endif
 }
 
-// On CUDA there is one place more than there are tiles: for the kernels' flag, and in the forward for what they count in.
-void set_scratch(AttentionParams& p) {
-  if (!p.tiles) return;
-  p.far = reinterpret_cast<int32_t*>(p.tiles + attention_tiles(p.tokens, p.axis.documents));
-  p.drawn = reinterpret_cast<unsigned*>(p.far + 1);
-}
+int64_t lse_parts(const Tensor& q) { return q.is_cuda() ? 1 : 2; }
 
 void set_forest(AttentionParams& p, const PackedForestParams& forest) {
   p.prefixes = {forest.segments, forest.subtree_ends, forest.trees, forest.positions, forest.ends};
@@ -126,13 +121,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
     numbers = allocate(q, {0}, ScalarType::Int);
   }
   const Tensor out = allocate(q, {p.tokens, p.heads, p.head_dim});
-  const Tensor lse = allocate(q, {2, p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
+  const Tensor lse =
+      allocate(q, {lse_parts(q), p.heads, p.tokens}, p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float);
   const Tensor tiles =
       allocate(q, {q.is_cuda() ? attention_tiles(p.tokens, p.axis.documents) + 1 : 0, kAttentionTileNumbers}, ScalarType::Int);
   p.out = out.mutable_data_ptr();
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
-  set_scratch(p);
+  p.drawn = reinterpret_cast<unsigned*>(p.tiles + attention_tiles(p.tokens, p.axis.documents));
   run(p, q, false);
   return {out, lse, tiles, numbers};
 }
@@ -161,7 +157,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   };
   check_shape(grad_out, "grad_out");
   check_shape(out, "out");
-  PACKOPS_CHECK(lse.dim() == 3 && lse.size(0) == 2 && lse.size(1) == p.heads && lse.size(2) == p.tokens &&
+  PACKOPS_CHECK(lse.dim() == 3 && lse.size(0) == lse_parts(q) && lse.size(1) == p.heads && lse.size(2) == p.tokens &&
                     lse.scalar_type() == (p.dtype == DType::f64 ? ScalarType::Double : ScalarType::Float) &&
                     lse.device() == q.device(),
                 ValueError, kOp, ": lse must be that of the forward pass");
@@ -177,7 +173,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   p.out = const_cast<void*>(read_out.const_data_ptr());
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));
-  set_scratch(p);
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
   p.drawn = reinterpret_cast<unsigned*>(p.delta + p.heads * p.tokens);
   p.grad_q = grad_q.mutable_data_ptr();

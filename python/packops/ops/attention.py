@@ -33,9 +33,10 @@ class Attention(Op):
         tokens, heads, _ = q.shape
         segments = cu_seqlens.shape[0] - 1
         tiles = tokens // ROWS + cu_seqlens.shape[0] + 1 if q.is_cuda else 0
+        parts = 1 if q.is_cuda else 2
         return (
             q.new_empty(q.shape),
-            q.new_empty((2, heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
+            q.new_empty((parts, heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
             q.new_empty((tiles, TILE), dtype=torch.int32),
             q.new_empty((0 if parents is None else PER_SEGMENT * segments + 1 + PER_TOKEN * tokens,), dtype=torch.int32),
         )
