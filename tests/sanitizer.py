@@ -139,16 +139,15 @@ def found_planted(name: str, text: str, status: int | None) -> bool:
 # --------------------------------------------------------------------------------------------------------------------------------
 # Logs
 
-# A raw bulk copy (csrc/common/ptx.cuh) and the one kernel that has a ring of them.
-BULK_COPY = "cp_async_bulk"
-RING_KERNEL = "resident_kernel"
+# Copies that complete at an mbarrier (csrc/common/ptx.cuh), and the kernels that have a ring of them.
+RINGS = {"cp_async_bulk": {"resident_kernel"}, "cp_async_4_zfill": {"long_keys_kernel", "split_keys_kernel"}}
 ACCESS = re.compile(r"(Read|Write) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?):(\d+))?(?= |$)")
 
 
 def excusable(hazard: str) -> list[str] | None:
-    """The places that read what a bulk copy wrote, if that is all that this hazard is about; else None.
+    """The places that read what a ring's copies wrote, if that is all that this hazard is about; else None.
 
-    racecheck takes a raw bulk copy for a store by the thread that asks for it. Where the copies are issued in a loop it does not
+    racecheck takes a raw copy for a store by the thread that asks for it. Where the copies are issued in a loop it does not
     see that mbarriers order them with what other warps read; FlashAttention-4 describes the same (AI/RACECHECK_TMA_HAZARD.md in
     its repository). Only such pairs are excused, each with its line, and ``gpu_record.EXCUSED_HAZARDS`` says how many there are:
     the emulator runs these copies late and out of order, and finds real ones.
@@ -156,14 +155,15 @@ def excusable(hazard: str) -> list[str] | None:
     accesses = [ACCESS.search(line) for line in hazard.splitlines() if " access at " in line]
     if len(accesses) < 2 or not all(accesses):
         return None
-    copies = [re.search(rf"\b{BULK_COPY}\(", access[2]) is not None and access[1] == "Write" for access in accesses]
-    if any(copies[0] == copy for copy in copies[1:]):
-        return None
-    readers = [access for access, copy in zip(accesses, copies, strict=True) if not copy]
-    if any(access[1] != "Read" for access in readers):
-        return None
-    kernels = {kernel for access in readers for kernel in re.findall(r"\b\w+_kernel\b", access[2])}
-    return [place_of(access) for access in readers] if kernels <= {RING_KERNEL} else None
+    for copy, ring_kernels in RINGS.items():
+        copies = [re.search(rf"\b{copy}\(", access[2]) is not None and access[1] == "Write" for access in accesses]
+        if any(copies[0] == other for other in copies[1:]):
+            continue
+        readers = [access for access, is_copy in zip(accesses, copies, strict=True) if not is_copy]
+        kernels = {kernel for access in readers for kernel in re.findall(r"\b\w+_kernel\b", access[2])}
+        if all(access[1] == "Read" for access in readers) and kernels <= ring_kernels:
+            return [place_of(access) for access in readers]
+    return None
 
 
 def place_of(access: re.Match) -> str:

@@ -49,6 +49,9 @@ READ_OF_COPY = COPY.replace("Write", "Read")
 HELPER = "Read access at packops::<unnamed>::RowMaths<float, (int)0>::transform_at(const float *, long) const+0x40 in ptx.cuh:2"
 ELSEWHERE = "Read access at void packops::<unnamed>::attention_kernel<float>(packops::AttentionParams)+0x10"
 PLACE = "packops::<unnamed>::resident_kernel"
+SMALL_COPY = "Write access at packops::cp_async_4_zfill(void *, const void *, bool)+0x18f20 in ptx.cuh:71"
+KEYS = "packops::<unnamed>::long_keys_kernel"
+OF_KEYS = f"Read access at void {KEYS}<packops::half_t, (int)128>(packops::AttentionParams)+0x13c80"
 
 
 HAZARDS = {
@@ -63,6 +66,9 @@ HAZARDS = {
     "a copy that reads": ([(READ_OF_COPY, READER)], 1, {}),
     "another kernel": ([(COPY, ELSEWHERE)], 1, {}),
     "one access alone": ([(COPY,)], 1, {}),
+    "a copy of four bytes": ([(SMALL_COPY, OF_KEYS)], 0, {KEYS: 1}),
+    "a copy in another ring's kernel": ([(SMALL_COPY, READER)], 1, {}),
+    "copies of two kinds": ([(COPY, SMALL_COPY, OF_KEYS)], 1, {}),
     "a copy of another name": ([(COPY.replace("cp_async_bulk", "sink_cp_async_bulk"), READER)], 1, {}),
 }
 
@@ -77,7 +83,7 @@ def log_of(hazards, level="Error") -> str:
 
 
 @pytest.mark.parametrize("case", HAZARDS)
-def test_hazards_of_bulk_copies_are_counted_apart(case):
+def test_hazards_of_copies_are_counted_apart(case):
     hazards, errors, places = HAZARDS[case]
     log = log_of(hazards)
     assert sanitizer.read_log(log, 99) == {"errors": errors, "cases": 1, **({"excused": places} if places else {})}
@@ -107,13 +113,13 @@ def test_a_thousand_excused_hazards_are_no_clean_record(tmp_path, monkeypatch):
         assert len(gpu_record._problems_of_sanitizer({**part, "tools": tools})) == problems
 
 
-def test_the_excuse_names_what_there_is():
-    """The copy's and the kernel's names, which a renaming would turn into an excuse for nothing."""
+@pytest.mark.parametrize("copy", sanitizer.RINGS)
+def test_the_excuse_names_what_there_is(copy):
+    """The copies' and the kernels' names, which a renaming would turn into an excuse for nothing."""
     csrc = gpu_record.ROOT / "csrc"
-    assert re.search(rf"\bvoid {sanitizer.BULK_COPY}\(", (csrc / "common" / "ptx.cuh").read_text())
-    users = [path.name for path in csrc.glob("*.cu*") if re.search(rf"\b{sanitizer.BULK_COPY}\(", path.read_text())]
-    assert users, "no kernel has bulk copies: the excuse can go"
-    assert all(f"{sanitizer.RING_KERNEL}(" in (csrc / name).read_text() for name in users)
+    assert re.search(rf"\bvoid {copy}\(", (csrc / "common" / "ptx.cuh").read_text())
+    users = "".join(text for path in csrc.glob("*.cu*") if re.search(rf"\b{copy}\(", text := path.read_text()))
+    assert all(f"{kernel}(" in users for kernel in sanitizer.RINGS[copy])
 
 
 OF = "void packops::<unnamed>::{}<float, (bool)0>(packops::RmsNormParams, packops::RmsNormLaunch)+0x90 in rms_norm.cu:28"
