@@ -48,6 +48,9 @@ help:
 	@echo "make clean     remove what was built (.venv stays; make distclean removes it too)"
 
 $(VENV)/.ready: requirements-dev.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "packops: $(VENV) needs Python 3.11 or newer, which $(PYTHON) is not. PYTHON=python3.12 make ... takes another one;"; \
+	  echo "packops: make ... PYTHON=python uses an environment of your own instead, and makes no $(VENV)"; exit 1; }
 	@echo "packops: preparing $(VENV) from requirements-dev.txt, once: some minutes, most of them for the download of torch"
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-dev.txt
