@@ -1,6 +1,6 @@
 """Supervised fine-tuning with TRL's ``SFTTrainer(packing=True)``, its loss and its attention those of packops.
 
-    pip install '.[hf]' trl
+    pip install '.[trl]'
     python examples/trl_sft.py
 
 Runs on a CPU in well under a minute, on real text: the model learns to continue the first line of networkx's docstrings, which is
