@@ -467,10 +467,12 @@ def overlapping(kind: str, rows: int, width: int) -> Tensor:
         return torch.randn(1, width).expand(rows, width)
     if kind == "unfold":  # rows begin at every second element
         return torch.randn(2 * rows + width).unfold(0, width, 2)[:rows]
+    if kind == "one element":  # the last of a row is the first of the next
+        return torch.randn(rows * width).as_strided((rows, width), (width - 1, 1))
     return torch.randn(rows + width).as_strided((rows, width), (1, 1))
 
 
-@pytest.mark.parametrize("kind", ["expand", "unfold", "as_strided"])
+@pytest.mark.parametrize("kind", ["expand", "unfold", "one element", "as_strided"])
 def test_in_place_on_memory_that_overlaps(kind):
     rows, width = 6, 8
     y = torch.arange(rows)
@@ -500,7 +502,10 @@ def test_in_place_cross_entropy_under_autograd_refuses_overlaps():
 
 def test_in_place_rope_of_q_and_k_that_share_memory():
     memory = torch.randn(8, 6, 8)
+    first, last = (memory.view(-1)[begin : begin + 160].view(20, 1, 8) for begin in (0, 159))
     cases = {
+        "the last element of q": (first, last),
+        "the last element of k": (last, first),
         "the same": (memory, memory),
         "one head in common": (memory[:, :3], memory[:, 2:]),
         "one token in common": (memory[:5], memory[3:]),
