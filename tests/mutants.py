@@ -5,9 +5,9 @@
     make mutants ARGS=--resume         those that the last run of the same code did not come to
     make mutants ARGS=--list           what there is
 
-A mutant is killed when a test that should find it fails. One that survives is a test that is missing. Before a test may kill, it
-must pass without a bug. Only what a mutant needs is built again. Mutants that only a GPU can see are skipped where there is none.
-Each result is appended to ``build/mutants/results.jsonl`` at once.
+A mutant is killed when a test that should find it fails, and passes by itself without the bug. One that survives is a test that
+is missing. Only what a mutant needs is built again. Mutants that only a GPU can see are skipped where there is none. Each result
+is appended to ``build/mutants/results.jsonl`` at once.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Scratch:
 
     def __init__(self, folder: Path, cuda: bool) -> None:
         self.folder, self.cuda = folder, cuda
-        self.without: dict[tuple[str, ...], tuple[bool, str]] = {}  # what each command does without a bug
+        self.wrong: dict[tuple[str, str], str | None] = {}  # what is wrong with a test although there is no bug
         self.built: str | None = None  # the digest of csrc/ in the library
 
     def refresh(self) -> None:
@@ -173,23 +173,35 @@ class Scratch:
         done = self.run(["cmake", "--build", str(tree), "--target", target, "--parallel", str(os.cpu_count())])
         return None if done.returncode == 0 else (done.stdout + done.stderr)[-3000:]
 
-    def test(self, command: tuple[str, ...]) -> tuple[bool, str]:
-        """Whether it passes, and what it says. ValueError if it cannot be run at all."""
+    def test(self, command: tuple[str, str]) -> tuple[str, str] | None:
+        """The test that fails, as a command of its own, or the whole command where none says its name; None if all pass.
+
+        ValueError if it cannot be run at all.
+        """
         if command[0] == "ctest":
             name, *cases = command[1].split()
             program = str(self.folder / "build" / "cmake" / name.removesuffix("_code80"))
             code = {"EMULATED_CODE": "80"} if name.endswith("_code80") else {}
             done = self.run([program, *cases], TIMEOUT, STOP_AT_FIRST_FAILURE="1", **code)
+            failed = re.search(r"^FAILED (\S+)", done.stdout, re.MULTILINE)
+            alone = f"{name} {failed[1]}" if failed else command[1]
         else:
             options = ["-x", "-q", "-p", "no:cacheprovider", "-W", "ignore", "--no-header"]
             done = self.run([sys.executable, "-m", "pytest", *options, *shlex.split(command[1])], TIMEOUT)
             if done.returncode in (2, 3, 4, 5):
                 raise ValueError(f"pytest {command[1]} does not run:\n{(done.stdout + done.stderr)[-3000:]}")
-        failed = re.search(r"^(?:FAILED|ERROR) +(\S+)", done.stdout, re.MULTILINE)
-        said = failed[1] if failed else "ran out of time" if done.returncode == -1 else command[1]
-        return done.returncode == 0, said
+            failed = re.search(r"^(?:FAILED|ERROR) +(.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
+            alone = shlex.quote(failed[1]) if failed else command[1]
+        return None if done.returncode == 0 else (command[0], alone)
 
-    def prepare(self, command: tuple[str, ...]) -> str | None:
+    def wrong_without_bug(self, command: tuple[str, str]) -> str | None:
+        """Nothing if it passes in the copy as it stands."""
+        if command not in self.wrong:
+            wrong = self.prepare(command)
+            self.wrong[command] = wrong or ("fails without a bug" if self.test(command) else None)
+        return self.wrong[command]
+
+    def prepare(self, command: tuple[str, str]) -> str | None:
         return self.build_cpp(command[1]) if command[0] == "ctest" else self.build_library()
 
 
@@ -206,26 +218,17 @@ def commands_of(mutant: Mutant) -> list[tuple[str, str]]:
 
 def try_mutant(scratch: Scratch, mutant: Mutant) -> tuple[str, str]:
     """``killed``, ``survived`` or ``broken`` (the entry is no good), and by what or why."""
-    for command in commands_of(mutant):
-        if command not in scratch.without:
-            try:
-                wrong = scratch.prepare(command)
-                scratch.without[command] = (False, wrong) if wrong else scratch.test(command)
-            except ValueError as error:
-                scratch.without[command] = False, str(error)
-        passes, said = scratch.without[command]
-        if not passes:
-            return "broken", f"{' '.join(command)} fails without a bug: {said}"
     try:
         with scratch.planted(mutant):
             for command in commands_of(mutant):
-                wrong = scratch.prepare(command)
-                if wrong:
+                if wrong := scratch.prepare(command):
                     return "broken", f"does not compile: {wrong}"
-                passes, said = scratch.test(command)
-                if not passes:
-                    return "killed", said
-        return "survived", ", ".join(command[1] for command in commands_of(mutant))
+                if failed := scratch.test(command):
+                    break
+            else:
+                return "survived", ", ".join(command[1] for command in commands_of(mutant))
+        wrong = scratch.wrong_without_bug(failed)
+        return ("broken", f"{failed[1]}: {wrong}") if wrong else ("killed", failed[1])
     except ValueError as error:
         return "broken", str(error)
 

@@ -73,6 +73,11 @@ def test_packs_of_groups(data):
             before[groups[document]] = document
 
 
+def test_groups_are_in_the_order_of_their_first_documents():
+    plan = packops.pack([3] * 5, 6, groups=[9, 2, 9, 2, 1], strategy="sequential")
+    assert [pack.tolist() for pack in plan] == [[0, 2], [1, 3], [4]]
+
+
 def test_a_group_is_cut_only_where_it_must_be():
     plan = packops.pack([10] * 8, 26, groups=[0] * 8, shared=[6] * 8, seed=None)
     assert [pack.tolist() for pack in plan] == [[0, 1, 2, 3, 4], [5, 6, 7]]
