@@ -78,6 +78,13 @@ def test_what_is_refused():
     assert model.loss_function is loss_function  # put back when the forward fails
 
 
+def test_num_valid_arrives():
+    """It spares the rows that are not scored their part of the product; fewer than there are is an error."""
+    batch = batch_of([torch.randint(0, 99, (6,))])
+    with pytest.raises(ValueError, match="num_valid"):
+        hf.log_probs(hf.apply(llama()), batch, num_valid=batch.num_valid - 1)
+
+
 def recipe():
     """The class that docs/hugging_face.md puts in the place of TRL's function."""
     text = (Path(__file__).resolve().parents[1] / "docs" / "hugging_face.md").read_text()
