@@ -282,7 +282,7 @@ def draw(data: dict[str, Any], path: Path) -> None:
             axis.remove()
     for place, case in enumerate(found):
         line, column = each * (place // columns), place % columns
-        reporting.bars(axes[line][column], case["rows"], case["name"])
+        reporting.bars(axes[line][column], case["rows"], case["name"], *reporting.unit_of(found))
         if with_memory:
             memory(axes[line + 1][column], case)
     reporting.finish(figure, data, path)

@@ -125,10 +125,14 @@ def pyplot() -> Any:
     return pyplot
 
 
-def bars(axis: Any, rows: list[dict[str, Any]], title: str) -> None:
+def unit_of(cases: list[dict[str, Any]]) -> tuple[int, str]:
+    """Microseconds of the unit that all panels of a picture have, and its name."""
+    return (1, "µs") if min(row["microseconds"] for case in cases for row in case["rows"]) < 100 else (1000, "ms")
+
+
+def bars(axis: Any, rows: list[dict[str, Any]], title: str, unit: int, name: str) -> None:
     """Times of one case, fastest on top; a wrong result has its own colour and says so."""
     rows = sorted(rows, key=lambda row: -row["microseconds"])
-    unit, name = (1000, "ms") if max(row["microseconds"] for row in rows) >= 1000 else (1, "µs")
     places = range(len(rows))
     axis.barh(places, [row["microseconds"] / unit for row in rows], color=[colour(row) for row in rows])
     axis.set_yticks(places, [row["system"] for row in rows])
@@ -164,7 +168,7 @@ def draw_bars(
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
     for axis, case in zip(axes.flat, cases, strict=False):
-        bars(axis, case["rows"], case["name"])
+        bars(axis, case["rows"], case["name"], *unit_of(cases))
     finish(figure, data, path)
 
 

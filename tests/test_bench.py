@@ -259,7 +259,7 @@ def test_bars_show_the_numbers(data):
     pytest.importorskip("matplotlib")
     plot = reporting.pyplot()
     figure, axis = plot.subplots()
-    reporting.bars(axis, data["cases"][0]["rows"], "title")
+    reporting.bars(axis, data["cases"][0]["rows"], "title", *reporting.unit_of(data["cases"][:1]))
     widths = [patch.get_width() for patch in axis.patches]
     assert widths == [2.5, 1.5, 1.0, 0.7]  # ms, the fastest on top
     assert [label.get_text() for label in axis.get_yticklabels()] == ["Other", "packops", "copy", "Rival"]
