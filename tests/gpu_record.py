@@ -37,7 +37,7 @@ EXCUSED_SKIPS = (r"needs \d+ GPUs: found \d+", r"(fp64|float64) is for the CPU")
 EXCUSED_PTX_SKIPS = (r"neither this GPU nor the loaded code has wgmma, .*",)  # PTX of 8.0 is older than the instruction
 # The hazards of racecheck that tests/sanitize.py excuses, by the line of the reader: "<kernel's file>: <its source line>".
 # A hazard elsewhere, or another number of them, is looked at by someone before it is written down here.
-# These: a thread reads what a copy brought, a chunk of logits or lse and delta of queries. The tool does not see that it has arrived.
+# These: a thread reads what a copy brought, a chunk of logits or lse and delta. The tool does not see that it has arrived.
 EXCUSED_HAZARDS: dict[str, int] = {
     "attention_long_backward.cuh: const float even = delta[8 * n + 2 * (lane % 4)], odd = delta[8 * n + 2 * (lane % 4) + 1];": 8,
     "attention_long_backward.cuh: s, g, scores, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },": 7,
