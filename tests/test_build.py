@@ -320,6 +320,14 @@ def test_cuda_objects_older_than_a_header_are_built_again(tmp_path):
         assert left == (["b.o"] if folder == "old" else ["a.o", "b.o"])
 
 
+@pytest.mark.parametrize("said", ["ptxas info    : (C7515) Potential Performance Loss", "ptxas info    : 0 bytes gmem"])
+def test_an_nvcc_whose_kernels_are_slow_is_named(tmp_path, capfd, said):
+    """ptxas calls it information, so that nothing else in the log would be shown."""
+    with _build.quiet_output(tmp_path / "build.log", "packops: compiling", tmp_path):
+        subprocess.run(["echo", said], check=True)
+    assert ("build with CUDA 12.9 or newer" in capfd.readouterr().err) == ("C7515" in said)
+
+
 def test_a_log_ends_with_the_compilers_error():
     log = "\n".join(
         [

@@ -26,6 +26,7 @@ from typing import Any, TextIO
 CUDA_REQUEST = "PACKOPS_CUDA"  # "1": CUDA or an error; "0": never; unset: CUDA when nvcc is there
 VERBOSE = "PACKOPS_BUILD_VERBOSE"  # "1": show every compiler command
 OLDEST_GPU = 8.0  # compute capability
+SERIALIZED = "C7515"  # what ptxas says, as information, when every wgmma waits for the one before: up to CUDA 12.8
 SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".json")
 
 
@@ -422,6 +423,11 @@ def quiet_output(log: Path, label: str, objects: Path) -> Iterator[None]:
         text = log.read_text()
         if "warning" in text:
             terminal.write(f"{readable_log(text)}\n")
+        if SERIALIZED in text:
+            terminal.write(
+                "packops: WARNING: this nvcc makes the lm_head slow on Hopper, since it serializes matrix instructions (wgmma, "
+                f"{SERIALIZED}): build with CUDA 12.9 or newer\n"
+            )
     finally:
         terminal.close()
         for descriptor in kept:
