@@ -5,9 +5,9 @@
     make mutants ARGS=--resume         those that the last run of the same code did not come to
     make mutants ARGS=--list           what there is
 
-A mutant is killed when a test that should find it fails, and passes by itself without the bug. One that survives is a test that
-is missing. Only what a mutant needs is built again. Mutants that only a GPU can see are skipped where there is none. Each result
-is appended to ``build/mutants/results.jsonl`` at once.
+A mutant is found when a test that should find it fails, and killed if that test passes without the bug: in the end all those
+tests run so. One that survives is a test that is missing. Only what a mutant needs is built again. Mutants that only a GPU can
+see are skipped where there is none. Each result is appended to ``build/mutants/results.jsonl`` at once.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import tomllib
@@ -80,7 +80,6 @@ class Scratch:
 
     def __init__(self, folder: Path, cuda: bool) -> None:
         self.folder, self.cuda = folder, cuda
-        self.wrong: dict[tuple[str, str], str | None] = {}  # what is wrong with a test although there is no bug
         self.built: str | None = None  # the digest of csrc/ in the library
 
     def refresh(self) -> None:
@@ -194,12 +193,23 @@ class Scratch:
             alone = shlex.quote(failed[1]) if failed else command[1]
         return None if done.returncode == 0 else (command[0], alone)
 
-    def wrong_without_bug(self, command: tuple[str, str]) -> str | None:
-        """Nothing if it passes in the copy as it stands."""
-        if command not in self.wrong:
-            wrong = self.prepare(command)
-            self.wrong[command] = wrong or ("fails without a bug" if self.test(command) else None)
-        return self.wrong[command]
+    def wrong(self, commands: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
+        """Those that fail in the copy as it stands, and why. Tests of one program run together, or alone where one of them fails."""
+        programs: dict[tuple[str, str], list[str]] = {}
+        for kind, test in dict.fromkeys(commands):
+            programs.setdefault((kind, test.split()[0] if kind == "ctest" else ""), []).append(test)
+        wrong = {}
+        for (kind, program), tests in programs.items():
+            cases = [] if program in tests else [test.removeprefix(program).strip() for test in tests]
+            if self.fails((kind, " ".join([program, *cases]).strip())):
+                wrong |= {(kind, test): why for test in tests if (why := self.fails((kind, test)))}
+        return wrong
+
+    def fails(self, command: tuple[str, str]) -> str | None:
+        try:
+            return self.prepare(command) or ("fails without a bug" if self.test(command) else None)
+        except ValueError as error:
+            return str(error)
 
     def prepare(self, command: tuple[str, str]) -> str | None:
         return self.build_cpp(command[1]) if command[0] == "ctest" else self.build_library()
@@ -217,20 +227,32 @@ def commands_of(mutant: Mutant) -> list[tuple[str, str]]:
 
 
 def try_mutant(scratch: Scratch, mutant: Mutant) -> tuple[str, str]:
-    """``killed``, ``survived`` or ``broken`` (the entry is no good), and by what or why."""
+    """``found``, ``survived`` or ``broken`` (the entry is no good), and by what or why."""
     try:
         with scratch.planted(mutant):
             for command in commands_of(mutant):
                 if wrong := scratch.prepare(command):
                     return "broken", f"does not compile: {wrong}"
                 if failed := scratch.test(command):
-                    break
-            else:
-                return "survived", ", ".join(command[1] for command in commands_of(mutant))
-        wrong = scratch.wrong_without_bug(failed)
-        return ("broken", f"{failed[1]}: {wrong}") if wrong else ("killed", failed[1])
+                    return "found", " ".join(failed)
+        return "survived", ", ".join(command[1] for command in commands_of(mutant))
     except ValueError as error:
         return "broken", str(error)
+
+
+def confirm(scratch: Scratch, mutants: list[Mutant]) -> None:
+    """What was found is killed, unless the test that found it fails without a bug, too."""
+    _, known = scratch.known(mutants)
+    found = {mutant: tuple(known[mutant.name]["by"].split(" ", 1)) for mutant in mutants if is_found(known.get(mutant.name))}
+    wrong = scratch.wrong(found.values())
+    for mutant, command in found.items():
+        if command in wrong:
+            print(f"broken   {mutant.name}: {' '.join(command)}: {wrong[command]}")
+        scratch.note(mutant, "broken" if command in wrong else "killed", f"{command[1]}{wrong.get(command, '')}")
+
+
+def is_found(result: dict[str, str] | None) -> bool:
+    return result is not None and result["outcome"] == "found"
 
 
 def why_no_gpu() -> bool:
@@ -269,6 +291,7 @@ def main() -> int:
         outcome, said = ("skipped", "needs a GPU") if mutant.gpu and no_gpu else try_mutant(scratch, mutant)
         scratch.note(mutant, outcome, said)
         print(f"{outcome:8} {mutant.name} [{mutant.file}] {time.monotonic() - started:.0f} s: {said}", flush=True)
+    confirm(scratch, mutants)
     return report(*scratch.known(mutants))
 
 

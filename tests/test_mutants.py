@@ -65,18 +65,16 @@ def scratch(tmp_path, monkeypatch):
 
 
 OUTCOMES = {
-    "found": (ADD, "killed", r"tests/test_small\.py::test_add"),
+    "found": (ADD, "found", r"pytest tests/test_small\.py::test_add"),
     "not found": (dataclasses.replace(ADD, old="def add(a, b)", new="def add(a, b=0)"), "survived", "test_small"),
     "does not run": (dataclasses.replace(ADD, old="def add", new="def app"), "broken", "ImportError"),
     "nothing to run": (dataclasses.replace(ADD, tests=("tests/test_small.py -k nothing",)), "broken", "fails|does not run"),
-    "fails without a bug": (dataclasses.replace(ADD, tests=("tests/test_red.py",)), "broken", "fails without a bug"),
 }
 
 
 @pytest.mark.parametrize("case", OUTCOMES)
 def test_outcomes(scratch, case):
     mutant, outcome, said = OUTCOMES[case]
-    (scratch.folder / "tests" / "test_red.py").write_text("def test_red():\n    assert False\n")
     before = (scratch.folder / mutant.file).read_text()
     got = mutants.try_mutant(scratch, mutant)
     assert got[0] == outcome, got
@@ -84,8 +82,23 @@ def test_outcomes(scratch, case):
     assert (scratch.folder / mutant.file).read_text() == before, "the bug was left behind"
 
 
+def test_only_a_test_that_passes_without_a_bug_kills(scratch):
+    (scratch.folder / "tests" / "test_red.py").write_text("def test_red():\n    assert False\n")
+    red = dataclasses.replace(ADD, name="red", tests=("tests/test_red.py",))
+    gone = dataclasses.replace(ADD, name="gone")
+    scratch.results.write_text("{}\n")
+    for mutant in (ADD, red):
+        scratch.note(mutant, *mutants.try_mutant(scratch, mutant))
+    scratch.note(gone, "found", "pytest tests/test_gone.py::test_add")
+    mutants.confirm(scratch, [ADD, red, gone])
+    results = scratch.known([ADD, red, gone])[1]
+    assert {name: result["outcome"] for name, result in results.items()} == {"adds": "killed", "red": "broken", "gone": "broken"}
+    assert results["adds"]["by"] == "tests/test_small.py::test_add"
+    assert "fails without a bug" in results["red"]["by"]
+
+
 @pytest.mark.parametrize(("listed", "cases", "code"), [("t", "", ""), ("t_code80 some", "some", "80")])
-def test_cases_of_a_program(scratch, listed, cases, code):
+def test_cases_of_a_program(scratch, monkeypatch, listed, cases, code):
     program = scratch.folder / "build" / "cmake" / "t"
     program.parent.mkdir(parents=True)
     program.write_text(
@@ -97,6 +110,14 @@ def test_cases_of_a_program(scratch, listed, cases, code):
     with scratch.planted(mutant):
         assert scratch.test(("ctest", listed)) == ("ctest", f"{listed.split()[0]} it1")
         assert f"with {code} and {cases}" in scratch.run([str(program), *listed.split()[1:]], EMULATED_CODE=code).stdout
+        monkeypatch.setattr(mutants.Scratch, "build_cpp", lambda self, test: None)
+        assert scratch.wrong([("ctest", listed)]) == {("ctest", listed): "fails without a bug"}
+    ran = []
+    monkeypatch.setattr(mutants.Scratch, "test", lambda self, command: ran.append(command))
+    assert not scratch.wrong(
+        [("ctest", f"{listed.split()[0]} one"), ("ctest", f"{listed.split()[0]} two"), ("pytest", "a"), ("pytest", "b")]
+    )
+    assert ran == [("ctest", f"{listed.split()[0]} one two"), ("pytest", "a b")]
 
 
 def test_a_text_that_is_not_there_once_is_refused(scratch):
