@@ -194,7 +194,7 @@ class Scratch:
         return None if done.returncode == 0 else (command[0], alone)
 
     def wrong(self, commands: Iterable[tuple[str, str]]) -> dict[tuple[str, str], str]:
-        """Those that fail in the copy as it stands, and why. Tests of one program run together, or alone where one of them fails."""
+        """Those that fail in the copy as it stands, and why. Tests of one program run together, or alone if one of them fails."""
         programs: dict[tuple[str, str], list[str]] = {}
         for kind, test in dict.fromkeys(commands):
             programs.setdefault((kind, test.split()[0] if kind == "ctest" else ""), []).append(test)
