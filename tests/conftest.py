@@ -8,8 +8,10 @@ skips them where less device memory is free.
 from __future__ import annotations
 
 import gc
+import hashlib
 import os
 import random
+import shutil
 import sys
 import zlib
 from collections import Counter
@@ -33,6 +35,21 @@ hypothesis.settings.load_profile("packops")
 SEED = "PACKOPS_TEST_SEED"
 
 OUT_OF_MEMORY = "CUDA ran out of memory"
+
+
+def own_compile_cache() -> None:
+    """torch keeps compiled graphs on disk by the names of their ops, not by what these return: other code has another cache."""
+    code = hashlib.sha256(gpu_record.current_digest().encode() + gpu_record.python_digests()["python/packops"].encode())
+    folder, stamp = gpu_record.ROOT / "build" / "inductor", code.hexdigest()
+    if not (folder / stamp).exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        (folder / stamp).touch()
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder)
+
+
+if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:  # workers of pytest-xdist have that of the first process
+    own_compile_cache()
 
 
 def pytest_addoption(parser):
