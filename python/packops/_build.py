@@ -425,8 +425,8 @@ def quiet_output(log: Path, label: str, objects: Path) -> Iterator[None]:
             terminal.write(f"{readable_log(text)}\n")
         if SERIALIZED in text:
             terminal.write(
-                "packops: WARNING: this nvcc makes the lm_head slow on Hopper, since it serializes matrix instructions (wgmma, "
-                f"{SERIALIZED}): build with CUDA 12.9 or newer\n"
+                "packops: WARNING: this nvcc makes the lm_head and attention slow on Hopper, since it serializes matrix "
+                f"instructions (wgmma, {SERIALIZED}): build with CUDA 12.9 or newer\n"
             )
     finally:
         terminal.close()
