@@ -22,7 +22,6 @@
 #include "attention_launch.h"
 #include "attention_long_backward.cuh"
 #include "attention_long_forward.cuh"
-#include "attention_long_joint.cuh"
 #include "attention_products.cuh"
 #include "attention_rows.cuh"
 #include "attention_scores.cuh"
@@ -169,11 +168,6 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
-  if constexpr (kGroup && !kForest && attention_is_joint(D))
-    if (is_long<false>(p, tile)) {  // the rest is done with grad_k and grad_v
-      if (thread < 2) p.added[2 * blockIdx.x + thread] = 0;
-      return compute_deltas<T, D, kThreads>(p, tile.begin, tile.end - tile.begin, head, dynamic_shared<float>(), thread);
-    }
   char* queries = dynamic_shared<char>();
   char *grads = queries + 2 * D * kAttentionRows, *turns = grads + 2 * D * kAttentionRows;
   float* deltas = reinterpret_cast<float*>(turns + kShape.stages * 2 * 2 * D * kKeys);
@@ -445,17 +439,14 @@ cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& devic
 template <typename T, int D, bool kGroup, bool kForest>
 cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
-  p.long_from = choose_attention_long_keys_from(p, device);
   cudaError_t error = launch_large<queries_kernel<T, D, kGroup, kForest>>(
       {}, device, tiles * p.heads, kQueries.threads(), attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
+  p.long_from = choose_attention_long_keys_from(p, device);
   bool beside = p.long_from != kNeverLong;
   if constexpr (kGroup && !kForest && attention_long_keys_from(D) != kNeverLong)
-    if (beside) {
-      if constexpr (attention_is_joint(D)) error = launch_long_joint<T>(p, tiles, device, stream);
-      else error = launch_long_keys<T, D>(p, tiles, device, stream);
-      if (error != cudaSuccess) return error;
-    }
+    if (beside)
+      if ((error = launch_long_keys<T, D>(p, tiles, device, stream)) != cudaSuccess) return error;
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
@@ -517,14 +508,6 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
     return launch_forward<decltype(type), dim, group, forest>(p, tiles, device, stream);
   });
-}
-
-int64_t attention_parts(const AttentionParams& p) {
-  Device device;
-  if (!attention_is_joint(p.head_dim) || current_device(device) != cudaSuccess ||
-      choose_attention_long_keys_from(p, device) == kNeverLong)
-    return 0;
-  return attention_tiles(p.tokens, p.axis.documents) * p.heads * kAttentionRows * p.head_dim;
 }
 
 cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t stream) {

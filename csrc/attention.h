@@ -76,8 +76,6 @@ struct AttentionParams {
   // CUDA: what the kernels tell each other.
   AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
   float* delta = nullptr;          // (heads, tokens), backward
-  float* parts = nullptr;          // sums of grad_q, attention_parts(p) of them; with tokens of their own, backward
-  int32_t* added = nullptr;        // (tiles, heads, 2): how many blocks of keys have added to each half of a tile's sums
   unsigned* drawn = nullptr;       // how many items of work the blocks for long documents have taken in this pass
   int32_t long_from = 0;           // tokens beyond which a document is long; 0: each kernel's own (attention_launch.h)
 };
@@ -94,8 +92,6 @@ void attention_backward_cpu(const AttentionParams& params, int64_t begin, int64_
 // f16 and bf16, head_dim one of kAttentionHeadDims; data and strides multiples of 16 bytes. Memory-safe whatever cu_seqlens holds.
 cudaError_t attention_cuda(const AttentionParams& params, cudaStream_t stream);
 cudaError_t attention_backward_cuda(const AttentionParams& params, cudaStream_t stream);
-// How many numbers `parts` needs; 0: neither it nor `added` is used.
-int64_t attention_parts(const AttentionParams& params);
 #endif
 
 }  // namespace packops

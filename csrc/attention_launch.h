@@ -113,15 +113,6 @@ constexpr int attention_long_keys_shared(int head_dim) {
          (split ? 4 * kAttentionRows * kAttentionRows : 0) + 8 * barriers + 24;
 }
 
-// All gradients at once (attention_long_joint.cuh), with a buffer for dS of two turns and one per consumer for its parts of grad_q.
-constexpr bool attention_is_joint(int head_dim) { return head_dim == 128; }
-constexpr int attention_joint_slots() { return 4; }
-constexpr int attention_joint_shared() {
-  constexpr int kSlots = attention_joint_slots();
-  return 2 * 128 * kAttentionRows * (4 + kSlots) + 2 * 2 * 128 * kAttentionRows + 2 * 4 * kAttentionRows * kAttentionRows +
-         kSlots / 2 * 2 * 4 * kAttentionRows + 8 * 2 * kSlots + 24;
-}
-
 // Registers of a thread of both kinds of blocks. A multiprocessor has 512 for the four threads of a block that share a lane.
 constexpr int attention_producer_registers(int groups) { return groups == 2 ? 24 : 32; }
 constexpr int attention_consumer_registers(int groups) { return groups == 2 ? 240 : 160; }

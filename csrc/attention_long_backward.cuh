@@ -98,11 +98,11 @@ __device__ __forceinline__ Interval queries_of_block(const Scores& scores, int k
   return {scores.causal ? key : 0, (scores.window ? min(length, key + rows - 1 + scores.window) : length) - 1};
 }
 
-// The producer of all kernels: queries and gradients of all heads of a group. lse and delta of a turn come with its queries, into
-// `numbers`. tile_of(item): the number of the tile that an item begins with.
-template <typename T, int D, int kGroups, int kSlots, typename F>
+// The producer of both kernels: queries and gradients of all heads of a group. lse and delta of a turn come with its
+// queries, into `numbers`.
+template <typename T, int D, int kGroups, int kSlots>
 __device__ __forceinline__ void produce_queries(const AttentionParams& p, const Scores& scores, const SlotRing<D, kSlots>& ring,
-                                                float* numbers, ItemBox& box, unsigned end, int thread, F&& tile_of) {
+                                                float* numbers, ItemBox& box, unsigned end, int thread) {
   const unsigned heads = unsigned(p.kv_heads);
   const int group = p.heads / p.kv_heads;
   unsigned slot = 0;
@@ -110,7 +110,7 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
     if (thread == 0) box.put(items, draw_item<kGroups, false>(p, heads, end));
     const int item = box.take(items, thread % 32);
     if (item < 0) break;
-    const AttentionTile tile = p.tiles[tile_of(unsigned(item))];
+    const AttentionTile tile = p.tiles[unsigned(item) / heads];
     const int kv_head = int(unsigned(item) % heads), length = tile.document_end - tile.document_begin;
     const Interval queries = queries_of_block(scores, tile.begin - tile.document_begin, kAttentionRows * kGroups, length);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
   __syncthreads();
   if (role == kGroups) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    produce_queries<T, D, kGroups>(p, scores, ring, numbers, box, end, thread, [&](unsigned item) { return item / heads; });
+    produce_queries<T, D, kGroups>(p, scores, ring, numbers, box, end, thread);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
     const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
@@ -272,7 +272,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
   __syncthreads();
   if (role == 2) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    produce_queries<T, D, 1>(p, scores, ring, numbers, box, end, thread, [&](unsigned item) { return item / heads; });
+    produce_queries<T, D, 1>(p, scores, ring, numbers, box, end, thread);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
     const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;

@@ -328,25 +328,6 @@ __device__ __forceinline__ void cp_async_bulk_wait_group_read() {
 }
 __device__ __forceinline__ void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
-// cp.reduce.async.bulk: the same, but adds fp32 numbers to those that are there.
-__device__ __forceinline__ void cp_reduce_async_bulk_add(float* destination, const float* source, uint32_t bytes) {
-  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(destination),
-               "r"(shared_address(source)), "r"(bytes)
-               : "memory");
-}
-// A counter that orders what blocks write: one adds to it when its bulk stores have completed, another waits for its value before it
-// touches the same memory.
-__device__ __forceinline__ void red_release_add(int* counter, int value) {
-  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-}
-__device__ __forceinline__ void wait_acquire(const int* counter, int value) {
-  int seen;
-  do {
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-  } while (seen != value);
-  asm volatile("fence.proxy.async;" ::: "memory");
-}
-
 // mbarrier.test_wait: whether the phase of that parity has completed.
 __device__ __forceinline__ bool mbarrier_test_wait_parity(MBarrier* barrier, uint32_t parity) {
   uint32_t done;

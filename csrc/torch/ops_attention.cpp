@@ -174,15 +174,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
-  Tensor parts, added;
-#ifdef PACKOPS_WITH_CUDA
-  if (const int64_t numbers = q.is_cuda() ? attention_parts(p) : 0) {
-    parts = allocate(q, {numbers}, ScalarType::Float);
-    added = allocate(q, {2 * p.heads * attention_tiles(p.tokens, p.axis.documents)}, ScalarType::Int);
-    p.parts = static_cast<float*>(parts.mutable_data_ptr());
-    p.added = static_cast<int32_t*>(added.mutable_data_ptr());
-  }
-#endif
   p.drawn = reinterpret_cast<unsigned*>(p.delta + p.heads * p.tokens);
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = grad_k.mutable_data_ptr();

@@ -92,35 +92,20 @@ void cp_async_wait_group() {
   land_copies_before(copy_groups[emulator::current] - kNewest);
 }
 
-// Stores read their source when the thread waits for them, not before. add: fp32 numbers are added to those that are there.
-struct Store : Copy {
-  bool add = false;
-};
-inline std::map<int, std::vector<Store>> stores;
+// Stores read their source when the thread waits for them, not before.
+inline std::map<int, std::vector<Copy>> stores;
 inline std::map<int, int> store_groups;
 inline void cp_async_bulk_store(void* destination, const void* source, uint32_t bytes) {
   const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
   emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
-  stores[emulator::current].push_back({{destination, source, bytes, store_groups[emulator::current]}});
-}
-inline void cp_reduce_async_bulk_add(float* destination, const float* source, uint32_t bytes) {
-  cp_async_bulk_store(destination, source, bytes);
-  stores[emulator::current].back().add = true;
-}
-// Blocks run one after the other here, so whoever is waited for has come.
-inline void red_release_add(int* counter, int value) { *counter += value; }
-inline void wait_acquire(const int* counter, int value) {
-  emulator::require(*counter == value, "a wait for a block that comes later");
+  stores[emulator::current].push_back({destination, source, bytes, store_groups[emulator::current]});
 }
 inline void cp_async_bulk_commit_group() { store_groups[emulator::current]++; }
 template <int kNewest>
 void cp_async_bulk_wait_group_read() {
-  std::erase_if(stores[emulator::current], [](const Store& store) {
+  std::erase_if(stores[emulator::current], [](const Copy& store) {
     if (store.group >= store_groups[emulator::current] - kNewest) return false;
-    if (store.add)
-      for (size_t i = 0; i < store.bytes / 4; i++)
-        static_cast<float*>(store.destination)[i] += static_cast<const float*>(store.source)[i];
-    else std::memcpy(store.destination, store.source, store.bytes);
+    std::memcpy(store.destination, store.source, store.bytes);
     return true;
   });
 }
