@@ -52,7 +52,8 @@ def csrc(tmp_path):
     """A small csrc with one op: three seconds to compile."""
     folder = tmp_path / "csrc"
     (folder / "torch").mkdir(parents=True)
-    shutil.copy(_build.find_csrc() / "torch" / "register.h", folder / "torch")
+    for name in ("register.h", "stable.h"):
+        shutil.copy(_build.find_csrc() / "torch" / name, folder / "torch")
     config = _build.read_config(_build.find_csrc())
     config["cxx_flags"] = ["-std=c++20", "-O0"]
     (folder / "build.json").write_text(json.dumps(config))
