@@ -107,7 +107,8 @@ def attention(
         scale: of the products of queries and keys, positive; None: ``head_dim ** -0.5``.
 
     Returns:
-        ``(T, heads, head_dim)``, contiguous, of the dtype of ``q``.
+        ``(T, heads, head_dim)``, contiguous, of the dtype of ``q``. On CUDA, gradients of rows with scaled scores of about
+        2^15.5 and more are NaN: fp32 does not hold what they need.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it, what it got and what it wants.
