@@ -118,7 +118,7 @@ format: $(VENV_READY)
 cpp: $(VENV_READY)
 	@TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' cmake -S . -B build/cmake -DPACKOPS_PYTHON=$(PY)
 	@MAKEFLAGS=--no-print-directory cmake --build build/cmake --parallel $$(nproc)
-	@ctest --test-dir build/cmake --output-on-failure
+	@ctest --test-dir build/cmake --output-on-failure --parallel $$(nproc)
 
 .PHONY: docs
 docs: $(VENV_READY)
