@@ -320,12 +320,41 @@ def test_cuda_objects_older_than_a_header_are_built_again(tmp_path):
         assert left == (["b.o"] if folder == "old" else ["a.o", "b.o"])
 
 
-@pytest.mark.parametrize("said", ["ptxas info    : (C7515) Potential Performance Loss", "ptxas info    : 0 bytes gmem"])
-def test_an_nvcc_whose_kernels_are_slow_is_named(tmp_path, capfd, said):
+def test_a_build_begins_without_stale_objects(tmp_path, monkeypatch):
+    built, header = tmp_path / "a.o", tmp_path / "a.cuh"
+    for path, age in ((built, 1), (header, 2)):
+        path.touch()
+        os.utime(path, (age, age))
+    command = _build.make_build_command()
+    build = command.__new__(command)
+    build.build_temp = str(tmp_path)
+    build.extensions = [SimpleNamespace(sources=["a.cu"], depends=[header], packops_digest_of=None, packops_label="the test")]
+    there = []
+    monkeypatch.setattr(command.__base__, "build_extensions", lambda self: there.append(built.exists()))
+    build.build_extensions()
+    assert there == [False]
+
+
+LOSS = "ptxas info    : ({}) Potential Performance Loss: {} in the function 'f'"
+SERIALIZED = "wgmma.mma_async instructions are serialized due to {}"
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (LOSS.format("C7515", SERIALIZED.format("x")), f"({SERIALIZED.format('x')}):"),
+        (LOSS.format("C7512", SERIALIZED.format("y")), f"({SERIALIZED.format('y')}):"),
+        (LOSS.format("C7508", "'setmaxnreg' ignored"), "('setmaxnreg' ignored):"),
+        ("ptxas info    : 0 bytes gmem", ""),
+    ],
+)
+def test_an_nvcc_whose_kernels_are_slow_is_named(tmp_path, capfd, said, why):
     """ptxas calls it information, so that nothing else in the log would be shown."""
     with _build.quiet_output(tmp_path / "build.log", "packops: compiling", tmp_path):
         subprocess.run(["echo", said], check=True)
-    assert ("build with CUDA 12.9 or newer" in capfd.readouterr().err) == ("C7515" in said)
+    told = capfd.readouterr().err
+    assert ("build with CUDA 12.9 or newer" in told) == bool(why)
+    assert why in told
 
 
 def test_a_log_ends_with_the_compilers_error():

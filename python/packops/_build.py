@@ -26,7 +26,8 @@ from typing import Any, TextIO
 CUDA_REQUEST = "PACKOPS_CUDA"  # "1": CUDA or an error; "0": never; unset: CUDA when nvcc is there
 VERBOSE = "PACKOPS_BUILD_VERBOSE"  # "1": show every compiler command
 OLDEST_GPU = 8.0  # compute capability
-SERIALIZED = "C7515"  # what ptxas says, as information, when every wgmma waits for the one before: up to CUDA 12.8
+# What ptxas says, as information, where every wgmma waits for the one before, or a warp group keeps registers it was to give up.
+SLOW = "Potential Performance Loss: "
 SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".json")
 
 
@@ -423,10 +424,11 @@ def quiet_output(log: Path, label: str, objects: Path) -> Iterator[None]:
         text = log.read_text()
         if "warning" in text:
             terminal.write(f"{readable_log(text)}\n")
-        if SERIALIZED in text:
+        if SLOW in text:
+            why = text.split(SLOW, 1)[1].split(" in the function", 1)[0].splitlines()[0]
             terminal.write(
-                "packops: WARNING: this nvcc makes the lm_head and attention slow on Hopper, since it serializes matrix "
-                f"instructions (wgmma, {SERIALIZED}): build with CUDA 12.9 or newer\n"
+                f"packops: WARNING: this nvcc makes the lm_head or attention slow on Hopper ({why}): "
+                "build with CUDA 12.9 or newer\n"
             )
     finally:
         terminal.close()
