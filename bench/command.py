@@ -5,15 +5,17 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import math
 import re
 import sys
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from measuring import OURS, Case, environment, measure, slug
+from measuring import OURS, Case, OutOfTime, environment, measure, slug, time_limit
 from peers import Peer
 from reporting import RESULTS, draw_bars, format_case, format_environment, format_verdict, redraw, rows_of, write
 
@@ -28,6 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser, peers: dict[str, Peer]) -> ar
     )
     parser.add_argument("--rounds", type=int, help="rounds of a case (default 25, quick 7)")
     parser.add_argument("--seconds", type=float, help="begin no further round of a case after this long (default 4, quick 1)")
+    parser.add_argument("--limit", type=float, default=math.inf, help="end the run after so many seconds, with what there is")
+    parser.add_argument(
+        "--patience", type=float, default=math.inf, help="leave out what takes longer than so many seconds to compile and check"
+    )
     return parser
 
 
@@ -99,6 +105,7 @@ def main(
     Returns:
         0, or 1 if a result of packops was wrong.
     """
+    begin = time.perf_counter()
     parser = argparse.ArgumentParser(
         prog=f"packops bench {benchmark}", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -133,22 +140,28 @@ def main(
     missing = [peer.requirement for peer in args.peers.values() if not peer.version()]
     if missing:
         print("not installed: pip install " + " ".join(dict.fromkeys(missing)))
-    with torch.no_grad():
-        for case in cases(args):
-            if args.only and not re.search(args.only, case.name):
-                continue
-            data["cases"].append(measure(case, args.device, rounds, seconds))
-            print("\n" + format_case(data["cases"][-1]), flush=True)
-            if args.out:  # after every case: a run that is cut short keeps what it measured
-                write(data, args.out.with_suffix(".json"))
-            del case
-            gc.collect()
-            if args.device == "cuda":
-                torch.cuda.empty_cache()
-    if not data["cases"]:
-        parser.error(f"no case matches {args.only!r}")
+    try:
+        with torch.no_grad(), time_limit(begin + args.limit - time.perf_counter()):
+            for case in cases(args):
+                if args.only and not re.search(args.only, case.name):
+                    continue
+                # What is ready when little time is left is measured still.
+                until = begin + args.limit - 1.5 * seconds
+                data["cases"].append(measure(case, args.device, rounds, seconds, args.patience, until))
+                print("\n" + format_case(data["cases"][-1]), flush=True)
+                if args.out:  # after every case: a run that is cut short keeps what it measured
+                    write(data, args.out.with_suffix(".json"))
+                del case
+                gc.collect()
+                if args.device == "cuda":
+                    torch.cuda.empty_cache()
+    except OutOfTime:
+        print(f"out of time after {time.perf_counter() - begin:.0f} s: cases are missing", file=sys.stderr)
+    else:
+        if not data["cases"]:
+            parser.error(f"no case matches {args.only!r}")
     print("\n" + format_verdict(data))
-    if args.out:
+    if args.out and data["cases"]:
         draw(json.loads(args.out.with_suffix(".json").read_text()), args.out.with_suffix(".png"))
         print(f"written: {args.out.with_suffix('.json')}, {args.out.with_suffix('.png')}")
     return int(any(row.get("wrong") and row["system"].startswith(OURS) for _, row in rows_of(data)))

@@ -20,7 +20,6 @@ wherever it is, and the table shows what was measured: of a row that had no roun
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
 import functools
 import gc
@@ -32,7 +31,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +46,14 @@ import packops
 import peers
 import reporting
 from corpora import LENGTHS, draw_lengths
-from measuring import Clock, device_state
+from measuring import Clock, OutOfTime, device_state, time_limit
 from models import MODELS, configuration
 
 NAME = "end-to-end"
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
 FULL = 0.97  # of a pack
+FA4 = "flash_attention_4"
+PEERS = {"transformers": peers.TRANSFORMERS, "FlashAttention-4": peers.FLASH_ATTENTION_4, "Liger": peers.LIGER}
 PARTS = ("forward", "backward", "optimizer")
 # Of the first row's: bf16 gradients of different kernels differ by far less, those of contaminated documents by more.
 TOLERANCE = {"loss": 1e-2, "gradient": 5e-2}
@@ -126,6 +127,8 @@ ROWS = [
     Row("packed, packops attention", "default", change=with_packed_attention),
     Row("packed, packops", "default", change=with_packops),
     Row("packed, packops, compiled", "default", change=with_packops_compiled, compiled=True),
+    Row("packed, FlashAttention-4", FA4),  # TRL's packing and inputs
+    Row("packed, FlashAttention-4, Liger", FA4, change=with_liger),
     Row("packed, flex", "flex_attention"),
     Row("packed, flex, compiled", "flex_attention", change=lambda model: model.compile(), compiled=True),
     Row("packed, flex, Liger", "flex_attention", change=with_liger),
@@ -305,28 +308,6 @@ class Laps:
         return found
 
 
-class OutOfTime(BaseException):
-    """Not an Exception: nothing on the way shall take it for the failure of a row."""
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise :class:`OutOfTime` after so many seconds, wherever the program is, and at SIGTERM."""
-
-    def stop(number: int, frame: Any) -> None:
-        raise OutOfTime
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGTERM)}
-    try:
-        if seconds < math.inf:  # and again, should it be raised where Python can only print it
-            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), 1.0)
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def release(device: torch.device) -> None:
     """Give back the memory that nobody uses. Patched models and failures are cycles, which wait for the collector."""
     gc.collect()
@@ -385,8 +366,19 @@ def measure(
         if model_name in row.not_for:
             result["left_out"] = "transformers has no sdpa with a softcap"
             continue
-        done = attempt(row, result)  # compiles, allocates
-        if done and (done := attempt(row, result, done[0])):
+        begin = time.perf_counter()
+        try:
+            with time_limit(args.patience):
+                done = attempt(row, result)  # compiles, allocates
+                done = done and attempt(row, result, done[0])
+        except OutOfTime as end:
+            if signal.SIGTERM in end.args or time.perf_counter() - begin < args.patience:
+                raise  # it is the end of the run
+            result["left_out"] = f"not ready after {args.patience:.0f} s"
+            optimizer.zero_grad()
+            done = None
+        result["seconds_to_prepare"] = time.perf_counter() - begin
+        if done:
             prepared, seconds = done
             summarise(result, [seconds], case["useful_tokens"])
             running.append((row, result, prepared))
@@ -513,7 +505,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--models", nargs="+", choices=MODELS, default=[*MODELS], help="which shapes")
     parser.add_argument("--corpora", nargs="+", choices=["short", "long"], default=["short", "long"], help="lengths of documents")
     parser.add_argument(
-        "--rows", nargs="+", metavar="WORD", help="only rows whose name has one of these, as in: padded flex packops"
+        "--rows", nargs="+", metavar="WORD", help="only rows of this name, or whose name has this in it: padded flex packops"
     )
     parser.add_argument(
         "--tokens", type=int, help="tokens of a pack, and of a padded micro-batch (default 16384; 512 with --tiny)"
@@ -521,6 +513,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--micro-batches", type=int, default=4, help="packs of a step (default 4)")
     parser.add_argument("--rounds", type=int, default=5, help="timed steps of each row (default 5)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="end the run after so many, compilation included")
+    parser.add_argument(
+        "--patience", type=float, default=float("inf"), help="leave out a row whose first two steps take longer than so many"
+    )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="small fp32 models: to see that it runs")
     parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.png")
@@ -532,13 +527,14 @@ def main(args: argparse.Namespace) -> int:
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.tokens = args.tokens or (512 if args.tiny else 16384)
     device = torch.device(args.device)
-    rows = [row for row in ROWS if not args.rows or any(word in row.name for word in args.rows)]
+    names = {row.name for row in ROWS}
+    rows = [row for row in ROWS if not args.rows or any(row.name == w if w in names else w in row.name for w in args.rows)]
     if not rows:
         print(f"no row's name has {' or '.join(args.rows)}; there are: {'; '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2
     data: dict[str, Any] = {
         "benchmark": "end-to-end",
-        "environment": measuring.environment(device.type, {"transformers": peers.TRANSFORMERS}),
+        "environment": measuring.environment(device.type, PEERS),
         "tokens": args.tokens,
         "micro_batches": args.micro_batches,
         "dtype": "fp32" if args.tiny else "bf16",

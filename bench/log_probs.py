@@ -58,6 +58,7 @@ def trl() -> Made:
 
 
 def liger() -> Made:
+    # On Hopper a kernel in CUTLASS' DSL, which must be installed; elsewhere chunks in torch.
     from liger_kernel.ops.fused_linear_scaled_cross_entropy import LigerFusedLinearScaledCrossEntropyFunction as Function
 
     def made(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,16 +14,19 @@ is checked first: a wrong one is measured, and marked.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import math
 import os
 import platform
 import random
 import re
+import signal
 import statistics
 import subprocess
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -173,6 +176,33 @@ class Clock:
         return begin.elapsed_time(end)
 
 
+class OutOfTime(BaseException):
+    """Not an Exception: nothing on the way shall take it for the failure of a row. Holds the signal that brought it."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise :class:`OutOfTime` after so many seconds, wherever the program is, and at SIGTERM. Limits may lie within limits."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise OutOfTime(number)
+
+    begin = time.perf_counter()
+    around = signal.setitimer(signal.ITIMER_REAL, 0)[0]  # seconds that an outer limit leaves; 0 without one
+    seconds = min(seconds, around or math.inf)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGALRM, signal.SIGTERM)}
+    try:
+        if seconds < math.inf:  # and again, should it be raised where Python can only print it
+            signal.setitimer(signal.ITIMER_REAL, max(seconds, 1e-6), 1.0)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if around:
+            signal.setitimer(signal.ITIMER_REAL, max(around - (time.perf_counter() - begin), 1e-6), 1.0)
+
+
 class Sampler:
     """Takes one sample, in microseconds per call, of a candidate."""
 
@@ -258,6 +288,13 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:160]}" if lines else type(error).__name__
 
 
+def reason(error: BaseException, allowed: float) -> str:
+    """Why a candidate is left out."""
+    if isinstance(error, OutOfTime):
+        return f"not ready after {allowed:.0f} s" if allowed > 0 else "no time left"
+    return "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+
+
 def prepare(name: str, make: Callable[[], Candidate], device: str) -> tuple[Candidate, dict[str, Any]]:
     """The candidate, compiled and warm, and what its first results said: ``wrong`` and, on CUDA, ``peak_bytes``."""
     candidate = make()
@@ -279,8 +316,13 @@ def prepare(name: str, make: Callable[[], Candidate], device: str) -> tuple[Cand
     return candidate, facts
 
 
-def measure(case: Case, device: str, rounds: int, seconds: float) -> dict[str, Any]:
-    """A case of the result: its rows, and why each candidate that did not run did not. Our own candidates must run."""
+def measure(
+    case: Case, device: str, rounds: int, seconds: float, patience: float = math.inf, until: float = math.inf
+) -> dict[str, Any]:
+    """A case of the result: its rows, and why each candidate that did not run did not. Our own candidates must run.
+
+    Others must be compiled and checked within ``patience`` seconds, and before the clock (``time.perf_counter``) says ``until``.
+    """
     candidates: dict[str, Candidate] = {}
     seen: dict[str, dict[str, Any]] = {}
     absent: dict[str, str] = {}
@@ -288,15 +330,22 @@ def measure(case: Case, device: str, rounds: int, seconds: float) -> dict[str, A
     if case.bytes:
         candidates[COPY], scale = copy_candidate(case, device)
     for name, make in case.candidates.items():
+        begin = time.perf_counter()
+        allowed = math.inf if name.startswith(OURS) else min(patience, until - begin)
         try:
-            candidates[name], seen[name] = prepare(name, make, device)
-        except Exception as error:
-            if name.startswith(OURS):
+            with time_limit(allowed):
+                candidates[name], seen[name] = prepare(name, make, device)
+        except (Exception, OutOfTime) as error:
+            if name.startswith(OURS) or signal.SIGTERM in error.args:
                 raise
-            absent[name] = "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
+            absent[name] = reason(error, allowed)
             if device == "cuda":
                 gc.collect()
                 torch.cuda.empty_cache()
+        spent = time.perf_counter() - begin
+        print(f"{spent:7.1f} s  {case.name}: {name} {absent.get(name, 'ready')}", file=sys.stderr, flush=True)
+        if name in seen:
+            seen[name]["seconds_to_prepare"] = spent
     sampler = Sampler(case, device)
     for candidate in candidates.values():
         sampler.sample(candidate)
@@ -343,6 +392,7 @@ def environment(device: str, peers: dict[str, Peer]) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else math.nan,  # others at work when this began
         "cpu_isa": build["cpu_isa"],
+        "variables": {name: value for name, value in os.environ.items() if name.startswith("LIGER_")},  # they choose its kernels
         "peers": {name: version for name, peer in peers.items() if (version := peer.version())},
     }
     if device == "cuda":

@@ -100,6 +100,16 @@ def quack(module: str) -> Any:
     return importlib.import_module(f"quack.{module}")
 
 
+def quack_linear_cross_entropy() -> Any:
+    """``quack.linear_cross_entropy``. Where its chunks (4096 tokens) are as long as hidden states are wide, QuACK 0.6.5 cannot tell
+    a factor of each row from one of each column, and stops. Here it is told."""
+    module = quack("linear_cross_entropy")
+    frontend = importlib.import_module("quack.epilogue.frontend")
+    pin = frontend.gemm_epilogue(ops={"v": frontend.ColVecLoad("v")})
+    module._lce_vscale_epi = pin(module._lce_vscale_epi.fn)
+    return module
+
+
 def trl(module: str) -> Any:
     """``trl.<module>`` of those that need torch and Triton only, without the trainers around them."""
     folder = folder_of("trl")

@@ -1,4 +1,4 @@
-"""RMS norm of rows, forward and with both gradients, against torch's fused one, transformers' formula and Liger's kernel.
+"""RMS norm of rows, forward and with both gradients, against torch's, transformers' formula, torch.compile, Liger, QuACK.
 
     packops bench rms-norm                      # everything
     packops bench rms-norm --only "^forward,"   # some cases
@@ -33,7 +33,13 @@ from packops import reference
 NAME = "rms-norm"
 STEM = "rms_norm"
 DATA = "rows, weights and gradients from N(0, 1)"
-PEERS = {"eager": peers.TORCH, "torch": peers.TORCH, "Liger": peers.LIGER}
+PEERS = {
+    "eager": peers.TORCH,
+    "torch": peers.TORCH,
+    "torch.compile": peers.Peer("torch"),  # on the CPU compiling takes longer than all the rest
+    "Liger": peers.LIGER,
+    "QuACK": peers.QUACK,
+}
 EPS = 1e-6
 # rows, columns, whether the factor is 1 + weight: hidden states of Llama-3.2-1B, of Qwen3-0.6B, of 8B models, of Gemma-2-2B
 SHAPES = [(16384, 2048, False), (16384, 1024, False), (16384, 4096, False), (4096, 2304, True)]
@@ -129,10 +135,17 @@ def candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) 
         mode = "gemma" if problem.zero_centered else "llama"
         return problem.candidate(lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, one, mode, False), gradient)
 
+    def quack() -> Candidate:
+        from quack.rmsnorm import rmsnorm
+
+        return problem.candidate(lambda x, weight: rmsnorm(x, weight, eps=EPS, weight_offset=one), gradient)
+
     makers = {
         "eager": lambda: problem.candidate(eager, gradient),
         "torch": lambda: problem.candidate(fused, gradient),
+        "torch.compile": lambda: problem.candidate(measuring.compiled(eager), gradient),
         "Liger": liger,
+        "QuACK": quack,
     }
     chosen: dict[str, Callable[[], Candidate]] = {OURS: lambda: problem.candidate(ours, gradient)}
     return chosen | {name: maker for name, maker in makers.items() if name in wanted}

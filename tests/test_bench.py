@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 import weakref
 from pathlib import Path
 
@@ -127,6 +131,64 @@ def test_what_is_wrong_absent_or_broken_is_said():
     assert "not installed" in shown
     with pytest.raises(RuntimeError, match="does not compile"):  # of ours this is no footnote
         measuring.measure(case_of({"packops, variant": broken}), "cpu", rounds=1, seconds=1)
+
+
+def test_limits_within_limits():
+    """The inner one ends first, or with the outer one, which goes on afterwards."""
+
+    def sleep(*limits):
+        begin = time.perf_counter()
+        try:
+            with contextlib.ExitStack() as within:
+                for seconds in limits:
+                    within.enter_context(measuring.time_limit(seconds))
+                time.sleep(60)
+        except measuring.OutOfTime:
+            return time.perf_counter() - begin
+
+    assert 0.05 <= sleep(60, 0.05) < 30
+    assert 0.05 <= sleep(0.05, 60) < 30
+    begin = time.perf_counter()
+    with contextlib.suppress(measuring.OutOfTime), measuring.time_limit(0.3):
+        sleep(0.05)
+        sleep(0.05)
+        assert time.perf_counter() - begin < 0.3
+        time.sleep(60)
+    assert 0.3 <= time.perf_counter() - begin < 30
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def sleepy():
+    time.sleep(60)
+
+
+def test_what_is_not_ready_in_time_is_left_out(capfd):
+    slow = {"packops": lambda: Candidate(lambda i: 1), "slow": sleepy, "fast": lambda: Candidate(lambda i: 2)}
+    result = measuring.measure(case_of(slow), "cpu", rounds=2, seconds=1, patience=0.1)
+    assert [row["system"] for row in result["rows"]] == ["packops", "fast"]
+    assert result["absent"] == {"slow": "not ready after 0 s"}
+    assert row_of(result, "fast")["seconds_to_prepare"] < 0.1
+    assert "a case: slow not ready" in capfd.readouterr().err
+    result = measuring.measure(case_of(slow), "cpu", rounds=2, seconds=1, until=time.perf_counter())
+    assert [row["system"] for row in result["rows"]] == ["packops"]  # must run
+    assert result["absent"] == {"slow": "no time left", "fast": "no time left"}
+
+
+def test_a_limit_of_the_run(tmp_path, capsys):
+    """What was measured is written; SIGTERM ends a run likewise."""
+
+    def cases(args):
+        yield case_of({"packops": lambda: Candidate(lambda i: 1)})
+        if args.quick:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    for more in (["--limit", "1"], ["--quick"]):
+        out = tmp_path / more[0]
+        options = ["--device", "cpu", "--rounds", "1", "--seconds", "0.1", "--out", str(out), *more]
+        assert command.main("nothing", "nothing", "", cases, peers={}, draw=lambda data, path: None, arguments=options) == 0
+        assert len(json.loads(out.with_suffix(".json").read_text())["cases"]) == 1
+        assert "cases are missing" in capsys.readouterr().err
 
 
 def test_what_a_call_destroys_is_put_back():

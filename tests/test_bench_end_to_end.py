@@ -130,7 +130,8 @@ def test_rows_keep_their_attention_and_agree(bench, model):
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     packs = bench.draw_packs({"quantiles": [5, 30, 60]}, 256, 2, config.vocab_size)
-    rows = [row for row in bench.ROWS if "Liger" not in row.name and model not in row.not_for and not row.compiled]
+    rows = [row for row in bench.ROWS if model not in row.not_for and not row.compiled]
+    rows = [row for row in rows if "Liger" not in row.name and row.attention != bench.FA4]
     prepared = {row.name: bench.Prepared(row, model, base, packs, 256) for row in rows}
     stock = "eager" if model == "gemma2" else "sdpa"
     assert {name: p.model.config._attn_implementation for name, p in prepared.items()} == {
@@ -145,7 +146,7 @@ def test_rows_keep_their_attention_and_agree(bench, model):
 def test_it_runs(bench, tmp_path, model, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     # FlexAttention has no backward on the CPU, and to find that out takes longer than all the rest
-    rows = [row for row in bench.ROWS if "flex" not in row.name]
+    rows = [row for row in bench.ROWS if "flex" not in row.name and row.attention != bench.FA4]
     monkeypatch.setattr(bench, "ROWS", [row for row in rows if model == "llama" or not row.compiled])
     data = run(bench, tmp_path / "result", "--models", model)
     (case,) = data["cases"]
@@ -210,6 +211,36 @@ def test_what_was_measured_before_the_end_is_shown(bench, tmp_path, monkeypatch,
     assert "\npadded  " in shown.out
     assert "\nthird  " in shown.out
     assert "out of time" in shown.err
+
+
+def test_a_row_that_takes_too_long_to_prepare_is_left_out(bench, tmp_path, monkeypatch):
+    """And leaves no gradient to the row after it."""
+
+    def slow(model):
+        forward = model.forward
+
+        def late(**inputs):
+            if len(begun) > 1:
+                time.sleep(60)
+            begun.append(inputs)
+            return forward(**inputs)
+
+        model.forward = late
+
+    begun = []
+    rows = [bench.ROWS[0], bench.Row("slow", "sdpa", change=slow), bench.Row("third", "sdpa")]
+    monkeypatch.setattr(bench, "ROWS", rows)
+    padded, left_out, third = run(bench, tmp_path / "result", "--models", "llama", "--patience", "3")["cases"][0]["results"]
+    assert left_out["left_out"] == "not ready after 3 s"
+    assert third["rounds"] == 1
+    assert padded["wrong"] == third["wrong"] == []
+    assert padded["seconds_to_prepare"] < 3 <= left_out["seconds_to_prepare"]
+
+
+def test_rows_by_name_and_by_a_part_of_it(bench, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "ROWS", [bench.Row(name, "sdpa") for name in ("packed", "packed, more", "flex", "flex, more")])
+    results = run(bench, tmp_path / "result", "--models", "llama", "--rows", "packed", "flex, m", "--seconds", "0")["cases"][0]
+    assert [row["row"] for row in results["results"]] == ["packed", "flex, more"]
 
 
 def test_the_limit_interrupts(bench):
