@@ -101,8 +101,8 @@ def quack(module: str) -> Any:
 
 
 def quack_linear_cross_entropy() -> Any:
-    """``quack.linear_cross_entropy``. Where its chunks (4096 tokens) are as long as hidden states are wide, QuACK 0.6.5 cannot tell
-    a factor of each row from one of each column, and stops. Here it is told."""
+    """``quack.linear_cross_entropy``. Where its chunks (4096 tokens) are as long as hidden states are wide, QuACK 0.6.5 stops: it
+    cannot tell a factor of each row from one of each column. Here it is told."""
     module = quack("linear_cross_entropy")
     frontend = importlib.import_module("quack.epilogue.frontend")
     pin = frontend.gemm_epilogue(ops={"v": frontend.ColVecLoad("v")})
