@@ -15,6 +15,8 @@ same rounds.
 A row whose loss or gradient is not that of the others is measured and marked; one that is not installed, or does not fit into
 memory, is left out and named. Every round is written down when it is over. After ``--seconds``, or at SIGTERM, the run ends
 wherever it is, and the table shows what was measured: of a row that had no round yet, the second step.
+
+Importing Unsloth changes transformers for all. Each of its rows has a run of its own: ``--rows "packed, Unsloth"``.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ import random
 import signal
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,7 +56,12 @@ NAME = "end-to-end"
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
 FULL = 0.97  # of a pack
 FA4 = "flash_attention_4"
-PEERS = {"transformers": peers.TRANSFORMERS, "FlashAttention-4": peers.FLASH_ATTENTION_4, "Liger": peers.LIGER}
+PEERS = {
+    "transformers": peers.TRANSFORMERS,
+    "FlashAttention-4": peers.FLASH_ATTENTION_4,
+    "Liger": peers.LIGER,
+    "Unsloth": peers.UNSLOTH,
+}
 PARTS = ("forward", "backward", "optimizer")
 # Of the first row's: bf16 gradients of different kernels differ by far less, those of contaminated documents by more.
 TOLERANCE = {"loss": 1e-2, "gradient": 5e-2}
@@ -95,6 +103,8 @@ class Row:
     change: Callable[[nn.Module], None] | None = None
     not_for: tuple[str, ...] = ()
     compiled: bool = False
+    make: Callable[[nn.Module, int], nn.Module] | None = None  # of a model with the weights, and the tokens of a pack
+    alone: bool = False  # patches what other rows use: only in a run of its own
 
 
 def with_liger(model: nn.Module, **parts: bool) -> None:
@@ -119,6 +129,33 @@ def with_packed_attention(model: nn.Module) -> None:
     model.set_attn_implementation(attention.register())  # type: ignore[operator]
 
 
+def unsloth_model(base: nn.Module, tokens: int, attention: str | None = None) -> nn.Module:
+    """Unsloth's own model, for training of all weights without checkpointing, packed as its trainer does. It loads from files."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+    from unsloth import FastLanguageModel
+    from unsloth.utils.hf_packed_attention import enable_hf_packed_attention
+
+    enable_hf_packed_attention()
+    dtype = next(base.parameters()).dtype
+    more = {} if attention is None else {"attn_implementation": attention}
+    with tempfile.TemporaryDirectory() as folder:
+        base.save_pretrained(folder)  # type: ignore[operator]
+        words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2}, unk_token="<unk>"))
+        tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
+        tokenizer.save_pretrained(folder)
+        model, _ = FastLanguageModel.from_pretrained(
+            folder,
+            max_seq_length=tokens,
+            dtype=dtype,
+            load_in_4bit=False,
+            full_finetuning=True,
+            use_gradient_checkpointing=False,
+            **more,
+        )
+    return model  # type: ignore[no-any-return]
+
+
 # transformers has no sdpa for a softcap: Gemma 2 is padded in eager attention, whose scores do not fit into memory when packed.
 # What compiles for minutes comes last, so that a run with little time has the others.
 ROWS = [
@@ -138,6 +175,8 @@ ROWS = [
         "flex_attention",
         change=functools.partial(with_liger, rms_norm=False, swiglu=False, geglu=False),
     ),
+    Row("packed, Unsloth", "default", make=unsloth_model, alone=True),
+    Row("packed, Unsloth, FlashAttention-4", "default", make=functools.partial(unsloth_model, attention=FA4), alone=True),
 ]
 
 
@@ -175,6 +214,8 @@ def micro_batches(packs: list[list[Tensor]], row: Row, tokens: int, config: Any,
         for pack in packs:
             batch = collate([d.numpy() for d in pack]).to(device)
             batches.append({**batch.to_hf(static=row.compiled), "num_items_in_batch": count})
+            if row.make is not None:  # as Unsloth's collator names it
+                batches[-1]["packed_seq_lengths"] = batch.cu_seqlens.diff()
             if row.attention == "flex_attention":
                 batches[-1]["attention_mask"] = block_masks(config, batch.seq_idx.flatten())
         return batches
@@ -237,13 +278,16 @@ class Prepared:
         device = next(base.parameters()).device
         stock = "eager" if model_name == "gemma2" else "sdpa"
         name = stock if row.attention == "default" else row.attention
-        with torch.device(device):
-            # of its own configuration, or the attention of the last row would be that of all
-            self.model = AutoModelForCausalLM.from_config(
-                copy.deepcopy(base.config),
-                attn_implementation=name,
-                dtype=base.dtype,  # type: ignore[arg-type]
-            )
+        if row.make is not None:
+            self.model = row.make(base, tokens)
+        else:
+            with torch.device(device):
+                # of its own configuration, or the attention of the last row would be that of all
+                self.model = AutoModelForCausalLM.from_config(
+                    copy.deepcopy(base.config),
+                    attn_implementation=name,
+                    dtype=base.dtype,  # type: ignore[arg-type]
+                )
         self.model.train()
         self.shared = list(base.parameters())
         for own, shared in zip(self.model.parameters(), self.shared, strict=True):
@@ -529,6 +573,10 @@ def main(args: argparse.Namespace) -> int:
     device = torch.device(args.device)
     names = {row.name for row in ROWS}
     rows = [row for row in ROWS if not args.rows or any(row.name == w if w in names else w in row.name for w in args.rows)]
+    if len(rows) > 1:
+        rows = [row for row in rows if not row.alone]
+    elif rows and rows[0].alone:
+        import unsloth  # noqa: F401  # type: ignore[import-not-found]  # before transformers
     if not rows:
         print(f"no row's name has {' or '.join(args.rows)}; there are: {'; '.join(row.name for row in ROWS)}", file=sys.stderr)
         return 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import functools
 import importlib.util
 import json
@@ -12,6 +13,7 @@ import os
 import signal
 import sys
 import time
+import types
 import weakref
 from pathlib import Path
 
@@ -131,7 +133,7 @@ def test_rows_keep_their_attention_and_agree(bench, model):
     base = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     packs = bench.draw_packs({"quantiles": [5, 30, 60]}, 256, 2, config.vocab_size)
     rows = [row for row in bench.ROWS if model not in row.not_for and not row.compiled]
-    rows = [row for row in rows if "Liger" not in row.name and row.attention != bench.FA4]
+    rows = [row for row in rows if "Liger" not in row.name and row.attention != bench.FA4 and not row.alone]
     prepared = {row.name: bench.Prepared(row, model, base, packs, 256) for row in rows}
     stock = "eager" if model == "gemma2" else "sdpa"
     assert {name: p.model.config._attn_implementation for name, p in prepared.items()} == {
@@ -146,7 +148,7 @@ def test_rows_keep_their_attention_and_agree(bench, model):
 def test_it_runs(bench, tmp_path, model, capsys, monkeypatch):
     pytest.importorskip("matplotlib")
     # FlexAttention has no backward on the CPU, and to find that out takes longer than all the rest
-    rows = [row for row in bench.ROWS if "flex" not in row.name and row.attention != bench.FA4]
+    rows = [row for row in bench.ROWS if "flex" not in row.name and row.attention != bench.FA4 and not row.alone]
     monkeypatch.setattr(bench, "ROWS", [row for row in rows if model == "llama" or not row.compiled])
     data = run(bench, tmp_path / "result", "--models", model)
     (case,) = data["cases"]
@@ -189,7 +191,7 @@ def test_a_row_that_trains_something_else_is_marked(bench, tmp_path, monkeypatch
 def test_no_time_left_is_said(bench, tmp_path):
     rows = run(bench, tmp_path / "result", "--models", "llama", "--seconds", "0")["cases"][0]["results"]
     assert {row["left_out"] for row in rows} == {"no time left"}
-    assert len(rows) == len(bench.ROWS)
+    assert len(rows) == sum(not row.alone for row in bench.ROWS)
 
 
 def test_what_was_measured_before_the_end_is_shown(bench, tmp_path, monkeypatch, capsys):
@@ -235,6 +237,31 @@ def test_a_row_that_takes_too_long_to_prepare_is_left_out(bench, tmp_path, monke
     assert third["rounds"] == 1
     assert padded["wrong"] == third["wrong"] == []
     assert padded["seconds_to_prepare"] < 3 <= left_out["seconds_to_prepare"]
+
+
+def test_a_row_of_its_own(bench, tmp_path, monkeypatch):
+    """A model that another library makes of the weights is told the lengths of documents, and is not among other rows."""
+    lengths = []
+
+    def make(base, tokens):
+        model = copy.deepcopy(base)
+        forward = model.forward
+
+        def packed(packed_seq_lengths, **inputs):
+            lengths.append(packed_seq_lengths)
+            return forward(**inputs)
+
+        model.forward = packed
+        return model
+
+    monkeypatch.setattr(bench, "ROWS", [bench.ROWS[0], bench.Row("theirs", "sdpa", make=make, alone=True)])
+    monkeypatch.setitem(sys.modules, "unsloth", types.ModuleType("unsloth"))
+    (padded,) = run(bench, tmp_path / "result", "--models", "llama")["cases"][0]["results"]
+    assert not lengths
+    (theirs,) = run(bench, tmp_path / "result", "--models", "llama", "--rows", "theirs")["cases"][0]["results"]
+    assert theirs["loss"] == pytest.approx(padded["loss"], rel=1e-4)
+    assert theirs["gradient"] == pytest.approx(padded["gradient"], rel=1e-3)
+    assert {int(x.sum()) for x in lengths} == {128}
 
 
 def test_rows_by_name_and_by_a_part_of_it(bench, tmp_path, monkeypatch):
