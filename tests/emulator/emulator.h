@@ -221,10 +221,11 @@ inline bool all_wait(int begin, int end, Waiting waiting) {
 }
 
 inline bool run_warps() {
-  static int held_back, for_how_long;
-  // Now and then for so long that all others come to wait for it.
+  static int held_back, first_held, for_how_long;
+  // A warp, or all of it but its first thread, which may act for the others. Now and then for so long that all others come to wait.
   if (for_how_long-- <= 0)
-    held_back = int(random() % (fibers.size() / 32 + 1)), for_how_long = int(random() % (random() % 4 ? 60 : 3000));
+    held_back = int(random() % (fibers.size() / 32 + 1)), first_held = int(random() % 2),
+    for_how_long = int(random() % (random() % 4 ? 60 : 3000));
   std::vector<int> warps;
   for (int w = 0; w * 32 < int(fibers.size()); w++) warps.push_back(w);
   std::shuffle(warps.begin(), warps.end(), random);
@@ -232,8 +233,9 @@ inline bool run_warps() {
   for (const bool only_held_back : {false, true}) {
     if (only_held_back && ran) break;
     for (int w : warps) {
-      if ((w == held_back) != only_held_back || random() % 3 == 0) continue;
+      if (random() % 3 == 0) continue;
       for (int i = w * 32; i < std::min<int>(w * 32 + 32, int(fibers.size())); i++) {
+        if ((w == held_back && i >= w * 32 + first_held) != only_held_back) continue;
         Fiber& f = fibers[i];
         if (is_waiting(f, Waiting::for_phase) && is_over(f.barrier, f.parity)) f.waiting = Waiting::for_nothing;
         if (!is_waiting(f, Waiting::for_nothing)) continue;
