@@ -29,7 +29,6 @@ import importlib
 import json
 import math
 import random
-import signal
 import statistics
 import sys
 import tempfile
@@ -323,9 +322,9 @@ class Prepared:
             optimizer.step()
             laps.lap("optimizer")
             norm = torch.stack([shared.grad.float().norm() for shared in self.shared]).norm()
-            optimizer.zero_grad()
             return total, norm
         finally:
+            optimizer.zero_grad()
             self._swap(before)
 
 
@@ -402,7 +401,6 @@ def measure(
             if device.type == "cuda":
                 result["peak_gib"] = max(result.get("peak_gib", 0.0), torch.cuda.max_memory_allocated() / 2**30)
             return prepared, seconds
-        optimizer.zero_grad()
         return None
 
     running: list[tuple[Row, dict[str, Any], Prepared]] = []
@@ -416,10 +414,9 @@ def measure(
                 done = attempt(row, result)  # compiles, allocates
                 done = done and attempt(row, result, done[0])
         except OutOfTime as end:
-            if signal.SIGTERM in end.args or time.perf_counter() - begin < args.patience:
+            if end.terminated or time.perf_counter() - begin < args.patience:
                 raise  # it is the end of the run
             result["left_out"] = f"not ready after {args.patience:.0f} s"
-            optimizer.zero_grad()
             done = None
         result["seconds_to_prepare"] = time.perf_counter() - begin
         if done:

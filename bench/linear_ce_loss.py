@@ -6,8 +6,8 @@
     packops bench linear-cross-entropy --device cpu --threads 2
 
 `three products` is the bound: hidden @ weight.T, and the two products of its backward, as three calls on all tokens at once, in
-the inputs' dtype, and no loss. QuACK is its `scaled_exp` pipeline, which it takes by itself on Hopper, beside it its older loop
-over chunks, untuned. Liger's SM90 function keeps all logits, and takes vocabularies that 256 divides. Peak memory is what a call
+the inputs' dtype, and no loss. QuACK has two rows: `scaled exp` is what it takes by itself on Hopper, and its older loop over
+chunks is not tuned. Liger's SM90 function keeps all logits, and takes vocabularies that 256 divides. Peak memory is what a call
 allocates at most at once, its gradients included. Errors are root mean square errors of a sample of the gradients' rows against
 fp64, relative to their size.
 """
@@ -44,7 +44,7 @@ PEERS = {
     "Liger": peers.LIGER,
     "Liger, SM90": peers.LIGER,
     "Apple CCE": peers.APPLE_CCE,
-    "QuACK": peers.QUACK,
+    "QuACK, scaled exp": peers.QUACK,
     "QuACK, chunk loop": peers.QUACK,
 }
 SHAPES = ((8192, 4096, 128256), (8192, 2304, 256000), (16384, 896, 151936), (4096, 4096, 128256))
@@ -187,7 +187,7 @@ def peer_candidates(problem: Problem, wanted: dict[str, peers.Peer]) -> dict[str
         "Liger": liger,
         "Apple CCE": apple,
         "Liger, SM90": liger_sm90,
-        "QuACK": lambda: quack(True),
+        "QuACK, scaled exp": lambda: quack(True),
         "QuACK, chunk loop": lambda: quack(False),
     }
     return {

@@ -177,7 +177,11 @@ class Clock:
 
 
 class OutOfTime(BaseException):
-    """Not an Exception: nothing on the way shall take it for the failure of a row. Holds the signal that brought it."""
+    """Not an Exception: nothing on the way shall take it for the failure of a row."""
+
+    def __init__(self, number: int = signal.SIGALRM) -> None:
+        super().__init__(number)
+        self.terminated = number == signal.SIGTERM  # else a limit is over
 
 
 @contextlib.contextmanager
@@ -336,7 +340,7 @@ def measure(
             with time_limit(allowed):
                 candidates[name], seen[name] = prepare(name, make, device)
         except (Exception, OutOfTime) as error:
-            if name.startswith(OURS) or signal.SIGTERM in error.args:
+            if name.startswith(OURS) or getattr(error, "terminated", False):
                 raise
             absent[name] = reason(error, allowed)
             if device == "cuda":

@@ -216,7 +216,7 @@ def test_what_was_measured_before_the_end_is_shown(bench, tmp_path, monkeypatch,
 
 
 def test_a_row_that_takes_too_long_to_prepare_is_left_out(bench, tmp_path, monkeypatch):
-    """And leaves no gradient to the row after it."""
+    """The row after it is what it is without it."""
 
     def slow(model):
         forward = model.forward

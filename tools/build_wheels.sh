@@ -86,7 +86,7 @@ for python in "${pythons[@]}"; do
     export LDFLAGS="-L$PWD/build/wheels/libraries -Wl,--gc-sections"
   fi
   logged "build/wheels/$version.log" "$venv/bin/python" -m build --wheel --no-isolation --outdir "build/wheels/raw" build/wheels/source
-  ! grep -q "packops: WARNING: this nvcc" "build/wheels/$version.log" || exit 1 # it has been shown
+  ! grep -q "packops: WARNING: nvcc made" "build/wheels/$version.log" || exit 1 # it has been shown
   wheel=$(echo build/wheels/raw/packops-*-cp"${version/./}"-*.whl)
   # libtorch and libc10 come with the torch of whoever installs the wheel: that is what the stable ABI is for.
   PATH=$tools/bin:$PATH logged "build/wheels/repair-$version.log" "$tools/bin/python" -m auditwheel repair \

@@ -221,11 +221,14 @@ inline bool all_wait(int begin, int end, Waiting waiting) {
 }
 
 inline bool run_warps() {
+  // One warp is held back, or all of it but its first thread, which may act for the others. Now and then for so long that all others
+  // come to wait for it.
   static int held_back, first_held, for_how_long;
-  // A warp, or all of it but its first thread, which may act for the others. Now and then for so long that all others come to wait.
-  if (for_how_long-- <= 0)
-    held_back = int(random() % (fibers.size() / 32 + 1)), first_held = int(random() % 2),
+  if (for_how_long-- <= 0) {
+    held_back = int(random() % (fibers.size() / 32 + 1));
+    first_held = int(random() % 2);
     for_how_long = int(random() % (random() % 4 ? 60 : 3000));
+  }
   std::vector<int> warps;
   for (int w = 0; w * 32 < int(fibers.size()); w++) warps.push_back(w);
   std::shuffle(warps.begin(), warps.end(), random);
