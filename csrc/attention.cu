@@ -5,11 +5,12 @@
 //   long forward  the same of long documents, on Hopper (attention_long_forward.cuh)
 //   queries       delta and grad_q, scores recomputed                                  3 products
 //   keys          grad_k and grad_v, scores recomputed, summed over a group's heads    4 products
-//   long keys     the same of long documents, on Hopper (attention_long_backward.cuh)
+//   long keys     the same of long documents of 256 features, on Hopper (attention_long_backward.cuh)
+//   long joint    all gradients of long documents of 64 and 128 features, on Hopper (attention_long_joint.cuh): 5 products
 //
 // Bound: the tensor cores from a few hundred tokens per document on (forward: 4 tokens keys_seen head_dim FLOPs per head); memory
-// below that (q, k, v and out once). The backward pass recomputes the scores twice. A single kernel with atomic additions to
-// grad_q would save two products, but would not be reproducible.
+// below that (q, k, v and out once). The backward pass recomputes the scores twice. A single kernel saves two products, but
+// adds to grad_q in memory, and blocks have to take turns there if the same bits shall come out. For long documents that pays.
 //
 // Products: attention_products.cuh. The result of one product becomes an operand of the next without leaving its registers. Rows
 // past the end of a document are zeros.
@@ -22,6 +23,7 @@
 #include "attention_launch.h"
 #include "attention_long_backward.cuh"
 #include "attention_long_forward.cuh"
+#include "attention_long_joint.cuh"
 #include "attention_products.cuh"
 #include "attention_rows.cuh"
 #include "attention_scores.cuh"
@@ -34,14 +36,15 @@ namespace {
 
 // ---- Forward
 
-template <typename T, int D, bool kGroup, bool kForest>
+template <typename T, int D, bool kPadded, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
                                   attention_forward_shape(D, kGroup).per_multiprocessor)
     forward_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, bool beside) {
-  if constexpr (kGroup && !kHasWgmma) return;
+  if constexpr (kNeverRuns<kGroup>) return;
   constexpr AttentionShape kShape = attention_forward_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn;
   using Product = Products<T, D, kGroup>;
+  const Columns<D, kPadded> columns(p.head_dim);
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
@@ -52,8 +55,8 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
 
   const int query = position_of<kForest>(p, tile);
   using Turns = KeyTurns<kForest, kKeys>;
-  const Rows<T, D, kKeys, kThreads> from_k(p.k, Turns::first_row(tile), kv_head, thread),
-      from_v(p.v, Turns::first_row(tile), kv_head, thread);
+  const Rows<T, D, kKeys, kThreads, kPadded> from_k(p.k, Turns::first_row(tile), kv_head, thread, columns),
+      from_v(p.v, Turns::first_row(tile), kv_head, thread, columns);
   const auto load = [&](char* to, const auto& from, const Turns& turn) {
     if (turn.is_there()) from.load(to, turn.row + turn.key, turn.end - turn.key);
     cp_async_commit_group();
@@ -63,7 +66,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     if constexpr (kGroup) fence_proxy_async();
     __syncthreads();
   };
-  Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, tile.end - tile.begin);
+  Rows<T, D, kAttentionRows, kThreads, kPadded>(p.q, tile.begin, head, thread, columns).load(queries, 0, tile.end - tile.begin);
   Turns turn(p, tile, query, scores.window);
   load(keys, from_k, turn);
   load(values, from_v, turn);
@@ -146,36 +149,44 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
       const int row = first_row + 16 * m + 8 * half + lane / 4;
       if (lane % 4 == 0 && row < tile.end - tile.begin) store_lse(p, scores, head, tile.begin + row, greatest[m][half], total);
     }
-  const int64_t stride = int64_t(p.heads) * D;
-  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * D, stride,
-                                            tile.end - tile.begin, queries, first_row, lane, out, factor);
+  const int64_t stride = int64_t(p.heads) * columns.count;
+  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.out) + tile.begin * stride + head * columns.count, stride,
+                                            tile.end - tile.begin, queries, first_row, lane, out, factor, columns);
   end_overlapping(beside);
 }
 
 // ---- Backward
 
-template <typename T, int D, bool kGroup, bool kForest>
+template <typename T, int D, bool kPadded, bool kGroup, bool kForest>
 __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
                                   attention_queries_shape(D, kGroup).per_multiprocessor)
     queries_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores) {
-  if constexpr (kGroup && !kHasWgmma) return;
+  if constexpr (kNeverRuns<kGroup>) return;
   constexpr AttentionShape kShape = attention_queries_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kKeys = kShape.turn, kStep = kShape.step;
   using Product = Products<T, D, kGroup>;
+  const Columns<D, kPadded> columns(p.head_dim);
   griddepcontrol_launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
+  if constexpr (kGroup && attention_is_joint(D, kPadded, kForest))
+    if (is_long<false>(p, tile)) {  // the rest is done with grad_k and grad_v
+      if (thread < 2) p.added[2 * blockIdx.x + thread] = 0;
+      float4* sums = reinterpret_cast<float4*>(p.parts + int64_t(blockIdx.x) * (kAttentionRows * D));
+      for (int i = thread; i < kAttentionRows * D / 4; i += kThreads) sums[i] = float4{0, 0, 0, 0};
+      return compute_deltas<T, D, kThreads>(p, tile.begin, tile.end - tile.begin, head, dynamic_shared<float>(), thread);
+    }
   char* queries = dynamic_shared<char>();
   char *grads = queries + 2 * D * kAttentionRows, *turns = grads + 2 * D * kAttentionRows;
   float* deltas = reinterpret_cast<float*>(turns + kShape.stages * 2 * 2 * D * kKeys);
 
   const int query = position_of<kForest>(p, tile), there = tile.end - tile.begin;
   using Turns = KeyTurns<kForest, kKeys>;
-  const Rows<T, D, kKeys, kThreads> from_k(p.k, Turns::first_row(tile), kv_head, thread),
-      from_v(p.v, Turns::first_row(tile), kv_head, thread);
+  const Rows<T, D, kKeys, kThreads, kPadded> from_k(p.k, Turns::first_row(tile), kv_head, thread, columns),
+      from_v(p.v, Turns::first_row(tile), kv_head, thread, columns);
   const auto buffer_of = [&](const Turns& turn) { return turns + turn.buffer(kShape.stages) * (2 * 2 * D * kKeys); };
   const auto load = [&](const Turns& turn) {
     if (!turn.is_there()) return;
@@ -184,12 +195,12 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
     from_v.load(to + 2 * D * kKeys, turn.row + turn.key, turn.end - turn.key);
   };
   Turns turn(p, tile, query, scores.window);
-  Rows<T, D, kAttentionRows, kThreads>(p.q, tile.begin, head, thread).load(queries, 0, there);
-  Rows<T, D, kAttentionRows, kThreads>(p.grad_out, tile.begin, head, thread).load(grads, 0, there);
+  Rows<T, D, kAttentionRows, kThreads, kPadded>(p.q, tile.begin, head, thread, columns).load(queries, 0, there);
+  Rows<T, D, kAttentionRows, kThreads, kPadded>(p.grad_out, tile.begin, head, thread, columns).load(grads, 0, there);
   load(turn);
   cp_async_commit_group();
 
-  compute_deltas<T, D, kThreads>(p, tile.begin, there, head, deltas, thread);
+  compute_deltas<T, D, kThreads>(p, tile.begin, there, head, deltas, thread, columns);
   float lse[kBlocks][2], delta[kBlocks][2];
 #pragma unroll
   for (int m = 0; m < kBlocks; m++)
@@ -245,12 +256,12 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   cp_async_wait_all();
   __syncthreads();
 
-  const int64_t stride = int64_t(p.heads) * D;
+  const int64_t stride = int64_t(p.heads) * columns.count;
   float factor[kBlocks][2];
 #pragma unroll
   for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scores.product_scale;
-  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.grad_q) + tile.begin * stride + head * D, stride, there, queries,
-                                            first_row, lane, grad, factor);
+  store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(p.grad_q) + tile.begin * stride + head * columns.count, stride, there,
+                                            queries, first_row, lane, grad, factor, columns);
 }
 
 // Adds the sums of a block's teams to those of the first team, in order.
@@ -272,15 +283,16 @@ __device__ __forceinline__ void add_teams(float (&sums)[kBlocks][kColumns][4], c
 
 enum class Half { both, keys, values };  // which gradients a kernel computes
 
-template <typename T, int D, bool kGroup, bool kForest, int kTeams, Half kHalf>
+template <typename T, int D, bool kPadded, bool kGroup, bool kForest, int kTeams, Half kHalf>
 __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kTeams,
                                   attention_keys_shape(D, kGroup).per_multiprocessor)
     keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, bool beside) {
-  if constexpr (kGroup && !kHasWgmma) return;
+  if constexpr (kNeverRuns<kGroup>) return;
   constexpr AttentionShape kShape = attention_keys_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step;
   constexpr int kTurnBytes = 2 * 2 * D * kQueries;
   using Product = Products<T, D, kGroup>;
+  const Columns<D, kPadded> columns(p.head_dim);
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
@@ -325,8 +337,9 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     const int head = head_of_turn(turn);
     const int query = query_of(turn), token = tile.document_begin + query;
     char* to = turns + number % kShape.stages * kTurnBytes;
-    Rows<T, D, kQueries, kThreads>(p.q, token, head, thread).load(to, 0, length - query);
-    Rows<T, D, kQueries, kThreads>(p.grad_out, token, head, thread).load(to + 2 * D * kQueries, 0, length - query);
+    using QueryRows = Rows<T, D, kQueries, kThreads, kPadded>;
+    QueryRows(p.q, token, head, thread, columns).load(to, 0, length - query);
+    QueryRows(p.grad_out, token, head, thread, columns).load(to + 2 * D * kQueries, 0, length - query);
     float* lse = numbers + number % kShape.stages * (2 * kQueries);
     if (thread < kQueries) {
       const bool is_there = query + thread < length;
@@ -335,9 +348,9 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
       cp_async_4_zfill(lse + kQueries + thread, p.delta + row, is_there);
     }
   };
-  Rows<T, D, kAttentionRows, kThreads * kTeams>(p.k, tile.begin, kv_head, int(threadIdx.x)).load(keys, 0, there);
-  if constexpr (kForKeys)
-    Rows<T, D, kAttentionRows, kThreads * kTeams>(p.v, tile.begin, kv_head, int(threadIdx.x)).load(values, 0, there);
+  using KeyRows = Rows<T, D, kAttentionRows, kThreads * kTeams, kPadded>;
+  KeyRows(p.k, tile.begin, kv_head, int(threadIdx.x), columns).load(keys, 0, there);
+  if constexpr (kForKeys) KeyRows(p.v, tile.begin, kv_head, int(threadIdx.x), columns).load(values, 0, there);
   int turn = next_turn(0);
   if (turn < count) load(turn, 0);
   cp_async_commit_group();
@@ -402,14 +415,15 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   cp_async_wait_all();
   __syncthreads();
 
-  const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;
+  const int64_t stride = int64_t(p.kv_heads) * columns.count, first = tile.begin * stride + kv_head * columns.count;
   const auto finish = [&](Sums<kBlocks, D>& grad, void* to, char* rows, float scale) {
     add_teams<kTeams, kThreads>(grad, buffers, kShape.stages * kTurnBytes, team, thread);
     float factor[kBlocks][2];
 #pragma unroll
     for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scale;
     if (team == 0)
-      store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(to) + first, stride, there, rows, first_row, lane, grad, factor);
+      store_rows<T, D, kAttentionRows, kBlocks>(static_cast<T*>(to) + first, stride, there, rows, first_row, lane, grad, factor,
+                                                columns);
   };
   if constexpr (kForValues) finish(grad_v, p.grad_v, values, 1.f);
   if constexpr (kForKeys) finish(grad_k, p.grad_k, keys, scores.product_scale);
@@ -418,17 +432,19 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
 
 // ---- Launches
 
-template <typename T, int D, bool kGroup, bool kForest>
+template <typename T, int D, bool kPadded, bool kGroup, bool kForest>
 cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
   p.long_from = choose_attention_long_forward_from(p, device);
   const auto launch_short = [&](bool beside) {
-    return launch_large<forward_kernel<T, D, kGroup, kForest>>({.follows = device.overlaps_launches()}, device, tiles * p.heads,
-                                                               attention_forward_shape(D, kGroup).threads(),
-                                                               attention_forward_shared(D, kGroup), stream, p, Scores(p), beside);
+    return launch_large<forward_kernel<T, D, kPadded, kGroup, kForest>>(
+        {.follows = device.overlaps_launches()}, device, tiles * p.heads, attention_forward_shape(D, kGroup).threads(),
+        attention_forward_shared(D, kGroup), stream, p, Scores(p), beside);
   };
   if constexpr (kGroup)
     if (p.long_from != kNeverLong) {
-      const auto launch_long = [&](bool beside) { return launch_long_forward<T, D, kForest>(p, tiles, device, stream, beside); };
+      const auto launch_long = [&](bool beside) {
+        return launch_long_forward<T, D, kPadded, kForest>(p, tiles, device, stream, beside);
+      };
       const cudaError_t error = kAttentionLongFirst ? launch_long(false) : launch_short(false);
       if (error != cudaSuccess) return error;
       return kAttentionLongFirst ? launch_short(true) : launch_long(true);
@@ -436,21 +452,24 @@ cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& devic
   return launch_short(false);
 }
 
-template <typename T, int D, bool kGroup, bool kForest>
+template <typename T, int D, bool kPadded, bool kGroup, bool kForest>
 cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& device, cudaStream_t stream) {
   constexpr AttentionShape kQueries = attention_queries_shape(D, kGroup), kKeys = attention_keys_shape(D, kGroup);
-  cudaError_t error = launch_large<queries_kernel<T, D, kGroup, kForest>>(
+  p.long_from = choose_attention_long_keys_from(p, device);
+  cudaError_t error = launch_large<queries_kernel<T, D, kPadded, kGroup, kForest>>(
       {}, device, tiles * p.heads, kQueries.threads(), attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
-  p.long_from = choose_attention_long_keys_from(p, device);
   bool beside = p.long_from != kNeverLong;
-  if constexpr (kGroup && !kForest && attention_long_keys_from(D) != kNeverLong)
-    if (beside)
-      if ((error = launch_long_keys<T, D>(p, tiles, device, stream)) != cudaSuccess) return error;
+  if constexpr (kGroup && !kPadded && !kForest)
+    if (beside) {
+      if constexpr (attention_keys_split(D)) error = launch_long_keys<T, D>(p, tiles, device, stream);
+      else error = launch_long_joint<T, D>(p, tiles, device, stream);
+      if (error != cudaSuccess) return error;
+    }
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
-      return launch_large<keys_kernel<T, D, kGroup, kForest, kTeams, half>>(
+      return launch_large<keys_kernel<T, D, kPadded, kGroup, kForest, kTeams, half>>(
           {.follows = device.overlaps_launches()}, device, tiles * p.kv_heads, kKeys.threads() * kTeams,
           attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false), beside);
     };
@@ -462,26 +481,35 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
       return with_half(std::integral_constant<Half, Half::both>{});
     }
   };
-  constexpr int kMost = attention_teams(D, kGroup, 4);
-  const int teams = attention_teams(D, kGroup, p.heads / p.kv_heads, device.shared_per_block);
-  if constexpr (kMost >= 4)
-    if (teams == 4) return with_teams(std::integral_constant<int, 4>{});
-  if constexpr (kMost >= 2)
-    if (teams == 2) return with_teams(std::integral_constant<int, 2>{});
-  return with_teams(std::integral_constant<int, 1>{});
+  const auto launch_short = [&] {
+    constexpr int kMost = attention_teams(D, kGroup, 4);
+    const int teams = attention_teams(D, kGroup, p.heads / p.kv_heads, device.shared_per_block);
+    if constexpr (kMost >= 4)
+      if (teams == 4) return with_teams(std::integral_constant<int, 4>{});
+    if constexpr (kMost >= 2)
+      if (teams == 2) return with_teams(std::integral_constant<int, 2>{});
+    return with_teams(std::integral_constant<int, 1>{});
+  };
+  error = launch_short();
+  if constexpr (kGroup && attention_is_joint(D, kPadded, kForest))
+    if (error == cudaSuccess && p.long_from != kNeverLong) error = launch_joint_queries<T, D>(p, tiles, device, stream);
+  return error;
 }
 
-// f(element type, head_dim, whether by warp groups, whether documents share prefixes)
+// f(element type, columns of tiles, whether heads have fewer, whether by warp groups, whether documents share prefixes)
 template <typename F>
 cudaError_t dispatch(const AttentionParams& p, const Device& device, F&& f) {
   const auto with_dim = [&](auto type, auto dim) {
-    const auto with_group = [&](auto group) {
-      return p.prefixes ? f(type, dim, group, std::true_type{}) : f(type, dim, group, std::false_type{});
+    const auto with_padded = [&](auto padded) {
+      const auto with_group = [&](auto group) {
+        return p.prefixes ? f(type, dim, padded, group, std::true_type{}) : f(type, dim, padded, group, std::false_type{});
+      };
+      return device.has_wgmma ? with_group(std::true_type{}) : with_group(std::false_type{});
     };
-    return device.has_wgmma ? with_group(std::true_type{}) : with_group(std::false_type{});
+    return p.head_dim < dim ? with_padded(std::true_type{}) : with_padded(std::false_type{});
   };
   const auto with_type = [&](auto type) {
-    switch (p.head_dim) {
+    switch (attention_takes(p.head_dim) ? attention_columns(p.head_dim) : 0) {
       case 64: return with_dim(type, std::integral_constant<int, 64>{});
       case 128: return with_dim(type, std::integral_constant<int, 128>{});
       case 256: return with_dim(type, std::integral_constant<int, 256>{});
@@ -505,9 +533,17 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   const int64_t tiles = attention_tiles(p.tokens, p.axis.documents);
   launch(p.axis.index_dtype == DType::i32 ? tiles_kernel<int32_t> : tiles_kernel<int64_t>, dim3(1), dim3(kClasses), 0, stream, p,
          tiles);
-  return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
-    return launch_forward<decltype(type), dim, group, forest>(p, tiles, device, stream);
+  return dispatch(p, device, [&](auto type, auto dim, auto padded, auto group, auto forest) {
+    return launch_forward<decltype(type), dim, padded, group, forest>(p, tiles, device, stream);
   });
+}
+
+int64_t attention_parts(const AttentionParams& p) {
+  Device device;
+  if (attention_keys_split(p.head_dim) || current_device(device) != cudaSuccess ||
+      choose_attention_long_keys_from(p, device) == kNeverLong)
+    return 0;
+  return attention_tiles(p.tokens, p.axis.documents) * p.heads * kAttentionRows * p.head_dim;
 }
 
 cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t stream) {
@@ -515,8 +551,9 @@ cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t strea
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
-  return dispatch(p, device, [&](auto type, auto dim, auto group, auto forest) {
-    return launch_backward<decltype(type), dim, group, forest>(p, attention_tiles(p.tokens, p.axis.documents), device, stream);
+  return dispatch(p, device, [&](auto type, auto dim, auto padded, auto group, auto forest) {
+    return launch_backward<decltype(type), dim, padded, group, forest>(p, attention_tiles(p.tokens, p.axis.documents), device,
+                                                                       stream);
   });
 }
 

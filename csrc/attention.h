@@ -13,7 +13,6 @@
 // outputs and gradients are 0.
 #pragma once
 
-#include <array>
 #include <cstdint>
 
 #ifdef PACKOPS_WITH_CUDA
@@ -34,7 +33,11 @@ struct AttentionTile {
 };
 inline constexpr int64_t kAttentionTileNumbers = sizeof(AttentionTile) / sizeof(int32_t);
 inline constexpr int kAttentionRows = 64;
-inline constexpr std::array kAttentionHeadDims = {64, 128, 256};  // that the CUDA kernels take
+// Heads that the CUDA kernels take: a row of one is whole chunks of 16 bytes. Those of 64, 128 and 256 features fill their tiles.
+inline constexpr int64_t kAttentionHeadDimStep = 8, kAttentionMostHeadDim = 256;
+constexpr bool attention_takes(int64_t head_dim) {
+  return head_dim > 0 && head_dim <= kAttentionMostHeadDim && head_dim % kAttentionHeadDimStep == 0;
+}
 inline constexpr int32_t kAttentionLongFrom = 1024;
 
 // (tokens, heads, head_dim), contiguous in the last dimension; strides in elements.
@@ -76,6 +79,8 @@ struct AttentionParams {
   // CUDA: what the kernels tell each other.
   AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
   float* delta = nullptr;          // (heads, tokens), backward
+  float* parts = nullptr;          // (tiles, heads, 64, head_dim): sums of grad_q, attention_parts(p) numbers, backward
+  int32_t* added = nullptr;        // (tiles, heads, 2): how many blocks of keys have added to each half of them
   unsigned* drawn = nullptr;       // how many items of work the blocks for long documents have taken in this pass
   int32_t long_from = 0;           // tokens beyond which a document is long; 0: each kernel's own (attention_launch.h)
 };
@@ -89,9 +94,11 @@ void attention_cpu(const AttentionParams& params, int64_t begin, int64_t end);
 void attention_backward_cpu(const AttentionParams& params, int64_t begin, int64_t end);
 
 #ifdef PACKOPS_WITH_CUDA
-// f16 and bf16, head_dim one of kAttentionHeadDims; data and strides multiples of 16 bytes. Memory-safe whatever cu_seqlens holds.
+// f16 and bf16, head_dim as attention_takes; data and strides multiples of 16 bytes. Memory-safe whatever cu_seqlens holds.
 cudaError_t attention_cuda(const AttentionParams& params, cudaStream_t stream);
 cudaError_t attention_backward_cuda(const AttentionParams& params, cudaStream_t stream);
+// How many numbers `parts` needs; 0: neither it nor `added` is used.
+int64_t attention_parts(const AttentionParams& params);
 #endif
 
 }  // namespace packops

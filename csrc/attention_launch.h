@@ -23,6 +23,10 @@
 
 namespace packops {
 
+// Columns of the tiles for heads of so many features, and so the kernel that takes them: the shapes below are of columns. Where
+// features are fewer, tiles are padded with zeros.
+constexpr int attention_columns(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+
 // wgmma (`group`) keeps the sums of 64 rows in the registers of four warps, and no operands.
 struct AttentionShape {
   int blocks;  // of 16 rows per warp
@@ -95,22 +99,20 @@ constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barri
   return 2 * head_dim * (shape.rows() + 2 * shape.stages * shape.turn) + 1024;
 }
 
-// grad_k and grad_v (attention_long_backward.cuh): `groups` consumers of 128 threads and a producer, which copies into `slots` tiles
-// of 64 rows.
-struct AttentionLongKeysShape {
-  int groups, slots;
-  constexpr int threads() const { return 128 * (groups + 1); }
-};
-constexpr AttentionLongKeysShape attention_long_keys_shape(int head_dim) {
-  return attention_keys_split(head_dim) ? AttentionLongKeysShape{2, 4} : AttentionLongKeysShape{2, 6};
+// Whether one kernel makes all gradients of long documents (attention_long_joint.cuh), or two make grad_k and grad_v, and queries_kernel
+// grad_q.
+constexpr bool attention_is_joint(int head_dim, bool padded, bool shares_prefixes) {
+  return !attention_keys_split(head_dim) && !padded && !shares_prefixes;
 }
-// A head_dim that is split has one block of keys for both consumers, and the weights that one passes to the other.
+// Two consumers of 128 threads and a producer, which copies into slots of 64 rows.
+inline constexpr int kAttentionLongKeysThreads = 3 * 128, kAttentionLongKeysSlots = 4;
 constexpr int attention_long_keys_shared(int head_dim) {
-  const AttentionLongKeysShape shape = attention_long_keys_shape(head_dim);
-  const bool split = attention_keys_split(head_dim);
-  const int tiles = (split ? 2 : 2 * shape.groups) + shape.slots, barriers = 2 * shape.slots + (split ? 2 : 0);
-  return 2 * head_dim * kAttentionRows * tiles + shape.slots / 2 * 2 * 4 * kAttentionRows +
-         (split ? 4 * kAttentionRows * kAttentionRows : 0) + 8 * barriers + 24;
+  const int tile = 2 * head_dim * kAttentionRows, weights = 4 * kAttentionRows * kAttentionRows;
+  const int numbers = kAttentionLongKeysSlots / 2 * 2 * 4 * kAttentionRows;  // lse and delta
+  if (attention_keys_split(head_dim))  // keys, values, and what one consumer passes to the other
+    return (2 + kAttentionLongKeysSlots) * tile + weights + numbers + 8 * (2 * kAttentionLongKeysSlots + 2) + 24;
+  const int parts = 4 * kAttentionRows * head_dim;                                     // of grad_q
+  return (4 + kAttentionLongKeysSlots) * tile + 2 * weights + parts + numbers + 1024;  // dS of two turns, and barriers
 }
 
 // Registers of a thread of both kinds of blocks. A multiprocessor has 512 for the four threads of a block that share a lane.
@@ -120,10 +122,13 @@ constexpr int attention_consumer_registers(int groups) { return groups == 2 ? 24
 // Of the forward's two launches, that for long documents comes first: that for short ones fills the multiprocessors that it leaves.
 inline constexpr bool kAttentionLongFirst = true;
 
-// Tokens up to which the kernels for short documents are as fast (docs/design.md). The forward's two forms do not have the same bits,
-// so nothing but the document and the options of the call may decide. Those of grad_k and grad_v have.
+// Tokens up to which the kernels for short documents are as fast (docs/design.md). The two forms do not have the same bits, so nothing
+// but the document and the options of the call may decide.
 constexpr int32_t attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 3072 : head_dim <= 128 ? 768 : 576; }
-constexpr int32_t attention_long_keys_from(int head_dim) { return head_dim <= 64 ? kNeverLong : 1024; }
+// Padded heads take the other kernels for the gradients, whatever the length.
+constexpr int32_t attention_long_keys_from(int head_dim) {
+  return head_dim < attention_columns(head_dim) ? kNeverLong : head_dim <= 64 ? 3072 : 1024;
+}
 
 // Which documents of a call are long: those of more tokens than this. kNeverLong where none can be, and nothing is launched for them. A
 // window of `from` tokens or less makes all short, and a longer one changes nothing.

@@ -2,8 +2,10 @@
 #pragma once
 
 #include "attention_launch.h"
+#include "attention_scores.cuh"
 #include "attention_tiles.cuh"
 #include "common/device.cuh"
+#include "common/hopper.cuh"
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
 
@@ -44,8 +46,43 @@ __device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned head
   }
 }
 
-// Barriers of the block by number: 2 + i the turn of consumer i.
-constexpr int kConsumersBarrier = 1, kTurnBarrier = 2;
+#ifdef PACKOPS_SM90A
+
+// An item in shared memory: one thread puts it there, and every warp of the block takes it.
+struct ItemBox {
+  MBarrier full, empty;
+  int item;
+
+  __device__ __forceinline__ void init(int warps) { mbarrier_init(&full, 1), mbarrier_init(&empty, warps); }
+  // number: how many have been put there, or taken by this warp, before.
+  __device__ __forceinline__ void put(unsigned number, int value) {
+    if (number > 0) mbarrier_wait_parity(&empty, (number - 1) % 2);
+    item = value;
+    mbarrier_arrive(&full);
+  }
+  __device__ __forceinline__ int take(unsigned number, int lane) {
+    int value = 0;
+    if (lane == 0) {  // alone: another lane that waited might come when the box is two items further on
+      mbarrier_wait_parity(&full, number % 2);
+      value = item;
+      mbarrier_arrive(&empty);
+    }
+    return __shfl_sync(kWarp, value, 0);
+  }
+};
+
+#endif
+
+// Queries of a turn of the backward.
+constexpr int kLongTurn = kAttentionRows;
+
+// The queries that see any of `rows` keys of a document from `key` on.
+__device__ __forceinline__ Interval queries_of_block(const Scores& scores, int key, int rows, int length) {
+  return {scores.causal ? key : 0, (scores.window ? min(length, key + rows - 1 + scores.window) : length) - 1};
+}
+
+// Barriers of the block by number: 2 + i the turn of consumer i, 8 + i its own.
+constexpr int kConsumersBarrier = 1, kTurnBarrier = 2, kGroupBarrier = 8;
 
 // Consumers issue their products one after the other.
 template <int kGroups, bool kOn = true>
@@ -71,8 +108,8 @@ class ProductTurns {
 // ---- Launches
 //
 // Launches of a pass overlap, so that one which finds nothing to do hardly costs time, and one begins where the one before it leaves
-// multiprocessors idle: forward tiles, long, short; backward queries, long keys, keys. The second waits for the first. The third runs
-// beside the second.
+// multiprocessors idle: forward tiles, long, short; backward queries, long keys or joint, keys, queries of a joint one's sums. The second
+// waits for the first. The third runs beside the second, and does not end before it. The fourth waits for the third.
 
 // Of a kernel that may begin before the launch before it has ended. beside: it reads nothing that that one writes, but what the launch
 // before that wrote, for which that one waited before it let this one begin.

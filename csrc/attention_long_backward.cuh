@@ -1,28 +1,23 @@
-// grad_k and grad_v of long documents, on Hopper. Part of attention.cu, and with the same bits as its keys_kernel.
+// grad_k and grad_v of long documents of 256 features, on Hopper. Part of attention.cu, and with the same bits as its keys_kernel.
 //
-// A block has a multiprocessor to itself and takes one item of work after another. A producer, one warp group, streams tiles of 64
-// queries and gradients through a ring of shared memory; the other warp groups are consumers, and each tile serves all of them.
-//
-//   long keys    64 keys per consumer    which makes grad_k and grad_v
-//   split keys   64 keys for two         the first makes grad_v and passes the weights on to the second, which makes grad_k: 256
-//                                        features do not leave one group the registers for both
+// A block has a multiprocessor to itself and takes one item of work after another, 64 keys of a document and a head of keys and values. A
+// producer, one warp group, streams tiles of 64 queries and gradients through a ring of shared memory. Of two consumers, the first makes
+// grad_v and passes the weights on to the second, which makes grad_k: there are no registers for both in one.
 //
 // What bounds attention.cu's kernels on long documents is shared memory: every warp group copies what it multiplies there for
 // itself, and reads both operands of 64 x 64 products, at 128 bytes a cycle as fast as the tensor cores can multiply them. Here a
-// copy serves several groups, whose products run in turns: while one multiplies, another has its exponentials.
+// copy serves both groups, and while one multiplies, the other has its exponentials.
 //
 // Copies are cp.async, not TMA: what lies past the end of a document must be zeros, and the tensor map of a row knows no documents.
 #pragma once
 
 #include <algorithm>
-#include <type_traits>
 
 #include "attention_launch.h"
 #include "attention_long.cuh"
 #include "attention_products.cuh"
 #include "attention_rows.cuh"
 #include "attention_scores.cuh"
-#include "common/hopper.cuh"
 #include "common/launch.cuh"
 
 namespace packops {
@@ -31,8 +26,6 @@ namespace {
 // ---- Shared memory
 
 #ifdef PACKOPS_SM90A
-
-constexpr int kLongTurn = kAttentionRows;
 
 // Slots of a tile of 64 rows each, numbered on and on as they are used. A slot is full when the copies of all threads of the
 // producer have arrived, and empty when all warps of the consumers have released it.
@@ -65,54 +58,23 @@ class SlotRing {
   __device__ __forceinline__ MBarrier* empty(unsigned slot) const { return barriers_ + kSlots + slot % kSlots; }
 };
 
-// An item in shared memory: one thread puts it there, and every warp of the block takes it.
-struct ItemBox {
-  MBarrier full, empty;
-  int item;
-
-  __device__ __forceinline__ void init(int warps) { mbarrier_init(&full, 1), mbarrier_init(&empty, warps); }
-  // number: how many have been put there, or taken by this warp, before.
-  __device__ __forceinline__ void put(unsigned number, int value) {
-    if (number > 0) mbarrier_wait_parity(&empty, (number - 1) % 2);
-    item = value;
-    mbarrier_arrive(&full);
-  }
-  __device__ __forceinline__ int take(unsigned number, int lane) {
-    int value = 0;
-    if (lane == 0) {  // alone: another lane that waited might come when the box is two items further on
-      mbarrier_wait_parity(&full, number % 2);
-      value = item;
-      mbarrier_arrive(&empty);
-    }
-    return __shfl_sync(kWarp, value, 0);
-  }
-};
-
-// Barriers of the block by number: 8 + i consumer i.
-constexpr int kGroupBarrier = 8;
-
 // ---- Kernels
 
-// The queries that see any of `rows` keys of a document from `key` on.
-__device__ __forceinline__ Interval queries_of_block(const Scores& scores, int key, int rows, int length) {
-  return {scores.causal ? key : 0, (scores.window ? min(length, key + rows - 1 + scores.window) : length) - 1};
-}
-
-// The producer of both kernels: queries and gradients of all heads of a group. lse and delta of a turn come with its
+// The producer: queries and gradients of all heads of a group. lse and delta of a turn come with its
 // queries, into `numbers`.
-template <typename T, int D, int kGroups, int kSlots>
+template <typename T, int D, int kSlots>
 __device__ __forceinline__ void produce_queries(const AttentionParams& p, const Scores& scores, const SlotRing<D, kSlots>& ring,
                                                 float* numbers, ItemBox& box, unsigned end, int thread) {
   const unsigned heads = unsigned(p.kv_heads);
   const int group = p.heads / p.kv_heads;
   unsigned slot = 0;
   for (unsigned items = 0;; items++) {
-    if (thread == 0) box.put(items, draw_item<kGroups, false>(p, heads, end));
+    if (thread == 0) box.put(items, draw_item<1, false>(p, heads, end));
     const int item = box.take(items, thread % 32);
     if (item < 0) break;
     const AttentionTile tile = p.tiles[unsigned(item) / heads];
     const int kv_head = int(unsigned(item) % heads), length = tile.document_end - tile.document_begin;
-    const Interval queries = queries_of_block(scores, tile.begin - tile.document_begin, kAttentionRows * kGroups, length);
+    const Interval queries = queries_of_block(scores, tile.begin - tile.document_begin, kAttentionRows, length);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
       const Rows<T, D, kLongTurn, 128> from_q(p.q, tile.document_begin, head, thread),
           from_grad(p.grad_out, tile.document_begin, head, thread);
@@ -134,123 +96,15 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
 
 #endif
 
-template <typename T, int D>
-__global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
-    long_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
-#ifdef PACKOPS_SM90A
-  begin_overlapping(false);
-  constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
-  constexpr int kGroups = kShape.groups, kSlots = kShape.slots;
-  using Product = Products<T, D, true>;
-  using Ring = SlotRing<D, kSlots>;
-  char* fixed = dynamic_shared<char>();  // of every consumer: keys, values
-  char* slots = fixed + 2 * kGroups * Ring::kTileBytes;
-  float* numbers = reinterpret_cast<float*>(slots + kSlots * Ring::kTileBytes);
-  MBarrier* barriers = reinterpret_cast<MBarrier*>(numbers + kSlots / 2 * 128);
-  ItemBox& box = *reinterpret_cast<ItemBox*>(barriers + 2 * kSlots);
-  const Ring ring(slots, barriers);
-  const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
-  const unsigned heads = unsigned(p.kv_heads);
-  if (threadIdx.x == 0) {
-    ring.init(4 * kGroups);
-    box.init(4 * (kGroups + 1));
-    fence_mbarrier_init();
-  }
-  __syncthreads();
-  if (role == kGroups) {
-    setmaxnreg_dec<attention_producer_registers(2)>();
-    produce_queries<T, D, kGroups>(p, scores, ring, numbers, box, end, thread);
-  } else {
-    setmaxnreg_inc<attention_consumer_registers(2)>();
-    const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
-    const ProductTurns<kGroups> turns(role);
-    char *keys = fixed + role * 2 * Ring::kTileBytes, *values = keys + Ring::kTileBytes;
-    unsigned slot = 0;
-    for (unsigned items = 0;; items++) {
-      const int item = box.take(items, lane);
-      if (item < 0) break;
-      const AttentionTile tile = p.tiles[unsigned(item) / heads];
-      const int kv_head = int(unsigned(item) % heads);
-      const int length = tile.document_end - tile.document_begin, begin = tile.begin - tile.document_begin;
-      const int key = begin + kAttentionRows * role, token = tile.begin + kAttentionRows * role;
-      const int there = min(kAttentionRows, tile.document_end - token);  // not positive: this group has none, but takes part
-      const Interval queries_of_all = queries_of_block(scores, begin, kAttentionRows * kGroups, length);
-      const int count = (queries_of_all.last - queries_of_all.first + kLongTurn) / kLongTurn * group;
-      Rows<T, D, kAttentionRows, 128>(p.k, token, kv_head, thread).load(keys, 0, there);
-      Rows<T, D, kAttentionRows, 128>(p.v, token, kv_head, thread).load(values, 0, there);
-      cp_async_commit_group();
-      cp_async_wait_all();
-      fence_proxy_async();
-      bar_sync(kGroupBarrier + role, 128);
-
-      Sums<1, D> grad_k, grad_v;
-      for_each(grad_k, [](float& x, int, int, int) { x = 0; });
-      for_each(grad_v, [](float& x, int, int, int) { x = 0; });
-      wgmma_fence_operand(grad_k[0]);
-      wgmma_fence_operand(grad_v[0]);
-      int query = queries_of_all.first;
-      for (int turn = 0; turn < count; turn++, slot += 2) {
-        char *queries = ring.tile(slot), *grads = ring.tile(slot + 1);
-        const float *lse = numbers + slot / 2 % (kSlots / 2) * 128, *delta = lse + 64;
-        Sums<1, kLongTurn> s, g;
-        ring.wait_full(slot);
-        ring.wait_full(slot + 1);
-        turns.wait();
-        Product::begin();
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(s, keys, 0, queries, 0, lane);
-        Product::commit();
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
-        Product::commit();
-        turns.pass();
-        weigh<Product>(
-            s, g, scores, [&](int, int n, int i) { return lse[8 * n + 2 * (lane % 4) + i % 2]; },
-            [&](int, int n, int i) { return delta[8 * n + 2 * (lane % 4) + i % 2]; });
-        if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length)) {
-          const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
-          mask(s, query, lane, 0.f, seen);
-          mask(g, query, lane, 0.f, seen);
-        }
-        query += kLongTurn;
-        if (query > queries_of_all.last) query = queries_of_all.first;  // the next head
-        using Left = typename Product::template Left<1, kLongTurn / 8>;
-        const Left weights(s), changes(g);
-        turns.wait();
-        wgmma_fence_operand(grad_k[0]);
-        wgmma_fence_operand(grad_v[0]);
-        Product::begin();
-        Product::template add_weighted_rows<kLongTurn>(grad_v, weights, grads, 0, lane);
-        Product::template add_weighted_rows<kLongTurn>(grad_k, changes, queries, 0, lane);
-        Product::commit();
-        turns.pass();
-        Product::wait(grad_v, grad_k);
-        ring.release(slot, lane);
-        ring.release(slot + 1, lane);
-      }
-      const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + kv_head * D;
-      const float one[1][2] = {{1.f, 1.f}}, scale[1][2] = {{scores.product_scale, scores.product_scale}};
-      if (there > 0) {
-        store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_v) + first, stride, there, values, first_row, lane, grad_v,
-                                            one);
-        store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_k) + first, stride, there, keys, first_row, lane, grad_k,
-                                            scale);
-      }
-      bar_sync(kGroupBarrier + role, 128);  // all have stored what lies where the next keys and values come
-    }
-    turns.finish();
-  }
-#endif
-}
-
 // The first consumer makes grad_v, the second grad_k. One exponential for both: the first passes its weights, times the slope of a
 // softcap, on in fp32. The two are half a turn apart, since the second waits for them, and so one multiplies while the other does
 // not.
 template <typename T, int D>
-__global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
+__global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
     split_keys_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   begin_overlapping(false);
-  constexpr AttentionLongKeysShape kShape = attention_long_keys_shape(D);
-  constexpr int kSlots = kShape.slots;
+  constexpr int kSlots = kAttentionLongKeysSlots;
   using Product = Products<T, D, true>;
   using Ring = SlotRing<D, kSlots>;
   char* fixed = dynamic_shared<char>();  // keys, values
@@ -272,7 +126,7 @@ __global__ void __launch_bounds__(attention_long_keys_shape(D).threads(), 1)
   __syncthreads();
   if (role == 2) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    produce_queries<T, D, 1>(p, scores, ring, numbers, box, end, thread);
+    produce_queries<T, D>(p, scores, ring, numbers, box, end, thread);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
     const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
@@ -378,13 +232,9 @@ template <typename T, int D>
 cudaError_t launch_long_keys(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   const int64_t items = tiles * p.kv_heads;
   if (items > 0x7fffffff) return cudaErrorInvalidValue;
-  constexpr auto kernel = [] {
-    if constexpr (attention_keys_split(D)) return split_keys_kernel<T, D>;
-    else return long_keys_kernel<T, D>;
-  }();
-  return launch_large<kernel>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
-                              attention_long_keys_shape(D).threads(), attention_long_keys_shared(D), stream, p, Scores(p),
-                              unsigned(items));
+  return launch_large<split_keys_kernel<T, D>>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
+                                               kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, p, Scores(p),
+                                               unsigned(items));
 }
 
 }  // namespace

@@ -14,13 +14,15 @@
 // exponentials, 16 a cycle.
 //
 // Turns go from the last keys to the first, so that those that need a mask come first. A tensor map does not know where a document
-// ends: scores past it are masked, and the rows of values there, which may be NaN, are overwritten with zeros.
+// ends: scores past it are masked, and the rows of values there, which may be NaN, are overwritten with zeros. It does know where a
+// head ends: columns past it arrive as zeros, and count among the bytes that a barrier expects.
 #pragma once
 
 #include <algorithm>
 
 #include "attention_launch.h"
 #include "attention_long.cuh"
+#include "attention_rows.cuh"
 #include "attention_scores.cuh"
 #include "common/hopper.cuh"
 #include "common/tensor_map.cuh"
@@ -93,37 +95,25 @@ __device__ __forceinline__ int take_item(LongForwardShared<D>& s, RingPlace<Long
   return warp ? __shfl_sync(kWarp, item, 0) : item;
 }
 
-// Results and lse of a warp's 16 rows. The four lanes that share a row exchange what they hold until each has whole 16 bytes.
-template <typename T, int D>
+// Results and lse of a warp's 16 rows.
+template <typename T, int D, bool kPadded>
 __device__ __forceinline__ void store_results(const AttentionParams& p, const AttentionTile& tile, int head, int first_row,
                                               int lane, const Scores& scores, const Sums<1, D>& out, const float (&greatest)[2],
                                               const float (&sum)[2]) {
+  const Columns<D, kPadded> columns(p.head_dim);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const float total = sum_of_quad(sum[half]), factor = total == 0 ? 0.f : 1.f / total;
+    const float total = sum_of_quad(sum[half]);
     const int token = tile.begin + first_row + 8 * half + lane / 4;
     if (lane % 4 == 0 && token < tile.end) store_lse(p, scores, head, token, greatest[half], total);
-    T* to = static_cast<T*>(p.out) + (token * int64_t(p.heads) + head) * D;
-#pragma unroll
-    for (int n = 0; n < D / 8; n += 4) {
-      uint32_t x[4];
-#pragma unroll
-      for (int i = 0; i < 4; i++) x[i] = pack2(out[0][n + i][2 * half] * factor, out[0][n + i][2 * half + 1] * factor, T{});
-      const bool odd = lane % 2, high = lane / 2 % 2;
-      uint32_t a = __shfl_xor_sync(kWarp, odd ? x[0] : x[1], 1), b = __shfl_xor_sync(kWarp, odd ? x[2] : x[3], 1);
-      if (odd) x[0] = a, x[2] = b;
-      else x[1] = a, x[3] = b;
-      a = __shfl_xor_sync(kWarp, high ? x[0] : x[2], 2), b = __shfl_xor_sync(kWarp, high ? x[1] : x[3], 2);
-      if (high) x[0] = a, x[1] = b;
-      else x[2] = a, x[3] = b;
-      if (token < tile.end) *reinterpret_cast<uint4*>(to + (n + lane % 4) * 8) = uint4{x[0], x[1], x[2], x[3]};
-    }
+    store_row<T, D>(static_cast<T*>(p.out) + (token * int64_t(p.heads) + head) * columns.count, token < tile.end, half, lane, out,
+                    total == 0 ? 0.f : 1.f / total, columns);
   }
 }
 
 #endif
 
-template <typename T, int D, bool kForest>
+template <typename T, int D, bool kPadded, bool kForest>
 __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
     long_forward_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap k_map,
                         const __grid_constant__ CUtensorMap v_map, const __grid_constant__ AttentionParams p,
@@ -281,7 +271,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
       add_values(item.last == item.first);
       wgmma_wait_group<0>();
       values_read();
-      store_results<T, D>(p, item.tile, item.head, first_row, lane, scores, out, greatest[0], sum);
+      store_results<T, D, kPadded>(p, item.tile, item.head, first_row, lane, scores, out, greatest[0], sum);
     }
     turns.finish();
   }
@@ -289,18 +279,18 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
 #endif
 }
 
-template <typename T, int D, bool kForest>
+template <typename T, int D, bool kPadded, bool kForest>
 cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream, bool beside) {
   constexpr AttentionLongForwardShape kShape = attention_long_forward_shape(D);
   if (tiles * p.heads > 0x7fffffff) return cudaErrorInvalidValue;
   CUtensorMap q, k, v;
   const auto encode = [&](CUtensorMap* map, const Heads& x, int heads, int rows) {
-    return encode_tensor_map(map, p.dtype, x.data, {D, heads, p.tokens}, {x.head, x.token}, rows);
+    return encode_tensor_map(map, p.dtype, x.data, {p.head_dim, heads, p.tokens}, {x.head, x.token}, rows);
   };
   if (p.heads > 0 && !(encode(&q, p.q, p.heads, kShape.rows()) && encode(&k, p.k, p.kv_heads, kShape.turn) &&
                        encode(&v, p.v, p.kv_heads, kShape.turn)))
     return cudaErrorInvalidValue;
-  return launch_large<long_forward_kernel<T, D, kForest>>(
+  return launch_large<long_forward_kernel<T, D, kPadded, kForest>>(
       {.follows = true}, device, std::min<int64_t>(device.multiprocessors, tiles * p.heads), kShape.threads(),
       attention_long_forward_shared(D), stream, q, k, v, p, Scores(p), unsigned(tiles * p.heads), beside);
 }

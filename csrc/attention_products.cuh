@@ -11,20 +11,37 @@
 namespace packops {
 namespace {
 
+// The columns of a tile that rows in memory have: all D, or, `kPadded`, the first `count`, a multiple of 8. The rest of a tile is
+// zeros, which change no product, and is not stored.
+template <int D, bool kPadded = false>
+struct Columns {
+  static constexpr int count = D;
+  Columns() = default;
+  __device__ __forceinline__ explicit Columns(int) {}
+  static __device__ __forceinline__ constexpr bool have(int) { return true; }  // chunk
+};
+template <int D>
+struct Columns<D, true> {
+  int count;
+  __device__ __forceinline__ explicit Columns(int count) : count(count) {}
+  __device__ __forceinline__ bool have(int chunk) const { return 8 * chunk < count; }
+};
+
 template <int kRows>
 __device__ __forceinline__ char* place(char* tile, int row, int chunk) {
   return tile + chunk / 8 * (128 * kRows) + row * 128 + ((chunk % 8 ^ row % 8) << 4);
 }
 
 // A thread's share of copying kRows rows of a matrix to a tile, zeros from row `there` on. Constructed once for all tiles.
-template <typename T, int D, int kRows, int kThreads>
+template <typename T, int D, int kRows, int kThreads, bool kPadded = false>
 class RowLoader {
  public:
-  __device__ __forceinline__ RowLoader(const T* matrix, int64_t stride, int thread)
-      : mine_(matrix + thread / kChunks * stride + thread % kChunks * 8),
+  __device__ __forceinline__ RowLoader(const T* matrix, int64_t stride, int thread, Columns<D, kPadded> columns = {})
+      : mine_(matrix + thread / kChunks * stride + (columns.have(thread % kChunks) ? thread % kChunks * 8 : 0)),
         stride_(stride),
         row_(thread / kChunks),
-        chunk_(thread % kChunks) {}
+        chunk_(thread % kChunks),
+        columns_(columns) {}
 
   __device__ __forceinline__ void load(char* tile, int row, int there) const {
     const T* from = mine_ + row * stride_;
@@ -32,11 +49,13 @@ class RowLoader {
     const int64_t step = kTogether * stride_;
     if (there >= kRows) {
 #pragma unroll
-      for (int i = 0; i < kRows / kTogether; i++, from += step) cp_async_16(at(tile, to, i), from);
+      for (int i = 0; i < kRows / kTogether; i++, from += step)
+        if constexpr (kPadded) cp_async_16_zfill(at(tile, to, i), from, columns_.have(chunk_));
+        else cp_async_16(at(tile, to, i), from);
     } else {
 #pragma unroll
       for (int i = 0; i < kRows / kTogether; i++, from += step) {
-        const bool is_there = i * kTogether + row_ < there;
+        const bool is_there = i * kTogether + row_ < there && columns_.have(chunk_);
         cp_async_16_zfill(at(tile, to, i), is_there ? from : mine_, is_there);
       }
     }
@@ -47,6 +66,7 @@ class RowLoader {
   const T* mine_;
   int64_t stride_;
   int row_, chunk_;
+  [[no_unique_address]] Columns<D, kPadded> columns_;
 
   __device__ __forceinline__ char* at(char* tile, char* first, int i) const {
     if constexpr (kTogether % 8 == 0) return first + i * (kTogether * 128);
@@ -70,9 +90,10 @@ __device__ __forceinline__ void for_each(float (&sums)[kBlocks][kColumns][4], F&
 }
 
 // Stores sums, times a factor per row, through the same rows of a tile to memory, so that the stores are whole vectors.
-template <typename T, int D, int kRows, int kBlocks>
+template <typename T, int D, int kRows, int kBlocks, bool kPadded = false>
 __device__ __forceinline__ void store_rows(T* to, int64_t stride, int there, char* tile, int first_row, int lane,
-                                           const Sums<kBlocks, D>& sums, const float (&factor)[kBlocks][2]) {
+                                           const Sums<kBlocks, D>& sums, const float (&factor)[kBlocks][2],
+                                           Columns<D, kPadded> columns = {}) {
   __syncwarp();
 #pragma unroll
   for (int m = 0; m < kBlocks; m++)
@@ -87,7 +108,7 @@ __device__ __forceinline__ void store_rows(T* to, int64_t stride, int there, cha
 #pragma unroll
   for (int i = 0; i < 16 * kBlocks * kChunks / 32; i++) {
     const int row = first_row + (i * 32 + lane) / kChunks, chunk = (i * 32 + lane) % kChunks;
-    if (row < there)
+    if (row < there && columns.have(chunk))
       *reinterpret_cast<uint4*>(to + row * stride + chunk * 8) = *reinterpret_cast<const uint4*>(place<kRows>(tile, row, chunk));
   }
 }

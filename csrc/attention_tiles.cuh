@@ -14,9 +14,9 @@ constexpr int kClasses = 1024;  // documents are sorted by the tiles that see th
 
 template <typename Index>
 __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__ AttentionParams p, int64_t capacity) {
-  using Count = unsigned;           // may overflow if malformed documents overlap, which never gives an address outside
+  using Count = unsigned;
   __shared__ Count next[kClasses];  // the place of the next document of a class
-  __shared__ Count sums[33];
+  __shared__ Count sums[33], overlaps;
   const Index* cu_seqlens = static_cast<const Index*>(p.axis.cu_seqlens);
   const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
   const auto tiles_of = [](int32_t tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows; };
@@ -31,12 +31,17 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   };
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
   griddepcontrol_launch_dependents();
-  if (me == 0) *p.drawn = 0;
+  if (me == 0) *p.drawn = overlaps = 0;
   next[me] = 0;
   __syncthreads();
-  for (int64_t i = me; i < p.axis.documents; i += kClasses)
-    if (const int tiles = tiles_of(bound(i + 1) - bound(i)); tiles > 0) atomicAdd(&next[class_of(i)], Count(tiles));
+  for (int64_t i = me; i < p.axis.documents; i += kClasses) {
+    const int32_t tokens = bound(i + 1) - bound(i);
+    if (tokens > 0) atomicAdd(&next[class_of(i)], Count(tiles_of(tokens)));
+    if (tokens < 0) atomicAdd(&overlaps, 1u);
+  }
   __syncthreads();
+  // Documents that overlap may need more tiles than there is room for, and blocks wait for those of other tiles. So all is padding.
+  const int64_t documents = overlaps ? 0 : p.axis.documents;
 
   Count before = next[me];
   const Count mine = before;
@@ -59,7 +64,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   next[me] = sums[warp] + before - mine;
   __syncthreads();
 
-  for (int64_t i = me; i < p.axis.documents; i += kClasses) {
+  for (int64_t i = me; i < documents; i += kClasses) {
     const int32_t begin = bound(i), end = bound(i + 1);
     const int tiles = tiles_of(end - begin);
     if (tiles <= 0) continue;
@@ -67,8 +72,8 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
     const Count place = atomicAdd(&next[class_of(i)], Count(tiles));
     for (int t = 0; t < tiles; t++) put(place + Count(t), begin + t * kAttentionRows, end, begin, seen_until(i), i);
   }
-  const int32_t padding = bound(p.axis.documents);
-  const Count used = sums[32];
+  const int32_t padding = overlaps ? 0 : bound(documents);
+  const Count used = overlaps ? 0 : sums[32];
   for (Count place = used + Count(me); place < Count(capacity); place += kClasses) {
     const int64_t begin = padding + int64_t(place - used) * kAttentionRows;
     if (begin < p.tokens) put(place, int32_t(begin), int32_t(p.tokens), int32_t(begin), int32_t(begin), p.axis.documents);

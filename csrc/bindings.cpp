@@ -148,7 +148,8 @@ PYBIND11_MODULE(_C, m) {
         constants["partial_states"] = int(packops::kPartialStates);
         constants["attention_rows"] = packops::kAttentionRows;
         constants["attention_tile_numbers"] = int(packops::kAttentionTileNumbers);
-        constants["attention_head_dims"] = py::tuple(py::cast(packops::kAttentionHeadDims));
+        constants["attention_head_dim_step"] = packops::kAttentionHeadDimStep;
+        constants["attention_most_head_dim"] = packops::kAttentionMostHeadDim;
         constants["forest_per_segment"] = packops::kForestPerSegment;
         constants["forest_per_token"] = packops::kForestPerToken;
         constants["rms_norm_row_bytes"] = packops::kRmsNormRowBytes;

@@ -72,8 +72,8 @@ __device__ __forceinline__ void store_piece(const float (&x)[kSums], const CUten
 #pragma unroll
   for (int pair = 0; pair < 4; pair++) {
     const int i = kFirst + pair * 8;
-    hopper::stmatrix_x4(to ^ (pair * 32), pack2(x[i], x[i + 1], T{}), pack2(x[i + 2], x[i + 3], T{}),
-                        pack2(x[i + 4], x[i + 5], T{}), pack2(x[i + 6], x[i + 7], T{}));
+    stmatrix_x4(to ^ (pair * 32), pack2(x[i], x[i + 1], T{}), pack2(x[i + 2], x[i + 3], T{}), pack2(x[i + 4], x[i + 5], T{}),
+                pack2(x[i + 6], x[i + 7], T{}));
   }
   fence_proxy_async();
   __syncwarp();

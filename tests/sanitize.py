@@ -386,6 +386,8 @@ def attention(device: torch.device) -> Iterator[str]:
         (bfloat, [65, 66], (4, 2), 128, 0),
         (half, [65, 2], (2, 1), 256, 0),
         (bfloat, [1, 0, 64], (4, 1), 256, 65),
+        (bfloat, [65, 2], (4, 2), 40, 1),
+        (half, [1, 64], (2, 1), 192, 65),
     ):
         q, k, v, cu_seqlens = attention_problem(device, dtype, lengths, heads, head_dim, padding)
         backward(packops.attention(q, k, v, cu_seqlens), q, k, v)
@@ -397,6 +399,7 @@ def attention(device: torch.device) -> Iterator[str]:
         (bfloat, 256, {"softcap": 5.0}),
         (bfloat, 64, {"causal": False}),
         (half, 128, {"causal": False, "softcap": 5.0}),
+        (bfloat, 80, {"window": 65}),
     ):
         q, k, v, cu_seqlens = attention_problem(device, dtype, [2, 130], (2, 1), head_dim, padding=3)
         backward(packops.attention(q, k, v, cu_seqlens.long(), **rule), q, k, v)
@@ -406,6 +409,8 @@ def attention(device: torch.device) -> Iterator[str]:
         (bfloat, 64, [62 * long, 20], {}),
         (half, 128, [70, 21 * long], {"window": 21 * long - 1}),
         (bfloat, 256, [21 * long], {"softcap": 5.0}),
+        (half, 80, [70, 21 * long], {}),
+        (bfloat, 192, [21 * long], {}),
     ):
         q, k, v, cu_seqlens = attention_problem(device, dtype, lengths, (1, 1), head_dim, padding=3)
         backward(packops.attention(q, k, v, cu_seqlens, **rule), q, k, v)
@@ -431,6 +436,7 @@ def shared_prefixes(device: torch.device) -> Iterator[str]:
         (torch.bfloat16, 64, {}),
         (torch.float16, 128, {"window": 66}),
         (torch.bfloat16, 256, {"softcap": 5.0}),
+        (torch.float16, 72, {}),
     ):
         q, k, v, cu_seqlens = attention_problem(device, dtype, lengths, (2, 1), head_dim, padding=5)
         for index in (torch.int32, torch.int64):

@@ -153,6 +153,7 @@ def fake_varlen(q, k, v, cu_q, cu_k, max_q, max_k, window_size, scale):
 @pytest.mark.parametrize("signature", [signature_2_10, signature_2_11, signature_2_13])
 @pytest.mark.parametrize("options", [{}, {"window": 6}, {"scaling": 0.3}, {"causal": False}], ids=str)
 def test_varlen_is_called_as_this_torch_wants_it(signature, options, monkeypatch):
+    monkeypatch.setattr(attention_paths, "has_cuda", False)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", signature)
     attention_paths.varlen_parameters.cache_clear()
     try:
@@ -190,21 +191,24 @@ def test_choice_of_path(monkeypatch):
         {}, {"dtype": torch.float16}, {"window": 100}, {"scaling": 0.1}, {"softcap": 30.0}, {"head_dims": (256, 256)},
         {"parameters": frozenset()}, {"capability": (8, 0), "longest": 500}, {"capability": (8, 0), "softcap": 30.0},
         {"heads": 64, "head_dims": (128, 128), "total": 32768, "count": 1800},
+        {"capability": (8, 0), "longest": 500, "head_dims": (80, 80)},
+        *({"head_dims": (dim, dim)} for dim in (8, 80, 96, 192, 248)),
     ]  # fmt: skip
     assert [path(**changes) for changes in own] == ["packops"] * len(own)
-    assert path(head_dims=(96, 96)) == path(capability=(8, 0)) == path(capability=(10, 0)) == "varlen"
-    assert path(capability=(8, 0), longest=500, head_dims=(256, 256)) == "varlen"
-    assert path(softcap=30.0, dtype=torch.float32) == path(softcap=30.0, head_dims=(96, 96)) == "flex"
+    assert path(capability=(8, 0)) == path(capability=(10, 0)) == "varlen"
+    assert {path(capability=(8, 0), longest=500, head_dims=(dim, dim)) for dim in (136, 192, 256)} == {"varlen"}
+    assert path(softcap=30.0, dtype=torch.float32) == path(softcap=30.0, head_dims=(192, 128)) == "flex"
+    slow = {"capability": (8, 0), "head_dims": (96, 96)}
     others = [
         {"device": "cpu"}, {"device": "cpu", "softcap": 30.0}, {"dtype": torch.float32}, {"capability": (7, 5)},
         {"head_dims": (192, 128)}, {"head_dims": (288, 288)}, {"head_dims": (60, 60)}, {"dropout": 0.1},
-        {"dropout": 0.1, "softcap": 30.0}, {"head_dims": (96, 96), "parameters": frozenset()},
-        {"head_dims": (96, 96), "parameters": frozenset(["cu_seq_q"]), "window": 9},
-        {"heads": 64, "head_dims": (96, 96), "total": 32768, "count": 3600},  # past 2^31 in FlashAttention-2's backward
+        {"dropout": 0.1, "softcap": 30.0}, {**slow, "parameters": frozenset()},
+        {**slow, "parameters": frozenset(["cu_seq_q"]), "window": 9},
+        {**slow, "heads": 64, "total": 32768, "count": 3600},  # past 2^31 in FlashAttention-2's backward
     ]  # fmt: skip
     assert [path(**changes) for changes in others] == ["sdpa"] * len(others)
     monkeypatch.setattr(attention_paths, "has_cuda", False)
-    assert path() == "varlen"
+    assert path() == path(head_dims=(96, 96)) == "varlen"
     assert path(softcap=30.0) == "flex"
 
 
@@ -216,8 +220,10 @@ FLEX = [(torch.float32, (8, 2), 64), (torch.bfloat16, (4, 4), 32)]  # each is co
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 32])
-def test_on_a_gpu(dtype, options, heads, head_dim):
-    """Whichever path is chosen there, forward and backward, no worse than a few roundings of its dtype."""
+def test_on_a_gpu(dtype, options, heads, head_dim, monkeypatch):
+    """Whichever path is chosen there, forward and backward, no worse than a few roundings of its dtype. 32 features: in a build
+    without kernels."""
+    monkeypatch.setattr(attention_paths, "has_cuda", head_dim == 64)
     torch.compiler.reset()  # a process compiles one function a limited number of times; these tests together want more
     device, lengths = torch.device("cuda"), [300, 5, 129, 1, 257]
     inputs, documents = problem(lengths, dtype, device, heads, head_dim)
@@ -480,7 +486,7 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
 
 
-def test_path_by_name(a_gpu):
+def test_path_by_name(a_gpu, monkeypatch):
     def path(*, parents=False, autocast=False, **rule):
         given = {name: rule.pop(name) for name in ("dims", "dtype") if name in rule}
         q, k, v, bounds = on_cuda(**given)
@@ -489,20 +495,23 @@ def test_path_by_name(a_gpu):
             return packops.attention_path(q, k, v, bounds, tree, **rule)
 
     fp32 = torch.float32
-    for dim in (64, 128, 256):
+    for dim in (8, 64, 80, 96, 128, 192, 256):
         assert path(dims=(dim, dim)) == path(dims=(dim, dim), dtype=fp32, autocast=True) == "packops"
-    assert path(parents=True, softcap=3.0) == path(window=4) == path(causal=False, softcap=3.0) == "packops"
-    for dims in ((80, 80), (96, 96), (192, 192), (8, 8)):
-        assert path(dims=dims) == path(dims=dims, dtype=fp32, autocast=True) == path(dims=dims, causal=False) == "varlen"
-        assert path(dims=dims, parents=True) == "masked"
-    assert path(dims=(96, 96), softcap=3.0) == path(dtype=fp32, softcap=3.0) == path(dims=(192, 128), softcap=3.0) == "flex"
+        assert path(dims=(dim, dim), parents=True, softcap=3.0) == path(dims=(dim, dim), causal=False) == "packops"
+    assert path(window=4) == path(causal=False, softcap=3.0) == "packops"
+    for dims in ((84, 84), (12, 12), (257, 257), (264, 264)):
+        assert path(dims=dims, parents=True) == path(dims=dims, dtype=fp32, autocast=True) == "masked"
+    assert path(dims=(84, 84), softcap=3.0) == path(dtype=fp32, softcap=3.0) == path(dims=(192, 128), softcap=3.0) == "flex"
     # fake tensors say nothing to the host: else these are "sdpa"
     others = [
         {"dtype": fp32}, {"dims": (192, 128)}, {"dims": (60, 60)}, {"dtype": torch.float64},
         {"dtype": torch.float64, "softcap": 3.0},
-        {"dtype": fp32, "softcap": 3.0, "causal": False}, {"dims": (8, 8), "softcap": 3.0}, {"dims": (288, 288), "softcap": 3.0},
+        {"dtype": fp32, "softcap": 3.0, "causal": False}, {"dims": (12, 12), "softcap": 3.0},
+        {"dims": (288, 288), "softcap": 3.0},
     ]  # fmt: skip
     assert [path(**rule) for rule in others] == ["masked"] * len(others)
+    monkeypatch.setattr(attention_paths, "has_cuda", False)
+    assert path() == path(dims=(80, 80), dtype=fp32, autocast=True) == path(dims=(8, 8), causal=False) == "varlen"
 
 
 def test_a_gpu_without_the_kernels_instructions_takes_what_torch_has(a_gpu, monkeypatch):
@@ -522,7 +531,7 @@ def test_path_on_the_cpu_and_what_it_refuses(a_gpu):
     assert packops.attention_path(q, k, v, bounds.cu_seqlens) == "packops"
     with pytest.raises(TypeError, match="q must be a tensor, got a list"):
         packops.attention_path([1.0], k, v, bounds.cu_seqlens)
-    q, k, v, bounds = on_cuda(dims=(80, 80))
+    q, k, v, bounds = on_cuda(dims=(84, 84))
     with pytest.raises(TypeError, match="v must be a tensor, got None"):
         packops.attention_path(q, k, None, bounds)
     with pytest.raises(TypeError, match="causal must be a bool, got an int, 1"):
@@ -544,7 +553,8 @@ def test_attention_takes_the_path(a_gpu, monkeypatch):
     for given, autocast, expected in (
         ({"dims": (96, 80)}, False, torch.bfloat16),
         ({"dtype": torch.float32}, False, torch.float32),
-        ({"dtype": torch.float32, "dims": (80, 80)}, True, torch.bfloat16),
+        ({"dtype": torch.float32, "dims": (84, 84)}, True, torch.bfloat16),
+        ({"dtype": torch.float32, "dims": (80, 80)}, True, None),
         ({}, False, None),
         ({"dtype": torch.float32}, True, None),
     ):
@@ -570,8 +580,12 @@ def test_compiles_in_one_graph_where_nobody_reads_boundaries():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "case", ["fp32", "fp64", "80", "96", "192, values 128", "fp32, softcap", "80, softcap", "fp32, tree", "192, tree"]
-)
+    "case",
+    [
+        "fp32", "fp64", "84", "264", "192, values 128",
+        "fp32, softcap", "192, values 128, softcap", "fp32, tree", "192, values 128, tree",
+    ],
+)  # fmt: skip
 def test_heads_without_a_kernel(case):
     torch.compiler.reset()
     dtype = {"fp32": torch.float32, "fp64": torch.float64}.get(case[:4], torch.bfloat16)

@@ -493,7 +493,7 @@ def test_metadata(device, index):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 90}, {"window": 2}, {"softcap": 2.0}, {"scale": 0.3}], ids=str)
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 96])
 def test_attention(device, head_dim, options):
     if device.type == "cpu":
         head_dim //= 16

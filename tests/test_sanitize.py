@@ -50,7 +50,7 @@ HELPER = "Read access at packops::<unnamed>::RowMaths<float, (int)0>::transform_
 ELSEWHERE = "Read access at void packops::<unnamed>::attention_kernel<float>(packops::AttentionParams)+0x10"
 PLACE = "packops::<unnamed>::resident_kernel"
 SMALL_COPY = "Write access at packops::cp_async_4_zfill(void *, const void *, bool)+0x18f20 in ptx.cuh:71"
-KEYS = "packops::<unnamed>::long_keys_kernel"
+KEYS = "packops::<unnamed>::split_keys_kernel"
 OF_KEYS = f"Read access at void {KEYS}<packops::half_t, (int)128>(packops::AttentionParams)+0x13c80"
 
 

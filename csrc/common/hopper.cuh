@@ -102,12 +102,6 @@ __device__ __forceinline__ void hold(float (&sums)[kCount]) {
 PACKOPS_WGMMA_64_192(bf16_t, "bf16")
 PACKOPS_WGMMA_64_192(half_t, "f16")
 
-// Four 8 x 8 matrices of 16-bit elements, each lane's pair of each, to rows whose addresses the lanes name: 8 lanes a matrix.
-__device__ __forceinline__ void stmatrix_x4(uint32_t to, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
-  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(to), "r"(a), "r"(b), "r"(c), "r"(d)
-               : "memory");
-}
-
 }  // namespace hopper
 }  // namespace packops
 

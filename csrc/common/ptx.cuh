@@ -125,6 +125,9 @@ inline constexpr bool kHasWgmma = true;
 #else
 inline constexpr bool kHasWgmma = false;
 #endif
+// Code with wgmma runs on nothing else (device.h), so products of the other kind are dead code in it.
+template <bool kByGroups>
+inline constexpr bool kNeverRuns = kByGroups != kHasWgmma;
 
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
 
@@ -160,18 +163,20 @@ __device__ __forceinline__ void setmaxnreg_dec() {
 class WgmmaDescriptor {
  public:
   __device__ __forceinline__ explicit WgmmaDescriptor(const void* tile, int panel_bytes = 16)
-      : bits_((shared_address(tile) >> 4 & 0x3fff) | uint64_t(panel_bytes >> 4) << 16 | kEightRows | kSwizzled128) {}
+      : low_(__shfl_sync(0xffffffff, (shared_address(tile) >> 4 & 0x3fff) | uint32_t(panel_bytes >> 4) << 16, 0)) {}
   __device__ __forceinline__ WgmmaDescriptor at(int bytes) const {
     WgmmaDescriptor other = *this;
-    other.bits_ += uint32_t(bytes) >> 4;
+    other.low_ += uint32_t(bytes) >> 4;
     return other;
   }
-  __device__ __forceinline__ uint64_t bits() const { return bits_; }
+  __device__ __forceinline__ uint64_t bits() const { return uint64_t(kEightRows | kSwizzled128) << 32 | low_; }
 
  private:
-  static constexpr uint64_t kEightRows = uint64_t(1024 >> 4) << 32;  // 1024 bytes to the next eight rows
-  static constexpr uint64_t kSwizzled128 = uint64_t(1) << 62;
-  uint64_t bits_;
+  static constexpr uint32_t kEightRows = 1024 >> 4;  // 1024 bytes to the next eight rows
+  static constexpr uint32_t kSwizzled128 = 1u << 30;
+  // All lanes have the same. The compiler does not know that of an address, and would move every one to a uniform register anew, for
+  // longer than a product takes.
+  uint32_t low_;
 };
 
 // "%0, %1, ..., %9" with a tens digit before each, and longer lists of them
@@ -212,11 +217,23 @@ class WgmmaDescriptor {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(int(add))                                      \
                  : "memory");                                                                                                    \
   }
+// s (64 x columns) = a^T b over 16 elements, or += with `add`: 16 rows of each.
+#define PACKOPS_MULTIPLY_COLUMNS(type, name, columns, numbers, sums, a_at, b_at, add_at)                                         \
+  __device__ __forceinline__ void wgmma_ss_trans(float (&s)[columns / 8][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add,     \
+                                                 type) {                                                                         \
+    asm volatile("{.reg .pred add;\nsetp.ne.b32 add, " add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name \
+                 "." name " {" numbers "}, " a_at ", " b_at ", add, 1, 1, 1, 1;\n}"                                              \
+                 : sums                                                                                                          \
+                 : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                                   \
+                 : "memory");                                                                                                    \
+  }
 #define PACKOPS_GROUP_PRODUCTS(type, name)                                                                   \
   PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")            \
   PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")            \
   PACKOPS_MULTIPLY_ROWS(type, name, 80, PACKOPS_NUMBERS_40, PACKOPS_SUMS_40, "%40", "%41", "%42")            \
   PACKOPS_MULTIPLY_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64", "%65", "%66")           \
+  PACKOPS_MULTIPLY_COLUMNS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")         \
+  PACKOPS_MULTIPLY_COLUMNS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")         \
   PACKOPS_ADD_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32, %33, %34, %35", "%36", "%37")  \
   PACKOPS_ADD_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69") \
   PACKOPS_ADD_ROWS(type, name, 256, PACKOPS_NUMBERS_128, PACKOPS_SUMS_128, "%128, %129, %130, %131", "%132", "%133")
@@ -242,6 +259,8 @@ template <int kRegisters>
 __device__ __forceinline__ void setmaxnreg_dec() {}
 template <int kColumns, typename T>
 __device__ __forceinline__ void wgmma_ss(float (&)[kColumns][4], WgmmaDescriptor, WgmmaDescriptor, bool, T) {}
+template <int kColumns, typename T>
+__device__ __forceinline__ void wgmma_ss_trans(float (&)[kColumns][4], WgmmaDescriptor, WgmmaDescriptor, bool, T) {}
 template <int kColumns, typename T>
 __device__ __forceinline__ void wgmma_rs(float (&)[kColumns][4], const uint32_t (&)[4], WgmmaDescriptor, bool, T) {}
 
@@ -327,6 +346,35 @@ __device__ __forceinline__ void cp_async_bulk_wait_group_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kNewest) : "memory");
 }
 __device__ __forceinline__ void cp_async_bulk_wait_group() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
+// stmatrix: four 8 x 8 matrices of 16-bit elements, each lane's pair of each, to rows whose addresses the lanes name, 8 lanes a matrix.
+__device__ __forceinline__ void stmatrix_x4(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d)
+               : "memory");
+}
+__device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&words)[4]) {
+  stmatrix_x4(shared_address(row), words[0], words[1], words[2], words[3]);
+}
+
+// cp.reduce.async.bulk: the same, but adds fp32 numbers to those that are there.
+__device__ __forceinline__ void cp_reduce_async_bulk_add(float* destination, const float* source, uint32_t bytes) {
+  asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(destination),
+               "r"(shared_address(source)), "r"(bytes)
+               : "memory");
+}
+// A counter that orders what blocks write: one adds to it when its bulk stores have completed, another waits for its value before it
+// touches the same memory.
+__device__ __forceinline__ void red_release_add(int* counter, int value) {
+  asm volatile("fence.proxy.async;\nred.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
+}
+__device__ __forceinline__ int load_acquire(const int* counter) {
+  int value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];\nfence.proxy.async;" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+__device__ __forceinline__ void wait_acquire(const int* counter, int value) {
+  while (load_acquire(counter) != value) {}
+}
 
 // mbarrier.test_wait: whether the phase of that parity has completed.
 __device__ __forceinline__ bool mbarrier_test_wait_parity(MBarrier* barrier, uint32_t parity) {

@@ -1,5 +1,4 @@
 // Attention within documents: checks, allocation, registration.
-#include <algorithm>
 #include <cmath>
 #include <optional>
 #include <tuple>
@@ -26,16 +25,15 @@ bool is_expanded(const Tensor& tensor) {
   return repeats(0) || repeats(1);
 }
 
-// What the kernels read: the tensor itself, or a copy where a row is not contiguous or, on CUDA, does not begin at 16 bytes. by_map:
-// or is expanded, since a kernel may read it by a tensor map.
-Tensor set_input(const Tensor& tensor, Heads* heads, bool by_map) {
+// What the kernels read: the tensor itself, or a copy where a row is not contiguous or, on CUDA, does not begin at 16 bytes or is
+// expanded, since a kernel may read it by a tensor map.
+Tensor set_input(const Tensor& tensor, Heads* heads) {
   bool fits = tensor.size(2) <= 1 || tensor.stride(2) == 1;
-  if (tensor.is_cuda())
-    fits &= (reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) | uintptr_t(tensor.stride(0) * 2) |
-             uintptr_t(tensor.stride(1) * 2)) %
-                16 ==
-            0;
-  if (tensor.is_cuda() && by_map) fits &= !is_expanded(tensor);
+  if (tensor.is_cuda()) {
+    const auto places =
+        reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) | uintptr_t(tensor.stride(0) * 2) | uintptr_t(tensor.stride(1) * 2);
+    fits = fits && places % 16 == 0 && !is_expanded(tensor);
+  }
   const Tensor read = fits ? tensor : contiguous_copy(tensor);
   *heads = {read.const_data_ptr(), read.stride(0), read.stride(1)};
   return read;
@@ -55,9 +53,8 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   if (q.is_cuda()) {
     PACKOPS_CHECK(p.dtype == DType::f16 || p.dtype == DType::bf16, TypeError, kOp,
                   ": on CUDA q must be float16 or bfloat16, got ", dtype_of(q));
-    const auto& dims = kAttentionHeadDims;
-    PACKOPS_CHECK(std::find(dims.begin(), dims.end(), dim) != dims.end(), ValueError, kOp,
-                  ": on CUDA head_dim must be 64, 128 or 256, got q of shape ", shape_of(q));
+    PACKOPS_CHECK(attention_takes(dim), ValueError, kOp, ": on CUDA head_dim must be a multiple of 8 up to 256, got q of shape ",
+                  shape_of(q));
   }
   PACKOPS_CHECK(!is_index(p.dtype), TypeError, kOp, ": q must be float32, float16, bfloat16 or float64, got ", dtype_of(q));
   PACKOPS_CHECK(q.size(0) < int64_t(1) << 30, ValueError, kOp, ": q must have fewer than 2^30 tokens, got ", q.size(0));
@@ -81,7 +78,7 @@ Attention prepare(const Tensor& q, const Tensor& k, const Tensor& v, const Tenso
   p.scale = options.scale.value_or(1 / std::sqrt(double(dim)));
 
   const auto [boundaries, axis] = check_documents(kOp, cu_seqlens, p.tokens, "q", q);
-  Attention a{p, set_input(q, &p.q, true), set_input(k, &p.k, true), set_input(v, &p.v, true), boundaries};
+  Attention a{p, set_input(q, &p.q), set_input(k, &p.k), set_input(v, &p.v), boundaries};
   p.axis = axis;
   a.params = p;
   return a;
@@ -97,6 +94,17 @@ void run(const AttentionParams& p, const Tensor& q, bool backward) {
   const CudaScope scope(q);
   check_cuda((backward ? attention_backward_cuda : attention_cuda)(p, scope.stream()), kOp);
 #endif
+}
+
+// Numbers that the sums of grad_q need.
+int64_t parts_of(const AttentionParams& p, const Tensor& q) {
+#ifdef PACKOPS_WITH_CUDA
+  if (!q.is_cpu()) {
+    const CudaScope scope(q);
+    return attention_parts(p);
+  }
+#endif
+  return 0;
 }
 
 int64_t lse_parts(const Tensor& q) { return q.is_cuda() ? 1 : 2; }
@@ -164,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   PACKOPS_CHECK(q.is_cpu() || (tiles.numel() == kAttentionTileNumbers * (attention_tiles(p.tokens, p.axis.documents) + 1) &&
                                tiles.scalar_type() == ScalarType::Int && tiles.device() == q.device()),
                 ValueError, kOp, ": tiles must be those of the forward pass");
-  const Tensor read_grad = set_input(grad_out, &p.grad_out, false), read_out = as_contiguous(out);
+  const Tensor read_grad = set_input(grad_out, &p.grad_out), read_out = as_contiguous(out);
   const Tensor read_lse = as_contiguous(lse), read_tiles = as_contiguous(tiles);
   const Tensor delta = allocate(q, {q.is_cuda() ? p.heads * p.tokens + 1 : 0}, ScalarType::Float);
   const Tensor grad_q = allocate(q, {p.tokens, p.heads, p.head_dim});
@@ -174,6 +182,10 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
+  const int64_t sums = parts_of(p, q), counters = sums ? 2 * p.heads * attention_tiles(p.tokens, p.axis.documents) : 0;
+  const Tensor parts = allocate(q, {sums}, ScalarType::Float), added = allocate(q, {counters}, ScalarType::Int);
+  p.parts = static_cast<float*>(parts.mutable_data_ptr());
+  p.added = static_cast<int32_t*>(added.mutable_data_ptr());
   p.drawn = reinterpret_cast<unsigned*>(p.delta + p.heads * p.tokens);
   p.grad_q = grad_q.mutable_data_ptr();
   p.grad_k = grad_k.mutable_data_ptr();

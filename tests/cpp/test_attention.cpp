@@ -461,14 +461,10 @@ CASE(blocks_for_long_documents_fit_a_hopper) {
     CHECK(attention_long_forward_shared(head_dim) <= kH100.per_block);
     CHECK(forward.turn % 8 == 0 && forward.turn <= 256 && forward.rows() <= 256);  // of a product, and of a box of a tensor map
     check_registers(forward.groups);
-    if (attention_long_keys_from(head_dim) == kNeverLong) continue;
-    const AttentionLongKeysShape shape = attention_long_keys_shape(head_dim);
     CHECK(attention_long_keys_shared(head_dim) <= kH100.per_block);
-    CHECK_EQ(shape.groups, 2);
-    check_registers(shape.groups);
-    CHECK(shape.slots % 2 == 0);  // lse and delta have a place per pair
+    check_registers(2);
     // Where grad_k and grad_v are split, the products of the next turn begin before the tiles of this one are released.
-    CHECK(shape.slots >= (attention_keys_split(head_dim) ? 4 : 2));
+    CHECK(kAttentionLongKeysSlots % 2 == 0 && kAttentionLongKeysSlots >= 4);
   }
 }
 CASE(documents_are_long_by_the_keys_that_a_query_sees) {
@@ -499,8 +495,8 @@ CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), kNeverLong);
   p.window = 0, p.head_dim = 64;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 3072);
-  CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
-  p.long_from = 64;  // no kernel for it, whatever is asked for
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 3072);
+  p.long_from = 64, p.head_dim = 80;  // no kernel for it, whatever is asked for
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
   p.head_dim = 256;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
@@ -509,6 +505,23 @@ CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
   p.prefixes.segments = &segment;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
+}
+// Heads of every multiple of 8 features have the kernel with the fewest columns that hold them, and of its forms for long documents
+// the forward alone.
+CASE(heads_that_do_not_fill_a_tile) {
+  const DeviceLimits hopper = {90, 132, 228 << 10, 227 << 10, true};
+  AttentionParams p;
+  p.tokens = 1 << 20;
+  for (int head_dim = -8; head_dim <= 272; head_dim++) {
+    CHECK_EQ(attention_takes(head_dim), head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0);
+    if (!attention_takes(head_dim)) continue;
+    const int columns = attention_columns(head_dim);
+    CHECK(columns >= head_dim && (columns == 64 || (columns / 2 < head_dim && (columns == 128 || columns == 256))));
+    p.head_dim = head_dim;
+    CHECK_EQ(choose_attention_long_forward_from(p, hopper), attention_long_forward_from(columns));
+    CHECK_EQ(choose_attention_long_keys_from(p, hopper), head_dim == columns ? attention_long_keys_from(columns) : kNeverLong);
+  }
+  CHECK(!attention_takes(int64_t(1) << 32 | 64));
 }
 CASE(threads_share_rows_evenly) {
   for (int head_dim : {64, 128, 256})

@@ -90,6 +90,10 @@ T __ldg(const T* p) {
   return aligned_load(p);
 }
 template <typename T>
+T __ldcg(const T* p) {
+  return *p;
+}
+template <typename T>
 T __ldcs(const T* p) {
   return aligned_load(p);
 }

@@ -28,7 +28,7 @@ inline void tma_load_3d(void* to, const CUtensorMap& map, int x, int y, int z, u
   for (int row = 0; row < map.box_rows; row++)
     for (int chunk = 0; chunk < 8; chunk++) {
       std::vector<char> data(16);
-      if (y < map.sizes[1] && z + row < map.sizes[2] && z + row >= 0)
+      if (x + 8 * chunk < map.sizes[0] && y < map.sizes[1] && z + row < map.sizes[2] && z + row >= 0)
         std::memcpy(data.data(), map.data + 2 * (x + 8 * chunk + y * map.strides[0] + (z + row) * map.strides[1]), 16);
       emulator::depart(
           {reinterpret_cast<char*>(place + uintptr_t(row * 128 + ((chunk ^ row % 8) << 4))), nullptr, data, 16, barrier});

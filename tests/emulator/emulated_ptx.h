@@ -92,24 +92,70 @@ void cp_async_wait_group() {
   land_copies_before(copy_groups[emulator::current] - kNewest);
 }
 
-// Stores read their source when the thread waits for them, not before.
-inline std::map<int, std::vector<Copy>> stores;
+// Stores read their source when the thread waits for that, and arrive when it waits for that, or when the block has ended. add: fp32
+// numbers are added to those that are there.
+struct Store {
+  char* destination;
+  const char* source;
+  size_t bytes;
+  int group;
+  bool add = false;
+  std::vector<char> read = {};
+  void land() const {
+    if (!add) return void(std::memcpy(destination, read.data(), bytes));
+    for (size_t i = 0; i < bytes; i += sizeof(float)) {
+      float sum, part;
+      std::memcpy(&sum, destination + i, sizeof sum), std::memcpy(&part, read.data() + i, sizeof part);
+      sum += part;
+      std::memcpy(destination + i, &sum, sizeof sum);
+    }
+  }
+};
+inline std::map<int, std::vector<Store>> stores;
 inline std::map<int, int> store_groups;
 inline void cp_async_bulk_store(void* destination, const void* source, uint32_t bytes) {
   const auto places = reinterpret_cast<uintptr_t>(destination) | reinterpret_cast<uintptr_t>(source) | bytes;
   emulator::require(bytes > 0 && places % 16 == 0, "a bulk copy of something that is not whole 16-byte units");
-  stores[emulator::current].push_back({destination, source, bytes, store_groups[emulator::current]});
+  stores[emulator::current].push_back(
+      {static_cast<char*>(destination), static_cast<const char*>(source), bytes, store_groups[emulator::current]});
+}
+inline void cp_reduce_async_bulk_add(float* destination, const float* source, uint32_t bytes) {
+  cp_async_bulk_store(destination, source, bytes);
+  stores[emulator::current].back().add = true;
 }
 inline void cp_async_bulk_commit_group() { store_groups[emulator::current]++; }
 template <int kNewest>
 void cp_async_bulk_wait_group_read() {
-  std::erase_if(stores[emulator::current], [](const Copy& store) {
-    if (store.group >= store_groups[emulator::current] - kNewest) return false;
-    std::memcpy(store.destination, store.source, store.bytes);
-    return true;
-  });
+  for (Store& store : stores[emulator::current])
+    if (store.read.empty() && store.group < store_groups[emulator::current] - kNewest)
+      store.read.assign(store.source, store.source + store.bytes);
 }
-inline void cp_async_bulk_wait_group() { cp_async_bulk_wait_group_read<0>(); }
+inline void land_stores_of(std::vector<Store>& of) {
+  for (const Store& store : of) {
+    emulator::require(!store.read.empty(), "a bulk copy that nobody waits for");
+    store.land();
+  }
+  of.clear();
+}
+inline void cp_async_bulk_wait_group() {
+  cp_async_bulk_wait_group_read<0>();
+  land_stores_of(stores[emulator::current]);
+}
+inline const bool stores_land_in_the_end = [] {
+  emulator::when_blocks_end = [] {
+    for (auto& [thread, of] : stores) land_stores_of(of);
+  };
+  return true;
+}();
+// Blocks run one after the other here, so whoever is waited for has come.
+inline void red_release_add(int* counter, int value) {
+  emulator::require(stores[emulator::current].empty(), "a release before bulk copies have arrived");
+  *counter += value;
+}
+inline int load_acquire(const int* counter) { return *counter; }
+inline void wait_acquire(const int* counter, int value) {
+  emulator::require(*counter == value, "a wait for a block that comes later");
+}
 
 // ---- Products of small matrices by a warp: lanes show each other where their operands are, and go on when all have read them.
 
@@ -126,6 +172,14 @@ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row, bool transposed) {
 }
 inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) { ldmatrix_x4(to, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) { ldmatrix_x4(to, row, true); }
+
+inline void stmatrix_x4(void* row, const uint32_t (&words)[4]) {
+  emulator::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a misaligned row of a matrix");
+  const emulator::Shown rows = emulator::collective(reinterpret_cast<uintptr_t>(row));
+  const int lane = emulator::current % 32;
+  for (int i = 0; i < 4; i++) std::memcpy(reinterpret_cast<char*>(rows.value[8 * i + lane / 4]) + 4 * (lane % 4), &words[i], 4);
+  emulator::collective(0);
+}
 
 inline float element(uint16_t bits, bf16_t) { return __uint_as_float(uint32_t(bits) << 16); }
 inline float element(uint16_t bits, half_t) { return __half2float(__ushort_as_half(bits)); }
@@ -149,6 +203,8 @@ void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t
 // ---- Products by a warp group. Done when they are issued: that somebody forgot to wait is not seen.
 
 inline constexpr bool kHasWgmma = true;
+template <bool kByGroups>
+inline constexpr bool kNeverRuns = false;
 inline void needs_wgmma() {
   emulator::require(emulator::code_has_wgmma && emulator::architecture == 90, "this code has no wgmma");
 }
@@ -181,18 +237,28 @@ class WgmmaDescriptor {
   uintptr_t tile_;
   int panel_bytes_;
 };
-template <int kColumns, typename T>
-void wgmma_ss(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
+template <int kColumns, typename T, typename F, typename G>
+void wgmma_of_shared(float (&s)[kColumns][4], bool add, T type, F&& a, G&& b) {  // a(row, k), b(k, column)
   emulator::collective(0);
   const int lane = emulator::current % 32, warp = emulator::current % emulator::block_threads / 32 % 4;
   for (int n = 0; n < kColumns; n++)
     for (int i = 0; i < 4; i++) {
       const int row = 16 * warp + 8 * (i / 2) + lane / 4, column = 8 * n + 2 * (lane % 4) + i % 2;
       float sum = add ? s[n][i] : 0;
-      for (int k = 0; k < 16; k++) sum += element(a.element(row, k), type) * element(b.element(column, k), type);
+      for (int k = 0; k < 16; k++) sum += element(a(row, k), type) * element(b(k, column), type);
       s[n][i] = sum;
     }
   emulator::collective(0);
+}
+template <int kColumns, typename T>
+void wgmma_ss(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
+  wgmma_of_shared(
+      s, add, type, [&](int row, int k) { return a.element(row, k); }, [&](int k, int column) { return b.element(column, k); });
+}
+template <int kColumns, typename T>
+void wgmma_ss_trans(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
+  wgmma_of_shared(
+      s, add, type, [&](int row, int k) { return a.element(k, row); }, [&](int k, int column) { return b.element(k, column); });
 }
 template <int kColumns, typename T>
 void wgmma_rs(float (&s)[kColumns][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add, T type) {

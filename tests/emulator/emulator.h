@@ -286,6 +286,8 @@ inline bool run_collectives() {
   return ran | release(0, all, Waiting::for_cluster, all_wait(0, all, Waiting::for_cluster));
 }
 
+inline void (*when_blocks_end)() = nullptr;
+
 inline void run_together(int blocks, size_t shared_bytes) {
   blocks_together = blocks;
   fibers.resize(size_t(blocks) * block_threads);
@@ -311,6 +313,7 @@ inline void run_together(int blocks, size_t shared_bytes) {
     require(idle < 100, "every thread waits for another");  // run_warps passes warps over at random
   }
   require(flights.empty(), "a block has left while its copies were in flight");
+  if (when_blocks_end) when_blocks_end();
 }
 
 // kernel() of every thread of the grid.

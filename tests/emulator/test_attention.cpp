@@ -28,6 +28,8 @@ struct Problem {
   std::vector<int32_t> parents = {};  // shared prefixes: what segments, which are then the documents above, continue
   int bad_segment = -1;               // whose inputs and gradients are NaN
   double key_size = 0;                // queries and keys are this at one feature, their token's, and 0 at the others; 0: random
+  int32_t zeros = 0;                  // the last features of every head, so many of head_dim, are zeros
+  double repulsion = 0;               // added to queries, subtracted from keys
 };
 
 constexpr int64_t kGuard = 16;  // elements before and behind every output, which nobody may write
@@ -47,7 +49,7 @@ template <typename T>
 Results<T> run(const Problem& problem, bool cuda) {
   const int64_t dim = problem.head_dim, q_size = problem.tokens * problem.heads * dim,
                 kv_size = problem.tokens * problem.kv_heads * dim;
-  check::Random random{uint64_t(problem.tokens * 1000 + dim)};
+  check::Random random{uint64_t(problem.tokens * 1000 + dim - problem.zeros)};
   // Each with gaps of its own between heads, so that no two tensors have the same strides; nobody reads what is in them.
   struct Matrix {
     std::vector<T> data;
@@ -63,7 +65,8 @@ Results<T> run(const Problem& problem, bool cuda) {
     const int64_t head = dim + gap;
     Matrix m{std::vector<T>(size_t(problem.tokens * heads * head), from_float<T>(NAN)), heads, head, dim};
     for (int64_t t = 0; t < problem.tokens; t++)
-      for (int64_t i = 0; i < heads * dim; i++) m.at(t, i) = from_float<T>(float(size * random.normal()));
+      for (int64_t i = 0; i < heads * dim; i++)
+        m.at(t, i) = from_float<T>(i % dim < dim - problem.zeros ? float(size * random.normal()) : 0.f);
     return m;
   };
   Matrix q = matrix(problem.heads, 16, problem.size), k = matrix(problem.kv_heads, 8, 1), v = matrix(problem.kv_heads, 24, 1),
@@ -75,6 +78,10 @@ Results<T> run(const Problem& problem, bool cuda) {
       for (int64_t t = 0; t < problem.tokens; t++)
         for (int64_t i = 0; i < m->heads * dim; i++)
           m->at(t, i) = from_float<T>(i % dim == t * 7 % dim ? float(problem.key_size) : 0.f);
+  for (int64_t t = 0; t < problem.tokens; t++) {
+    for (int64_t i = 0; i < q.heads * dim; i++) q.at(t, i) = from_float<T>(to_float(q.at(t, i)) + float(problem.repulsion));
+    for (int64_t i = 0; i < k.heads * dim; i++) k.at(t, i) = from_float<T>(to_float(k.at(t, i)) - float(problem.repulsion));
+  }
   if (problem.bad_segment >= 0)
     for (Matrix* m : {&q, &k, &v, &grad})
       m->fill(problem.cu_seqlens[size_t(problem.bad_segment)], problem.cu_seqlens[size_t(problem.bad_segment) + 1], NAN);
@@ -87,7 +94,7 @@ Results<T> run(const Problem& problem, bool cuda) {
   p.tokens = problem.tokens, p.heads = problem.heads, p.kv_heads = problem.kv_heads, p.head_dim = problem.head_dim;
   p.dtype = std::is_same_v<T, half_t> ? DType::f16 : DType::bf16;
   p.causal = problem.causal, p.window = problem.window, p.softcap = problem.softcap;
-  p.scale = 0.9 / std::sqrt(double(dim));  // not what the op chooses
+  p.scale = 0.9 / std::sqrt(double(dim - problem.zeros));  // not what the op chooses
   const std::vector<int64_t> wide(problem.cu_seqlens.begin(), problem.cu_seqlens.end());
   p.axis.cu_seqlens = problem.cu_seqlens.data(), p.axis.documents = int64_t(problem.cu_seqlens.size()) - 1;
   if (problem.wide) p.axis.cu_seqlens = wide.data(), p.axis.index_dtype = DType::i64;
@@ -108,6 +115,10 @@ Results<T> run(const Problem& problem, bool cuda) {
   std::vector<float> delta = guarded(problem.tokens * problem.heads, 77.f);
   unsigned drawn = 77;
   p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard, p.drawn = &drawn;
+  const int64_t pieces = attention_tiles(p.tokens, p.axis.documents) * problem.heads;
+  std::vector<float> parts = guarded(pieces * 64 * dim, 77.f);
+  std::vector<int32_t> added = guarded(2 * pieces, 77);
+  p.parts = parts.data() + kGuard, p.added = added.data() + kGuard;
   p.long_from = problem.long_from;
   if (cuda) {
     CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
@@ -121,7 +132,8 @@ Results<T> run(const Problem& problem, bool cuda) {
     for (int64_t i = 0; i < kGuard; i++) CHECK(is_untouched(x[size_t(i)]) && is_untouched(x[x.size() - 1 - size_t(i)]));
   };
   for (const auto* x : {&r.out, &r.grad_q, &r.grad_k, &r.grad_v}) check_guards(*x, [](T value) { return to_float(value) == 77; });
-  for (const auto* x : {&r.lse, &delta}) check_guards(*x, [](float value) { return value == 77; });
+  for (const auto* x : {&r.lse, &delta, &parts}) check_guards(*x, [](float value) { return value == 77; });
+  check_guards(added, [](int32_t value) { return value == 77; });
   check_guards(tiles, [&](const AttentionTile& tile) { return std::memcmp(&tile, &nothing, sizeof tile) == 0; });
   return r;
 }
@@ -176,6 +188,53 @@ CASE(every_head_dim_and_group) {
   compare<half_t>({{0, 66}, 66, 1, 1, 256});
   compare<bf16_t>({{0, 30}, 30, 7, 1, 64});  // teams with heads more and fewer
 }
+// Tiles have more columns than such heads: 64, 128 or 256. In the inputs, NaN or another head lies behind their columns.
+CASE(head_dims_that_do_not_fill_a_tile) {
+  compare<bf16_t>({{0, 1, 71, 71, 135}, 138, 4, 2, 40});
+  compare<bf16_t>({{0, 3, 100}, 101, 2, 1, 80});
+  compare<half_t>({{0, 65}, 65, 3, 3, 72});
+  compare<bf16_t>({{0, 130}, 130, 2, 1, 96, true, 66, 5.0, 8});
+  compare<half_t>({{0, 70}, 75, 1, 1, 120, false});
+  compare<bf16_t>({{0, 17, 82}, 90, 2, 1, 192});
+  compare<half_t>({{0, 66}, 66, 1, 1, 200, true, 0, 50.0, 30});
+  compare<bf16_t>({{0, 30}, 30, 7, 1, 8});  // teams with heads more and fewer
+  compare<bf16_t>({{0, 20}, 20, 3, 1, 136});
+}
+CASE(head_dims_that_no_kernel_takes) {
+  for (int32_t head_dim : {0, 4, 60, 100, 257, 264}) {
+    AttentionParams p;
+    p.tokens = 1, p.head_dim = head_dim;
+    const int64_t boundaries[] = {0, 1};
+    p.axis.cu_seqlens = boundaries, p.axis.documents = 1, p.axis.index_dtype = DType::i64;
+    std::vector<AttentionTile> tiles(size_t(attention_tiles(1, 1)));
+    unsigned drawn;
+    p.tiles = tiles.data(), p.drawn = &drawn;
+    CHECK_EQ(attention_cuda(p, nullptr), cudaErrorInvalidValue);
+    CHECK_EQ(attention_backward_cuda(p, nullptr), cudaErrorInvalidValue);
+  }
+}
+// The bits of heads that zeros in memory fill up, of the same scale.
+CASE(heads_have_the_bits_of_heads_with_zeros_behind_them) {
+  for (const auto& [head_dim, long_from] : {std::pair{40, 64}, {80, 64}, {120, 0}, {136, 64}, {248, 0}})
+    for (Problem problem :
+         {Problem{{0, 20, 150}, 155, 2, 1, head_dim}, Problem{{0, 130}, 130, 1, 1, head_dim, true, 66, 5.0, 8}}) {
+      problem.long_from = long_from, problem.long_backward_from = kNeverLong;
+      const Results<bf16_t> got = run<bf16_t>(problem, true);
+      problem.head_dim = attention_columns(head_dim), problem.zeros = problem.head_dim - head_dim;
+      const Results<bf16_t> want = run<bf16_t>(problem, true);
+      CHECK(std::memcmp(got.lse.data(), want.lse.data(), got.lse.size() * sizeof(float)) == 0);
+      const auto same = [&](const std::vector<bf16_t>& a, const std::vector<bf16_t>& b) {
+        const size_t rows = (a.size() - 2 * size_t(kGuard)) / size_t(head_dim);
+        bool same = true;
+        for (size_t row = 0; row < rows; row++)
+          same &= std::memcmp(&a[size_t(kGuard) + row * size_t(head_dim)], &b[size_t(kGuard) + row * size_t(problem.head_dim)],
+                              size_t(head_dim) * sizeof(bf16_t)) == 0;
+        return same;
+      };
+      CHECK(same(got.out, want.out) && same(got.grad_q, want.grad_q));
+      CHECK(same(got.grad_k, want.grad_k) && same(got.grad_v, want.grad_v));
+    }
+}
 CASE(windows_softcaps_and_both_directions) {
   compare<bf16_t>({{0, 200, 230}, 230, 2, 2, 64, true, 1});
   compare<bf16_t>({{0, 200, 230}, 230, 2, 2, 64, true, 70});
@@ -197,12 +256,13 @@ CASE(long_documents) {
     problem.long_from = 64;
     compare<decltype(type)>(problem);
   };
-  for (int32_t head_dim : {64, 128, 256}) {
+  for (int32_t head_dim : {64, 128, 256, 40, 96}) {
     compare_long({{0, 20, 85, 86, 350, 390}, 395, 1, 1, head_dim}, bf16_t{});
     compare_long({{0, 150, 160}, 160, 2, 1, head_dim, true, 66, 5.0, 8},
                  bf16_t{});                                                    // a window whose last query is alone in its turn
     compare_long({{0, 130}, 130, 1, 1, head_dim, false, 0, 0, 60}, half_t{});  // weights on one key
     compare_long({{0, 129}, 129, 3, 3, head_dim, true, 128}, half_t{});        // of every token but one
+    if (head_dim <= 128) compare_long({{0, 20, 350}, 350, 1, 1, head_dim, true, 100}, bf16_t{});  // keys that a window has left
     Problem forest{{0, 70, 71, 134, 207}, 210, 1, 1, head_dim};
     forest.parents = {-1, 0, 0, -1};
     compare_long(forest, bf16_t{});
@@ -224,17 +284,24 @@ CASE(long_documents) {
     run<bf16_t>(problem, true);
   }
 }
-// A document's gradients do not say which kernels made them.
+// A document's gradients do not say which kernels made them, where both add in the same order.
 CASE(long_documents_have_the_bits_of_short_ones) {
-  for (int32_t head_dim : {128, 256})
-    for (Problem problem :
-         {Problem{{0, 20, 150}, 150, 2, 1, head_dim}, Problem{{0, 130}, 130, 1, 1, head_dim, true, 66, 5.0, 8}}) {
-      problem.long_from = 64;
-      const Results<bf16_t> got = run<bf16_t>(problem, true);
-      problem.long_backward_from = kNeverLong;
-      const Results<bf16_t> want = run<bf16_t>(problem, true);
-      const auto same = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0; };
-      CHECK(same(got.grad_q, want.grad_q) && same(got.grad_k, want.grad_k) && same(got.grad_v, want.grad_v));
+  for (Problem problem : {Problem{{0, 20, 150}, 150, 2, 1, 256}, Problem{{0, 130}, 130, 1, 1, 256, true, 66, 5.0, 8}}) {
+    problem.long_from = 64;
+    const Results<bf16_t> got = run<bf16_t>(problem, true);
+    problem.long_backward_from = kNeverLong;
+    const Results<bf16_t> want = run<bf16_t>(problem, true);
+    const auto same = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0; };
+    CHECK(same(got.grad_q, want.grad_q) && same(got.grad_k, want.grad_k) && same(got.grad_v, want.grad_v));
+  }
+}
+// Zeros stand where keys are missing, whose score of 0 would be far beyond those of a document whose lse is -200.
+CASE(keys_past_the_end_of_a_long_document_have_no_weight) {
+  for (int32_t head_dim : {64, 128, 256})
+    for (bool causal : {false, true}) {
+      Problem problem{{0, 130, 150}, 150, 2, 1, head_dim, causal};
+      problem.long_from = 64, problem.repulsion = std::sqrt(104 / std::sqrt(double(head_dim)));
+      compare<bf16_t>(problem);
     }
 }
 CASE(weights_on_one_key) {
@@ -277,6 +344,9 @@ CASE(branches_of_a_shared_prefix) {
     problem.window = 0, problem.softcap = 5, problem.size = 8;
     compare<bf16_t>(problem);
   }
+  Problem problem{kSegments, 510, 2, 1, 40, true, 90};  // not all of a tile's columns
+  problem.parents = kParents;
+  compare<bf16_t>(problem);
 }
 CASE(nan_in_a_branch_stays_in_its_documents) {
   for (int64_t window : {0, 90})
@@ -330,16 +400,26 @@ CASE(malformed_parents_write_nothing_outside) {
   }
 }
 CASE(malformed_boundaries_write_nothing_outside) {
-  // The guards see it here, AddressSanitizer if this is built with it also reads. What comes out is unspecified.
+  // The guards see it here, AddressSanitizer if this is built with it also reads. What comes out is unspecified. Nor does a block wait for
+  // a part of grad_q that never comes.
   const int32_t least = -0x7fffffff - 1, most = 0x7fffffff;
   bool wide = false;
-  for (const std::vector<int32_t>& cu_seqlens : std::vector<std::vector<int32_t>>{
-           {5, 70}, {0, 500}, {-7, 50, 3, 60}, {60, 0, 70}, {0, -3}, {most, least}, {least, most}, {0, 65, 0, 66, 1, 70}})
-    run<bf16_t>({cu_seqlens, 70, 1, 1, 64, true, 0, 0, 1, wide = !wide}, true);
-  // More tiles than there is room for, the shorter document's among them.
-  run<bf16_t>({{0, 129, 0, 129, 0, 129, 0, 129, 0, 129, 0, 129, 0, 129, 130, 196}, 200, 1, 1, 64}, true);
-  for (int32_t head_dim : {128, 256}) run<half_t>({{-7, 50, 3, 500}, 70, 1, 1, head_dim, true, 20}, true);
-  run<half_t>({{-7, 50, 3, 500}, 70, 1, 1, 64, false}, true);
+  for (const int32_t long_from : {0, 64}) {
+    const auto survives = [&](std::vector<int32_t> cu_seqlens, int64_t tokens, int32_t head_dim = 64, bool causal = true,
+                              int64_t window = 0) {
+      Problem problem{std::move(cu_seqlens), tokens, 1, 1, head_dim, causal, window, 0, 1, wide = !wide};
+      problem.long_from = long_from;
+      run<bf16_t>(problem, true);
+      run<half_t>(problem, true);
+    };
+    for (const std::vector<int32_t>& cu_seqlens : std::vector<std::vector<int32_t>>{
+             {5, 70}, {0, 500}, {-7, 50, 3, 60}, {60, 0, 70}, {0, -3}, {most, least}, {least, most}, {0, 65, 0, 66, 1, 70}})
+      survives(cu_seqlens, 70);
+    // More tiles than there is room for, the shorter document's among them.
+    survives({0, 129, 0, 129, 0, 129, 0, 129, 0, 129, 0, 129, 0, 129, 130, 196}, 200);
+    for (int32_t head_dim : {128, 256}) survives({-7, 50, 3, 500}, 70, head_dim, true, 20);
+    survives({-7, 50, 3, 500}, 70, 64, false);
+  }
 }
 
 namespace {

@@ -1,7 +1,8 @@
 """Attention within documents by what torch has, for heads and dtypes that the kernels of packops do not take.
 
-``packops``  the kernels: fp16 and bf16 with the usual head dimensions on CUDA, everything on the CPU.
-``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: other head dimensions.
+``packops``  the kernels: fp16 and bf16 with head dimensions that are multiples of 8 up to 256 on CUDA, everything on the CPU.
+``varlen``  ``torch.nn.attention.varlen.varlen_attn``, the FlashAttention-2 that comes with torch: builds without the kernels,
+            and where it is faster, long documents and large heads on GPUs other than Hopper.
 ``flex``    FlexAttention, for a softcap on CUDA.
 ``sdpa``    ``scaled_dot_product_attention`` on one document after the other or on groups of about equal length: everything else,
             and attention sinks. Where documents share prefixes, a segment after the other, each with the keys of its path.
@@ -34,7 +35,9 @@ from .metadata import packed_metadata
 Path = Literal["packops", "varlen", "flex", "sdpa", "masked"]
 
 HALVES = (torch.float16, torch.bfloat16)
-HEAD_DIMS: tuple[int, ...] = _C.constants()["attention_head_dims"]
+CONSTANTS = _C.constants()
+HEAD_DIM_STEP: int = CONSTANTS["attention_head_dim_step"]
+MOST_HEAD_DIM: int = CONSTANTS["attention_most_head_dim"]
 LEAST_CAPABILITY = (8, 0)
 # What FlexAttention was seen to take.
 FLEX_HEAD_DIMS = range(16, 257)
@@ -83,7 +86,8 @@ class Rule:
 
 def kernel_takes(device: torch.device, dtype: torch.dtype, head_dims: tuple[int, int]) -> bool:
     """Whether the kernel of packops on CUDA takes heads of so many features, of queries and keys, and of values."""
-    fits = has_cuda and dtype in HALVES and head_dims[0] in HEAD_DIMS and head_dims[1] == head_dims[0]
+    dim = head_dims[0]
+    fits = has_cuda and dtype in HALVES and dim == head_dims[1] and 0 < dim <= MOST_HEAD_DIM and dim % HEAD_DIM_STEP == 0
     return fits and (is_compiling() or runs_kernels(device))
 
 

@@ -1,0 +1,364 @@
+// All gradients of long documents of 64 and 128 features, on Hopper, with five products. Part of attention.cu.
+//
+//   S = K Q^T, dP = V dO^T    64 keys for each of two consumers, 64 queries a turn; P and dS of them, in registers
+//   dV += P dO, dK += dS Q    in registers, over all turns of an item
+//   dQ += dS^T K              of all 128 keys, in the next turn: dS goes through shared memory, each consumer makes half of the features
+//
+// An item of work is 128 keys of a document and a head of keys and values. Its parts of dQ are added to sums in memory, in fp32, by
+// threads of the producer's and bulk copies. For a tile of queries that happens in one order, from the first keys to the last, so the same
+// bits come out at every run: a counter says how many blocks of keys have added. queries_kernel clears them before, and
+// joint_queries_kernel makes grad_q of them.
+//
+// Items are drawn in the order of their keys, so an item waits for such alone as were drawn before it. All go through their queries from
+// the last to the first, and through the heads of each tile, so those that began earlier stay ahead.
+//
+// Bound: the tensor cores, 5 x 2 x 64 x 128 x head_dim FLOPs a turn at 4096 a cycle, and shared memory: S, dP and dQ read both operands
+// there, at 128 bytes a cycle.
+//
+// Sums lie in memory as threads hold them: vectors of four numbers, those of 128 threads after one another.
+#pragma once
+
+#include <algorithm>
+
+#include "attention_long_backward.cuh"
+#include "common/hopper.cuh"
+#include "common/tensor_map.cuh"
+
+namespace packops {
+namespace {
+
+#ifdef PACKOPS_SM90A
+
+// 128 keys of a document, and the turns of 64 queries and a head that see them.
+struct LongJointItem {
+  static constexpr int kKeys = 2 * kAttentionRows;
+  AttentionTile tile;
+  int kv_head, length, key, first, last, group, heads, window;
+  unsigned number;  // of the tile of the document's first tokens
+
+  __device__ __forceinline__ LongJointItem(const AttentionParams& p, const Scores& scores, unsigned item)
+      : tile(p.tiles[item / unsigned(p.kv_heads)]),
+        kv_head(int(item % unsigned(p.kv_heads))),
+        length(tile.document_end - tile.document_begin),
+        key(tile.begin - tile.document_begin),
+        group(p.heads / p.kv_heads),
+        heads(p.heads),
+        window(scores.window),
+        number(item / unsigned(p.kv_heads) - unsigned(key / kAttentionRows)) {
+    const Interval queries = queries_of_block(scores, key, kKeys, length);
+    first = queries.first;
+    last = first + (queries.last - first) / kLongTurn * kLongTurn;
+  }
+  // Blocks of keys that add to these queries before this one.
+  __device__ __forceinline__ int before(int query) const {
+    return key / kKeys - (window ? max(0, query - window + 1) / kKeys : 0);
+  }
+  // Of the sums of a head of these queries, among those of all tiles.
+  __device__ __forceinline__ int64_t place(int query, int head) const {
+    return int64_t(number + unsigned(query / kLongTurn)) * heads + head;
+  }
+  __device__ __forceinline__ int turns() const { return ((last - first) / kLongTurn + 1) * group; }
+  template <typename F>
+  __device__ __forceinline__ void for_each_turn(F&& f) const {
+    for (int query = last; query >= first; query -= kLongTurn)
+      for (int head = kv_head * group; head < (kv_head + 1) * group; head++) f(query, head);
+  }
+};
+
+template <int D>
+struct LongJointShared {
+  static constexpr int kSlots = kAttentionLongKeysSlots, kTile = 2 * D * kAttentionRows, kPart = kAttentionRows * D / 2;
+  alignas(1024) char keys_values[2][2][kTile];  // of each consumer: keys, values
+  char slots[kSlots][kTile];
+  char changes[2][LongJointItem::kKeys * 128];  // dS of 128 keys and 64 queries, of two turns
+  float part[2][kPart];                         // of dQ
+  float numbers[kSlots / 2 * 2 * kAttentionRows];
+  MBarrier full_slot[kSlots], empty_slot[kSlots], full_part[2], empty_part[2];
+  ItemBox box;
+};
+
+// Queries and gradients, a slot each in turn. lse and delta come with the queries.
+template <typename T, int D>
+__device__ __forceinline__ void copy_queries(const CUtensorMap& q_map, const CUtensorMap& grad_map, const AttentionParams& p,
+                                             const Scores& scores, LongJointShared<D>& s, unsigned end, int lane) {
+  using namespace hopper;
+  unsigned slot = 0;
+  for (unsigned items = 0;; items++) {
+    if (lane == 0) s.box.put(items, draw_item<2, false>(p, unsigned(p.kv_heads), end));
+    const int drawn = s.box.take(items, lane);
+    if (drawn < 0) break;
+    const LongJointItem item(p, scores, unsigned(drawn));
+    item.for_each_turn([&](int query, int head) {
+      const int token = item.tile.document_begin + query, there = item.length - query;
+      const auto copy = [&](const CUtensorMap& map) {
+        const unsigned i = slot % s.kSlots;
+        mbarrier_wait_parity(&s.empty_slot[i], slot / s.kSlots % 2 ^ 1);
+        if (lane == 0) {
+          mbarrier_arrive_expect_tx(&s.full_slot[i], uint32_t(s.kTile));
+#pragma unroll
+          for (int panel = 0; panel < D / 64; panel++)
+            tma_load_3d(s.slots[i] + panel * (128 * kAttentionRows), map, 64 * panel, head, token, &s.full_slot[i]);
+        }
+      };
+      copy(q_map);
+      float* numbers = s.numbers + slot / 2 % (s.kSlots / 2) * 128;
+      const int64_t row = head * p.tokens + token;
+#pragma unroll
+      for (int i = lane; i < kLongTurn; i += 32) {
+        const int64_t from = row + (i < there ? i : 0);
+        cp_async_4_zfill(numbers + i, static_cast<const float*>(p.lse) + from, i < there);
+        cp_async_4_zfill(numbers + kLongTurn + i, p.delta + from, i < there);
+      }
+      cp_async_mbarrier_arrive(&s.full_slot[slot++ % s.kSlots]);
+      copy(grad_map);
+      slot++;
+    });
+  }
+  cp_async_wait_all();
+}
+
+// Adds one consumer's parts of dQ to the sums. A part is counted when it has arrived, by which time the next one may be on its way.
+template <int D>
+__device__ __forceinline__ void add_parts(const AttentionParams& p, const Scores& scores, LongJointShared<D>& s, int role,
+                                          int lane) {
+  unsigned parts = 0;
+  for (unsigned items = 0;; items++) {
+    const int drawn = s.box.take(items, lane);
+    if (drawn < 0) break;
+    if (lane > 0) continue;  // one thread alone: another that waits might come when its phase is long over
+    const LongJointItem item(p, scores, unsigned(drawn));
+    int32_t* arriving = nullptr;
+    const auto count = [&] {
+      if (!arriving) return;
+      cp_async_bulk_wait_group();
+      red_release_add(arriving, 1);
+      arriving = nullptr;
+    };
+    item.for_each_turn([&](int query, int head) {
+      const int before = item.before(query);
+      const int64_t place = 2 * item.place(query, head) + role;
+      int32_t* counter = p.added + place;
+      const bool all_there = before == 0 || load_acquire(counter) == before;
+      count();
+      if (!all_there) wait_acquire(counter, before);
+      mbarrier_wait_parity(&s.full_part[role], parts++ % 2);
+      cp_reduce_async_bulk_add(p.parts + place * s.kPart, s.part[role], sizeof s.part[role]);
+      cp_async_bulk_commit_group();
+      cp_async_bulk_wait_group_read<0>();
+      mbarrier_arrive(&s.empty_part[role]);
+      arriving = counter;
+    });
+    count();
+  }
+}
+
+#endif
+
+template <typename T, int D>
+__global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
+    long_joint_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap grad_map,
+                      const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
+#ifdef PACKOPS_SM90A
+  begin_overlapping(false);
+  using Product = Products<T, D, true>;
+  using Shared = LongJointShared<D>;
+  static_assert(sizeof(Shared) <= attention_long_keys_shared(D));
+  Shared& s = *dynamic_shared<Shared>();
+  const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < Shared::kSlots; i++)
+      mbarrier_init(&s.full_slot[i], i % 2 == 0 ? 1 + 32 : 1), mbarrier_init(&s.empty_slot[i], 8);
+    for (int i = 0; i < 2; i++) mbarrier_init(&s.full_part[i], 4), mbarrier_init(&s.empty_part[i], 1);
+    s.box.init(8 + 3);
+    fence_mbarrier_init();
+  }
+  __syncthreads();
+  if (role == 2) {
+    setmaxnreg_dec<attention_producer_registers(2)>();
+    if (thread < 32) copy_queries<T, D>(q_map, grad_map, p, scores, s, end, lane);
+    else if (thread < 96) add_parts<D>(p, scores, s, thread / 32 - 1, lane);
+  } else {
+    setmaxnreg_inc<attention_consumer_registers(2)>();
+    const int first_row = thread / 32 * 16;
+    using Left = typename Product::template Left<1, kLongTurn / 8>;
+    const auto add_rows = [](Sums<1, D>& sums, const Left& left, char* tile) {
+      const WgmmaDescriptor rows(tile, kAttentionRows * 128);
+#pragma unroll
+      for (int k = 0; k < kLongTurn / 16; k++) wgmma_rs(sums[0], left.words[k][0], rows.at(16 * k * 128), true, T{});
+    };
+    const ProductTurns<2> turns(role);
+    char *keys = s.keys_values[role][0], *values = s.keys_values[role][1];
+    unsigned slot = 0, parts = 0;
+    for (unsigned items = 0;; items++) {
+      const int drawn = s.box.take(items, lane);
+      if (drawn < 0) break;
+      const LongJointItem item(p, scores, unsigned(drawn));
+      const int key = item.key + kAttentionRows * role, token = item.tile.begin + kAttentionRows * role;
+      const int there = min(kAttentionRows, item.length - key);  // not positive: this group has none, but takes part
+      Rows<T, D, kAttentionRows, 128>(p.k, token, item.kv_head, thread).load(keys, 0, there);
+      Rows<T, D, kAttentionRows, 128>(p.v, token, item.kv_head, thread).load(values, 0, there);
+      cp_async_commit_group();
+      cp_async_wait_all();
+      fence_proxy_async();
+      bar_sync(kConsumersBarrier, 256);  // each multiplies the keys of both
+
+      Sums<1, D> grad_k, grad_v;
+      for_each(grad_k, [](float& x, int, int, int) { x = 0; });
+      for_each(grad_v, [](float& x, int, int, int) { x = 0; });
+      wgmma_fence_operand(grad_k[0]);
+      wgmma_fence_operand(grad_v[0]);
+      // dQ of a turn is multiplied in the next one: by the order of products both consumers have written its dS then, and when one writes
+      // to the same place again, both have multiplied.
+      int query = item.last, head = item.kv_head * item.group;
+      const auto arrive = [&](MBarrier* barrier) {
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(barrier);
+      };
+      Sums<1, D / 2> part;
+      const auto multiply_changes = [&](unsigned turn) {
+        const WgmmaDescriptor changes(s.changes[turn % 2]);
+        const int mine = role * D / 128 * (128 * kAttentionRows) + role * D % 128;  // features
+        Product::begin();
+#pragma unroll
+        for (int k = 0; k < LongJointItem::kKeys / 16; k++)
+          wgmma_ss_trans(part[0], changes.at(16 * k * 128), WgmmaDescriptor(s.keys_values[k / 4][0]).at(mine + k % 4 * 16 * 128),
+                         k > 0, T{});
+        Product::commit();
+      };
+      const auto pass_part = [&] {
+        if (parts > 0) mbarrier_wait_parity(&s.empty_part[role], (parts - 1) % 2);
+        parts++;
+        float4* to = reinterpret_cast<float4*>(s.part[role]) + thread;
+#pragma unroll
+        for (int n = 0; n < D / 16; n++) to[n * 128] = {part[0][n][0], part[0][n][1], part[0][n][2], part[0][n][3]};
+        fence_proxy_async();
+        arrive(&s.full_part[role]);
+      };
+      const int count = item.turns();
+      for (int number = 0; number < count; number++, slot += 2) {
+        const unsigned turn = slot / 2, i = slot % Shared::kSlots;
+        char *queries = s.slots[i], *grads = s.slots[i + 1], *change = s.changes[turn % 2];
+        const float *lse = s.numbers + turn % (Shared::kSlots / 2) * 128, *delta = lse + 64;
+        Sums<1, kLongTurn> x, g;  // scores, then P; dP, then dS
+        mbarrier_wait_parity(&s.full_slot[i], slot / Shared::kSlots % 2);
+        mbarrier_wait_parity(&s.full_slot[i + 1], slot / Shared::kSlots % 2);
+        if (query + kLongTurn > item.length) {  // a tensor map does not know where a document ends
+          for (int at = int(threadIdx.x); at < (query + kLongTurn - item.length) * (D / 8); at += 256) {
+            const int row = item.length - query + at / (D / 8), chunk = at % (D / 8);
+            *reinterpret_cast<uint4*>(place<kAttentionRows>(queries, row, chunk)) = uint4{0, 0, 0, 0};
+            *reinterpret_cast<uint4*>(place<kAttentionRows>(grads, row, chunk)) = uint4{0, 0, 0, 0};
+          }
+          fence_proxy_async();
+          bar_sync(kConsumersBarrier, 256);
+        }
+        turns.wait();
+        multiply_changes(turn - 1);  // in the first turn, of nobody
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(x, keys, 0, queries, 0, lane);
+        Product::commit();
+        Product::template wait<1>(part);
+        if (number > 0) pass_part();
+        Product::begin();
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
+        Product::commit();
+        turns.pass();
+        const auto column = [&](int n, int i) { return 8 * n + 2 * (lane % 4) + i % 2; };
+        weigh<Product>(
+            x, g, scores, [&](int, int n, int i) { return lse[column(n, i)]; },
+            [&](int, int n, int i) { return delta[column(n, i)]; });
+        if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, item.length)) {
+          const auto seen = [&](int row) {
+            const int mine = key + first_row + row;  // past the end, keys are zeros, but their weights need not be finite
+            return mine < item.length ? scores.queries_of(mine) : Interval{0, -1};
+          };
+          mask(x, query, lane, 0.f, seen);
+          mask(g, query, lane, 0.f, seen);
+        }
+        const Left weights(x), change_words(g);
+#pragma unroll
+        for (int k = 0; k < kLongTurn / 16; k++)
+          stmatrix_x4(place<128>(change, kAttentionRows * role + first_row + lane % 16, 2 * k + lane / 16),
+                      change_words.words[k][0]);
+        fence_proxy_async();
+        turns.wait();
+        wgmma_fence_operand(grad_k[0]);
+        wgmma_fence_operand(grad_v[0]);
+        Product::begin();
+        add_rows(grad_v, weights, grads);
+        add_rows(grad_k, change_words, queries);
+        Product::commit();
+        turns.pass();
+        Product::wait(grad_k, grad_v);
+        arrive(&s.empty_slot[i]);
+        arrive(&s.empty_slot[i + 1]);
+        if (++head == (item.kv_head + 1) * item.group) head = item.kv_head * item.group, query -= kLongTurn;
+      }
+      bar_sync(kConsumersBarrier, 256);  // both have written dS of the last turn
+      multiply_changes(slot / 2 - 1);
+      Product::wait(part);
+      pass_part();
+      const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + item.kv_head * D;
+      const float one[1][2] = {{1.f, 1.f}}, scale[1][2] = {{scores.product_scale, scores.product_scale}};
+      bar_sync(kConsumersBarrier, 256);  // neither multiplies these keys any more
+      if (there > 0) {
+        store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_v) + first, stride, there, values, first_row, lane, grad_v,
+                                            one);
+        store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_k) + first, stride, there, keys, first_row, lane, grad_k,
+                                            scale);
+      }
+      bar_sync(kGroupBarrier + role, 128);  // all have stored what lies where the next keys and values come
+    }
+    turns.finish();
+  }
+#endif
+}
+
+// grad_q from its sums.
+template <typename T, int D>
+__global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constant__ AttentionParams p, unsigned end) {
+#ifdef PACKOPS_SM90A
+  begin_overlapping(false);
+  const int thread = int(threadIdx.x), lane = thread % 32;
+  for (unsigned i = blockIdx.x; i < end; i += gridDim.x) {
+    const AttentionTile tile = p.tiles[i / unsigned(p.heads)];
+    if (!may_be_long(p, tile)) break;
+    const int head = int(i % unsigned(p.heads));
+    Sums<1, D> sums;
+    const float4* from = reinterpret_cast<const float4*>(p.parts + int64_t(i) * (kAttentionRows * D)) + thread;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) {
+      const float4 four = from[n * 128];
+      sums[0][n][0] = four.x, sums[0][n][1] = four.y, sums[0][n][2] = four.z, sums[0][n][3] = four.w;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int token = tile.begin + thread / 32 * 16 + 8 * half + lane / 4;
+      store_row<T, D>(static_cast<T*>(p.grad_q) + (token * int64_t(p.heads) + head) * D, token < tile.end, half, lane, sums,
+                      float(p.scale));
+    }
+  }
+#endif
+}
+
+template <typename T, int D>
+cudaError_t launch_long_joint(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
+  const int64_t items = tiles * p.kv_heads;
+  if (items > 0x7fffffff) return cudaErrorInvalidValue;
+  CUtensorMap q, grad;
+  const auto encode = [&](CUtensorMap* map, const Heads& x) {
+    return encode_tensor_map(map, p.dtype, x.data, {D, p.heads, p.tokens}, {x.head, x.token}, kAttentionRows);
+  };
+  if (p.heads > 0 && !(encode(&q, p.q) && encode(&grad, p.grad_out))) return cudaErrorInvalidValue;
+  return launch_large<long_joint_kernel<T, D>>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
+                                               kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, q, grad, p,
+                                               Scores(p), unsigned(items));
+}
+template <typename T, int D>
+cudaError_t launch_joint_queries(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
+  const int64_t all = tiles * p.heads;
+  if (all > 0x7fffffff) return cudaErrorInvalidValue;
+  return launch_large<joint_queries_kernel<T, D>>({.follows = true}, device, std::min<int64_t>(16 * device.multiprocessors, all),
+                                                  128, 0, stream, p, unsigned(all));
+}
+
+}  // namespace
+}  // namespace packops
