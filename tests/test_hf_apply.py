@@ -24,7 +24,7 @@ from packops.hf import families, record, rewrite
 
 transformers = pytest.importorskip("transformers")
 
-from hf_models import VOCABULARY, attributes, difference, documents, make, packed, run, same_attributes  # noqa: E402
+from hf_models import VOCABULARY, attributes, difference, documents, make, packed, padded, run, same_attributes  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -166,6 +166,22 @@ def test_replicas_of_data_parallel_compute_with_their_own_weights(family):
     outputs = replicas[model](**packed(texts))
     assert float(outputs.loss) == pytest.approx(float(expected), rel=1e-6)
     assert outputs.logits is None, "a replica's lm_head is fused as well"
+
+
+@pytest.mark.gpu
+@pytest.mark.multigpu(count=2)
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mixtral", "phi3"])
+def test_data_parallel_on_two_gpus(family):
+    """Rows of a padded batch go to two GPUs; summed losses divided by one count have the loss and gradients of a stock model."""
+    inputs = {name: x.cuda() if isinstance(x, torch.Tensor) else x for name, x in padded(documents()).items()}
+    inputs["num_items_in_batch"] = int((inputs["labels"][:, 1:] != -100).sum())
+    expected = run(make(family).cuda(), inputs)
+    model = packops.hf.apply(make(family).cuda())
+    losses = torch.nn.DataParallel(model, [0, 1])(**inputs).loss
+    assert len(losses) == 2
+    losses.sum().backward()
+    ours = losses.sum().detach(), {name: parameter.grad for name, parameter in model.named_parameters()}
+    assert difference(ours, expected) < 1e-4
 
 
 def test_two_models_of_one_configuration():

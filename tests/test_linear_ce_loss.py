@@ -16,7 +16,7 @@ from device_memory import peak_memory
 from packops import reference
 from packops.ops import linear_ce_chunks, linear_ce_loss
 from packops.ops.lm_head import CPU_BLOCKS, MAX_ROWS, MIN_ROWS, Wanted, choose_chunk_tokens
-from ranks import run_ranks
+from ranks import fabrics, run_ranks, this_device
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -925,32 +925,35 @@ class Head(torch.nn.Linear):
         return packops.linear_cross_entropy(hidden, self.weight, labels, bias=self.bias, num_items=num_items, chunk_tokens=3)
 
 
-def train_sharded(rank, hidden, labels, weight, bias, expected):
+def train_sharded(rank, expected, *tensors):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import DTensor, init_device_mesh
 
-    head = Head(8, 11)
+    hidden, labels, weight, bias = (x.to(this_device()) for x in tensors)
+    head = Head(8, 11, device=this_device())
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
-    fully_shard(head, mesh=init_device_mesh("cpu", (2,)))
+    fully_shard(head, mesh=init_device_mesh(this_device().type, (2,)))
     counted = 17 / 2  # FSDP averages gradients over the ranks
     loss = head(hidden[rank * 10 : rank * 10 + 10], labels[rank * 10 : rank * 10 + 10], num_items=counted)
     loss.backward()
     assert isinstance(head.weight, DTensor)
     for parameter, grad in zip((head.weight, head.bias), expected, strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), grad)
+        torch.testing.assert_close(parameter.grad.full_tensor().cpu(), grad)
     with pytest.raises(TypeError, match="weight must be a plain tensor"):
         packops.linear_cross_entropy(hidden, head.weight, labels)
 
 
 @pytest.mark.slow
-def test_fully_sharded_weight(tmp_path):
+@fabrics(2)
+def test_fully_sharded_weight(backend, world_size, tmp_path):
     """FSDP2 over two ranks with different token counts: the gradients of the whole batch."""
     hidden, weight, bias, labels = problem("cpu", shape=(20,), hidden_size=8, vocab=11, ignored=(1, 2, 15))
     loss = packops.linear_cross_entropy(hidden, weight, labels, bias=bias)
     expected = gradients(loss, None, weight, bias)
-    run_ranks(2, tmp_path, train_sharded, *(x.detach() for x in (hidden, labels, weight, bias)), expected)
+    tensors = (x.detach() for x in (hidden, labels, weight, bias))
+    run_ranks(world_size, tmp_path, train_sharded, expected, *tensors, backend=backend)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -11,7 +11,7 @@ import packops
 from cuda_streams import no_host_sync
 from packops import reference
 from packops.ops import linear_log_probs as module
-from ranks import run_ranks
+from ranks import fabrics, run_ranks, this_device
 from test_linear_ce_loss import DTYPES, EPS, allocated_peak, problem, rms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -414,30 +414,33 @@ class Head(torch.nn.Linear):
         return packops.linear_log_probs(hidden, self.weight, labels, bias=self.bias, chunk_tokens=3)
 
 
-def train_sharded(rank, hidden, labels, weight, bias, expected):
+def train_sharded(rank, expected, *tensors):
     from torch.distributed.fsdp import fully_shard
     from torch.distributed.tensor import init_device_mesh
 
-    head = Head(8, 11)
+    hidden, labels, weight, bias = (x.to(this_device()) for x in tensors)
+    head = Head(8, 11, device=this_device())
     with torch.no_grad():
         head.weight.copy_(weight)
         head.bias.copy_(bias)
-    fully_shard(head, mesh=init_device_mesh("cpu", (2,)), reshard_after_forward=True)
+    fully_shard(head, mesh=init_device_mesh(this_device().type, (2,)), reshard_after_forward=True)
     here = slice(rank * 10, rank * 10 + 10)
     ours = head(hidden[here], labels[here])
     (2 * (ours.log_probs.sum() - 0.3 * ours.entropy.sum())).backward()  # FSDP averages gradients over the ranks
     for parameter, grad in zip((head.weight, head.bias), expected, strict=True):
-        torch.testing.assert_close(parameter.grad.full_tensor(), grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(parameter.grad.full_tensor().cpu(), grad, rtol=1e-5, atol=1e-5)
     with pytest.raises(TypeError, match="weight must be a plain tensor"):
         packops.linear_log_probs(hidden, head.weight, labels)
 
 
 @pytest.mark.slow
-def test_fully_sharded_weight(tmp_path):
+@fabrics(2)
+def test_fully_sharded_weight(backend, world_size, tmp_path):
     hidden, weight, bias, labels = problem("cpu", shape=(20,), hidden_size=8, vocab=11, ignored=(1, 2, 15))
     ours = packops.linear_log_probs(hidden, weight, labels, bias=bias)
     expected = torch.autograd.grad(ours.log_probs.sum() - 0.3 * ours.entropy.sum(), (weight, bias))
-    run_ranks(2, tmp_path, train_sharded, *(x.detach() for x in (hidden, labels, weight, bias)), expected)
+    tensors = (x.detach() for x in (hidden, labels, weight, bias))
+    run_ranks(world_size, tmp_path, train_sharded, expected, *tensors, backend=backend)
 
 
 def _over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
@@ -467,12 +470,14 @@ def _over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
             assert all(torch.equal(x, other) for other in others)
 
 
-def over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
+def over_ranks(rank, sizes, weights, *tensors):
+    hidden, weight, bias, labels = (x.to(this_device()) for x in tensors)
+    weights = {name: x.to(this_device()) for name, x in weights.items()}
     for widths in (sizes, [0, sum(sizes)]):  # a rank may have no classes
         _over_ranks(rank, hidden, weight, bias, labels, weights, widths)
     begin = sum(sizes[:rank])
     # A shard whose classes are all switched off, with a label among them.
-    off = torch.full((sizes[0],), -math.inf)
+    off = torch.full((sizes[0],), -math.inf, device=this_device())
     masked = torch.cat([off, bias[sizes[0] :]])
     labels = labels.clone()
     labels[0] = 3
@@ -490,12 +495,13 @@ def over_ranks(rank, hidden, weight, bias, labels, weights, sizes):
 
 
 @pytest.mark.slow
-def test_vocabulary_over_ranks(tmp_path):
+@fabrics(2)
+def test_vocabulary_over_ranks(backend, world_size, tmp_path):
     hidden, weight, bias, labels = problem("cpu", ignored=(1, 6))
     labels[2], labels[3], labels[4] = 0, 29, 30  # the edges of shards
     sizes = [30, 37]
     tensors = (x.detach() for x in (hidden, weight, bias, labels))
-    run_ranks(2, tmp_path, over_ranks, *tensors, upstream(labels.shape, "cpu"), sizes)
+    run_ranks(world_size, tmp_path, over_ranks, sizes, upstream(labels.shape, "cpu"), *tensors, backend=backend)
 
 
 # --------------------------------------------------------------------------------------------------------------------- bad input

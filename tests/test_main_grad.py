@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import packops
 from packops import reference
-from ranks import run_ranks
+from ranks import fabrics, run_ranks, this_device
 from test_linear_ce_loss import EPS, problem, rms
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -217,14 +217,15 @@ def test_a_weight_without_a_gradient_is_named(device, function):
         function(hidden, weight.detach(), labels, main_grad=torch.zeros(weight.shape, device=device))
 
 
-def over_ranks(rank, hidden, weight, labels):
+def over_ranks(rank, *tensors):
+    hidden, weight, labels = (x.to(this_device()) for x in tensors)
     half = len(weight) // 2
     local = weight[rank * half : (rank + 1) * half].clone().requires_grad_()
     for function, ours in (
         (of_loss, packops.vocab_parallel_linear_cross_entropy),
         (of_log_probs, packops.vocab_parallel_linear_log_probs),
     ):
-        main_grad = torch.ones(local.shape)
+        main_grad = torch.ones_like(local, requires_grad=False)
         which = type("Ranks", (), {name: staticmethod(ours) for name in ("linear_cross_entropy", "linear_log_probs")})
         function(hidden.clone().requires_grad_(), local, labels, which=which, main_grad=main_grad).backward()
         whole = weight.clone().requires_grad_()
@@ -236,6 +237,7 @@ def over_ranks(rank, hidden, weight, labels):
 
 
 @pytest.mark.slow
-def test_over_ranks(tmp_path):
+@fabrics(2)
+def test_over_ranks(backend, world_size, tmp_path):
     hidden, weight, _, labels = problem("cpu", vocab=66, bias=False)
-    run_ranks(2, tmp_path, over_ranks, hidden.detach(), weight.detach(), labels)
+    run_ranks(world_size, tmp_path, over_ranks, hidden.detach(), weight.detach(), labels, backend=backend)

@@ -15,7 +15,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 import packops
 from cuda_streams import capture, no_host_sync
 from packops.rotary import Tables, rope_inverse_frequencies
-from ranks import run_ranks
+from ranks import fabrics, run_ranks, this_device
 
 HALF = 32
 SCALINGS = {
@@ -414,18 +414,26 @@ class Layer(torch.nn.Module):
 
 
 def _train_rows_of_different_lengths(rank):
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import init_device_mesh
+
+    mesh = init_device_mesh(this_device().type, (2,))
+    torch.manual_seed(0)
     for scaling in BY_LENGTH.values():
-        model = torch.nn.parallel.DistributedDataParallel(Layer(scaling))
-        for lengths in [(10, 10), (10, 40), (12, 12), (90, 5)]:
-            q = heads(lengths[rank])
-            out = model(q)
-            out.sum().backward()
-            expected = rotated(model.module.proj(q), scaling, lengths[rank])
-            torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
+        layer = Layer(scaling).to(this_device())
+        alone = copy.deepcopy(layer.proj)
+        for model in (torch.nn.parallel.DistributedDataParallel(copy.deepcopy(layer)), fully_shard(layer, mesh=mesh)):
+            for lengths in [(10, 10), (10, 40), (12, 12), (90, 5)]:
+                q = heads(lengths[rank], this_device())
+                out = model(q)
+                out.sum().backward()
+                expected = rotated(alone(q), scaling, lengths[rank])
+                torch.testing.assert_close(out, expected, rtol=0, atol=1e-5)
 
 
-def test_ranks_whose_rows_differ_do_not_change_each_other(tmp_path):
-    run_ranks(2, tmp_path, _train_rows_of_different_lengths)
+@fabrics(2)
+def test_ranks_whose_rows_differ_do_not_change_each_other(backend, world_size, tmp_path):
+    run_ranks(world_size, tmp_path, _train_rows_of_different_lengths, backend=backend)
 
 
 @pytest.mark.parametrize("name", BY_LENGTH)
