@@ -5,7 +5,7 @@
 //   long forward  the same of long documents, on Hopper (attention_long_forward.cuh)
 //   queries       delta and grad_q, scores recomputed                                  3 products
 //   keys          grad_k and grad_v, scores recomputed, summed over a group's heads    4 products
-//   long keys     the same of long documents of 256 features, on Hopper (attention_long_backward.cuh)
+//   long split    the same of long documents of 256 features, on Hopper (attention_long_split.cuh)
 //   long joint    all gradients of long documents of 64 and 128 features, on Hopper (attention_long_joint.cuh): 5 products
 //
 // Bound: the tensor cores from a few hundred tokens per document on (forward: 4 tokens keys_seen head_dim FLOPs per head); memory
@@ -21,9 +21,9 @@
 #include "attention.h"
 
 #include "attention_launch.h"
-#include "attention_long_backward.cuh"
 #include "attention_long_forward.cuh"
 #include "attention_long_joint.cuh"
+#include "attention_long_split.cuh"
 #include "attention_products.cuh"
 #include "attention_rows.cuh"
 #include "attention_scores.cuh"
@@ -462,7 +462,7 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
   bool beside = p.long_from != kNeverLong;
   if constexpr (kGroup && !kPadded && !kForest)
     if (beside) {
-      if constexpr (attention_keys_split(D)) error = launch_long_keys<T, D>(p, tiles, device, stream);
+      if constexpr (attention_keys_split(D)) error = launch_long_split<T, D>(p, tiles, device, stream);
       else error = launch_long_joint<T, D>(p, tiles, device, stream);
       if (error != cudaSuccess) return error;
     }

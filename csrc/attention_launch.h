@@ -104,19 +104,19 @@ constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barri
 constexpr bool attention_is_joint(int head_dim, bool padded, bool shares_prefixes) {
   return !attention_keys_split(head_dim) && !padded && !shares_prefixes;
 }
-// Two consumers of 128 threads and a producer, which copies into slots of 64 rows.
-inline constexpr int kAttentionLongKeysThreads = 3 * 128, kAttentionLongKeysSlots = 4;
+// Two consumers of 128 threads and a producer, which copies so many turns of 64 queries and gradients ahead.
+inline constexpr int kAttentionLongKeysThreads = 3 * 128;
+constexpr int attention_long_turns(int head_dim) { return attention_keys_split(head_dim) ? 2 : 3; }
 constexpr int attention_long_keys_shared(int head_dim) {
-  const int tile = 2 * head_dim * kAttentionRows, weights = 4 * kAttentionRows * kAttentionRows;
-  const int numbers = kAttentionLongKeysSlots / 2 * 2 * 4 * kAttentionRows;  // lse and delta
+  const int tile = 2 * head_dim * kAttentionRows, weights = 4 * kAttentionRows * kAttentionRows, barriers = 1024;
+  const int turns = attention_long_turns(head_dim) * (2 * tile + 2 * 4 * kAttentionRows);  // with lse and delta
   if (attention_keys_split(head_dim))  // keys, values, and what one consumer passes to the other
-    return (2 + kAttentionLongKeysSlots) * tile + weights + numbers + 8 * (2 * kAttentionLongKeysSlots + 2) + 24;
-  const int parts = 4 * kAttentionRows * head_dim;                                     // of grad_q
-  return (4 + kAttentionLongKeysSlots) * tile + 2 * weights + parts + numbers + 1024;  // dS of two turns, and barriers
+    return 2 * tile + turns + weights + barriers;
+  return 4 * tile + turns + 2 * weights + 4 * kAttentionRows * head_dim + barriers;  // dS of two turns, and parts of grad_q
 }
 
 // Registers of a thread of both kinds of blocks. A multiprocessor has 512 for the four threads of a block that share a lane.
-constexpr int attention_producer_registers(int groups) { return groups == 2 ? 24 : 32; }
+constexpr int attention_producer_registers(int groups) { return 32; }
 constexpr int attention_consumer_registers(int groups) { return groups == 2 ? 240 : 160; }
 
 // Of the forward's two launches, that for long documents comes first: that for short ones fills the multiprocessors that it leaves.

@@ -48,6 +48,15 @@ __device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned head
 
 #ifdef PACKOPS_SM90A
 
+// Which slot of a ring, and the parity of its phase.
+template <int kSlots>
+struct RingPlace {
+  int slot = 0, parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++slot == kSlots) slot = 0, parity ^= 1;
+  }
+};
+
 // An item in shared memory: one thread puts it there, and every warp of the block takes it.
 struct ItemBox {
   MBarrier full, empty;
@@ -72,14 +81,6 @@ struct ItemBox {
 };
 
 #endif
-
-// Queries of a turn of the backward.
-constexpr int kLongTurn = kAttentionRows;
-
-// The queries that see any of `rows` keys of a document from `key` on.
-__device__ __forceinline__ Interval queries_of_block(const Scores& scores, int key, int rows, int length) {
-  return {scores.causal ? key : 0, (scores.window ? min(length, key + rows - 1 + scores.window) : length) - 1};
-}
 
 // Barriers of the block by number: 2 + i the turn of consumer i, 8 + i its own.
 constexpr int kConsumersBarrier = 1, kTurnBarrier = 2, kGroupBarrier = 8;
@@ -108,7 +109,7 @@ class ProductTurns {
 // ---- Launches
 //
 // Launches of a pass overlap, so that one which finds nothing to do hardly costs time, and one begins where the one before it leaves
-// multiprocessors idle: forward tiles, long, short; backward queries, long keys or joint, keys, queries of a joint one's sums. The second
+// multiprocessors idle: forward tiles, long, short; backward queries, long split or joint, keys, queries of a joint one's sums. The second
 // waits for the first. The third runs beside the second, and does not end before it. The fourth waits for the third.
 
 // Of a kernel that may begin before the launch before it has ended. beside: it reads nothing that that one writes, but what the launch

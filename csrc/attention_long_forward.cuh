@@ -32,15 +32,6 @@ namespace {
 
 #ifdef PACKOPS_SM90A
 
-// Which slot of a ring, and the parity of its phase.
-template <int kSlots>
-struct RingPlace {
-  int slot = 0, parity = 0;
-  __device__ __forceinline__ void advance() {
-    if (++slot == kSlots) slot = 0, parity ^= 1;
-  }
-};
-
 // The shared memory of a block.
 template <int D>
 struct LongForwardShared {

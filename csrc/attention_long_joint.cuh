@@ -4,6 +4,9 @@
 //   dV += P dO, dK += dS Q    in registers, over all turns of an item
 //   dQ += dS^T K              of all 128 keys, in the next turn: dS goes through shared memory, each consumer makes half of the features
 //
+// Consumers take turns to issue products, all that they have until they need their next exponentials: dV and dK of a turn, dQ of the one
+// before it, S and dP of the one after it. While one multiplies, the other has its exponentials.
+//
 // An item of work is 128 keys of a document and a head of keys and values. Its parts of dQ are added to sums in memory, in fp32, by
 // threads of the producer's and bulk copies. For a tile of queries that happens in one order, from the first keys to the last, so the same
 // bits come out at every run: a counter says how many blocks of keys have added. queries_kernel clears them before, and
@@ -21,8 +24,10 @@
 #include <algorithm>
 
 #include "attention_long_backward.cuh"
-#include "common/hopper.cuh"
-#include "common/tensor_map.cuh"
+#include "attention_products.cuh"
+#include "attention_rows.cuh"
+#include "attention_scores.cuh"
+#include "common/launch.cuh"
 
 namespace packops {
 namespace {
@@ -67,51 +72,26 @@ struct LongJointItem {
 
 template <int D>
 struct LongJointShared {
-  static constexpr int kSlots = kAttentionLongKeysSlots, kTile = 2 * D * kAttentionRows, kPart = kAttentionRows * D / 2;
+  static constexpr int kTile = 2 * D * kAttentionRows, kPart = kAttentionRows * D / 2;
   alignas(1024) char keys_values[2][2][kTile];  // of each consumer: keys, values
-  char slots[kSlots][kTile];
   char changes[2][LongJointItem::kKeys * 128];  // dS of 128 keys and 64 queries, of two turns
   float part[2][kPart];                         // of dQ
-  float numbers[kSlots / 2 * 2 * kAttentionRows];
-  MBarrier full_slot[kSlots], empty_slot[kSlots], full_part[2], empty_part[2];
+  QueryRing<D, attention_long_turns(D)> ring;
+  MBarrier full_part[2], empty_part[2];
   ItemBox box;
 };
 
-// Queries and gradients, a slot each in turn. lse and delta come with the queries.
 template <typename T, int D>
-__device__ __forceinline__ void copy_queries(const CUtensorMap& q_map, const CUtensorMap& grad_map, const AttentionParams& p,
-                                             const Scores& scores, LongJointShared<D>& s, unsigned end, int lane) {
-  using namespace hopper;
-  unsigned slot = 0;
+__device__ __forceinline__ void copy_queries_by_tile(const QueryMaps& maps, const AttentionParams& p, const Scores& scores,
+                                                     LongJointShared<D>& s, unsigned end, int lane) {
+  typename decltype(s.ring)::Place at;
   for (unsigned items = 0;; items++) {
     if (lane == 0) s.box.put(items, draw_item<2, false>(p, unsigned(p.kv_heads), end));
     const int drawn = s.box.take(items, lane);
     if (drawn < 0) break;
     const LongJointItem item(p, scores, unsigned(drawn));
     item.for_each_turn([&](int query, int head) {
-      const int token = item.tile.document_begin + query, there = item.length - query;
-      const auto copy = [&](const CUtensorMap& map) {
-        const unsigned i = slot % s.kSlots;
-        mbarrier_wait_parity(&s.empty_slot[i], slot / s.kSlots % 2 ^ 1);
-        if (lane == 0) {
-          mbarrier_arrive_expect_tx(&s.full_slot[i], uint32_t(s.kTile));
-#pragma unroll
-          for (int panel = 0; panel < D / 64; panel++)
-            tma_load_3d(s.slots[i] + panel * (128 * kAttentionRows), map, 64 * panel, head, token, &s.full_slot[i]);
-        }
-      };
-      copy(q_map);
-      float* numbers = s.numbers + slot / 2 % (s.kSlots / 2) * 128;
-      const int64_t row = head * p.tokens + token;
-#pragma unroll
-      for (int i = lane; i < kLongTurn; i += 32) {
-        const int64_t from = row + (i < there ? i : 0);
-        cp_async_4_zfill(numbers + i, static_cast<const float*>(p.lse) + from, i < there);
-        cp_async_4_zfill(numbers + kLongTurn + i, p.delta + from, i < there);
-      }
-      cp_async_mbarrier_arrive(&s.full_slot[slot++ % s.kSlots]);
-      copy(grad_map);
-      slot++;
+      s.ring.template fill<T>(at, maps, p, item.tile.document_begin, head, query, item.length, lane);
     });
   }
   cp_async_wait_all();
@@ -156,8 +136,8 @@ __device__ __forceinline__ void add_parts(const AttentionParams& p, const Scores
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
-    long_joint_kernel(const __grid_constant__ CUtensorMap q_map, const __grid_constant__ CUtensorMap grad_map,
-                      const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
+    long_joint_kernel(const __grid_constant__ QueryMaps maps, const __grid_constant__ AttentionParams p,
+                      const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   begin_overlapping(false);
   using Product = Products<T, D, true>;
@@ -166,8 +146,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
   Shared& s = *dynamic_shared<Shared>();
   const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
   if (threadIdx.x == 0) {
-    for (int i = 0; i < Shared::kSlots; i++)
-      mbarrier_init(&s.full_slot[i], i % 2 == 0 ? 1 + 32 : 1), mbarrier_init(&s.empty_slot[i], 8);
+    s.ring.init();
     for (int i = 0; i < 2; i++) mbarrier_init(&s.full_part[i], 4), mbarrier_init(&s.empty_part[i], 1);
     s.box.init(8 + 3);
     fence_mbarrier_init();
@@ -175,7 +154,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
   __syncthreads();
   if (role == 2) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    if (thread < 32) copy_queries<T, D>(q_map, grad_map, p, scores, s, end, lane);
+    if (thread < 32) copy_queries_by_tile<T, D>(maps, p, scores, s, end, lane);
     else if (thread < 96) add_parts<D>(p, scores, s, thread / 32 - 1, lane);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
@@ -188,7 +167,8 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
     };
     const ProductTurns<2> turns(role);
     char *keys = s.keys_values[role][0], *values = s.keys_values[role][1];
-    unsigned slot = 0, parts = 0;
+    typename decltype(s.ring)::Place at;
+    unsigned turn = 0, parts = 0;  // of all items
     for (unsigned items = 0;; items++) {
       const int drawn = s.box.take(items, lane);
       if (drawn < 0) break;
@@ -207,14 +187,16 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       for_each(grad_v, [](float& x, int, int, int) { x = 0; });
       wgmma_fence_operand(grad_k[0]);
       wgmma_fence_operand(grad_v[0]);
-      // dQ of a turn is multiplied in the next one: by the order of products both consumers have written its dS then, and when one writes
-      // to the same place again, both have multiplied.
+      // By the order of products, both consumers have written dS of a turn when either multiplies it in the next one, and both have
+      // multiplied it when either writes to the same place again.
       int query = item.last, head = item.kv_head * item.group;
-      const auto arrive = [&](MBarrier* barrier) {
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(barrier);
-      };
+      Sums<1, kLongTurn> x, g;  // scores, then P; dP, then dS
       Sums<1, D / 2> part;
+      const auto multiply = [&](Sums<1, kLongTurn>& sums, char* mine, int which) {
+        Product::begin();
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(sums, mine, 0, s.ring.tiles[at.slot][which], 0, lane);
+        Product::commit();
+      };
       const auto multiply_changes = [&](unsigned turn) {
         const WgmmaDescriptor changes(s.changes[turn % 2]);
         const int mine = role * D / 128 * (128 * kAttentionRows) + role * D % 128;  // features
@@ -232,35 +214,21 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
 #pragma unroll
         for (int n = 0; n < D / 16; n++) to[n * 128] = {part[0][n][0], part[0][n][1], part[0][n][2], part[0][n][3]};
         fence_proxy_async();
-        arrive(&s.full_part[role]);
+        __syncwarp();
+        if (lane == 0) mbarrier_arrive(&s.full_part[role]);
       };
-      const int count = item.turns();
-      for (int number = 0; number < count; number++, slot += 2) {
-        const unsigned turn = slot / 2, i = slot % Shared::kSlots;
-        char *queries = s.slots[i], *grads = s.slots[i + 1], *change = s.changes[turn % 2];
-        const float *lse = s.numbers + turn % (Shared::kSlots / 2) * 128, *delta = lse + 64;
-        Sums<1, kLongTurn> x, g;  // scores, then P; dP, then dS
-        mbarrier_wait_parity(&s.full_slot[i], slot / Shared::kSlots % 2);
-        mbarrier_wait_parity(&s.full_slot[i + 1], slot / Shared::kSlots % 2);
-        if (query + kLongTurn > item.length) {  // a tensor map does not know where a document ends
-          for (int at = int(threadIdx.x); at < (query + kLongTurn - item.length) * (D / 8); at += 256) {
-            const int row = item.length - query + at / (D / 8), chunk = at % (D / 8);
-            *reinterpret_cast<uint4*>(place<kAttentionRows>(queries, row, chunk)) = uint4{0, 0, 0, 0};
-            *reinterpret_cast<uint4*>(place<kAttentionRows>(grads, row, chunk)) = uint4{0, 0, 0, 0};
-          }
-          fence_proxy_async();
-          bar_sync(kConsumersBarrier, 256);
-        }
-        turns.wait();
-        multiply_changes(turn - 1);  // in the first turn, of nobody
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(x, keys, 0, queries, 0, lane);
-        Product::commit();
-        Product::template wait<1>(part);
-        if (number > 0) pass_part();
-        Product::begin();
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(g, values, 0, grads, 0, lane);
-        Product::commit();
-        turns.pass();
+      const auto wait_full = [&] {
+        for (int which = 0; which < 2; which++) s.ring.wait_full(at, which, item.length - query);
+      };
+      wait_full();
+      turns.wait();
+      multiply(x, keys, 0);
+      multiply(g, values, 1);
+      turns.pass();
+      const auto add = [&](int number, auto next_follows) {
+        constexpr bool kNext = decltype(next_follows)::value;
+        const float *lse = s.ring.lse[at.slot], *delta = s.ring.delta[at.slot];
+        char* change = s.changes[turn % 2];
         const auto column = [&](int n, int i) { return 8 * n + 2 * (lane % 4) + i % 2; };
         weigh<Product>(
             x, g, scores, [&](int, int n, int i) { return lse[column(n, i)]; },
@@ -274,26 +242,38 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
           mask(g, query, lane, 0.f, seen);
         }
         const Left weights(x), change_words(g);
+        const auto last = at;
+        at.advance();
+        if (++head == (item.kv_head + 1) * item.group) head = item.kv_head * item.group, query -= kLongTurn;
+        if constexpr (kNext) wait_full();
+        turns.wait();
+        wgmma_fence_operand(grad_k[0]);
+        wgmma_fence_operand(grad_v[0]);
+        Product::begin();
+        add_rows(grad_v, weights, s.ring.tiles[last.slot][1]);
+        add_rows(grad_k, change_words, s.ring.tiles[last.slot][0]);
+        Product::commit();
+        multiply_changes(turn - 1);  // in the first turn, of nobody
 #pragma unroll
         for (int k = 0; k < kLongTurn / 16; k++)
           stmatrix_x4(place<128>(change, kAttentionRows * role + first_row + lane % 16, 2 * k + lane / 16),
                       change_words.words[k][0]);
         fence_proxy_async();
-        turns.wait();
-        wgmma_fence_operand(grad_k[0]);
-        wgmma_fence_operand(grad_v[0]);
-        Product::begin();
-        add_rows(grad_v, weights, grads);
-        add_rows(grad_k, change_words, queries);
-        Product::commit();
+        Product::template wait<1>(grad_k, grad_v);
+        for (int which = 0; which < 2; which++) s.ring.release(last, which, lane);
+        if constexpr (kNext) multiply(x, keys, 0);
+        Product::template wait<kNext>(part);
+        if (number > 0) pass_part();  // before dP: there are no registers for both
+        if constexpr (kNext) multiply(g, values, 1);
         turns.pass();
-        Product::wait(grad_k, grad_v);
-        arrive(&s.empty_slot[i]);
-        arrive(&s.empty_slot[i + 1]);
-        if (++head == (item.kv_head + 1) * item.group) head = item.kv_head * item.group, query -= kLongTurn;
-      }
+        turn++;
+      };
+      const int count = item.turns();
+      int number = 0;
+      for (; number + 1 < count; number++) add(number, std::true_type{});
+      add(number, std::false_type{});
       bar_sync(kConsumersBarrier, 256);  // both have written dS of the last turn
-      multiply_changes(slot / 2 - 1);
+      multiply_changes(turn - 1);
       Product::wait(part);
       pass_part();
       const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + item.kv_head * D;
@@ -342,15 +322,11 @@ __global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constan
 template <typename T, int D>
 cudaError_t launch_long_joint(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   const int64_t items = tiles * p.kv_heads;
-  if (items > 0x7fffffff) return cudaErrorInvalidValue;
-  CUtensorMap q, grad;
-  const auto encode = [&](CUtensorMap* map, const Heads& x) {
-    return encode_tensor_map(map, p.dtype, x.data, {D, p.heads, p.tokens}, {x.head, x.token}, kAttentionRows);
-  };
-  if (p.heads > 0 && !(encode(&q, p.q) && encode(&grad, p.grad_out))) return cudaErrorInvalidValue;
+  QueryMaps maps;
+  if (items > 0x7fffffff || !encode_query_maps<D>(&maps, p)) return cudaErrorInvalidValue;
   return launch_large<long_joint_kernel<T, D>>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
-                                               kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, q, grad, p,
-                                               Scores(p), unsigned(items));
+                                               kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, maps, p, Scores(p),
+                                               unsigned(items));
 }
 template <typename T, int D>
 cudaError_t launch_joint_queries(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
