@@ -4,10 +4,11 @@ Every row trains the Llama-3.2-1B shape (``models.py``) on documents of a corpus
 a rank. ``padded`` is the stock model on rows of at most 8 documents, dealt to the ranks in turn; ``packed`` is the model of
 :func:`packops.hf.apply`, its packs dealt by :class:`packops.PackedBatchSampler` with each ``balance``. Useful tokens are
 those of documents, not padding. A step lasts from barrier to barrier, so it is the slowest rank's. Efficiency is the useful
-tokens a second and rank, over those of the smallest number of ranks in the run. Utilisation is the mean over the ranks of the
-time that each one's own forward, backward and optimizer take without communication, over the time of the steps.
+tokens a second and rank, over those of the smallest number of ranks in the run; one rank has nothing to balance, so all packed
+rows are compared with its ``balance=none``. Utilisation is the mean over the ranks of the time that each one's own forward,
+backward and optimizer take without communication, over the time of the steps.
 
-Before any time is taken, each row trains ten steps of a tiny fp32 model with SGD, and so does one process that gets all documents
+Before its time is taken, each row trains ten steps of a tiny fp32 model with SGD, and so does one process that gets all documents
 of a step in one pack: ``weights off by`` is the largest difference of a weight, over the largest change of one.
 """
 
@@ -17,6 +18,8 @@ import contextlib
 import copy
 import random
 import statistics
+import sys
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,9 +32,10 @@ import packops
 from corpora import draw_lengths
 from measuring import Clock
 from models import configuration
+from process_group import time_left
 
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
-WARM_UP = 3  # steps
+WARM_UP = 2  # steps: DDP sorts its buckets anew after the first
 CHECKED_STEPS, CHECKED_TOKENS = 10, 96
 MOST_OFF = 1e-3  # of the largest change of a weight: fp32 rounding is below it, a mean of means far above
 
@@ -48,7 +52,8 @@ class Row:
         return f"{self.parallel}, {packed}"
 
 
-ROWS = [Row(parallel, balance) for parallel in ("DDP", "FSDP2") for balance in (None, "none", "tokens", "attention")]
+# What says most comes first, in case time runs out.
+ROWS = [Row(parallel, balance) for parallel in ("DDP", "FSDP2") for balance in ("attention", "none", None, "tokens")]
 
 
 def corpus_lengths(corpus: dict[str, Any], tokens: int, packs: int) -> list[int]:
@@ -217,13 +222,27 @@ def steps(device: torch.device, options: dict[str, Any]) -> dict[str, Any]:
     rng = np.random.default_rng(0)
     documents = [torch.from_numpy(rng.integers(3, vocabulary, length)) for length in lengths]
     rows = [row for row in ROWS if any(word in str(row) for word in options["rows"] or [""])]
-    found: dict[str, dict[str, Any]] = {str(row): {"weights_off_by": weights_off_by(row, device), "rounds": []} for row in rows}
-    order = random.Random(0)  # the same on every rank
-    for _ in range(options["rounds"]):
-        for row in order.sample(rows, len(rows)):
-            found[str(row)]["rounds"].append(measure(row, lengths, documents, options, device))
+    if ranks == 1:
+        rows = list(dict.fromkeys(row if row.balance is None else Row(row.parallel, "none") for row in rows))
+    found: dict[str, dict[str, Any]] = {}
+    order, longest = random.Random(0), 0.0  # the same on every rank
+    for number in range(options["rounds"]):
+        for row in order.sample(rows, len(rows)) if number else rows:
+            if not time_left(options["until"], device, longest):
+                continue
+            begin = time.perf_counter()
+            result = found.setdefault(str(row), {"seconds": 0.0, "rounds": []})
+            if not result["rounds"]:
+                result["weights_off_by"] = weights_off_by(row, device)
+            result["rounds"].append(measure(row, lengths, documents, options, device))
             with contextlib.suppress(AttributeError):
                 torch.get_device_module(device).empty_cache()
+            seconds = time.perf_counter() - begin
+            result["seconds"] += seconds
+            if dist.get_rank() == 0:  # at once: a run that is cut short has said this much
+                tokens = result["rounds"][-1]["tokens_per_second"]
+                print(f"{seconds:7.1f} s  {row}, {ranks} ranks: {tokens:,.0f} tokens/s", file=sys.stderr, flush=True)
+            longest = max(longest, seconds)
     for result in found.values():
         for name in ("tokens_per_second", "utilisation", "peak_gib"):
             result[name] = statistics.median(measured[name] for measured in result["rounds"])
@@ -237,13 +256,18 @@ def table(data: dict[str, Any], device: str) -> str:
         f"{'':<34} {'ranks':>5} {'useful tokens/s':>16} {'efficiency':>11} {'utilisation':>12} {'GiB':>6} {'weights off by':>15}",
     ]
     first = data["cases"][0]
-    for name, fewest in first["rows"].items():
+    for name in map(str, ROWS):
+        fewest = first["rows"].get(f"{name.partition('=')[0]}=none" if "=" in name and first["ranks"] == 1 else name)
         for case in data["cases"]:
+            if name not in case["rows"]:
+                continue
             row = case["rows"][name]
-            efficiency = row["tokens_per_second"] / case["ranks"] / (fewest["tokens_per_second"] / first["ranks"])
+            efficiency = ""
+            if fewest:
+                efficiency = f"{row['tokens_per_second'] / case['ranks'] / (fewest['tokens_per_second'] / first['ranks']):.3f}"
             off = f"{row['weights_off_by']:.1e}" + ("  WRONG" if not row["weights_off_by"] <= MOST_OFF else "")
             lines.append(
-                f"{name:<34} {case['ranks']:>5} {row['tokens_per_second']:>16,.0f} {efficiency:>11.3f} "
+                f"{name:<34} {case['ranks']:>5} {row['tokens_per_second']:>16,.0f} {efficiency:>11} "
                 f"{100 * row['utilisation']:>10.1f} % {row['peak_gib']:>6.1f} {off:>15}"
             )
     return "\n".join(lines)
