@@ -115,8 +115,9 @@ constexpr int attention_long_keys_shared(int head_dim) {
   return 4 * tile + turns + 2 * weights + 4 * kAttentionRows * head_dim + barriers;  // dS of two turns, and parts of grad_q
 }
 
-// Registers of a thread of both kinds of blocks. A multiprocessor has 512 for the four threads of a block that share a lane.
-constexpr int attention_producer_registers(int groups) { return 32; }
+// Registers of a thread, by groups of consumers. All together may have no more than the block was launched with: a multiprocessor's
+// 65536 over its threads, in whole eights. Otherwise consumers wait for registers that nobody gives back.
+constexpr int attention_producer_registers(int groups) { return groups == 2 ? 24 : 32; }
 constexpr int attention_consumer_registers(int groups) { return groups == 2 ? 240 : 160; }
 
 // Of the forward's two launches, that for long documents comes first: that for short ones fills the multiprocessors that it leaves.

@@ -43,7 +43,10 @@ def _rank(rank, world_size, store, backend, function, args):
         device = torch.device("cuda", rank)
         torch.cuda.set_device(device)
     dist.init_process_group(backend, init_method=store, rank=rank, world_size=world_size, timeout=TIMEOUT, device_id=device)
-    function(rank, *args)
+    try:
+        function(rank, *args)
+    except pytest.fail.Exception as error:  # no Exception, so spawn would not pass it on
+        raise AssertionError(str(error)) from error
     dist.barrier()
     # A gloo thread that lets go of its last work while the interpreter shuts down wants the GIL and aborts the process: skip
     # the shutdown. An exception above leaves through spawn's own path.

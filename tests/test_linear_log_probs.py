@@ -488,8 +488,13 @@ def over_ranks(rank, sizes, weights, *tensors):
     assert ours.log_probs[0] == -math.inf
     for a, b in zip(ours, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
-    with pytest.raises(ValueError, match="do not line up"):  # widths that a rank did not tell
-        packops.vocab_parallel_linear_log_probs(hidden, weight[: 20 + rank], labels.clamp(max=9))
+    uneven = hidden, weight[: 20 + rank], labels.clamp(max=9)  # widths that a rank did not tell
+    if hidden.is_cuda:
+        assert packops.vocab_parallel_linear_log_probs(*uneven).log_probs[labels != -100].isnan().all()
+    packops.checks(True)
+    with pytest.raises(ValueError, match="do not line up"):
+        packops.vocab_parallel_linear_log_probs(*uneven)
+    packops.checks(False)
     with pytest.raises(TypeError, match="vocab_parallel_linear_log_probs: weight must have hidden's dtype"):
         packops.vocab_parallel_linear_log_probs(hidden, weight.double(), labels)
 
