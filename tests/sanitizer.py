@@ -140,7 +140,7 @@ def found_planted(name: str, text: str, status: int | None) -> bool:
 # Logs
 
 # Copies that complete at an mbarrier (csrc/common/ptx.cuh), and the kernels that have a ring of them.
-RINGS = {"cp_async_bulk": {"resident_kernel"}, "cp_async_4_zfill": {"long_joint_kernel", "split_keys_kernel"}}
+RINGS = {"cp_async_bulk": {"resident_kernel"}, "cp_async_4_zfill": {"long_joint_kernel", "long_split_kernel"}}
 ACCESS = re.compile(r"(Read|Write) access at (.+?)\+0x[0-9a-f]+(?: in (\S+?):(\d+))?(?= |$)")
 
 

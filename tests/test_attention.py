@@ -260,7 +260,7 @@ def test_hopper_has_kernels_for_long_documents():
             results(packops.attention, *given)
         names = [event.key for event in profile.key_averages()]
         found = [
-            name for name in names if any(x in name for x in ("long_forward_kernel", "long_joint_kernel", "split_keys_kernel"))
+            name for name in names if any(x in name for x in ("long_forward_kernel", "long_joint_kernel", "long_split_kernel"))
         ]
         assert len(found) == (kernels if by_groups else 0), found
 
