@@ -35,40 +35,46 @@ bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
 
 #ifdef PACKOPS_SM90A
 
-// A tile is full when its copies have arrived, and empty when all warps of the consumers have released it.
+// A turn is full when its copies have arrived, and empty when all warps of the consumers have released it.
 template <int D, int kTurns>
 struct QueryRing {
   static constexpr int kTile = 2 * D * kLongTurn;
   using Place = RingPlace<kTurns>;
-  char tiles[kTurns][2][kTile];  // queries, gradients; where whoever has a ring puts it, a multiple of 1024 bytes
+  char tiles[kTurns][2][kTile];  // queries, gradients; whoever has a ring puts it at a multiple of 1024 bytes
   float lse[kTurns][kLongTurn], delta[kTurns][kLongTurn];
-  MBarrier full[kTurns][2], empty[kTurns][2];
+  MBarrier full[kTurns], empty[kTurns];
 
   __device__ __forceinline__ void init() {
-    for (int i = 0; i < 2 * kTurns; i++) mbarrier_init(&full[i / 2][i % 2], 1 + 32), mbarrier_init(&empty[i / 2][i % 2], 2 * 4);
+    for (int i = 0; i < kTurns; i++) mbarrier_init(&full[i], 1 + 32), mbarrier_init(&empty[i], 2 * 4);
   }
-  // Of the consumers. `there`: rows of the tile that are the document's.
-  __device__ __forceinline__ void wait_full(const Place& at, int which, int there) {
-    mbarrier_wait_parity(&full[at.slot][which], uint32_t(at.parity));
-    if (there < kLongTurn) fence_proxy_async();  // threads have written it
+  // Of the consumers. `there`: rows of the tiles that are the document's.
+  __device__ __forceinline__ void wait_full(const Place& at, int there) {
+    mbarrier_wait_parity(&full[at.slot], uint32_t(at.parity));
+    if (there < kLongTurn) fence_proxy_async();  // threads have written them
   }
-  __device__ __forceinline__ void release(const Place& at, int which, int lane) {
+  __device__ __forceinline__ void release(const Place& at, int lane) {
     __syncwarp();
-    if (lane == 0) mbarrier_arrive(&empty[at.slot][which]);
+    if (lane == 0) mbarrier_arrive(&empty[at.slot]);
   }
   // Of the warp that copies: the next turn, of the queries of a head from `query` on in a document of `length` tokens.
   template <typename T>
   __device__ __forceinline__ void fill(Place& at, const QueryMaps& maps, const AttentionParams& p, int document_begin, int head,
                                        int query, int length, int lane) {
     const int token = document_begin + query, there = length - query;
-    const auto copy = [&](int which, const CUtensorMap& map, const Heads& heads) {
-      char* tile = tiles[at.slot][which];
-      MBarrier* barrier = &full[at.slot][which];
-      // Alone: another lane that waited might come when the tile has been filled and released again.
-      if (lane == 0) mbarrier_wait_parity(&empty[at.slot][which], uint32_t(at.parity ^ 1));
-      __syncwarp();
-      if (there < kLongTurn) {
-        if (lane == 0) mbarrier_arrive(barrier);
+    const bool whole = there >= kLongTurn;
+    MBarrier* barrier = &full[at.slot];
+    if (lane == 0) {  // alone: another lane that waited might come when the turn is full and empty again
+      mbarrier_wait_parity(&empty[at.slot], uint32_t(at.parity ^ 1));
+      mbarrier_arrive_expect_tx(barrier, whole ? 2 * kTile : 0);
+    }
+    __syncwarp();
+    const auto copy = [&](char* tile, const CUtensorMap& map, const Heads& heads) {
+      if (whole) {
+        if (lane > 0) return;
+#pragma unroll
+        for (int panel = 0; panel < D / 64; panel++)
+          hopper::tma_load_3d(tile + panel * (128 * kLongTurn), map, 64 * panel, head, token, barrier);
+      } else {
         const T* rows = head_of<T>(heads, token, head);
 #pragma unroll 1  // the warp has few registers
         for (int i = lane; i < kLongTurn * (D / 8); i += 32) {
@@ -76,14 +82,10 @@ struct QueryRing {
           const bool is_there = row < there;
           cp_async_16_zfill(place<kLongTurn>(tile, row, chunk), rows + (is_there ? row * heads.token : 0) + chunk * 8, is_there);
         }
-      } else if (lane == 0) {
-        mbarrier_arrive_expect_tx(barrier, uint32_t(kTile));
-#pragma unroll
-        for (int panel = 0; panel < D / 64; panel++)
-          hopper::tma_load_3d(tile + panel * (128 * kLongTurn), map, 64 * panel, head, token, barrier);
       }
     };
-    copy(0, maps.queries, p.q);
+    copy(tiles[at.slot][0], maps.queries, p.q);
+    copy(tiles[at.slot][1], maps.grads, p.grad_out);
     const int64_t row = head * p.tokens + token;
 #pragma unroll
     for (int i = lane; i < kLongTurn; i += 32) {
@@ -91,9 +93,7 @@ struct QueryRing {
       cp_async_4_zfill(&lse[at.slot][i], static_cast<const float*>(p.lse) + from, i < there);
       cp_async_4_zfill(&delta[at.slot][i], p.delta + from, i < there);
     }
-    cp_async_mbarrier_arrive(&full[at.slot][0]);
-    copy(1, maps.grads, p.grad_out);
-    cp_async_mbarrier_arrive(&full[at.slot][1]);
+    cp_async_mbarrier_arrive(barrier);
     at.advance();
   }
 };

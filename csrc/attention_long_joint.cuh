@@ -207,20 +207,20 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
                          k > 0, T{});
         Product::commit();
       };
-      const auto pass_part = [&] {
-        if (parts > 0) mbarrier_wait_parity(&s.empty_part[role], (parts - 1) % 2);
-        parts++;
-        float4* to = reinterpret_cast<float4*>(s.part[role]) + thread;
+      // One fence for the part and for dS: it waits for all that the thread has stored.
+      const auto pass_part = [&](bool is_one) {
+        if (is_one) {
+          if (parts > 0) mbarrier_wait_parity(&s.empty_part[role], (parts - 1) % 2);
+          parts++;
+          float4* to = reinterpret_cast<float4*>(s.part[role]) + thread;
 #pragma unroll
-        for (int n = 0; n < D / 16; n++) to[n * 128] = {part[0][n][0], part[0][n][1], part[0][n][2], part[0][n][3]};
+          for (int n = 0; n < D / 16; n++) to[n * 128] = {part[0][n][0], part[0][n][1], part[0][n][2], part[0][n][3]};
+        }
         fence_proxy_async();
         __syncwarp();
-        if (lane == 0) mbarrier_arrive(&s.full_part[role]);
+        if (is_one && lane == 0) mbarrier_arrive(&s.full_part[role]);
       };
-      const auto wait_full = [&] {
-        for (int which = 0; which < 2; which++) s.ring.wait_full(at, which, item.length - query);
-      };
-      wait_full();
+      s.ring.wait_full(at, item.length - query);
       turns.wait();
       multiply(x, keys, 0);
       multiply(g, values, 1);
@@ -245,7 +245,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         const auto last = at;
         at.advance();
         if (++head == (item.kv_head + 1) * item.group) head = item.kv_head * item.group, query -= kLongTurn;
-        if constexpr (kNext) wait_full();
+        if constexpr (kNext) s.ring.wait_full(at, item.length - query);
         turns.wait();
         wgmma_fence_operand(grad_k[0]);
         wgmma_fence_operand(grad_v[0]);
@@ -258,12 +258,11 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         for (int k = 0; k < kLongTurn / 16; k++)
           stmatrix_x4(place<128>(change, kAttentionRows * role + first_row + lane % 16, 2 * k + lane / 16),
                       change_words.words[k][0]);
-        fence_proxy_async();
         Product::template wait<1>(grad_k, grad_v);
-        for (int which = 0; which < 2; which++) s.ring.release(last, which, lane);
+        s.ring.release(last, lane);
         if constexpr (kNext) multiply(x, keys, 0);
         Product::template wait<kNext>(part);
-        if (number > 0) pass_part();  // before dP: there are no registers for both
+        pass_part(number > 0);  // before dP: there are no registers for both
         if constexpr (kNext) multiply(g, values, 1);
         turns.pass();
         turn++;
@@ -275,7 +274,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       bar_sync(kConsumersBarrier, 256);  // both have written dS of the last turn
       multiply_changes(turn - 1);
       Product::wait(part);
-      pass_part();
+      pass_part(true);
       const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + item.kv_head * D;
       const float one[1][2] = {{1.f, 1.f}}, scale[1][2] = {{scores.product_scale, scores.product_scale}};
       bar_sync(kConsumersBarrier, 256);  // neither multiplies these keys any more

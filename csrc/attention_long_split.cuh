@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         Product::commit();
       };
       int query = queries.first;
-      ring.wait_full(at, role, length - query);
+      ring.wait_full(at, length - query);
       wgmma_fence_operand(grad[0]);
       Product::begin();
       multiply(at.slot);
@@ -121,9 +121,8 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         const unsigned parity = turns % 2;
         const bool masked = !scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length);
         const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
-        ring.wait_full(at, 1 - role, length - query);
         Product::wait(x, grad);
-        if (turn > 0) ring.release(last, 1 - role, lane);
+        if (turn > 0) ring.release(last, lane);
         if (role == 0) {
           mbarrier_wait_parity(&s.read, parity ^ 1);
 #pragma unroll
@@ -152,13 +151,12 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
           mbarrier_arrive(&s.read);
         }
         if (masked) mask(x, query, lane, 0.f, seen);
-        ring.release(at, role, lane);
         const typename Product::template Left<1, kLongTurn / 8> left(x);
         query += kLongTurn;
         if (query > queries.last) query = queries.first;  // the next head
         last = at;
         at.advance();
-        if constexpr (kNext) ring.wait_full(at, role, length - query);
+        if constexpr (kNext) ring.wait_full(at, length - query);
         wgmma_fence_operand(grad[0]);
         wgmma_fence_operand(x[0]);
         Product::begin();
@@ -171,7 +169,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       for (; turn + 1 < count; turn++) add(turn, std::true_type{});
       add(turn, std::false_type{});
       Product::wait(grad);
-      ring.release(last, 1 - role, lane);
+      ring.release(last, lane);
       const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;
       const float scale = role ? scores.product_scale : 1.f;
       const float factor[1][2] = {{scale, scale}};
