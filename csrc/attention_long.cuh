@@ -82,6 +82,14 @@ struct ItemBox {
 
 #endif
 
+// Queries of a turn of the backward.
+constexpr int kLongTurn = kAttentionRows;
+
+// The queries that see any of `rows` keys of a document from `key` on.
+__device__ __forceinline__ Interval queries_of_block(const Scores& scores, int key, int rows, int length) {
+  return {scores.causal ? key : 0, (scores.window ? min(length, key + rows - 1 + scores.window) : length) - 1};
+}
+
 // Barriers of the block by number: 2 + i the turn of consumer i, 8 + i its own.
 constexpr int kConsumersBarrier = 1, kTurnBarrier = 2, kGroupBarrier = 8;
 

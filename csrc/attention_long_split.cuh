@@ -1,18 +1,20 @@
 // grad_k and grad_v of long documents of 256 features, on Hopper. Part of attention.cu, and with the same bits as its keys_kernel.
 //
-// A block has a multiprocessor to itself and takes one item of work after another, 64 keys of a document and a head of keys and values.
-// Of two consumers, the first makes grad_v and passes the weights on to the second, which makes grad_k: there are no registers for both
-// in one.
+// A block has a multiprocessor to itself and takes one item of work after another, 64 keys of a document and a head of keys and values. A
+// producer, one warp group, streams tiles of 64 queries and gradients through a ring of shared memory. Of two consumers, the first makes
+// grad_v and passes the weights on to the second, which makes grad_k: there are no registers for both in one.
 //
 // What bounds attention.cu's kernels on long documents is shared memory: every warp group copies what it multiplies there for
 // itself, and reads both operands of 64 x 64 products, at 128 bytes a cycle as fast as the tensor cores can multiply them. Here a
 // copy serves both groups, and while one multiplies, the other has its exponentials.
+//
+// Copies are cp.async of a warp group. Tensor maps, as in attention_long_joint.cuh, took 1.04 times as long here.
 #pragma once
 
 #include <algorithm>
 
 #include "attention_launch.h"
-#include "attention_long_backward.cuh"
+#include "attention_long.cuh"
 #include "attention_products.cuh"
 #include "attention_rows.cuh"
 #include "attention_scores.cuh"
@@ -21,34 +23,73 @@
 namespace packops {
 namespace {
 
+// ---- Shared memory
+
 #ifdef PACKOPS_SM90A
 
-template <int D>
-struct LongSplitShared {
-  static constexpr int kTile = 2 * D * kAttentionRows;
-  alignas(1024) char keys_values[2][kTile];
-  QueryRing<D, attention_long_turns(D)> ring;
-  float4 passed[kLongTurn / 8][128];  // weights of a turn
-  MBarrier written, read;
-  ItemBox box;
+// Slots of a tile of 64 rows each, numbered on and on as they are used. A slot is full when the copies of all threads of the
+// producer have arrived, and empty when all warps of the consumers have released it.
+template <int D, int kSlots>
+class SlotRing {
+ public:
+  static constexpr int kTileBytes = 2 * D * kAttentionRows;
+  __device__ __forceinline__ SlotRing(char* tiles, MBarrier* barriers) : tiles_(tiles), barriers_(barriers) {}
+  __device__ __forceinline__ void init(int consumer_warps) const {
+    for (int i = 0; i < kSlots; i++) mbarrier_init(full(unsigned(i)), 128), mbarrier_init(empty(unsigned(i)), consumer_warps);
+  }
+  __device__ __forceinline__ char* tile(unsigned slot) const { return tiles_ + slot % kSlots * kTileBytes; }
+  // Of the producer
+  __device__ __forceinline__ void wait_empty(unsigned slot) const { mbarrier_wait_parity(empty(slot), slot / kSlots % 2 ^ 1); }
+  __device__ __forceinline__ void commit(unsigned slot) const { cp_async_mbarrier_arrive(full(slot)); }
+  // Of the consumers
+  __device__ __forceinline__ void wait_full(unsigned slot) const {
+    mbarrier_wait_parity(full(slot), slot / kSlots % 2);
+    fence_proxy_async();
+  }
+  __device__ __forceinline__ void release(unsigned slot, int lane) const {
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(empty(slot));
+  }
+
+ private:
+  char* tiles_;
+  MBarrier* barriers_;
+  __device__ __forceinline__ MBarrier* full(unsigned slot) const { return barriers_ + slot % kSlots; }
+  __device__ __forceinline__ MBarrier* empty(unsigned slot) const { return barriers_ + kSlots + slot % kSlots; }
 };
 
-template <typename T, int D>
-__device__ __forceinline__ void copy_queries_by_head(const QueryMaps& maps, const AttentionParams& p, const Scores& scores,
-                                                     LongSplitShared<D>& s, unsigned end, int lane) {
+// ---- Kernels
+
+// The producer: queries and gradients of all heads of a group. lse and delta of a turn come with its
+// queries, into `numbers`.
+template <typename T, int D, int kSlots>
+__device__ __forceinline__ void produce_queries(const AttentionParams& p, const Scores& scores, const SlotRing<D, kSlots>& ring,
+                                                float* numbers, ItemBox& box, unsigned end, int thread) {
   const unsigned heads = unsigned(p.kv_heads);
   const int group = p.heads / p.kv_heads;
-  typename decltype(s.ring)::Place at;
+  unsigned slot = 0;
   for (unsigned items = 0;; items++) {
-    if (lane == 0) s.box.put(items, draw_item<1, false>(p, heads, end));
-    const int item = s.box.take(items, lane);
+    if (thread == 0) box.put(items, draw_item<1, false>(p, heads, end));
+    const int item = box.take(items, thread % 32);
     if (item < 0) break;
     const AttentionTile tile = p.tiles[unsigned(item) / heads];
     const int kv_head = int(unsigned(item) % heads), length = tile.document_end - tile.document_begin;
     const Interval queries = queries_of_block(scores, tile.begin - tile.document_begin, kAttentionRows, length);
-    for (int head = kv_head * group; head < (kv_head + 1) * group; head++)
-      for (int query = queries.first; query <= queries.last; query += kLongTurn)
-        s.ring.template fill<T>(at, maps, p, tile.document_begin, head, query, length, lane);
+    for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
+      const Rows<T, D, kLongTurn, 128> from_q(p.q, tile.document_begin, head, thread),
+          from_grad(p.grad_out, tile.document_begin, head, thread);
+      const float* from = (thread < 64 ? static_cast<const float*>(p.lse) : p.delta) + head * p.tokens + tile.document_begin;
+      for (int query = queries.first; query <= queries.last; query += kLongTurn) {
+        ring.wait_empty(slot);
+        from_q.load(ring.tile(slot), query, length - query);
+        const int i = query + thread % 64;
+        cp_async_4_zfill(numbers + slot / 2 % (kSlots / 2) * 128 + thread, from + (i < length ? i : 0), i < length);
+        ring.commit(slot++);
+        ring.wait_empty(slot);
+        from_grad.load(ring.tile(slot), query, length - query);
+        ring.commit(slot++);
+      }
+    }
   }
   cp_async_wait_all();
 }
@@ -60,35 +101,39 @@ __device__ __forceinline__ void copy_queries_by_head(const QueryMaps& maps, cons
 // not.
 template <typename T, int D>
 __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
-    long_split_kernel(const __grid_constant__ QueryMaps maps, const __grid_constant__ AttentionParams p,
-                      const __grid_constant__ Scores scores, unsigned end) {
+    long_split_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
   begin_overlapping(false);
+  constexpr int kSlots = 2 * attention_long_turns(D);
   using Product = Products<T, D, true>;
-  using Shared = LongSplitShared<D>;
-  static_assert(sizeof(Shared) <= attention_long_keys_shared(D));
-  Shared& s = *dynamic_shared<Shared>();
-  auto& ring = s.ring;
+  using Ring = SlotRing<D, kSlots>;
+  char* fixed = dynamic_shared<char>();  // keys, values
+  char* slots = fixed + 2 * Ring::kTileBytes;
+  float4* passed = reinterpret_cast<float4*>(slots + kSlots * Ring::kTileBytes);  // of a turn: 8 x 128
+  float* numbers = reinterpret_cast<float*>(passed + 8 * 128);
+  MBarrier *barriers = reinterpret_cast<MBarrier*>(numbers + kSlots / 2 * 128), *written = barriers + 2 * kSlots,
+           *read = written + 1;
+  ItemBox& box = *reinterpret_cast<ItemBox*>(read + 1);
+  const Ring ring(slots, barriers);
   const int role = int(threadIdx.x) / 128, thread = int(threadIdx.x) % 128, lane = thread % 32;
   const unsigned heads = unsigned(p.kv_heads);
   if (threadIdx.x == 0) {
-    ring.init();
-    mbarrier_init(&s.written, 128), mbarrier_init(&s.read, 128);
-    s.box.init(8 + 1);
+    ring.init(8);
+    mbarrier_init(written, 128), mbarrier_init(read, 128);
+    box.init(12);
     fence_mbarrier_init();
   }
   __syncthreads();
   if (role == 2) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    if (thread < 32) copy_queries_by_head<T, D>(maps, p, scores, s, end, lane);
+    produce_queries<T, D>(p, scores, ring, numbers, box, end, thread);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
     const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
-    char* mine = s.keys_values[role];
-    typename decltype(s.ring)::Place at;
-    unsigned turns = 0;  // of all items
+    char* mine = fixed + role * Ring::kTileBytes;
+    unsigned slot = 0, turns = 0;  // of all items
     for (unsigned items = 0;; items++) {
-      const int item = s.box.take(items, lane);
+      const int item = box.take(items, lane);
       if (item < 0) break;
       const AttentionTile tile = p.tiles[unsigned(item) / heads];
       const int kv_head = int(unsigned(item) % heads), there = tile.end - tile.begin;
@@ -103,73 +148,75 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
 
       // Role 0: products of keys and queries, then grad_v. Role 1: of values and gradients, then grad_k.
       Sums<1, D> grad;
-      Sums<1, kLongTurn> x;
+      Sums<1, kLongTurn> s;
       for_each(grad, [](float& x, int, int, int) { x = 0; });
-      const auto multiply = [&](int slot) {
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(x, mine, 0, ring.tiles[slot][role], 0, lane);
+      const auto multiply = [&](unsigned slot) {
+        Product::template multiply_rows<kAttentionRows, kLongTurn>(s, mine, 0, ring.tile(slot + role), 0, lane);
         Product::commit();
       };
-      int query = queries.first;
-      ring.wait_full(at, length - query);
+      ring.wait_full(slot + role);
       wgmma_fence_operand(grad[0]);
       Product::begin();
-      multiply(at.slot);
-      auto last = at;
+      multiply(slot);
+      int query = queries.first;
       const auto add = [&](int turn, auto next_follows) {
         constexpr bool kNext = decltype(next_follows)::value;
-        const float *lse = ring.lse[at.slot], *delta = ring.delta[at.slot];
+        const float* lse = numbers + slot / 2 % (kSlots / 2) * 128;
         const unsigned parity = turns % 2;
+        float4* weights = passed + thread;
         const bool masked = !scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, length);
         const auto seen = [&](int row) { return scores.queries_of(key + first_row + row); };
-        Product::wait(x, grad);
-        if (turn > 0) ring.release(last, lane);
+        ring.wait_full(slot + 1 - role);
+        Product::wait(s, grad);
+        if (turn > 0) ring.release(slot - 1 - role, lane);
         if (role == 0) {
-          mbarrier_wait_parity(&s.read, parity ^ 1);
+          mbarrier_wait_parity(read, parity ^ 1);
 #pragma unroll
           for (int n = 0; n < kLongTurn / 8; n++) {
             float slope[4] = {1, 1, 1, 1};
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-              float& weight = x[0][n][i];
-              if (scores.capped) weight = scores.cap(weight), slope[i] = 1.f - weight * weight;
-              weight = ex2_approx(fmaf(weight, scores.scale, -lse[8 * n + 2 * (lane % 4) + i % 2]));
+              float& x = s[0][n][i];
+              if (scores.capped) x = scores.cap(x), slope[i] = 1.f - x * x;
+              x = ex2_approx(fmaf(x, scores.scale, -lse[8 * n + 2 * (lane % 4) + i % 2]));
             }
-            s.passed[n][thread] = {x[0][n][0] * slope[0], x[0][n][1] * slope[1], x[0][n][2] * slope[2], x[0][n][3] * slope[3]};
+            weights[n * 128] = {s[0][n][0] * slope[0], s[0][n][1] * slope[1], s[0][n][2] * slope[2], s[0][n][3] * slope[3]};
           }
-          mbarrier_arrive(&s.written);
+          mbarrier_arrive(written);
         } else {
-          mbarrier_wait_parity(&s.written, parity);
+          mbarrier_wait_parity(written, parity);
+          const float* delta = lse + 64;
 #pragma unroll
           for (int n = 0; n < kLongTurn / 8; n++) {
-            const float4 w = s.passed[n][thread];
+            const float4 w = weights[n * 128];
             const float even = delta[8 * n + 2 * (lane % 4)], odd = delta[8 * n + 2 * (lane % 4) + 1];
-            x[0][n][0] = w.x * (x[0][n][0] - even);
-            x[0][n][1] = w.y * (x[0][n][1] - odd);
-            x[0][n][2] = w.z * (x[0][n][2] - even);
-            x[0][n][3] = w.w * (x[0][n][3] - odd);
+            s[0][n][0] = w.x * (s[0][n][0] - even);
+            s[0][n][1] = w.y * (s[0][n][1] - odd);
+            s[0][n][2] = w.z * (s[0][n][2] - even);
+            s[0][n][3] = w.w * (s[0][n][3] - odd);
           }
-          mbarrier_arrive(&s.read);
+          mbarrier_arrive(read);
         }
-        if (masked) mask(x, query, lane, 0.f, seen);
-        const typename Product::template Left<1, kLongTurn / 8> left(x);
+        if (masked) mask(s, query, lane, 0.f, seen);
+        ring.release(slot + role, lane);
+        const typename Product::template Left<1, kLongTurn / 8> left(s);
         query += kLongTurn;
         if (query > queries.last) query = queries.first;  // the next head
-        last = at;
-        at.advance();
-        if constexpr (kNext) ring.wait_full(at, length - query);
+        if constexpr (kNext) ring.wait_full(slot + 2 + role);
         wgmma_fence_operand(grad[0]);
-        wgmma_fence_operand(x[0]);
+        wgmma_fence_operand(s[0]);
         Product::begin();
-        Product::template add_weighted_rows<kLongTurn>(grad, left, ring.tiles[last.slot][1 - role], 0, lane);
+        Product::template add_weighted_rows<kLongTurn>(grad, left, ring.tile(slot + 1 - role), 0, lane);
         Product::commit();
-        if constexpr (kNext) multiply(at.slot);
+        if constexpr (kNext) multiply(slot + 2);
+        slot += 2;
         turns++;
       };
       int turn = 0;
       for (; turn + 1 < count; turn++) add(turn, std::true_type{});
       add(turn, std::false_type{});
       Product::wait(grad);
-      ring.release(last, lane);
+      ring.release(slot - 1 - role, lane);
       const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;
       const float scale = role ? scores.product_scale : 1.f;
       const float factor[1][2] = {{scale, scale}};
@@ -184,10 +231,9 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
 template <typename T, int D>
 cudaError_t launch_long_split(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   const int64_t items = tiles * p.kv_heads;
-  QueryMaps maps;
-  if (items > 0x7fffffff || !encode_query_maps<D>(&maps, p)) return cudaErrorInvalidValue;
+  if (items > 0x7fffffff) return cudaErrorInvalidValue;
   return launch_large<long_split_kernel<T, D>>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
-                                               kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, maps, p, Scores(p),
+                                               kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, p, Scores(p),
                                                unsigned(items));
 }
 
