@@ -288,6 +288,7 @@ class Prepared:
                     dtype=base.dtype,  # type: ignore[arg-type]
                 )
         self.model.train()
+        self.compiled = row.compiled
         self.shared = list(base.parameters())
         for own, shared in zip(self.model.parameters(), self.shared, strict=True):
             own.data = shared.data
@@ -311,7 +312,12 @@ class Prepared:
         try:
             total = torch.zeros((), device=self.shared[0].device)
             laps.start()
+            if self.compiled:  # a graph's gradients are where the next replay writes: they are added to memory of our own
+                for own in self.model.parameters():
+                    own.grad = torch.zeros_like(own)
             for batch in self.batches:
+                if self.compiled:
+                    torch.compiler.cudagraph_mark_step_begin()
                 loss = self.model(**batch).loss
                 laps.lap("forward")
                 loss.backward()
