@@ -303,8 +303,38 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """A line for each shape and corpus: the forward, and with it the backward."""
-    reporting.draw_bars(data, path, columns=2, width=6.5)
+    """A panel for the forward and one with the backward: how many times packops' time each peer takes, a line for each case."""
+    works = list(dict.fromkeys(case["facts"]["work"] for case in data["cases"] if case["rows"]))
+    if not works:
+        return
+    plot = reporting.pyplot()
+    lines = list(dict.fromkeys(label_of(case) for case in data["cases"] if case["rows"]))
+    systems = list(dict.fromkeys(row["system"] for _, row in reporting.rows_of(data)))
+    peers_drawn = [name for name in systems if name != reporting.COPY and not name.startswith(reporting.OURS)]
+    figure, axes = plot.subplots(
+        1, len(works), figsize=(5.5 * len(works), 1.6 + 0.3 * len(lines)), sharey=True, constrained_layout=True, squeeze=False
+    )
+    for axis, work in zip(axes.flat, works, strict=True):
+        for number, name in enumerate(peers_drawn):
+            points = [
+                (row["microseconds"] / reporting.ours_of(case), -lines.index(label_of(case)))
+                for case, row in reporting.rows_of(data)
+                if case["facts"]["work"] == work and row["system"] == name
+            ]
+            axis.plot(*zip(*points, strict=True), "osD^v"[number % 5], label=name) if points else None
+        axis.axvline(1, color=reporting.COLOURS[reporting.OURS], linewidth=3, label="packops")
+        axis.set(title=work, xlabel="time / time of packops", xlim=(0.5, None))
+        axis.set_yticks([-i for i in range(len(lines))], lines)
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0][-1].legend(fontsize=8)
+    reporting.finish(figure, data, path)
+
+
+def label_of(case: dict[str, Any]) -> str:
+    facts = case["facts"]
+    softcap = f", softcap {facts['softcap']:g}" if facts.get("softcap") else ""
+    return f"{facts['documents']} {facts['corpus']} documents, {facts['shape']}{softcap}"
 
 
 def extend(parser: argparse.ArgumentParser) -> None:

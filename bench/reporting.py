@@ -103,6 +103,11 @@ def rows_of(data: dict[str, Any]) -> list[tuple[dict[str, Any], dict[str, Any]]]
     return [(case, row) for case in data["cases"] for row in case["rows"]]
 
 
+def ours_of(case: dict[str, Any]) -> float:
+    """Microseconds of packops itself, without options."""
+    return next(row["microseconds"] for row in case["rows"] if row["system"] == OURS)
+
+
 # ---- pictures --------------------------------------------------------------------------------------------------------------
 
 COLOURS = {OURS: "#0b7a75", COPY: "#d9dde1", "wrong": "#c8553d", "peer": "#b0b7bf"}
