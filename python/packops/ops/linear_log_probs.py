@@ -343,11 +343,11 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
                 logits = buffer[: len(y)]
                 make_logits(hidden_rows(flat, target, here)[0], weight, bias, out=logits)
                 log_prob, of_chunk = rows_of(ops, logits, column, maths, with_entropy)
-            if shard is not None:
-                log_prob, of_chunk = _over_shards(log_prob, of_chunk, y, shard, vocab)
             for whole, part in zip((log_probs, *rows), (log_prob, *of_chunk), strict=True):
                 if whole is not None and part is not None:
                     whole[here] = part
+        if shard is not None:
+            log_probs, rows = _over_shards(log_probs, rows, target, shard, vocab)
         unread = target < 0
         wrong = None
         if hidden.is_cuda:  # what the CPU refuses must show
@@ -360,7 +360,7 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
             return x if wrong is None else x.masked_fill_(wrong, torch.nan)
 
         entropy = None if rows.entropy is None else finish(rows.entropy)
-        return finish(log_probs), Rows(entropy, finish(row_max), finish(log_sum)), target
+        return finish(log_probs), Rows(entropy, finish(rows.row_max), finish(rows.log_sum)), target
 
     def backward(
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],

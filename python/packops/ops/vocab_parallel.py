@@ -178,14 +178,13 @@ def vocab_parallel_linear_log_probs(
 ) -> lp.LinearLogProbs:
     """:func:`packops.linear_log_probs` with the rows of ``weight`` split over the processes of ``group``.
 
-    A chunk's ranks exchange five fp32 numbers per row in the forward and nothing in the backward but the gradient of ``hidden``,
+    Ranks exchange five fp32 numbers per row in the forward, once, and nothing in the backward but the gradient of ``hidden``,
     which is added up over the group in fp32, so that every rank gets the whole of it.
 
     Args:
         hidden, local_weight, labels, group, shard_sizes, local_bias: as in :func:`vocab_parallel_linear_cross_entropy`.
-        chunk_tokens: rows of a chunk, the same on every rank; None: chosen from the shapes.
-        cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy, num_valid: as in :func:`packops.linear_log_probs`; the
-            same on every rank.
+        num_valid, chunk_tokens: as in :func:`packops.linear_log_probs`.
+        cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy: as there; the same on every rank.
         main_grad: of ``local_weight``'s shape, as in :func:`packops.linear_cross_entropy`.
 
     Returns:
@@ -204,9 +203,7 @@ def vocab_parallel_linear_log_probs(
         h, weight, bias = _cast_head(hidden, local_weight, local_bias)
         lp.check(op, h, weight, bias, labels, dict(options), least=0)
         lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
-        if options["chunk_tokens"] is None:
-            options["chunk_tokens"] = _choose_chunk_tokens(h, labels, options["num_valid"], lp.copies_of(h.dtype))
-        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_chunks_of(cast(Any, options)))
+        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h)
         if shard.vocab_size > MOST_CLASSES:  # places of shards travel as fp32
             raise ValueError(
                 f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {shard.vocab_size}"
