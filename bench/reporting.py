@@ -206,7 +206,7 @@ def figures(data: dict[str, Any]) -> dict[str, float]:
     """The measured figures of any result file, by what was measured."""
     found: dict[str, float] = {}
     for case in data.get("cases", []):
-        for row in case.get("rows", []):
+        for row in case["rows"] if "name" in case else []:
             found[f"{case['name']}: {row['system']}, us"] = row["microseconds"]
         for row in case.get("results", []):
             if "seconds" in row:

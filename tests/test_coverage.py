@@ -18,8 +18,6 @@ NOT_MEASURED = {
     "packed_forest": "microseconds, once a batch",
     "document_sums": "reads T numbers, beside a T x V product",
     "linear_cross_entropy_stats": "linear_cross_entropy with return_stats",
-    "vocab_parallel_linear_cross_entropy": "linear_cross_entropy and what vocab_parallel_cross_entropy exchanges",
-    "vocab_parallel_linear_log_probs": "linear_log_probs and what vocab_parallel_cross_entropy exchanges",
 }
 
 # What a file of bench/ calls on the way to what it measures.

@@ -157,7 +157,7 @@ def vocab_parallel_linear_cross_entropy(
         if options["chunk_tokens"] is None:
             copies = 1 if options["logits_dtype"] in (None, h.dtype) else 3
             options["chunk_tokens"] = _choose_chunk_tokens(h, labels, options["num_valid"], copies)
-        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_chunks_of(cast(Any, options)))
+        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid", "chunk_tokens"))
         with torch.autocast(h.device.type, enabled=False):
             ops = vocab_shard.linear_ops(_OPS, shard)
             return cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
@@ -183,8 +183,9 @@ def vocab_parallel_linear_log_probs(
 
     Args:
         hidden, local_weight, labels, group, shard_sizes, local_bias: as in :func:`vocab_parallel_linear_cross_entropy`.
-        num_valid, chunk_tokens: as in :func:`packops.linear_log_probs`.
-        cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy: as there; the same on every rank.
+        cu_seqlens, shift, ignore_index, logit_scale, softcap, entropy, num_valid: as in :func:`packops.linear_log_probs`; the
+            same on every rank.
+        chunk_tokens: rows of a chunk, also other ones on each rank.
         main_grad: of ``local_weight``'s shape, as in :func:`packops.linear_cross_entropy`.
 
     Returns:
@@ -203,7 +204,7 @@ def vocab_parallel_linear_log_probs(
         h, weight, bias = _cast_head(hidden, local_weight, local_bias)
         lp.check(op, h, weight, bias, labels, dict(options), least=0)
         lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
-        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h)
+        shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid"))
         if shard.vocab_size > MOST_CLASSES:  # places of shards travel as fp32
             raise ValueError(
                 f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {shard.vocab_size}"
@@ -239,8 +240,8 @@ def _choose_chunk_tokens(hidden: Tensor, labels: Tensor, num_valid: int | None, 
     return lm_head.choose_chunk_tokens(labels.numel(), hidden.shape[-1], MOST_CLASSES, num_valid=compacted, copies=copies)
 
 
-def _chunks_of(options: Mapping[str, Any]) -> dict[str, int]:
-    return {name: NONE if options[name] is None else options[name] for name in ("num_valid", "chunk_tokens")}
+def _numbers(options: Mapping[str, Any], *names: str) -> dict[str, int]:
+    return {name: NONE if options[name] is None else options[name] for name in names}
 
 
 @torch.compiler.disable(reason="it communicates over a process group")
