@@ -303,7 +303,7 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
 
 
 def draw(data: dict[str, Any], path: Path) -> None:
-    """A panel for the forward and one with the backward: how many times packops' time each peer takes, a line for each case."""
+    """A panel for the forward and one with the backward: the time of each peer over packops', a line for each case."""
     works = list(dict.fromkeys(case["facts"]["work"] for case in data["cases"] if case["rows"]))
     if not works:
         return
@@ -321,9 +321,10 @@ def draw(data: dict[str, Any], path: Path) -> None:
                 for case, row in reporting.rows_of(data)
                 if case["facts"]["work"] == work and row["system"] == name
             ]
-            axis.plot(*zip(*points, strict=True), "osD^v"[number % 5], label=name) if points else None
+            if points:
+                axis.plot(*zip(*points, strict=True), "osD^v"[number % 5], color=f"C{number}", label=name)
         axis.axvline(1, color=reporting.COLOURS[reporting.OURS], linewidth=3, label="packops")
-        axis.set(title=work, xlabel="time / time of packops", xlim=(0.5, None))
+        axis.set(title=work, xlabel="time / time of packops")
         axis.set_yticks([-i for i in range(len(lines))], lines)
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

@@ -267,3 +267,23 @@ def test_on_a_gpu(bench, tmp_path, softcap):
         assert list(case["absent"]) == ([bench.VARLEN] if softcap else [])
         assert not any(row.get("wrong") for row in rows.values())
         assert rows["packops"]["peak_bytes"] > 0
+
+
+def test_the_picture_has_times_over_those_of_packops(bench, tmp_path, monkeypatch):
+    """Also where a peer ran in one of the two panels alone."""
+
+    def case(work, **microseconds):
+        facts = {"work": work, "documents": 3, "corpus": "long", "shape": "9 x 2/1 x 64", "softcap": None}
+        return {"facts": facts, "rows": [{"system": name, "microseconds": value} for name, value in microseconds.items()]}
+
+    figures = []
+    monkeypatch.setattr(bench.reporting, "finish", lambda figure, data, path: figures.append(figure))
+    cases = [
+        case("forward", copy=1.0, packops=4.0, peer=6.0),
+        case("forward + backward", copy=1.0, packops=8.0, peer=6.0, other=2.0),
+    ]
+    bench.draw({"cases": [*cases, {"facts": {}, "rows": []}]}, tmp_path / "x.png")
+    panels = [{line.get_label(): list(line.get_xdata()) for line in axis.lines} for axis in figures[0].axes]
+    assert panels == [{"peer": [1.5], "packops": [1, 1]}, {"peer": [0.75], "other": [0.25], "packops": [1, 1]}]
+    assert [label.get_text() for label in figures[0].axes[0].get_yticklabels()] == ["3 long documents, 9 x 2/1 x 64"]
+    bench.reporting.pyplot().close(figures[0])

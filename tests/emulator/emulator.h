@@ -176,7 +176,6 @@ inline void arrive(const uint64_t* barrier, int64_t bytes = 0) {
   b.bytes += bytes;
   b.missing--;
   settle(b);
-  sometimes_yield();  // so that a thread may come late to what others do once it has arrived
 }
 inline void wait_for_phase(const uint64_t* barrier, uint32_t parity) {
   while (!is_over(barrier, parity)) {

@@ -241,6 +241,7 @@ def _choose_chunk_tokens(hidden: Tensor, labels: Tensor, num_valid: int | None, 
 
 
 def _numbers(options: Mapping[str, Any], *names: str) -> dict[str, int]:
+    """These options as ranks tell each other of them."""
     return {name: NONE if options[name] is None else options[name] for name in names}
 
 
