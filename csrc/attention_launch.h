@@ -104,15 +104,21 @@ constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barri
 constexpr bool attention_is_joint(int head_dim, bool padded, bool shares_prefixes) {
   return !attention_keys_split(head_dim) && !padded && !shares_prefixes;
 }
-// Two consumers of 128 threads and a producer, which copies so many turns of 64 queries and gradients ahead.
+// Two consumers of 128 threads and a producer, which copies so many turns of queries and gradients ahead. For a third turn of 64 features
+// there are 100 bytes of shared memory too few.
 inline constexpr int kAttentionLongKeysThreads = 3 * 128;
-constexpr int attention_long_turns(int head_dim) { return attention_keys_split(head_dim) ? 2 : 3; }
+constexpr int attention_long_turns(int head_dim) { return attention_keys_split(head_dim) || head_dim <= 64 ? 2 : 3; }
+// Keys of an item of the joint form, and queries of its turns: as many as registers hold scores of.
+inline constexpr int kAttentionJointKeys = 128;
+constexpr int attention_joint_queries(int head_dim) { return head_dim <= 64 ? 128 : 64; }
 constexpr int attention_long_keys_shared(int head_dim) {
   const int tile = 2 * head_dim * kAttentionRows, weights = 4 * kAttentionRows * kAttentionRows, barriers = 1024;
-  const int turns = attention_long_turns(head_dim) * (2 * tile + 2 * 4 * kAttentionRows);  // with lse and delta
+  const int rows = attention_keys_split(head_dim) ? kAttentionRows : attention_joint_queries(head_dim);
+  const int turns = attention_long_turns(head_dim) * rows * (2 * 2 * head_dim + 2 * 4);  // with lse and delta
   if (attention_keys_split(head_dim))  // keys, values, and what one consumer passes to the other
     return 2 * tile + turns + weights + barriers;
-  return 4 * tile + turns + 2 * weights + 4 * kAttentionRows * head_dim + barriers;  // dS of two turns, and parts of grad_q
+  return 4 * tile + turns + rows * (2 * 2 * kAttentionJointKeys + 4 * head_dim) +
+         barriers;  // dS of two turns, and parts of grad_q
 }
 
 // Registers of a thread, by groups of consumers. All together may have no more than the block was launched with: a multiprocessor's

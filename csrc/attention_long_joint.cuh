@@ -1,8 +1,9 @@
 // All gradients of long documents of 64 and 128 features, on Hopper, with five products. Part of attention.cu.
 //
-//   S = K Q^T, dP = V dO^T    64 keys for each of two consumers, 64 queries a turn; P and dS of them, in registers
+//   S = K Q^T, dP = V dO^T    64 keys for each of two consumers, 64 queries a turn (128 with 64 features); P and dS, in registers
 //   dV += P dO, dK += dS Q    in registers, over all turns of an item
-//   dQ += dS^T K              of all 128 keys, in the next turn: dS goes through shared memory, each consumer makes half of the features
+//   dQ += dS^T K              of all 128 keys, in the next turn: dS goes through shared memory, each consumer makes half of the features,
+//                             or of the queries where there are 128
 //
 // Consumers take turns to issue products, all that they have until they need their next exponentials: dV and dK of a turn, dQ of the one
 // before it, S and dP of the one after it. While one multiplies, the other has its exponentials.
@@ -15,7 +16,7 @@
 // Items are drawn in the order of their keys, so an item waits for such alone as were drawn before it. All go through their queries from
 // the last to the first, and through the heads of each tile, so those that began earlier stay ahead.
 //
-// Bound: the tensor cores, 5 x 2 x 64 x 128 x head_dim FLOPs a turn at 4096 a cycle, and shared memory: S, dP and dQ read both operands
+// Bound: the tensor cores, 5 x 2 x 64 x 128 x head_dim FLOPs per 64 queries at 4096 a cycle, and shared memory: S, dP and dQ read both operands
 // there, at 128 bytes a cycle.
 //
 // Sums lie in memory as threads hold them: vectors of four numbers, those of 128 threads after one another.
@@ -34,7 +35,7 @@
 namespace packops {
 namespace {
 
-// ---- Queries and their gradients, in turns of 64: one warp copies them into a ring of shared memory
+// ---- Queries and their gradients, in turns: one warp copies them into a ring of shared memory
 //
 // Tensor maps copy whole tiles. They do not know where a document ends, and rows past its end must be zeros, since the next document may
 // hold NaN: so threads of the warp copy its last tiles.
@@ -45,7 +46,7 @@ struct QueryMaps {
 template <int D>
 bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
   const auto encode = [&](CUtensorMap* map, const Heads& x) {
-    return encode_tensor_map(map, p.dtype, x.data, {D, p.heads, p.tokens}, {x.head, x.token}, kLongTurn);
+    return encode_tensor_map(map, p.dtype, x.data, {D, p.heads, p.tokens}, {x.head, x.token}, attention_joint_queries(D));
   };
   return p.heads == 0 || (encode(&maps->queries, p.q) && encode(&maps->grads, p.grad_out));
 }
@@ -55,10 +56,10 @@ bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
 // A turn is full when its copies have arrived, and empty when all warps of the consumers have released it.
 template <int D, int kTurns>
 struct QueryRing {
-  static constexpr int kTile = 2 * D * kLongTurn;
+  static constexpr int kTurn = attention_joint_queries(D), kTile = 2 * D * kTurn;
   using Place = RingPlace<kTurns>;
   char tiles[kTurns][2][kTile];  // queries, gradients; whoever has a ring puts it at a multiple of 1024 bytes
-  float lse[kTurns][kLongTurn], delta[kTurns][kLongTurn];
+  float lse[kTurns][kTurn], delta[kTurns][kTurn];
   MBarrier full[kTurns], empty[kTurns];
 
   __device__ __forceinline__ void init() {
@@ -67,7 +68,7 @@ struct QueryRing {
   // Of the consumers. `there`: rows of the tiles that are the document's.
   __device__ __forceinline__ void wait_full(const Place& at, int there) {
     mbarrier_wait_parity(&full[at.slot], uint32_t(at.parity));
-    if (there < kLongTurn) fence_proxy_async();  // threads have written them
+    if (there < kTurn) fence_proxy_async();  // threads have written them
   }
   __device__ __forceinline__ void release(const Place& at, int lane) {
     __syncwarp();
@@ -78,7 +79,7 @@ struct QueryRing {
   __device__ __forceinline__ void fill(Place& at, const QueryMaps& maps, const AttentionParams& p, int document_begin, int head,
                                        int query, int length, int lane) {
     const int token = document_begin + query, there = length - query;
-    const bool whole = there >= kLongTurn;
+    const bool whole = there >= kTurn;
     MBarrier* barrier = &full[at.slot];
     if (lane == 0) {  // alone: another lane that waited might come when the turn is full and empty again
       mbarrier_wait_parity(&empty[at.slot], uint32_t(at.parity ^ 1));
@@ -90,14 +91,14 @@ struct QueryRing {
         if (lane > 0) return;
 #pragma unroll
         for (int panel = 0; panel < D / 64; panel++)
-          hopper::tma_load_3d(tile + panel * (128 * kLongTurn), map, 64 * panel, head, token, barrier);
+          hopper::tma_load_3d(tile + panel * (128 * kTurn), map, 64 * panel, head, token, barrier);
       } else {
         const T* rows = head_of<T>(heads, token, head);
 #pragma unroll 1  // the warp has few registers
-        for (int i = lane; i < kLongTurn * (D / 8); i += 32) {
+        for (int i = lane; i < kTurn * (D / 8); i += 32) {
           const int row = i / (D / 8), chunk = i % (D / 8);
           const bool is_there = row < there;
-          cp_async_16_zfill(place<kLongTurn>(tile, row, chunk), rows + (is_there ? row * heads.token : 0) + chunk * 8, is_there);
+          cp_async_16_zfill(place<kTurn>(tile, row, chunk), rows + (is_there ? row * heads.token : 0) + chunk * 8, is_there);
         }
       }
     };
@@ -105,7 +106,7 @@ struct QueryRing {
     copy(tiles[at.slot][1], maps.grads, p.grad_out);
     const int64_t row = head * p.tokens + token;
 #pragma unroll
-    for (int i = lane; i < kLongTurn; i += 32) {
+    for (int i = lane; i < kTurn; i += 32) {
       const int64_t from = row + (i < there ? i : 0);
       cp_async_4_zfill(&lse[at.slot][i], static_cast<const float*>(p.lse) + from, i < there);
       cp_async_4_zfill(&delta[at.slot][i], p.delta + from, i < there);
@@ -117,9 +118,10 @@ struct QueryRing {
 
 // ---- The kernels
 
-// 128 keys of a document, and the turns of 64 queries and a head that see them.
+// 128 keys of a document, and the turns of so many queries and a head that see them.
+template <int kTurn>
 struct LongJointItem {
-  static constexpr int kKeys = 2 * kAttentionRows;
+  static constexpr int kKeys = kAttentionJointKeys;
   AttentionTile tile;
   int kv_head, length, key, first, last, group, heads, window;
   unsigned number;  // of the tile of the document's first tokens
@@ -135,30 +137,32 @@ struct LongJointItem {
         number(item / unsigned(p.kv_heads) - unsigned(key / kAttentionRows)) {
     const Interval queries = queries_of_block(scores, key, kKeys, length);
     first = queries.first;
-    last = first + (queries.last - first) / kLongTurn * kLongTurn;
+    last = first + (queries.last - first) / kTurn * kTurn;
   }
   // Blocks of keys that add to these queries before this one.
   __device__ __forceinline__ int before(int query) const {
     return key / kKeys - (window ? max(0, query - window + 1) / kKeys : 0);
   }
-  // Of the sums of a head of these queries, among those of all tiles.
+  // Of the sums of a head of the tile of this query, among those of all tiles.
   __device__ __forceinline__ int64_t place(int query, int head) const {
-    return int64_t(number + unsigned(query / kLongTurn)) * heads + head;
+    return int64_t(number + unsigned(query / kAttentionRows)) * heads + head;
   }
-  __device__ __forceinline__ int turns() const { return ((last - first) / kLongTurn + 1) * group; }
+  __device__ __forceinline__ int turns() const { return ((last - first) / kTurn + 1) * group; }
   template <typename F>
   __device__ __forceinline__ void for_each_turn(F&& f) const {
-    for (int query = last; query >= first; query -= kLongTurn)
+    for (int query = last; query >= first; query -= kTurn)
       for (int head = kv_head * group; head < (kv_head + 1) * group; head++) f(query, head);
   }
 };
 
 template <int D>
 struct LongJointShared {
-  static constexpr int kTile = 2 * D * kAttentionRows, kPart = kAttentionRows * D / 2;
-  alignas(1024) char keys_values[2][2][kTile];  // of each consumer: keys, values
-  char changes[2][LongJointItem::kKeys * 128];  // dS of 128 keys and 64 queries, of two turns
-  float part[2][kPart];                         // of dQ
+  static constexpr int kTurn = attention_joint_queries(D), kTile = 2 * D * kAttentionRows, kPart = kTurn * D / 2;
+  static constexpr bool kByTile = kTurn > kAttentionRows;  // of dQ, a consumer makes 64 queries, or half of the features of 64
+  using Item = LongJointItem<kTurn>;
+  alignas(1024) char keys_values[2][2][kTile];       // of each consumer: keys, values
+  char changes[2][2 * kAttentionJointKeys * kTurn];  // dS of two turns
+  float part[2][kPart];                              // of dQ
   QueryRing<D, attention_long_turns(D)> ring;
   MBarrier full_part[2], empty_part[2];
   ItemBox box;
@@ -172,7 +176,7 @@ __device__ __forceinline__ void copy_queries_by_tile(const QueryMaps& maps, cons
     if (lane == 0) s.box.put(items, draw_item<2, false>(p, unsigned(p.kv_heads), end));
     const int drawn = s.box.take(items, lane);
     if (drawn < 0) break;
-    const LongJointItem item(p, scores, unsigned(drawn));
+    const typename LongJointShared<D>::Item item(p, scores, unsigned(drawn));
     item.for_each_turn([&](int query, int head) {
       s.ring.template fill<T>(at, maps, p, item.tile.document_begin, head, query, item.length, lane);
     });
@@ -189,7 +193,7 @@ __device__ __forceinline__ void add_parts(const AttentionParams& p, const Scores
     const int drawn = s.box.take(items, lane);
     if (drawn < 0) break;
     if (lane > 0) continue;  // one thread alone: another that waits might come when its phase is long over
-    const LongJointItem item(p, scores, unsigned(drawn));
+    const typename LongJointShared<D>::Item item(p, scores, unsigned(drawn));
     int32_t* arriving = nullptr;
     const auto count = [&] {
       if (!arriving) return;
@@ -198,18 +202,21 @@ __device__ __forceinline__ void add_parts(const AttentionParams& p, const Scores
       arriving = nullptr;
     };
     item.for_each_turn([&](int query, int head) {
-      const int before = item.before(query);
-      const int64_t place = 2 * item.place(query, head) + role;
+      const int before = item.before(query), mine = query + (s.kByTile ? kAttentionRows * role : 0);
+      const bool is_one = mine < item.length;
+      const int64_t place = 2 * item.place(mine, head) + (s.kByTile ? 0 : role);
       int32_t* counter = p.added + place;
-      const bool all_there = before == 0 || load_acquire(counter) == before;
+      const bool all_there = before == 0 || !is_one || load_acquire(counter) == before;
       count();
       if (!all_there) wait_acquire(counter, before);
       mbarrier_wait_parity(&s.full_part[role], parts++ % 2);
-      cp_reduce_async_bulk_add(p.parts + place * s.kPart, s.part[role], sizeof s.part[role]);
-      cp_async_bulk_commit_group();
-      cp_async_bulk_wait_group_read<0>();
+      if (is_one) {
+        cp_reduce_async_bulk_add(p.parts + place * (kAttentionRows * D / 2), s.part[role], sizeof s.part[role]);
+        cp_async_bulk_commit_group();
+        cp_async_bulk_wait_group_read<0>();
+        arriving = counter;
+      }
       mbarrier_arrive(&s.empty_part[role]);
-      arriving = counter;
     });
     count();
   }
@@ -241,12 +248,13 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
     else if (thread < 96) add_parts<D>(p, scores, s, thread / 32 - 1, lane);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
+    constexpr int kTurn = Shared::kTurn;
     const int first_row = thread / 32 * 16;
-    using Left = typename Product::template Left<1, kLongTurn / 8>;
+    using Left = typename Product::template Left<1, kTurn / 8>;
     const auto add_rows = [](Sums<1, D>& sums, const Left& left, char* tile) {
-      const WgmmaDescriptor rows(tile, kAttentionRows * 128);
+      const WgmmaDescriptor rows(tile, kTurn * 128);
 #pragma unroll
-      for (int k = 0; k < kLongTurn / 16; k++) wgmma_rs(sums[0], left.words[k][0], rows.at(16 * k * 128), true, T{});
+      for (int k = 0; k < kTurn / 16; k++) wgmma_rs(sums[0], left.words[k][0], rows.at(16 * k * 128), true, T{});
     };
     const ProductTurns<2> turns(role);
     char *keys = s.keys_values[role][0], *values = s.keys_values[role][1];
@@ -255,7 +263,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
     for (unsigned items = 0;; items++) {
       const int drawn = s.box.take(items, lane);
       if (drawn < 0) break;
-      const LongJointItem item(p, scores, unsigned(drawn));
+      const typename Shared::Item item(p, scores, unsigned(drawn));
       const int key = item.key + kAttentionRows * role, token = item.tile.begin + kAttentionRows * role;
       const int there = min(kAttentionRows, item.length - key);  // not positive: this group has none, but takes part
       Rows<T, D, kAttentionRows, 128>(p.k, token, item.kv_head, thread).load(keys, 0, there);
@@ -273,19 +281,19 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       // By the order of products, both consumers have written dS of a turn when either multiplies it in the next one, and both have
       // multiplied it when either writes to the same place again.
       int query = item.last, head = item.kv_head * item.group;
-      Sums<1, kLongTurn> x, g;  // scores, then P; dP, then dS
-      Sums<1, D / 2> part;
-      const auto multiply = [&](Sums<1, kLongTurn>& sums, char* mine, int which) {
+      Sums<1, kTurn> x, g;  // scores, then P; dP, then dS
+      Sums<1, Shared::kPart / kAttentionRows> part;
+      const auto multiply = [&](Sums<1, kTurn>& sums, char* mine, int which) {
         Product::begin();
-        Product::template multiply_rows<kAttentionRows, kLongTurn>(sums, mine, 0, s.ring.tiles[at.slot][which], 0, lane);
+        Product::template multiply_rows<kAttentionRows, kTurn>(sums, mine, 0, s.ring.tiles[at.slot][which], 0, lane);
         Product::commit();
       };
       const auto multiply_changes = [&](unsigned turn) {
-        const WgmmaDescriptor changes(s.changes[turn % 2]);
-        const int mine = role * D / 128 * (128 * kAttentionRows) + role * D % 128;  // features
+        const WgmmaDescriptor changes(s.changes[turn % 2] + (Shared::kByTile ? role * (128 * kAttentionJointKeys) : 0));
+        const int mine = Shared::kByTile ? 0 : role * D / 128 * (128 * kAttentionRows) + role * D % 128;  // features
         Product::begin();
 #pragma unroll
-        for (int k = 0; k < LongJointItem::kKeys / 16; k++)
+        for (int k = 0; k < kAttentionJointKeys / 16; k++)
           wgmma_ss_trans(part[0], changes.at(16 * k * 128), WgmmaDescriptor(s.keys_values[k / 4][0]).at(mine + k % 4 * 16 * 128),
                          k > 0, T{});
         Product::commit();
@@ -297,7 +305,8 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
           parts++;
           float4* to = reinterpret_cast<float4*>(s.part[role]) + thread;
 #pragma unroll
-          for (int n = 0; n < D / 16; n++) to[n * 128] = {part[0][n][0], part[0][n][1], part[0][n][2], part[0][n][3]};
+          for (int n = 0; n < Shared::kPart / 512; n++)
+            to[n * 128] = {part[0][n][0], part[0][n][1], part[0][n][2], part[0][n][3]};
         }
         fence_proxy_async();
         __syncwarp();
@@ -316,7 +325,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         weigh<Product>(
             x, g, scores, [&](int, int n, int i) { return lse[column(n, i)]; },
             [&](int, int n, int i) { return delta[column(n, i)]; });
-        if (!scores.all_see(query, query + kLongTurn, key, key + kAttentionRows, item.length)) {
+        if (!scores.all_see(query, query + kTurn, key, key + kAttentionRows, item.length)) {
           const auto seen = [&](int row) {
             const int mine = key + first_row + row;  // past the end, keys are zeros, but their weights need not be finite
             return mine < item.length ? scores.queries_of(mine) : Interval{0, -1};
@@ -327,7 +336,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         const Left weights(x), change_words(g);
         const auto last = at;
         at.advance();
-        if (++head == (item.kv_head + 1) * item.group) head = item.kv_head * item.group, query -= kLongTurn;
+        if (++head == (item.kv_head + 1) * item.group) head = item.kv_head * item.group, query -= kTurn;
         if constexpr (kNext) s.ring.wait_full(at, item.length - query);
         turns.wait();
         wgmma_fence_operand(grad_k[0]);
@@ -338,7 +347,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         Product::commit();
         multiply_changes(turn - 1);  // in the first turn, of nobody
 #pragma unroll
-        for (int k = 0; k < kLongTurn / 16; k++)
+        for (int k = 0; k < kTurn / 16; k++)
           stmatrix_x4(place<128>(change, kAttentionRows * role + first_row + lane % 16, 2 * k + lane / 16),
                       change_words.words[k][0]);
         Product::template wait<1>(grad_k, grad_v);
