@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   const Columns<D, kPadded> columns(p.head_dim);
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
-  if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
+  if (tile.begin == tile.end || takes_long_forward<D, kForest>(p, tile)) return end_overlapping(beside);
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
@@ -168,15 +168,18 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   const Columns<D, kPadded> columns(p.head_dim);
   griddepcontrol_launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
+  constexpr bool kJoint = kGroup && attention_is_joint(D, kPadded);
+  if (kJoint && p.long_from != kNeverLong && threadIdx.x < 2) p.added[2 * blockIdx.x + threadIdx.x] = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
-  if constexpr (kGroup && attention_is_joint(D, kPadded, kForest))
-    if (is_long<false>(p, tile)) {  // the rest is done with grad_k and grad_v
-      if (thread < 2) p.added[2 * blockIdx.x + thread] = 0;
-      float4* sums = reinterpret_cast<float4*>(p.parts + int64_t(blockIdx.x) * (kAttentionRows * D));
-      for (int i = thread; i < kAttentionRows * D / 4; i += kThreads) sums[i] = float4{0, 0, 0, 0};
+  const int root = kJoint && p.long_from != kNeverLong ? long_root<kForest>(p, tile) : -1;
+  if constexpr (kJoint)
+    if (root == tile.document) {  // the rest is done with grad_k and grad_v
+      const QuerySums<D, kForest> sums(p, tile, root, head);
+      if constexpr (kForest) sums.for_each_pair(thread, [](float2& two, int, int) { two = {0, 0}; });
+      else sums.for_each_four(thread, [](float4& four, int) { four = {0, 0, 0, 0}; });
       return compute_deltas<T, D, kThreads>(p, tile.begin, tile.end - tile.begin, head, dynamic_shared<float>(), thread);
     }
   char* queries = dynamic_shared<char>();
@@ -194,7 +197,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
     from_k.load(to, turn.row + turn.key, turn.end - turn.key);
     from_v.load(to + 2 * D * kKeys, turn.row + turn.key, turn.end - turn.key);
   };
-  Turns turn(p, tile, query, scores.window);
+  Turns turn(p, tile, query, scores.window, kJoint && root >= 0);
   Rows<T, D, kAttentionRows, kThreads, kPadded>(p.q, tile.begin, head, thread, columns).load(queries, 0, there);
   Rows<T, D, kAttentionRows, kThreads, kPadded>(p.grad_out, tile.begin, head, thread, columns).load(grads, 0, there);
   load(turn);
@@ -256,6 +259,11 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   cp_async_wait_all();
   __syncthreads();
 
+  if constexpr (kJoint && kForest)
+    if (root >= 0)  // the root's keys are still to come
+      return QuerySums<D, kForest>(p, tile, root, head).for_each_pair(thread, [&](float2& two, int n, int half) {
+        two = {grad[0][n][2 * half], grad[0][n][2 * half + 1]};
+      });
   const int64_t stride = int64_t(p.heads) * columns.count;
   float factor[kBlocks][2];
 #pragma unroll
@@ -296,7 +304,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
-  if (tile.begin == tile.end || is_long<false>(p, tile)) return end_overlapping(beside);
+  if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
   const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
   const int first_row = thread / 32 * 16 * kBlocks;
@@ -460,7 +468,7 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
       {}, device, tiles * p.heads, kQueries.threads(), attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
   bool beside = p.long_from != kNeverLong;
-  if constexpr (kGroup && !kPadded && !kForest)
+  if constexpr (kGroup && !kPadded)
     if (beside) {
       if constexpr (attention_keys_split(D)) error = launch_long_split<T, D>(p, tiles, device, stream);
       else error = launch_long_joint<T, D>(p, tiles, device, stream);
@@ -491,8 +499,9 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
     return with_teams(std::integral_constant<int, 1>{});
   };
   error = launch_short();
-  if constexpr (kGroup && attention_is_joint(D, kPadded, kForest))
-    if (error == cudaSuccess && p.long_from != kNeverLong) error = launch_joint_queries<T, D>(p, tiles, device, stream);
+  if constexpr (kGroup && attention_is_joint(D, kPadded))
+    if (error == cudaSuccess && p.long_from != kNeverLong)
+      error = launch_joint_queries<T, D, kForest>(p, tiles, device, stream);
   return error;
 }
 

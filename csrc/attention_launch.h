@@ -101,9 +101,7 @@ constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barri
 
 // Whether one kernel makes all gradients of long documents (attention_long_joint.cuh), or two make grad_k and grad_v, and queries_kernel
 // grad_q.
-constexpr bool attention_is_joint(int head_dim, bool padded, bool shares_prefixes) {
-  return !attention_keys_split(head_dim) && !padded && !shares_prefixes;
-}
+constexpr bool attention_is_joint(int head_dim, bool padded) { return !attention_keys_split(head_dim) && !padded; }
 // Two consumers of 128 threads and a producer, which copies so many turns of queries and gradients ahead. For a third turn of 64 features
 // there are 100 bytes of shared memory too few.
 inline constexpr int kAttentionLongKeysThreads = 3 * 128;
@@ -146,9 +144,9 @@ constexpr int32_t choose_attention_long_from(const AttentionParams& p, const Dev
 constexpr int32_t choose_attention_long_forward_from(const AttentionParams& p, const DeviceLimits& device) {
   return choose_attention_long_from(p, device, attention_long_forward_from(p.head_dim));
 }
-// With shared prefixes, keys are seen by the tokens of a subtree, which the kernel for long documents does not know.
+// With shared prefixes, a window is one of positions, which the kernels for long documents do not know.
 constexpr int32_t choose_attention_long_keys_from(const AttentionParams& p, const DeviceLimits& device) {
-  return p.prefixes ? kNeverLong : choose_attention_long_from(p, device, attention_long_keys_from(p.head_dim));
+  return p.prefixes && p.window > 0 ? kNeverLong : choose_attention_long_from(p, device, attention_long_keys_from(p.head_dim));
 }
 
 // Teams of a block: at most 8 warps, at most one per head of the group, and as many as fit into shared memory.

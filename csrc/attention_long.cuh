@@ -1,6 +1,8 @@
 // What the kernels for long documents share: the items of work that blocks draw, and the turns of their warp groups.
 #pragma once
 
+#include <type_traits>
+
 #include "attention_launch.h"
 #include "attention_scores.cuh"
 #include "attention_tiles.cuh"
@@ -12,13 +14,14 @@
 namespace packops {
 namespace {
 
-// Tokens of a tile's document. With shared prefixes, of its segment, if that continues no other: else 0.
+// With shared prefixes, a tile is of a segment, and these are a root's alone: 0 and false for what continues another.
+__device__ __forceinline__ int length_of(const ForestSegment& segment) { return segment.end - segment.begin; }
 template <bool kForest>
 __device__ __forceinline__ int own_length(const AttentionParams& p, const AttentionTile& tile) {
   if constexpr (kForest) {
     if (tile.document >= p.axis.documents) return 0;
     const ForestSegment segment = p.prefixes.segments[tile.document];
-    return segment.parent < 0 ? segment.end - segment.begin : 0;
+    return segment.parent < 0 ? length_of(segment) : 0;
   } else {
     return tile.document_end - tile.document_begin;
   }
@@ -29,21 +32,31 @@ __device__ __forceinline__ bool is_long(const AttentionParams& p, const Attentio
 }
 
 // The list of tiles is sorted by this: the first tile of which it is false ends what is long.
+template <bool kForest>
 __device__ __forceinline__ bool may_be_long(const AttentionParams& p, const AttentionTile& tile) {
-  return tile.document_end - tile.document_begin > p.long_from;
+  return first_position<kForest>(p, tile) + tile.document_end - tile.document_begin > p.long_from;
 }
 
-// Items of work are numbers of a tile, the first of `groups` neighbours in a long document, times `heads`, plus a head. -1: there are
+// Items of work are numbers of a tile, the first of `groups` neighbours in what is long, times `heads`, plus a head. -1: there are
 // no more.
-template <int kGroups, bool kForest>
-__device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned heads, unsigned end) {
+template <int kGroups, bool kForest, typename F>
+__device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned heads, unsigned end, F&& takes) {
   for (;;) {
     const unsigned item = atomicAdd(p.drawn, 1u);
     if (item >= end) return -1;
     const AttentionTile tile = p.tiles[item / heads];
-    if (!may_be_long(p, tile)) return -1;
-    if ((tile.begin - tile.document_begin) / kAttentionRows % kGroups == 0 && is_long<kForest>(p, tile)) return int(item);
+    if (!may_be_long<kForest>(p, tile)) return -1;
+    if ((tile.begin - tile.document_begin) / kAttentionRows % kGroups == 0 && takes(tile)) return int(item);
   }
+}
+// Of the backward, where kernels are the same with and without shared prefixes.
+template <int kGroups>
+__device__ __forceinline__ int draw_keys(const AttentionParams& p, unsigned end) {
+  const auto draw = [&](auto forest) {
+    return draw_item<kGroups, forest>(p, unsigned(p.kv_heads), end,
+                                      [&](const AttentionTile& tile) { return is_long<forest>(p, tile); });
+  };
+  return p.prefixes.segments ? draw(std::true_type{}) : draw(std::false_type{});
 }
 
 #ifdef PACKOPS_SM90A

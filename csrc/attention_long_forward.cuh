@@ -30,6 +30,24 @@
 namespace packops {
 namespace {
 
+// Whether the kernel here takes a tile. With shared prefixes it takes long roots and, of the segments that continue a root, those whose
+// path is long. One tile that would be alone in a block of several is left to the other kernel.
+template <int D, bool kForest>
+__device__ __forceinline__ bool takes_long_forward(const AttentionParams& p, const AttentionTile& tile) {
+  constexpr AttentionLongForwardShape kShape = attention_long_forward_shape(D);
+  if constexpr (kForest) {
+    if (tile.document >= p.axis.documents) return false;
+    const ForestSegment segment = p.prefixes.segments[tile.document];
+    if (segment.parent >= 0) {
+      const ForestSegment root = p.prefixes.segments[segment.parent];
+      const int before = (tile.begin - segment.begin) / kShape.rows() * kShape.rows();
+      return root.parent < 0 && length_of(root) >= kShape.turn && !p.window &&
+             segment.position + length_of(segment) > p.long_from && length_of(segment) - before > kAttentionRows;
+    }
+  }
+  return is_long<kForest>(p, tile);
+}
+
 #ifdef PACKOPS_SM90A
 
 // The shared memory of a block.
@@ -55,21 +73,38 @@ struct LongForwardShared {
   }
 };
 
-// A tile of queries of one head, and its turns of keys, in the document.
+// A tile of queries of one head, and its turns of keys, in the document. In a segment that continues a root, turns of the root's keys come
+// before those of its own.
 template <int kRows, int kTurn, bool kForest>
 struct LongForwardItem {
   AttentionTile tile;
   int head, length, query, first, last;  // turns, both inclusive
+  int root_turns = 0, root_begin = 0;
+  int again = 0;  // the root's last turn is as long as any, so that it has no other rows, and begins with so many keys of the one before
 
   __device__ __forceinline__ LongForwardItem(const AttentionParams& p, const Scores& scores, int item)
       : tile(p.tiles[item / p.heads]), head(item % p.heads) {
     length = own_length<kForest>(p, tile);
     // The list has documents from their first tile on; the last has the most keys.
     query = (length - 1) / kRows * kRows - (tile.begin - tile.document_begin);
+    if constexpr (kForest)
+      if (length == 0) {
+        const ForestSegment segment = p.prefixes.segments[tile.document], root = p.prefixes.segments[segment.parent];
+        length = length_of(segment), query = tile.begin - segment.begin;
+        root_begin = root.begin, root_turns = (length_of(root) + kTurn - 1) / kTurn;
+        again = root_turns * kTurn - length_of(root);
+      }
     tile.begin = tile.document_begin + query;
     tile.end = min(tile.document_begin + length, tile.begin + kRows);
     first = (scores.window ? max(0, query - scores.window + 1) : 0) / kTurn;
-    last = ((p.causal ? min(length, query + kRows) : length) - 1) / kTurn;
+    last = root_turns + ((p.causal ? min(length, query + kRows) : length) - 1) / kTurn;
+  }
+  __device__ __forceinline__ bool is_own(int turn) const { return !kForest || turn >= root_turns; }
+  __device__ __forceinline__ int own_key(int turn) const { return (turn - root_turns) * kTurn; }
+  // The columns of a root's turn that count.
+  __device__ __forceinline__ Interval root_keys(int turn) const { return {turn == root_turns - 1 ? again : 0, kTurn - 1}; }
+  __device__ __forceinline__ int first_key(int turn) const {  // token
+    return is_own(turn) ? tile.document_begin + own_key(turn) : root_begin + turn * kTurn - root_keys(turn).first;
   }
 };
 
@@ -118,7 +153,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
   static_assert(sizeof(Shared) <= attention_long_forward_shared(D));
   Shared& s = *dynamic_shared<Shared>();
   begin_overlapping(beside);
-  if (!may_be_long(p, p.tiles[0])) return end_overlapping(beside);  // nor is any other
+  if (!may_be_long<kForest>(p, p.tiles[0])) return end_overlapping(beside);  // nor is any other
   if (threadIdx.x == 0) s.init();
   __syncthreads();
 
@@ -136,7 +171,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
           for (int panel = 0; panel < D / 64; panel++) tma_load_3d(to + panel * (128 * rows), map, 64 * panel, head, token, full);
         };
         for (int turn = item.last; turn >= item.first; turn--) {
-          const int token = item.tile.document_begin + turn * kTurn;
+          const int token = item.first_key(turn);
           mbarrier_wait_parity(&s.empty_keys[place.slot], uint32_t(place.parity ^ 1));
           copy(s.keys[place.slot], k_map, &s.full_keys[place.slot], kTurn, kv_head, token);
           if (turn == item.last) {
@@ -151,7 +186,8 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
     } else if (threadIdx.x == 128 * kGroups + 32) {  // draws items ahead
       RingPlace<Shared::kItems> items;
       for (int number = 0; number >= 0; items.advance()) {
-        number = draw_item<kGroups, kForest>(p, unsigned(p.heads), end);
+        number = draw_item<kGroups, kForest>(
+            p, unsigned(p.heads), end, [&](const AttentionTile& tile) { return takes_long_forward<D, kForest>(p, tile); });
         mbarrier_wait_parity(&s.empty_item[items.slot], uint32_t(items.parity ^ 1));
         s.item[items.slot] = number;
         mbarrier_arrive(&s.full_item[items.slot]);
@@ -192,11 +228,14 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         wgmma_commit_group();
       };
       const auto weigh = [&](int turn) {  // scores become exponentials; correction: the factor for what is summed so far
-        const int key = turn * kTurn, query = item.query + 64 * group;
+        const bool own = item.is_own(turn);
+        const int key = own ? item.own_key(turn) : 0, query = item.query + 64 * group;
         wgmma_fence_operand(x[0]);
         if (scores.capped) for_each(x, [&](float& score, int, int, int) { score = scores.cap(score); });
-        if (!scores.all_see(query, query + 64, key, key + kTurn, item.length))
-          mask(x, key, lane, -INFINITY, [&](int row) { return scores.keys_of(item.query + first_row + row, item.length); });
+        if (own ? !scores.all_see(query, query + 64, key, key + kTurn, item.length) : item.root_keys(turn).first > 0)
+          mask(x, key, lane, -INFINITY, [&](int row) {
+            return own ? scores.keys_of(item.query + first_row + row, item.length) : item.root_keys(turn);
+          });
         float shift[1][2], now[1][2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -231,7 +270,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         at_values.advance();
       };
 
-      const int past = item.length - item.last * kTurn;
+      const int past = item.length - item.own_key(item.last);
       mbarrier_wait_parity(&s.full_queries, uint32_t(parity));
       multiply();
       turns.pass();

@@ -19,7 +19,12 @@
 // Bound: the tensor cores, 5 x 2 x 64 x 128 x head_dim FLOPs per 64 queries at 4096 a cycle, and shared memory: S, dP and dQ read both operands
 // there, at 128 bytes a cycle.
 //
-// Sums lie in memory as threads hold them: vectors of four numbers, those of 128 threads after one another.
+// Sums lie in memory as threads hold them: vectors of four numbers, those of 128 threads after one another. They are of tiles of 64 queries,
+// counted from the document's first token.
+//
+// With shared prefixes, a document here is a root and all that continues it, which are neighbours: its keys are the root's alone, and its
+// queries all of them. What queries see beside the root's keys has been added to their sums by queries_kernel, and grad_k and grad_v of
+// that are keys_kernel's. Segments begin anywhere in a tile of sums.
 #pragma once
 
 #include <algorithm>
@@ -50,6 +55,60 @@ bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
   };
   return p.heads == 0 || (encode(&maps->queries, p.q) && encode(&maps->grads, p.grad_out));
 }
+
+// ---- Sums of grad_q
+
+// The number of the sums of a document's first tile: those of no two documents are the same, wherever their tiles stand in the list.
+__device__ __forceinline__ unsigned first_sums(int begin, int document) { return unsigned(begin / kAttentionRows + document); }
+
+// The document that a tile belongs to, if it is long; with shared prefixes the root. Otherwise -1.
+template <bool kForest>
+__device__ __forceinline__ int long_root(const AttentionParams& p, const AttentionTile& tile) {
+  if constexpr (kForest) {
+    int root = tile.document;
+    if (root >= p.axis.documents) return -1;
+    while (p.prefixes.segments[root].parent >= 0) root = p.prefixes.segments[root].parent;
+    return length_of(p.prefixes.segments[root]) > p.long_from ? root : -1;
+  } else {
+    return is_long<false>(p, tile) ? tile.document : -1;
+  }
+}
+
+// The sums of a tile's queries, of a head. The calling threads are a warp group.
+template <int D, bool kForest>
+class QuerySums {
+ public:
+  __device__ __forceinline__ QuerySums(const AttentionParams& p, const AttentionTile& tile, int root, int head)
+      : heads_(p.heads), there_(tile.end - tile.begin) {
+    const int begin = kForest ? p.prefixes.segments[root].begin : tile.document_begin;
+    first_ = tile.begin - begin;
+    sums_ = p.parts + (int64_t(first_sums(begin, root)) * heads_ + head) * (kAttentionRows * D);
+  }
+  // f(float4&, n): all of the tile's, also past its end.
+  template <typename F>
+  __device__ __forceinline__ void for_each_four(int thread, F&& f) const {
+    float4* of = reinterpret_cast<float4*>(sums_ + int64_t(first_ / kAttentionRows) * heads_ * (kAttentionRows * D)) + thread;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) f(of[n * 128], n);
+  }
+  // f(float2&, n, half), of the tile's queries alone.
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(int thread, F&& f) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = thread / 32 * 16 + 8 * half + thread % 32 / 4, query = first_ + row, in_tile = query % kAttentionRows;
+      if (row >= there_) continue;
+      float2* of = reinterpret_cast<float2*>(sums_ + int64_t(query / kAttentionRows) * heads_ * (kAttentionRows * D)) +
+                   2 * (in_tile / 16 * 32 + in_tile % 8 * 4 + thread % 4) + in_tile % 16 / 8;
+#pragma unroll
+      for (int n = 0; n < D / 8; n++) f(of[n * 256], n, half);
+    }
+  }
+
+ private:
+  int heads_, there_, first_;
+  float* sums_;
+};
 
 #ifdef PACKOPS_SM90A
 
@@ -124,7 +183,7 @@ struct LongJointItem {
   static constexpr int kKeys = kAttentionJointKeys;
   AttentionTile tile;
   int kv_head, length, key, first, last, group, heads, window;
-  unsigned number;  // of the tile of the document's first tokens
+  unsigned number;  // of the sums of the document's first tile
 
   __device__ __forceinline__ LongJointItem(const AttentionParams& p, const Scores& scores, unsigned item)
       : tile(p.tiles[item / unsigned(p.kv_heads)]),
@@ -134,10 +193,14 @@ struct LongJointItem {
         group(p.heads / p.kv_heads),
         heads(p.heads),
         window(scores.window),
-        number(item / unsigned(p.kv_heads) - unsigned(key / kAttentionRows)) {
+        number(first_sums(tile.document_begin, tile.document)) {
     const Interval queries = queries_of_block(scores, key, kKeys, length);
     first = queries.first;
     last = first + (queries.last - first) / kTurn * kTurn;
+  }
+  // Of the document's keys. With shared prefixes, of the root's; queries are those of all that continues it.
+  __device__ __forceinline__ int keys(const AttentionParams& p) const {
+    return p.prefixes.segments ? length_of(p.prefixes.segments[tile.document]) : length;
   }
   // Blocks of keys that add to these queries before this one.
   __device__ __forceinline__ int before(int query) const {
@@ -173,7 +236,7 @@ __device__ __forceinline__ void copy_queries_by_tile(const QueryMaps& maps, cons
                                                      LongJointShared<D>& s, unsigned end, int lane) {
   typename decltype(s.ring)::Place at;
   for (unsigned items = 0;; items++) {
-    if (lane == 0) s.box.put(items, draw_item<2, false>(p, unsigned(p.kv_heads), end));
+    if (lane == 0) s.box.put(items, draw_keys<2>(p, end));
     const int drawn = s.box.take(items, lane);
     if (drawn < 0) break;
     const typename LongJointShared<D>::Item item(p, scores, unsigned(drawn));
@@ -265,7 +328,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       if (drawn < 0) break;
       const typename Shared::Item item(p, scores, unsigned(drawn));
       const int key = item.key + kAttentionRows * role, token = item.tile.begin + kAttentionRows * role;
-      const int there = min(kAttentionRows, item.length - key);  // not positive: this group has none, but takes part
+      const int there = min(kAttentionRows, item.keys(p) - key);  // not positive: this group has none, but takes part
       Rows<T, D, kAttentionRows, 128>(p.k, token, item.kv_head, thread).load(keys, 0, there);
       Rows<T, D, kAttentionRows, 128>(p.v, token, item.kv_head, thread).load(values, 0, there);
       cp_async_commit_group();
@@ -325,10 +388,10 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
         weigh<Product>(
             x, g, scores, [&](int, int n, int i) { return lse[column(n, i)]; },
             [&](int, int n, int i) { return delta[column(n, i)]; });
-        if (!scores.all_see(query, query + kTurn, key, key + kAttentionRows, item.length)) {
+        if (!scores.all_see(query, query + kTurn, key, key + kAttentionRows, key + there)) {
           const auto seen = [&](int row) {
-            const int mine = key + first_row + row;  // past the end, keys are zeros, but their weights need not be finite
-            return mine < item.length ? scores.queries_of(mine) : Interval{0, -1};
+            const int mine = first_row + row;  // past the end, keys are zeros, but their weights need not be finite
+            return mine < there ? scores.queries_of(key + mine) : Interval{0, -1};
           };
           mask(x, query, lane, 0.f, seen);
           mask(g, query, lane, 0.f, seen);
@@ -384,21 +447,25 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
 }
 
 // grad_q from its sums.
-template <typename T, int D>
+template <typename T, int D, bool kForest>
 __global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constant__ AttentionParams p, unsigned end) {
 #ifdef PACKOPS_SM90A
   begin_overlapping(false);
   const int thread = int(threadIdx.x), lane = thread % 32;
   for (unsigned i = blockIdx.x; i < end; i += gridDim.x) {
     const AttentionTile tile = p.tiles[i / unsigned(p.heads)];
-    if (!may_be_long(p, tile)) break;
+    if (!may_be_long<kForest>(p, tile)) break;
+    const int root = long_root<kForest>(p, tile);
+    if (root < 0) continue;
     const int head = int(i % unsigned(p.heads));
+    const QuerySums<D, kForest> place(p, tile, root, head);
     Sums<1, D> sums;
-    const float4* from = reinterpret_cast<const float4*>(p.parts + int64_t(i) * (kAttentionRows * D)) + thread;
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) {
-      const float4 four = from[n * 128];
-      sums[0][n][0] = four.x, sums[0][n][1] = four.y, sums[0][n][2] = four.z, sums[0][n][3] = four.w;
+    if constexpr (kForest) {
+      place.for_each_pair(thread, [&](float2& two, int n, int half) { sums[0][n][2 * half] = two.x, sums[0][n][2 * half + 1] = two.y; });
+    } else {
+      place.for_each_four(thread, [&](float4& four, int n) {
+        sums[0][n][0] = four.x, sums[0][n][1] = four.y, sums[0][n][2] = four.z, sums[0][n][3] = four.w;
+      });
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -419,11 +486,11 @@ cudaError_t launch_long_joint(const AttentionParams& p, int64_t tiles, const Dev
                                                kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, maps, p,
                                                Scores(p), unsigned(items));
 }
-template <typename T, int D>
+template <typename T, int D, bool kForest>
 cudaError_t launch_joint_queries(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   const int64_t all = tiles * p.heads;
   if (all > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch_large<joint_queries_kernel<T, D>>({.follows = true}, device, std::min<int64_t>(16 * device.multiprocessors, all),
+  return launch_large<joint_queries_kernel<T, D, kForest>>({.follows = true}, device, std::min<int64_t>(16 * device.multiprocessors, all),
                                                   128, 0, stream, p, unsigned(all));
 }
 

@@ -69,7 +69,7 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
   const int group = p.heads / p.kv_heads;
   unsigned slot = 0;
   for (unsigned items = 0;; items++) {
-    if (thread == 0) box.put(items, draw_item<1, false>(p, heads, end));
+    if (thread == 0) box.put(items, draw_keys<1>(p, end));
     const int item = box.take(items, thread % 32);
     if (item < 0) break;
     const AttentionTile tile = p.tiles[unsigned(item) / heads];

@@ -24,7 +24,11 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   const auto seen_until = [&](int64_t i) {
     return p.prefixes.segments ? max(bound(i + 1), p.prefixes.subtree_ends[i]) : bound(i + 1);
   };
-  const auto class_of = [&](int64_t i) { return kClasses - min(tiles_of(seen_until(i) - bound(i)), kClasses); };
+  // What its queries see, too: a branch of a long prefix is long.
+  const auto class_of = [&](int64_t i) {
+    const int32_t before = p.prefixes.segments ? p.prefixes.segments[i].position : 0;
+    return kClasses - min(tiles_of(before + seen_until(i) - bound(i)), kClasses);
+  };
   const auto put = [&](Count place, int32_t begin, int32_t end, int32_t document_begin, int32_t document_end, int64_t document) {
     if (place < Count(capacity))
       p.tiles[place] = {begin, min(end, begin + kAttentionRows), document_begin, document_end, int32_t(document)};
@@ -82,15 +86,16 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
 }
 
 // The keys that a tile's queries see, a turn at a time, by position: those of their document. With shared prefixes those of their
-// own segment, then those of the segment that it continues, and so on up to the root.
+// own segment, then those of the segment that it continues, and so on up to the root, or up to the segment before it.
 template <bool kForest, int kKeys>
 struct KeyTurns {
   int key, end;    // positions: the turn's first key, and where the keys of its segment end
   int row;         // of position 0, counted from first_row()
   int number = 0;  // of the turn
 
-  __device__ __forceinline__ KeyTurns(const AttentionParams& p, const AttentionTile& tile, int query, int window)
-      : segments_(p.prefixes.segments), seen_from_(window ? max(0, query - window + 1) : 0) {
+  __device__ __forceinline__ KeyTurns(const AttentionParams& p, const AttentionTile& tile, int query, int window,
+                                      bool without_root = false)
+      : segments_(p.prefixes.segments), without_root_(without_root), seen_from_(window ? max(0, query - window + 1) : 0) {
     if constexpr (kForest) {
       if (tile.document < p.axis.documents) {
         enter(tile.document);
@@ -119,11 +124,13 @@ struct KeyTurns {
 
  private:
   const ForestSegment* segments_;
+  bool without_root_;
   int seen_from_, begin_, parent_;
 
   __device__ __forceinline__ void enter(int segment) {
     const ForestSegment of = segments_[segment];
     begin_ = of.position, parent_ = of.parent;
+    if (without_root_ && parent_ >= 0 && segments_[parent_].parent < 0) parent_ = -1;
     key = begin_ + max(0, seen_from_ - begin_) / kKeys * kKeys;
     end = begin_ + of.end - of.begin;
     row = of.begin - begin_;
@@ -133,12 +140,16 @@ struct KeyTurns {
   }
 };
 
+// The position of the first token of a tile's document, or segment.
+template <bool kForest>
+__device__ __forceinline__ int first_position(const AttentionParams& p, const AttentionTile& tile) {
+  if constexpr (kForest) return tile.document < p.axis.documents ? p.prefixes.segments[tile.document].position : 0;
+  else return 0;
+}
 // The position of a tile's first token in its document.
 template <bool kForest>
 __device__ __forceinline__ int position_of(const AttentionParams& p, const AttentionTile& tile) {
-  const int within = tile.begin - tile.document_begin;
-  if constexpr (kForest) return tile.document < p.axis.documents ? p.prefixes.segments[tile.document].position + within : 0;
-  else return within;
+  return first_position<kForest>(p, tile) + tile.begin - tile.document_begin;
 }
 
 }  // namespace

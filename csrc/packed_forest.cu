@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constan
     return;
   }
 
-  // A parent comes before its child, so that even malformed parents end every walk.
+  // A parent comes before its child, so that even malformed parents end every walk, and no root lies in another's subtree.
   const auto parent_of = [&](int64_t child) {
     return int64_t(parents[child]) < child ? max(int64_t(parents[child]), int64_t(-1)) : -1;
   };
@@ -36,9 +36,9 @@ __global__ void __launch_bounds__(kThreads) segments_kernel(const __grid_constan
   for (int64_t parent = parent_of(segment); lane == 0 && parent >= 0; parent = parent_of(parent))
     position += max(bound(parent + 1) - bound(parent), 0);
 
-  int64_t after = segments, root = parents[segment] < 0 ? segment : segments;  // what follows the subtree, and the next root
+  int64_t after = segments, root = parent_of(segment) < 0 ? segment : segments;  // what follows the subtree, and the next root
   for (int64_t first = segment + 1; first < segments && (after == segments || root == segments); first += 32) {
-    const int64_t other = first + lane, parent = other < segments ? int64_t(parents[other]) : segments;
+    const int64_t other = first + lane, parent = other < segments ? parent_of(other) : segments;
     const unsigned leaves = __ballot_sync(kWarp, parent < segment), roots = __ballot_sync(kWarp, parent < 0);
     if (after == segments && leaves) after = first + __ffs(leaves) - 1;
     if (root == segments && roots) root = first + __ffs(roots) - 1;

@@ -249,6 +249,11 @@ CASE(windows_softcaps_and_both_directions) {
 const std::vector<int32_t> kSegments = {0, 70, 71, 134, 198, 330, 331, 340, 420, 425, 500};
 const std::vector<int32_t> kParents = {-1, 0, 0, 2, 2, 0, -1, 6, 7, -1};
 
+// A prompt of 150 tokens with branches of several tiles, of one, and of a tile and a token, and a branch of a branch; one that is as long as
+// a turn; a short one.
+const std::vector<int32_t> kLongSegments = {0, 150, 280, 350, 415, 435, 563, 663, 703, 793};
+const std::vector<int32_t> kLongParents = {-1, 0, 1, 0, 0, -1, 5, -1, 7};
+
 // The kernels for long documents, with documents that begin at 65 tokens, beside short ones. 264 tokens are three turns of keys, so
 // that the ring of two comes around, and more than one item of work.
 CASE(long_documents) {
@@ -348,32 +353,70 @@ CASE(branches_of_a_shared_prefix) {
   problem.parents = kParents;
   compare<bf16_t>(problem);
 }
+// The kernels for long documents with a prefix that is long by itself, and with branches that are long by it.
+CASE(branches_of_a_long_prefix) {
+  for (int32_t head_dim : {64, 128, 256, 96}) {
+    Problem problem{kLongSegments, 800, 2, 1, head_dim};
+    problem.parents = kLongParents, problem.long_from = 64;
+    compare<bf16_t>(problem);
+    problem.long_from = 192;  // the prefix is not, some branches are
+    if (head_dim == 64) compare<half_t>(problem);
+    problem.long_from = 64, problem.softcap = 5, problem.size = 8;
+    if (head_dim == 128 || emulator::is_long) compare<half_t>(problem);
+    problem.window = 140;
+    if (head_dim == 64 || emulator::is_long) compare<bf16_t>(problem);
+  }
+}
 CASE(nan_in_a_branch_stays_in_its_documents) {
+  const auto nan_stays = [](Problem problem, const std::vector<int>& bad_segments) {
+    const std::vector<int32_t>&parents = problem.parents, &begins = problem.cu_seqlens;
+    const Results<bf16_t> want = run<bf16_t>(problem, true);
+    for (int bad : bad_segments) {
+      problem.bad_segment = bad;
+      const Results<bf16_t> got = run<bf16_t>(problem, true);
+      const auto continues = [&](int segment, int other) {
+        while (segment > other) segment = parents[size_t(segment)];
+        return segment == other;
+      };
+      const auto same = [&](const auto& a, const auto& b, int segment) {
+        const size_t begin = size_t(kGuard + begins[size_t(segment)] * problem.head_dim);
+        return std::memcmp(&a[begin], &b[begin], size_t(begins[size_t(segment) + 1] * problem.head_dim + kGuard) - begin) == 0;
+      };
+      for (int segment = 0; segment < int(parents.size()); segment++) {
+        const bool sees = continues(segment, bad), is_seen = continues(bad, segment);
+        if (!sees) CHECK(same(got.out, want.out, segment) && same(got.grad_q, want.grad_q, segment));
+        if (!sees && !is_seen) CHECK(same(got.grad_k, want.grad_k, segment) && same(got.grad_v, want.grad_v, segment));
+        if (segment == bad) CHECK(std::isnan(to_float(got.out[size_t(kGuard + begins[size_t(bad)] * problem.head_dim)])));
+      }
+    }
+  };
   for (int64_t window : {0, 90})
     for (int32_t head_dim : {64, 256}) {
       Problem problem{kSegments, 510, 1, 1, head_dim, true, window};
       problem.parents = kParents;
-      const Results<bf16_t> want = run<bf16_t>(problem, true);
-      for (int bad : head_dim == 64 ? std::vector<int>{0, 1, 2, 4, 7} : std::vector<int>{3}) {
-        problem.bad_segment = bad;
-        const Results<bf16_t> got = run<bf16_t>(problem, true);
-        const auto continues = [&](int segment, int other) {
-          while (segment > other) segment = kParents[size_t(segment)];
-          return segment == other;
-        };
-        const auto same = [&](const auto& a, const auto& b, int segment, int64_t row) {
-          const size_t begin = size_t(kGuard + kSegments[size_t(segment)] * row);
-          return std::memcmp(&a[begin], &b[begin], size_t(kSegments[size_t(segment) + 1] * row + kGuard) - begin) == 0;
-        };
-        for (int segment = 0; segment < int(kParents.size()); segment++) {
-          const bool sees = continues(segment, bad), is_seen = continues(bad, segment);
-          if (!sees) CHECK(same(got.out, want.out, segment, head_dim) && same(got.grad_q, want.grad_q, segment, head_dim));
-          if (!sees && !is_seen)
-            CHECK(same(got.grad_k, want.grad_k, segment, head_dim) && same(got.grad_v, want.grad_v, segment, head_dim));
-          if (segment == bad) CHECK(std::isnan(to_float(got.out[size_t(kGuard + kSegments[size_t(bad)] * head_dim)])));
-        }
-      }
+      nan_stays(problem, head_dim == 64 ? std::vector<int>{0, 1, 2, 4, 7} : std::vector<int>{3});
     }
+  for (int32_t head_dim : {64, 128, 256}) {
+    Problem problem{kLongSegments, 800, 1, 1, head_dim};
+    problem.parents = kLongParents, problem.long_from = 64;
+    nan_stays(problem, head_dim == 64 ? std::vector<int>{0, 1, 3, 5} : std::vector<int>{1, 4});
+  }
+}
+// A branch does not know its siblings: its results have the same bits whatever they are, and wherever the tree lies.
+CASE(a_branch_has_the_bits_that_it_has_alone) {
+  for (int32_t head_dim : {64, 128, 256}) {
+    const auto run_of = [&](std::vector<int32_t> cu_seqlens, std::vector<int32_t> parents) {
+      Problem problem{std::move(cu_seqlens), 0, 1, 1, head_dim};
+      problem.tokens = 700;
+      problem.parents = std::move(parents), problem.long_from = 64;
+      return run<bf16_t>(problem, true);
+    };
+    const Results<bf16_t> want = run_of({0, 150, 280}, {-1, 0}), got = run_of({0, 150, 280, 301, 500}, {-1, 0, 0, 0});
+    const auto same = [&](const auto& a, const auto& b, int64_t row) {
+      return std::memcmp(&a[size_t(kGuard)], &b[size_t(kGuard)], size_t(280 * row) * sizeof a[0]) == 0;
+    };
+    CHECK(same(got.out, want.out, head_dim) && same(got.lse, want.lse, 1) && same(got.grad_q, want.grad_q, head_dim));
+  }
 }
 CASE(a_thousand_branches_of_three_tokens) {
   Problem problem{{0, 40}, 0, 1, 1, 64};
@@ -383,21 +426,28 @@ CASE(a_thousand_branches_of_three_tokens) {
   compare<bf16_t>(problem);
 }
 CASE(without_sharing_the_bits_are_those_of_documents) {
-  Problem flat{{0, 1, 71, 71, 199, 200}, 203, 4, 1, 64};
-  const Results<bf16_t> want = run<bf16_t>(flat, true);
-  flat.parents.assign(5, -1);
-  const Results<bf16_t> got = run<bf16_t>(flat, true);
-  const auto same = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0; };
-  CHECK(same(got.out, want.out) && same(got.lse, want.lse));
-  CHECK(same(got.grad_q, want.grad_q) && same(got.grad_k, want.grad_k) && same(got.grad_v, want.grad_v));
+  for (int32_t head_dim : {64, 128, 256})
+    for (int32_t long_from : {0, 64}) {
+      Problem flat{{0, 1, 71, 71, 199, 200}, 203, 4, 1, head_dim};
+      flat.long_from = long_from;
+      const Results<bf16_t> want = run<bf16_t>(flat, true);
+      flat.parents.assign(5, -1);
+      const Results<bf16_t> got = run<bf16_t>(flat, true);
+      const auto same = [](const auto& a, const auto& b) { return std::memcmp(a.data(), b.data(), a.size() * sizeof a[0]) == 0; };
+      CHECK(same(got.out, want.out) && same(got.lse, want.lse));
+      CHECK(same(got.grad_q, want.grad_q) && same(got.grad_k, want.grad_k) && same(got.grad_v, want.grad_v));
+    }
 }
+// Nor does a block wait for a part of grad_q that never comes.
 CASE(malformed_parents_write_nothing_outside) {
   for (const std::vector<int32_t>& parents :
-       std::vector<std::vector<int32_t>>{{5, 5, 5, 5}, {0, 1, 2, 3}, {-9, 0x7fffffff, -1, 0}, {3, 2, 1, 0}}) {
-    Problem problem{{0, 30, 20, 70, 90}, 80, 1, 1, 64};
-    problem.parents = parents;
-    run<bf16_t>(problem, true);
-  }
+       std::vector<std::vector<int32_t>>{{5, 5, 5, 5}, {0, 1, 2, 3}, {-9, 0x7fffffff, -1, 0}, {3, 2, 1, 0}, {-1, -1, 0, 1}, {-1, 3, -1, 1}})
+    for (const std::vector<int32_t>& cu_seqlens : std::vector<std::vector<int32_t>>{{0, 30, 20, 70, 90}, {0, 150, 290, 360, 500}})
+      for (int32_t head_dim : {64, 128}) {
+        Problem problem{cu_seqlens, cu_seqlens.back() - 10, 1, 1, head_dim};
+        problem.parents = parents, problem.long_from = 64;
+        run<bf16_t>(problem, true);
+      }
 }
 CASE(malformed_boundaries_write_nothing_outside) {
   // The guards see it here, AddressSanitizer if this is built with it also reads. What comes out is unspecified. Nor does a block wait for
