@@ -47,7 +47,9 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   const Columns<D, kPadded> columns(p.head_dim);
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
-  if (tile.begin == tile.end || takes_long_forward<D, kForest>(p, tile)) return end_overlapping(beside);
+  if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
+  constexpr bool kBranches = kForest && kGroup;  // may go on from what the kernel for long documents has made of their root's keys
+  const int root = kBranches && forwards_branches(p) ? long_root<kForest>(p, tile) : -1;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
@@ -67,7 +69,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     __syncthreads();
   };
   Rows<T, D, kAttentionRows, kThreads, kPadded>(p.q, tile.begin, head, thread, columns).load(queries, 0, tile.end - tile.begin);
-  Turns turn(p, tile, query, scores.window);
+  Turns turn(p, tile, query, scores.window, root >= 0);
   load(keys, from_k, turn);
   load(values, from_v, turn);
 
@@ -78,6 +80,18 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   for (int m = 0; m < kBlocks; m++)
 #pragma unroll
     for (int half = 0; half < 2; half++) greatest[m][half] = -INFINITY, sum[m][half] = 0;
+  if constexpr (kBranches)
+    if (root >= 0) {
+      const auto sums = QuerySums<D, true>::of(p, tile, root, head);
+      sums.load(out, thread);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        const int row = first_row + 8 * half + lane / 4;
+        if (row >= tile.end - tile.begin) continue;
+        const float2 state = sums.state(row);
+        greatest[0][half] = state.x, sum[0][half] = lane % 4 == 0 ? state.y : 0.f;
+      }
+    }
 
   while (turn.is_there()) {
     const Turns next = turn.next();
@@ -177,9 +191,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   const int root = kJoint && p.long_from != kNeverLong ? long_root<kForest>(p, tile) : -1;
   if constexpr (kJoint)
     if (root == tile.document) {  // the rest is done with grad_k and grad_v
-      const QuerySums<D, kForest> sums(p, tile, root, head);
-      if constexpr (kForest) sums.for_each_pair(thread, [](float2& two, int, int) { two = {0, 0}; });
-      else sums.for_each_four(thread, [](float4& four, int) { four = {0, 0, 0, 0}; });
+      QuerySums<D, kForest>::of(p, tile, root, head).clear(thread);
       return compute_deltas<T, D, kThreads>(p, tile.begin, tile.end - tile.begin, head, dynamic_shared<float>(), thread);
     }
   char* queries = dynamic_shared<char>();
@@ -261,9 +273,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
 
   if constexpr (kJoint && kForest)
     if (root >= 0)  // the root's keys are still to come
-      return QuerySums<D, kForest>(p, tile, root, head).for_each_pair(thread, [&](float2& two, int n, int half) {
-        two = {grad[0][n][2 * half], grad[0][n][2 * half + 1]};
-      });
+      return QuerySums<D, true>::of(p, tile, root, head).store(grad, thread);
   const int64_t stride = int64_t(p.heads) * columns.count;
   float factor[kBlocks][2];
 #pragma unroll
@@ -453,9 +463,10 @@ cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& devic
       const auto launch_long = [&](bool beside) {
         return launch_long_forward<T, D, kPadded, kForest>(p, tiles, device, stream, beside);
       };
-      const cudaError_t error = kAttentionLongFirst ? launch_long(false) : launch_short(false);
+      const bool follow = forwards_branches(p), long_first = kAttentionLongFirst || follow;
+      const cudaError_t error = long_first ? launch_long(false) : launch_short(false);
       if (error != cudaSuccess) return error;
-      return kAttentionLongFirst ? launch_short(true) : launch_long(true);
+      return long_first ? launch_short(!follow) : launch_long(true);
     }
   return launch_short(false);
 }
@@ -547,12 +558,15 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
   });
 }
 
-int64_t attention_parts(const AttentionParams& p) {
+int64_t attention_parts(const AttentionParams& p, bool backward) {
   Device device;
-  if (attention_keys_split(p.head_dim) || current_device(device) != cudaSuccess ||
-      choose_attention_long_keys_from(p, device) == kNeverLong)
-    return 0;
-  return attention_tiles(p.tokens, p.axis.documents) * p.heads * kAttentionRows * p.head_dim;
+  if (current_device(device) != cudaSuccess) return 0;
+  const int columns = attention_columns(p.head_dim);
+  const int64_t sums = attention_sums(p.tokens, p.axis.documents, p.heads, columns);
+  if (backward) return attention_keys_split(columns) || choose_attention_long_keys_from(p, device) == kNeverLong ? 0 : sums;
+  AttentionParams forward = p;
+  forward.long_from = choose_attention_long_forward_from(p, device);
+  return forwards_branches(forward) ? sums + 2 * sums / columns : 0;
 }
 
 cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t stream) {

@@ -79,8 +79,8 @@ struct AttentionParams {
   // CUDA: what the kernels tell each other.
   AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
   float* delta = nullptr;          // (heads, tokens), backward
-  float* parts = nullptr;          // (tiles, heads, 64, head_dim): sums of grad_q, attention_parts(p) numbers, backward
-  int32_t* added = nullptr;        // (tiles, heads, 2): how many blocks of keys have added to each half of them
+  float* parts = nullptr;          // (tiles, heads, 64, columns): sums of queries, attention_parts(p, backward) numbers
+  int32_t* added = nullptr;        // (tiles, heads, 2): how many blocks of keys have added to each half of them, backward
   unsigned* drawn = nullptr;       // how many items of work the blocks for long documents have taken in this pass
   int32_t long_from = 0;           // tokens beyond which a document is long; 0: each kernel's own (attention_launch.h)
 };
@@ -98,7 +98,7 @@ void attention_backward_cpu(const AttentionParams& params, int64_t begin, int64_
 cudaError_t attention_cuda(const AttentionParams& params, cudaStream_t stream);
 cudaError_t attention_backward_cuda(const AttentionParams& params, cudaStream_t stream);
 // How many numbers `parts` needs; 0: neither it nor `added` is used.
-int64_t attention_parts(const AttentionParams& params);
+int64_t attention_parts(const AttentionParams& params, bool backward);
 #endif
 
 }  // namespace packops

@@ -119,6 +119,11 @@ constexpr int attention_long_keys_shared(int head_dim) {
          barriers;  // dS of two turns, and parts of grad_q
 }
 
+// Numbers of sums of queries, for tiles of kAttentionRows.
+constexpr int64_t attention_sums(int64_t tokens, int64_t documents, int64_t heads, int columns) {
+  return attention_tiles(tokens, documents) * heads * kAttentionRows * columns;
+}
+
 // Registers of a thread, by groups of consumers. All together may have no more than the block was launched with: a multiprocessor's
 // 65536 over its threads, in whole eights. Otherwise consumers wait for registers that nobody gives back.
 constexpr int attention_producer_registers(int groups) { return groups == 2 ? 24 : 32; }
@@ -144,6 +149,9 @@ constexpr int32_t choose_attention_long_from(const AttentionParams& p, const Dev
 constexpr int32_t choose_attention_long_forward_from(const AttentionParams& p, const DeviceLimits& device) {
   return choose_attention_long_from(p, device, attention_long_forward_from(p.head_dim));
 }
+// Of a call of the forward with that long_from: whether its kernel for long documents takes the keys of a long root for all that continues
+// it. With a window it does not, since that is one of positions.
+constexpr bool forwards_branches(const AttentionParams& p) { return p.prefixes && p.window == 0 && p.long_from != kNeverLong; }
 // With shared prefixes, a window is one of positions, which the kernels for long documents do not know.
 constexpr int32_t choose_attention_long_keys_from(const AttentionParams& p, const DeviceLimits& device) {
   return p.prefixes && p.window > 0 ? kNeverLong : choose_attention_long_from(p, device, attention_long_keys_from(p.head_dim));

@@ -37,27 +37,117 @@ __device__ __forceinline__ bool may_be_long(const AttentionParams& p, const Atte
   return first_position<kForest>(p, tile) + tile.document_end - tile.document_begin > p.long_from;
 }
 
-// Items of work are numbers of a tile, the first of `groups` neighbours in what is long, times `heads`, plus a head. -1: there are
-// no more.
-template <int kGroups, bool kForest, typename F>
-__device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned heads, unsigned end, F&& takes) {
+// Items of work are numbers of a tile that draws one, times `heads`, plus a head. -1: there are no more.
+template <bool kForest, typename F>
+__device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned heads, unsigned end, F&& draws) {
   for (;;) {
     const unsigned item = atomicAdd(p.drawn, 1u);
     if (item >= end) return -1;
     const AttentionTile tile = p.tiles[item / heads];
     if (!may_be_long<kForest>(p, tile)) return -1;
-    if ((tile.begin - tile.document_begin) / kAttentionRows % kGroups == 0 && takes(tile)) return int(item);
+    if (draws(tile)) return int(item);
   }
 }
-// Of the backward, where kernels are the same with and without shared prefixes.
-template <int kGroups>
+// Of the backward, where kernels are the same with and without shared prefixes: the first of so many neighbours in what is long.
+template <int kTiles>
 __device__ __forceinline__ int draw_keys(const AttentionParams& p, unsigned end) {
   const auto draw = [&](auto forest) {
-    return draw_item<kGroups, forest>(p, unsigned(p.kv_heads), end,
-                                      [&](const AttentionTile& tile) { return is_long<forest>(p, tile); });
+    return draw_item<forest>(p, unsigned(p.kv_heads), end, [&](const AttentionTile& tile) {
+      return (tile.begin - tile.document_begin) / kAttentionRows % kTiles == 0 && is_long<forest>(p, tile);
+    });
   };
   return p.prefixes.segments ? draw(std::true_type{}) : draw(std::false_type{});
 }
+
+// ---- Sums of queries in memory, fp32: of grad_q, and in the forward of results so far
+//
+// They are of tiles of 64 queries, counted from the document's first token, as threads hold them: vectors of four numbers, those of 128
+// threads after one another. With shared prefixes, a document here is a root and all that continues it, which are neighbours: segments
+// begin anywhere in a tile.
+
+// The number of a document's first tile among all: no two documents have the same, wherever they stand in the list of tiles.
+__device__ __forceinline__ unsigned first_sums(int begin, int document) { return unsigned(begin / kAttentionRows + document); }
+
+// The document that a tile belongs to, if it is long; with shared prefixes the root. Otherwise -1.
+template <bool kForest>
+__device__ __forceinline__ int long_root(const AttentionParams& p, const AttentionTile& tile) {
+  if constexpr (kForest) {
+    int root = tile.document;
+    if (root >= p.axis.documents) return -1;
+    while (p.prefixes.segments[root].parent >= 0) root = p.prefixes.segments[root].parent;
+    const bool is_within = tile.begin < p.prefixes.subtree_ends[root];  // not where parents are malformed
+    return is_within && length_of(p.prefixes.segments[root]) > p.long_from ? root : -1;
+  } else {
+    return is_long<false>(p, tile) ? tile.document : -1;
+  }
+}
+
+// The sums of a head of queries [first, first + there) of a document that begins at a token. The calling threads are a warp group.
+// kAnywhere: they need not be those of one tile, and others' are left alone.
+template <int D, bool kAnywhere>
+class QuerySums {
+ public:
+  __device__ __forceinline__ QuerySums(const AttentionParams& p, int begin, int document, int head, int first, int there)
+      : tile_(int64_t(first_sums(begin, document)) * p.heads + head),
+        heads_(p.heads),
+        first_(first),
+        there_(there),
+        sums_(p.parts),
+        states_(reinterpret_cast<float2*>(p.parts + attention_sums(p.tokens, p.axis.documents, p.heads, D))) {}
+  static __device__ __forceinline__ QuerySums of(const AttentionParams& p, const AttentionTile& tile, int root, int head) {
+    const int begin = kAnywhere ? p.prefixes.segments[root].begin : tile.document_begin;
+    return {p, begin, root, head, tile.begin - begin, tile.end - tile.begin};
+  }
+
+  __device__ __forceinline__ void store(const Sums<1, D>& sums, int thread) const {
+    if constexpr (kAnywhere)
+      for_each_pair(thread, [&](float2& two, int n, int i) { two = {sums[0][n][i], sums[0][n][i + 1]}; });
+    else
+      for_each_four(thread, [&](float4& four, int n) { four = {sums[0][n][0], sums[0][n][1], sums[0][n][2], sums[0][n][3]}; });
+  }
+  __device__ __forceinline__ void load(Sums<1, D>& sums, int thread) const {
+    if constexpr (kAnywhere)
+      for_each_pair(thread, [&](float2& two, int n, int i) { sums[0][n][i] = two.x, sums[0][n][i + 1] = two.y; });
+    else
+      for_each_four(thread, [&](float4& four, int n) {
+        sums[0][n][0] = four.x, sums[0][n][1] = four.y, sums[0][n][2] = four.z, sums[0][n][3] = four.w;
+      });
+  }
+  __device__ __forceinline__ void clear(int thread) const {
+    if constexpr (kAnywhere) for_each_pair(thread, [](float2& two, int, int) { two = {0, 0}; });
+    else for_each_four(thread, [](float4& four, int) { four = {0, 0, 0, 0}; });
+  }
+  // Of the forward: the greatest score of a query, and the sum of its exponentials relative to that.
+  __device__ __forceinline__ float2& state(int row) const {
+    return states_[place(first_ + row) * kAttentionRows + (first_ + row) % kAttentionRows];
+  }
+
+ private:
+  int64_t tile_;
+  int heads_, first_, there_;
+  float* sums_;
+  float2* states_;
+
+  __device__ __forceinline__ int64_t place(int query) const { return tile_ + int64_t(query / kAttentionRows) * heads_; }
+  template <typename F>
+  __device__ __forceinline__ void for_each_four(int thread, F&& f) const {
+    float4* of = reinterpret_cast<float4*>(sums_ + place(first_) * (kAttentionRows * D)) + thread;
+#pragma unroll
+    for (int n = 0; n < D / 8; n++) f(of[n * 128], n);
+  }
+  template <typename F>
+  __device__ __forceinline__ void for_each_pair(int thread, F&& f) const {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const int row = thread / 32 * 16 + 8 * half + thread % 32 / 4, in_tile = (first_ + row) % kAttentionRows;
+      if (row >= there_) continue;
+      float2* of = reinterpret_cast<float2*>(sums_ + place(first_ + row) * (kAttentionRows * D)) +
+                   2 * (in_tile / 16 * 32 + in_tile % 8 * 4 + thread % 4) + in_tile % 16 / 8;
+#pragma unroll
+      for (int n = 0; n < D / 8; n++) f(of[n * 256], n, 2 * half);
+    }
+  }
+};
 
 #ifdef PACKOPS_SM90A
 

@@ -30,24 +30,6 @@
 namespace packops {
 namespace {
 
-// Whether the kernel here takes a tile. With shared prefixes it takes long roots and, of the segments that continue a root, those whose
-// path is long. One tile that would be alone in a block of several is left to the other kernel.
-template <int D, bool kForest>
-__device__ __forceinline__ bool takes_long_forward(const AttentionParams& p, const AttentionTile& tile) {
-  constexpr AttentionLongForwardShape kShape = attention_long_forward_shape(D);
-  if constexpr (kForest) {
-    if (tile.document >= p.axis.documents) return false;
-    const ForestSegment segment = p.prefixes.segments[tile.document];
-    if (segment.parent >= 0) {
-      const ForestSegment root = p.prefixes.segments[segment.parent];
-      const int before = (tile.begin - segment.begin) / kShape.rows() * kShape.rows();
-      return root.parent < 0 && length_of(root) >= kShape.turn && !p.window &&
-             segment.position + length_of(segment) > p.long_from && length_of(segment) - before > kAttentionRows;
-    }
-  }
-  return is_long<kForest>(p, tile);
-}
-
 #ifdef PACKOPS_SM90A
 
 // The shared memory of a block.
@@ -73,38 +55,43 @@ struct LongForwardShared {
   }
 };
 
-// A tile of queries of one head, and its turns of keys, in the document. In a segment that continues a root, turns of the root's keys come
-// before those of its own.
+// A tile of queries of one head, and its turns of keys, in the document. With shared prefixes the keys are a root's, the queries those of
+// all that continues it, too, unless there is a window.
 template <int kRows, int kTurn, bool kForest>
 struct LongForwardItem {
-  AttentionTile tile;
-  int head, length, query, first, last;  // turns, both inclusive
-  int root_turns = 0, root_begin = 0;
-  int again = 0;  // the root's last turn is as long as any, so that it has no other rows, and begins with so many keys of the one before
+  int head, document, begin;      // token
+  int length, keys;               // of the document: queries and keys
+  int query, first, last;         // turns, both inclusive
 
-  __device__ __forceinline__ LongForwardItem(const AttentionParams& p, const Scores& scores, int item)
-      : tile(p.tiles[item / p.heads]), head(item % p.heads) {
-    length = own_length<kForest>(p, tile);
-    // The list has documents from their first tile on; the last has the most keys.
-    query = (length - 1) / kRows * kRows - (tile.begin - tile.document_begin);
-    if constexpr (kForest)
-      if (length == 0) {
-        const ForestSegment segment = p.prefixes.segments[tile.document], root = p.prefixes.segments[segment.parent];
-        length = length_of(segment), query = tile.begin - segment.begin;
-        root_begin = root.begin, root_turns = (length_of(root) + kTurn - 1) / kTurn;
-        again = root_turns * kTurn - length_of(root);
-      }
-    tile.begin = tile.document_begin + query;
-    tile.end = min(tile.document_begin + length, tile.begin + kRows);
-    first = (scores.window ? max(0, query - scores.window + 1) : 0) / kTurn;
-    last = root_turns + ((p.causal ? min(length, query + kRows) : length) - 1) / kTurn;
+  // The item that draws a tile: of the items of a document, whose number `within` is counted from the last one, as that has the most keys.
+  static __device__ __forceinline__ int within(const AttentionParams& p, const AttentionTile& tile, int begin) {
+    return (tile.begin - begin + kRows - 1) / kRows;
   }
-  __device__ __forceinline__ bool is_own(int turn) const { return !kForest || turn >= root_turns; }
-  __device__ __forceinline__ int own_key(int turn) const { return (turn - root_turns) * kTurn; }
-  // The columns of a root's turn that count.
-  __device__ __forceinline__ Interval root_keys(int turn) const { return {turn == root_turns - 1 ? again : 0, kTurn - 1}; }
-  __device__ __forceinline__ int first_key(int turn) const {  // token
-    return is_own(turn) ? tile.document_begin + own_key(turn) : root_begin + turn * kTurn - root_keys(turn).first;
+  __device__ __forceinline__ LongForwardItem(const AttentionParams& p, const Scores& scores, int item) : head(item % p.heads) {
+    const AttentionTile tile = p.tiles[item / p.heads];
+    document = tile.document, begin = tile.document_begin;
+    length = keys = own_length<kForest>(p, tile);
+    if constexpr (kForest)
+      if (forwards_branches(p)) {
+        document = long_root<true>(p, tile);
+        const ForestSegment root = p.prefixes.segments[document];
+        begin = root.begin, length = p.prefixes.subtree_ends[document] - begin, keys = length_of(root);
+      }
+    query = ((length - 1) / kRows - within(p, tile, begin)) * kRows;
+    first = (scores.window ? max(0, query - scores.window + 1) : 0) / kTurn;
+    last = ((p.causal ? min(keys, query + kRows) : keys) - 1) / kTurn;
+  }
+  // Whether a tile draws an item: the first token of one lies in it.
+  static __device__ __forceinline__ bool draws(const AttentionParams& p, const AttentionTile& tile) {
+    int begin = tile.document_begin;
+    if (kForest && forwards_branches(p)) {
+      const int root = long_root<kForest>(p, tile);
+      if (root < 0) return false;
+      begin = p.prefixes.segments[root].begin;
+    } else if (!is_long<kForest>(p, tile)) {
+      return false;
+    }
+    return begin + within(p, tile, begin) * kRows < tile.end;
   }
 };
 
@@ -122,19 +109,32 @@ __device__ __forceinline__ int take_item(LongForwardShared<D>& s, RingPlace<Long
 }
 
 // Results and lse of a warp's 16 rows.
-template <typename T, int D, bool kPadded>
-__device__ __forceinline__ void store_results(const AttentionParams& p, const AttentionTile& tile, int head, int first_row,
-                                              int lane, const Scores& scores, const Sums<1, D>& out, const float (&greatest)[2],
+template <typename T, int D, bool kPadded, typename Item>
+__device__ __forceinline__ void store_results(const AttentionParams& p, const Item& item, int first_row, int lane,
+                                              const Scores& scores, const Sums<1, D>& out, const float (&greatest)[2],
                                               const float (&sum)[2]) {
   const Columns<D, kPadded> columns(p.head_dim);
 #pragma unroll
   for (int half = 0; half < 2; half++) {
-    const float total = sum_of_quad(sum[half]);
-    const int token = tile.begin + first_row + 8 * half + lane / 4;
-    if (lane % 4 == 0 && token < tile.end) store_lse(p, scores, head, token, greatest[half], total);
-    store_row<T, D>(static_cast<T*>(p.out) + (token * int64_t(p.heads) + head) * columns.count, token < tile.end, half, lane, out,
-                    total == 0 ? 0.f : 1.f / total, columns);
+    const int query = item.query + first_row + 8 * half + lane / 4, token = item.begin + query;
+    const bool there = query < item.keys;
+    if (lane % 4 == 0 && there) store_lse(p, scores, item.head, token, greatest[half], sum[half]);
+    store_row<T, D>(static_cast<T*>(p.out) + (token * int64_t(p.heads) + item.head) * columns.count, there, half, lane, out,
+                    sum[half] == 0 ? 0.f : 1.f / sum[half], columns);
   }
+}
+
+// Of a consumer's queries that continue the root: what forward_kernel goes on from.
+template <int D, typename Item>
+__device__ __forceinline__ void store_states(const AttentionParams& p, const Item& item, int group, const Sums<1, D>& out,
+                                             const float (&greatest)[2], const float (&sum)[2]) {
+  const int first = item.query + kAttentionRows * group, thread = int(threadIdx.x) % 128;
+  if (first + kAttentionRows <= item.keys || first >= item.length) return;
+  const QuerySums<D, false> sums(p, item.begin, item.document, item.head, first, kAttentionRows);
+  sums.store(out, thread);
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+    if (thread % 4 == 0) sums.state(thread / 32 * 16 + 8 * half + thread % 32 / 4) = {greatest[half], sum[half]};
 }
 
 #endif
@@ -171,12 +171,12 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
           for (int panel = 0; panel < D / 64; panel++) tma_load_3d(to + panel * (128 * rows), map, 64 * panel, head, token, full);
         };
         for (int turn = item.last; turn >= item.first; turn--) {
-          const int token = item.first_key(turn);
+          const int token = item.begin + turn * kTurn;
           mbarrier_wait_parity(&s.empty_keys[place.slot], uint32_t(place.parity ^ 1));
           copy(s.keys[place.slot], k_map, &s.full_keys[place.slot], kTurn, kv_head, token);
           if (turn == item.last) {
             mbarrier_wait_parity(&s.empty_queries, uint32_t(parity));
-            copy(s.queries, q_map, &s.full_queries, kRows, item.head, item.tile.begin);
+            copy(s.queries, q_map, &s.full_queries, kRows, item.head, item.begin + item.query);
           }
           mbarrier_wait_parity(&s.empty_values[place.slot], uint32_t(place.parity ^ 1));
           copy(s.values[place.slot], v_map, &s.full_values[place.slot], kTurn, kv_head, token);
@@ -186,8 +186,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
     } else if (threadIdx.x == 128 * kGroups + 32) {  // draws items ahead
       RingPlace<Shared::kItems> items;
       for (int number = 0; number >= 0; items.advance()) {
-        number = draw_item<kGroups, kForest>(
-            p, unsigned(p.heads), end, [&](const AttentionTile& tile) { return takes_long_forward<D, kForest>(p, tile); });
+        number = draw_item<kForest>(p, unsigned(p.heads), end, [&](const AttentionTile& tile) { return Item::draws(p, tile); });
         mbarrier_wait_parity(&s.empty_item[items.slot], uint32_t(items.parity ^ 1));
         s.item[items.slot] = number;
         mbarrier_arrive(&s.full_item[items.slot]);
@@ -228,14 +227,11 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         wgmma_commit_group();
       };
       const auto weigh = [&](int turn) {  // scores become exponentials; correction: the factor for what is summed so far
-        const bool own = item.is_own(turn);
-        const int key = own ? item.own_key(turn) : 0, query = item.query + 64 * group;
+        const int key = turn * kTurn, query = item.query + 64 * group;
         wgmma_fence_operand(x[0]);
         if (scores.capped) for_each(x, [&](float& score, int, int, int) { score = scores.cap(score); });
-        if (own ? !scores.all_see(query, query + 64, key, key + kTurn, item.length) : item.root_keys(turn).first > 0)
-          mask(x, key, lane, -INFINITY, [&](int row) {
-            return own ? scores.keys_of(item.query + first_row + row, item.length) : item.root_keys(turn);
-          });
+        if (!scores.all_see(query, query + 64, key, key + kTurn, item.keys))
+          mask(x, key, lane, -INFINITY, [&](int row) { return scores.keys_of(item.query + first_row + row, item.keys); });
         float shift[1][2], now[1][2];
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -270,7 +266,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         at_values.advance();
       };
 
-      const int past = item.length - item.own_key(item.last);
+      const int past = item.keys - item.last * kTurn;
       mbarrier_wait_parity(&s.full_queries, uint32_t(parity));
       multiply();
       turns.pass();
@@ -301,7 +297,9 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
       add_values(item.last == item.first);
       wgmma_wait_group<0>();
       values_read();
-      store_results<T, D, kPadded>(p, item.tile, item.head, first_row, lane, scores, out, greatest[0], sum);
+      sum[0] = sum_of_quad(sum[0]), sum[1] = sum_of_quad(sum[1]);
+      if constexpr (kForest) store_states<D>(p, item, group, out, greatest[0], sum);
+      store_results<T, D, kPadded>(p, item, first_row, lane, scores, out, greatest[0], sum);
     }
     turns.finish();
   }

@@ -19,9 +19,6 @@
 // Bound: the tensor cores, 5 x 2 x 64 x 128 x head_dim FLOPs per 64 queries at 4096 a cycle, and shared memory: S, dP and dQ read both operands
 // there, at 128 bytes a cycle.
 //
-// Sums lie in memory as threads hold them: vectors of four numbers, those of 128 threads after one another. They are of tiles of 64 queries,
-// counted from the document's first token.
-//
 // With shared prefixes, a document here is a root and all that continues it, which are neighbours: its keys are the root's alone, and its
 // queries all of them. What queries see beside the root's keys has been added to their sums by queries_kernel, and grad_k and grad_v of
 // that are keys_kernel's. Segments begin anywhere in a tile of sums.
@@ -55,60 +52,6 @@ bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
   };
   return p.heads == 0 || (encode(&maps->queries, p.q) && encode(&maps->grads, p.grad_out));
 }
-
-// ---- Sums of grad_q
-
-// The number of the sums of a document's first tile: those of no two documents are the same, wherever their tiles stand in the list.
-__device__ __forceinline__ unsigned first_sums(int begin, int document) { return unsigned(begin / kAttentionRows + document); }
-
-// The document that a tile belongs to, if it is long; with shared prefixes the root. Otherwise -1.
-template <bool kForest>
-__device__ __forceinline__ int long_root(const AttentionParams& p, const AttentionTile& tile) {
-  if constexpr (kForest) {
-    int root = tile.document;
-    if (root >= p.axis.documents) return -1;
-    while (p.prefixes.segments[root].parent >= 0) root = p.prefixes.segments[root].parent;
-    return length_of(p.prefixes.segments[root]) > p.long_from ? root : -1;
-  } else {
-    return is_long<false>(p, tile) ? tile.document : -1;
-  }
-}
-
-// The sums of a tile's queries, of a head. The calling threads are a warp group.
-template <int D, bool kForest>
-class QuerySums {
- public:
-  __device__ __forceinline__ QuerySums(const AttentionParams& p, const AttentionTile& tile, int root, int head)
-      : heads_(p.heads), there_(tile.end - tile.begin) {
-    const int begin = kForest ? p.prefixes.segments[root].begin : tile.document_begin;
-    first_ = tile.begin - begin;
-    sums_ = p.parts + (int64_t(first_sums(begin, root)) * heads_ + head) * (kAttentionRows * D);
-  }
-  // f(float4&, n): all of the tile's, also past its end.
-  template <typename F>
-  __device__ __forceinline__ void for_each_four(int thread, F&& f) const {
-    float4* of = reinterpret_cast<float4*>(sums_ + int64_t(first_ / kAttentionRows) * heads_ * (kAttentionRows * D)) + thread;
-#pragma unroll
-    for (int n = 0; n < D / 8; n++) f(of[n * 128], n);
-  }
-  // f(float2&, n, half), of the tile's queries alone.
-  template <typename F>
-  __device__ __forceinline__ void for_each_pair(int thread, F&& f) const {
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const int row = thread / 32 * 16 + 8 * half + thread % 32 / 4, query = first_ + row, in_tile = query % kAttentionRows;
-      if (row >= there_) continue;
-      float2* of = reinterpret_cast<float2*>(sums_ + int64_t(query / kAttentionRows) * heads_ * (kAttentionRows * D)) +
-                   2 * (in_tile / 16 * 32 + in_tile % 8 * 4 + thread % 4) + in_tile % 16 / 8;
-#pragma unroll
-      for (int n = 0; n < D / 8; n++) f(of[n * 256], n, half);
-    }
-  }
-
- private:
-  int heads_, there_, first_;
-  float* sums_;
-};
 
 #ifdef PACKOPS_SM90A
 
@@ -458,15 +401,8 @@ __global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constan
     const int root = long_root<kForest>(p, tile);
     if (root < 0) continue;
     const int head = int(i % unsigned(p.heads));
-    const QuerySums<D, kForest> place(p, tile, root, head);
     Sums<1, D> sums;
-    if constexpr (kForest) {
-      place.for_each_pair(thread, [&](float2& two, int n, int half) { sums[0][n][2 * half] = two.x, sums[0][n][2 * half + 1] = two.y; });
-    } else {
-      place.for_each_four(thread, [&](float4& four, int n) {
-        sums[0][n][0] = four.x, sums[0][n][1] = four.y, sums[0][n][2] = four.z, sums[0][n][3] = four.w;
-      });
-    }
+    QuerySums<D, kForest>::of(p, tile, root, head).load(sums, thread);
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int token = tile.begin + thread / 32 * 16 + 8 * half + lane / 4;

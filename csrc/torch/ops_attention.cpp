@@ -96,12 +96,12 @@ void run(const AttentionParams& p, const Tensor& q, bool backward) {
 #endif
 }
 
-// Numbers that the sums of grad_q need.
-int64_t parts_of(const AttentionParams& p, const Tensor& q) {
+// Numbers that sums of queries need.
+int64_t parts_of(const AttentionParams& p, const Tensor& q, bool backward) {
 #ifdef PACKOPS_WITH_CUDA
   if (!q.is_cpu()) {
     const CudaScope scope(q);
-    return attention_parts(p);
+    return attention_parts(p, backward);
   }
 #endif
   return 0;
@@ -137,6 +137,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
   p.drawn = reinterpret_cast<unsigned*>(p.tiles + attention_tiles(p.tokens, p.axis.documents));
+  const Tensor parts = allocate(q, {parents ? parts_of(p, q, false) : 0}, ScalarType::Float);
+  p.parts = static_cast<float*>(parts.mutable_data_ptr());
   run(p, q, false);
   return {out, lse, tiles, numbers};
 }
@@ -182,7 +184,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
-  const int64_t sums = parts_of(p, q), counters = sums ? 2 * p.heads * attention_tiles(p.tokens, p.axis.documents) : 0;
+  const int64_t sums = parts_of(p, q, true), counters = sums ? 2 * p.heads * attention_tiles(p.tokens, p.axis.documents) : 0;
   const Tensor parts = allocate(q, {sums}, ScalarType::Float), added = allocate(q, {counters}, ScalarType::Int);
   p.parts = static_cast<float*>(parts.mutable_data_ptr());
   p.added = static_cast<int32_t*>(added.mutable_data_ptr());

@@ -116,7 +116,7 @@ Results<T> run(const Problem& problem, bool cuda) {
   unsigned drawn = 77;
   p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard, p.drawn = &drawn;
   const int64_t pieces = attention_tiles(p.tokens, p.axis.documents) * problem.heads;
-  std::vector<float> parts = guarded(pieces * 64 * dim, 77.f);
+  std::vector<float> parts = guarded(pieces * 64 * (attention_columns(int(dim)) + 2), 77.f);
   std::vector<int32_t> added = guarded(2 * pieces, 77);
   p.parts = parts.data() + kGuard, p.added = added.data() + kGuard;
   p.long_from = problem.long_from;
