@@ -17,7 +17,8 @@
 //
 // Shared prefixes: a tile is of one segment. Its queries all see the same keys, those of the segments from theirs up to the root,
 // which are taken one segment after the other, by position. Its keys are seen by a range of tokens, those of their subtree. So no
-// product has rows of a sibling, and even NaN stays within a document.
+// product has rows of a sibling, and even NaN stays within a document. The keys of a long root are left to the kernels for long documents,
+// to which it and all that continues it are one document whose later tokens are queries alone.
 #include "attention.h"
 
 #include "attention_launch.h"
@@ -48,8 +49,9 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   begin_overlapping(beside);
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
-  constexpr bool kBranches = kForest && kGroup;  // may go on from what the kernel for long documents has made of their root's keys
-  const int root = kBranches && forwards_branches(p) ? long_root<kForest>(p, tile) : -1;
+  constexpr bool kBranches =
+      kForest && kGroup;  // which may go on from what the kernel for long documents makes of their root's keys
+  const int root = kBranches && forwards_branches(p) && is_any_long<kForest>(p) ? long_root<kForest>(p, tile) : -1;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
@@ -82,6 +84,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
     for (int half = 0; half < 2; half++) greatest[m][half] = -INFINITY, sum[m][half] = 0;
   if constexpr (kBranches)
     if (root >= 0) {
+      griddepcontrol_wait();
       const auto sums = QuerySums<D, true>::of(p, tile, root, head);
       sums.load(out, thread);
 #pragma unroll
@@ -188,7 +191,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
-  const int root = kJoint && p.long_from != kNeverLong ? long_root<kForest>(p, tile) : -1;
+  const int root = kJoint && p.long_from != kNeverLong && is_any_long<kForest>(p) ? long_root<kForest>(p, tile) : -1;
   if constexpr (kJoint)
     if (root == tile.document) {  // the rest is done with grad_k and grad_v
       QuerySums<D, kForest>::of(p, tile, root, head).clear(thread);
@@ -463,10 +466,10 @@ cudaError_t launch_forward(AttentionParams p, int64_t tiles, const Device& devic
       const auto launch_long = [&](bool beside) {
         return launch_long_forward<T, D, kPadded, kForest>(p, tiles, device, stream, beside);
       };
-      const bool follow = forwards_branches(p), long_first = kAttentionLongFirst || follow;
-      const cudaError_t error = long_first ? launch_long(false) : launch_short(false);
+      constexpr bool kLongFirst = kForest || kAttentionLongFirst;  // branches go on from what it has made
+      const cudaError_t error = kLongFirst ? launch_long(false) : launch_short(false);
       if (error != cudaSuccess) return error;
-      return long_first ? launch_short(!follow) : launch_long(true);
+      return kLongFirst ? launch_short(true) : launch_long(true);
     }
   return launch_short(false);
 }
@@ -511,8 +514,7 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
   };
   error = launch_short();
   if constexpr (kGroup && attention_is_joint(D, kPadded))
-    if (error == cudaSuccess && p.long_from != kNeverLong)
-      error = launch_joint_queries<T, D, kForest>(p, tiles, device, stream);
+    if (error == cudaSuccess && p.long_from != kNeverLong) error = launch_joint_queries<T, D, kForest>(p, tiles, device, stream);
   return error;
 }
 

@@ -38,7 +38,6 @@ inline constexpr int64_t kAttentionHeadDimStep = 8, kAttentionMostHeadDim = 256;
 constexpr bool attention_takes(int64_t head_dim) {
   return head_dim > 0 && head_dim <= kAttentionMostHeadDim && head_dim % kAttentionHeadDimStep == 0;
 }
-inline constexpr int32_t kAttentionLongFrom = 1024;
 
 // (tokens, heads, head_dim), contiguous in the last dimension; strides in elements.
 struct Heads {
@@ -78,6 +77,7 @@ struct AttentionParams {
 
   // CUDA: what the kernels tell each other.
   AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
+  int32_t* longest = nullptr;      // tokens of the longest root where documents share prefixes; backward reads the forward's
   float* delta = nullptr;          // (heads, tokens), backward
   float* parts = nullptr;          // (tiles, heads, 64, columns): sums of queries, attention_parts(p, backward) numbers
   int32_t* added = nullptr;        // (tiles, heads, 2): how many blocks of keys have added to each half of them, backward

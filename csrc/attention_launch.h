@@ -134,10 +134,10 @@ inline constexpr bool kAttentionLongFirst = true;
 
 // Tokens up to which the kernels for short documents are as fast (docs/design.md). The two forms do not have the same bits, so nothing
 // but the document and the options of the call may decide.
-constexpr int32_t attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 3072 : head_dim <= 128 ? 768 : 576; }
+constexpr int32_t attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 2048 : head_dim <= 128 ? 768 : 576; }
 // Padded heads take the other kernels for the gradients, whatever the length.
 constexpr int32_t attention_long_keys_from(int head_dim) {
-  return head_dim < attention_columns(head_dim) ? kNeverLong : head_dim <= 64 ? 3072 : 1024;
+  return head_dim < attention_columns(head_dim) ? kNeverLong : attention_keys_split(head_dim) ? 1024 : 1280;
 }
 
 // Which documents of a call are long: those of more tokens than this. kNeverLong where none can be, and nothing is launched for them. A

@@ -1,4 +1,5 @@
-// What the kernels for long documents share: the items of work that blocks draw, and the turns of their warp groups.
+// What the kernels for long documents share: which documents are long, the items of work that blocks draw, sums of queries in memory, and the
+// turns of warp groups.
 #pragma once
 
 #include <type_traits>
@@ -14,8 +15,9 @@
 namespace packops {
 namespace {
 
-// With shared prefixes, a tile is of a segment, and these are a root's alone: 0 and false for what continues another.
 __device__ __forceinline__ int length_of(const ForestSegment& segment) { return segment.end - segment.begin; }
+
+// Tokens of a tile's document. With shared prefixes, of its segment, if that continues no other: else 0.
 template <bool kForest>
 __device__ __forceinline__ int own_length(const AttentionParams& p, const AttentionTile& tile) {
   if constexpr (kForest) {
@@ -37,16 +39,23 @@ __device__ __forceinline__ bool may_be_long(const AttentionParams& p, const Atte
   return first_position<kForest>(p, tile) + tile.document_end - tile.document_begin > p.long_from;
 }
 
+template <bool kForest>
+__device__ __forceinline__ bool is_any_long(const AttentionParams& p) {
+  if constexpr (kForest) return *p.longest > p.long_from;
+  else return may_be_long<false>(p, p.tiles[0]);
+}
+
 // Items of work are numbers of a tile that draws one, times `heads`, plus a head. -1: there are no more.
 template <bool kForest, typename F>
 __device__ __forceinline__ int draw_item(const AttentionParams& p, unsigned heads, unsigned end, F&& draws) {
-  for (;;) {
+  while (!kForest || is_any_long<kForest>(p)) {
     const unsigned item = atomicAdd(p.drawn, 1u);
-    if (item >= end) return -1;
+    if (item >= end) break;
     const AttentionTile tile = p.tiles[item / heads];
-    if (!may_be_long<kForest>(p, tile)) return -1;
+    if (!may_be_long<kForest>(p, tile)) break;
     if (draws(tile)) return int(item);
   }
+  return -1;
 }
 // Of the backward, where kernels are the same with and without shared prefixes: the first of so many neighbours in what is long.
 template <int kTiles>
@@ -100,10 +109,8 @@ class QuerySums {
   }
 
   __device__ __forceinline__ void store(const Sums<1, D>& sums, int thread) const {
-    if constexpr (kAnywhere)
-      for_each_pair(thread, [&](float2& two, int n, int i) { two = {sums[0][n][i], sums[0][n][i + 1]}; });
-    else
-      for_each_four(thread, [&](float4& four, int n) { four = {sums[0][n][0], sums[0][n][1], sums[0][n][2], sums[0][n][3]}; });
+    if constexpr (kAnywhere) for_each_pair(thread, [&](float2& two, int n, int i) { two = {sums[0][n][i], sums[0][n][i + 1]}; });
+    else for_each_four(thread, [&](float4& four, int n) { four = {sums[0][n][0], sums[0][n][1], sums[0][n][2], sums[0][n][3]}; });
   }
   __device__ __forceinline__ void load(Sums<1, D>& sums, int thread) const {
     if constexpr (kAnywhere)
@@ -220,7 +227,7 @@ class ProductTurns {
 // ---- Launches
 //
 // Launches of a pass overlap, so that one which finds nothing to do hardly costs time, and one begins where the one before it leaves
-// multiprocessors idle: forward tiles, long, short; backward queries, long split or joint, keys, queries of a joint one's sums. The second
+// multiprocessors idle: forward tiles, long, short (of which branches of a long root wait for it); backward queries, long split or joint, keys, queries of a joint one's sums. The second
 // waits for the first. The third runs beside the second, and does not end before it. The fourth waits for the third.
 
 // Of a kernel that may begin before the launch before it has ended. beside: it reads nothing that that one writes, but what the launch

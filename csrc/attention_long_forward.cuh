@@ -16,6 +16,9 @@
 // Turns go from the last keys to the first, so that those that need a mask come first. A tensor map does not know where a document
 // ends: scores past it are masked, and the rows of values there, which may be NaN, are overwritten with zeros. It does know where a
 // head ends: columns past it arrive as zeros, and count among the bytes that a barrier expects.
+//
+// With shared prefixes, the keys of a long root are taken here for all that continues it, whatever segments a tile of queries is of, since
+// they all see the same. What comes out for those goes to memory in fp32, and forward_kernel goes on from it with the keys that are left.
 #pragma once
 
 #include <algorithm>
@@ -55,18 +58,14 @@ struct LongForwardShared {
   }
 };
 
-// A tile of queries of one head, and its turns of keys, in the document. With shared prefixes the keys are a root's, the queries those of
-// all that continues it, too, unless there is a window.
+// A tile of queries of one head, and its turns of keys, in the document. With shared prefixes and no window, keys are a root's, and queries
+// those of the root and of all that continues it.
 template <int kRows, int kTurn, bool kForest>
 struct LongForwardItem {
-  int head, document, begin;      // token
-  int length, keys;               // of the document: queries and keys
-  int query, first, last;         // turns, both inclusive
+  int head, document, begin;  // begin: the document's first token
+  int length, keys;           // of the document: how many queries and keys
+  int query, first, last;     // the tile's first query in the document; turns, both inclusive
 
-  // The item that draws a tile: of the items of a document, whose number `within` is counted from the last one, as that has the most keys.
-  static __device__ __forceinline__ int within(const AttentionParams& p, const AttentionTile& tile, int begin) {
-    return (tile.begin - begin + kRows - 1) / kRows;
-  }
   __device__ __forceinline__ LongForwardItem(const AttentionParams& p, const Scores& scores, int item) : head(item % p.heads) {
     const AttentionTile tile = p.tiles[item / p.heads];
     document = tile.document, begin = tile.document_begin;
@@ -77,11 +76,12 @@ struct LongForwardItem {
         const ForestSegment root = p.prefixes.segments[document];
         begin = root.begin, length = p.prefixes.subtree_ends[document] - begin, keys = length_of(root);
       }
-    query = ((length - 1) / kRows - within(p, tile, begin)) * kRows;
+    // The list has documents from their first tile on; the last has the most keys.
+    query = ((length - 1) / kRows - number_of(tile, begin)) * kRows;
     first = (scores.window ? max(0, query - scores.window + 1) : 0) / kTurn;
     last = ((p.causal ? min(keys, query + kRows) : keys) - 1) / kTurn;
   }
-  // Whether a tile draws an item: the first token of one lies in it.
+  // Whether a tile of the list draws an item: the first token of a tile of kRows lies in it.
   static __device__ __forceinline__ bool draws(const AttentionParams& p, const AttentionTile& tile) {
     int begin = tile.document_begin;
     if (kForest && forwards_branches(p)) {
@@ -91,7 +91,13 @@ struct LongForwardItem {
     } else if (!is_long<kForest>(p, tile)) {
       return false;
     }
-    return begin + within(p, tile, begin) * kRows < tile.end;
+    return begin + number_of(tile, begin) * kRows < tile.end;
+  }
+
+ private:
+  // Of the first tile of kRows that begins in this one of the list or behind it.
+  static __device__ __forceinline__ int number_of(const AttentionTile& tile, int begin) {
+    return (tile.begin - begin + kRows - 1) / kRows;
   }
 };
 
@@ -153,7 +159,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
   static_assert(sizeof(Shared) <= attention_long_forward_shared(D));
   Shared& s = *dynamic_shared<Shared>();
   begin_overlapping(beside);
-  if (!may_be_long<kForest>(p, p.tiles[0])) return end_overlapping(beside);  // nor is any other
+  if (!is_any_long<kForest>(p)) return end_overlapping(beside);
   if (threadIdx.x == 0) s.init();
   __syncthreads();
 

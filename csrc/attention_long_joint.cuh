@@ -83,7 +83,7 @@ struct QueryRing {
     const int token = document_begin + query, there = length - query;
     const bool whole = there >= kTurn;
     MBarrier* barrier = &full[at.slot];
-    if (lane == 0) {  // alone: another lane that waited might come when the turn is full and empty again
+    if (lane == 0) {
       mbarrier_wait_parity(&empty[at.slot], uint32_t(at.parity ^ 1));
       mbarrier_arrive_expect_tx(barrier, whole ? 2 * kTile : 0);
     }
@@ -426,8 +426,8 @@ template <typename T, int D, bool kForest>
 cudaError_t launch_joint_queries(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   const int64_t all = tiles * p.heads;
   if (all > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch_large<joint_queries_kernel<T, D, kForest>>({.follows = true}, device, std::min<int64_t>(16 * device.multiprocessors, all),
-                                                  128, 0, stream, p, unsigned(all));
+  return launch_large<joint_queries_kernel<T, D, kForest>>(
+      {.follows = true}, device, std::min<int64_t>(16 * device.multiprocessors, all), 128, 0, stream, p, unsigned(all));
 }
 
 }  // namespace

@@ -17,6 +17,7 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   using Count = unsigned;
   __shared__ Count next[kClasses];  // the place of the next document of a class
   __shared__ Count sums[33], overlaps;
+  __shared__ int32_t longest;
   const Index* cu_seqlens = static_cast<const Index*>(p.axis.cu_seqlens);
   const auto bound = [&](int64_t i) { return int32_t(max(int64_t(0), min(p.tokens, int64_t(cu_seqlens[i])))); };
   const auto tiles_of = [](int32_t tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows; };
@@ -35,17 +36,19 @@ __global__ void __launch_bounds__(kClasses) tiles_kernel(const __grid_constant__
   };
   const int me = int(threadIdx.x), lane = me % 32, warp = me / 32;
   griddepcontrol_launch_dependents();
-  if (me == 0) *p.drawn = overlaps = 0;
+  if (me == 0) *p.drawn = overlaps = 0, longest = 0;
   next[me] = 0;
   __syncthreads();
   for (int64_t i = me; i < p.axis.documents; i += kClasses) {
     const int32_t tokens = bound(i + 1) - bound(i);
     if (tokens > 0) atomicAdd(&next[class_of(i)], Count(tiles_of(tokens)));
     if (tokens < 0) atomicAdd(&overlaps, 1u);
+    if (p.prefixes.segments && p.prefixes.segments[i].parent < 0) atomicMax(&longest, tokens);
   }
   __syncthreads();
   // Documents that overlap may need more tiles than there is room for, and blocks wait for those of other tiles. So all is padding.
   const int64_t documents = overlaps ? 0 : p.axis.documents;
+  if (me == 0 && p.prefixes.segments) *p.longest = longest;
 
   Count before = next[me];
   const Count mine = before;

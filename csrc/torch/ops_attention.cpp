@@ -113,6 +113,11 @@ void set_forest(AttentionParams& p, const PackedForestParams& forest) {
   p.prefixes = {forest.segments, forest.subtree_ends, forest.trees, forest.positions, forest.ends};
 }
 
+// Behind the tiles there is room for one more: for the counter `drawn` of the forward, and this.
+int32_t* longest_of(const AttentionParams& p) {
+  return reinterpret_cast<int32_t*>(p.tiles + attention_tiles(p.tokens, p.axis.documents)) + 1;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens, OptionalTensor parents,
                                                      bool causal, std::optional<int64_t> window, std::optional<double> softcap,
                                                      std::optional<double> scale) {
@@ -137,6 +142,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention(Tensor q, Tensor k, Tensor 
   p.lse = lse.mutable_data_ptr();
   p.tiles = static_cast<AttentionTile*>(tiles.mutable_data_ptr());
   p.drawn = reinterpret_cast<unsigned*>(p.tiles + attention_tiles(p.tokens, p.axis.documents));
+  p.longest = longest_of(p);
   const Tensor parts = allocate(q, {parents ? parts_of(p, q, false) : 0}, ScalarType::Float);
   p.parts = static_cast<float*>(parts.mutable_data_ptr());
   run(p, q, false);
@@ -183,6 +189,7 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   p.out = const_cast<void*>(read_out.const_data_ptr());
   p.lse = const_cast<void*>(read_lse.const_data_ptr());
   p.tiles = static_cast<AttentionTile*>(const_cast<void*>(read_tiles.const_data_ptr()));
+  p.longest = longest_of(p);
   p.delta = static_cast<float*>(delta.mutable_data_ptr());
   const int64_t sums = parts_of(p, q, true), counters = sums ? 2 * p.heads * attention_tiles(p.tokens, p.axis.documents) : 0;
   const Tensor parts = allocate(q, {sums}, ScalarType::Float), added = allocate(q, {counters}, ScalarType::Int);

@@ -79,6 +79,7 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   return std::exchange(*address, *address + value);
 }
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
+inline int atomicMax(int* address, int value) { return std::exchange(*address, std::max(*address, value)); }
 
 template <typename T>
 T aligned_load(const T* p) {
@@ -196,18 +197,19 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* launch, void (*kernel)(
     emulator::needs_sm90("clusters");
     emulator::cluster_launches++;
   }
-  const auto threads_of = [](const dim3& x) { return uint64_t(x.x) * x.y * x.z; };
-  const uint64_t block = threads_of(launch->blockDim), all = threads_of(launch->gridDim) * block;
-  uint64_t waited = 0, waited_in_first = 0;
-  emulator::run(launch->gridDim, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1, [&] {
+  const dim3 grid = launch->gridDim;
+  const auto count = [](const dim3& x) { return uint64_t(x.x) * x.y * x.z; };
+  const uint64_t threads = count(launch->blockDim);
+  std::vector<uint64_t> waited(count(grid));  // threads of a block
+  emulator::run(grid, launch->blockDim, launch->dynamicSmemBytes, cluster ? cluster : 1, [&] {
     kernel(arguments...);
-    if (!emulator::fibers[emulator::current].waited_for_launch) return;
-    waited++;
-    if (blockIdx.x + blockIdx.y + blockIdx.z == 0) waited_in_first++;
+    waited[(uint64_t(blockIdx.z) * grid.y + blockIdx.y) * grid.x + blockIdx.x] +=
+        emulator::fibers[emulator::current].waited_for_launch;
   });
-  // Launches run one after the other here. On a GPU this one could read what the one before has not written yet. All threads wait for
-  // that, or, where nothing of it is read, those of the first block.
-  emulator::require(!follows || waited == all || (waited == block && waited_in_first == block),
+  // Launches run one after the other here. On a GPU this one could read what the one before has not written yet. All threads of a block
+  // wait for that, or none, where the block reads nothing of it; those of the first block always do.
+  const bool whole_blocks = std::all_of(waited.begin(), waited.end(), [&](uint64_t n) { return n == 0 || n == threads; });
+  emulator::require(!follows || (whole_blocks && (waited.empty() || waited[0] == threads)),
                     "a launch that may overlap the one before it does not wait for it");
   return cudaSuccess;
 }

@@ -114,7 +114,8 @@ Results<T> run(const Problem& problem, bool cuda) {
   std::vector<AttentionTile> tiles = guarded(attention_tiles(p.tokens, p.axis.documents), nothing);
   std::vector<float> delta = guarded(problem.tokens * problem.heads, 77.f);
   unsigned drawn = 77;
-  p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard, p.drawn = &drawn;
+  int32_t longest = 77;
+  p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard, p.drawn = &drawn, p.longest = &longest;
   const int64_t pieces = attention_tiles(p.tokens, p.axis.documents) * problem.heads;
   std::vector<float> parts = guarded(pieces * 64 * (attention_columns(int(dim)) + 2), 77.f);
   std::vector<int32_t> added = guarded(2 * pieces, 77);
@@ -440,8 +441,8 @@ CASE(without_sharing_the_bits_are_those_of_documents) {
 }
 // Nor does a block wait for a part of grad_q that never comes.
 CASE(malformed_parents_write_nothing_outside) {
-  for (const std::vector<int32_t>& parents :
-       std::vector<std::vector<int32_t>>{{5, 5, 5, 5}, {0, 1, 2, 3}, {-9, 0x7fffffff, -1, 0}, {3, 2, 1, 0}, {-1, -1, 0, 1}, {-1, 3, -1, 1}})
+  for (const std::vector<int32_t>& parents : std::vector<std::vector<int32_t>>{
+           {5, 5, 5, 5}, {0, 1, 2, 3}, {-9, 0x7fffffff, -1, 0}, {3, 2, 1, 0}, {-1, -1, 0, 1}, {-1, 3, -1, 1}})
     for (const std::vector<int32_t>& cu_seqlens : std::vector<std::vector<int32_t>>{{0, 30, 20, 70, 90}, {0, 150, 290, 360, 500}})
       for (int32_t head_dim : {64, 128}) {
         Problem problem{cu_seqlens, cu_seqlens.back() - 10, 1, 1, head_dim};
