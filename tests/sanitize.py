@@ -406,8 +406,8 @@ def attention(device: torch.device) -> Iterator[str]:
         yield f"{dtype} head_dim {head_dim}, {rule}"
     long = 1 if device.type == "cpu" else 50  # there they have no kernels of their own
     for dtype, head_dim, lengths, rule in (
-        (bfloat, 64, [62 * long, 20], {}),
-        (half, 128, [70, 21 * long], {"window": 21 * long - 1}),
+        (bfloat, 64, [42 * long, 20], {}),
+        (half, 128, [70, 26 * long], {"window": 26 * long - 1}),
         (bfloat, 256, [21 * long], {"softcap": 5.0}),
         (half, 80, [70, 21 * long], {}),
         (bfloat, 192, [21 * long], {}),
@@ -444,6 +444,12 @@ def shared_prefixes(device: torch.device) -> Iterator[str]:
             packops.packed_metadata(cu_seqlens, len(q), above)
             backward(packops.attention(q, k, v, cu_seqlens, above, **rule), q, k, v)
         yield f"{dtype} head_dim {head_dim}, {rule}"
+    long = 1 if device.type == "cpu" else 50  # there a long prefix has no kernels of its own
+    for dtype, head_dim, prefix in ((torch.bfloat16, 64, 42), (torch.float16, 128, 26), (torch.bfloat16, 256, 21)):
+        branches = [20, prefix * long, 130, 70, 1]
+        q, k, v, cu_seqlens = attention_problem(device, dtype, branches, (2, 1), head_dim, padding=5)
+        backward(packops.attention(q, k, v, cu_seqlens, torch.tensor([-1, -1, 1, 2, 1], device=device)), q, k, v)
+        yield f"{dtype} head_dim {head_dim}, branches of a long prefix"
     for parents in ([5] * 7, list(range(7)), [-9, 2**31 - 1, -1, 0, 1, 1, 1]):
         q, k, v, cu_seqlens = attention_problem(device, torch.bfloat16, lengths, (2, 1), 64)
         with bad_ids(device):

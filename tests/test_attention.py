@@ -151,8 +151,8 @@ def test_many_documents_and_long_ones():
     check(*problem([9000], heads=(2, 2), dim=128, device="cuda"))
 
 
-LONG = [3100, 40, 1100, 0, 577, 70]  # each of them longer than 3072, 768 or 576 tokens, or than none
-LONG_RULES = [{}, {"window": 1099}, {"window": 1500, "softcap": 20.0}, {"causal": False}]
+LONG = [3100, 40, 1300, 0, 577, 70]  # each of them longer than 2048, 1280, 768 or 576 tokens, or than none
+LONG_RULES = [{}, {"window": 1299}, {"window": 1500, "softcap": 20.0}, {"causal": False}]
 
 
 @gpu
@@ -160,16 +160,16 @@ LONG_RULES = [{}, {"window": 1099}, {"window": 1500, "softcap": 20.0}, {"causal"
 @pytest.mark.parametrize("dim", [64, 128, 256, 80, 192])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_long_documents(dtype, dim, rule):
-    """They have kernels of their own, which do not change what short ones get, nor have rows of them. 1099: all but one token."""
+    """They have kernels of their own, which do not change what short ones get, nor have rows of them. 1299: all but one token."""
     q, k, v, grad, bounds = problem(LONG, heads=(4, 2), dim=dim, dtype=dtype, device="cuda", padding=9)
     check(q, k, v, grad, bounds, **rule)
     found = results(packops.attention, q, k, v, grad, bounds, **rule)
     with torch.no_grad():
         for x in (q, k, v):
-            x[3140:4240] = torch.nan
+            x[3140:4440] = torch.nan
     for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds, **rule), strict=True):
         assert torch.equal(a[:3140], b[:3140])
-        assert torch.equal(a[4240:], b[4240:])
+        assert torch.equal(a[4440:], b[4440:])
 
 
 @gpu
@@ -177,7 +177,7 @@ def test_long_documents(dtype, dim, rule):
 @pytest.mark.parametrize("dim", [64, 128, 256, 96])
 def test_bits_of_long_documents(dim, rule):
     """Those that a document has alone, on both sides of every length from which it is long, in every run, and in a graph."""
-    lengths = [40, 3073, 769, 1024, 0, 576, 1025, 577, 768, 3072]
+    lengths = [40, 2049, 769, 1280, 0, 576, 1281, 577, 768, 2048, 1024, 1025, 3100]
     q, k, v, grad, bounds = problem(lengths, heads=(4, 2), dim=dim, device="cuda", padding=9)
     found = results(packops.attention, q, k, v, grad, bounds, **rule)
     for a, b in zip(found, results(packops.attention, q, k, v, grad, bounds, **rule), strict=True):
@@ -222,7 +222,7 @@ def test_long_documents_past_2_31_elements():
     """The last document begins at an element beyond 2^31, and has the bits that it has alone."""
     if torch.cuda.mem_get_info()[0] < 48 << 30:
         pytest.skip("needs 48 GiB")
-    n, heads, dim = 1100, 64, 128
+    n, heads, dim = 1300, 64, 128
     lengths = [800] * 330 + [n]
     bounds = bounds_of(lengths, "cuda")
     qkv = torch.randn(sum(lengths), heads + 2, dim, device="cuda", dtype=torch.bfloat16)
@@ -248,16 +248,62 @@ def test_prefixes_that_are_long(dim):
 
 
 @gpu
+@pytest.mark.parametrize("rule", [{}, {"softcap": 20.0}, {"window": 1400}], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256, 192])
+def test_branches_of_a_long_prefix(dim, rule):
+    """Kernels for long documents take the prefix and its branches for one: NaN in a branch still stays there, and no bit of another
+    depends on it, on the run or on the place in the row."""
+    segments, above = [40, 2100, 513, 70, 64, 129, 1, 600, 90], [-1, -1, 1, 2, 1, 1, 1, -1, 7]
+    parents = torch.tensor(above, dtype=torch.int32, device="cuda")
+    q, k, v, grad, bounds = problem(segments, heads=(4, 2), dim=dim, device="cuda", padding=9)
+    shared = functools.partial(packops.attention, parents=parents)
+    found = results(shared, q, k, v, grad, bounds, **rule)
+    want = results(functools.partial(reference.attention, parents=parents), q, k, v, grad, bounds, **rule)
+    for a, b in zip(found, want, strict=True):
+        assert (a.double() - b).abs().max() <= 2**-6 * b.abs().max()
+    for a, b in zip(found, results(shared, q, k, v, grad, bounds, **rule), strict=True):
+        assert torch.equal(a, b)
+
+    own = slice(40, 2723)  # the prefix, a branch, and a branch of that
+    alone = [x[own].detach().requires_grad_() for x in (q, k, v)]
+    few = functools.partial(packops.attention, parents=torch.tensor([-1, 0, 1], dtype=torch.int32, device="cuda"))
+    for a, b, begin in zip(
+        found, results(few, *alone, grad[own], bounds_of(segments[1:4], "cuda"), **rule), (0, 0, 2100, 2100), strict=True
+    ):
+        assert torch.equal(a[own][begin:], b[begin:])
+
+    bad = slice(2723, 2787)
+    with torch.no_grad():
+        for x in (q, k, v):
+            x[bad] = torch.nan
+    is_seen = torch.zeros(len(q), dtype=torch.bool)
+    is_seen[40:2140] = is_seen[bad] = True
+    for i, (a, b) in enumerate(zip(found, results(shared, q, k, v, grad, bounds, **rule), strict=True)):
+        others = ~is_seen if i >= 2 else torch.arange(len(q)).lt(bad.start) | torch.arange(len(q)).ge(bad.stop)
+        assert torch.equal(a[others], b[others])
+        assert b[bad].isnan().any()
+
+
+@gpu
 def test_hopper_has_kernels_for_long_documents():
     """They run where the code has products of warp groups. Nothing is launched for them where no document can be long. Heads that
-    do not fill a tile have one for the forward alone."""
+    do not fill a tile have one for the forward alone, and so has a window along paths that share prefixes."""
     built_for = packops._C.build_info()["cuda_archs"].split("_")
     by_groups = torch.cuda.get_device_capability() == (9, 0) and any(arch.startswith("9.0") for arch in built_for)
-    expected = {64: {3073: 2, 3072: 0}, 128: {1025: 2, 1024: 1}, 256: {577: 1, 576: 0}, 80: {1025: 1, 768: 0}, 192: {1025: 1}}
-    for dim, tokens, kernels in ((dim, *each) for dim, counts in expected.items() for each in counts.items()):
-        given = problem([tokens], dim=dim, device="cuda")
+    expected = {
+        64: {2049: 2, 2048: 1, 1280: 0},
+        128: {1281: 2, 1280: 1, 768: 0},
+        256: {1025: 2, 577: 1, 576: 0},
+        80: {1281: 1, 768: 0},
+        192: {1281: 1},
+    }
+    cases = [(dim, [n], {}, kernels) for dim, counts in expected.items() for n, kernels in counts.items()]
+    parents = torch.tensor([-1, 0], dtype=torch.int32, device="cuda")
+    cases += [(64, [2049, 70], rule | {"parents": parents}, kernels) for rule, kernels in (({}, 2), ({"window": 2100}, 1))]
+    for dim, lengths, rule, kernels in cases:
+        given = problem(lengths, dim=dim, device="cuda")
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-            results(packops.attention, *given)
+            results(packops.attention, *given, **rule)
         names = [event.key for event in profile.key_averages()]
         found = [
             name for name in names if any(x in name for x in ("long_forward_kernel", "long_joint_kernel", "long_split_kernel"))

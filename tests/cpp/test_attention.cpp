@@ -480,12 +480,12 @@ CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
   AttentionParams p;
   p.head_dim = 128, p.tokens = 1 << 20;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 768);
-  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 1024);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 1280);
   DeviceLimits other = hopper;
   other.has_wgmma = false;  // code for another architecture, or another device
   CHECK_EQ(choose_attention_long_forward_from(p, other), kNeverLong);
   CHECK_EQ(choose_attention_long_keys_from(p, other), kNeverLong);
-  p.tokens = 1024;  // one document of all of them is long forward only
+  p.tokens = 1280;  // one document of all of them is long forward only
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 768);
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
   p.tokens = 768;
@@ -493,17 +493,25 @@ CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
   p.tokens = 1 << 20, p.window = 512;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), kNeverLong);
   p.window = 0, p.head_dim = 64;
-  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 3072);
-  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 3072);
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 2048);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 1280);
   p.long_from = 64, p.head_dim = 80;  // no kernel for it, whatever is asked for
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
   p.head_dim = 256;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), 64);
   const ForestSegment segment = {};
+  CHECK(!forwards_branches(p));
   p.prefixes.segments = &segment;
+  CHECK(forwards_branches(p));
+  CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
+  CHECK_EQ(choose_attention_long_keys_from(p, hopper), 64);
+  p.window = 512;  // along a path
+  CHECK(!forwards_branches(p));
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
+  p.window = 0, p.long_from = kNeverLong;
+  CHECK(!forwards_branches(p));
 }
 // Heads of every multiple of 8 features have the kernel with the fewest columns that hold them, and of its forms for long documents
 // the forward alone.
