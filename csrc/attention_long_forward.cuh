@@ -135,7 +135,7 @@ template <int D, typename Item>
 __device__ __forceinline__ void store_states(const AttentionParams& p, const Item& item, int group, const Sums<1, D>& out,
                                              const float (&greatest)[2], const float (&sum)[2]) {
   const int first = item.query + kAttentionRows * group, thread = int(threadIdx.x) % 128;
-  if (first + kAttentionRows <= item.keys || first >= item.length) return;
+  if (item.length == item.keys || first + kAttentionRows <= item.keys || first >= item.length) return;
   const QuerySums<D, false> sums(p, item.begin, item.document, item.head, first, kAttentionRows);
   sums.store(out, thread);
 #pragma unroll

@@ -445,11 +445,16 @@ def shared_prefixes(device: torch.device) -> Iterator[str]:
             backward(packops.attention(q, k, v, cu_seqlens, above, **rule), q, k, v)
         yield f"{dtype} head_dim {head_dim}, {rule}"
     long = 1 if device.type == "cpu" else 50  # there a long prefix has no kernels of its own
-    for dtype, head_dim, prefix in ((torch.bfloat16, 64, 42), (torch.float16, 128, 26), (torch.bfloat16, 256, 21)):
+    for dtype, head_dim, prefix, rule in (
+        (torch.bfloat16, 64, 42, {}),
+        (torch.float16, 128, 26, {}),
+        (torch.float16, 128, 26, {"window": 26 * long - 1}),
+        (torch.bfloat16, 256, 21, {}),
+    ):
         branches = [20, prefix * long, 130, 70, 1]
         q, k, v, cu_seqlens = attention_problem(device, dtype, branches, (2, 1), head_dim, padding=5)
-        backward(packops.attention(q, k, v, cu_seqlens, torch.tensor([-1, -1, 1, 2, 1], device=device)), q, k, v)
-        yield f"{dtype} head_dim {head_dim}, branches of a long prefix"
+        backward(packops.attention(q, k, v, cu_seqlens, torch.tensor([-1, -1, 1, 2, 1], device=device), **rule), q, k, v)
+        yield f"{dtype} head_dim {head_dim}, branches of a long prefix, {rule}"
     for parents in ([5] * 7, list(range(7)), [-9, 2**31 - 1, -1, 0, 1, 1, 1]):
         q, k, v, cu_seqlens = attention_problem(device, torch.bfloat16, lengths, (2, 1), 64)
         with bad_ids(device):

@@ -116,25 +116,36 @@ Results<T> run(const Problem& problem, bool cuda) {
   unsigned drawn = 77;
   int32_t longest = 77;
   p.tiles = tiles.data() + kGuard, p.delta = delta.data() + kGuard, p.drawn = &drawn, p.longest = &longest;
-  const int64_t pieces = attention_tiles(p.tokens, p.axis.documents) * problem.heads;
-  std::vector<float> parts = guarded(pieces * 64 * (attention_columns(int(dim)) + 2), 77.f);
-  std::vector<int32_t> added = guarded(2 * pieces, 77);
-  p.parts = parts.data() + kGuard, p.added = added.data() + kGuard;
+  std::vector<float> parts;
+  std::vector<int32_t> added;
+  const auto set_parts = [&](bool backward) {  // none where it needs none
+    const int64_t count = attention_parts(p, backward);
+    parts = guarded(count, 77.f);
+    added = guarded(backward && count ? 2 * problem.heads * attention_tiles(p.tokens, p.axis.documents) : 0, 77);
+    p.parts = count ? parts.data() + kGuard : nullptr, p.added = backward && count ? added.data() + kGuard : nullptr;
+  };
+  const auto check_guards = [](const auto& x, const auto& is_untouched) {
+    for (int64_t i = 0; i < kGuard; i++) CHECK(is_untouched(x[size_t(i)]) && is_untouched(x[x.size() - 1 - size_t(i)]));
+  };
+  const auto check_parts = [&] {
+    check_guards(parts, [](float value) { return value == 77; });
+    check_guards(added, [](int32_t value) { return value == 77; });
+  };
   p.long_from = problem.long_from;
   if (cuda) {
+    set_parts(false);
     CHECK_EQ(attention_cuda(p, nullptr), cudaSuccess);
+    check_parts();
     if (problem.long_backward_from) p.long_from = problem.long_backward_from;
+    set_parts(true);
     CHECK_EQ(attention_backward_cuda(p, nullptr), cudaSuccess);
+    check_parts();
   } else {
     attention_cpu(p, 0, (p.axis.documents + 1) * p.kv_heads);
     attention_backward_cpu(p, 0, (p.axis.documents + 1) * p.kv_heads);
   }
-  const auto check_guards = [](const auto& x, const auto& is_untouched) {
-    for (int64_t i = 0; i < kGuard; i++) CHECK(is_untouched(x[size_t(i)]) && is_untouched(x[x.size() - 1 - size_t(i)]));
-  };
   for (const auto* x : {&r.out, &r.grad_q, &r.grad_k, &r.grad_v}) check_guards(*x, [](T value) { return to_float(value) == 77; });
-  for (const auto* x : {&r.lse, &delta, &parts}) check_guards(*x, [](float value) { return value == 77; });
-  check_guards(added, [](int32_t value) { return value == 77; });
+  for (const auto* x : {&r.lse, &delta}) check_guards(*x, [](float value) { return value == 77; });
   check_guards(tiles, [&](const AttentionTile& tile) { return std::memcmp(&tile, &nothing, sizeof tile) == 0; });
   return r;
 }
