@@ -185,7 +185,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   const Columns<D, kPadded> columns(p.head_dim);
   griddepcontrol_launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
-  constexpr bool kJoint = kGroup && attention_is_joint(D, kPadded);
+  constexpr bool kJoint = kGroup && !attention_keys_split(D);
   if (kJoint && p.long_from != kNeverLong && threadIdx.x < 2) p.added[2 * blockIdx.x + threadIdx.x] = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end) return;
@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   if constexpr (kJoint)
     if (root == tile.document) {  // the rest is done with grad_k and grad_v
       QuerySums<D, kForest>::of(p, tile, root, head).clear(thread);
-      return compute_deltas<T, D, kThreads>(p, tile.begin, tile.end - tile.begin, head, dynamic_shared<float>(), thread);
+      return compute_deltas<T, D, kThreads>(p, tile.begin, tile.end - tile.begin, head, dynamic_shared<float>(), thread, columns);
     }
   char* queries = dynamic_shared<char>();
   char *grads = queries + 2 * D * kAttentionRows, *turns = grads + 2 * D * kAttentionRows;
@@ -482,9 +482,9 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
       {}, device, tiles * p.heads, kQueries.threads(), attention_queries_shared(D, kGroup), stream, p, Scores(p));
   if (error != cudaSuccess) return error;
   bool beside = p.long_from != kNeverLong;
-  if constexpr (kGroup && !kPadded)
+  if constexpr (kGroup)
     if (beside) {
-      if constexpr (attention_keys_split(D)) error = launch_long_split<T, D>(p, tiles, device, stream);
+      if constexpr (attention_keys_split(D)) error = launch_long_split<T, D, kPadded>(p, tiles, device, stream);
       else error = launch_long_joint<T, D>(p, tiles, device, stream);
       if (error != cudaSuccess) return error;
     }
@@ -513,7 +513,7 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
     return with_teams(std::integral_constant<int, 1>{});
   };
   error = launch_short();
-  if constexpr (kGroup && attention_is_joint(D, kPadded))
+  if constexpr (kGroup && !attention_keys_split(D))
     if (error == cudaSuccess && p.long_from != kNeverLong) error = launch_joint_queries<T, D, kForest>(p, tiles, device, stream);
   return error;
 }

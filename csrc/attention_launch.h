@@ -99,9 +99,6 @@ constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barri
   return 2 * head_dim * (shape.rows() + 2 * shape.stages * shape.turn) + 1024;
 }
 
-// Whether one kernel makes all gradients of long documents (attention_long_joint.cuh), or two make grad_k and grad_v, and queries_kernel
-// grad_q.
-constexpr bool attention_is_joint(int head_dim, bool padded) { return !attention_keys_split(head_dim) && !padded; }
 // Two consumers of 128 threads and a producer, which copies so many turns of queries and gradients ahead. For a third turn of 64 features
 // there are 100 bytes of shared memory too few.
 inline constexpr int kAttentionLongKeysThreads = 3 * 128;
@@ -135,15 +132,12 @@ inline constexpr bool kAttentionLongFirst = true;
 // Tokens up to which the kernels for short documents are as fast (docs/design.md). The two forms do not have the same bits, so nothing
 // but the document and the options of the call may decide.
 constexpr int32_t attention_long_forward_from(int head_dim) { return head_dim <= 64 ? 2048 : head_dim <= 128 ? 768 : 576; }
-// Padded heads take the other kernels for the gradients, whatever the length.
-constexpr int32_t attention_long_keys_from(int head_dim) {
-  return head_dim < attention_columns(head_dim) ? kNeverLong : attention_keys_split(head_dim) ? 1024 : 1280;
-}
+constexpr int32_t attention_long_keys_from(int head_dim) { return attention_keys_split(head_dim) ? 1024 : 1280; }
 
 // Which documents of a call are long: those of more tokens than this. kNeverLong where none can be, and nothing is launched for them. A
 // window of `from` tokens or less makes all short, and a longer one changes nothing.
 constexpr int32_t choose_attention_long_from(const AttentionParams& p, const DeviceLimits& device, int32_t from) {
-  if (p.long_from && from != kNeverLong) from = p.long_from;
+  if (p.long_from) from = p.long_from;
   return device.has_wgmma && attention_is_long(p.tokens, p.window, from) ? from : kNeverLong;
 }
 constexpr int32_t choose_attention_long_forward_from(const AttentionParams& p, const DeviceLimits& device) {

@@ -48,7 +48,8 @@ struct QueryMaps {
 template <int D>
 bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
   const auto encode = [&](CUtensorMap* map, const Heads& x) {
-    return encode_tensor_map(map, p.dtype, x.data, {D, p.heads, p.tokens}, {x.head, x.token}, attention_joint_queries(D));
+    return encode_tensor_map(map, p.dtype, x.data, {p.head_dim, p.heads, p.tokens}, {x.head, x.token},
+                             attention_joint_queries(D));
   };
   return p.heads == 0 || (encode(&maps->queries, p.q) && encode(&maps->grads, p.grad_out));
 }
@@ -99,8 +100,8 @@ struct QueryRing {
 #pragma unroll 1  // the warp has few registers
         for (int i = lane; i < kTurn * (D / 8); i += 32) {
           const int row = i / (D / 8), chunk = i % (D / 8);
-          const bool is_there = row < there;
-          cp_async_16_zfill(place<kTurn>(tile, row, chunk), rows + (is_there ? row * heads.token : 0) + chunk * 8, is_there);
+          const bool is_there = row < there && 8 * chunk < p.head_dim;
+          cp_async_16_zfill(place<kTurn>(tile, row, chunk), rows + (is_there ? row * heads.token + chunk * 8 : 0), is_there);
         }
       }
     };
@@ -272,8 +273,9 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       const typename Shared::Item item(p, scores, unsigned(drawn));
       const int key = item.key + kAttentionRows * role, token = item.tile.begin + kAttentionRows * role;
       const int there = min(kAttentionRows, item.keys(p) - key);  // not positive: this group has none, but takes part
-      Rows<T, D, kAttentionRows, 128>(p.k, token, item.kv_head, thread).load(keys, 0, there);
-      Rows<T, D, kAttentionRows, 128>(p.v, token, item.kv_head, thread).load(values, 0, there);
+      const Columns<D, true> columns(p.head_dim);
+      Rows<T, D, kAttentionRows, 128, true>(p.k, token, item.kv_head, thread, columns).load(keys, 0, there);
+      Rows<T, D, kAttentionRows, 128, true>(p.v, token, item.kv_head, thread, columns).load(values, 0, there);
       cp_async_commit_group();
       cp_async_wait_all();
       fence_proxy_async();
@@ -373,14 +375,14 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       multiply_changes(turn - 1);
       Product::wait(part);
       pass_part(true);
-      const int64_t stride = int64_t(p.kv_heads) * D, first = token * stride + item.kv_head * D;
+      const int64_t stride = int64_t(p.kv_heads) * columns.count, first = token * stride + item.kv_head * columns.count;
       const float one[1][2] = {{1.f, 1.f}}, scale[1][2] = {{scores.product_scale, scores.product_scale}};
       bar_sync(kConsumersBarrier, 256);  // neither multiplies these keys any more
       if (there > 0) {
         store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_v) + first, stride, there, values, first_row, lane, grad_v,
-                                            one);
+                                            one, columns);
         store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(p.grad_k) + first, stride, there, keys, first_row, lane, grad_k,
-                                            scale);
+                                            scale, columns);
       }
       bar_sync(kGroupBarrier + role, 128);  // all have stored what lies where the next keys and values come
     }
@@ -406,8 +408,8 @@ __global__ void __launch_bounds__(128) joint_queries_kernel(const __grid_constan
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const int token = tile.begin + thread / 32 * 16 + 8 * half + lane / 4;
-      store_row<T, D>(static_cast<T*>(p.grad_q) + (token * int64_t(p.heads) + head) * D, token < tile.end, half, lane, sums,
-                      float(p.scale));
+      store_row<T, D>(static_cast<T*>(p.grad_q) + (token * int64_t(p.heads) + head) * p.head_dim, token < tile.end, half, lane,
+                      sums, float(p.scale), Columns<D, true>(p.head_dim));
     }
   }
 #endif

@@ -62,11 +62,12 @@ class SlotRing {
 
 // The producer: queries and gradients of all heads of a group. lse and delta of a turn come with its
 // queries, into `numbers`.
-template <typename T, int D, int kSlots>
+template <typename T, int D, bool kPadded, int kSlots>
 __device__ __forceinline__ void produce_queries(const AttentionParams& p, const Scores& scores, const SlotRing<D, kSlots>& ring,
                                                 float* numbers, ItemBox& box, unsigned end, int thread) {
   const unsigned heads = unsigned(p.kv_heads);
   const int group = p.heads / p.kv_heads;
+  const Columns<D, kPadded> columns(p.head_dim);
   unsigned slot = 0;
   for (unsigned items = 0;; items++) {
     if (thread == 0) box.put(items, draw_keys<1>(p, end));
@@ -76,8 +77,8 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
     const int kv_head = int(unsigned(item) % heads), length = tile.document_end - tile.document_begin;
     const Interval queries = queries_of_block(scores, tile.begin - tile.document_begin, kAttentionRows, length);
     for (int head = kv_head * group; head < (kv_head + 1) * group; head++) {
-      const Rows<T, D, kLongTurn, 128> from_q(p.q, tile.document_begin, head, thread),
-          from_grad(p.grad_out, tile.document_begin, head, thread);
+      const Rows<T, D, kLongTurn, 128, kPadded> from_q(p.q, tile.document_begin, head, thread, columns),
+          from_grad(p.grad_out, tile.document_begin, head, thread, columns);
       const float* from = (thread < 64 ? static_cast<const float*>(p.lse) : p.delta) + head * p.tokens + tile.document_begin;
       for (int query = queries.first; query <= queries.last; query += kLongTurn) {
         ring.wait_empty(slot);
@@ -99,7 +100,7 @@ __device__ __forceinline__ void produce_queries(const AttentionParams& p, const 
 // The first consumer makes grad_v, the second grad_k. One exponential for both: the first passes its weights, times the slope of a
 // softcap, on in fp32. The two are half a turn apart, since the second waits for them, and so one multiplies while the other does
 // not.
-template <typename T, int D>
+template <typename T, int D, bool kPadded>
 __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
     long_split_kernel(const __grid_constant__ AttentionParams p, const __grid_constant__ Scores scores, unsigned end) {
 #ifdef PACKOPS_SM90A
@@ -126,10 +127,11 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
   __syncthreads();
   if (role == 2) {
     setmaxnreg_dec<attention_producer_registers(2)>();
-    produce_queries<T, D>(p, scores, ring, numbers, box, end, thread);
+    produce_queries<T, D, kPadded>(p, scores, ring, numbers, box, end, thread);
   } else {
     setmaxnreg_inc<attention_consumer_registers(2)>();
     const int first_row = thread / 32 * 16, group = p.heads / p.kv_heads;
+    const Columns<D, kPadded> columns(p.head_dim);
     char* mine = fixed + role * Ring::kTileBytes;
     unsigned slot = 0, turns = 0;  // of all items
     for (unsigned items = 0;; items++) {
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       const int length = tile.document_end - tile.document_begin, key = tile.begin - tile.document_begin;
       const Interval queries = queries_of_block(scores, key, kAttentionRows, length);
       const int count = (queries.last - queries.first + kLongTurn) / kLongTurn * group;
-      Rows<T, D, kAttentionRows, 128>(role == 0 ? p.k : p.v, tile.begin, kv_head, thread).load(mine, 0, there);
+      Rows<T, D, kAttentionRows, 128, kPadded>(role == 0 ? p.k : p.v, tile.begin, kv_head, thread, columns).load(mine, 0, there);
       cp_async_commit_group();
       cp_async_wait_all();
       fence_proxy_async();
@@ -217,24 +219,24 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       add(turn, std::false_type{});
       Product::wait(grad);
       ring.release(slot - 1 - role, lane);
-      const int64_t stride = int64_t(p.kv_heads) * D, first = tile.begin * stride + kv_head * D;
+      const int64_t stride = int64_t(p.kv_heads) * columns.count, first = tile.begin * stride + kv_head * columns.count;
       const float scale = role ? scores.product_scale : 1.f;
       const float factor[1][2] = {{scale, scale}};
       store_rows<T, D, kAttentionRows, 1>(static_cast<T*>(role ? p.grad_k : p.grad_v) + first, stride, there, mine, first_row,
-                                          lane, grad, factor);
+                                          lane, grad, factor, columns);
       bar_sync(kGroupBarrier + role, 128);  // all have stored what lies where the next keys and values come
     }
   }
 #endif
 }
 
-template <typename T, int D>
+template <typename T, int D, bool kPadded>
 cudaError_t launch_long_split(const AttentionParams& p, int64_t tiles, const Device& device, cudaStream_t stream) {
   const int64_t items = tiles * p.kv_heads;
   if (items > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch_large<long_split_kernel<T, D>>({.follows = true}, device, std::min<int64_t>(device.multiprocessors, items),
-                                               kAttentionLongKeysThreads, attention_long_keys_shared(D), stream, p, Scores(p),
-                                               unsigned(items));
+  return launch_large<long_split_kernel<T, D, kPadded>>(
+      {.follows = true}, device, std::min<int64_t>(device.multiprocessors, items), kAttentionLongKeysThreads,
+      attention_long_keys_shared(D), stream, p, Scores(p), unsigned(items));
 }
 
 }  // namespace

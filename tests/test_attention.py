@@ -286,16 +286,16 @@ def test_branches_of_a_long_prefix(dim, rule):
 
 @gpu
 def test_hopper_has_kernels_for_long_documents():
-    """They run where the code has products of warp groups. Nothing is launched for them where no document can be long. Heads that
-    do not fill a tile have one for the forward alone, and so has a window along paths that share prefixes."""
+    """They run where the code has products of warp groups. Nothing is launched for them where no document can be long. A window along
+    paths that share prefixes has one for the forward alone."""
     built_for = packops._C.build_info()["cuda_archs"].split("_")
     by_groups = torch.cuda.get_device_capability() == (9, 0) and any(arch.startswith("9.0") for arch in built_for)
     expected = {
         64: {2049: 2, 2048: 1, 1280: 0},
         128: {1281: 2, 1280: 1, 768: 0},
         256: {1025: 2, 577: 1, 576: 0},
-        80: {1281: 1, 768: 0},
-        192: {1281: 1},
+        80: {1281: 2, 1280: 1, 768: 0},
+        192: {1025: 2, 577: 1},
     }
     cases = [(dim, [n], {}, kernels) for dim, counts in expected.items() for n, kernels in counts.items()]
     parents = torch.tensor([-1, 0], dtype=torch.int32, device="cuda")

@@ -472,7 +472,7 @@ CASE(documents_are_long_by_the_keys_that_a_query_sees) {
   CHECK(!attention_is_long(1000, 4096, 1024) && attention_is_long(1 << 29, int64_t(1) << 40, 1024));
   for (int head_dim : {64, 128, 256}) {  // the list of tiles is sorted by whole tiles
     CHECK_EQ(attention_long_forward_from(head_dim) % kAttentionRows, 0);
-    CHECK(attention_long_keys_from(head_dim) == kNeverLong || attention_long_keys_from(head_dim) % kAttentionRows == 0);
+    CHECK_EQ(attention_long_keys_from(head_dim) % kAttentionRows, 0);
   }
 }
 CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
@@ -495,9 +495,7 @@ CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
   p.window = 0, p.head_dim = 64;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 2048);
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), 1280);
-  p.long_from = 64, p.head_dim = 80;  // no kernel for it, whatever is asked for
-  CHECK_EQ(choose_attention_long_keys_from(p, hopper), kNeverLong);
-  p.head_dim = 256;
+  p.long_from = 64, p.head_dim = 256;
   CHECK_EQ(choose_attention_long_forward_from(p, hopper), 64);
   CHECK_EQ(choose_attention_long_keys_from(p, hopper), 64);
   const ForestSegment segment = {};
@@ -513,8 +511,7 @@ CASE(nothing_is_launched_for_long_documents_where_none_can_be) {
   p.window = 0, p.long_from = kNeverLong;
   CHECK(!forwards_branches(p));
 }
-// Heads of every multiple of 8 features have the kernel with the fewest columns that hold them, and of its forms for long documents
-// the forward alone.
+// Heads of every multiple of 8 features have the kernels with the fewest columns that hold them.
 CASE(heads_that_do_not_fill_a_tile) {
   const DeviceLimits hopper = {90, 132, 228 << 10, 227 << 10, true};
   AttentionParams p;
@@ -526,7 +523,7 @@ CASE(heads_that_do_not_fill_a_tile) {
     CHECK(columns >= head_dim && (columns == 64 || (columns / 2 < head_dim && (columns == 128 || columns == 256))));
     p.head_dim = head_dim;
     CHECK_EQ(choose_attention_long_forward_from(p, hopper), attention_long_forward_from(columns));
-    CHECK_EQ(choose_attention_long_keys_from(p, hopper), head_dim == columns ? attention_long_keys_from(columns) : kNeverLong);
+    CHECK_EQ(choose_attention_long_keys_from(p, hopper), attention_long_keys_from(columns));
   }
   CHECK(!attention_takes(int64_t(1) << 32 | 64));
 }
