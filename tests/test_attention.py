@@ -251,7 +251,7 @@ def test_prefixes_that_are_long(dim):
 @pytest.mark.parametrize("rule", [{}, {"softcap": 20.0}, {"window": 1400}], ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256, 192])
 def test_branches_of_a_long_prefix(dim, rule):
-    """Kernels for long documents take the prefix and its branches for one: NaN in a branch still stays there, and no bit of others
+    """Kernels for long documents take the prefix and its branches for one: NaN in a branch still stays there, and no other bit
     depends on it, on the run or on the place in the row."""
     segments, above = [40, 2100, 513, 70, 64, 129, 1, 600, 90], [-1, -1, 1, 2, 1, 1, 1, -1, 7]
     parents = torch.tensor(above, dtype=torch.int32, device="cuda")
