@@ -47,7 +47,13 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="STEM",
         help=f"write STEM.json and STEM.png; without STEM bench/results/{default}",
     )
-    parser.add_argument("--draw", type=Path, nargs="*", metavar="JSON", help="measure nothing: table and picture of result files")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        nargs="*",
+        metavar="JSON",
+        help="measure nothing: table and picture of result files, with --out STEM one picture of all",
+    )
 
 
 def without_output(arguments: Sequence[str]) -> list[str]:
@@ -114,7 +120,9 @@ def main(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(arguments)
     if args.draw is not None:
-        return redraw(args.draw or sorted(RESULTS.glob(f"{stem}_*.json")), draw)
+        return redraw(
+            args.draw or sorted(RESULTS.glob(f"{stem}_*.json")), draw, together=None if args.out == Path() else args.out
+        )
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu")
     if args.threads:

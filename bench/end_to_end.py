@@ -2,6 +2,7 @@
 
     packops bench end-to-end                                   # three models, two corpora, every row: many minutes
     packops bench end-to-end --models llama --corpora short --rounds 5 --out bench/results/end_to_end_h200
+    packops bench end-to-end --draw llama.json qwen3.json --out both
     packops bench end-to-end --tiny                            # on the CPU in seconds; its times say nothing
 
 Models have the shapes of Llama-3.2-1B, Qwen3-0.6B and Gemma-2-2B, with random weights in bf16. Documents have the lengths of a
@@ -566,10 +567,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="small fp32 models: to see that it runs")
     parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.png")
+    parser.add_argument(
+        "--draw",
+        type=Path,
+        nargs="+",
+        metavar="JSON",
+        help="measure nothing: tables of result files, with --out STEM one picture of all",
+    )
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
+    if args.draw:
+        return reporting.redraw(args.draw, draw, table, args.out)
     begin = time.perf_counter()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.tokens = args.tokens or (512 if args.tiny else 16384)

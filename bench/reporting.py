@@ -242,13 +242,23 @@ def redraw(
     paths: Sequence[Path],
     draw: Callable[[dict[str, Any], Path], None],
     text: Callable[[dict[str, Any]], str] = format_data,
+    together: Path | None = None,
 ) -> int:
+    """A table and a picture of each result file, or one picture of all, ``together.png``."""
     if not paths:
         print("there is no result to draw: run with --out first", file=sys.stderr)
         return 1
-    for path in paths:
-        data = json.loads(path.read_text())
+    results = [json.loads(path.read_text()) for path in paths]
+    for data in results:
         print(text(data) + "\n")
+    pictures = [(merged(results), together)] if together else list(zip(results, paths, strict=True))
+    for data, path in pictures:
         draw(data, path.with_suffix(".png"))
         print(f"drawn: {path.with_suffix('.png')}")
     return 0
+
+
+def merged(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The first result with the cases of all. Of a case that several have, the last one's, in the place of the first."""
+    cases = {case.get("name") or (case["model"], case["corpus"]): case for data in results for case in data["cases"]}
+    return {**results[0], "cases": list(cases.values())}

@@ -286,8 +286,8 @@ def test_branches_of_a_long_prefix(dim, rule):
 
 @gpu
 def test_hopper_has_kernels_for_long_documents():
-    """They run where the code has products of warp groups. Nothing is launched for them where no document can be long. A window along
-    paths that share prefixes has one for the forward alone."""
+    """They run where the code has products of warp groups. Nothing is launched for them where no document can be long. A window
+    along paths that share prefixes has one for the forward alone."""
     built_for = packops._C.build_info()["cuda_archs"].split("_")
     by_groups = torch.cuda.get_device_capability() == (9, 0) and any(arch.startswith("9.0") for arch in built_for)
     expected = {

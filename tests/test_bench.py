@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib
 import json
 import os
@@ -365,6 +366,22 @@ def test_pictures_come_from_the_file(data, tmp_path, monkeypatch, capsys):
     assert pictures[0] == pictures[1] != pictures[2]
     assert "WRONG RESULT" in capsys.readouterr().out
     assert reporting.redraw([], reporting.draw_bars) == 1
+
+
+def test_one_picture_of_several_files(data, tmp_path, capsys):
+    """Of a case that two files have, the last one's, in the place of the first."""
+    paths = [tmp_path / "a.json", tmp_path / "b.json"]
+    other = copy.deepcopy(data)
+    other["cases"][0]["rows"] = other["cases"][0]["rows"][:2]
+    other["cases"].append({**other["cases"][0], "name": "another"})
+    for path, content in zip(paths, (data, other), strict=True):
+        reporting.write(content, path)
+    drawn = {}
+    assert reporting.redraw(paths, lambda data, path: drawn.update({path.name: data}), together=tmp_path / "both") == 0
+    assert list(drawn) == ["both.png"]
+    assert [case["name"] for case in drawn["both.png"]["cases"]] == [*(case["name"] for case in data["cases"]), "another"]
+    assert len(drawn["both.png"]["cases"][0]["rows"]) == 2
+    assert capsys.readouterr().out.count(data["cases"][0]["name"]) >= 2
 
 
 def test_numbers_are_written_with_six_digits(tmp_path):
