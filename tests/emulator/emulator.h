@@ -1,10 +1,10 @@
-// Runs CUDA kernels, compiled as C++, on a CPU. A thread of a block is a fiber; blocks run one after the other, those of a
-// cluster together.
+// Runs CUDA kernels, compiled as C++, on a CPU. A thread of a block is a fiber; blocks run one after the other, in any order, those of
+// a cluster together.
 //
-// It looks for races by being unkind: which warp goes on is random, now and then one is held back for long, and copies and
-// messages in flight land at any time and in any order. What they will overwrite is NaN from the moment they are issued, so a
-// reader who is late, or early, sees NaN. A deadlock, a shuffle from a lane that has left, a misaligned vector, and a block that
-// leaves copies in flight behind end the program.
+// It looks for races by being unkind: which block comes next and which warp goes on is random, now and then one is held back for
+// long, and copies and messages in flight land at any time and in any order. What they will overwrite is NaN from the moment they
+// are issued, so a reader who is late, or early, sees NaN. A deadlock, a shuffle from a lane that has left, a misaligned vector, and
+// a block that leaves copies in flight behind end the program.
 //
 // What it cannot show: memory that is less than sequentially consistent, registers, local memory, the rounding of the approximate
 // instructions, time.
@@ -324,12 +324,15 @@ inline void run(dim3 grid, dim3 block, size_t shared_bytes, int cluster, std::fu
   require(block_threads <= 1024 && block.z <= 64, "a block of too many threads");
   require(grid.y <= 65535 && grid.z <= 65535 && grid.x % unsigned(cluster) == 0, "a grid that cannot be");
   kernel = std::move(body);
+  std::vector<dim3> first_blocks;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
-      for (unsigned x = 0; x < grid.x; x += unsigned(cluster)) {
-        first_block = dim3(x, y, z);
-        run_together(cluster, shared_bytes);
-      }
+      for (unsigned x = 0; x < grid.x; x += unsigned(cluster)) first_blocks.push_back(dim3(x, y, z));
+  std::shuffle(first_blocks.begin(), first_blocks.end(), random);
+  for (const dim3& first : first_blocks) {
+    first_block = first;
+    run_together(cluster, shared_bytes);
+  }
 }
 
 }  // namespace emulator
