@@ -378,6 +378,10 @@ CASE(branches_of_a_long_prefix) {
     problem.window = 140;
     if (head_dim == 64 || emulator::is_long) compare<bf16_t>(problem);
   }
+  // A tile of queries begins in a branch that is shorter than a document that is not long.
+  Problem problem{{0, 300, 370, 390, 490}, 495, 1, 1, 128};
+  problem.parents = {-1, 0, 0, -1}, problem.long_from = 128;
+  compare<bf16_t>(problem);
 }
 CASE(nan_in_a_branch_stays_in_its_documents) {
   const auto nan_stays = [](Problem problem, const std::vector<int>& bad_segments) {
