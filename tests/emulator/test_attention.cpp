@@ -378,9 +378,9 @@ CASE(branches_of_a_long_prefix) {
     problem.window = 140;
     if (head_dim == 64 || emulator::is_long) compare<bf16_t>(problem);
   }
-  // A tile of queries begins in a branch that is shorter than a document that is not long.
-  Problem problem{{0, 300, 370, 390, 490}, 495, 1, 1, 128};
-  problem.parents = {-1, 0, 0, -1}, problem.long_from = 128;
+  // A tile of queries begins in a branch that is shorter than documents that are not long: more of these than there are blocks to draw.
+  Problem problem{{0, 300, 370, 390, 490, 590, 690}, 695, 1, 1, 128};
+  problem.parents = {-1, 0, 0, -1, -1, -1}, problem.long_from = 128;
   compare<bf16_t>(problem);
 }
 CASE(nan_in_a_branch_stays_in_its_documents) {
