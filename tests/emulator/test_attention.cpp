@@ -280,7 +280,7 @@ CASE(long_documents) {
     compare_long({{0, 130}, 130, 1, 1, head_dim, false, 0, 0, 60}, half_t{});  // weights on one key
     compare_long({{0, 129}, 129, 3, 3, head_dim, true, 128}, half_t{});        // of every token but one
     if (head_dim <= 128) compare_long({{0, 20, 350}, 350, 1, 1, head_dim, true, 100}, bf16_t{});  // keys that a window has left
-    if (head_dim <= 64) compare_long({{0, 150, 300}, 300, 1, 1, head_dim, false}, bf16_t{});  // three tiles, in turns of two
+    if (head_dim <= 64) compare_long({{0, 150, 300}, 300, 1, 1, head_dim, false}, bf16_t{});      // three tiles, in turns of two
     Problem forest{{0, 70, 71, 134, 207}, 210, 1, 1, head_dim};
     forest.parents = {-1, 0, 0, -1};
     compare_long(forest, bf16_t{});
