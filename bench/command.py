@@ -47,6 +47,10 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="STEM",
         help=f"write STEM.json and STEM.png; without STEM bench/results/{default}",
     )
+    add_draw(parser)
+
+
+def add_draw(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--draw",
         type=Path,
@@ -120,9 +124,7 @@ def main(
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     args = parser.parse_args(arguments)
     if args.draw is not None:
-        return redraw(
-            args.draw or sorted(RESULTS.glob(f"{stem}_*.json")), draw, together=None if args.out == Path() else args.out
-        )
+        return redraw(args.draw or sorted(RESULTS.glob(f"{stem}_*.json")), draw, together=args.out)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA device here: --device cpu")
     if args.threads:

@@ -567,19 +567,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="small fp32 models: to see that it runs")
     parser.add_argument("--out", type=Path, metavar="STEM", help="write STEM.json and STEM.png")
-    parser.add_argument(
-        "--draw",
-        type=Path,
-        nargs="+",
-        metavar="JSON",
-        help="measure nothing: tables of result files, with --out STEM one picture of all",
-    )
+    command.add_draw(parser)
     return parser
 
 
 def main(args: argparse.Namespace) -> int:
-    if args.draw:
-        return reporting.redraw(args.draw, draw, table, args.out)
+    if args.draw is not None:
+        return reporting.redraw(args.draw or sorted(reporting.RESULTS.glob("end_to_end_*.json")), draw, table, args.out)
     begin = time.perf_counter()
     args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     args.tokens = args.tokens or (512 if args.tiny else 16384)

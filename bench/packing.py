@@ -371,7 +371,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
 
 def main(args: argparse.Namespace) -> int:
     if args.draw is not None:
-        return reporting.redraw(args.draw or [reporting.RESULTS / "packing.json"], draw, text=format_data)
+        return reporting.redraw(args.draw or [reporting.RESULTS / "packing.json"], draw, format_data, args.out)
     os.environ.setdefault("NUMBA_NUM_THREADS", "1")
     torch.set_num_threads(1)
     sizes = [100_000] if args.quick else args.documents

@@ -251,7 +251,17 @@ def redraw(
     results = [json.loads(path.read_text()) for path in paths]
     for data in results:
         print(text(data) + "\n")
-    pictures = [(merged(results), together)] if together else list(zip(results, paths, strict=True))
+    pictures = list(zip(results, paths, strict=True))
+    if together:
+        devices = {data["environment"]["device"] for data in results}
+        if together == Path() or len(devices) > 1 or not all("cases" in data for data in results):
+            print(
+                "--draw with --out needs a STEM and result files with cases of one device, "
+                f"got {str(together)!r} and {', '.join(map(str, paths))} of {', '.join(sorted(devices))}",
+                file=sys.stderr,
+            )
+            return 2
+        pictures = [(merged(results), together)]
     for data, path in pictures:
         draw(data, path.with_suffix(".png"))
         print(f"drawn: {path.with_suffix('.png')}")

@@ -383,6 +383,27 @@ def test_one_picture_of_several_files(data, tmp_path, capsys):
     assert len(drawn["both.png"]["cases"][0]["rows"]) == 2
     assert capsys.readouterr().out.count(data["cases"][0]["name"]) >= 2
 
+    reporting.write({**other, "environment": {**other["environment"], "device": "another card"}}, paths[1])
+    for files, stem, said in ((paths, tmp_path / "both", "another card"), (paths[:1], Path(), "needs a STEM")):
+        drawn.clear()
+        assert reporting.redraw(files, lambda data, path: drawn.update({path.name: data}), together=stem) == 2
+        assert not drawn
+        assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["attention", "end_to_end"])
+def test_draw_and_out_make_one_picture(name, tmp_path, monkeypatch):
+    paths = sorted(str(path) for path in reporting.RESULTS.glob(f"{name}_*_h200.json"))
+    module, drawn = importlib.import_module(name), []
+    monkeypatch.setattr(module, "draw", lambda data, path: drawn.append((path, len(data["cases"]))))
+    arguments = ["--draw", *paths, "--out", str(tmp_path / "all")]
+    if name == "attention":
+        assert module.main(arguments) == 0
+    else:
+        assert module.main(module.add_arguments(argparse.ArgumentParser()).parse_args(arguments)) == 0
+    assert [path for path, _ in drawn] == [tmp_path / "all.png"]
+    assert drawn[0][1] > max(len(json.loads(Path(path).read_text())["cases"]) for path in paths)
+
 
 def test_numbers_are_written_with_six_digits(tmp_path):
     reporting.write({"a": [1 / 3, 123456789.0], "b": (True, 7, "x", None)}, tmp_path / "new" / "x.json")
