@@ -4,9 +4,9 @@
 //   forward       out and lse, with an online softmax                                  2 products per pair of tiles
 //   long forward  the same of long documents, on Hopper (attention_long_forward.cuh)
 //   queries       delta and grad_q, scores recomputed                                  3 products
-//   keys          grad_k and grad_v, scores recomputed, summed over a group's heads    4 products
-//   long split    the same of long documents of 256 features, on Hopper (attention_long_split.cuh)
-//   long joint    all gradients of long documents of 64 and 128 features, on Hopper (attention_long_joint.cuh): 5 products
+//   keys          grad_k and grad_v, scores recomputed, summed over a group's heads    4 products (attention_slices.cuh)
+//   long split    the same of long documents of more than 128 features, on Hopper (attention_long_split.cuh)
+//   long joint    all gradients of long documents of up to 128 features, on Hopper (attention_long_joint.cuh): 5 products
 //
 // Bound: the tensor cores from a few hundred tokens per document on (forward: 4 tokens keys_seen head_dim FLOPs per head); memory
 // below that (q, k, v and out once). The backward pass recomputes the scores twice. A single kernel saves two products, but
@@ -18,7 +18,8 @@
 // Shared prefixes: a tile is of one segment. Its queries all see the same keys, those of the segments from theirs up to the root,
 // which are taken one segment after the other, by position. Its keys are seen by a range of tokens, those of their subtree. So no
 // product has rows of a sibling, and even NaN stays within a document. The keys of a long root are left to the kernels for long documents,
-// to which it and all that continues it are one document whose later tokens are queries alone.
+// to which it and all that continues it are one document whose later tokens are queries alone. Those of a short one are shared out, where
+// many queries see them (attention_slices.cuh).
 #include "attention.h"
 
 #include "attention_launch.h"
@@ -28,6 +29,7 @@
 #include "attention_products.cuh"
 #include "attention_rows.cuh"
 #include "attention_scores.cuh"
+#include "attention_slices.cuh"
 #include "attention_tiles.cuh"
 #include "common/device.cuh"
 #include "common/launch.cuh"
@@ -186,7 +188,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
   griddepcontrol_launch_dependents();
   if (blockIdx.x == 0 && threadIdx.x == 0) *p.drawn = 0;
   constexpr bool kJoint = kGroup && !attention_keys_split(D);
-  if (kJoint && p.long_from != kNeverLong && threadIdx.x < 2) p.added[2 * blockIdx.x + threadIdx.x] = 0;
+  if (p.added && threadIdx.x < 2) p.added[2 * blockIdx.x + threadIdx.x] = 0;
   const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.heads)];
   if (tile.begin == tile.end) return;
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
@@ -316,7 +318,8 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   const Columns<D, kPadded> columns(p.head_dim);
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
   begin_overlapping(beside);
-  const AttentionTile tile = p.tiles[blockIdx.x / unsigned(p.kv_heads)];
+  const KeysWork<kForest> work(p, blockIdx.x / unsigned(p.kv_heads));
+  const AttentionTile& tile = work.tile;
   if (tile.begin == tile.end || is_long<kForest>(p, tile)) return end_overlapping(beside);
   const int kv_head = int(blockIdx.x % unsigned(p.kv_heads)), group = p.heads / p.kv_heads;
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
@@ -330,10 +333,13 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   const int length = tile.document_end - tile.document_begin, key = tile.begin - tile.document_begin;
   const int there = tile.end - tile.begin;
   // Blocks of queries that see any of these keys, for each head of the team.
-  const int query_begin = p.causal ? key : 0;
-  const int query_end = length == 0     ? query_begin
-                        : scores.window ? min(length, key + kAttentionRows - 1 + scores.window)
-                                        : length;
+  int query_begin = p.causal ? key : 0;
+  int query_end = length == 0 ? query_begin : scores.window ? min(length, key + kAttentionRows - 1 + scores.window) : length;
+  if constexpr (kForest)
+    if (work.slices.count > 1) {
+      query_begin = max(query_begin, work.slice * work.slices.queries);
+      query_end = min(query_end, (work.slice + 1) * work.slices.queries);
+    }
   const int turns_per_head = (query_end - query_begin + kQueries - 1) / kQueries;
   const int count = turns_per_head * ((group - team + kTeams - 1) / kTeams);
   const auto head_of_turn = [&](int turn) { return kv_head * group + team + kTeams * (turn / turns_per_head); };
@@ -436,9 +442,17 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   cp_async_wait_all();
   __syncthreads();
 
+  const auto for_each_sums = [&](auto&& f) {
+    if constexpr (kForValues) f(grad_v, 0);
+    if constexpr (kForKeys) f(grad_k, 1);
+  };
+  for_each_sums([&](auto& grad, int) { add_teams<kTeams, kThreads>(grad, buffers, kShape.stages * kTurnBytes, team, thread); });
+  if constexpr (kForest)
+    if (work.slices.count > 1 &&
+        !work.template add_up<D, kThreads>(p, kv_head, kForValues ? 0 : 1, team == 0, thread, for_each_sums))
+      return end_overlapping(beside);
   const int64_t stride = int64_t(p.kv_heads) * columns.count, first = tile.begin * stride + kv_head * columns.count;
   const auto finish = [&](Sums<kBlocks, D>& grad, void* to, char* rows, float scale) {
-    add_teams<kTeams, kThreads>(grad, buffers, kShape.stages * kTurnBytes, team, thread);
     float factor[kBlocks][2];
 #pragma unroll
     for (int m = 0; m < kBlocks; m++) factor[m][0] = factor[m][1] = scale;
@@ -488,11 +502,12 @@ cudaError_t launch_backward(AttentionParams p, int64_t tiles, const Device& devi
       else error = launch_long_joint<T, D>(p, tiles, device, stream);
       if (error != cudaSuccess) return error;
     }
+  const int64_t further = may_have_slices(p) ? p.tokens / kAttentionRows + 1 : 0;  // blocks for slices that are no tile's first
   const auto with_teams = [&](auto number) {
     constexpr int kTeams = number;
     const auto with_half = [&](auto half) {
       return launch_large<keys_kernel<T, D, kPadded, kGroup, kForest, kTeams, half>>(
-          {.follows = device.overlaps_launches()}, device, tiles * p.kv_heads, kKeys.threads() * kTeams,
+          {.follows = device.overlaps_launches()}, device, (tiles + further) * p.kv_heads, kKeys.threads() * kTeams,
           attention_keys_shared(D, kGroup, kTeams), stream, p, Scores(p, false), beside);
     };
     if constexpr (attention_keys_split(D)) {
@@ -548,7 +563,7 @@ cudaError_t dispatch(const AttentionParams& p, const Device& device, F&& f) {
 }  // namespace
 
 cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
-  if (p.tokens == 0) return cudaSuccess;
+  if (p.tokens == 0 || p.heads == 0) return cudaSuccess;
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;
@@ -562,10 +577,13 @@ cudaError_t attention_cuda(const AttentionParams& p, cudaStream_t stream) {
 
 int64_t attention_parts(const AttentionParams& p, bool backward) {
   Device device;
-  if (current_device(device) != cudaSuccess) return 0;
+  if (p.heads == 0 || current_device(device) != cudaSuccess) return 0;
   const int columns = attention_columns(p.head_dim);
   const int64_t sums = attention_sums(p.tokens, p.axis.documents, p.heads, columns);
-  if (backward) return attention_keys_split(columns) || choose_attention_long_keys_from(p, device) == kNeverLong ? 0 : sums;
+  if (backward) {
+    const bool joint = !attention_keys_split(columns) && choose_attention_long_keys_from(p, device) != kNeverLong;
+    return (joint ? sums : 0) + (may_have_slices(p) ? 2 * attention_sums(p.tokens, p.axis.documents, p.kv_heads, columns) : 0);
+  }
   AttentionParams forward = p;
   forward.long_from = choose_attention_long_forward_from(p, device);
   return forwards_branches(forward) ? sums + 2 * sums / columns : 0;
@@ -573,6 +591,11 @@ int64_t attention_parts(const AttentionParams& p, bool backward) {
 
 cudaError_t attention_backward_cuda(const AttentionParams& p, cudaStream_t stream) {
   if (p.tokens == 0) return cudaSuccess;
+  if (p.heads == 0) {  // without queries, keys have gradients nonetheless
+    const size_t bytes = size_t(2 * p.tokens * p.kv_heads * p.head_dim);
+    const cudaError_t error = cudaMemsetAsync(p.grad_k, 0, bytes, stream);
+    return error != cudaSuccess ? error : cudaMemsetAsync(p.grad_v, 0, bytes, stream);
+  }
   Device device;
   const cudaError_t error = current_device(device);
   if (error != cudaSuccess) return error;

@@ -79,8 +79,8 @@ struct AttentionParams {
   AttentionTile* tiles = nullptr;  // attention_tiles(tokens, documents) of them; backward reads the forward's
   int32_t* longest = nullptr;      // tokens of the longest root where documents share prefixes; backward reads the forward's
   float* delta = nullptr;          // (heads, tokens), backward
-  float* parts = nullptr;          // (tiles, heads, 64, columns): sums of queries, attention_parts(p, backward) numbers
-  int32_t* added = nullptr;        // (tiles, heads, 2): how many blocks of keys have added to each half of them, backward
+  float* parts = nullptr;          // sums, attention_parts(p, backward) numbers: see QuerySums and KeysWork
+  int32_t* added = nullptr;        // (tiles, heads, 2): how many blocks have added to each half of them, backward
   unsigned* drawn = nullptr;       // how many items of work the blocks for long documents have taken in this pass
   int32_t long_from = 0;           // tokens beyond which a document is long; 0: each kernel's own (attention_launch.h)
 };

@@ -151,6 +151,29 @@ constexpr int32_t choose_attention_long_keys_from(const AttentionParams& p, cons
   return p.prefixes && p.window > 0 ? kNeverLong : choose_attention_long_from(p, device, attention_long_keys_from(p.head_dim));
 }
 
+// ---- Short prefixes with much behind them
+
+// All that continues a prefix sees its keys. So a block that has 64 of them would have far more to do than others, and the queries are cut
+// into slices: a block each (attention_slices.cuh).
+struct AttentionSlices {
+  int count = 1, queries = 0x7fffffff;  // queries of each but the last, in whole tiles
+};
+constexpr int attention_whole_tiles(int tokens) { return (tokens + kAttentionRows - 1) / kAttentionRows * kAttentionRows; }
+// Queries of a slice, at least. Its block has all heads of a group, and leaves as many sums as for fewer.
+constexpr int attention_slice(int group) { return attention_whole_tiles(2048 / group); }
+
+// Of a root of so many keys, which so many queries see. Slices of all its tiles are no more than the tree has whole tiles, and the first
+// holds the root. A document that nothing continues has one, so its bits do not depend on this.
+constexpr AttentionSlices attention_slices(int keys, int queries, int group) {
+  const int own = attention_whole_tiles(keys), slice = attention_slice(group), least = own > slice ? own : slice;
+  if (keys <= 0 || queries / least < 2) return {};
+  const int each = attention_whole_tiles((queries - 1) / (queries / least) + 1);
+  return {(queries - 1) / each + 1, each};
+}
+constexpr bool may_have_slices(const AttentionParams& p) {
+  return p.prefixes && p.tokens >= 2 * attention_slice(p.heads / p.kv_heads);
+}
+
 // Teams of a block: at most 8 warps, at most one per head of the group, and as many as fit into shared memory.
 constexpr int attention_teams(int head_dim, bool by_group, int group, int shared_per_block = 227 * 1024) {
   int teams = by_group || attention_keys_split(head_dim) ? 1 : 8 / attention_keys_shape(head_dim, false).warps();

@@ -71,7 +71,7 @@ __device__ __forceinline__ int draw_keys(const AttentionParams& p, unsigned end)
 // ---- Sums of queries in memory, fp32: of grad_q, and in the forward of results so far
 //
 // They are of tiles of 64 queries, counted from the document's first token, as threads hold them: vectors of four numbers, those of 128
-// threads after one another. With shared prefixes, a document here is a root and all that continues it, which are neighbours: segments
+// threads after one another: (tiles, heads, 64, columns). Behind those of the forward are its states, (tiles, heads, 64). With shared prefixes, a document here is a root and all that continues it, which are neighbours: segments
 // begin anywhere in a tile.
 
 // The number of a document's first tile among all: no two documents have the same, wherever they stand in the list of tiles.
@@ -245,7 +245,6 @@ __device__ __forceinline__ void end_overlapping(bool beside) {
 template <auto kKernel, typename... Arguments>
 cudaError_t launch_large(LaunchOptions options, const Device& device, int64_t blocks, int threads, int shared_bytes,
                          cudaStream_t stream, const Arguments&... arguments) {
-  if (blocks == 0) return cudaSuccess;  // no heads
   if (blocks > 0x7fffffff) return cudaErrorInvalidValue;
   const cudaError_t error = allow_shared<kKernel>(device.index, shared_bytes);
   if (error != cudaSuccess) return error;

@@ -321,8 +321,8 @@ cudaError_t launch_long_forward(const AttentionParams& p, int64_t tiles, const D
   const auto encode = [&](CUtensorMap* map, const Heads& x, int heads, int rows) {
     return encode_tensor_map(map, p.dtype, x.data, {p.head_dim, heads, p.tokens}, {x.head, x.token}, rows);
   };
-  if (p.heads > 0 && !(encode(&q, p.q, p.heads, kShape.rows()) && encode(&k, p.k, p.kv_heads, kShape.turn) &&
-                       encode(&v, p.v, p.kv_heads, kShape.turn)))
+  if (!encode(&q, p.q, p.heads, kShape.rows()) || !encode(&k, p.k, p.kv_heads, kShape.turn) ||
+      !encode(&v, p.v, p.kv_heads, kShape.turn))
     return cudaErrorInvalidValue;
   return launch_large<long_forward_kernel<T, D, kPadded, kForest>>(
       {.follows = true}, device, std::min<int64_t>(device.multiprocessors, tiles * p.heads), kShape.threads(),

@@ -51,7 +51,7 @@ bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
     return encode_tensor_map(map, p.dtype, x.data, {p.head_dim, p.heads, p.tokens}, {x.head, x.token},
                              attention_joint_queries(D));
   };
-  return p.heads == 0 || (encode(&maps->queries, p.q) && encode(&maps->grads, p.grad_out));
+  return encode(&maps->queries, p.q) && encode(&maps->grads, p.grad_out);
 }
 
 #ifdef PACKOPS_SM90A

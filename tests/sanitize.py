@@ -455,6 +455,11 @@ def shared_prefixes(device: torch.device) -> Iterator[str]:
         q, k, v, cu_seqlens = attention_problem(device, dtype, branches, (2, 1), head_dim, padding=5)
         backward(packops.attention(q, k, v, cu_seqlens, torch.tensor([-1, -1, 1, 2, 1], device=device), **rule), q, k, v)
         yield f"{dtype} head_dim {head_dim}, branches of a long prefix, {rule}"
+    many = 1 if device.type == "cpu" else 8  # then blocks share out the queries that see the prefix
+    for dtype, head_dim in ((torch.bfloat16, 64), (torch.float16, 128), (torch.bfloat16, 256)):
+        q, k, v, cu_seqlens = attention_problem(device, dtype, [3, 65, *[70] * many], (8, 1), head_dim, padding=5)
+        backward(packops.attention(q, k, v, cu_seqlens, torch.tensor([-1, -1, *[1] * many], device=device)), q, k, v)
+        yield f"{dtype} head_dim {head_dim}, many branches of a short prefix"
     for parents in ([5] * 7, list(range(7)), [-9, 2**31 - 1, -1, 0, 1, 1, 1]):
         q, k, v, cu_seqlens = attention_problem(device, torch.bfloat16, lengths, (2, 1), 64)
         with bad_ids(device):

@@ -285,6 +285,40 @@ def test_branches_of_a_long_prefix(dim, rule):
 
 
 @gpu
+@pytest.mark.parametrize("rule", [{}, {"softcap": 20.0}, {"window": 400}], ids=str)
+@pytest.mark.parametrize("heads", [(8, 1), (2, 2)], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256, 192])
+def test_branches_of_a_short_prefix_that_many_see(dim, heads, rule):
+    """Blocks share out the queries. The bits are the same at every run, and wherever the tree lies: here behind one with a
+    long prefix."""
+    tree = [333, *[290, 64, 3, 129] * 10]
+    above = [-1, *itertools.chain.from_iterable((0, 4 * i + 1, 0, 0) for i in range(10))]
+    long, branch = [2100, 70], [-1, 0]
+    segments = [*long, *tree, *long, *tree]
+    parents = [p + at * (p >= 0) for at, some in ((0, branch), (2, above), (43, branch), (45, above)) for p in some]
+    shared = functools.partial(packops.attention, parents=torch.tensor(parents, dtype=torch.int32, device="cuda"))
+    own = slice(2170, 2170 + sum(tree))
+    q, k, v, grad, bounds = problem(segments, heads=heads, dim=dim, device="cuda", padding=9)
+    found = results(shared, q, k, v, grad, bounds, **rule)
+    for a, b in zip(found, results(shared, q, k, v, grad, bounds, **rule), strict=True):
+        assert torch.equal(a, b)
+
+    alone = [x[own].detach().requires_grad_() for x in (q, k, v)]
+    given = *alone, grad[own], bounds_of(tree, "cuda")
+    parents = torch.tensor(above, dtype=torch.int32, device="cuda")
+    for call, tolerance in ((packops.attention, 0), (reference.attention, 2**-6)):
+        for a, b in zip(found, results(functools.partial(call, parents=parents), *given, **rule), strict=True):
+            assert (a[own].double() - b).abs().max() <= tolerance * b.abs().max()
+
+
+def test_without_queries_keys_have_gradients_of_zeros(device):
+    q, k, v, grad, bounds = problem([2100, 300], heads=(0, 2), device=device)
+    out, grad_q, *others = results(packops.attention, q, k, v, grad, bounds)
+    assert out.shape == grad_q.shape == (2400, 0, 64)
+    assert all(x.shape == (2400, 2, 64) and (x == 0).all() for x in others)
+
+
+@gpu
 def test_hopper_has_kernels_for_long_documents():
     """They run where the code has products of warp groups. Nothing is launched for them where no document can be long. A window
     along paths that share prefixes has one for the forward alone."""

@@ -546,6 +546,35 @@ CASE(threads_share_rows_evenly) {
       });
 }
 
+CASE(slices_of_queries_have_room_and_are_no_documents_own) {
+  for (int group : {1, 2, 4, 7, 8, 64})
+    for (int keys = 0; keys <= 2300; keys += keys < 200 ? 1 : 37)
+      for (int queries = keys; queries <= 20000; queries += 1 + queries / 50) {
+        const AttentionSlices slices = attention_slices(keys, queries, group);
+        const int tiles = attention_whole_tiles(keys) / kAttentionRows, least = attention_slice(group);
+        if (slices.count == 1) {  // less than two whole slices
+          CHECK(keys == 0 || queries < 2 * std::max(least, tiles * kAttentionRows));
+          CHECK(slices.queries >= queries);
+          continue;
+        }
+        CHECK(slices.queries % kAttentionRows == 0 && slices.queries >= least && slices.queries >= keys);
+        CHECK((slices.count - 1) * slices.queries < queries && queries <= slices.count * slices.queries);
+        CHECK(slices.count * tiles <= queries / kAttentionRows);
+      }
+  CHECK_EQ(attention_slices(1280, 1280, 4).count, 1);
+  CHECK_EQ(attention_slices(512, 512 + 16 * 512, 4).count, 17);
+  CHECK_EQ(attention_slices(512, 513 + 16 * 512, 4).count, 16);  // 17 of 513, in whole tiles
+  CHECK_EQ(attention_slices(512, 512 + 16 * 512, 1).count, 4);
+  AttentionParams p;
+  p.heads = 8, p.kv_heads = 2, p.tokens = 1024;
+  CHECK(!may_have_slices(p));
+  const ForestSegment segment = {};
+  p.prefixes.segments = &segment;
+  CHECK(may_have_slices(p));
+  p.tokens = 1023;
+  CHECK(!may_have_slices(p));
+}
+
 CASE(teams_have_heads_and_room) {
   for (int head_dim : {64, 128, 256})
     for (bool by_group : {false, true}) {

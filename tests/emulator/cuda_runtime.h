@@ -55,6 +55,16 @@ inline unsigned __ballot_sync(unsigned, bool yes) {
   for (int lane = 0; lane < 32; lane++) bits |= unsigned(all.present[lane] && all.value[lane]) << lane;
   return bits;
 }
+inline bool __syncthreads_or(bool yes) {
+  static bool any;  // of a block, which are run one after the other
+  __syncthreads();
+  any = false;
+  __syncthreads();
+  any |= yes;
+  __syncthreads();
+  return any;
+}
+inline void __threadfence() {}
 inline bool __any_sync(unsigned mask, bool yes) { return __ballot_sync(mask, yes) != 0; }
 inline unsigned __match_any_sync(unsigned, long long value) {
   const auto& all = emulator::collective(uint64_t(value));
@@ -79,6 +89,7 @@ inline unsigned long long atomicAdd(unsigned long long* address, unsigned long l
   return std::exchange(*address, *address + value);
 }
 inline unsigned atomicAdd(unsigned* address, unsigned value) { return std::exchange(*address, *address + value); }
+inline int atomicAdd(int* address, int value) { return std::exchange(*address, *address + value); }
 inline int atomicMax(int* address, int value) { return std::exchange(*address, std::max(*address, value)); }
 
 template <typename T>
@@ -135,6 +146,9 @@ enum cudaDeviceAttr {
   cudaDevAttrMaxSharedMemoryPerBlockOptin,
 };
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
+inline cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t) {
+  return std::memset(to, value, bytes), cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 // An H200, but with few multiprocessors, so that every cluster has more than one row.
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {

@@ -2,6 +2,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <array>
 #include <cstring>
 
 #include "attention_launch.h"
@@ -386,6 +387,48 @@ CASE(branches_of_a_long_prefix) {
   Problem problem{{0, 300, 370, 390, 490, 590, 690}, 695, 1, 1, 128};
   problem.parents = {-1, 0, 0, -1, -1, -1}, problem.long_from = 128;
   compare<bf16_t>(problem);
+}
+// Slices of the queries that see a short prefix: more heads of a group, fewer queries. With long_from there are trees with a long root before
+// and behind it.
+CASE(branches_of_a_short_prefix_that_many_see) {
+  const auto trees = [](int keys, int queries, int32_t group, int32_t kv_heads, int32_t head_dim, int32_t long_from) {
+    Problem problem{{0}, 0, group * kv_heads, kv_heads, head_dim};
+    problem.long_from = long_from;
+    const auto add = [&](int length, int32_t parent) {
+      problem.cu_seqlens.push_back(problem.cu_seqlens.back() + length), problem.parents.push_back(parent);
+      return int32_t(problem.parents.size()) - 1;
+    };
+    if (long_from) add(20, add(long_from + 6, -1));
+    const int32_t end = problem.cu_seqlens.back() + queries, root = add(keys, -1);
+    for (int32_t i = 0, before = root; problem.cu_seqlens.back() < end; i++)  // some continue the branch before
+      before =
+          add(std::min(std::array{100, 64, 0, 190}[size_t(i % 4)], end - problem.cu_seqlens.back()), i % 4 == 1 ? before : root);
+    if (long_from) add(33, add(long_from + 6, -1));
+    problem.tokens = problem.cu_seqlens.back() + 5;
+    return problem;
+  };
+  for (int keys : {60, 33}) compare<bf16_t>(trees(keys, 270, 16, 2, 64, 64));  // two slices, whose blocks come in any order
+  compare<half_t>(trees(60, 200, 32, 1, 256, 0));                              // three
+  Problem problem = trees(60, 135, 32, 1, 96, 64);
+  if (emulator::is_long) {
+    compare<bf16_t>(problem);
+    problem.long_from = 32;  // the root with many queries, too
+    compare<bf16_t>(problem);
+    problem.long_from = 64, problem.window = 40;
+    compare<bf16_t>(problem);
+    problem = trees(130, 560, 8, 1, 128, 192);  // of three tiles of keys
+    problem.softcap = 5, problem.size = 8;
+    compare<half_t>(problem);
+  }
+}
+CASE(no_queries) {  // keys and values have gradients, of zeros
+  for (int32_t head_dim : {64, 256}) {
+    Problem problem{{0, 20, 150}, 160, 0, 2, head_dim};
+    problem.long_from = 64;
+    compare<bf16_t>(problem);
+    problem.parents = {-1, 0};
+    compare<bf16_t>(problem);
+  }
 }
 CASE(nan_in_a_branch_stays_in_its_documents) {
   const auto nan_stays = [](Problem problem, const std::vector<int>& bad_segments) {
