@@ -803,13 +803,13 @@ def bad_arguments(device):
             (x, y),
             {"class_weight": torch.ones(8, device=device)},
             ValueError,
-            "class_weight must have 9 elements",
+            r"class_weight must have shape \(9,\) or be one row of 9, got shape",
         ),
         "token_weight too short": (
             (x, y),
             {"token_weight": torch.ones(3, device=device)},
             ValueError,
-            "token_weight must have 4 elements",
+            r"token_weight must have shape \(4,\) or be one row of 4, got shape",
         ),
         "token_weight of integers": ((x, y), {"token_weight": y}, TypeError, "token_weight must be floating point"),
         "cu_seqlens of floats": (
@@ -1118,3 +1118,40 @@ def test_peak_memory():
     assert peak_memory(lambda: torch.autograd.grad(packops.cross_entropy(logits, labels), logits)) < size * 1.02
     copy = logits * 1
     assert peak_memory(lambda: torch.autograd.grad(packops.cross_entropy(copy, labels, inplace=True), copy)) < size * 0.02
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)], ids=str)
+def test_documents_without_tokens_have_a_loss_of_zero(shape, compiled):
+    """Every row of a (..., L) batch is a document, of no tokens too: what the compiler was promised is there."""
+
+    def losses(logits, labels):
+        hidden, weight = logits[..., :4].contiguous(), torch.ones(5, 4)
+        of_logits = packops.cross_entropy(logits, labels, return_stats=True)[1].sequence_loss
+        of_hidden = packops.linear_cross_entropy(hidden, weight, labels, return_stats=True)[1].sequence_loss
+        return of_logits + 1, of_hidden + 1
+
+    logits, labels = torch.zeros(*shape, 5), torch.zeros(shape, dtype=torch.long)
+    for found in (torch.compile(losses, fullgraph=True) if compiled else losses)(logits, labels):
+        assert found.tolist() == [1] * math.prod(shape[:-1])
+
+
+def test_weights_of_another_shape_are_refused(device):
+    """Of as many numbers, too: transposed, they would be other tokens'. One row of them is none of these."""
+    logits, labels = torch.randn(2, 3, 5, device=device), torch.arange(6, device=device).view(2, 3) % 5
+    weight, classes = torch.rand(2, 3, device=device), torch.rand(5, device=device)
+    want = packops.cross_entropy(logits, labels, token_weight=weight, class_weight=classes)
+    for same in (weight.flatten(), weight.view(1, 6), weight.view(6, 1)):
+        assert torch.equal(packops.cross_entropy(logits, labels, token_weight=same, class_weight=classes[None]), want)
+    for call in (
+        packops.cross_entropy,
+        lambda x, y, **given: packops.linear_cross_entropy(x, torch.eye(5, device=device), y, **given),
+    ):
+        for bad in (weight.t(), weight[..., None].expand(2, 3, 2)[..., 0].reshape(3, 2), weight[:1]):
+            with pytest.raises(ValueError, match=r"token_weight must have shape \(2, 3\) or be one row of 6, got shape"):
+                call(logits, labels, token_weight=bad)
+        with pytest.raises(ValueError, match=r"class_weight must have shape \(5,\) or be one row of 5, got shape \(4,\)"):
+            call(logits, labels, class_weight=classes[:4])
+    nine = torch.randn(2, 9, device=device)
+    with pytest.raises(ValueError, match=r"class_weight must have shape \(9,\) or be one row of 9, got shape \(3, 3\)"):
+        packops.cross_entropy(nine, labels[0, :2], class_weight=torch.rand(3, 3, device=device))

@@ -930,7 +930,15 @@ def test_errors(device):
     )
     raises(ValueError, "even and positive, got 7", q, None, cos, sin, rotary_dim=7)
     raises(ValueError, "rotary_dim / 2 = 6 columns, or rotary_dim = 12 .*got 8", q, None, cos, sin, rotary_dim=12)
-    raises(ValueError, r"= \[4, 20\) must lie inside a head of 16 features", q, None, cos, sin, rotary_offset=4)
+    raises(
+        ValueError,
+        "must lie inside a head of 16 features, got rotary_offset 4 and rotary_dim 16",
+        q,
+        None,
+        cos,
+        sin,
+        rotary_offset=4,
+    )
     raises(ValueError, "must lie inside", q, None, cos, sin, rotary_offset=-2)
     raises(
         ValueError,
@@ -1073,3 +1081,18 @@ def test_more_than_two_to_the_31_elements():
     far = torch.as_strided(q, (3, 2, dim), (dim, 2**31, 1))
     near, _ = packops.apply_rope(far.contiguous(), None, cos, sin)
     assert torch.equal(packops.apply_rope(far, None, cos, sin)[0], near)
+
+
+@pytest.mark.parametrize("most", [2**63 - 4, 2**62])
+def test_numbers_whose_sum_overflows_are_refused(most):
+    q, (cos, sin) = torch.randn(4, 2, 16), packops.rope_table(8, 16)
+    weight, positions = torch.ones(16), torch.zeros(3, 4, dtype=torch.long)
+
+    def norm_rope(q, k, *given, **named):
+        return packops.apply_qk_norm_rope(q, k, weight, None, *given, eps=1e-6, **named)
+
+    for call in (packops.apply_rope, norm_rope):
+        with pytest.raises(ValueError, match=f"must lie inside a head of 16 features, got rotary_offset {most} and rotary_dim 8"):
+            call(q, None, cos, sin, rotary_dim=8, rotary_offset=most)
+        with pytest.raises(ValueError, match=r"mrope_section must be three widths that add up to rotary_dim / 2 = 4, got \("):
+            call(q, None, cos, sin, position_ids=positions, mrope_section=[2**63 - 1, 2**63 - 1, 6])

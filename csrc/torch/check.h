@@ -28,21 +28,16 @@ template <typename... Args>
   throw_error(python_type, message.str());
 }
 
-inline std::string shape_of(const Tensor& tensor) {
+template <typename Numbers>
+std::string tuple_of(const Numbers& numbers) {
   std::ostringstream text;
   text << "(";
-  for (int64_t i = 0; i < tensor.dim(); i++) text << (i ? ", " : "") << tensor.size(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
+  for (size_t i = 0; i < numbers.size(); i++) text << (i ? ", " : "") << numbers[i];
+  text << (numbers.size() == 1 ? ",)" : ")");
   return text.str();
 }
-
-inline std::string strides_of(const Tensor& tensor) {
-  std::ostringstream text;
-  text << "(";
-  for (int64_t i = 0; i < tensor.dim(); i++) text << (i ? ", " : "") << tensor.stride(i);
-  text << (tensor.dim() == 1 ? ",)" : ")");
-  return text.str();
-}
+inline std::string shape_of(const Tensor& tensor) { return tuple_of(tensor.sizes()); }
+inline std::string strides_of(const Tensor& tensor) { return tuple_of(tensor.strides()); }
 
 inline std::string dtype_of(const Tensor& tensor) { return torch::headeronly::toString(tensor.scalar_type()); }
 

@@ -1,9 +1,11 @@
 // Cross entropy as torch ops: checks, allocation, and the call of the CPU or the CUDA kernel.
 //
 // (linear_cross_entropy is a loop over these ops and torch's products: Python defines it.)
+#include <algorithm>
 #include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 #include "ce_loss.h"
 #include "torch/documents.h"
@@ -90,13 +92,17 @@ struct Shard {
   std::optional<int64_t> vocab_size;
 };
 
-// The numbers of a weight in the state's type, from `first` on. `holder` keeps converted ones alive.
-const void* weights_of(const CeLossParams& p, const OptionalTensor& weight, const Tensor& logits, int64_t numel, const char* name,
-                       Tensor& holder, int64_t first = 0) {
+// The numbers of a weight of a shape, or of one row of as many, in the state's type, from `first` on. `holder` keeps converted ones alive.
+const void* weights_of(const CeLossParams& p, const OptionalTensor& weight, const Tensor& logits,
+                       const std::vector<int64_t>& shape, const char* name, Tensor& holder, int64_t first = 0) {
   if (!weight) return nullptr;
   check_device(kOp, name, *weight, "logits", logits);
-  PACKOPS_CHECK(weight->numel() == numel, ValueError, kOp, ": ", name, " must have ", numel, " elements, got shape ",
-                shape_of(*weight));
+  int64_t numel = 1, longest = 0;
+  for (int64_t size : shape) numel *= size;
+  for (int64_t i = 0; i < weight->dim(); i++) longest = std::max(longest, weight->size(i));
+  const bool is_row = weight->dim() > 0 && longest == numel && weight->numel() == numel;
+  PACKOPS_CHECK(is_row || std::ranges::equal(weight->sizes(), shape), ValueError, kOp, ": ", name, " must have shape ",
+                tuple_of(shape), " or be one row of ", numel, ", got shape ", shape_of(*weight));
   const DType dtype = kernel_dtype(*weight, kOp, name);
   PACKOPS_CHECK(!is_index(dtype), TypeError, kOp, ": ", name, " must be floating point, got ", dtype_of(*weight));
   const bool is_double = p.logits_dtype == DType::f64;
@@ -118,7 +124,7 @@ void set_maths(CeLossParams& p, const Options& options, const Tensor& like, Tens
   p.z_loss = options.z_loss;
   p.softcap = options.softcap.value_or(0);
   p.logit_scale = options.logit_scale;
-  p.class_weight = weights_of(p, options.class_weight, like, class_count(p), "class_weight", holder, p.first_class);
+  p.class_weight = weights_of(p, options.class_weight, like, {class_count(p)}, "class_weight", holder, p.first_class);
 }
 
 // What forward and backward share: the matrix and the maths options. `holder` keeps a converted class_weight alive.
@@ -130,8 +136,8 @@ CeLossParams matrix_params(const Tensor& logits, const Options& options, Tensor&
   for (int64_t i = 0; i + 1 < logits.dim(); i++) p.rows *= logits.size(i);
   p.first_class = shard.first_class;
   p.classes = shard.vocab_size.value_or(p.vocab);
-  PACKOPS_CHECK(p.first_class >= 0 && p.first_class + p.vocab <= p.classes, ValueError, kOp, ": logits of ", p.vocab,
-                " classes from ", p.first_class, " on do not fit into a vocabulary of ", p.classes);
+  PACKOPS_CHECK(p.first_class >= 0 && p.vocab <= p.classes && p.first_class <= p.classes - p.vocab, ValueError, kOp,
+                ": logits of ", p.vocab, " classes from ", p.first_class, " on do not fit into a vocabulary of ", p.classes);
   PACKOPS_CHECK(!shard.vocab_size || p.classes <= int64_t(1) << 24, ValueError, kOp,
                 ": a vocabulary over several processes may have at most 2^24 classes, got ", p.classes);
   PACKOPS_CHECK(p.classes > 0 || p.rows == 0, ValueError, kOp, ": logits must have at least one class, got shape ",
@@ -272,7 +278,8 @@ Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
   p.labels = rows.labels.data_ptr();
   p.ignore_index = in.ignore_index;
   p.shift = in.shift;
-  p.token_weight = weights_of(p, in.token_weight, in.labels, p.rows, "token_weight", rows.token_weight);
+  p.token_weight = weights_of(p, in.token_weight, in.labels, {in.labels.sizes().begin(), in.labels.sizes().end()}, "token_weight",
+                              rows.token_weight);
 
   if (in.cu_seqlens) {
     const auto [boundaries, axis] = check_documents(kOp, *in.cu_seqlens, p.rows, "labels", in.labels);
@@ -280,7 +287,8 @@ Rows set_rows(CeLossParams& p, const ForwardInputs& in) {
     p.axis = axis;
   } else {
     p.doc_length = in.labels.dim() >= 1 ? in.labels.size(in.labels.dim() - 1) : 1;
-    p.axis.documents = p.doc_length ? p.rows / p.doc_length : 0;
+    p.axis.documents = 1;  // of rows without tokens, too
+    for (int64_t i = 0; i + 1 < in.labels.dim(); i++) p.axis.documents *= in.labels.size(i);
   }
 
   if (in.num_items) {

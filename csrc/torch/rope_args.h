@@ -178,9 +178,9 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   PACKOPS_CHECK(width == rotary_dim || width == rotary_dim / 2, ValueError, op,
                 ": cos and sin must have rotary_dim / 2 = ", rotary_dim / 2, " columns, or rotary_dim = ", rotary_dim,
                 " as Hugging Face duplicates them, got ", width);
-  PACKOPS_CHECK(options.rotary_offset >= 0 && options.rotary_offset + rotary_dim <= head_dim, ValueError, op,
-                ": the rotary features [rotary_offset, rotary_offset + rotary_dim) = [", options.rotary_offset, ", ",
-                options.rotary_offset + rotary_dim, ") must lie inside a head of ", head_dim, " features");
+  PACKOPS_CHECK(rotary_dim <= head_dim && options.rotary_offset >= 0 && options.rotary_offset <= head_dim - rotary_dim,
+                ValueError, op, ": the rotary features [rotary_offset, rotary_offset + rotary_dim) must lie inside a head of ",
+                head_dim, " features, got rotary_offset ", options.rotary_offset, " and rotary_dim ", rotary_dim);
   PACKOPS_CHECK(head_dim <= (1 << 20), ValueError, op, ": head_dim must be at most ", 1 << 20, ", got ", head_dim);
   p.head_dim = int32_t(head_dim);
   p.rotary_dim = int32_t(rotary_dim);
@@ -214,9 +214,12 @@ inline RopeParams make_rope_params(const Tensor& q, const OptionalTensor& k, con
   PACKOPS_CHECK(p.mrope || !p.mrope_interleaved, ValueError, op, ": mrope_interleaved=True needs mrope_section");
   if (p.mrope) {
     const auto& section = *options.mrope_section;
-    PACKOPS_CHECK(section.size() == 3 && section[0] >= 0 && section[1] >= 0 && section[2] >= 0 &&
-                      section[0] + section[1] + section[2] == rotary_dim / 2,
-                  ValueError, op, ": mrope_section must be three widths that add up to rotary_dim / 2 = ", rotary_dim / 2);
+    int64_t left = rotary_dim / 2;  // no sum of widths overflows
+    bool fits = section.size() == 3;
+    for (int64_t width : section) fits = fits && width >= 0 && width <= left && ((left -= width), true);
+    PACKOPS_CHECK(fits && left == 0, ValueError, op,
+                  ": mrope_section must be three widths that add up to rotary_dim / 2 = ", rotary_dim / 2, ", got ",
+                  tuple_of(section));
     for (int axis = 0; axis < 3; axis++) p.mrope_section[axis] = int32_t(section[axis]);
     PACKOPS_CHECK(options.position_ids, ValueError, op, ": mrope_section needs position_ids of shape (3, ...), got None");
   }
