@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import packops
 from op_table import OPS, Call, Op, flatten
@@ -415,3 +416,39 @@ def test_rope_in_place_names_views_that_cannot_be_written():
             assert torch.equal(x, before)
     x = torch.randn(5, 2, 3, 8, requires_grad=True) * 1
     packops.apply_rope(x[:, 0], None, cos, sin, inplace=True)[0].sum().backward()
+
+
+def test_boundaries_that_change_before_the_backward_are_an_error():
+    """As with every tensor that autograd keeps: the buffer of the next batch, say."""
+    bounds, values = torch.tensor([0, 2, 6]), torch.ones(6, requires_grad=True)
+    (sums,) = [packops.document_sums(values, bounds)]
+    (grad,) = torch.autograd.grad(sums, values, torch.tensor([1.0, 10.0], requires_grad=True), create_graph=True)
+    bounds[1] = 5
+    for result in (sums, grad):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            result.sum().backward(retain_graph=True)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("saved", [(), ("packops",), ("packops", "aten.mm")], ids=str)
+def test_selective_checkpointing(saved, inplace):
+    """What writes to its arguments runs again, since no result says what it wrote."""
+    weight, head = torch.randn(16, 16), torch.randn(5, 16)
+    labels, (cos, sin) = torch.arange(6) % 5, packops.rope_table(8, 16)
+
+    def block(x):
+        q, _ = packops.apply_rope((x @ weight).view(6, 2, 8), None, cos, sin, inplace=inplace)
+        return torch.tanh(q).square().sum() + packops.cross_entropy(x @ head.t(), labels, inplace=inplace)
+
+    def policy(_context, op, *arguments, **keywords):
+        return CheckpointPolicy.MUST_SAVE if any(name in str(op) for name in saved) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    x = torch.randn(6, 16, requires_grad=True)
+    (want,) = torch.autograd.grad(block(x), x)
+    contexts = functools.partial(create_selective_checkpoint_contexts, policy)
+    if inplace and "aten.mm" in saved:  # whose result is then overwritten
+        with pytest.raises(RuntimeError, match="has been mutated"):
+            torch.autograd.grad(checkpoint(block, x, use_reentrant=False, context_fn=contexts), x)
+        return
+    (got,) = torch.autograd.grad(checkpoint(block, x, use_reentrant=False, context_fn=contexts), x)
+    torch.testing.assert_close(got, want)

@@ -520,3 +520,15 @@ def test_more_than_two_to_the_31_elements():
     # Strides beyond 2^31.
     far = torch.as_strided(gate, (2, 64), (gate.numel() - 64, 1))
     assert torch.equal(packops.gated_activation(far, far), packops.gated_activation(far.contiguous(), far.contiguous()))
+
+
+def test_backward_under_autocast_of_what_was_computed_without():
+    """An island of fp32 in a region of bf16, whose backward runs in that region."""
+    gate, up, weight = (torch.randn(n, 8, requires_grad=True) for n in (3, 3, 5))
+    inputs = (gate, up, weight)
+    want = torch.autograd.grad(packops.gated_linear(*inputs).square().sum(), inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.autocast("cpu", enabled=False):
+            loss = packops.gated_linear(*inputs).square().sum()
+        found = torch.autograd.grad(loss, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(found, want, strict=True))

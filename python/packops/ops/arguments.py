@@ -73,9 +73,12 @@ def is_dtensor(value: Any) -> bool:
 def describe(value: Any) -> str:
     if value is None:
         return "None"
-    name = type(value).__name__
+    kind = type(value)
+    name = kind.__name__
     if isinstance(value, Tensor):
         return name
+    if kind.__module__ == "numpy":  # whose bool is not Python's
+        name = f"numpy.{name}"
     article = "an" if name[0] in "aeiou" else "a"
     return f"{article} {name}" + (f", {value!r}" if isinstance(value, (bool, int, float, str)) else "")
 

@@ -33,7 +33,7 @@ from .derivatives import (
     refuse_transforms,
     transforms_are_active,
 )
-from .op import Transformable, below_autograd, library, register_fake, typed
+from .op import Transformable, below_autograd, library, never_cached, register_fake, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -272,6 +272,8 @@ def register(namespace: str) -> None:
     def _(grad_logits, grad_output, logits, floats, ints, **options):
         return None
 
+    never_cached(ops._cross_entropy_forward_.default, ops._cross_entropy_backward_.default)
+
     @fake("_cross_entropy_partial")
     def _(logits, labels, *, cu_seqlens=None, **options):
         floats, ints, *_ = stats_like(logits, cu_seqlens, False)
@@ -405,8 +407,8 @@ def cross_entropy(
         num_items: replaces the local denominator (tokens for "mean", documents for the two others) by a global count over
             micro-batches and ranks: a number, or a one-element tensor of any numeric dtype on the device or the host.
         ignore_index: this label does not count.
-        token_weight: (...) float per token. A token of weight 0 is not counted and its row is not read, as if its label were
-            ``ignore_index``.
+        token_weight: (...) float per token, or all in one row (T,). A token of weight 0 is not counted and its row is not read,
+            as if its label were ``ignore_index``.
         class_weight: (V,) float per class.
         inplace: overwrite the logits with their gradient: O(rows) extra memory. The logits must not be a leaf. The gradient of a
             reduced loss is multiplied by ``grad_output`` where it stands: in bf16 that is a second rounding, unless

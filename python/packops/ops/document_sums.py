@@ -49,16 +49,17 @@ class Sums(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ops: Any, values: Tensor, cu_seqlens: Tensor) -> Tensor:
-        ctx.ops, ctx.shape, ctx.cu_seqlens = ops, values.shape, cu_seqlens
+        ctx.ops, ctx.shape = ops, values.shape
+        _keep(ctx, cu_seqlens)
         return ops.document_sums(values, cu_seqlens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return None, Spread.apply(ctx.ops, grad, ctx.cu_seqlens, math.prod(ctx.shape)).view(ctx.shape), None
+        return None, Spread.apply(ctx.ops, grad, *ctx.saved_tensors, math.prod(ctx.shape)).view(ctx.shape), None
 
     @staticmethod
     def jvp(ctx: Any, _ops: Any, tangent: Tensor, _cu_seqlens: Any) -> Tensor:
-        return ctx.ops.document_sums(tangent, ctx.cu_seqlens)
+        return ctx.ops.document_sums(tangent, *ctx.saved_tensors)
 
 
 class Spread(torch.autograd.Function):
@@ -66,16 +67,23 @@ class Spread(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, ops: Any, sums: Tensor, cu_seqlens: Tensor, tokens: int) -> Tensor:
-        ctx.ops, ctx.cu_seqlens, ctx.tokens = ops, cu_seqlens, tokens
+        ctx.ops, ctx.tokens = ops, tokens
+        _keep(ctx, cu_seqlens)
         return ops._document_spread(sums, cu_seqlens, tokens)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        return None, Sums.apply(ctx.ops, grad, ctx.cu_seqlens), None, None
+        return None, Sums.apply(ctx.ops, grad, *ctx.saved_tensors), None, None
 
     @staticmethod
     def jvp(ctx: Any, _ops: Any, tangent: Tensor, *others: Any) -> Tensor:
-        return ctx.ops._document_spread(tangent, ctx.cu_seqlens, ctx.tokens)
+        return ctx.ops._document_spread(tangent, *ctx.saved_tensors, ctx.tokens)
+
+
+def _keep(ctx: Any, cu_seqlens: Tensor) -> None:
+    """As autograd keeps tensors: boundaries that have changed by the time of a derivative are an error."""
+    ctx.save_for_backward(cu_seqlens)
+    ctx.save_for_forward(cu_seqlens)
 
 
 def _check(values: Tensor, cu_seqlens: Tensor) -> None:

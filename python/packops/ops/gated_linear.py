@@ -94,7 +94,8 @@ class GatedLinear(GatedLinearTraced):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         gradients = functools.partial(linear_gradients, ctx.op, ctx.activation, tuple(ctx.needs_input_grad[1:5]))
-        return None, *once("gated_linear", gradients, grad, *ctx.saved_tensors), None
+        with torch.autocast(grad.device.type, enabled=False):  # the forward has cast what is to be cast
+            return None, *once("gated_linear", gradients, grad, *ctx.saved_tensors), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:

@@ -32,6 +32,7 @@ from .lm_head import (
     row_chunks,
     rows_to_score,
     take,
+    unit_of,
     weight_gradient_,
 )
 
@@ -138,8 +139,9 @@ def run_chunks(
 
 
 def keeps_logits(hidden: Tensor, *, num_valid: Any, chunk_tokens: Any, accum_dtype: Any, logits_dtype: Any) -> bool:
-    """Whether the gradient of all logits is kept for the backward, because it takes no more memory than a chunk of logits and the
-    weight's accumulator would: ``LOGITS_SHARE`` of the logits and 4 V H bytes, or half with bf16 accumulation.
+    """Whether the gradient of all logits is kept for the backward: where ``chunk_tokens`` wants them all at once, or because it
+    takes no more memory than a chunk of logits and the weight's accumulator would, ``LOGITS_SHARE`` of the logits and 4 V H
+    bytes, or half with bf16 accumulation.
 
     A yes to a symbolic size is a guard; to an unbacked one the answer is no.
     """
@@ -150,7 +152,7 @@ def keeps_logits(hidden: Tensor, *, num_valid: Any, chunk_tokens: Any, accum_dty
     accumulator = accumulator_dtype(hidden.dtype, accum_dtype).itemsize
     fits: Any = rows * hidden.dtype.itemsize * (1 - LOGITS_SHARE) <= accumulator * hidden_size
     if chunk_tokens is not None:
-        fits = fits & (chunk_tokens >= rows)
+        fits = chunk_tokens >= rows
     if isinstance(fits, torch.SymBool):
         from torch.fx.experimental.symbolic_shapes import guard_or_false
 
@@ -255,11 +257,10 @@ def losses_and_gradients(
 
 
 def _unit(target: Tensor, scale: Tensor, maths: dict[str, Any]) -> Tensor:
-    """What fp16 gradients are measured in: the largest is about 2^8 units, far from both of fp16's ends, whatever the loss is
-    divided by. A power of two, so that it rounds nothing."""
+    """:func:`.lm_head.unit_of` the largest gradient, whatever the loss is divided by."""
     if not target.numel():
         return scale.new_ones(())
     largest = scale.abs().masked_fill(target < 0, 0).amax() * max(maths["logit_scale"], 1.0)
     if maths["class_weight"] is not None:
         largest = largest * maths["class_weight"].amax().clamp(min=1)
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
+    return unit_of(largest)

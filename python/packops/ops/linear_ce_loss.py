@@ -17,6 +17,7 @@ The loop is Python: a chunk costs it about a tenth of a millisecond and the devi
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -352,10 +353,10 @@ def _sequence_loss(row_loss: Tensor, labels: Tensor, target: Tensor, given: dict
     cu_seqlens, counted = given["cu_seqlens"], target >= 0
     if cu_seqlens is None:
         length = labels.shape[-1] if labels.dim() else 1
-        cu_seqlens = torch.arange(0, labels.numel() + 1, max(length, 1), device=labels.device)
+        cu_seqlens = torch.arange(math.prod(labels.shape[:-1]) + 1, device=labels.device) * length
     weight = counted.to(row_loss.dtype)
     if given["token_weight"] is not None:
-        weight = weight * given["token_weight"].reshape(-1)
+        weight = torch.where(counted, given["token_weight"].reshape(-1).to(weight.dtype), 0)
     sums = document_sums(torch.where(counted, row_loss * weight, 0), cu_seqlens)
     if given["reduction"] == "seq-mean-token-sum":
         return sums
@@ -588,9 +589,10 @@ def linear_cross_entropy(
         logits_dtype: ``torch.float32`` keeps the logits of 16-bit parameters in fp32; chunks are smaller for it (on Hopper, where
             no gradient is wanted, the logits never leave the product). None: the dtype of ``hidden``.
         main_grad: (V, H) fp32 (fp64 for fp64), contiguous: ``weight.main_grad`` of Megatron-LM and Transformer Engine. The
-            backward adds the gradient of ``weight`` to it, in fp32 and not rounded, and autograd gets none for ``weight``. If the
-            parameter has an attribute ``grad_added_to_main_grad``, the backward sets it and autograd gets memory that Megatron's
-            hooks drop unread (not in compiled code). None: autograd gets the gradient, in the dtype of ``weight``.
+            backward adds the gradient of ``weight`` to it, in fp32 and not rounded, and autograd gets none for ``weight``. It
+            does so whenever it runs, also where other gradients alone are asked for, as Megatron's layers do. If the parameter
+            has an attribute ``grad_added_to_main_grad``, the backward sets it and autograd gets memory that Megatron's hooks drop
+            unread (not in compiled code). None: autograd gets the gradient, in the dtype of ``weight``.
         return_stats: also return :class:`CrossEntropyStats`.
 
     Returns:

@@ -48,6 +48,7 @@ from .lm_head import (
     rows_to_score,
     stand_in,
     take,
+    unit_of,
     wanted_of,
     weight_gradient_,
 )
@@ -443,13 +444,13 @@ def on_rows(coefficients: list[Tensor | None], rows: Rows) -> tuple[Tensor | Non
 
 
 def _unit(coefficients: list[Tensor | None], entropy: Tensor | None, logit_scale: float) -> Tensor:
-    """What fp16 gradients are measured in, a power of two: the largest is about 2^8 units, far from both of fp16's ends."""
+    """:func:`.lm_head.unit_of` the largest gradient."""
     g, h, l = coefficients  # noqa: E741
     bounds = [x.abs().amax() for x in (g, l) if x is not None]
     if h is not None and entropy is not None:
         bounds.append((h.abs() * (entropy.nan_to_num() + 1)).amax())
     largest = torch.stack(bounds).sum() * max(logit_scale, 1.0)
-    return torch.ldexp(torch.ones_like(largest), torch.frexp(largest).exponent - 8)
+    return unit_of(largest)
 
 
 def prepare(

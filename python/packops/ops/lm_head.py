@@ -147,7 +147,7 @@ def multiply(
     if made is None:
         return
     wide = made.dtype
-    if wide != hidden.dtype and not hidden.is_cuda:  # whose products cannot write a wider dtype than they read
+    if not hidden.is_cuda and not wide == hidden.dtype == grad_logits.dtype:  # whose products have one dtype
         hidden = hidden.to(wide)
         for block in column_blocks(weight.shape[0], -(-weight.shape[0] // CPU_BLOCKS)):
             g = grad_logits[:, block].to(wide)
@@ -215,6 +215,12 @@ def weight_gradient_(out: Tensor, grad_logits: Tensor, hidden: Tensor, factor: T
         out.copy_(made)
     else:
         torch.mul(made, factor.reshape(1, 1), out=out)  # not 0-d, which would be rounded to the dtype of `out` first
+
+
+def unit_of(largest: Tensor) -> Tensor:
+    """What fp16 gradients are measured in: the largest is about 2^8 units, far from both of fp16's ends. A power of two, so that
+    it rounds nothing, and not subnormal, since gradients are divided by it."""
+    return torch.ldexp(torch.ones_like(largest), (torch.frexp(largest).exponent - 8).clamp(min=-126))
 
 
 def add_(main_grad: Tensor, grad: Tensor, factor: Tensor | None) -> None:

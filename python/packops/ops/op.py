@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from .._errors import raise_typed
 from . import autocast
@@ -62,6 +63,11 @@ def below_autograd(overload: Any) -> Callable[..., Any]:
             return overload(*arguments, **keywords)
 
     return call
+
+
+def never_cached(*overloads: Any) -> None:
+    """Selective checkpointing shall run these again: what it keeps of an op that writes to its arguments is not what it wrote."""
+    SAC_IGNORED_OPS.update(overloads)
 
 
 def register_fake(namespace: str, name: str, fake: Callable[..., Any]) -> None:

@@ -18,7 +18,7 @@ from torch.compiler import is_compiling
 from .. import _checks
 from .arguments import check_options, check_types, explain, kinds_of
 from .derivatives import check_constants, is_differentiated, over_batch, refuse_transforms, transforms_are_active
-from .op import below_autograd, library, register_fake, typed
+from .op import below_autograd, library, never_cached, register_fake, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -189,6 +189,7 @@ def register(namespace: str) -> None:
     for name in ("rope", "_rope"):
         register_fake(namespace, name, fake)
         register_fake(namespace, f"{name}_", lambda *args, **options: None)
+    never_cached(ops.rope_.default, raw_in_place)
 
     below = below_autograd(ops.rope.default)
 
