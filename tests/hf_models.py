@@ -173,5 +173,6 @@ def same_attributes(before, after):
 def mean_of_documents(model, texts, reduction):
     """By its definition, documents one by one, with the stock loss."""
     losses = [model(input_ids=torch.tensor([t]), labels=torch.tensor([t]), use_cache=False).loss for t in texts if len(t) > 1]
-    weights = [len(t) - 1 if reduction == "seq-mean-token-sum" else 1 for t in texts if len(t) > 1]
-    return sum(w * x for w, x in zip(weights, losses, strict=True)) / len(losses)
+    weights = [1 if reduction == "seq-mean-token-mean" else len(t) - 1 for t in texts if len(t) > 1]
+    total = sum(w * x for w, x in zip(weights, losses, strict=True))
+    return total / (sum(weights) if reduction == "mean" else len(losses))

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import packops
 from packops import PackedBatch, PackingCollator, max_docs_for_flash_attention
 from packops.data.documents import length_of, slice_document
 
@@ -550,3 +551,32 @@ def test_pad_to_length_is_reached_and_not_passed():
     assert collate([[1] * 4, [2]]).boundaries == (0, 4, 8)
     with pytest.raises(ValueError, match="the documents have 12 tokens, more than pad_to_length = 8"):
         collate([[1] * 5, [2]])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_documents_that_weigh_nothing_are_not_counted(reduction):
+    """Over micro-batches the loss is that of one batch, with and without shared prefixes."""
+    generator = torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, 97, (n,), generator=generator) for n in (6, 7, 8, 9)]
+    rows = [{"input_ids": d, "token_weight": [w] * len(d)} for d, w in zip(documents, (1.0, 0.0, 1.0, 0.0), strict=True)]
+    collate = packops.PackingCollator(columns={"token_weight": 0.0})
+    logits = torch.randn(30, 97, dtype=torch.float64)
+
+    def loss(batch, logits, num_items=None):
+        given = {"cu_seqlens": batch.cu_seqlens, "shift": True, "reduction": reduction, "num_items": num_items}
+        return packops.cross_entropy(logits[None], batch.labels, token_weight=batch.columns["token_weight"], **given)
+
+    whole, first, last = collate(rows), collate(rows[:2]), collate(rows[2:])
+    assert (whole.num_items, whole.num_valid, whole.num_sequences) == (5 + 7, 5 + 6 + 7 + 8, 2)
+    count = packops.loss_normalizer([first, last], reduction=reduction)
+    torch.testing.assert_close(loss(first, logits[:13], count) + loss(last, logits[13:], count), loss(whole, logits))
+    forest = packops.PackingCollator(columns={"token_weight": 0.0}, share_prefixes=True, reduction=reduction)(rows)
+    assert float(packops.loss_normalizer(forest, reduction=reduction)) == float(count)
+
+
+def test_columns_of_any_tensor():
+    """numpy has no bfloat16, and takes nothing that has a gradient."""
+    ids, weight = torch.arange(4), torch.tensor([0.5, 0.25, 1.0, 0.0])
+    for values in (weight, weight.bfloat16(), weight.double(), weight.clone().requires_grad_()):
+        batch = PackingCollator(columns={"weight": 0.0})([{"input_ids": ids, "weight": values}])
+        assert torch.equal(batch.columns["weight"][0], weight)

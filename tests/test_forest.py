@@ -639,3 +639,10 @@ def test_nothing_waits_for_the_device():
         packops.attention(q, k, v, cu_seqlens, parents).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_columns_of_a_forest_keep_their_kind():
+    documents, columns = [np.arange(5), np.arange(4)], {"x": [np.array([0.5, 0.25, 1.5, 2, 3]), np.array([0.5, 0.25, 1.5, 2])]}
+    forest = packops.PackedForest.from_documents(documents, columns=columns)
+    assert forest.unpack(forest.columns["x"])[0].tolist() == [0.5, 0.25, 1.5, 2, 3]
+    assert forest.columns["x"].dtype == torch.float32

@@ -126,3 +126,31 @@ def test_recipe_for_trl_refuses_what_it_cannot(arguments):
     hidden, weight, labels = torch.randn(4, 8), torch.randn(11, 8), torch.arange(4)
     with pytest.raises(NotImplementedError):
         recipe().apply(hidden, weight, None, labels, *arguments)
+
+
+class Wrapper(torch.nn.Module):
+    """As PEFT's: it hands on what it does not know, and keeps what is set on it."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.base_model = model
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.base_model, name)
+
+    def forward(self, *args, **kwargs):
+        return self.base_model(*args, **kwargs)
+
+
+def test_of_a_wrapped_model():
+    batch = batch_of([torch.randint(0, 99, (n,)) for n in (5, 1, 9)])
+    model = hf.apply(llama(), attention="packops_varlen")
+    want = hf.log_probs(model, batch)
+    wrapped = Wrapper(model)
+    found = hf.log_probs(wrapped, batch)
+    assert torch.equal(found.log_probs, want.log_probs)
+    assert "_loss_function" not in vars(wrapped)
+    assert wrapped(**batch.to_hf()).loss.dim() == 0  # its loss is back

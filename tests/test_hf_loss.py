@@ -301,17 +301,131 @@ def test_such_a_count_is_never_divided_by(device, compiled):
     torch.compiler.reset()
 
 
-def test_documents_that_the_attention_is_not_told_of_are_refused():
-    """cu_seq_lens_q keeps documents apart under packops_varlen, but not under sdpa, which looks at position_ids."""
-    model, inputs = packops.hf.apply(make("llama")), packed(documents())
-    expected = model(**inputs).loss
+@pytest.mark.parametrize("cross_entropy", [True, False])
+@pytest.mark.parametrize(
+    "name, family", [("sdpa", "llama"), ("eager", "llama"), ("packops_varlen", "llama"), ("packops_varlen", "opt")]
+)
+def test_boundaries_say_where_positions_begin_anew(name, family, cross_entropy):
+    """transformers' attention looks at positions alone, and models that learn theirs would count on through the row."""
+    texts, config = documents(), {"do_layer_norm_before": True, "ffn_dim": 48, "word_embed_proj_dim": 32, "dropout": 0.0}
+    model = make("llama") if family == "llama" else opt(**config)
+    want = mean_of_documents(model, texts, "mean")
+    packops.hf.apply(model, attention=name, rope=family == "llama", cross_entropy=cross_entropy)
+    for positions in (packed(texts)["position_ids"], None):
+        loss = model(**{**packed(texts), "position_ids": positions}).loss
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    counted = torch.arange(sum(LENGTHS))[None]
+    model(
+        input_ids=packed(texts)["input_ids"], position_ids=counted, cu_seq_lens_q=torch.tensor([0, sum(LENGTHS)])
+    )  # a single one
+    if name != "packops_varlen":
+        with pytest.raises(ValueError, match=f"position_ids go on from one document of cu_seq_lens_q to the next, and '{name}'"):
+            model(**{**packed(texts), "position_ids": counted})
+
+
+def opt(**config):
+    torch.manual_seed(2)
+    configuration = transformers.OPTConfig(
+        vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=128, **config
+    )
+    return transformers.AutoModelForCausalLM.from_config(configuration).eval()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_a_documents_first_label_is_never_scored(reduction):
+    """Nor where positions alone say where it begins, and its label is set."""
+    model, texts = make("llama"), documents()
+    want = mean_of_documents(model, texts, reduction)
+    packops.hf.apply(model, attention="packops_varlen", reduction=reduction)
+    ids = torch.cat([torch.as_tensor(text) for text in texts])[None]
+    positions = torch.cat([torch.arange(len(text)) for text in texts])[None]
+    loss = model(input_ids=ids, position_ids=positions, labels=ids, use_cache=False).loss
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+
+
+def forest_of(reduction="mean", **options):
+    """Documents that begin alike, and the batch in which their prefix stands once."""
+    generator = torch.Generator().manual_seed(6)
+    texts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (70, 5, 1, 9)]
+    texts = [texts[0] + text for text in texts[1:]]
+    return texts, PackingCollator(share_prefixes=True, reduction=reduction, **options)(texts)
+
+
+@pytest.mark.parametrize("ignore_index", [-100, 0, -1])
+def test_labels_that_are_not_scored_reach_the_model_as_it_knows_them(ignore_index):
+    """transformers and its Trainer know -100 alone."""
+    model, texts = make("llama").train(), documents()
+    rows = [{"input_ids": text, "completion_mask": [i >= len(text) // 2 for i in range(len(text))]} for text in texts]
+    want = PackingCollator(pad_to_length=60)(rows)
+    for share in (False, True):
+        batch = PackingCollator(pad_to_length=60, ignore_index=ignore_index, share_prefixes=share)(rows)
+        inputs, plain = batch.to_hf(), PackingCollator(pad_to_length=60, share_prefixes=share)(rows).to_hf()
+        assert torch.equal(inputs["labels"], plain["labels"])
+        packops.hf.apply(model, attention="packops_varlen")
+        torch.testing.assert_close(model(**inputs).loss, model(**want.to_hf()).loss, rtol=1e-5, atol=0)
+        assert int((packops.hf.log_probs(model, batch).log_probs != 0).sum()) == want.num_items
+
+
+def test_forests_of_an_attention_or_a_loss_that_does_not_know_them_are_refused(fused):
+    model, (texts, forest) = make("llama").train(), forest_of()
+    want = mean_of_documents(model, texts, "mean")
+    packops.hf.apply(model, attention="packops_varlen")
+    torch.testing.assert_close(model(**forest.to_hf()).loss, want, rtol=1e-5, atol=0)
     for name in ("sdpa", "eager"):
         packops.hf.apply(model, attention=name)
-        with pytest.raises(ValueError, match=f"cu_seq_lens_q without position_ids, by which alone '{name}' tells documents"):
-            model(**{**inputs, "position_ids": None})
-        model(input_ids=inputs["input_ids"], cu_seq_lens_q=torch.tensor([0, sum(LENGTHS)]))  # a single document
+        with pytest.raises(ValueError, match=f"attention '{name}' does not know documents that share prefixes"):
+            model(**forest.to_hf())
+    packops.hf.apply(model, attention="sdpa")
+    torch.testing.assert_close(model(**forest.to_hf(attention="sdpa")).loss, want, rtol=1e-5, atol=0)
+    packops.hf.apply(model, attention="packops_varlen", cross_entropy=False)
+    with pytest.raises(ValueError, match="token_weight is given, and this call would not use it: the loss is not packops'"):
+        model(**forest.to_hf())
     packops.hf.apply(model, attention="packops_varlen")
-    torch.testing.assert_close(model(**{**inputs, "position_ids": None}).loss, expected)
+    with pytest.raises(ValueError, match="would not use it: it has no labels: a compute_loss_func, or Trainer's label smoothing"):
+        model(**{**forest.to_hf(), "labels": None})
+    with torch.no_grad():
+        assert model(**{**forest.to_hf(), "labels": None}).logits.shape[1] == forest.num_tokens
+
+
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_weights_of_shared_rows_are_counted(reduction):
+    """What Trainer counts, labels, is refused; count_weights adds up what such losses are divided by."""
+    model, (texts, _) = make("llama"), forest_of()
+    want = mean_of_documents(model, texts, reduction)
+    packops.hf.apply(model, attention="packops_varlen")
+    collate = PackingCollator(share_prefixes=True, names="hf", reduction=reduction)
+    batches = [collate(texts[:2]), collate(texts[2:])]
+    trainer = counting_trainer(model)
+    with pytest.raises(ValueError, match=r"num_items_in_batch is a torch\.\w+ tensor.*packops\.hf\.count_weights\(trainer\)"):
+        model(**{**batches[0], "num_items_in_batch": trainer._get_num_items_in_batch(batches, torch.device("cpu"))})
+    packops.hf.count_weights(trainer)
+    count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    loss = sum(model(**{**batch, "num_items_in_batch": count}).loss for batch in batches)
+    torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    with pytest.raises(ValueError, match="a batch has no token_weight and shift_labels"):
+        trainer._get_num_items_in_batch([packed(texts)], torch.device("cpu"))
+
+
+def test_count_documents_leaves_out_those_that_weigh_nothing():
+    model, texts = packops.hf.apply(make("llama"), reduction="seq-mean-token-mean"), documents()
+    rows = [{"input_ids": text, "token_weight": [float(i != 1)] * len(text)} for i, text in enumerate(texts)]
+    trainer = counting_trainer(model)
+    packops.hf.count_documents(trainer)
+    for shift in (False, True):
+        batch = PackingCollator(names="hf", columns={"token_weight": 0.0}, shift_labels=shift)(rows)
+        assert float(trainer._get_num_items_in_batch([batch], torch.device("cpu"))) == sum(len(t) > 1 for t in texts) - 1
+
+
+def test_prefill_in_chunks_of_a_batch_that_is_padded_on_the_left():
+    """A chunk's positions begin at 0 behind padding, which a mask as long as the cache tells."""
+    model = make("llama").eval()
+    ids = torch.randint(3, VOCABULARY, (2, 12), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = ids[0, :5] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 5, "do_sample": False, "prefill_chunk_size": 4}
+    want = model.generate(ids, **options)
+    packops.hf.apply(model)
+    assert torch.equal(model.generate(ids, **options), want)
 
 
 CALLS = {

@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +20,7 @@ from .documents import document_begins
 __all__ = ["PackedBatch"]
 
 T = TypeVar("T")
+WEIGHT = "token_weight"  # the column of weights in the loss
 
 
 @dataclasses.dataclass
@@ -36,8 +38,9 @@ class PackedBatch:
         cu_seqlens: (S + 1,) int32, where each document begins; ends at T.
         max_seqlen: length of the longest document, padding included (a host int, as attention kernels want it).
         seq_idx: (1, T) int32, the document of each token.
-        num_items: tokens scored: this batch's share of a token mean.
-        num_valid: the same number, for ``packops.linear_cross_entropy(num_valid=...)``, where it is always this row's own count.
+        num_items: tokens scored, those of ``token_weight`` 0 left out: this batch's share of a token mean.
+        num_valid: the same number, these included, for ``packops.linear_cross_entropy(num_valid=...)``, where it is always this
+            row's own count.
         num_sequences: documents with at least one scored token: this batch's share of a mean over documents.
         boundaries: ``cu_seqlens`` as host ints.
         lengths: tokens of each document, without padding.
@@ -106,13 +109,16 @@ class PackedBatch:
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=input_ids.device)
         position_ids, seq_idx = packed_metadata(cu_seqlens, len(input_ids))
         masked, counts = packed_labels(labels, cu_seqlens, shift=False, ignore_index=ignore_index)
+        num_valid = int(counts.sum())
+        if WEIGHT in columns:  # that of a row, which is scored against the token behind it
+            weighed = labels.masked_fill(columns[WEIGHT].roll(1) == 0, ignore_index)
+            counts = packed_labels(weighed, cu_seqlens, shift=False, ignore_index=ignore_index)[1]
         counts_on_host = counts.tolist()
         real_tokens = None
         if sum(lengths) < len(input_ids):
             size = torch.zeros(len(boundaries) - 1, dtype=torch.int64)
             size[: len(lengths)] = torch.tensor(lengths, dtype=torch.int64)
             real_tokens = (position_ids < size.to(input_ids.device)[seq_idx.long()])[None]
-        num_items = sum(counts_on_host)
         return cls(
             input_ids=input_ids[None],
             labels=masked[None],
@@ -120,8 +126,8 @@ class PackedBatch:
             cu_seqlens=cu_seqlens,
             max_seqlen=max(spans, default=0),
             seq_idx=seq_idx[None],
-            num_items=num_items,
-            num_valid=num_items,
+            num_items=sum(counts_on_host),
+            num_valid=num_valid,
             num_sequences=sum(count > 0 for count in counts_on_host),
             boundaries=boundaries,
             lengths=lengths,
@@ -264,7 +270,7 @@ class PackedBatch:
         longest = self.num_tokens if static else self.max_seqlen
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
-            "labels": self.labels,
+            "labels": self._hf_labels(self.labels),
             "position_ids": self.position_ids,
             "cu_seq_lens_q": self.cu_seqlens,
             "cu_seq_lens_k": self.cu_seqlens,
@@ -275,7 +281,7 @@ class PackedBatch:
         if not static:
             inputs["num_valid"] = self.num_valid
         if self.shift_labels is not None:
-            inputs["shift_labels"] = self.shift_labels
+            inputs["shift_labels"] = self._hf_labels(self.shift_labels)
         if seq_idx:
             inputs["seq_idx"] = self.seq_idx
         return inputs | self._real_tokens(static) | self.columns
@@ -291,6 +297,10 @@ class PackedBatch:
         """(n,) int64: the rows of one document, those that it shares with others left out."""
         begin = self.boundaries[document]
         return torch.arange(begin, begin + self.lengths[document], device=self.device)
+
+    def _hf_labels(self, labels: Any) -> Tensor:
+        """With -100 where nothing is scored: transformers and Trainer know no other."""
+        return labels if self.ignore_index == -100 else labels.masked_fill(labels == self.ignore_index, -100)
 
     def _real_tokens(self, static: bool) -> dict[str, Tensor]:
         if self.real_tokens is not None:
@@ -332,6 +342,22 @@ def checked_columns(columns: Mapping[str, T] | None) -> Mapping[str, T]:
         if name in OWN_NAMES:
             raise ValueError(f"columns must not hold {name!r}: that is made from the documents")
     return columns or {}
+
+
+def column_dtype(name: str, parts: Sequence[np.ndarray], fill: float) -> np.dtype:
+    """A type that holds the values of all documents and the padding."""
+    dtype = np.result_type(*{part.dtype for part in parts}) if parts else np.asarray(fill).dtype
+    if dtype.kind not in "biuf":
+        raise TypeError(f"column {name!r} must hold numbers or bool, got {dtype}")
+    with np.errstate(all="ignore"):
+        if dtype.kind != "f" and np.asarray(fill).astype(dtype) != fill:
+            dtype = np.result_type(dtype, np.min_scalar_type(fill))
+        if dtype.kind != "f":
+            return dtype
+        for part in parts:
+            if part.dtype.kind in "iu" and not np.array_equal(part.astype(np.float32).astype(np.float64), part.astype(object)):
+                raise ValueError(f"column {name!r} holds floats and integers that float32 cannot hold: make it one or the other")
+    return np.dtype(np.float32)
 
 
 def _documents_of_mask(mask: Tensor) -> tuple[Tensor, Tensor]:

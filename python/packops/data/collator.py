@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ..ops.attention_paths import max_docs_for_flash_attention
-from .batch import PackedBatch, checked_columns
+from .batch import PackedBatch, checked_columns, column_dtype
 from .counts import as_count, as_integers
 from .documents import tokens_of, without_padding
 from .forest import PackedForest
@@ -156,7 +156,7 @@ class PackingCollator(Generic[Batch]):
         columns = {}
         for name, fill in self.columns.items():
             parts = [self._column(name, *entry) for entry in numbered]
-            columns[name] = packed(parts, fill, _column_dtype(name, parts, fill))
+            columns[name] = packed(parts, fill, column_dtype(name, parts, fill))
         batch = PackedBatch.build(
             packed(tokens, self.pad_token_id, np.int64),
             packed(labels, self.ignore_index, np.int64),
@@ -172,8 +172,7 @@ class PackingCollator(Generic[Batch]):
     def _share(self, tokens: list[np.ndarray], labels: list[np.ndarray], numbered: list[Any]) -> PackedForest:
         columns = {name: [self._column(name, *entry) for entry in numbered] for name in self.columns}
         fills = {
-            name: np.asarray(self.columns[name], _column_dtype(name, parts, self.columns[name]))
-            for name, parts in columns.items()
+            name: np.asarray(self.columns[name], column_dtype(name, parts, self.columns[name])) for name, parts in columns.items()
         }
         forest = prefix_forest(tokens, min_shared=self.min_shared)
         return PackedForest.from_documents(
@@ -204,7 +203,10 @@ class PackingCollator(Generic[Batch]):
     def _column(self, name: str, document: Any, ids: np.ndarray, number: int) -> np.ndarray:
         if not isinstance(document, Mapping) or name not in document:
             raise KeyError(f"document {number} has no column {name!r}")
-        return _same_length(np.asarray(document[name]), name, ids, number)
+        values = document[name]
+        if isinstance(values, torch.Tensor):  # numpy has no bfloat16, and takes nothing that has a gradient
+            values = values.detach().float() if values.dtype == torch.bfloat16 else values.detach()
+        return _same_length(np.asarray(values), name, ids, number)
 
     def _total(self, tokens: int) -> int:
         if self.pad_to_length is not None:
@@ -250,22 +252,6 @@ def _checked_shape(shape: Any) -> tuple[int, int]:
     except (TypeError, ValueError):
         raise TypeError(f"attention_shape must be (num_heads, head_dim), got {shape!r}") from None
     return as_count("num_heads of attention_shape", heads), as_count("head_dim of attention_shape", features)
-
-
-def _column_dtype(name: str, parts: Sequence[np.ndarray], fill: float) -> np.dtype:
-    """A type that holds the values of all documents and the padding."""
-    dtype = np.result_type(*{part.dtype for part in parts}) if parts else np.asarray(fill).dtype
-    if dtype.kind not in "biuf":
-        raise TypeError(f"column {name!r} must hold numbers or bool, got {dtype}")
-    with np.errstate(all="ignore"):
-        if dtype.kind != "f" and np.asarray(fill).astype(dtype) != fill:
-            dtype = np.result_type(dtype, np.min_scalar_type(fill))
-        if dtype.kind != "f":
-            return dtype
-        for part in parts:
-            if part.dtype.kind in "iu" and not np.array_equal(part.astype(np.float32).astype(np.float64), part.astype(object)):
-                raise ValueError(f"column {name!r} holds floats and integers that float32 cannot hold: make it one or the other")
-    return np.dtype(np.float32)
 
 
 def _scored(mask: np.ndarray, name: str, number: int) -> np.ndarray:

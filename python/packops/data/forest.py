@@ -14,13 +14,11 @@ from torch import Tensor
 
 from ..distributed import DENOMINATORS
 from ..ops.document_sums import document_sums
-from .batch import PackedBatch, checked_columns
+from .batch import WEIGHT, PackedBatch, checked_columns, column_dtype
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
 
 __all__ = ["PackedForest"]
-
-WEIGHT = "token_weight"
 
 
 @dataclasses.dataclass
@@ -132,7 +130,9 @@ class PackedForest(PackedBatch):
             shift_labels=torch.from_numpy(scored.labels)[None],
             real_tokens=(torch.arange(total) < own)[None] if own < total else None,
             columns={
-                name: _spread(parts, rows, np.full(total, (fills or {}).get(name, 0)), name) for name, parts in extra.items()
+                name: _spread(parts, rows, np.full(total, fill, column_dtype(name, list(map(np.asarray, parts)), fill)), name)
+                for name, parts in extra.items()
+                for fill in [(fills or {}).get(name, 0)]
             },
             ignore_index=ignore_index,
             parents=torch.tensor(parents, dtype=torch.int32),
@@ -170,11 +170,12 @@ class PackedForest(PackedBatch):
         """
         if seq_idx:
             raise ValueError("seq_idx is for layers with a state, which cannot branch where documents part")
+        labels = self._hf_labels(self.shift_labels)
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
-            "labels": self.shift_labels,  # what makes transformers' models compute a loss
-            "shift_labels": self.shift_labels,
+            "labels": labels,  # what makes transformers' models compute a loss
+            "shift_labels": labels,
             WEIGHT: self.token_weight,
             "use_cache": False,
         }

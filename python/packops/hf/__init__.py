@@ -6,8 +6,18 @@ Importing this imports no transformers; the first call does. See docs/hugging_fa
 from __future__ import annotations
 
 from .log_probs import log_probs
-from .loss import CausalLMLoss, compute_loss_func, count_documents
+from .loss import CausalLMLoss, compute_loss_func, count_documents, count_weights
 from .patch import apply, report, revert
 from .record import Report
 
-__all__ = ["CausalLMLoss", "Report", "apply", "compute_loss_func", "count_documents", "log_probs", "report", "revert"]
+__all__ = [
+    "CausalLMLoss",
+    "Report",
+    "apply",
+    "compute_loss_func",
+    "count_documents",
+    "count_weights",
+    "log_probs",
+    "report",
+    "revert",
+]

@@ -69,9 +69,19 @@ def begin_anew(positions: Tensor | None, mask: Tensor | None) -> bool:
     if positions is None or positions.dim() != 2 or positions.shape[1] < 2 or not may_read(positions):
         return False
     begins = positions[:, 1:] == 0
-    if mask is not None and mask.shape[-1] == positions.shape[1]:
+    if mask is not None and mask.shape[-1] >= positions.shape[1]:  # longer: it has what stands in the cache, too
+        mask = mask[:, -positions.shape[1] :]
         begins = begins & (mask[:, :-1] != 0) & (mask[:, 1:] != 0)
     return bool(begins.any())
+
+
+def go_on(positions: Tensor | None, bounds: Tensor | None) -> bool:
+    """Whether positions (B, S) that may be read go up by one from one document of ``bounds`` to the next."""
+    if positions is None or bounds is None or positions.dim() != 2 or not may_read(positions):
+        return False
+    flat, inner = positions.flatten(), bounds[1:-1].to(positions.device).long()
+    inner = inner[(inner > 0) & (inner < len(flat))]
+    return bool((flat[inner] == flat[inner - 1] + 1).any())
 
 
 def _longest(bounds: Tensor) -> int:

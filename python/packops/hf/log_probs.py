@@ -12,7 +12,9 @@ import packops
 
 from ..data.batch import PackedBatch
 from ..ops.linear_log_probs import LinearLogProbs
+from . import families
 from .loss import CausalLMLoss
+from .record import pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,18 +85,20 @@ def log_probs(
         raise ValueError("packops.hf.log_probs: batch must have labels, got none")
     if not temperature > 0:
         raise ValueError(f"packops.hf.log_probs: temperature must be positive, got {temperature}")
-    loss = getattr(model, "_loss_function", None)
+    families.require_transformers()
+    target: Any = pretrained(model)
+    loss = vars(target).get("_loss_function")
     if not isinstance(loss, CausalLMLoss):
-        raise ValueError(f"packops.hf.log_probs: call packops.hf.apply on this {type(model).__name__} first")
+        raise ValueError(f"packops.hf.log_probs: call packops.hf.apply on this {type(target).__name__} first")
     inputs["skip_logits"] = True
-    model._loss_function = _LogProbsInPlaceOfLoss(temperature=float(temperature), entropy=entropy)  # type: ignore[assignment]
+    target._loss_function = _LogProbsInPlaceOfLoss(temperature=float(temperature), entropy=entropy)
     try:
         found = model(**inputs).loss
     finally:
-        model._loss_function = loss  # type: ignore[assignment]
+        target._loss_function = loss
     if not isinstance(found, LinearLogProbs):
         raise ValueError(
-            f"packops.hf.log_probs: this {type(model).__name__} makes its logits whatever it is asked; packops.hf.report(model) "
+            f"packops.hf.log_probs: this {type(target).__name__} makes its logits whatever it is asked; packops.hf.report(model) "
             "says why"
         )
     return cast(LinearLogProbs, found)

@@ -25,7 +25,7 @@ from ..data.documents import document_begins
 from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
-from .attention_documents import begin_anew
+from .attention_documents import begin_anew, go_on
 from .record import Record
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
@@ -125,11 +125,14 @@ class CausalLMLoss:
                     f'reduction="mean", got {self.reduction!r} and shift_labels {"missing" if shift_labels is None else "given"}'
                 )
             cu_seqlens = None  # of segments, which are no documents
-        if cu_seqlens is None and self.reduction != "mean" and kwargs.get("position_ids") is not None:
-            cu_seqlens = documents_of(kwargs["position_ids"], rows)
+        elif cu_seqlens is None and (positions := kwargs.get("position_ids")) is not None:
+            cu_seqlens = self._documents_by(positions, rows, shift_labels is None)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
         num_items = self._denominator(num_items, device)
-        if num_items is not None and cu_seqlens is not None and shift_labels is None and self.reduction == "mean":
+        if shift_labels is not None and kwargs.get("token_weight") is not None:
+            _check_no_count(num_items)
+        is_packed = kwargs.get("cu_seq_lens_q") is not None or rows[:-1].numel() == 1  # other rows may be padded
+        if num_items is not None and cu_seqlens is not None and shift_labels is None and self.reduction == "mean" and is_packed:
             num_items = _checked_count(num_items, targets, cu_seqlens, ignore_index)
         weight = kwargs.get("token_weight")
         return {
@@ -141,6 +144,10 @@ class CausalLMLoss:
             "ignore_index": ignore_index,
             "token_weight": None if weight is None else weight.to(device),
         }
+
+    def _documents_by(self, positions: Tensor, rows: torch.Size, shift: bool) -> Tensor | None:
+        """The mean needs them where labels are still to be shifted, and positions in three dimensions (M-RoPE) do not tell."""
+        return documents_of(positions, rows) if self.reduction != "mean" or (shift and positions.dim() <= 2) else None
 
     def _denominator(self, num_items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
         if not isinstance(num_items, Tensor):
@@ -158,6 +165,17 @@ class CausalLMLoss:
 
 class AppliedLoss(CausalLMLoss):
     """The loss that :func:`packops.hf.apply` put into a model."""
+
+
+def _check_no_count(num_items: Tensor | float | None) -> None:
+    """ValueError for Trainer's count of labels, where rows have the weights of all documents through them."""
+    if isinstance(num_items, Tensor) and num_items.dtype != torch.float64:
+        raise ValueError(
+            "packops.hf: shift_labels come with token_weight, the weights of all documents that share a row, and "
+            f"num_items_in_batch is a {num_items.dtype} tensor, which is how transformers.Trainer passes its count of labels: "
+            "call packops.hf.count_weights(trainer) before training, or pass packops.loss_normalizer(..., reduction=...), "
+            "another float64 tensor or a number"
+        )
 
 
 def _checked_count(num_items: Tensor | float, labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor | float:
@@ -267,9 +285,55 @@ def count_documents(trainer: Any) -> None:
     trainer._get_num_items_in_batch = count
 
 
+def count_weights(trainer: Any) -> None:
+    """Have a ``transformers.Trainer`` add up the weights of rows, not count labels, where documents share prefixes.
+
+    A row of ``PackingCollator(share_prefixes=True, names="hf", reduction=...)`` is scored once for all documents through it, with
+    the sum of their weights. Such a loss is divided by the weights of all micro-batches and processes of a step, or by their
+    documents. ``Trainer`` counts labels.
+
+    Raises:
+        ValueError: when it counts a batch of another kind.
+    """
+    count_labels = trainer._get_num_items_in_batch
+
+    def count(batch_samples: list, device: torch.device) -> Any:
+        sums = [_Counted(_weights_of(batch)) for batch in batch_samples if "labels" in batch]
+        return count_labels([{"labels": found, "shift_labels": found} for found in sums], device)
+
+    trainer._get_num_items_in_batch = count
+
+
+@dataclasses.dataclass(frozen=True)
+class _Counted:
+    """Takes the place of labels in Trainer's count, which knows of processes and devices."""
+
+    number: Tensor
+
+    def ne(self, _ignore_index: int) -> Tensor:
+        return self.number
+
+
+def _weights_of(batch: Any) -> Tensor:
+    """() float64: what the loss of a batch of shared prefixes is divided by."""
+    weight, labels = batch.get("token_weight"), batch.get("shift_labels")
+    if weight is None or labels is None:
+        raise ValueError(
+            "packops.hf.count_weights: a batch has no token_weight and shift_labels: it is for rows of "
+            'PackingCollator(share_prefixes=True, names="hf")'
+        )
+    given = batch.get("num_items_in_batch")
+    if given is not None:
+        return torch.as_tensor(given, dtype=torch.float64)
+    return torch.where(labels != -100, weight.double(), 0).sum()
+
+
 def _documents_as_labels(batch: Any) -> Tensor:
-    shifted = batch.get("shift_labels")
+    shifted, weight = batch.get("shift_labels"), batch.get("token_weight")
     labels = batch["labels"] if shifted is None else shifted
+    if weight is not None:  # a row of weight 0 is not scored; without shifted labels it is that of the token before
+        weight = weight.to(labels.device)
+        labels = labels.masked_fill((weight if shifted is not None else weight.roll(1, -1)) == 0, -100)
     cu_seqlens = batch.get("cu_seq_lens_q")
     if cu_seqlens is None and batch.get("position_ids") is not None:
         cu_seqlens = documents_of(batch["position_ids"], labels.shape)
@@ -278,7 +342,7 @@ def _documents_as_labels(batch: Any) -> Tensor:
     if shifted is None:
         counts = packed_labels(labels, cu_seqlens.to(labels.device))[1]
     else:
-        scored = torch.nn.functional.pad((shifted.reshape(-1) != -100).long().cumsum(0), (1, 0))
+        scored = torch.nn.functional.pad((labels.reshape(-1) != -100).long().cumsum(0), (1, 0))
         counts = scored[cu_seqlens.long().to(labels.device)].diff()
     return torch.where(counts > 0, 0, -100)
 
@@ -307,7 +371,10 @@ class Model:
 
         @functools.wraps(base.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            check_call(self, {**dict(zip(names, args, strict=False)), **kwargs}, never_looks)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            if "position_ids" in names and (positions := _missing_positions(given)) is not None:
+                given["position_ids"] = kwargs["position_ids"] = positions
+            check_call(self, given, never_looks)
             if fused and not _returns_dict(self, kwargs):
                 if kwargs.get("skip_logits"):
                     raise ValueError("packops.hf: skip_logits=True would leave a hole in a tuple: it needs return_dict=True")
@@ -325,11 +392,31 @@ def _returns_dict(model: Any, kwargs: Mapping[str, Any]) -> bool:
     return bool(model.config.return_dict if wanted is None else wanted)
 
 
+def _missing_positions(given: Mapping[str, Any]) -> Tensor | None:
+    """(B, S) the positions in packed documents, where boundaries are given and positions are not: the model would count on. None
+    where there is nothing to add."""
+    bounds, tokens = given.get("cu_seq_lens_q"), given.get("input_ids")
+    if bounds is None or bounds.numel() <= 2 or tokens is None or given.get("past_key_values") is not None:
+        return None
+    if any(given.get(name) is not None for name in ("position_ids", "parents", *_IMAGES)):
+        return None
+    return packops.packed_metadata(bounds.to(tokens.device), tokens.numel())[0].view(tokens.shape)
+
+
 def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
     """Raise for calls whose result would be wrong without a word. Waits for no device, unless :func:`packops.checks` is on."""
     scored = given.get("labels") is not None or given.get("shift_labels") is not None
-    if not scored and model.training and torch.is_grad_enabled() and _by_document(model):
+    trains = model.training and torch.is_grad_enabled()
+    if not scored and trains and _by_document(model):
         raise ValueError(_ignored(model, "it was called without labels"))
+    if given.get("token_weight") is not None:
+        why = ""
+        if scored and not isinstance(model.loss_function, CausalLMLoss):
+            why = "the loss is not packops', which packops.hf.apply(model, cross_entropy=True) makes it"
+        elif trains and given.get("labels") is None:
+            why = "it has no labels: a compute_loss_func, or Trainer's label smoothing, has a loss that knows no weights"
+        if why:
+            raise ValueError(f"packops.hf: token_weight is given, and this call would not use it: {why}")
     positions = given.get("position_ids")
     images = [name for name in _IMAGES if given.get(name) is not None]
     if images and positions is not None and positions.dim() == 2 and _has_mrope(model.config):
@@ -338,6 +425,12 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             "positions in three dimensions here (M-RoPE). Pass those of its get_rope_index, document by document, or none"
         )
     config = model.config.get_text_config(decoder=True)
+    if given.get("parents") is not None and config._attn_implementation != "packops_varlen":
+        raise ValueError(
+            f"packops.hf: attention {config._attn_implementation!r} does not know documents that share prefixes (parents): use "
+            "packops.hf.apply(model, attention='packops_varlen') or, with 'sdpa' and no sliding windows, "
+            "forest.to_hf(attention='sdpa')"
+        )
     bounds, mask, cache = given.get("cu_seq_lens_q"), given.get("attention_mask"), given.get("past_key_values")
     packed = ""
     if bounds is not None and bounds.numel() > 2:
@@ -367,16 +460,16 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             f"({packed}) begin: they would see each other. packops.hf.apply(model, attention='packops_varlen') keeps them "
             "apart where the family takes it; a newer transformers may look"
         )
-    _check_told_apart(name, packed, positions, mask, _uses_cache(config, given))
-
-
-def _check_told_apart(name: str, packed: str, positions: Tensor | None, mask: Tensor | None, uses_cache: bool) -> None:
-    """ValueError unless the attention ``name`` of transformers keeps packed documents apart, which it does by positions alone."""
-    if positions is None:
+    if go_on(positions, bounds):
         raise ValueError(
-            f"packops.hf: cu_seq_lens_q without position_ids, by which alone {name!r} tells documents apart: they would see each "
-            "other. Pass position_ids too, as packops.PackingCollator makes them"
+            f"packops.hf: position_ids go on from one document of cu_seq_lens_q to the next, and {name!r} tells documents apart "
+            "by positions alone: pass positions that begin anew, as packops.PackingCollator makes them, or none"
         )
+    _check_told_apart(name, packed, mask, _uses_cache(config, given))
+
+
+def _check_told_apart(name: str, packed: str, mask: Tensor | None, uses_cache: bool) -> None:
+    """ValueError unless the attention ``name`` of transformers keeps packed documents apart, which it does by positions alone."""
     if mask is not None or uses_cache:
         beside = "an attention_mask" if mask is not None else "use_cache=True, the configuration's default"
         raise ValueError(
@@ -425,6 +518,12 @@ def _watched(model: Any, forward: Any) -> Any:
 def _by_document(model: Any) -> bool:
     loss = model.loss_function
     return isinstance(loss, CausalLMLoss) and loss.reduction != "mean"
+
+
+def guard(model: nn.Module, record: Record) -> None:
+    """Let ``model`` refuse calls whose result would be wrong, and leave its loss alone."""
+    if hasattr(type(model), "loss_function") and scores_the_next_token(model):
+        record.set_methods("the model", model, Model(False, families.never_looks(model)))
 
 
 def patch(model: nn.Module, reduction: str, record: Record) -> None:

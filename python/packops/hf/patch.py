@@ -74,6 +74,8 @@ def apply(
                 _mlp.patch(target, record)
             if cross_entropy:
                 _loss.patch(target, reduction, record)
+            else:
+                _loss.guard(target, record)
             if attention is not None:
                 _attention.patch(model, target, attention, record)
         except BaseException:
