@@ -251,7 +251,7 @@ class Steps:
         for number in range(group.count):  # each begins with another token
             ids = np.concatenate([prompt, [3 + number], rng.integers(3, vocabulary, group.answer - 1)])
             documents.append({"input_ids": ids, "labels": np.where(np.arange(len(ids)) < group.prompt, -100, ids)})
-        self.count = torch.tensor(float(group.count * group.answer), device=device)
+        self.count = torch.tensor(float(group.count * group.answer), device=device, dtype=torch.float64)
         shared = packops.PackingCollator(share_prefixes=True, min_shared=1)(documents).to(device)
         assert shared.num_tokens == group.tokens
         plan = packops.pack([len(d["input_ids"]) for d in documents], max(tokens, group.prompt + group.answer), seed=None)
