@@ -559,6 +559,7 @@ def test_documents_that_weigh_nothing_are_not_counted(reduction):
     generator = torch.Generator().manual_seed(0)
     documents = [torch.randint(0, 97, (n,), generator=generator) for n in (6, 7, 8, 9)]
     rows = [{"input_ids": d, "token_weight": [w] * len(d)} for d, w in zip(documents, (1.0, 0.0, 1.0, 0.0), strict=True)]
+    rows[0]["token_weight"][-1] = 0.0  # of a row that is scored against nothing
     collate = packops.PackingCollator(columns={"token_weight": 0.0})
     logits = torch.randn(30, 97, dtype=torch.float64)
 
@@ -580,3 +581,12 @@ def test_columns_of_any_tensor():
     for values in (weight, weight.bfloat16(), weight.double(), weight.clone().requires_grad_()):
         batch = PackingCollator(columns={"weight": 0.0})([{"input_ids": ids, "weight": values}])
         assert torch.equal(batch.columns["weight"][0], weight)
+
+
+def test_what_a_collator_cannot_make_is_named_at_once():
+    with pytest.raises(ValueError, match=r"reduction must be one of 'mean', .*, got 'nope'"):
+        PackingCollator(share_prefixes=True, reduction="nope")
+    with pytest.raises(ValueError, match="column 'x' holds numbers that float32 cannot hold"):
+        PackingCollator(columns={"x": 0.0})([{"input_ids": [1, 2], "x": np.array([1e40, 2.0])}])
+    infinite = PackingCollator(columns={"x": 0.0})([{"input_ids": [1, 2], "x": np.array([np.inf, 2.0])}])
+    assert infinite.columns["x"].tolist() == [[math.inf, 2.0]]

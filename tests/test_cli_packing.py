@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from packops import cli
+from packops.cli import pack as cli_pack
 from packops.cli import verify as cli_verify
 
 
@@ -289,3 +290,38 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys, name):
     """Before anything is said about its format or about a package that reads it."""
     assert command("pack", tmp_path / name) == 2
     assert capsys.readouterr().err == f"packops pack: {tmp_path / name}: there is no such file\n"
+
+
+@pytest.mark.parametrize(
+    "name, text, lengths",
+    [
+        ("a.csv", "\ufeff12\n30\n40\n", [12, 30, 40]),
+        ("b.csv", "+12\n30\n40\n", [12, 30, 40]),
+        ("c.csv", "\ufefflength,x\n12,a\n", [12]),
+        ("d.txt", "\ufeff12\n30\n", [12, 30]),
+        ("e.jsonl", '{"input_ids": [1, 2, 3, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}\n', [3]),
+    ],
+)
+def test_files_of_other_programs(tmp_path, name, text, lengths):
+    path = tmp_path / name
+    path.write_text(text, encoding="utf-8")
+    assert cli_pack.read_lengths(path).tolist() == lengths
+
+
+@pytest.mark.parametrize("line", ['{"messages": [{"role": "user"}]}', '{"input_ids": [[1, 2, 3]]}', '{"input_ids": [1.5]}'])
+def test_lists_of_anything_else_are_no_token_ids(tmp_path, line):
+    path = tmp_path / "documents.jsonl"
+    path.write_text(line + "\n")
+    with pytest.raises(TypeError, match=r"want a list of token ids, got one of (dict|list|float)"):
+        cli_pack.read_lengths(path)
+
+
+def test_text_that_looks_like_a_number_is_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(cli_pack, "_load_tokenizer", lambda name: lambda text: len(text.split()))
+    table = tmp_path / "table.csv"
+    table.write_text('text\nhello there\n1984\n"[1, 2]"\n')
+    assert cli_pack.read_lengths(table, tokenizer="any").tolist() == [2, 1, 2]
+    lines = tmp_path / "lines.jsonl"
+    lines.write_text('{"text": 1984}\n')
+    with pytest.raises(TypeError, match="want text for --tokenizer, got the number 1984"):
+        cli_pack.read_lengths(lines, tokenizer="any")

@@ -161,3 +161,9 @@ def test_data_parallel_gives_the_gradient_of_one_process(world_size, tmp_path):
         loss_of(model, everything, reduction).backward()
         grads[reduction] = [parameter.grad for parameter in model.parameters()]
     run_ranks(world_size, tmp_path, train_one_step, world_size, grads)
+
+
+@pytest.mark.parametrize("item", [torch.randn(3, 4), torch.tensor([120.0, 80.0]), torch.ones(2, 3, dtype=torch.bool)], ids=str)
+def test_floats_are_no_labels(item):
+    with pytest.raises(TypeError, match="labels must be integers, and a count a tensor of no dimension, got torch"):
+        packops.loss_normalizer(item)

@@ -414,3 +414,12 @@ def test_a_cost_that_is_none_is_refused(cost):
     """NaN and a negative cost gave an order that evens out nothing."""
     with pytest.raises((TypeError, ValueError), match=r"^cost must be two .*numbers"):
         packops.PackedBatchSampler([3, 2], 8, cost=cost)
+
+
+@pytest.mark.parametrize("gone", [300, 0])
+def test_a_document_that_is_left_out_shares_nothing_with_the_next(gone):
+    """What the next one shares with the last that is kept is no more than either shares with it."""
+    plan = packops.pack([100, gone, 200], 256, groups=[0, 0, 0], shared=[0, 0, min(gone, 199)], overlong="drop")
+    assert sorted(plan.tokens_per_pack.tolist()) == [100, 200]
+    plan = packops.pack([100, 300, 120], 256, groups=[0, 0, 0], shared=[0, 60, 90], overlong="drop")
+    assert plan.tokens_per_pack.tolist() == [100 + 120 - 60]

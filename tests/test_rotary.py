@@ -533,3 +533,11 @@ def test_settings_are_those_of_when_the_module_was_made():
     module.cos.zero_()  # a copy
     for q in (heads(10), heads(TRAINED + 1)):
         assert torch.equal(module(q, None)[0], rotated(q, BY_LENGTH["longrope"], len(q)))
+
+
+@pytest.mark.parametrize("scaling", [{"factor": 4.0}, {"rope_typ": "linear", "factor": 4.0}, {"beta_fast": 32.0}], ids=str)
+def test_scaling_of_no_type_is_refused(scaling):
+    for call in (lambda: packops.rope_table(8, 16, scaling=scaling), lambda: packops.RotaryEmbedding(8, 16, scaling=scaling)):
+        with pytest.raises(ValueError, match=r"scaling needs 'rope_type' beside '(factor|beta_fast)', got"):
+            call()
+    packops.rope_table(8, 16, scaling={"rope_theta": 500.0})

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from packops import DocumentSlice, PackedBatchSampler, PackingCollator, SlicedDataset
+from packops import DocumentSlice, PackedBatchSampler, PackingCollator, SlicedDataset, pack
 
 options = st.fixed_dictionaries(
     {
@@ -445,3 +445,19 @@ def test_the_callers_lengths_are_neither_kept_nor_written():
     frozen.flags.writeable = False
     for strategy in ("best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped"):
         list(PackedBatchSampler(frozen, 100, strategy=strategy))
+
+
+@pytest.mark.parametrize("options", [{"strategy": "sequential"}, {"seed": None}], ids=str)
+@pytest.mark.parametrize("packs_per_batch, world_size", [(1, 1), (2, 1), (1, 2)])
+def test_without_a_seed_packs_keep_their_order(options, packs_per_batch, world_size):
+    """Whatever is balanced by default: a curriculum is one."""
+    lengths = [1, 5, 2, 7, 3, 4, 8, 6, 2, 2, 5, 1] * 3
+    in_order = [int(i) for documents in pack(lengths, 8, **options) for i in documents]
+    batches = ranks(lengths, 8, world_size, packs_per_batch=packs_per_batch, **options)
+    assert [i for step in itertools.zip_longest(*batches, fillvalue=[]) for batch in step for i in batch] == in_order
+
+
+@pytest.mark.parametrize("name", ["all_ranks", "drop_last"])
+def test_flags_are_flags(name):
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
+        PackedBatchSampler([1], 4, **{name: "no"})

@@ -88,6 +88,9 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
         return float(item)
     if item.dim() == 0:
         return item
+    if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():
+        got = f"{item.dtype} of shape {tuple(item.shape)}"
+        raise TypeError(f"loss_normalizer: labels must be integers, and a count a tensor of no dimension, got {got}")
     scored = item != ignore_index
     if cu_seqlens is not None:
         if shift:

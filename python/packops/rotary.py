@@ -28,6 +28,8 @@ POSITIVE = (
     "original_max_position_embeddings",
     "max_position_embeddings",
 )
+# Entries that scale something, in the ways of a rope_type.
+SCALES = {*POSITIVE[:4], "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"}
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "llama3", "longrope", "proportional")
 
 
@@ -42,6 +44,8 @@ def rope_inverse_frequencies(
         raise ValueError(f"packops.rope_table: rotary_dim must be even and positive, got {rotary_dim}")
     scaling = dict(scaling or {})
     kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if not scaling.keys() & {"rope_type", "type"} and (given := sorted(scaling.keys() & SCALES)):
+        raise ValueError(f"packops.rope_table: scaling needs 'rope_type' beside {', '.join(map(repr, given))}, got {scaling}")
     if kind == "mrope":  # how Qwen2-VL's config files call the default with sections
         kind = "default"
     if kind not in ROPE_TYPES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import functools
 import gzip
 import json
 import sys
@@ -15,6 +16,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ..data.documents import PADDING_MASK, TOKENS, length_of
 from ..data.packing import STRATEGIES, IntArray, PackingPlan, as_lengths, pack
 from .program import LENGTH_FORMATS
 
@@ -82,10 +84,14 @@ def read_lengths(path: Path, column: str | None = None, tokenizer: str | None = 
     elif form == "parquet":
         lengths = read_parquet(path, column, tokenizer)
     else:
-        rows = {"txt": text_rows, "jsonl": json_rows, "csv": csv_rows}[form]
+        readers: dict[str, Callable[[TextIO, Path], Iterator[tuple[Any, str]]]] = {
+            "txt": text_rows,
+            "jsonl": json_rows,
+            "csv": functools.partial(csv_rows, as_text=bool(tokenizer)),
+        }
         measure = _measure(column, tokenizer)
         with open_text(path) as lines:
-            lengths = np.array([measure(value, where) for value, where in rows(lines, path)], np.int64)
+            lengths = np.array([measure(value, where) for value, where in readers[form](lines, path)], np.int64)
     if not len(lengths):
         raise ValueError(f"{name_of(path)} is empty: want the length of at least one document")
     return lengths
@@ -116,10 +122,10 @@ def name_of(path: Path) -> str:
 
 def open_text(path: Path) -> TextIO:
     if str(path) == "-":
-        return open(sys.stdin.fileno(), encoding="utf-8", newline="", closefd=False)
+        return open(sys.stdin.fileno(), encoding="utf-8-sig", newline="", closefd=False)
     if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8", newline="")
-    return path.open(encoding="utf-8", newline="")
+        return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+    return path.open(encoding="utf-8-sig", newline="")
 
 
 def numbered(lines: Iterator[Any], path: Path) -> Iterator[tuple[Any, str]]:
@@ -151,8 +157,11 @@ def json_rows(lines: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
             yield json_value(line, where), where
 
 
-def csv_rows(lines: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
-    """Rows of a table as objects. A first row of numbers alone means that the table has one nameless column and no header."""
+def csv_rows(lines: TextIO, path: Path, as_text: bool = False) -> Iterator[tuple[Any, str]]:
+    """Rows of a table as objects. A first row of numbers alone means that the table has one nameless column and no header.
+
+    as_text: cells are text, also those that look like a number.
+    """
     csv.field_size_limit(2**31 - 1)  # a list of token ids is a long field
     reader = csv.reader(lines)
     header: list[str] | None = None
@@ -161,7 +170,7 @@ def csv_rows(lines: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
         if not row:
             continue
         if header is None:
-            header = [] if len(row) == 1 and row[0].strip().lstrip("-").isdecimal() else row
+            header = [] if len(row) == 1 and is_number(row[0]) else row
             if header:
                 continue
         if not header:
@@ -171,7 +180,15 @@ def csv_rows(lines: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
         elif len(row) != len(header):
             raise ValueError(f"{where}: want {len(header)} columns as in the header, got {len(row)}")
         else:
-            yield {name: cell_value(cell) for name, cell in zip(header, row, strict=True)}, where
+            yield {name: cell if as_text else cell_value(cell) for name, cell in zip(header, row, strict=True)}, where
+
+
+def is_number(cell: str) -> bool:
+    try:
+        int(cell)
+    except ValueError:
+        return False
+    return True
 
 
 def cell_value(cell: str) -> Any:
@@ -202,6 +219,8 @@ def read_parquet(path: Path, column: str | None, tokenizer: str | None) -> IntAr
         if values.null_count:
             raise ValueError(f"{path}, row {row + int(np.argmax(values.is_null()))}: {column!r} is null")
         if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
+            if not pyarrow.types.is_integer(kind.value_type):
+                raise TypeError(f"{path}: {column!r} must hold token ids, lengths or text, got lists of {kind.value_type}")
             found.append(pyarrow.compute.list_value_length(values).to_numpy(zero_copy_only=False).astype(np.int64))
         elif pyarrow.types.is_integer(kind):
             found.append(check_array(path, values.to_numpy(zero_copy_only=False), first=row))
@@ -256,14 +275,20 @@ def _measure(column: str | None, tokenizer: str | None) -> Callable[[Any, str], 
     encode = _load_tokenizer(tokenizer) if tokenizer else None
 
     def measure(value: Any, where: str) -> int:
+        mask = None
         if isinstance(value, dict):
-            value = value[choose_field(list(value), column, where)]
+            field = choose_field(list(value), column, where)
+            mask, value = value.get(PADDING_MASK) if field == TOKENS else None, value[field]
         if isinstance(value, bool) or not isinstance(value, (int, list, str)):
             raise TypeError(f"{where}: want a length, a list of token ids or text, got {type(value).__name__}")
         if isinstance(value, int):
+            if encode is not None:
+                raise TypeError(f"{where}: want text for --tokenizer, got the number {value}")
             return check_length(value, where)
         if isinstance(value, list):
-            return len(value)
+            if other := next((x for x in value if type(x) is not int), None) if value else None:
+                raise TypeError(f"{where}: want a list of token ids, got one of {type(other).__name__}")
+            return len(value) if mask is None else length_of({TOKENS: value, PADDING_MASK: mask})
         if encode is None:
             raise ValueError(f"{where}: text needs --tokenizer to be counted in tokens")
         return encode(value)

@@ -355,6 +355,8 @@ def column_dtype(name: str, parts: Sequence[np.ndarray], fill: float) -> np.dtyp
         if dtype.kind != "f":
             return dtype
         for part in parts:
+            if (np.isfinite(part) & ~np.isfinite(part.astype(np.float32))).any():
+                raise ValueError(f"column {name!r} holds numbers that float32 cannot hold: {part}")
             if part.dtype.kind in "iu" and not np.array_equal(part.astype(np.float32).astype(np.float64), part.astype(object)):
                 raise ValueError(f"column {name!r} holds floats and integers that float32 cannot hold: make it one or the other")
     return np.dtype(np.float32)

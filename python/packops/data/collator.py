@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, ove
 import numpy as np
 import torch
 
+from ..distributed import DENOMINATORS
 from ..ops.attention_paths import max_docs_for_flash_attention
 from .batch import PackedBatch, checked_columns, column_dtype
 from .counts import as_count, as_integers
@@ -125,6 +126,8 @@ class PackingCollator(Generic[Batch]):
         self.reduction = reduction
         if share_prefixes and pad_doc_to_multiple_of != 1:
             raise ValueError("share_prefixes packs documents without padding inside: pad_doc_to_multiple_of must be 1")
+        if reduction not in DENOMINATORS:
+            raise ValueError(f"reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
         if not share_prefixes and reduction != "mean":
             raise ValueError("reduction is for share_prefixes, where the batch holds the weights; else the loss takes it")
 

@@ -314,7 +314,9 @@ def _pack_groups(
 
     _, first, group_of = np.unique(numbers, return_index=True, return_inverse=True)
     documents = np.argsort(first[group_of], kind="stable")  # groups by their first document
-    documents = documents[(lengths[documents] > 0) & (lengths[documents] <= max_length)]
+    is_kept = (lengths > 0) & (lengths <= max_length)
+    common = _shared_with_kept(common, documents, is_kept)
+    documents = documents[is_kept[documents]]
     begins, sizes = _cut_groups(group_of[documents], lengths[documents], common[documents], max_length, max_docs)
     counts = np.diff([*begins, len(documents)])
     parts = pack(
@@ -340,6 +342,16 @@ def _pack_groups(
         dropped_tokens=int(lengths[lengths > max_length].sum()),
         shared=piece_shared,
     )
+
+
+def _shared_with_kept(shared: IntArray, documents: IntArray, is_kept: NDArray[np.bool_]) -> IntArray:
+    """What each document that is kept shares with the last one before it that is: no more than any between share with theirs."""
+    shared, least = shared.copy(), np.iinfo(np.int64).max
+    for document in documents[np.flatnonzero(~is_kept[documents])[0] :] if not is_kept.all() else ():
+        least = min(least, shared[document])
+        if is_kept[document]:
+            shared[document], least = least, np.iinfo(np.int64).max
+    return shared
 
 
 def _cut_groups(

@@ -100,7 +100,8 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
 
     Args:
         lengths, max_length, strategy, seed, max_docs_per_pack, overlong, pad_doc_to_multiple_of: as :func:`packops.pack`. The
-            packs' order is random too, unless ``seed`` is None or the strategy ``"sequential"``.
+            packs' order is random too, unless ``seed`` is None or the strategy ``"sequential"``: then it is kept, and nothing is
+            balanced.
         packs_per_batch: packs a rank takes at each step; they become one row of up to ``packs_per_batch * max_length`` tokens.
         rank, world_size: this process and how many there are; by default those of ``torch.distributed``, or one process.
         all_ranks: yield the batches of all ranks in turn, those of a step one after the other, and leave it to the loader to take
@@ -140,6 +141,9 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         self.packs_per_batch = as_count("packs_per_batch", packs_per_batch)
         if balance not in ("none", "tokens", "attention"):
             raise ValueError(f"balance must be 'none', 'tokens' or 'attention', got {balance!r}")
+        for name, flag in (("all_ranks", all_ranks), ("drop_last", drop_last)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {flag!r}")
         self.all_ranks = all_ranks
         self.balance = balance
         self.cost = _checked_cost(cost)
@@ -303,7 +307,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         count = len(spans.begin)
         order = np.arange(count) if self.seed is None else _C.permutation(count, self.seed, epoch)
         full, rest = count // per_step, count % per_step
-        if self.balance != "none":
+        if self.balance != "none" and self.seed is not None:
             cost = self._span_costs(plan, spans, *(self.cost if self.balance == "attention" else (1.0, 0.0)))
             order[: full * per_step] = self._even_out(order[: full * per_step], cost, per_step)
             tail = order[full * per_step :]
@@ -322,8 +326,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         for number, begin in enumerate(range(0, len(order), window)):
             packs = order[begin : begin + window]
             steps = packs[np.argsort(-cost[packs], kind="stable")].reshape(-1, per_step)
-            if self.seed is not None:
-                steps = steps[_C.permutation(len(steps), self.seed, number)]
+            steps = steps[_C.permutation(len(steps), self.seed, number)]
             result[begin : begin + window] = steps.ravel()
         return result
 
