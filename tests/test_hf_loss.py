@@ -13,6 +13,7 @@ import packops
 import packops.hf
 from packops import PackingCollator
 from packops.hf import loss as hf_loss
+from packops.hf.attention_documents import begin_anew
 
 transformers = pytest.importorskip("transformers")
 
@@ -321,6 +322,10 @@ def test_boundaries_say_where_positions_begin_anew(name, family, cross_entropy):
     if name != "packops_varlen":
         with pytest.raises(ValueError, match=f"position_ids go on from one document of cu_seq_lens_q to the next, and '{name}'"):
             model(**{**packed(texts), "position_ids": counted})
+        with pytest.raises(
+            ValueError, match=f"cu_seq_lens_q without position_ids, by which alone '{name}' tells documents apart"
+        ):
+            model(**{**packed(texts), "position_ids": None, "pixel_values": torch.zeros(1)})
 
 
 def opt(**config):
@@ -426,6 +431,8 @@ def test_prefill_in_chunks_of_a_batch_that_is_padded_on_the_left():
     want = model.generate(ids, **options)
     packops.hf.apply(model)
     assert torch.equal(model.generate(ids, **options), want)
+    packed_behind_padding = torch.tensor([[3, 0, 1, 2]]), torch.tensor([[0, 0, 0, 0, 1, 1, 1, 1]])
+    assert begin_anew(*packed_behind_padding)
 
 
 CALLS = {

@@ -38,9 +38,11 @@ def test_positions_that_do_not_restart_are_caught():
         batch.position_ids = torch.arange(batch.num_tokens)[None]
         return batch
 
-    report = packops.verify(packops.hf.apply(make("llama")), documents(), collator=collate)
+    report = packops.verify(make("llama"), documents(), collator=collate)
     assert not report.ok
     assert report.worst_leak > 1e-3
+    with pytest.raises(ValueError, match="position_ids go on from one document of cu_seq_lens_q to the next"):
+        packops.verify(packops.hf.apply(make("llama")), documents(), collator=collate)
 
 
 def test_a_loss_across_the_boundary_is_caught(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import torch
@@ -405,3 +406,70 @@ def test_bad_arguments(documents):
         verify(llama(), [[0] * 5] * 3)
     with pytest.raises(ValueError, match=r"reduction must be one of 'mean', .* got 'sum'"):
         verify(llama(), documents, reduction="sum")
+
+
+@pytest.mark.parametrize(
+    "collator, error, message",
+    [
+        (packops.PackingCollator(names="hf"), TypeError, r"collator must return a packops.PackedBatch, got a dict"),
+        (packops.PackingCollator(share_prefixes=True, min_shared=1), ValueError, "collator shares prefixes: pass share_prefixes"),
+    ],
+)
+def test_collators_that_verify_cannot_take(collator, error, message):
+    documents = [[5, 6, 7, 8], [5, 6, 9], [5, 6, 7]]
+    with pytest.raises(error, match=message):
+        packops.verify(torch.nn.Linear(1, 1), documents, collator=collator, forward=lambda *given: None)
+
+
+class Plain(torch.nn.Module):
+    """Each token by itself, so that packing changes nothing; ``masked`` columns are -inf."""
+
+    def __init__(self, masked: bool = False, leaks: bool = False):
+        super().__init__()
+        self.embedding, self.masked, self.leaks = torch.nn.Embedding(20, 16), masked, leaks
+        self.head = torch.nn.Linear(16, 20, bias=False)
+
+    def forward(self, ids):
+        hidden = self.embedding(ids)
+        if self.leaks:
+            hidden = hidden + 0.1 * hidden.cumsum(1)
+        logits = self.head(hidden).float()
+        return logits.index_fill(-1, torch.tensor([18, 19]), -torch.inf) if self.masked else logits
+
+
+def of_ids(model, batch):
+    return model(batch.input_ids)
+
+
+TEXTS = [[5, 6, 7, 8], [9, 6, 4], [7, 5, 3, 2, 1], [11, 12]]
+
+
+def test_autocast_is_as_coarse_as_it_is():
+    torch.manual_seed(0)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        report = packops.verify(Plain(), TEXTS, forward=of_ids)
+    assert report.ok, report
+    assert report.tolerance == 4e-2
+
+
+def test_masked_columns_are_the_same_packed():
+    torch.manual_seed(0)
+    assert packops.verify(Plain(masked=True), TEXTS, forward=of_ids).ok
+    leaky = packops.verify(Plain(masked=True, leaks=True), TEXTS, forward=of_ids)
+    assert not leaky.ok
+    assert "documents see each other" in leaky.findings[0]
+
+
+def test_where_nothing_would_be_verified():
+    model = Plain()
+    for documents, options, message in (
+        ([[1], [2], [3]], {}, "no token of these documents is scored"),
+        (TEXTS, {"max_length": 0}, "max_length must be"),
+        (TEXTS, {"tolerance": math.inf}, "tolerance must be positive and finite, got inf"),
+        (TEXTS, {"tolerance": math.nan}, "tolerance must be positive and finite, got nan"),
+        (TEXTS, {"collator": lambda documents: packops.PackingCollator()(documents[:1])}, "collator must keep all documents"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packops.verify(model, documents, forward=of_ids, **options)
+    with pytest.raises(ValueError, match="model must have parameters"):
+        packops.verify(torch.nn.Identity(), TEXTS, forward=lambda model, batch: torch.zeros(1, batch.num_tokens, 20))

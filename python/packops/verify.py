@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from . import reference
 from .data.batch import PackedBatch
 from .data.collator import PackingCollator
+from .data.counts import as_count
 from .data.documents import length_of
 from .data.forest import PackedForest
 from .data.packing import pack
@@ -176,7 +178,8 @@ def verify(
         reduction: ``"mean"``, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``: the loss that is meant.
         max_length: capacity of a pack; by default such that there are about two micro-batches, with ``share_prefixes`` one.
         collator: makes the batches; by default a :class:`packops.PackingCollator`.
-        tolerance: largest relative difference; by default 1e-6, 1e-4, 1e-2, 4e-2 for fp64, fp32, fp16, bf16 parameters.
+        tolerance: largest relative difference; by default 1e-6, 1e-4, 1e-2, 4e-2 for fp64, fp32, fp16, bf16, the coarsest of
+            the parameters, the logits and autocast.
         leaks: also change each document in turn and look at the others: one forward pass a document.
         gradients: compare gradients too; without, nothing runs backward (FlexAttention cannot on the CPU).
         share_prefixes: pack prefixes that documents share once (:class:`packops.PackedForest`), however short they are. ``loss``
@@ -184,9 +187,15 @@ def verify(
 
     Returns:
         A :class:`VerifyReport`; ``report.ok`` is the answer.
+
+    Raises:
+        TypeError, ValueError: an argument that is not as above, or with which nothing would be verified; it is named.
     """
     if reduction not in DENOMINATORS:
         raise ValueError(f"reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+    max_length = as_count("max_length", max_length, optional=True)
+    if tolerance is not None and not 0 < tolerance < math.inf:
+        raise ValueError(f"tolerance must be positive and finite, got {tolerance}")
     if forward is None:
         _check_causal(model)
     documents = [document for document in documents if length_of(document)]
@@ -258,6 +267,16 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
     return loss
 
 
+def _batch_of(collator: Callable[[Sequence[Any]], PackedBatch], documents: Sequence[Any]) -> PackedBatch:
+    batch = collator(documents)
+    if not isinstance(batch, PackedBatch):
+        raise TypeError(
+            f"packops.verify: collator must return a packops.PackedBatch, got a {type(batch).__name__} "
+            "(PackingCollator(names='hf') makes a dictionary)"
+        )
+    return batch
+
+
 @dataclasses.dataclass
 class _Run:
     model: nn.Module
@@ -268,9 +287,9 @@ class _Run:
     alone_collator: Callable[[Sequence[Any]], PackedBatch]
 
     def compare(self, documents: list[Any], max_length: int | None, tolerance: float | None, with_leaks: bool) -> VerifyReport:
-        parameter = next(self.model.parameters())
-        if tolerance is None:
-            tolerance = TOLERANCES.get(parameter.dtype, 4e-2)
+        parameter = next(self.model.parameters(), None)
+        if parameter is None:
+            raise ValueError("model must have parameters: nothing would be verified about their gradients")
         device = parameter.device
         lengths = [length_of(document) for document in documents]
         shares = self.collator is not self.alone_collator  # then siblings must meet
@@ -278,21 +297,33 @@ class _Run:
         packs = [list(map(int, p)) for p in pack(lengths, capacity, strategy="sequential")]
         if all(len(members) == 1 for members in packs):
             raise ValueError(f"max_length = {max_length} leaves every document in a pack of its own: nothing would be verified")
-        alone = [self.alone_collator([document]).to(device) for document in documents]
-        batches = [self.collator([documents[i] for i in p]).to(device) for p in packs]
+        alone = [_batch_of(self.alone_collator, [document]).to(device) for document in documents]
+        batches = [_batch_of(self.collator, [documents[i] for i in p]).to(device) for p in packs]
+        if not shares and any(isinstance(batch, PackedForest) for batch in batches):
+            raise ValueError("collator shares prefixes: pass share_prefixes=True, and no collator")
         forests = [batch for batch in batches if isinstance(batch, PackedForest)]
         if forests and not any((batch.parents >= 0).any() for batch in forests):
             raise ValueError("no two documents of a pack share a prefix: nothing would be verified about shared prefixes")
 
-        truth = self.alone(alone)
-        dtypes = {parameter.dtype, truth.dtype}
+        for members, batch in zip(packs, batches, strict=True):
+            if batch.lengths != (expected := tuple(alone[i].lengths[0] for i in members)):
+                raise ValueError(f"collator must keep all documents: of lengths {expected} it made {batch.lengths}")
         num_items = loss_normalizer(batches, reduction=self.reduction, gradients="sum")
+        if float(num_items) == 0:
+            raise ValueError("no token of these documents is scored: nothing would be verified about losses")
+
+        truth = self.alone(alone)
+        dtypes = {truth.dtype, *(parameter.dtype for parameter in self.model.parameters())}
+        if torch.is_autocast_enabled(device.type):  # heads may return fp32
+            dtypes.add(torch.get_autocast_dtype(device.type))
+        if tolerance is None:
+            tolerance = max(TOLERANCES.get(dtype, 4e-2) for dtype in dtypes)
         packed, gradients, logits = self.packed(batches, num_items)
-        scale = max(float(values.abs().max()) for values in truth.logits)
+        scale = max(_largest(values[values.isfinite()]) for values in truth.logits)
         order = list(itertools.chain(*packs))
         logit_differences = torch.zeros(len(documents), dtype=torch.float64)
         for i, mine in zip(order, logits, strict=True):
-            logit_differences[i] = _largest(mine - truth.logits[i]) / scale
+            logit_differences[i] = _relative(_largest(_difference(mine, truth.logits[i])), scale)
         floor = SMALL_GRADIENT * max((float(g.abs().max()) for g in truth.gradients.values()), default=0.0)
         gradient_differences = {
             name: _relative(_largest(gradients[name] - g), max(float(g.abs().max()), floor))
@@ -386,7 +417,7 @@ class _Run:
         for members, batch in zip(packs, batches, strict=True):
             before = batch.unpack(self.forward(self.model, batch).float())
             again = batch.unpack(self.forward(self.model, batch).float())
-            noise = max([noise, *(_largest(a - b) / scale for a, b in zip(again, before, strict=True))])
+            noise = max([noise, *(_relative(_largest(_difference(a, b)), scale) for a, b in zip(again, before, strict=True))])
             for place, i in enumerate(members):
                 changed = batch.input_ids.clone()
                 rows = batch.own_rows(place)
@@ -394,7 +425,7 @@ class _Run:
                 changed[0, rows] = known[(torch.searchsorted(known, changed[0, rows]) + 1) % len(known)]
                 after = batch.unpack(self.forward(self.model, dataclasses.replace(batch, input_ids=changed)).float())
                 for j, new, old in zip(members, after, before, strict=True):
-                    matrix[i, j] = _largest(new - old) / scale
+                    matrix[i, j] = _relative(_largest(_difference(new, old)), scale)
         return noise, matrix
 
     def explain(self, report: VerifyReport, packed: Tensor, batches: list[PackedBatch]) -> list[str]:
@@ -487,6 +518,11 @@ def _reference_loss(logits: Tensor, batch: PackedBatch, reduction: str, denomina
 
 def _on_host(values: Iterable[Tensor]) -> Tensor:
     return torch.stack([value.double().reshape(()).cpu() for value in values])
+
+
+def _difference(a: Tensor, b: Tensor) -> Tensor:
+    """0 where both are the same infinity, as masked columns of a padded vocabulary are."""
+    return torch.where(a == b, 0, a - b)
 
 
 def _largest(difference: Tensor) -> float:

@@ -27,6 +27,8 @@ EXPECTED = (OSError, ValueError, TypeError, NotImplementedError, ImportError)  #
 
 def main(args: argparse.Namespace) -> int:
     try:
+        if args.json and not args.json.parent.is_dir():  # before what takes minutes
+            raise ValueError(f"--json {args.json}: there is no folder {args.json.parent}")
         report = run(args)
         if args.json:
             args.json.write_text(json.dumps(report.to_dict(), indent=1) + "\n")
@@ -126,7 +128,7 @@ def random_documents(vocabulary: int) -> list[list[int]]:
 def read_documents(path: Path) -> list[list[int]]:
     """One document a line; the list's index is the line's number less one."""
     documents = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other ends of lines
         try:
             value = json.loads(line) if line.strip() else []
         except (ValueError, RecursionError):

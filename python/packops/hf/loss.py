@@ -460,6 +460,11 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             f"({packed}) begin: they would see each other. packops.hf.apply(model, attention='packops_varlen') keeps them "
             "apart where the family takes it; a newer transformers may look"
         )
+    if positions is None:  # beside images, whose positions are the model's to find
+        raise ValueError(
+            f"packops.hf: cu_seq_lens_q without position_ids, by which alone {name!r} tells documents apart: they would see each "
+            "other. Pass position_ids too"
+        )
     if go_on(positions, bounds):
         raise ValueError(
             f"packops.hf: position_ids go on from one document of cu_seq_lens_q to the next, and {name!r} tells documents apart "
