@@ -1166,3 +1166,27 @@ def test_fp16_gradients_of_next_to_nothing_are_zeros(scale):
     ):
         for grad in torch.autograd.grad((result * scale).sum(), (hidden, weight)):
             assert (grad == 0).all()
+
+
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean"])
+def test_documents_whose_classes_weigh_nothing(device, reduction):
+    """They count, as for the loss of logits: statistics are theirs, gradients are 0, and NaN shows."""
+    hidden, weight = (torch.randn(n, 8, device=device, requires_grad=True) for n in (6, 5))
+    labels = torch.tensor([1, 1, 1, 2, 3, 2], device=device)
+    given = {
+        "cu_seqlens": torch.tensor([0, 3, 6], device=device),
+        "class_weight": torch.tensor([1.0, 0.0, 2.0, 1.0, 1.0], device=device),
+        "reduction": reduction,
+        "return_stats": True,
+    }
+    found, stats = packops.linear_cross_entropy(hidden, weight, labels, **given)
+    want, expected = packops.cross_entropy(hidden @ weight.t(), labels, **given)
+    torch.testing.assert_close(found, want)
+    for a, b in zip(stats, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    for a, b in zip(torch.autograd.grad(found, (hidden, weight)), torch.autograd.grad(want, (hidden, weight)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        hidden[1] = torch.nan
+    for call in (hidden, hidden.detach()):
+        assert packops.linear_cross_entropy(call, weight, labels, **given)[0].isnan()

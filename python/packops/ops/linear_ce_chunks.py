@@ -220,7 +220,14 @@ def losses_and_gradients(
     bias = None if bias is None else bias.contiguous()
 
     def chunk_loss(logits: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, ...]:
-        loss, *found = kernel(logits, y, reduction="none", ignore_index=IGNORED, token_weight=s, **maths, **stats)
+        # Where all classes of a mean weigh nothing, a row counts, and its scale is 0. The kernel does not read rows of weight 0.
+        nothing = None if maths["class_weight"] is None else (y >= 0) & (s == 0)
+        weight = s if nothing is None else s.masked_fill(nothing, 1)
+        loss, *found = kernel(logits, y, reduction="none", ignore_index=IGNORED, token_weight=weight, **maths, **stats)
+        if nothing is not None:
+            loss = loss * ~nothing
+            if any(wanted):
+                logits.masked_fill_(nothing[:, None], 0)
         return (loss, *found[-4:-2]) if with_stats else (loss,)
 
     def chunk_loss_fp64(logits: Tensor, y: Tensor, s: Tensor) -> tuple[Tensor, ...]:  # the kernel's token weights are fp32
@@ -232,9 +239,8 @@ def losses_and_gradients(
     def product_loss(h: Tensor, y: Tensor, s: Tensor) -> Tensor:
         if maths["class_weight"] is not None:
             s = s * maths["class_weight"][y.clamp(min=0)]
-        counted = (y >= 0) & (s != 0)
         log_prob = cast(Product, product).statistics(h, weight, bias, y, maths["logit_scale"], maths["softcap"], False)[0]
-        return torch.where(counted, -log_prob * s, 0).masked_fill_(y == BAD_LABEL, torch.nan)
+        return torch.where(y >= 0, -log_prob * s, 0).masked_fill_(y == BAD_LABEL, torch.nan)
 
     unit = _unit(target, scale, maths) if any(wanted) and hidden.dtype == torch.float16 else None
     result = run_chunks(
