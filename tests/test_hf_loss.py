@@ -409,6 +409,9 @@ def test_weights_of_shared_rows_are_counted(reduction):
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="a batch has no token_weight and shift_labels"):
         trainer._get_num_items_in_batch([packed(texts)], torch.device("cpu"))
+    trainer.model_accepts_loss_kwargs = False
+    with pytest.raises(ValueError, match="this trainer counts nothing"):
+        trainer._get_num_items_in_batch(batches, torch.device("cpu"))
 
 
 def test_count_documents_leaves_out_those_that_weigh_nothing():

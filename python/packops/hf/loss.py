@@ -299,7 +299,12 @@ def count_weights(trainer: Any) -> None:
 
     def count(batch_samples: list, device: torch.device) -> Any:
         sums = [_Counted(_weights_of(batch)) for batch in batch_samples if "labels" in batch]
-        return count_labels([{"labels": found, "shift_labels": found} for found in sums], device)
+        total = count_labels([{"labels": found, "shift_labels": found} for found in sums], device)
+        if sums and total is None:
+            raise ValueError(
+                "packops.hf.count_weights: this trainer counts nothing, so each micro-batch would be divided by its own"
+            )
+        return total
 
     trainer._get_num_items_in_batch = count
 
@@ -309,6 +314,9 @@ class _Counted:
     """Takes the place of labels in Trainer's count, which knows of processes and devices."""
 
     number: Tensor
+
+    def __getitem__(self, _shifted: Any) -> _Counted:
+        return self
 
     def ne(self, _ignore_index: int) -> Tensor:
         return self.number
