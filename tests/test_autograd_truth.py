@@ -421,7 +421,7 @@ def test_rope_in_place_names_views_that_cannot_be_written():
 def test_boundaries_that_change_before_the_backward_are_an_error():
     """As with every tensor that autograd keeps: the buffer of the next batch, say."""
     bounds, values = torch.tensor([0, 2, 6]), torch.ones(6, requires_grad=True)
-    (sums,) = [packops.document_sums(values, bounds)]
+    sums = packops.document_sums(values, bounds)
     (grad,) = torch.autograd.grad(sums, values, torch.tensor([1.0, 10.0], requires_grad=True), create_graph=True)
     bounds[1] = 5
     for result in (sums, grad):

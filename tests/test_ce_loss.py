@@ -1122,16 +1122,16 @@ def test_peak_memory():
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 4)], ids=str)
-def test_documents_without_tokens_have_a_loss_of_zero(shape, compiled):
+def test_documents_without_tokens_have_a_loss_of_zero(device, shape, compiled):
     """Every row of a (..., L) batch is a document, of no tokens too: what the compiler was promised is there."""
 
     def losses(logits, labels):
-        hidden, weight = logits[..., :4].contiguous(), torch.ones(5, 4)
+        hidden, weight = logits[..., :4].contiguous(), torch.ones(5, 4, device=device)
         of_logits = packops.cross_entropy(logits, labels, return_stats=True)[1].sequence_loss
         of_hidden = packops.linear_cross_entropy(hidden, weight, labels, return_stats=True)[1].sequence_loss
         return of_logits + 1, of_hidden + 1
 
-    logits, labels = torch.zeros(*shape, 5), torch.zeros(shape, dtype=torch.long)
+    logits, labels = torch.zeros(*shape, 5, device=device), torch.zeros(shape, dtype=torch.long, device=device)
     for found in (torch.compile(losses, fullgraph=True) if compiled else losses)(logits, labels):
         assert found.tolist() == [1] * math.prod(shape[:-1])
 

@@ -412,7 +412,11 @@ def test_bad_arguments(documents):
     "collator, error, message",
     [
         (packops.PackingCollator(names="hf"), TypeError, r"collator must return a packops.PackedBatch, got a dict"),
-        (packops.PackingCollator(share_prefixes=True, min_shared=1), ValueError, "collator shares prefixes: pass share_prefixes"),
+        (
+            packops.PackingCollator(share_prefixes=True, min_shared=1),
+            ValueError,
+            "collator shares prefixes: that needs share_prefixes=True",
+        ),
     ],
 )
 def test_collators_that_verify_cannot_take(collator, error, message):

@@ -271,7 +271,7 @@ def _batch_of(collator: Callable[[Sequence[Any]], PackedBatch], documents: Seque
     batch = collator(documents)
     if not isinstance(batch, PackedBatch):
         raise TypeError(
-            f"packops.verify: collator must return a packops.PackedBatch, got a {type(batch).__name__} "
+            f"collator must return a packops.PackedBatch, got a {type(batch).__name__} "
             "(PackingCollator(names='hf') makes a dictionary)"
         )
     return batch
@@ -300,14 +300,16 @@ class _Run:
         alone = [_batch_of(self.alone_collator, [document]).to(device) for document in documents]
         batches = [_batch_of(self.collator, [documents[i] for i in p]).to(device) for p in packs]
         if not shares and any(isinstance(batch, PackedForest) for batch in batches):
-            raise ValueError("collator shares prefixes: pass share_prefixes=True, and no collator")
+            raise ValueError("collator shares prefixes: that needs share_prefixes=True")
         forests = [batch for batch in batches if isinstance(batch, PackedForest)]
         if forests and not any((batch.parents >= 0).any() for batch in forests):
             raise ValueError("no two documents of a pack share a prefix: nothing would be verified about shared prefixes")
 
         for members, batch in zip(packs, batches, strict=True):
             if batch.lengths != (expected := tuple(alone[i].lengths[0] for i in members)):
-                raise ValueError(f"collator must keep all documents: of lengths {expected} it made {batch.lengths}")
+                raise ValueError(
+                    f"collator must keep all documents of a pack, of lengths {expected}: its batch has {batch.lengths}"
+                )
         num_items = loss_normalizer(batches, reduction=self.reduction, gradients="sum")
         if float(num_items) == 0:
             raise ValueError("no token of these documents is scored: nothing would be verified about losses")

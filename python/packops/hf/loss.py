@@ -420,9 +420,9 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
     if given.get("token_weight") is not None:
         why = ""
         if scored and not isinstance(model.loss_function, CausalLMLoss):
-            why = "the loss is not packops', which packops.hf.apply(model, cross_entropy=True) makes it"
+            why = "the model's loss is not packops'. packops.hf.apply(model, cross_entropy=True) replaces it"
         elif trains and given.get("labels") is None:
-            why = "it has no labels: a compute_loss_func, or Trainer's label smoothing, has a loss that knows no weights"
+            why = "it has no labels. The loss of a compute_loss_func, or of Trainer's label smoothing, knows no weights"
         if why:
             raise ValueError(f"packops.hf: token_weight is given, and this call would not use it: {why}")
     positions = given.get("position_ids")

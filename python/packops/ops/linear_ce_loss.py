@@ -583,7 +583,7 @@ def linear_cross_entropy(
             which whoever packed the batch knows (``PackedBatch.num_valid``). Then the other rows cost no matrix product. If more
             rows count, that is a ValueError on the CPU, and on CUDA with :func:`packops.checks` on; otherwise the loss is NaN.
         chunk_tokens: rows of a chunk; None: chosen from the shapes. Fewer need less memory; below about 1000 the matrix units
-            idle.
+            idle. As many as there are tokens: the gradient of 16-bit logits is kept for the backward, and nothing is accumulated.
         accum_dtype: in which the gradients are accumulated over the chunks: ``torch.float32`` (``4 V H + 4 T H`` bytes, held
             until the backward), or for bf16 parameters ``torch.bfloat16`` (half of that, and less accurate with every chunk).
         logits_dtype: ``torch.float32`` keeps the logits of 16-bit parameters in fp32; chunks are smaller for it (on Hopper, where
