@@ -860,6 +860,21 @@ def test_compile(device, name, inplace):
                 torch.testing.assert_close(a.grad, e.grad, rtol=1e-5, atol=1e-5)
 
 
+def test_compile_rotates_the_slice_that_it_was_given_in_place(device):
+    """Where lengths change, so does where a slice begins, and inductor does not tell that to an op which writes to it."""
+    cos, sin = packops.rope_table(8, 32, device=device)
+
+    def rotate(qkv):
+        packops.apply_rope(qkv[0], qkv[1], cos, sin, inplace=True)
+        return qkv
+
+    torch._dynamo.reset()
+    compiled = torch.compile(rotate, fullgraph=True, dynamic=True)
+    for tokens in (7, 9):
+        qkv = torch.randn(3, tokens, 2, 8, device=device)
+        torch.testing.assert_close(compiled(qkv.clone()), rotate(qkv.clone()), rtol=1e-6, atol=1e-6)
+
+
 def test_compile_once_for_all_lengths(device):
     cos, sin = packops.rope_table(32, 100, device=device)
     from torch._dynamo.testing import CompileCounterWithBackend
