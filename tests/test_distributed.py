@@ -292,20 +292,32 @@ def linear_form(world):
     with torch.no_grad(), torch.autocast(world.device.type, torch.bfloat16):
         loss = packops.vocab_parallel_linear_cross_entropy(hidden, weight, labels, shard_sizes=sizes)
     torch.testing.assert_close(loss, plain, rtol=2e-2, atol=0)
+    # A weight that one rank alone trains, and the gradient of each token on its own.
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_(world.rank == 0)
+    losses = packops.vocab_parallel_linear_cross_entropy(h, w, labels, shard_sizes=sizes, reduction="none")
+    losses.backward(torch.ones_like(losses))
+    world.same_bits(h.grad)
+    # Without gradients nobody adds them up, whatever a tensor would need: the next thing to be added up is what comes next.
+    with torch.no_grad():
+        h = hidden.clone().requires_grad_(world.rank == 0)
+        packops.vocab_parallel_linear_cross_entropy(h, weight, labels, shard_sizes=sizes)
+        ones = torch.ones_like(hidden)
+        dist.all_reduce(ones)
+        assert (ones == world.world_size).all()
     # Ranks without classes.
     everything_here = [VOCAB] + [0] * (world.world_size - 1)
-    full = full["weight"].float()
-    local = full[: everything_here[world.rank]].clone().requires_grad_()
-    h, whole, of_whole = (x.detach().clone().requires_grad_() for x in (hidden, full, hidden))
-    for reduction in ("mean", "none"):
+    for dtype, reduction in itertools.product([torch.float32, torch.bfloat16], ["mean", "none"]):
+        h, whole, of_whole = (x.detach().clone().to(dtype).requires_grad_() for x in (hidden, full["weight"], hidden))
+        local = whole.detach()[: everything_here[world.rank]].clone().requires_grad_()
         options = {"reduction": reduction, "label_smoothing": 0.1}
         loss = packops.vocab_parallel_linear_cross_entropy(h, local, labels, shard_sizes=everything_here, **options)
         expected = packops.linear_cross_entropy(of_whole, whole, labels, **options)
-        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(loss, expected, rtol=1e-5 if dtype == torch.float32 else 5e-3, atol=1e-5)
         got = torch.autograd.grad(loss.sum(), (h, local))
         want = torch.autograd.grad(expected.sum(), (of_whole, whole))
-        torch.testing.assert_close(got[0], want[0], rtol=2e-5, atol=1e-5)
-        torch.testing.assert_close(got[1], want[1][: len(local)], rtol=2e-5, atol=1e-5)
+        tolerance = {"rtol": 2e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 4e-3}
+        torch.testing.assert_close(got[0], want[0], **tolerance)
+        torch.testing.assert_close(got[1], want[1][: len(local)], **tolerance)
 
 
 def replay(world):
@@ -698,7 +710,7 @@ def _what_one_rank_cannot_accept(rank):
     def call(op, width=4, sizes=None, labels=LABELS, dtype=torch.float32, rows=5, features=3, needs_gradient=False, **options):
         if op == "vocab_parallel_cross_entropy":
             return packops.vocab_parallel_cross_entropy(
-                torch.randn(rows, width).to(dtype), labels, shard_sizes=sizes, reduction="sum"
+                torch.randn(rows, width).to(dtype), labels, shard_sizes=sizes, reduction="sum", **options
             )
         hidden = torch.randn(rows, 3, requires_grad=needs_gradient)
         weight = torch.randn(width, features).to(dtype)
@@ -717,6 +729,8 @@ def _what_one_rank_cannot_accept(rank):
         "rows that are not those of the labels": {"rows": here(5, 6)},
         "as many rows and labels as others have not": {"rows": here(5, 4), "labels": here(LABELS, LABELS[:4])},
         "a dtype that is none": {"dtype": here(torch.int64, torch.float32)},
+        "a label that is no class": {"labels": here(LABELS, LABELS + 3)},
+        "boundaries beyond the rows": {"cu_seqlens": here(torch.tensor([0, 5]), torch.tensor([0, 6]))},
     }
     of_linear = {
         "another hidden size": {"features": here(3, 4)},
@@ -727,11 +741,13 @@ def _what_one_rank_cannot_accept(rank):
     }
     for op in ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy", "vocab_parallel_linear_log_probs"):
         refused = of_all if op == "vocab_parallel_cross_entropy" else of_all | of_linear
+        if op != "vocab_parallel_linear_log_probs":
+            refused = refused | {"a class_weight of one shard": {"class_weight": here(torch.ones(8), torch.ones(4))}}
         if op == "vocab_parallel_linear_log_probs":  # ranks meet once
             refused = {name: arguments for name, arguments in refused.items() if "chunk_tokens" not in arguments}
             call(op, chunk_tokens=here(2, 3))
         for name, arguments in refused.items():
-            with pytest.raises((ValueError, TypeError), match=f"packops.{op}: "):
+            with pytest.raises((ValueError, TypeError, IndexError), match=f"packops.{op}: "):
                 call(op, **arguments), print(f"{op} accepts {name}")
             dist.barrier()  # nobody is one call ahead
         call(op, here(5, 3), [5, 3])

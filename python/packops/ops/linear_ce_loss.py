@@ -121,8 +121,9 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         link: tuple[Tensor],
     ):
         wanted = Wanted(*ctx.needs_input_grad[1:4])
-        # Each row of the hidden states' gradient belongs to one token: its grad_output can be multiplied on later.
-        early = options["reduction"] != "none" or not (wanted.weight or wanted.bias)
+        # Each row of the hidden states' gradient belongs to one token: its grad_output can be multiplied on later. Ranks add up that
+        # gradient, all in the same pass, whatever else each of them wants.
+        early = options["reduction"] != "none" or not (ops.is_shared or wanted.weight or wanted.bias)
         flags = {f"grad_{name}": want for name, want in wanted._asdict().items()} if early else {}
         if with_stats:
             flags["with_stats"] = True
@@ -341,7 +342,11 @@ def forward_and_backward(
         weight_gradient(*given, num_valid=num_valid, main_grad=main_grad)
 
     return SimpleNamespace(
-        forward=forward, backward=backward, weight_gradient=weight_gradient, add_weight_gradient=add_weight_gradient
+        forward=forward,
+        backward=backward,
+        weight_gradient=weight_gradient,
+        add_weight_gradient=add_weight_gradient,
+        is_shared=add_up is not None,
     )
 
 
@@ -399,6 +404,7 @@ def register(namespace: str) -> None:
         backward=getattr(ops, f"_{OP}_backward").default,
         weight_gradient=getattr(ops, f"_{OP}_weight_gradient").default,
         add_weight_gradient=getattr(ops, f"_{OP}_add_weight_gradient").default,
+        is_shared=False,
     )
 
     work = forward_and_backward(ce)

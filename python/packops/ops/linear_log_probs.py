@@ -61,6 +61,7 @@ OP = "linear_log_probs"
 REFUSED = "use torch.log_softmax of the logits"
 BAD_LABEL = _checks.BAD_LABEL
 ELSEWHERE = 2**31 - 1  # a column that no shard has
+PARTIAL_STATES = 5  # numbers per row that shards tell each other; two more follow
 LEAST_LOG = -1e4  # stands for log 0: where p is 0, p log p is 0
 PIECE_BYTES = 1 << 26  # of logits whose gradient is formed at once: what elementwise operations need as temporaries
 
@@ -231,8 +232,8 @@ def _over_shards(log_prob: Tensor, rows: Rows, target: Tensor, shard: Shard, wid
     entropy = torch.zeros_like(log_prob) if rows.entropy is None else rows.entropy
     place = [log_prob.new_full((1,), number) for number in (shard.first_class, width)]  # a list would be copied to the device
     everyone = shard.gather(torch.cat([rows.row_max, rows.log_sum, entropy, log_prob, owned.to(log_prob.dtype), *place]))
-    everyone = everyone.view(-1, 5 * len(target) + 2)
-    maxima, log_sums, entropies, log_probs, owners = everyone[:, :-2].view(len(everyone), 5, -1).unbind(1)
+    everyone = everyone.view(-1, PARTIAL_STATES * len(target) + 2)
+    maxima, log_sums, entropies, log_probs, owners = everyone[:, :-2].view(len(everyone), PARTIAL_STATES, -1).unbind(1)
     begins, widths = everyone[:, -2:].unbind(1)
     lined_up = (begins == widths.cumsum(0) - widths).all() & (widths.sum() == shard.vocab_size)
 

@@ -146,6 +146,10 @@ def multiply(
     made = next((g for g in (grad_hidden, grad_weight, grad_bias) if g is not None), None)
     if made is None:
         return
+    if not len(weight):  # a shard without classes
+        if grad_hidden is not None:
+            grad_hidden.zero_()
+        return
     wide = made.dtype
     if not hidden.is_cuda and not wide == hidden.dtype == grad_logits.dtype:  # whose products have one dtype
         hidden = hidden.to(wide)

@@ -17,7 +17,7 @@ from . import linear_ce_loss as linear
 from . import linear_log_probs as lp
 from .arguments import check_types, with_options_of
 from .ce_loss import as_num_items
-from .derivatives import check_constants, refuse_transforms
+from .derivatives import check_constants, is_differentiated, refuse_transforms
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -91,7 +91,7 @@ def vocab_parallel_cross_entropy(
         if local_logits.dim() == 0:
             raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
         shard = ranks.shard(local_logits.shape[-1], shard_sizes, labels, local_logits.dtype)
-        ranks.owes = (ce.PARTIAL_STATES * labels.numel() + 2, local_logits)
+        ranks.will_send(ce.PARTIAL_STATES, labels.numel(), local_logits)
         if inplace and local_logits.requires_grad and torch.is_grad_enabled():
             ce.check_may_overwrite(local_logits, op)
         function = vocab_shard.VocabParallelCrossEntropyFunction
@@ -158,6 +158,8 @@ def vocab_parallel_linear_cross_entropy(
             copies = 1 if options["logits_dtype"] in (None, h.dtype) else 3
             options["chunk_tokens"] = _choose_chunk_tokens(h, labels, options["num_valid"], copies)
         shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid", "chunk_tokens"))
+        rows = labels.numel() if options["num_valid"] is None else options["num_valid"]
+        ranks.will_send(ce.PARTIAL_STATES, min(rows, options["chunk_tokens"]), h)
         with torch.autocast(h.device.type, enabled=False):
             ops = vocab_shard.linear_ops(_OPS, shard)
             return cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
@@ -205,6 +207,7 @@ def vocab_parallel_linear_log_probs(
         lp.check(op, h, weight, bias, labels, dict(options), least=0)
         lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
         shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid"))
+        ranks.will_send(lp.PARTIAL_STATES, labels.numel(), h)
         if shard.vocab_size > MOST_CLASSES:  # places of shards travel as fp32
             raise ValueError(
                 f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {shard.vocab_size}"
@@ -230,8 +233,9 @@ def _check(op: str, arguments: Mapping[str, Any]) -> None:
 
 
 def _cast_head(hidden: Tensor, local_weight: Tensor, local_bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """As autocast treats a linear layer."""
-    return cast(Any, autocast.lower_precision(hidden.device.type, (hidden, local_weight, local_bias)))
+    """As autocast treats a linear layer. Without what needs no gradient now: a function of autograd asks the tensor alone."""
+    head = (x if x is None or is_differentiated(x) else x.detach() for x in (hidden, local_weight, local_bias))
+    return cast(Any, autocast.lower_precision(hidden.device.type, tuple(head)))
 
 
 def _choose_chunk_tokens(hidden: Tensor, labels: Tensor, num_valid: int | None, copies: int) -> int:
@@ -295,7 +299,7 @@ class _Ranks:
             self.fail(f"shard_sizes must hold this rank's width, {width}, at place {self.rank}, got {sizes}")
         if self.are_waiting:
             given = {"labels": labels.numel(), "fp64": dtype == torch.float64, **chunks}
-            given["gradient of hidden"] = hidden is not None and hidden.requires_grad and torch.is_grad_enabled()
+            given["gradient of hidden"] = hidden is not None and hidden.requires_grad
             self._compare([width, *(given.get(name, NONE) for name in ALIKE), *sizes])
         # One rank alone may think that there are no classes at all: it goes on, and the others see that it has none.
         vocab_size = max(sum(sizes), 1)
@@ -307,6 +311,11 @@ class _Ranks:
             dist.all_reduce(x, group=self.group)
 
         return vocab_shard.Shard(sum(sizes[: self.rank]), vocab_size, gather, add_up)
+
+    def will_send(self, states: int, rows: int, like: Tensor) -> None:
+        """So many numbers for each of so many rows, and two more: what the others wait for if this rank raises now."""
+        if rows:
+            self.owes = (states * rows + 2, like)
 
     def refuse(self) -> None:
         """This rank raises: let the others hear of it where they wait."""
