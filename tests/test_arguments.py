@@ -193,9 +193,18 @@ def test_meta_tensors_alone(name):
     """Shapes of what would come out, as of any op of torch."""
     op = OPS[name]
     real = flatten(call(op.function, op, {}))
-    on_meta = flatten(call(op.function, op, {k: x.to("meta") for k, x in op.tensors.items() if isinstance(x, Tensor)}))
+    inputs = {
+        k: x.to("meta").requires_grad_(x.is_floating_point() and k not in op.constant)
+        for k, x in op.tensors.items()
+        if isinstance(x, Tensor)
+    }
+    on_meta = flatten(call(op.function, op, inputs))
     assert [(x.shape, x.dtype) for x in on_meta] == [(x.shape, x.dtype) for x in real]
     assert all(x.device.type == "meta" for x in on_meta)
+    outputs, leaves = ([x for x in some if x.requires_grad] for some in (on_meta, inputs.values()))
+    if outputs:
+        grads = torch.autograd.grad(sum(x.sum() for x in outputs), leaves)
+        assert [(x.shape, x.dtype) for x in grads] == [(x.shape, x.dtype) for x in leaves]
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -232,6 +241,19 @@ def test_dtensors_are_refused():
             if isinstance(x, Tensor):
                 with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got a DTensor"):
                     call(op.function, op, {argument: distribute_tensor(x, mesh, [Replicate()])})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tensors_that_are_no_strided_array_are_named(name):
+    op = OPS[name]
+    for argument, x in op.tensors.items():
+        if isinstance(x, Tensor):
+            with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got torch.sparse_coo: pass"):
+                call(op.function, op, {argument: x.to_sparse()})
+            with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got a nested tensor: pass"):
+                call(op.function, op, {argument: torch.nested.nested_tensor([x, x], layout=torch.jagged)})
+    with pytest.raises(TypeError, match=r"^loss_normalizer: labels_or_counts must be a plain tensor"):
+        packops.loss_normalizer(torch.tensor([1, 2]).to_sparse())
 
 
 def test_error_of_a_right_call_is_its_own():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -81,6 +82,40 @@ def test_number_of_items_makes_no_graph_of_its_own(count):
         n = number if count == "int" else number + 0.5
         assert torch.equal(compiled(x, y, n), packops.cross_entropy(x, y, num_items=n))
     assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, w, y, cu: packops.linear_cross_entropy(h, w, y, num_valid=(y >= 0).sum().item()),
+        lambda h, w, y, cu: packops.packed_metadata(cu, cu[-1].item())[0],
+    ],
+)
+def test_an_int_that_was_read_off_a_tensor(function):
+    torch._dynamo.reset()
+    inputs = torch.randn(7, 5), torch.randn(11, 5), torch.tensor([0, 1, -100, 3, 4, 5, 6]), torch.tensor([0, 2, 7])
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        assert torch.equal(torch.compile(function, backend="aot_eager", fullgraph=True)(*inputs), function(*inputs))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h, w, y: packops.linear_log_probs(h, w, y),
+        lambda h, w, y: packops.linear_cross_entropy(h, w, y, return_stats=True),
+    ],
+)
+def test_an_exported_program_that_returns_named_results_is_saved(function):
+    class Model(torch.nn.Module):
+        def forward(self, *inputs: Tensor) -> Any:
+            return function(*inputs)
+
+    inputs = torch.randn(7, 5), torch.randn(11, 5), torch.tensor([0, 1, -100, 3, 4, 5, 6])
+    file = io.BytesIO()
+    torch.export.save(torch.export.export(Model(), inputs), file)
+    file.seek(0)
+    for found, want in zip(flatten(torch.export.load(file).module()(*inputs)), flatten(function(*inputs)), strict=True):
+        assert torch.equal(found, want)
 
 
 def test_errors_have_their_types():

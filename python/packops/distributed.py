@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .data.batch import PackedBatch
 from .functional import packed_labels, packed_metadata
-from .ops.arguments import NUMBERS, checks_annotations, describe
+from .ops.arguments import NUMBERS, check_plain, checks_annotations, describe
 
 __all__ = ["loss_normalizer"]
 
@@ -86,6 +86,7 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
         if not 0 <= item < math.inf:
             raise ValueError(f"loss_normalizer: a count must be finite and at least 0, got {item}")
         return float(item)
+    check_plain("loss_normalizer", "labels_or_counts", item)
     if item.dim() == 0:
         return item
     if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():

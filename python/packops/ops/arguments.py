@@ -70,6 +70,22 @@ def is_dtensor(value: Any) -> bool:
     return kind.__name__ == "DTensor" or (not is_compiling() and any(base.__name__ == "DTensor" for base in kind.__mro__))
 
 
+def check_plain(place: str, name: str, value: Tensor) -> None:
+    """TypeError for tensors whose numbers lie elsewhere, or otherwise, than in one strided array."""
+    got = None
+    if is_dtensor(value):
+        got = (
+            f"a DTensor, whose parts are on several devices: pass {name}.to_local() where every device computes its own part, or "
+            f"{name}.full_tensor()"
+        )
+    elif value.is_nested:
+        got = f"a nested tensor: pass {name}.values() and, where documents matter, its offsets() as cu_seqlens"
+    elif value.layout != torch.strided:
+        got = f"{value.layout}: pass {name}.to_dense()"
+    if got:
+        raise TypeError(f"{place}: {name} must be a plain tensor, got {got}")
+
+
 def describe(value: Any) -> str:
     if value is None:
         return "None"
@@ -97,13 +113,11 @@ def check_types(op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, A
                 reason = ": reading it would wait for the device"
             optional = " or None" if kinds[name].endswith("?") else ""
             raise TypeError(f"packops.{op}: {name} must be {_WANTED[kind]}{optional}, got {describe(value)}{reason}")
-        if type(value) is int and not -(2**63) <= value < 2**63:
+        # A number that is read off a tensor has no value yet while torch.compile looks at it.
+        if not is_compiling() and type(value) is int and not -(2**63) <= value < 2**63:
             raise ValueError(f"packops.{op}: {name} must fit int64, got {value}")
-        if kind == "Tensor" and is_dtensor(value):
-            raise TypeError(
-                f"packops.{op}: {name} must be a plain tensor, got a DTensor, whose parts are on several devices: pass "
-                f"{name}.to_local() where every device computes its own part, or {name}.full_tensor()"
-            )
+        if kind == "Tensor":
+            check_plain(f"packops.{op}", name, value)
 
 
 def check_options(op: str, kinds: Mapping[str, str], names: Iterable[str], options: tuple, known: set[tuple]) -> None:

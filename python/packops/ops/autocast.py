@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -19,6 +20,10 @@ def cast_to(dtype: torch.dtype, x: Tensor | None) -> Tensor | None:
 
 def is_on(device_type: str) -> bool:
     return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
+def off(device_type: str) -> AbstractContextManager[Any]:
+    return nullcontext() if device_type == "meta" else torch.autocast(device_type, enabled=False)
 
 
 def lower_precision(device_type: str, tensors: tuple) -> tuple:

@@ -33,7 +33,7 @@ from .derivatives import (
     refuse_transforms,
     transforms_are_active,
 )
-from .op import Transformable, below_autograd, library, never_cached, register_fake, typed
+from .op import Transformable, below_autograd, library, may_be_saved, never_cached, register_fake, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -317,6 +317,9 @@ class CrossEntropyStats(NamedTuple):
     prediction: Tensor  #: (...) int64 argmax, the first index on ties; -1 where ignored
     correct: Tensor  #: (...) bool: counted and prediction == label
     sequence_loss: Tensor  #: (documents,) mean loss of each document (its sum for "seq-mean-token-sum"); 0 if none counted
+
+
+may_be_saved(CrossEntropyStats)
 
 
 def as_num_items(op: str, num_items: Tensor | float | None) -> Tensor | None:

@@ -94,7 +94,7 @@ class GatedLinear(GatedLinearTraced):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         gradients = functools.partial(linear_gradients, ctx.op, ctx.activation, tuple(ctx.needs_input_grad[1:5]))
-        with torch.autocast(grad.device.type, enabled=False):  # the forward has cast what is to be cast
+        with autocast.off(grad.device.type):  # the forward has cast what is to be cast
             return None, *once("gated_linear", gradients, grad, *ctx.saved_tensors), None
 
     @staticmethod

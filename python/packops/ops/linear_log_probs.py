@@ -52,7 +52,7 @@ from .lm_head import (
     wanted_of,
     weight_gradient_,
 )
-from .op import below_autograd, library, register_fake
+from .op import below_autograd, library, may_be_saved, register_fake
 from .vocab_shard import Shard
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
@@ -101,6 +101,9 @@ class LinearLogProbs(NamedTuple):
     log_probs: Tensor  #: of the token's label, in nats
     entropy: Tensor | None  #: of the softmax, in nats; None where it was not asked for
     lse: Tensor  #: log-sum-exp of the (scaled, capped) logits
+
+
+may_be_saved(LinearLogProbs)
 
 
 def linear_log_probs(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.compiler import is_compiling
+from torch.utils._pytree import _register_namedtuple
 from torch.utils.checkpoint import SAC_IGNORED_OPS
 
 from .._errors import raise_typed
@@ -68,6 +69,11 @@ def below_autograd(overload: Any) -> Callable[..., Any]:
 def never_cached(*overloads: Any) -> None:
     """Selective checkpointing shall run these again: what it keeps of an op that writes to its arguments is not what it wrote."""
     SAC_IGNORED_OPS.update(overloads)
+
+
+def may_be_saved(results: type) -> None:
+    """``torch.export.save`` takes a program that returns this named tuple."""
+    _register_namedtuple(results, serialized_type_name=f"packops.{results.__name__}")
 
 
 def register_fake(namespace: str, name: str, fake: Callable[..., Any]) -> None:

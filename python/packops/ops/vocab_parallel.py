@@ -160,7 +160,7 @@ def vocab_parallel_linear_cross_entropy(
         shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid", "chunk_tokens"))
         rows = labels.numel() if options["num_valid"] is None else options["num_valid"]
         ranks.will_send(ce.PARTIAL_STATES, min(rows, options["chunk_tokens"]), h)
-        with torch.autocast(h.device.type, enabled=False):
+        with autocast.off(h.device.type):
             ops = vocab_shard.linear_ops(_OPS, shard)
             return cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
 
@@ -212,7 +212,7 @@ def vocab_parallel_linear_log_probs(
             raise ValueError(
                 f"packops.{op}: a vocabulary over several processes may have at most 2^24 classes, got {shard.vocab_size}"
             )
-        with torch.autocast(h.device.type, enabled=False):
+        with autocast.off(h.device.type):
             ops = lp.as_ops(lp.forward_and_backward(lp.raw_ops("packops"), op, shard))
             found = lp.LinearLogProbsFunction.apply(ops, h, weight, bias, labels, options)
         log_probs, entropies, lse = lp.results(found, labels.shape, options["entropy"])
