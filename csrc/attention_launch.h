@@ -82,17 +82,17 @@ constexpr bool attention_is_long(int64_t length, int64_t window, int64_t from) {
 inline constexpr int32_t kNeverLong = 0x7fffffff;
 
 // Forward (attention_long_forward.cuh): 64 queries for each of `groups` consumers of 128 threads, keys and values in turns of `turn`.
-// in_turns: consumers issue their products one after the other.
+// in_turns: consumers issue their products one after the other. holds_queries: they stay in registers.
 struct AttentionLongForwardShape {
   int groups, turn, stages;
-  bool in_turns;
+  bool in_turns, holds_queries;
   constexpr int rows() const { return kAttentionRows * groups; }
   constexpr int threads() const { return 128 * (groups + 1); }
 };
 constexpr AttentionLongForwardShape attention_long_forward_shape(int head_dim) {
-  return head_dim <= 64    ? AttentionLongForwardShape{3, 128, 2, true}
-         : head_dim <= 128 ? AttentionLongForwardShape{2, 128, 2, true}
-                           : AttentionLongForwardShape{2, 80, 2, false};
+  return head_dim <= 64    ? AttentionLongForwardShape{3, 128, 2, true, false}
+         : head_dim <= 128 ? AttentionLongForwardShape{2, 128, 2, true, true}
+                           : AttentionLongForwardShape{2, 80, 2, false, false};
 }
 constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barriers
   const AttentionLongForwardShape shape = attention_long_forward_shape(head_dim);

@@ -71,8 +71,8 @@ __device__ __forceinline__ int draw_keys(const AttentionParams& p, unsigned end)
 // ---- Sums of queries in memory, fp32: of grad_q, and in the forward of results so far
 //
 // They are of tiles of 64 queries, counted from the document's first token, as threads hold them: vectors of four numbers, those of 128
-// threads after one another: (tiles, heads, 64, columns). Behind those of the forward are its states, (tiles, heads, 64). With shared prefixes, a document here is a root and all that continues it, which are neighbours: segments
-// begin anywhere in a tile.
+// threads after one another: (tiles, heads, 64, columns). Behind those of the forward are its states, (tiles, heads, 64). With shared
+// prefixes, a document here is a root and all that continues it, which are neighbours: segments begin anywhere in a tile.
 
 // The number of a document's first tile among all: no two documents have the same, wherever they stand in the list of tiles.
 __device__ __forceinline__ unsigned first_sums(int begin, int document) { return unsigned(begin / kAttentionRows + document); }
@@ -227,8 +227,9 @@ class ProductTurns {
 // ---- Launches
 //
 // Launches of a pass overlap, so that one which finds nothing to do hardly costs time, and one begins where the one before it leaves
-// multiprocessors idle: forward tiles, long, short (of which branches of a long root wait for it); backward queries, long split or joint, keys, queries of a joint one's sums. The second
-// waits for the first. The third runs beside the second, and does not end before it. The fourth waits for the third.
+// multiprocessors idle: forward tiles, long, short (of which branches of a long root wait for it); backward queries, long split or joint,
+// keys, queries of a joint one's sums. The second waits for the first. The third runs beside the second, and does not end before it. The
+// fourth waits for the third.
 
 // Of a kernel that may begin before the launch before it has ended. beside: it reads nothing that that one writes, but what the launch
 // before that wrote, for which that one waited before it let this one begin.

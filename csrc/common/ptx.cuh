@@ -207,12 +207,12 @@ class WgmmaDescriptor {
                  : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                                   \
                  : "memory");                                                                                                    \
   }
-// s (64 x columns) = or, with `add`, += a (64 x 16, 16 rows to a warp as in mma_m16n8k16) times 16 rows of b.
-#define PACKOPS_ADD_ROWS(type, name, columns, numbers, sums, a_at, b_at, add_at)                                                 \
-  __device__ __forceinline__ void wgmma_rs(float (&s)[columns / 8][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add,      \
-                                           type) {                                                                               \
+// a is 64 x 16, 16 rows to a warp as in mma_m16n8k16. wgmma_rs: s (64 x columns) = or, with `add`, += a times 16 rows of b.
+// wgmma_rs_rows: = or += a b^T over 16 elements, as wgmma_ss.
+#define PACKOPS_OF_REGISTERS(wgmma, transposed, type, name, columns, numbers, sums, a_at, b_at, add_at)                          \
+  __device__ __forceinline__ void wgmma(float (&s)[columns / 8][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add, type) { \
     asm volatile("{.reg .pred add;\nsetp.ne.b32 add, " add_at ", 0;\nwgmma.mma_async.sync.aligned.m64n" #columns "k16.f32." name \
-                 "." name " {" numbers "}, {" a_at "}, " b_at ", add, 1, 1, 1;\n}"                                               \
+                 "." name " {" numbers "}, {" a_at "}, " b_at ", add, 1, 1, " #transposed ";\n}"                                 \
                  : sums                                                                                                          \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b.bits()), "r"(int(add))                                      \
                  : "memory");                                                                                                    \
@@ -227,16 +227,18 @@ class WgmmaDescriptor {
                  : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                                   \
                  : "memory");                                                                                                    \
   }
-#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                   \
-  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")            \
-  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")            \
-  PACKOPS_MULTIPLY_ROWS(type, name, 80, PACKOPS_NUMBERS_40, PACKOPS_SUMS_40, "%40", "%41", "%42")            \
-  PACKOPS_MULTIPLY_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64", "%65", "%66")           \
-  PACKOPS_MULTIPLY_COLUMNS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")         \
-  PACKOPS_MULTIPLY_COLUMNS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")         \
-  PACKOPS_ADD_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32, %33, %34, %35", "%36", "%37")  \
-  PACKOPS_ADD_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69") \
-  PACKOPS_ADD_ROWS(type, name, 256, PACKOPS_NUMBERS_128, PACKOPS_SUMS_128, "%128, %129, %130, %131", "%132", "%133")
+#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                                    \
+  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                             \
+  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                             \
+  PACKOPS_MULTIPLY_ROWS(type, name, 80, PACKOPS_NUMBERS_40, PACKOPS_SUMS_40, "%40", "%41", "%42")                             \
+  PACKOPS_MULTIPLY_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64", "%65", "%66")                            \
+  PACKOPS_MULTIPLY_COLUMNS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                          \
+  PACKOPS_MULTIPLY_COLUMNS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                          \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32, %33, %34, %35", "%36", "%37")  \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69") \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 256, PACKOPS_NUMBERS_128, PACKOPS_SUMS_128, "%128, %129, %130, %131", "%132", \
+                       "%133")                                                                                                \
+  PACKOPS_OF_REGISTERS(wgmma_rs_rows, 0, type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69")
 PACKOPS_GROUP_PRODUCTS(bf16_t, "bf16")
 PACKOPS_GROUP_PRODUCTS(half_t, "f16")
 

@@ -1,6 +1,8 @@
 // parents as an argument of an op: the checks, and what the kernels make of it (packed_forest.h).
 #pragma once
 
+#include <cstring>
+
 #include "packed_forest.h"
 #include "torch/documents.h"
 #include "torch/stream.h"
@@ -34,6 +36,22 @@ inline Tensor make_forest(const char* op, PackedForestParams& p, const Tensor& p
   }
 #endif
   return numbers;
+}
+
+// Points p to the numbers that make_forest made before, where the caller has kept them. On the CPU others are refused.
+inline void use_forest(const char* op, PackedForestParams& p, const Tensor& numbers, const Tensor& cu_seqlens) {
+  const auto check = [&](bool is_right) { PACKOPS_CHECK(is_right, ValueError, op, ": forest must be that of the forward pass"); };
+  check(numbers.numel() == forest_numbers(p.axis.documents, p.tokens) && numbers.scalar_type() == ScalarType::Int &&
+        numbers.device() == cu_seqlens.device() &&
+        reinterpret_cast<uintptr_t>(numbers.const_data_ptr()) % alignof(ForestSegment) == 0);
+  set_forest_numbers(p, static_cast<int32_t*>(const_cast<void*>(numbers.const_data_ptr())));
+  if (!cu_seqlens.is_cpu()) return;
+  const Tensor parents = allocate(cu_seqlens, {p.axis.documents}, ScalarType::Int);
+  for (int64_t s = 0; s < p.axis.documents; s++) parents.mutable_data_ptr<int32_t>()[s] = p.segments[s].parent;
+  PackedForestParams again;
+  again.axis = p.axis, again.tokens = p.tokens;
+  const Tensor made = make_forest(op, again, parents, cu_seqlens);
+  check(std::memcmp(made.const_data_ptr(), numbers.const_data_ptr(), sizeof(int32_t) * size_t(made.numel())) == 0);
 }
 
 }  // namespace packops

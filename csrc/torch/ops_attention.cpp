@@ -157,12 +157,9 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward(Tensor grad_out, Tensor q,
   AttentionParams& p = a.params;
   const Tensor read_numbers = as_contiguous(numbers);
   if (numbers.numel() > 0) {
-    PACKOPS_CHECK(numbers.numel() == forest_numbers(p.axis.documents, p.tokens) && numbers.scalar_type() == ScalarType::Int &&
-                      numbers.device() == q.device(),
-                  ValueError, kOp, ": forest must be that of the forward pass");
     PackedForestParams forest;
     forest.axis = p.axis, forest.tokens = p.tokens;
-    set_forest_numbers(forest, static_cast<int32_t*>(const_cast<void*>(read_numbers.const_data_ptr())));
+    use_forest(kOp, forest, read_numbers, a.cu_seqlens);
     set_forest(p, forest);
   }
   const auto check_shape = [&](const Tensor& tensor, const char* name) {

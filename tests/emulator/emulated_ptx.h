@@ -260,8 +260,8 @@ void wgmma_ss_trans(float (&s)[kColumns][4], WgmmaDescriptor a, WgmmaDescriptor 
   wgmma_of_shared(
       s, add, type, [&](int row, int k) { return a.element(k, row); }, [&](int k, int column) { return b.element(k, column); });
 }
-template <int kColumns, typename T>
-void wgmma_rs(float (&s)[kColumns][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add, T type) {
+template <int kColumns, typename T, typename F>
+void wgmma_of_registers(float (&s)[kColumns][4], const uint32_t (&a)[4], bool add, T type, F&& b) {  // b(k, column)
   const emulator::Shown all = emulator::collective(reinterpret_cast<uintptr_t>(a));
   const int lane = emulator::current % 32;
   if (!add)
@@ -270,9 +270,17 @@ void wgmma_rs(float (&s)[kColumns][4], const uint32_t (&a)[4], WgmmaDescriptor b
     for (int k = 0; k < 16; k++) {
       const uint32_t word = reinterpret_cast<const uint32_t*>(all.value[lane / 4 * 4 + k % 8 / 2])[i / 2 + 2 * (k / 8)];
       const float weight = element(uint16_t(k % 2 ? word >> 16 : word), type);
-      for (int n = 0; n < kColumns; n++) s[n][i] += weight * element(b.element(k, 8 * n + 2 * (lane % 4) + i % 2), type);
+      for (int n = 0; n < kColumns; n++) s[n][i] += weight * element(b(k, 8 * n + 2 * (lane % 4) + i % 2), type);
     }
   emulator::collective(0);
+}
+template <int kColumns, typename T>
+void wgmma_rs(float (&s)[kColumns][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add, T type) {
+  wgmma_of_registers(s, a, add, type, [&](int k, int column) { return b.element(k, column); });
+}
+template <int kColumns, typename T>
+void wgmma_rs_rows(float (&s)[kColumns][4], const uint32_t (&a)[4], WgmmaDescriptor b, bool add, T type) {
+  wgmma_of_registers(s, a, add, type, [&](int k, int column) { return b.element(column, k); });
 }
 
 inline uint32_t cluster_ctarank() { return uint32_t(emulator::this_block()); }
