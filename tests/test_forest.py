@@ -629,6 +629,22 @@ def test_parents_out_of_order_are_an_error_on_the_cpu(parents):
             call(torch.tensor(parents))
 
 
+def test_the_backward_refuses_numbers_of_no_forest_on_the_cpu():
+    """What it reads of them are places in memory."""
+    ops = torch.ops.packops
+    q, k = torch.randn(12, 4, 8), torch.randn(12, 2, 8)
+    cu_seqlens, parents = torch.tensor([0, 3, 9, 11]), torch.tensor([-1, 0, 0])
+    out, lse, tiles, forest = ops._attention(q, k, k, cu_seqlens, parents)
+    others = [torch.full_like(forest, number) for number in (2**31 - 1, -(2**31))]
+    for place in range(len(forest)):
+        others.append(forest.clone())
+        others[-1][place] += 1
+    for other in (*others, forest[:-1]):
+        with pytest.raises(ValueError, match=r"packops\.attention: (forest must be that of the forward pass|parents must be)"):
+            ops._attention_backward(out, q, k, k, out, lse, tiles, other, cu_seqlens)
+    ops._attention_backward(out, q, k, k, out, lse, tiles, forest, cu_seqlens)
+
+
 @pytest.mark.gpu
 def test_nothing_waits_for_the_device():
     q, k, v = tensors(torch.device("cuda"), (510, 4, 64), (510, 2, 64), (510, 2, 64))
