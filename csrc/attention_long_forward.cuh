@@ -157,6 +157,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
   using Shared = LongForwardShared<D>;
   constexpr AttentionLongForwardShape kShape = Shared::kShape;
   constexpr int kGroups = kShape.groups, kTurn = kShape.turn, kRows = kShape.rows();
+  constexpr bool kHoldsQueries = kShape.holds_queries;
   using Item = LongForwardItem<kRows, kTurn, kForest>;
   static_assert(sizeof(Shared) <= attention_long_forward_shared(D));
   Shared& s = *dynamic_shared<Shared>();
@@ -222,7 +223,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         const WgmmaDescriptor keys(s.keys[at_keys.slot]);
         const auto keys_at = [&](int k) { return keys.at(k / 4 * (128 * kTurn) + k % 4 * 32); };
         wgmma_fence();
-        if constexpr (kShape.holds_queries) {
+        if constexpr (kHoldsQueries) {
 #pragma unroll
           for (int k = 0; k < D / 16; k++) wgmma_rs_rows(x[0], held[k], keys_at(k), k > 0, T{});
         } else {
@@ -272,7 +273,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
       const auto keys_read = [&](int turn) {
         release(&s.empty_keys[at_keys.slot]);
         at_keys.advance();
-        if (!kShape.holds_queries && turn == item.first) release(&s.empty_queries);
+        if (!kHoldsQueries && turn == item.first) release(&s.empty_queries);
       };
       const auto values_read = [&] {
         wgmma_fence_operand(out[0]);
@@ -282,7 +283,7 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
 
       const int past = item.keys - item.last * kTurn;
       mbarrier_wait_parity(&s.full_queries, uint32_t(parity));
-      if constexpr (kShape.holds_queries) {
+      if constexpr (kHoldsQueries) {
 #pragma unroll
         for (int k = 0; k < D / 16; k++) ldmatrix_x4(held[k], place<kRows>(s.queries, first_row + lane % 16, 2 * k + lane / 16));
         release(&s.empty_queries);
