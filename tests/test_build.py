@@ -288,7 +288,9 @@ def test_digest_sees_names_and_contents(tmp_path):
     (tmp_path / "a.cu").write_text("x")
     (tmp_path / "common" / "b.h").write_text("y")
     first = _build.source_digest(tmp_path)
-    (tmp_path / "notes.txt").write_text("not a source")
+    for name in (".clangd", "a.cu~", "#a.cu#", ".git/a.cu"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("not a source")
     assert _build.source_digest(tmp_path) == first
     (tmp_path / "a.cu").write_text("xy")
     second = _build.source_digest(tmp_path)
@@ -297,6 +299,28 @@ def test_digest_sees_names_and_contents(tmp_path):
     (tmp_path / "c.cu").write_text("x")
     (tmp_path / "common" / "b.h").write_text("yy")
     assert len({first, second, third, _build.source_digest(tmp_path)}) == 4
+
+
+@pytest.mark.parametrize("name", ["a.hpp", "a.hh", "a.inc", "a.inl", "table.txt", "table"])
+def test_digest_sees_what_is_included_under_any_name(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    first = _build.source_digest(tmp_path)
+    (tmp_path / name).write_text("y")
+    assert _build.source_digest(tmp_path) != first
+
+
+def test_digest_sees_behind_links(tmp_path):
+    csrc, shared = tmp_path / "csrc", tmp_path / "shared"
+    csrc.mkdir()
+    shared.mkdir()
+    (csrc / "common").symlink_to(shared)
+    (shared / "back").symlink_to(csrc)
+    (csrc / "nothing.h").symlink_to(tmp_path / "none")
+    (shared / "a.cpp").write_text("x")
+    assert _build.translation_units(csrc, cuda=False, python_module=True) == [csrc / "common" / "a.cpp"]
+    first = _build.source_digest(csrc)
+    (shared / "a.cpp").write_text("y")
+    assert _build.source_digest(csrc) != first
 
 
 def test_the_library_knows_its_sources():
@@ -414,6 +438,8 @@ def test_source_distribution_is_complete(tmp_path):
         if (ROOT / name).is_file():
             (tree / name).parent.mkdir(parents=True, exist_ok=True)
             (tree / name).write_bytes((ROOT / name).read_bytes())
+    included = "csrc/common/table.inc"  # whatever an #include may name is in the digest, so it has to be in every copy
+    (tree / included).touch()
     command = [sys.executable, "-m", "build", "--no-isolation", "--sdist", "--outdir", str(tmp_path), str(tree)]
     subprocess.run(command, check=True, capture_output=True, env={**os.environ, "PACKOPS_CUDA": "0"})
     (archive,) = tmp_path.glob("*.tar.gz")
@@ -423,7 +449,7 @@ def test_source_distribution_is_complete(tmp_path):
     suffixes = (".py", ".cpp", ".cu", ".cuh", ".h", ".json", ".sh", ".md", ".typed")
     wanted = {name for name in listed if name.startswith(folders) and name.endswith(suffixes) and (ROOT / name).is_file()}
     wanted |= {"CMakeLists.txt", "LICENSE", "Makefile", "README.md", "pyproject.toml", "requirements-dev.txt", "setup.py"}
-    assert not wanted - names
+    assert not (wanted | {included}) - names
     assert not [name for name in names if name.endswith((".so", ".o"))]
 
 

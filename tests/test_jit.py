@@ -131,6 +131,13 @@ def test_not_a_csrc(tmp_path):
         jit.load(tmp_path / "nowhere")
 
 
+@pytest.mark.parametrize("name", ["more.cc", "torch/more.cxx", "more.c", "more.C"])
+def test_a_source_that_would_be_left_out_is_refused(csrc, name):
+    (csrc / name).touch()
+    with pytest.raises(ValueError, match=rf"{name} would not be compiled: sources must be named \.cpp or \.cu"):
+        jit.load(csrc)
+
+
 def test_compiler_errors_are_shown(csrc, cache):
     source = csrc / "library.cpp"
     source.write_text(LIBRARY.replace("FACTOR * x", "FACTOR * y"))

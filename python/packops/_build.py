@@ -28,7 +28,7 @@ VERBOSE = "PACKOPS_BUILD_VERBOSE"  # "1": show every compiler command
 OLDEST_GPU = 8.0  # compute capability
 # What ptxas says, as information, where every wgmma waits for the one before, or a warp group keeps registers it was to give up.
 SLOW = "Potential Performance Loss: "
-SOURCE_SUFFIXES = (".cpp", ".cu", ".cuh", ".h", ".json")
+NEVER_COMPILED = (".c", ".cc", ".cp", ".cxx", ".c++")  # sources for others, not for us
 
 
 def env_flag(name: str) -> bool | None:
@@ -52,9 +52,26 @@ def find_csrc() -> Path:
     raise FileNotFoundError(f"packops: no csrc/build.json in {here} nor two folders above it")
 
 
+def files_below(folder: Path, above: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Every file below ``folder``, behind links too, without hidden ones and editors' backups."""
+    real = folder.resolve()
+    if real in above:  # a link back to where it lies in
+        return
+    for path in folder.iterdir():
+        if path.name.startswith((".", "#")) or path.name.endswith("~"):
+            continue
+        if path.is_dir():
+            yield from files_below(path, (*above, real))
+        elif path.is_file():
+            yield path
+
+
 def source_files(csrc: Path) -> list[Path]:
-    """Every file of ``csrc`` that a build may read, in an order that does not depend on the machine."""
-    found = (path for path in csrc.rglob("*") if path.suffix in SOURCE_SUFFIXES and path.is_file())
+    """Every file of ``csrc``, as an ``#include`` takes any name, in an order that does not depend on the machine."""
+    found = list(files_below(csrc))
+    for path in found:
+        if path.suffix.lower() in NEVER_COMPILED:
+            raise ValueError(f"packops: {path} would not be compiled: sources must be named .cpp or .cu, got {path.suffix}")
     return sorted(found, key=lambda path: path.relative_to(csrc).as_posix())
 
 

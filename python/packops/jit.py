@@ -57,7 +57,7 @@ def load(
     Raises:
         ImportError: a package of the extra ``packops[jit]`` is missing.
         FileNotFoundError: ``csrc`` has no ``build.json``.
-        ValueError: a malformed define or namespace.
+        ValueError: a malformed define or namespace; a C or C++ source that is not named ``.cpp``.
         RuntimeError: the namespace is taken; the compiler failed (its output is in the message); compiling is forbidden;
             someone else can write into the cache.
     """
