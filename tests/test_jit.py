@@ -103,6 +103,17 @@ def test_defines_reach_the_compiler_and_the_key(csrc, cache):
     assert torch.ops.packops_test_define.scale(7) == 21  # the process is well
 
 
+def test_what_reaches_the_compiler_is_in_the_key(csrc, monkeypatch):
+    monkeypatch.setenv("CPPFLAGS", "-DFACTOR=3")
+    assert jit.load(csrc, namespace="packops_test_flags").scale(7) == 21
+    for name in _build.COMPILER_VARIABLES:
+        with monkeypatch.context() as changed:
+            changed.setenv(name, "c++ -DFACTOR=5")
+            with pytest.raises(RuntimeError, match="of another build"):
+                jit.load(csrc, namespace="packops_test_flags")
+    assert jit.load(csrc, namespace="packops_test_flags").scale(7) == 21
+
+
 @pytest.mark.parametrize("define", ["A B", "A='x'", 'A="x"', "-DX", "A=$(id)", "A=x;y", "", "A=`id`"])
 def test_bad_defines(csrc, define):
     with pytest.raises(ValueError, match="defines must be 'NAME' or 'NAME=VALUE'"):

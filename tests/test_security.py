@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import packops
+from packops import _build
 
 PACKAGE = Path(packops.__file__).parent
 MODULES = {path.relative_to(PACKAGE).as_posix(): ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
@@ -165,3 +166,5 @@ def test_environment_variables_are_documented():
         for _, variable in environment_variables(tree, known):
             if str(variable).startswith("PACKOPS_"):
                 assert f"`{variable}" in text, f"{variable} is not in {docs.name}"
+    for variable in _build.COMPILER_VARIABLES:
+        assert f"`{variable}`" in text, f"{variable} is not in {docs.name}"

@@ -28,6 +28,12 @@ VERBOSE = "PACKOPS_BUILD_VERBOSE"  # "1": show every compiler command
 OLDEST_GPU = 8.0  # compute capability
 # What ptxas says, as information, where every wgmma waits for the one before, or a warp group keeps registers it was to give up.
 SLOW = "Potential Performance Loss: "
+# What setuptools and torch, C++ compilers and nvcc read by themselves.
+COMPILER_VARIABLES = (
+    "CC", "CXX", "LDSHARED", "LDCXXSHARED", "CPPFLAGS", "CFLAGS", "CXXFLAGS", "LDFLAGS",
+    "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_RUN_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX",
+    "PYTORCH_NVCC", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
+)  # fmt: skip
 NEVER_COMPILED = (".c", ".cc", ".cp", ".cxx", ".c++")  # sources for others, not for us
 
 

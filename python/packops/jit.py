@@ -69,6 +69,7 @@ def load(
         **_target(folder),
         "csrc": str(folder),
         "defines": [f"PACKOPS_NAMESPACE={_checked(namespace)}", *_checked_defines(defines)],
+        "environment": {name: value for name, value in sorted(os.environ.items()) if name in _build.COMPILER_VARIABLES},
     }
     with _lock:
         key = _key(request)
@@ -302,7 +303,8 @@ def _objects(cache: Path, request: dict[str, Any]) -> Path:
     ninja compiles again what is newer than its object file. It would overlook a file that changed and is yet older (an older copy
     put back with its time), one that changed while it was compiled, and an object file that a killed compiler left.
     """
-    name = hashlib.sha256(json.dumps([request["csrc"], request["defines"], torch.__version__]).encode()).hexdigest()[:16]
+    way = [request["csrc"], request["defines"], request["environment"], torch.__version__]
+    name = hashlib.sha256(json.dumps(way).encode()).hexdigest()[:16]
     folder = cache / f"objects-{name}"
     note = folder / "sources.json"
     if (folder / UNFINISHED).exists():
