@@ -148,6 +148,24 @@ def test_a_build_without_cuda_beside_a_gpu_warns(monkeypatch, tmp_path, recwarn,
     assert ["built without CUDA kernels" in str(w.message) for w in recwarn] == [True] * warns
 
 
+@pytest.mark.parametrize(
+    "before",
+    [
+        "torch.ops.load_library(sys.argv[1])",
+        "import packops\nfor name in [name for name in sys.modules if name.startswith('packops')]: del sys.modules[name]",
+        "import packops, importlib\nimportlib.reload(packops)",
+    ],
+    ids=["another library", "again", "reload"],
+)
+def test_a_second_import_is_refused(tmp_path, before):
+    """It does not end the process, nor change the ops that are there."""
+    copy = shutil.copy(packops._C.__file__, tmp_path / "libpackops.so")
+    script = "import sys, torch, warnings\nwarnings.simplefilter('error')\n" + before + "\nimport packops"
+    done = subprocess.run([sys.executable, "-c", script, str(copy)], capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    assert "ImportError: packops: torch.ops.packops has ops already. A process can import packops once" in done.stderr
+
+
 @pytest.mark.parametrize("value", ["yes", "2", "true", " 1"])
 def test_flags_are_0_or_1(monkeypatch, value):
     monkeypatch.setenv(_build.CUDA_REQUEST, value)

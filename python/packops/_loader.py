@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -19,6 +20,8 @@ def load() -> ModuleType:
     version = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
     if version < MINIMUM_TORCH:
         raise ImportError(f"packops needs torch >= {'.'.join(map(str, MINIMUM_TORCH))}, found {torch.__version__}")
+    if "packops._C" not in sys.modules and has_ops("packops"):  # two libraries with one op end the process
+        raise second_time("packops")
     try:
         library = importlib.import_module("packops._C")
     except ModuleNotFoundError as error:
@@ -37,6 +40,17 @@ def load() -> ModuleType:
             stacklevel=3,
         )
     return library
+
+
+def has_ops(namespace: str) -> bool:
+    return any(name.startswith(namespace + "::") for name in torch._C._dispatch_get_all_op_names())
+
+
+def second_time(namespace: str) -> ImportError:
+    return ImportError(
+        f"packops: torch.ops.{namespace} has ops already. A process can import packops once, and not beside another library of "
+        "its ops (torch.ops.load_library): start a new process, in a notebook restart the kernel"
+    )
 
 
 def sees_gpu() -> bool:

@@ -75,7 +75,7 @@ def load(
         key = _key(request)
         if _loaded.get(namespace) == key:
             return getattr(torch.ops, namespace)
-        if _is_taken(namespace):
+        if _loader.has_ops(namespace):
             raise RuntimeError(
                 f"packops.jit: torch.ops.{namespace} already has ops in this process"
                 + (" (of another build)" if namespace in _loaded else "")
@@ -123,10 +123,6 @@ def _checked_defines(defines: Iterable[str]) -> list[str]:
         if not re.fullmatch(r"[A-Za-z_]\w*(=[\w.+-]*)?", define, re.ASCII):
             raise ValueError(f"packops.jit: defines must be 'NAME' or 'NAME=VALUE' without quotes or spaces, got {define!r}")
     return checked
-
-
-def _is_taken(namespace: str) -> bool:
-    return any(name.startswith(namespace + "::") for name in torch._C._dispatch_get_all_op_names())
 
 
 def _target(csrc: Path) -> dict[str, Any]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import torch
+
+from .. import _loader
 from . import (
     attention,
     ce_loss,
@@ -31,5 +34,7 @@ MODULES = (
 
 def register(namespace: str) -> None:
     """Give ``torch.ops.<namespace>`` its fake kernels and gradients. Call once, after the library is loaded."""
+    if torch._C._dispatch_has_kernel(f"{namespace}::linear_cross_entropy"):  # which is made here
+        raise _loader.second_time(namespace)
     for module in MODULES:
         module.register(namespace)
