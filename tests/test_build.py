@@ -287,6 +287,30 @@ def test_cmake_finds_the_same_sources(tmp_path):
     )
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_cmake_understands_whether_cuda_is_wanted(tmp_path):
+    """On a machine without an nvcc: an error, a warning, or neither."""
+    environment = {name: value for name, value in os.environ.items() if name != _build.CUDA_REQUEST}
+    environment["CUDACXX"] = str(tmp_path / "none")
+    for given, variable, said in (
+        ("bogus", None, "PACKOPS_CUDA must be ON, OFF or AUTO, got bogus"),
+        (None, None, "this is a CPU-only build"),
+        ("auto", "0", "this is a CPU-only build"),
+        *((value, "1", None) for value in ("OFF", "0", "off", "FALSE", "No")),
+        (None, "0", None),
+        *((value, "0", f"PACKOPS_CUDA={value} asks for CUDA kernels") for value in ("ON", "1", "on", "True")),
+        (None, "1", "PACKOPS_CUDA=1 asks for CUDA kernels"),
+    ):
+        command = ["cmake", "-S", str(ROOT), "-B", str(tmp_path / "build"), "-DPACKOPS_TORCH=/nowhere"]
+        command.append("-UPACKOPS_CUDA" if given is None else f"-DPACKOPS_CUDA={given}")
+        variables = environment if variable is None else {**environment, _build.CUDA_REQUEST: variable}
+        done = subprocess.run(command, env=variables, capture_output=True, text=True)
+        told = " ".join(done.stderr.split())
+        assert (said or "") in told, (given, variable)
+        assert ("nvcc" in told) == (said is not None and "bogus" not in said), (given, variable, told)
+        assert (done.returncode == 0) == (said is None or "CPU-only" in said), (given, variable)
+
+
 def test_kernels_know_no_torch():
     csrc = _build.find_csrc()
     for path in _build.source_files(csrc):
