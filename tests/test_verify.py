@@ -428,7 +428,7 @@ def test_collators_that_verify_cannot_take(collator, error, message):
 class Plain(torch.nn.Module):
     """Each token by itself, so that packing changes nothing; ``masked`` columns are -inf."""
 
-    def __init__(self, masked: bool = False, leaks: bool = False):
+    def __init__(self, masked: bool = False, leaks: float = 0):
         super().__init__()
         self.embedding, self.masked, self.leaks = torch.nn.Embedding(20, 16), masked, leaks
         self.head = torch.nn.Linear(16, 20, bias=False)
@@ -436,7 +436,7 @@ class Plain(torch.nn.Module):
     def forward(self, ids):
         hidden = self.embedding(ids)
         if self.leaks:
-            hidden = hidden + 0.1 * hidden.cumsum(1)
+            hidden = hidden + self.leaks * hidden.cumsum(1)
         logits = self.head(hidden).float()
         return logits.index_fill(-1, torch.tensor([18, 19]), -torch.inf) if self.masked else logits
 
@@ -459,9 +459,39 @@ def test_autocast_is_as_coarse_as_it_is():
 def test_masked_columns_are_the_same_packed():
     torch.manual_seed(0)
     assert packops.verify(Plain(masked=True), TEXTS, forward=of_ids).ok
-    leaky = packops.verify(Plain(masked=True, leaks=True), TEXTS, forward=of_ids)
+    leaky = packops.verify(Plain(masked=True, leaks=0.1), TEXTS, forward=of_ids)
     assert not leaky.ok
     assert "documents see each other" in leaky.findings[0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_leak_of_one_rounding_is_seen_in_16_bits(dtype):
+    torch.manual_seed(0)
+    model = Plain(leaks=0.001).to(dtype)
+    report = packops.verify(model, TEXTS, forward=of_ids)
+    assert "documents see each other" in finding(report)
+    assert report.noise == 0
+    assert report.worst_leak < 2 * torch.finfo(dtype).eps
+    assert report.leak_tolerance < 1e-6
+
+
+@pytest.mark.parametrize("name", ["expert", "A_log"])
+def test_layers_that_add_up_tokens_are_allowed_roundings(name):
+    torch.manual_seed(0)
+    model = Plain(leaks=0.001)
+    model.register_parameter(name, torch.nn.Parameter(torch.zeros(1)))
+    report = packops.verify(model.to(torch.bfloat16), TEXTS, forward=of_ids)
+    assert report.ok, report
+    assert 0 < report.worst_leak < report.leak_tolerance == 2 * report.rounding
+
+
+def test_16_bits_say_what_they_cannot_show():
+    torch.manual_seed(0)
+    for dtype, says in ((torch.bfloat16, True), (torch.float32, False)):
+        report = packops.verify(Plain().to(dtype), TEXTS, forward=of_ids)
+        assert report.ok, report
+        assert report.rounding == torch.finfo(dtype).eps
+        assert ("leaks below 8e-03 of a value may be rounded away: fp32 shows them (--dtype fp32)" in str(report)) == says
 
 
 def test_where_nothing_would_be_verified():
