@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import itertools
 import math
+import re
 
 import numpy as np
 import pytest
@@ -390,6 +392,17 @@ def test_padding_that_a_document_brings_along_is_cut_off(kind):
     assert slice_document(documents[0], 1, 2)["w"] == [2, 3]
 
 
+def test_ragged_columns_are_cut_where_they_have_an_entry_per_token():
+    document = {**PADDED, "spans": [[0, 1], [2]], "ragged": [[], [1], [2, 3], [4], [], [5]]}
+    assert PackingCollator()([document]).input_ids.tolist() == [[5, 6, 7]]
+    assert slice_document(document, 1, 2) == {
+        "input_ids": [6, 7],
+        "attention_mask": [1, 1],
+        "spans": [[0, 1], [2]],
+        "ragged": [[4], []],
+    }
+
+
 @pytest.mark.parametrize(
     "mask, error, message",
     [
@@ -573,6 +586,16 @@ def test_documents_that_weigh_nothing_are_not_counted(reduction):
     torch.testing.assert_close(loss(first, logits[:13], count) + loss(last, logits[13:], count), loss(whole, logits))
     forest = packops.PackingCollator(columns={"token_weight": 0.0}, share_prefixes=True, reduction=reduction)(rows)
     assert float(packops.loss_normalizer(forest, reduction=reduction)) == float(count)
+
+
+@pytest.mark.parametrize("kind", [dict, collections.UserDict])
+def test_columns_in_place_of_documents_are_refused(kind):
+    """What a tokenizer returns for several texts, and ``dataset[:2]``. The way that the error names is one."""
+    batch = kind({"input_ids": [[1, 2], [3]], "attention_mask": [[1, 1], [1]]})
+    with pytest.raises(TypeError, match="must be a list of documents, got a mapping of columns") as error:
+        PackingCollator()(batch)
+    way = re.search(r"(\[dict.*\]) makes", str(error.value))[1]
+    assert PackingCollator()(eval(way, {"batch": batch})).lengths == (2, 1)
 
 
 def test_columns_of_any_tensor():

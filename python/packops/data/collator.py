@@ -132,6 +132,11 @@ class PackingCollator(Generic[Batch]):
             raise ValueError("reduction is for share_prefixes, where the batch holds the weights; else the loss takes it")
 
     def __call__(self, documents: Sequence[Any]) -> Batch:
+        if isinstance(documents, Mapping):
+            raise TypeError(
+                "documents must be a list of documents, got a mapping of columns: [dict(zip(batch, row)) for row in "
+                "zip(*batch.values())] makes a list of a batch, [document] of one document"
+            )
         documents = [_real_part(document, number) for number, document in enumerate(documents)]
         tokens = [
             as_integers(f"input_ids of document {number}", tokens_of(document)) for number, document in enumerate(documents)

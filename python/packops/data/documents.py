@@ -80,6 +80,8 @@ def document_begins(position_ids: Tensor) -> Tensor:
 
 
 def _is_per_token(value: Any, total: int) -> bool:
+    if isinstance(value, (list, tuple)):  # ragged ones, too, in which numpy sees no dimensions
+        return len(value) == total
     return not isinstance(value, (str, bytes, Mapping)) and np.ndim(value) >= 1 and len(value) == total
 
 
