@@ -139,6 +139,15 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
         ("l.csv", "size,id\n3\n", [], r"line 2: want 2 columns as in the header, got 1"),
         ("l.csv", "3\n4,5\n", [], r"line 2: want one column as in the rows before, got 2"),
         ("l.csv", 'length\n"three"\n', [], r"line 2: text needs --tokenizer"),
+        ("l.csv", "5.0\n7\n", [], r"line 1: want a length, a list of token ids or text, got float"),
+        ("l.csv", "3\nthree\n", [], r"line 2: want int as in the first row, got 'three'"),
+        ("l.csv", '0\n"[4, 5]"\n', [], r"line 2: want int as in the first row, got '[4, 5]'"),
+        (
+            "l.jsonl",
+            '[3]\n{"input_ids": [1, 2], "attention_mask": [1]}',
+            [],
+            r"attention_mask of {path}, line 2 must have one entry per token (2), got shape (1,)",
+        ),
         ("l.txt.gz", "3\n", [], r"l.txt.gz, line 1 or later: Not a gzipped file"),
         ("l.npy", "3\n", [], r"l.npy: want an array as numpy.save writes it"),
         ("l.parquet", "3\n", [], r"l.parquet"),
@@ -156,7 +165,7 @@ def test_pack_names_what_is_wrong(tmp_path, capsys, name, content, options, mess
     assert command("pack", tmp_path / name, *options) == 2
     error = capsys.readouterr().err
     assert error.startswith("packops pack: ")
-    assert message in error
+    assert message.replace("{path}", str(tmp_path / name)) in error
     assert command("pack", tmp_path / "nowhere.txt") == 2
 
 
@@ -173,6 +182,28 @@ def test_pack_names_a_bad_row_of_a_parquet_file(tmp_path, capsys):
         parquet.write_table(pyarrow.table({"length": values, "id": values}), tmp_path / "l.parquet", row_group_size=2)
         assert command("pack", tmp_path / "l.parquet") == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("width", [None, 4], ids=["lists", "lists of one size"])
+def test_pack_reads_tokens_and_masks_of_a_parquet_file_as_those_of_jsonl(tmp_path, width):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    ids, masks = [[1, 2, 3, 0], [0, 0, 7, 0], [4, 5, 6, 7]], [[1, 1, 1, 0], [0, 0, 1, 0], None]
+    path, lines = tmp_path / "l.parquet", tmp_path / "l.jsonl"
+
+    def lengths_of(**columns):
+        kinds = {name: pyarrow.list_(pyarrow.int64(), width or -1) for name in columns}
+        table = pyarrow.table({name: pyarrow.array(values, kinds[name]) for name, values in columns.items()})
+        parquet.write_table(table, path, row_group_size=2)
+        return cli_pack.read_lengths(path).tolist()
+
+    lines.write_text("".join(json.dumps({"input_ids": i, "attention_mask": m}) + "\n" for i, m in zip(ids, masks, strict=True)))
+    assert lengths_of(attention_mask=masks, input_ids=ids) == cli_pack.read_lengths(lines).tolist() == [3, 1, 4]
+    assert lengths_of(input_ids=ids, other=masks[::-1]) == [4, 4, 4]
+    for more in ({}, {"attention_mask": masks}):
+        with pytest.raises(ValueError, match=r"l.parquet, row 2: 'input_ids' holds a null"):
+            lengths_of(input_ids=[*ids[:2], [4, None, 6, 7]], **more)
+    with pytest.raises(ValueError, match=r"attention_mask of .*l.parquet, row 2 must be 1 for its tokens"):
+        lengths_of(input_ids=ids, attention_mask=[*masks[:2], [1, 0, 0, 1]])
 
 
 @pytest.mark.parametrize(
@@ -300,6 +331,8 @@ def test_a_file_that_is_not_there_is_named(tmp_path, capsys, name):
         ("c.csv", "\ufefflength,x\n12,a\n", [12]),
         ("d.txt", "\ufeff12\n30\n", [12, 30]),
         ("e.jsonl", '{"input_ids": [1, 2, 3, 0, 0], "attention_mask": [1, 1, 1, 0, 0]}\n', [3]),
+        ("f.csv", '"[1, 2, 3]"\n"[4, 5]"\n[]\n', [3, 2, 0]),
+        ("g.csv", "length\n+12\n30\n", [12, 30]),
     ],
 )
 def test_files_of_other_programs(tmp_path, name, text, lengths):
@@ -308,11 +341,23 @@ def test_files_of_other_programs(tmp_path, name, text, lengths):
     assert cli_pack.read_lengths(path).tolist() == lengths
 
 
-@pytest.mark.parametrize("line", ['{"messages": [{"role": "user"}]}', '{"input_ids": [[1, 2, 3]]}', '{"input_ids": [1.5]}'])
-def test_lists_of_anything_else_are_no_token_ids(tmp_path, line):
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ('{"messages": [{"role": "user"}]}', "dict"),
+        ('{"input_ids": [[1, 2, 3]]}', "list"),
+        ('{"input_ids": [1.5]}', "float"),
+        ("[1, 0.0, 0.5]", "float"),
+        ("[null, null, 5]", "NoneType"),
+        ("[[], [1, 2, 3]]", "list"),
+        ('["", "a"]', "str"),
+        ("[false, true]", "bool"),
+    ],
+)
+def test_lists_of_anything_else_are_no_token_ids(tmp_path, line, kind):
     path = tmp_path / "documents.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(TypeError, match=r"want a list of token ids, got one of (dict|list|float)"):
+    with pytest.raises(TypeError, match=f"want a list of token ids, got one of {kind}"):
         cli_pack.read_lengths(path)
 
 
@@ -321,6 +366,9 @@ def test_text_that_looks_like_a_number_is_text(tmp_path, monkeypatch):
     table = tmp_path / "table.csv"
     table.write_text('text\nhello there\n1984\n"[1, 2]"\n')
     assert cli_pack.read_lengths(table, tokenizer="any").tolist() == [2, 1, 2]
+    table.write_text("1984\nhello there\n")
+    with pytest.raises(ValueError, match="line 1: text for --tokenizer wants a header, got '1984'"):
+        cli_pack.read_lengths(table, tokenizer="any")
     lines = tmp_path / "lines.jsonl"
     lines.write_text('{"text": 1984}\n')
     with pytest.raises(TypeError, match="want text for --tokenizer, got the number 1984"):

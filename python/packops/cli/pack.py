@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import functools
 import gzip
@@ -158,46 +159,46 @@ def json_rows(lines: TextIO, path: Path) -> Iterator[tuple[Any, str]]:
 
 
 def csv_rows(lines: TextIO, path: Path, as_text: bool = False) -> Iterator[tuple[Any, str]]:
-    """Rows of a table as objects. A first row of numbers alone means that the table has one nameless column and no header.
+    """Rows of a table as objects. A number or a list alone in the first row means one nameless column and no header.
 
-    as_text: cells are text, also those that look like a number.
+    as_text: cells are text, also those that look like a number, and there is a header.
     """
     csv.field_size_limit(2**31 - 1)  # a list of token ids is a long field
     reader = csv.reader(lines)
     header: list[str] | None = None
+    first: Any = None
     for row, _ in numbered(reader, path):
         where = f"{name_of(path)}, line {reader.line_num}"
         if not row:
             continue
         if header is None:
-            header = [] if len(row) == 1 and is_number(row[0]) else row
+            first = cell_value(row[0])
+            header = row if len(row) > 1 or isinstance(first, str) else []
             if header:
                 continue
+            if as_text:
+                raise ValueError(f"{where}: text for --tokenizer wants a header, got {row[0][:40]!r}")
         if not header:
             if len(row) != 1:
                 raise ValueError(f"{where}: want one column as in the rows before, got {len(row)}")
-            yield whole_number(row[0], where), where
+            value = cell_value(row[0])
+            if type(value) is not type(first):
+                raise TypeError(f"{where}: want {type(first).__name__} as in the first row, got {row[0][:40]!r}")
+            yield value, where
         elif len(row) != len(header):
             raise ValueError(f"{where}: want {len(header)} columns as in the header, got {len(row)}")
         else:
             yield {name: cell if as_text else cell_value(cell) for name, cell in zip(header, row, strict=True)}, where
 
 
-def is_number(cell: str) -> bool:
-    try:
-        int(cell)
-    except ValueError:
-        return False
-    return True
-
-
 def cell_value(cell: str) -> Any:
     """A number or a JSON list where the cell is one, else its text."""
-    try:
-        value = json.loads(cell)
-    except (ValueError, RecursionError):
-        return cell
-    return value if isinstance(value, (int, list)) and not isinstance(value, bool) else cell
+    for read in (int, json.loads):  # JSON knows no +12
+        with contextlib.suppress(ValueError, RecursionError):
+            value = read(cell)
+            if isinstance(value, (int, float, list)) and not isinstance(value, bool):
+                return value
+    return cell
 
 
 def read_parquet(path: Path, column: str | None, tokenizer: str | None) -> IntArray:
@@ -211,21 +212,29 @@ def read_parquet(path: Path, column: str | None, tokenizer: str | None) -> IntAr
         file = pyarrow.parquet.ParquetFile(sys.stdin.buffer if str(path) == "-" else path)
     except pyarrow.ArrowException as error:
         raise ValueError(f"{path}: {error}") from None
-    column = choose_field(file.schema_arrow.names, column, str(path))
-    measure = _measure(None, tokenizer)
+    names = file.schema_arrow.names
+    column = choose_field(names, column, str(path))
+    masked = column == TOKENS and PADDING_MASK in names
+    measure = _measure(column, tokenizer)
     found, row = [np.zeros(0, np.int64)], 0
-    for batch in file.iter_batches(columns=[column]):
-        values, kind = batch.column(0), batch.schema.field(0).type
+    for batch in file.iter_batches(columns=[column, PADDING_MASK] if masked else [column]):
+        values = batch.column(column)
+        kind, types = values.type, pyarrow.types
+        is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
         if values.null_count:
             raise ValueError(f"{path}, row {row + int(np.argmax(values.is_null()))}: {column!r} is null")
-        if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-            if not pyarrow.types.is_integer(kind.value_type):
-                raise TypeError(f"{path}: {column!r} must hold token ids, lengths or text, got lists of {kind.value_type}")
+        if is_list and not types.is_integer(kind.value_type):
+            raise TypeError(f"{path}: {column!r} must hold token ids, lengths or text, got lists of {kind.value_type}")
+        if is_list and values.flatten().null_count:
+            place = pyarrow.compute.list_parent_indices(values).filter(values.flatten().is_null())[0].as_py()
+            raise ValueError(f"{path}, row {row + place}: {column!r} holds a null")
+        if is_list and not masked:
             found.append(pyarrow.compute.list_value_length(values).to_numpy(zero_copy_only=False).astype(np.int64))
-        elif pyarrow.types.is_integer(kind):
+        elif types.is_integer(kind) and not tokenizer:
             found.append(check_array(path, values.to_numpy(zero_copy_only=False), first=row))
         else:
-            found.append(np.array([measure(v, f"{path}, row {row + i}") for i, v in enumerate(values.to_pylist())], np.int64))
+            rows = (item.as_py() for item in batch.to_struct_array())
+            found.append(np.array([measure(value, f"{path}, row {row + i}") for i, value in enumerate(rows)], np.int64))
         row += len(values)
     return np.concatenate(found)
 
@@ -286,9 +295,9 @@ def _measure(column: str | None, tokenizer: str | None) -> Callable[[Any, str], 
                 raise TypeError(f"{where}: want text for --tokenizer, got the number {value}")
             return check_length(value, where)
         if isinstance(value, list):
-            if other := next((x for x in value if type(x) is not int), None) if value else None:
-                raise TypeError(f"{where}: want a list of token ids, got one of {type(other).__name__}")
-            return len(value) if mask is None else length_of({TOKENS: value, PADDING_MASK: mask})
+            if other := next((type(x).__name__ for x in value if type(x) is not int), None):
+                raise TypeError(f"{where}: want a list of token ids, got one of {other}")
+            return len(value) if mask is None else length_of({TOKENS: value, PADDING_MASK: mask}, where)
         if encode is None:
             raise ValueError(f"{where}: text needs --tokenizer to be counted in tokens")
         return encode(value)

@@ -50,9 +50,9 @@ def without_padding(document: Any, name: str = "a document") -> Any:
     return document if end - begin == total else _part(document, begin, end - begin, total)
 
 
-def length_of(document: Any) -> int:
+def length_of(document: Any, name: str = "a document") -> int:
     """Tokens in the document."""
-    return len(tokens_of(without_padding(document)))
+    return len(tokens_of(without_padding(document, name)))
 
 
 def slice_document(document: Any, start: int, length: int) -> Any:
