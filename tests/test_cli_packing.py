@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gzip
+import io
 import json
+import os
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,7 +128,7 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
         ("l.jsonl", '{"text": "a"}', ["--column", "ids"], r"--column must name one of the fields 'text', got 'ids'"),
         ("l.jsonl", '"some text"', [], r"line 1: text needs --tokenizer to be counted in tokens"),
         ("l.jsonl", "1.5", [], r"line 1: want a length, a list of token ids or text, got float"),
-        ("l.xml", "3", [], r"LENGTHS must end in .npy, .txt, .jsonl, .csv, .parquet (.gz may follow), or --format must say"),
+        ("l.xml", "3", [], r"LENGTHS must end in .npy, .txt, .jsonl, .csv, .parquet (.gz may follow those that are text)"),
         ("l.txt", "", [], r"l.txt is empty: want the length of at least one document"),
         ("l.jsonl", "\n\n", [], r"l.jsonl is empty"),
         ("l.csv", "input_ids,id\n", [], r"l.csv is empty"),
@@ -150,6 +153,10 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
         ),
         ("l.txt.gz", "3\n", [], r"l.txt.gz, line 1 or later: Not a gzipped file"),
         ("l.npy", "3\n", [], r"l.npy: want an array as numpy.save writes it"),
+        ("l.npy.gz", "3\n", [], r"l.npy.gz: .gz may follow the formats that are text, and npy is none; unpack it with gunzip"),
+        ("l.parquet.gz", "3\n", [], r"text, and parquet is none"),
+        ("l.npy", "3\n", ["--column", "a"], r"l.npy: npy holds nothing but lengths; --column and --tokenizer are for other"),
+        ("l.txt", "3\n", ["--tokenizer", "a"], r"l.txt: txt holds nothing but lengths"),
         ("l.parquet", "3\n", [], r"l.parquet"),
         (
             "l.txt",
@@ -217,6 +224,22 @@ def test_pack_reads_the_standard_input(tmp_path, monkeypatch, capsys, text, opti
         monkeypatch.setattr(sys, "stdin", file)
         assert command("pack", "-", *options) == 0
     assert "3 documents, 12 tokens" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("form", ["npy", "parquet"])
+def test_pack_reads_files_that_are_piped(monkeypatch, form):
+    file = io.BytesIO()
+    if form == "npy":
+        np.save(file, np.array([3, 4, 5]))
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table({"length": [3, 4, 5]}), file)
+    read, write = os.pipe()
+    with open(write, "wb") as writer:
+        writer.write(file.getvalue())
+    with open(read) as reader:
+        monkeypatch.setattr(sys, "stdin", reader)
+        assert cli_pack.read_lengths(Path("-"), form=form).tolist() == [3, 4, 5]
 
 
 def test_pack_says_what_it_wrote(tmp_path, capsys):

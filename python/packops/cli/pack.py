@@ -7,6 +7,7 @@ import contextlib
 import csv
 import functools
 import gzip
+import io
 import json
 import sys
 import time
@@ -80,16 +81,20 @@ def read_lengths(path: Path, column: str | None = None, tokenizer: str | None = 
     if str(path) != "-" and not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file")
     form = form or format_of(path)
+    readers: dict[str, Callable[[TextIO, Path], Iterator[tuple[Any, str]]]] = {
+        "txt": text_rows,
+        "jsonl": json_rows,
+        "csv": functools.partial(csv_rows, as_text=bool(tokenizer)),
+    }
+    if form in ("npy", "txt") and (column or tokenizer):
+        raise ValueError(f"{name_of(path)}: {form} holds nothing but lengths; --column and --tokenizer are for other formats")
+    if path.suffix == ".gz" and form not in readers:
+        raise ValueError(f"{path}: .gz may follow the formats that are text, and {form} is none; unpack it with gunzip")
     if form == "npy":
         lengths = read_npy(path)
     elif form == "parquet":
         lengths = read_parquet(path, column, tokenizer)
     else:
-        readers: dict[str, Callable[[TextIO, Path], Iterator[tuple[Any, str]]]] = {
-            "txt": text_rows,
-            "jsonl": json_rows,
-            "csv": functools.partial(csv_rows, as_text=bool(tokenizer)),
-        }
         measure = _measure(column, tokenizer)
         with open_text(path) as lines:
             lengths = np.array([measure(value, where) for value, where in readers[form](lines, path)], np.int64)
@@ -100,7 +105,7 @@ def read_lengths(path: Path, column: str | None = None, tokenizer: str | None = 
 
 def read_npy(path: Path) -> IntArray:
     try:
-        values = np.load(sys.stdin.buffer if str(path) == "-" else path, allow_pickle=False)
+        values = np.load(seekable(path), allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise ValueError(f"{name_of(path)}: want an array as numpy.save writes it ({error})") from None
     return check_array(path, values)
@@ -112,13 +117,18 @@ def format_of(path: Path) -> str:
     suffixes = [suffix[1:] for suffix in path.suffixes if suffix != ".gz"]
     if not suffixes or suffixes[-1] not in LENGTH_FORMATS:
         raise ValueError(
-            f"{path}: LENGTHS must end in .{', .'.join(LENGTH_FORMATS)} (.gz may follow), or --format must say what it is"
+            f"{path}: LENGTHS must end in .{', .'.join(LENGTH_FORMATS)} (.gz may follow those that are text), or --format must "
+            "say what it is"
         )
     return suffixes[-1]
 
 
 def name_of(path: Path) -> str:
     return "the standard input" if str(path) == "-" else str(path)
+
+
+def seekable(path: Path) -> Path | io.BytesIO:
+    return io.BytesIO(sys.stdin.buffer.read()) if str(path) == "-" else path  # a pipe cannot seek
 
 
 def open_text(path: Path) -> TextIO:
@@ -202,18 +212,19 @@ def cell_value(cell: str) -> Any:
 
 
 def read_parquet(path: Path, column: str | None, tokenizer: str | None) -> IntArray:
+    where = name_of(path)
     try:
         import pyarrow
         import pyarrow.compute
         import pyarrow.parquet
     except ModuleNotFoundError:
-        raise ValueError(f"{path} needs the package pyarrow: pip install pyarrow") from None
+        raise ValueError(f"{where} needs the package pyarrow: pip install pyarrow") from None
     try:
-        file = pyarrow.parquet.ParquetFile(sys.stdin.buffer if str(path) == "-" else path)
+        file = pyarrow.parquet.ParquetFile(seekable(path))
     except pyarrow.ArrowException as error:
-        raise ValueError(f"{path}: {error}") from None
+        raise ValueError(f"{where}: {error}") from None
     names = file.schema_arrow.names
-    column = choose_field(names, column, str(path))
+    column = choose_field(names, column, where)
     masked = column == TOKENS and PADDING_MASK in names
     measure = _measure(column, tokenizer)
     found, row = [np.zeros(0, np.int64)], 0
@@ -222,19 +233,19 @@ def read_parquet(path: Path, column: str | None, tokenizer: str | None) -> IntAr
         kind, types = values.type, pyarrow.types
         is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
         if values.null_count:
-            raise ValueError(f"{path}, row {row + int(np.argmax(values.is_null()))}: {column!r} is null")
+            raise ValueError(f"{where}, row {row + int(np.argmax(values.is_null()))}: {column!r} is null")
         if is_list and not types.is_integer(kind.value_type):
-            raise TypeError(f"{path}: {column!r} must hold token ids, lengths or text, got lists of {kind.value_type}")
+            raise TypeError(f"{where}: {column!r} must hold token ids, lengths or text, got lists of {kind.value_type}")
         if is_list and values.flatten().null_count:
             place = pyarrow.compute.list_parent_indices(values).filter(values.flatten().is_null())[0].as_py()
-            raise ValueError(f"{path}, row {row + place}: {column!r} holds a null")
+            raise ValueError(f"{where}, row {row + place}: {column!r} holds a null")
         if is_list and not masked:
             found.append(pyarrow.compute.list_value_length(values).to_numpy(zero_copy_only=False).astype(np.int64))
         elif types.is_integer(kind) and not tokenizer:
             found.append(check_array(path, values.to_numpy(zero_copy_only=False), first=row))
         else:
             rows = (item.as_py() for item in batch.to_struct_array())
-            found.append(np.array([measure(value, f"{path}, row {row + i}") for i, value in enumerate(rows)], np.int64))
+            found.append(np.array([measure(value, f"{where}, row {row + i}") for i, value in enumerate(rows)], np.int64))
         row += len(values)
     return np.concatenate(found)
 
