@@ -250,6 +250,21 @@ def test_pack_says_what_it_wrote(tmp_path, capsys):
     assert np.load(plan)["lengths"].tolist() == [4, 3]
 
 
+@pytest.mark.parametrize("option", ["pack --json", "pack --picture", "pack --plan", "verify --json"])
+def test_a_file_that_cannot_be_written_is_named_first(tmp_path, monkeypatch, capsys, option):
+    for module in (cli_pack, cli_verify):
+        monkeypatch.setattr(module, "run", lambda args: pytest.fail("it was computed"))
+    name, option = option.split()
+    for path, message in (
+        (tmp_path / "nowhere" / "x", f"there is no folder {tmp_path / 'nowhere'}"),
+        (tmp_path, f"{tmp_path} is a folder"),
+    ):
+        with pytest.raises(SystemExit) as end:
+            command(name, "l.txt", option, path)
+        assert end.value.code == 2
+        assert capsys.readouterr().err.endswith(f"packops {name}: error: argument {option}: {message}\n")
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     transformers = pytest.importorskip("transformers")

@@ -249,11 +249,20 @@ def test_a_missing_package_is_named(monkeypatch, capsys, tmp_path):
     assert "needs surely_not_installed: pip install '.[demo]'" in capsys.readouterr().err
 
 
-def test_bad_arguments_end_in_one_line(capsys):
+def test_bad_arguments_end_in_one_line(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(train, "run", lambda settings: pytest.fail("it was trained"))
     for steps in ("0", "-3"):
         with pytest.raises(SystemExit):
             cli.main(["demo", f"--steps={steps}"])
         assert f"must be an integer from 1 to 2^31 - 1, got {steps}" in capsys.readouterr().err.splitlines()[-1]
+    for seed in ("-1", str(2**64), "x"):
+        with pytest.raises(SystemExit):
+            cli.main(["demo", f"--seed={seed}"])
+        assert f"must be an integer from 0 to 2^64 - 1, got {seed}" in capsys.readouterr().err.splitlines()[-1]
+    (tmp_path / "file").touch()
+    for out, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "folder", "Not a directory")):
+        assert cli.main(["demo", "--device", "cpu", "--out", str(out)]) == 2
+        assert capsys.readouterr().err == f"packops demo: --out {out}: no folder can be made there ({why})\n"
     assert cli.main(["demo", "--device", "cuda:99"]) == 2
     assert capsys.readouterr().err.startswith("packops demo: --device: there is no cuda:99 here")
 

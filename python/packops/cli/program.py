@@ -123,11 +123,29 @@ def version() -> str:
     return text.partition('__version__ = "')[2].partition('"')[0]
 
 
-def positive(text: str) -> int:
-    """A positive number of tokens, documents or steps that fits int32."""
-    if not text.isdecimal() or not 0 < int(text) < 2**31:
-        raise argparse.ArgumentTypeError(f"must be an integer from 1 to 2^31 - 1, got {text}")
-    return int(text)
+def integer_from(least: int, bits: int) -> Callable[[str], int]:
+    """A reader of integers from ``least`` to ``2^bits - 1``."""
+
+    def integer(text: str) -> int:
+        if not text.isdecimal() or not least <= int(text) < 2**bits:
+            raise argparse.ArgumentTypeError(f"must be an integer from {least} to 2^{bits} - 1, got {text}")
+        return int(text)
+
+    return integer
+
+
+positive = integer_from(1, 31)  # tokens, documents or steps
+seed = integer_from(0, 64)
+
+
+def new_file(text: str) -> Path:
+    """A file to write when everything is done, which may take minutes: what is wrong with its place is said now."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent}")
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path} is a folder")
+    return path
 
 
 # ---- the commands ----------------------------------------------------------------------------------------------------------
@@ -142,7 +160,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--steps", type=positive, help="optimizer steps of each run (default: 50; 200 on a GPU, with a larger model)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="chooses weights, documents and their order (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="chooses weights, documents and their order (default: 0)")
     parser.add_argument(
         "--out", type=Path, default=Path("demo_out"), help="folder for demo.png and demo.json (default: demo_out)"
     )
@@ -158,7 +176,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("lengths", metavar="LENGTHS", type=Path, help="a file, or - for the standard input")
     parser.add_argument("--max-length", type=positive, default=4096, metavar="TOKENS", help="capacity of a pack (default 4096)")
     parser.add_argument("--strategy", choices=[*STRATEGIES, "all"], default="all", help="how to pack (default: compare all)")
-    parser.add_argument("--seed", type=int, default=0, help="order of the documents (default 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="order of the documents (default 0)")
     parser.add_argument("--max-docs-per-pack", type=positive, metavar="N", help="at most so many documents a pack")
     parser.add_argument(
         "--overlong",
@@ -172,9 +190,9 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--format", choices=LENGTH_FORMATS, help="default: by the file's name; jsonl for the standard input")
     parser.add_argument("--tokenizer", metavar="NAME", help="a tokenizer.json, or what transformers' AutoTokenizer takes")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the table and the histograms")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw documents per pack and fill (needs matplotlib)")
-    parser.add_argument("--plan", type=Path, metavar="FILE.npz", help="write the packs of one --strategy: indices, offsets, ...")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the table and the histograms")
+    parser.add_argument("--picture", type=new_file, metavar="FILE", help="draw documents per pack and fill (needs matplotlib)")
+    parser.add_argument("--plan", type=new_file, metavar="FILE.npz", help="write the packs of one --strategy: indices, ...")
 
 
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
@@ -189,7 +207,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tolerance", type=float, help="largest relative difference (default: by dtype, 1e-4 for fp32)")
     parser.add_argument("--no-gradients", action="store_true", help="compare losses and logits only")
     parser.add_argument("--trust-remote-code", action="store_true", help="let MODEL bring its own code")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the report")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the report")
 
 
 DEMO = """\

@@ -27,6 +27,10 @@ def main(args: argparse.Namespace) -> int:
         return 2
     try:
         device = choose_device(args.device)
+        args.out.mkdir(parents=True, exist_ok=True)  # before what takes minutes
+    except OSError as error:
+        print(f"packops demo: --out {args.out}: no folder can be made there ({error.strerror})", file=sys.stderr)
+        return 2
     except ValueError as error:
         print(f"packops demo: {error}", file=sys.stderr)
         return 2
