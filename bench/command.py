@@ -16,8 +16,17 @@ from typing import Any
 import torch
 
 from measuring import OURS, Case, OutOfTime, environment, measure, slug, time_limit
+from packops.cli.program import positive
 from peers import Peer
 from reporting import RESULTS, draw_bars, format_case, format_environment, format_verdict, redraw, rows_of, write
+
+
+def seconds(text: str) -> float:
+    """A number of seconds, which may be 0 and may be inf."""
+    value = float(text)
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"must be 0 seconds or more, got {text}")
+    return value
 
 
 def add_arguments(parser: argparse.ArgumentParser, peers: dict[str, Peer]) -> argparse.ArgumentParser:
@@ -28,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser, peers: dict[str, Peer]) -> ar
     parser.add_argument(
         "--peers", default="all", help=f"all (default), none, or some of: {', '.join(dict.fromkeys(map(base, peers)))}"
     )
-    parser.add_argument("--rounds", type=int, help="rounds of a case (default 25, quick 7)")
-    parser.add_argument("--seconds", type=float, help="begin no further round of a case after this long (default 4, quick 1)")
-    parser.add_argument("--limit", type=float, default=math.inf, help="end the run after so many seconds, with what there is")
+    parser.add_argument("--rounds", type=positive, help="rounds of a case (default 25, quick 7)")
+    parser.add_argument("--seconds", type=seconds, help="begin no further round of a case after this long (default 4, quick 1)")
+    parser.add_argument("--limit", type=seconds, default=math.inf, help="end the run after so many seconds, with what there is")
     parser.add_argument(
-        "--patience", type=float, default=math.inf, help="leave out what takes longer than so many seconds to compile and check"
+        "--patience", type=seconds, default=math.inf, help="leave out what takes more than so many seconds to compile and check"
     )
     return parser
 
@@ -58,6 +67,12 @@ def add_draw(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="measure nothing: table and picture of result files, with --out STEM one picture of all",
     )
+    add_passing(parser)
+
+
+def add_passing(parser: argparse.ArgumentParser) -> None:
+    """For ``--reproduce``, which reads what is written and removes it."""
+    parser.add_argument("--passing", action="store_true", help=argparse.SUPPRESS)
 
 
 def without_output(arguments: Sequence[str]) -> list[str]:
@@ -130,13 +145,14 @@ def main(
     if args.threads:
         torch.set_num_threads(args.threads)
     args.peers = chosen(peers, args.peers, args.device)
-    rounds, seconds = args.rounds or (7 if args.quick else 25), args.seconds or (1 if args.quick else 4)
+    rounds = args.rounds or (7 if args.quick else 25)
+    enough = (1 if args.quick else 4) if args.seconds is None else args.seconds
     data: dict[str, Any] = {
         "benchmark": benchmark,
         "environment": environment(args.device, args.peers),
         "settings": {
             "rounds": rounds,
-            "seconds": seconds,
+            "seconds": enough,
             "quick": args.quick,
             "only": args.only,
             "arguments": without_output(arguments),
@@ -156,8 +172,8 @@ def main(
                 if args.only and not re.search(args.only, case.name):
                     continue
                 # What is ready when little time is left is measured still.
-                until = begin + args.limit - 1.5 * seconds
-                data["cases"].append(measure(case, args.device, rounds, seconds, args.patience, until))
+                until = begin + args.limit - 1.5 * enough
+                data["cases"].append(measure(case, args.device, rounds, enough, args.patience, until))
                 print("\n" + format_case(data["cases"][-1]), flush=True)
                 if args.out:  # after every case: a run that is cut short keeps what it measured
                     write(data, args.out.with_suffix(".json"))
@@ -173,5 +189,6 @@ def main(
     print("\n" + format_verdict(data))
     if args.out and data["cases"]:
         draw(json.loads(args.out.with_suffix(".json").read_text()), args.out.with_suffix(".png"))
-        print(f"written: {args.out.with_suffix('.json')}, {args.out.with_suffix('.png')}")
+        if not args.passing:
+            print(f"written: {args.out.with_suffix('.json')}, {args.out.with_suffix('.png')}")
     return int(any(row.get("wrong") and row["system"].startswith(OURS) for _, row in rows_of(data)))

@@ -37,6 +37,7 @@ import peers
 import reporting
 from measuring import device_state
 from models import MODELS
+from packops.cli.program import positive
 from process_group import on_ranks
 
 NAME = "distributed"
@@ -124,9 +125,10 @@ def parse() -> dict[str, Any]:
         metavar="STEM",
         help="write STEM.json; without STEM bench/results/distributed_*",
     )
+    command.add_passing(output)
     device.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     device.add_argument(
-        "--limit", type=float, default=math.inf, help="begin no round, or row, that ends later than so many seconds"
+        "--limit", type=command.seconds, default=math.inf, help="begin no round, or row, that ends later than so many seconds"
     )
     kind = kinds.add_parser("balance", parents=[output], help="simulated waiting")
     kind.add_argument("--documents", type=int, default=200_000, help="of the synthetic length distribution")
@@ -140,14 +142,14 @@ def parse() -> dict[str, Any]:
         kind.add_argument("--quick", action="store_true", help="small sizes, two rounds, no peers: to see that it runs")
         for size, default in SIZES.items():
             if size != "hidden" or name == "head":
-                kind.add_argument(f"--{size}", type=int, help=f"default {default}; with --quick {QUICK[size]}")
+                kind.add_argument(f"--{size}", type=positive, help=f"default {default}; with --quick {QUICK[size]}")
     kind = kinds.add_parser("steps", parents=[device, output], help="whole training steps under DDP and FSDP2")
     kind.add_argument("--ranks", type=int, nargs="+", help="numbers of processes, as in: 1 2 4 8; default: 1 and one per GPU")
     kind.add_argument("--corpus", choices=["short", "long"], default="long", help="lengths of documents")
     kind.add_argument("--rows", nargs="+", metavar="WORD", help="only rows whose name has one of these, as in: DDP attention")
     kind.add_argument("--max-length", type=int, default=16384, help="tokens of a pack")
     kind.add_argument("--steps", type=int, default=20, help="timed steps of a round")
-    kind.add_argument("--rounds", type=int, default=2)
+    kind.add_argument("--rounds", type=positive, default=2)
     kind.add_argument("--tiny", action="store_true", help="a small fp32 model, for a CPU: to see that it runs")
     return vars(parser.parse_args())
 
@@ -164,7 +166,7 @@ def run_losses(what: str, options: dict[str, Any], gpus: int) -> dict[str, Any]:
 
 def main() -> None:
     begin, options = time.time(), parse()
-    what, out = options.pop("what"), options.pop("out")
+    what, out, passing = (options.pop(name) for name in ("what", "out", "passing"))
     options["until"] = begin + options.pop("limit", math.inf)
     kind = options.get("device", "cpu")
     environment = measuring.environment(kind, {"liger-kernel": peers.LIGER, "transformers": peers.TRANSFORMERS})
@@ -182,7 +184,8 @@ def main() -> None:
             path = (reporting.RESULTS / stem if out == Path() else out).with_suffix(".json")
             facts["state"]["after"] = device_state(kind)
             reporting.write(facts | result, path)
-            print(f"\nwritten: {path}")
+            if not passing:
+                print(f"\nwritten: {path}")
 
     if what == "balance":
         keep(balance(options["documents"], options["max_length"]), "distributed_balance")

@@ -51,6 +51,7 @@ import reporting
 from corpora import LENGTHS, draw_lengths
 from measuring import Clock, OutOfTime, device_state, time_limit
 from models import MODELS, configuration
+from packops.cli.program import positive
 
 NAME = "end-to-end"
 PADDED_ROWS = 8  # documents in a padded micro-batch, at most
@@ -559,10 +560,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
         "--tokens", type=int, help="tokens of a pack, and of a padded micro-batch (default 16384; 512 with --tiny)"
     )
     parser.add_argument("--micro-batches", type=int, default=4, help="packs of a step (default 4)")
-    parser.add_argument("--rounds", type=int, default=5, help="timed steps of each row (default 5)")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="end the run after so many, compilation included")
+    parser.add_argument("--rounds", type=positive, default=5, help="timed steps of each row (default 5)")
     parser.add_argument(
-        "--patience", type=float, default=float("inf"), help="leave out a row whose first two steps take longer than so many"
+        "--seconds", type=command.seconds, default=float("inf"), help="end the run after so many, compilation included"
+    )
+    parser.add_argument(
+        "--patience", type=command.seconds, default=float("inf"), help="leave out a row whose first two steps take more seconds"
     )
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--tiny", action="store_true", help="small fp32 models: to see that it runs")

@@ -364,7 +364,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
     parser.add_argument("--documents", type=int, nargs="+", default=[100_000, 1_000_000, 10_000_000], help="sizes to measure")
     parser.add_argument("--quick", action="store_true", help="100,000 documents only: a first look")
     parser.add_argument("--capacity", type=int, default=4096, help="tokens a pack (default 4096)")
-    parser.add_argument("--seconds", type=float, default=3.0, help="repeat each measurement for about so long, at most 5 times")
+    parser.add_argument(
+        "--seconds", type=command.seconds, default=3.0, help="repeat each measurement for about so long, at most 5 times"
+    )
     command.add_output(parser, "packing")
     return parser
 

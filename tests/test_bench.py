@@ -710,6 +710,7 @@ def test_reproduce(tmp_path, capsys):
     assert cli.main(["bench", "--reproduce", str(first.with_suffix(".json"))]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == f"packops bench rope {' '.join(written['settings']['arguments'])}"
+    assert not any("now.json" in line for line in shown)  # which is gone
     table = shown[next(i for i, line in enumerate(shown) if line.endswith("now/written")) + 1 :]
     (gone,) = (line for line in table if ": gone, us" in line)
     assert gone.split()[-2:] == ["1.234e+04", "--"]
@@ -757,6 +758,26 @@ def test_every_program_is_listed():
 def test_unknown_benchmark(capsys):
     assert cli.main(["bench", "cross_entropy"]) == 2
     assert "Did you mean cross-entropy?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["rope", "end-to-end", "distributed steps", "distributed vocab", "packing"])
+def test_rounds_and_seconds_that_are_none(name, capsys):
+    wrong = ["--rounds=0", "must be an integer from 1 to 2^31 - 1, got 0"], ["--rounds=-1", "got -1"]
+    late = "--limit" if name.startswith("distributed") else "--seconds"
+    wrong += [late + "=-1", "must be 0 seconds or more, got -1"], [late + "=nan", "got nan"], [late + "=x", "invalid"]
+    for argument, message in wrong if name != "packing" else wrong[2:]:
+        assert cli.main(["bench", *name.split(), argument, "--nonsense"]) == 2  # so that it runs in no case
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert f"error: argument {argument.partition('=')[0]}: " in error
+        assert message in error
+
+
+def test_no_seconds_are_no_seconds(tmp_path, small_buffers):
+    pytest.importorskip("matplotlib")
+    small = ["--only", "host", "--shape", "8", "2", "1", "16", "--peers", "none"]
+    _, data = run("rope", tmp_path, "--rounds", "9", "--seconds", "0", *small)
+    assert data["settings"]["seconds"] == 0
+    assert {row["rounds"] for row in data["cases"][0]["rows"]} == {5}
 
 
 def test_benchmarks_need_the_source_tree(monkeypatch, tmp_path, capsys):
