@@ -121,8 +121,8 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         link: tuple[Tensor],
     ):
         wanted = Wanted(*ctx.needs_input_grad[1:4])
-        # Each row of the hidden states' gradient belongs to one token: its grad_output can be multiplied on later. Ranks add up that
-        # gradient, all in the same pass, whatever else each of them wants.
+        # Each row of the hidden states' gradient belongs to one token: its grad_output can be multiplied on later. Ranks add that
+        # gradient up, all in the same pass, whatever else each of them wants.
         early = options["reduction"] != "none" or not (ops.is_shared or wanted.weight or wanted.bias)
         flags = {f"grad_{name}": want for name, want in wanted._asdict().items()} if early else {}
         if with_stats:

@@ -354,8 +354,8 @@ def _apply_rope_compiled(
     keywords = dict(zip(_OPTIONS, options, strict=True), position_ids=position_ids, cu_seqlens=cu_seqlens)
     if not inplace:
         return torch.ops.packops.rope(q, k, cos, sin, **keywords)
-    # The functional op, then what the caller asked to see. A graph has no use for an in-place autograd function, and where a slice
-    # begins at a symbolic offset, inductor has an op write elsewhere.
+    # The functional op, then what the caller asked to see: a graph has no use for an in-place autograd function, and inductor has
+    # an op write elsewhere where a slice begins at a symbolic offset.
     q_out, k_out = torch.ops.packops.rope(q, k, cos, sin, **keywords)
     q.copy_(q_out)
     if k is not None:
