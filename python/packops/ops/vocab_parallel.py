@@ -154,12 +154,13 @@ def vocab_parallel_linear_cross_entropy(
         chunks: dict[str, Any] = {name: cast(Any, options)[name] for name in linear.CHUNKS}
         linear.check_arguments(h, weight, bias, labels, **chunks, op=op, least=0)
         lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
-        if options["chunk_tokens"] is None:
+        chunk_tokens = options["chunk_tokens"]
+        if chunk_tokens is None:
             copies = 1 if options["logits_dtype"] in (None, h.dtype) else 3
-            options["chunk_tokens"] = _choose_chunk_tokens(h, labels, options["num_valid"], copies)
+            options["chunk_tokens"] = chunk_tokens = _choose_chunk_tokens(h, labels, options["num_valid"], copies)
         shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid", "chunk_tokens"))
         rows = labels.numel() if options["num_valid"] is None else options["num_valid"]
-        ranks.will_send(ce.PARTIAL_STATES, min(rows, options["chunk_tokens"]), h)
+        ranks.will_send(ce.PARTIAL_STATES, min(rows, chunk_tokens), h)
         with autocast.off(h.device.type):
             ops = vocab_shard.linear_ops(_OPS, shard)
             return cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
