@@ -13,6 +13,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import packops
+from cuda_streams import capture
 from packops.ops import attention_paths
 from packops.ops.attention_paths import Rule
 
@@ -643,6 +644,32 @@ def test_the_backward_refuses_numbers_of_no_forest_on_the_cpu():
         with pytest.raises(ValueError, match=r"packops\.attention: (forest must be that of the forward pass|parents must be)"):
             ops._attention_backward(out, q, k, k, out, lse, tiles, other, cu_seqlens)
     ops._attention_backward(out, q, k, k, out, lse, tiles, forest, cu_seqlens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("window", [None, 900])
+@pytest.mark.parametrize("head_dim", [64, 128, 256, 96])
+def test_a_graph_is_replayed_on_other_trees(head_dim, window):
+    """Which prefixes are long, and what continues them, is decided on the device at every replay."""
+    trees = [
+        ([0, 3000, 3800, 4500, 4501, 6000, 6200], [-1, 0, 0, -1, -1, -1]),
+        ([0, 100, 2600, 2700, 5000, 5900, 6000], [-1, -1, 1, 2, 1, -1]),
+        ([0, 2500, 2600, 2700, 2800, 2900, 6400], [-1, 0, 1, 2, 3, 0]),
+        ([0, 1, 2, 3, 4, 5, 6400], [-1, 0, 0, 0, 0, -1]),
+    ]
+    q, k, v, grad = tensors(torch.device("cuda"), *((6400, heads, head_dim) for heads in (4, 2, 2, 4)))
+    cu_seqlens, parents = (torch.tensor(numbers, dtype=torch.int32, device="cuda") for numbers in trees[0])
+
+    def step():
+        out = packops.attention(q, k, v, cu_seqlens, parents, window=window)
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad.detach())
+
+    graph, captured = capture(step)
+    for numbers in (*trees[1:], trees[0]):
+        cu_seqlens.copy_(torch.tensor(numbers[0]))
+        parents.copy_(torch.tensor(numbers[1]))
+        graph.replay()
+        assert all(torch.equal(x, y) for x, y in zip(captured, step(), strict=True))
 
 
 @pytest.mark.gpu
