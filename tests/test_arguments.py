@@ -252,7 +252,10 @@ def test_tensors_that_are_no_strided_array_are_named(name):
                 call(op.function, op, {argument: x.to_sparse()})
             with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got a nested tensor: pass"):
                 call(op.function, op, {argument: torch.nested.nested_tensor([x, x], layout=torch.jagged)})
-    with pytest.raises(TypeError, match=r"^loss_normalizer: labels_or_counts must be a plain tensor"):
+
+
+def test_counts_that_are_no_strided_array_are_named():
+    with pytest.raises(TypeError, match=r"^loss_normalizer: labels_or_counts must be a plain tensor, got torch.sparse_coo: pass"):
         packops.loss_normalizer(torch.tensor([1, 2]).to_sparse())
 
 

@@ -741,6 +741,9 @@ def _what_one_rank_cannot_accept(rank):
     }
     for op in ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy", "vocab_parallel_linear_log_probs"):
         refused = of_all if op == "vocab_parallel_cross_entropy" else of_all | of_linear
+        if op != "vocab_parallel_linear_cross_entropy":  # which sends nothing of no rows
+            boundaries = here(torch.tensor([0, 0]), torch.tensor([0, 1]))
+            refused = refused | {"boundaries beyond no rows": {"rows": 0, "labels": LABELS[:0], "cu_seqlens": boundaries}}
         if op != "vocab_parallel_linear_log_probs":
             refused = refused | {"a class_weight of one shard": {"class_weight": here(torch.ones(8), torch.ones(4))}}
         if op == "vocab_parallel_linear_log_probs":  # ranks meet once

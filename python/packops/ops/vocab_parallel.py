@@ -160,7 +160,8 @@ def vocab_parallel_linear_cross_entropy(
             options["chunk_tokens"] = chunk_tokens = _choose_chunk_tokens(h, labels, options["num_valid"], copies)
         shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid", "chunk_tokens"))
         rows = labels.numel() if options["num_valid"] is None else options["num_valid"]
-        ranks.will_send(ce.PARTIAL_STATES, min(rows, chunk_tokens), h)
+        if rows:  # else there is no chunk, and nothing is sent
+            ranks.will_send(ce.PARTIAL_STATES, min(rows, chunk_tokens), h)
         with autocast.off(h.device.type):
             ops = vocab_shard.linear_ops(_OPS, shard)
             return cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
@@ -315,8 +316,7 @@ class _Ranks:
 
     def will_send(self, states: int, rows: int, like: Tensor) -> None:
         """So many numbers for each of so many rows, and two more: what the others wait for if this rank raises now."""
-        if rows:
-            self.owes = (states * rows + 2, like)
+        self.owes = (states * rows + 2, like)
 
     def refuse(self) -> None:
         """This rank raises: let the others hear of it where they wait."""
