@@ -7,11 +7,13 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <initializer_list>
 
 #include "common/device.cuh"
 #include "common/launch.cuh"
 #include "lm_head_launch.h"
 #include "lm_head_product.cuh"
+#include "lm_head_store.cuh"
 
 namespace packops {
 namespace {
@@ -215,7 +217,7 @@ __device__ __forceinline__ float quad_max(float x) {
 }
 
 // The logits themselves, before scale and cap. Past the vocabulary they are 0, since the tensor copies fill with 0.
-template <typename T, bool>
+template <typename T>
 struct Logits {
   static constexpr bool kStores = true;
   __device__ __forceinline__ Logits(float (&d)[kSums], const LmHeadParams& p, int, int tile) {
@@ -337,16 +339,85 @@ class Gradient {
   __device__ __forceinline__ float slope_of(float z) const { return kCapped ? p_.logit_scale * cap_.slope(z) : p_.logit_scale; }
 };
 
+// Hands 64 rows to an Epilogue(sums, p, row, column tile), which gets a thread's sums in rows `row` and `row` + 8. If
+// Epilogue::kStores, transform<first, count> turns that many of them into what is stored, 64 columns at a time so that registers become
+// free.
+template <typename T, typename Epilogue>
+class Finish {
+ public:
+  bool prepare(const LmHeadParams& p) {
+    p_ = p;
+    return !Epilogue::kStores || store_.prepare(p.dtype, p.out, p.rows, p.vocab, p.out_stride);
+  }
+
+#ifdef PACKOPS_SM90A
+  __device__ __forceinline__ void operator()(float (&sums)[kSums], int row, int column, unsigned char* staging) const {
+    Epilogue epilogue(sums, p_, row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column / kLmHeadColumns);
+    if constexpr (Epilogue::kStores) {
+      const auto store = [&](auto first) {
+        epilogue.template transform<first, 32>(sums);
+        store_.template store<first>(sums, row, column, staging);
+      };
+      store(std::integral_constant<int, 0>{});
+      store(std::integral_constant<int, 32>{});
+      store(std::integral_constant<int, 64>{});
+    }
+  }
+#endif
+
+ private:
+  LmHeadParams p_;
+  StoreRows<T> store_;
+};
+
 // ---- Host
 
+constexpr int steps_of(int64_t terms) { return int((terms + kLmHeadDepth - 1) / kLmHeadDepth); }
+
+template <typename F>
+cudaError_t with_type(DType dtype, F&& f) {
+  return dtype == DType::bf16 ? f(bf16_t{}) : f(half_t{});
+}
+
+template <typename T, typename Epilogue>
+cudaError_t logits(const LmHeadParams& p, cudaStream_t stream) {
+  LmHeadProduct<T, Major::k, false, Finish<T, Epilogue>> product;
+  product.steps = steps_of(p.width);
+  if (!product.a.prepare(p.dtype, p.hidden, p.rows, p.width, p.width) ||
+      !product.b.prepare(p.dtype, p.weight, p.vocab, p.width, p.width) || !product.finish.prepare(p))
+    return cudaErrorInvalidValue;
+  return launch_product(product, choose_lm_head_grid(p.rows, p.vocab, p.width), stream);
+}
+
 template <template <typename, bool> class Epilogue>
-cudaError_t multiply(const LmHeadParams& p, const Device& device, cudaStream_t stream) {
-  const auto with_type = [&](auto type) {
+cudaError_t logits(const LmHeadParams& p, cudaStream_t stream) {
+  return with_type(p.dtype, [&](auto type) {
     using T = decltype(type);
-    return p.softcap > 0 ? launch_product<T, Epilogue<T, true>>(p, device.index, stream)
-                         : launch_product<T, Epilogue<T, false>>(p, device.index, stream);
-  };
-  return p.dtype == DType::bf16 ? with_type(bf16_t{}) : with_type(half_t{});
+    return p.softcap > 0 ? logits<T, Epilogue<T, true>>(p, stream) : logits<T, Epilogue<T, false>>(p, stream);
+  });
+}
+
+template <typename T, typename Out>
+cudaError_t weight_gradient(const LmHeadWeightGradientParams& p, cudaStream_t stream) {
+  LmHeadProduct<T, Major::mn, true, StoreTransposed<T, Out>> product;
+  product.steps = steps_of(p.tokens);
+  if (!product.a.prepare(p.dtype, p.hidden, p.width, p.tokens, p.width) ||
+      !product.b.prepare(p.dtype, p.grad_logits, p.vocab, p.tokens, p.grad_logits_stride) ||
+      !product.finish.prepare(p.dtype, p.out, p.width, p.vocab, p.factor, p.add))
+    return cudaErrorInvalidValue;
+  return launch_product(product, choose_weight_gradient_grid(p.vocab, p.width), stream);
+}
+
+// Whether copies of whole vectors can take these sizes and places, and the code that is loaded for the current device has the product.
+bool fits(DType dtype, std::initializer_list<int64_t> counts, int64_t width, std::initializer_list<const void*> places) {
+  constexpr int64_t kMost = int64_t(1) << 30;
+  Device device;
+  return (dtype == DType::bf16 || dtype == DType::f16) && width > 0 && width % 8 == 0 && width < kMost &&
+         std::all_of(
+             counts.begin(), counts.end(), [](int64_t count) { return count < kMost; }) &&
+         std::all_of(
+             places.begin(), places.end(), [](const void* place) { return reinterpret_cast<uintptr_t>(place) % 16 == 0; }) &&
+         current_device(device) == cudaSuccess && device.has_wgmma;
 }
 
 }  // namespace
@@ -354,30 +425,34 @@ cudaError_t multiply(const LmHeadParams& p, const Device& device, cudaStream_t s
 int64_t lm_head_workspace(const LmHeadParams& p) { return workspace_of(p).size(); }
 
 bool lm_head_fits(const LmHeadParams& p) {
-  const auto aligned = [](const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; };
-  constexpr int64_t kMost = int64_t(1) << 30;
-  Device device;
-  return (p.dtype == DType::bf16 || p.dtype == DType::f16) && p.width > 0 && p.width % 8 == 0 && p.width < kMost && p.vocab > 0 &&
-         p.vocab < kMost && p.rows < kMost && aligned(p.hidden) && aligned(p.weight) && current_device(device) == cudaSuccess &&
-         device.has_wgmma;
+  return p.vocab > 0 && fits(p.dtype, {p.rows, p.vocab}, p.width, {p.hidden, p.weight});
 }
 
 cudaError_t lm_head_cuda(LmHeadPass pass, const LmHeadParams& given, cudaStream_t stream) {
   if (given.rows == 0) return cudaSuccess;
   LmHeadParams p = given;
   if (p.softcap > 0) p.cap_argument = p.logit_scale / p.softcap;
-  Device device;
-  cudaError_t error = current_device(device);
-  if (error != cudaSuccess) return error;
   if (pass == LmHeadPass::logits) {
-    p.softcap = 0;
-    return multiply<Logits>(p, device, stream);
+    return with_type(p.dtype, [&](auto type) { return logits<decltype(type), Logits<decltype(type)>>(p, stream); });
   }
-  if (pass == LmHeadPass::gradient) return multiply<Gradient>(p, device, stream);
-  if ((error = multiply<Statistics>(p, device, stream)) != cudaSuccess) return error;
+  if (pass == LmHeadPass::gradient) return logits<Gradient>(p, stream);
+  const cudaError_t error = logits<Statistics>(p, stream);
+  if (error != cudaSuccess) return error;
   launch(finish_kernel, dim3(unsigned((p.rows + kFinishRows - 1) / kFinishRows)), dim3(kFinishRows * kFinishSlices), 0, stream,
          p);
   return cudaGetLastError();
+}
+
+bool lm_head_weight_gradient_fits(const LmHeadWeightGradientParams& p) {
+  return p.tokens > 0 && p.vocab > 0 && p.grad_logits_stride % 8 == 0 &&
+         fits(p.dtype, {p.tokens, p.vocab}, p.width, {p.grad_logits, p.hidden, p.out});
+}
+
+cudaError_t lm_head_weight_gradient_cuda(const LmHeadWeightGradientParams& p, cudaStream_t stream) {
+  return with_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    return p.wide ? weight_gradient<T, float>(p, stream) : weight_gradient<T, T>(p, stream);
+  });
 }
 
 }  // namespace packops

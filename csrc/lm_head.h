@@ -1,4 +1,4 @@
-// The lm_head's product and what becomes of the logits in it: the plain interface of lm_head.cu. No torch here. Hopper (sm_90a) only.
+// The lm_head's products and what becomes of the logits in the first: the plain interface of lm_head.cu. No torch here. Hopper (sm_90a) only.
 //
 //   x_tj = cap(logit_scale * (sum_h hidden[t, h] weight[j, h] + bias[j])),   cap(x) = softcap tanh(x / softcap), or x
 //
@@ -10,13 +10,16 @@
 //   gradient     out_tj = s_tj (p_j (on_p + on_p_log log p_j) + [j = y] on_label),  log p_j = x_j - row_max - log_sum
 //   s_tj         d x / d (hidden weight^T) = logit_scale (1 - tanh^2)
 //
-// out is in the operands' dtype, rounded once. Its two products, with the weight and with the hidden states, are anybody's.
+// out is in the operands' dtype, rounded once. Its product with the weight is anybody's. That with the hidden states is here, too:
+//
+//   weight's gradient   out_jh = factor sum_t grad_logits[t, j] hidden[t, h], rounded once, or in fp32 added to what is there. The
+//                       factor is read on the device.
 //
 // Statistics of a tile are relative to its own maximum, so no logit is too large. The label's term is left out of the sums, so that
 // nothing cancels in a confident row: -log_prob = log(1 + rest / e_y).
 //
 // Bytes: hidden and weight are read about once (weight once per band of rows that fits into the L2), out is written once, and the
-// statistics take 12 bytes per row and tile of 192 columns. Bound by the tensor cores: 2 rows vocab width operations.
+// statistics take 12 bytes per row and tile of 192 columns. Each product is bound by the tensor cores: 2 rows vocab width operations.
 //
 // Every value has one writer and a fixed order of summation: the same bits in every run.
 #pragma once
@@ -60,6 +63,18 @@ struct LmHeadParams {
   const float* on_label = nullptr;
 };
 
+struct LmHeadWeightGradientParams {
+  int64_t tokens = 0, vocab = 0, width = 0;
+  DType dtype = DType::bf16;          // of both operands: bf16 or f16
+  const void* grad_logits = nullptr;  // (tokens, vocab) of grad_logits_stride elements, a multiple of 8
+  int64_t grad_logits_stride = 0;
+  const void* hidden = nullptr;  // (tokens, width) contiguous
+  void* out = nullptr;           // (vocab, width) contiguous, of the operands' dtype or, if `wide`, fp32
+  bool wide = false;
+  bool add = false;               // to what `out` holds; only if `wide`
+  const float* factor = nullptr;  // one number on the device, or null: 1
+};
+
 #ifdef PACKOPS_WITH_CUDA
 // Floats of workspace: three planes of a number per row and column tile, and the label's logit of each row.
 int64_t lm_head_workspace(const LmHeadParams& p);
@@ -68,6 +83,10 @@ int64_t lm_head_workspace(const LmHeadParams& p);
 bool lm_head_fits(const LmHeadParams& p);
 
 cudaError_t lm_head_cuda(LmHeadPass pass, const LmHeadParams& p, cudaStream_t stream);
+
+bool lm_head_weight_gradient_fits(const LmHeadWeightGradientParams& p);
+
+cudaError_t lm_head_weight_gradient_cuda(const LmHeadWeightGradientParams& p, cudaStream_t stream);
 #endif
 
 }  // namespace packops

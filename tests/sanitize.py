@@ -38,6 +38,7 @@ from torch import Tensor
 import gpu_record
 import packops
 from gpu_record import TOOLS
+from packops.ops.lm_head import Product
 from sanitizer import PLANTED, TOOL, compile_planted, findings, found_planted, read_log, run_planted, run_sanitizer
 
 CASES: list[Callable[[torch.device], Iterator[str]]] = []
@@ -531,9 +532,9 @@ def run_cases(device: torch.device, functions: list[Case] | None = None) -> int:
 
 @contextlib.contextmanager
 def cleared_outputs() -> Iterator[None]:
-    """Memory for a chunk of logits, for their gradient and for what the products of cuBLAS make is set to 0.
+    """Memory for a chunk of logits, for their gradient and for what products make is set to 0.
 
-    The lm_head's kernel and cuBLAS write it by tensor copies (TMA). initcheck does not see these: for it, whoever reads the
+    The lm_head's kernels and cuBLAS write it by tensor copies (TMA). initcheck does not see these: for it, whoever reads the
     result reads what nobody wrote.
     """
 
@@ -551,6 +552,9 @@ def cleared_outputs() -> Iterator[None]:
                     kept = getattr(module, name)
                     setattr(module, name, wrap(kept))
                     stack.callback(setattr, module, name, kept)
+        kept = Product.weight_gradient_
+        stack.callback(setattr, Product, "weight_gradient_", kept)
+        Product.weight_gradient_ = lambda self, out, a, b, factor, add: kept(self, out if add else out.zero_(), a, b, factor, add)
         yield
 
 

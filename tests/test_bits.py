@@ -288,6 +288,33 @@ def log_probs_of(rows: int, width: int, vocab: int, dtype: torch.dtype = torch.b
     return make
 
 
+def linear_losses_of(rows: int, width: int, vocab: int, **options):
+    def make():
+        hidden = torch.randn(rows, width, device="cuda").bfloat16()
+        weight = (torch.randn(vocab, width, device="cuda") * 1.5 / width**0.5).bfloat16()
+        labels = torch.randint(0, vocab, (rows,), device="cuda")
+        labels[::7] = -100
+
+        def gradients(loss_of, *operands: Tensor, **options) -> list[Tensor]:
+            mine = [x.detach().requires_grad_() for x in operands]
+            loss = loss_of(*mine, labels, **options)
+            return [loss.detach(), *torch.autograd.grad(loss, mine)]
+
+        def run() -> list[Tensor]:
+            return gradients(packops.linear_cross_entropy, hidden, weight, **options)
+
+        def expected(results: list[Tensor]) -> None:
+            for got, want in zip(
+                results, gradients(reference.linear_cross_entropy, hidden.double(), weight.double()), strict=True
+            ):
+                error = (got.double() - want).norm() / want.norm()
+                assert error < 1e-2, error
+
+        return run, expected
+
+    return make
+
+
 LARGE = {
     "loss, clusters of 8": losses_of(1200, 262144),
     "loss, clusters of 4": losses_of(2000, 128256),
@@ -297,6 +324,8 @@ LARGE = {
     "loss, fp32": losses_of(1500, 128256, torch.float32),
     "log-probabilities": log_probs_of(4000, 1024, 32000),
     "log-probabilities, softcap, odd vocabulary": log_probs_of(1500, 896, 50257, torch.float16, softcap=20.0),
+    "linear loss, logits kept": linear_losses_of(3000, 1024, 16001),
+    "linear loss, accumulated over chunks": linear_losses_of(3000, 520, 16001, chunk_tokens=1000),
     "attention, head_dim 64": attention_of([3000, 1, 517, 1200], (8, 2), 64),
     "attention, head_dim 128": attention_of([2100, 640, 65, 1500], (8, 2), 128),
     "attention, head_dim 128, fp16": attention_of([2100, 640, 65, 1500], (4, 4), 128, torch.float16),

@@ -1,5 +1,6 @@
-"""The product with the softmax in its epilogue (csrc/lm_head.cu) against fp64, on the Hopper GPUs that have it."""
+"""The products of the lm_head (csrc/lm_head.cu) against fp64, on the Hopper GPUs that have them."""
 
+import itertools
 import math
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 import packops
 from packops import reference
 from packops.ops import linear_log_probs
-from packops.ops.lm_head import Product, Wanted
+from packops.ops.lm_head import Product, Wanted, logits_buffer
 from packops.ops.vocab_shard import Shard
 
 PRODUCT = Product("packops")
@@ -147,6 +148,43 @@ def test_strided_and_shifted_operands(hopper):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [*SHAPES, (5000, 264, 3001), (2, 4096, 400)], ids=str)
+def test_weight_gradient(hopper, shape, dtype):
+    """Stored in 16 bits and in fp32, and added to; rows of logits that begin anywhere, and memory beside the result."""
+    tokens, width, vocab = shape
+    grad_logits = logits_buffer(torch.empty(0, device=hopper, dtype=dtype), tokens, vocab, dtype).normal_()
+    hidden = torch.randn(tokens, width, device=hopper, dtype=dtype)
+    factor = torch.tensor(0.37, device=hopper)
+    exact = grad_logits.double().t() @ hidden.double()
+    size = grad_logits.double().abs().t() @ hidden.double().abs()
+    for wide, add, times in itertools.product((False, True), (False, True), (None, factor)):
+        if add and not wide:
+            continue
+        memory = torch.full((vocab + 1, width), 3.0, device=hopper, dtype=torch.float32 if wide else dtype)
+        assert PRODUCT.weight_gradient_(memory[:vocab], grad_logits, hidden, times, add)
+        assert (memory[vocab] == 3).all()
+        expected = exact * (1 if times is None else times.double()) + 3 * add
+        rounding = 2.0**-23 if wide else torch.finfo(dtype).eps
+        assert ((memory[:vocab].double() - expected).abs() <= rounding * expected.abs() + 2.0**-20 * (size + 3)).all()
+
+
+@pytest.mark.gpu
+def test_weight_gradients_that_the_product_leaves_to_torch(hopper):
+    """main_grad that begins anywhere, and 16 bits that are added to."""
+    hidden, weight, labels = problem(hopper, (300, 64, 501))
+    operands = (torch.randn(8, 504, device=hopper).to(hidden)[:, :501], torch.randn(8, 64, device=hopper).to(hidden))
+    places = []
+    for begin in (0, 1):
+        main_grad = torch.zeros(begin + weight.numel(), device=hopper)[begin:].view(weight.shape)
+        assert PRODUCT.weight_gradient_(main_grad, *operands, None, True) == (begin == 0)
+        packops.linear_cross_entropy(hidden, weight, labels, main_grad=main_grad.zero_()).backward()
+        places.append(main_grad)
+    torch.testing.assert_close(*places, rtol=1e-4, atol=1e-7)
+    assert not PRODUCT.weight_gradient_(torch.zeros_like(weight), *operands, None, True)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_shards_of_a_vocabulary(device, dtype):
     """Two shards by hand, no process group: each hears of the other by a message that was made before."""
@@ -185,5 +223,6 @@ def test_shards_of_a_vocabulary(device, dtype):
 def test_the_cpu_has_none(dtype):
     hidden, weight = torch.randn(2, 8, 64).to(dtype)
     assert not PRODUCT.fits(hidden, weight)
+    assert not PRODUCT.weight_gradient_(torch.zeros(64, 64), hidden, hidden, None, False)
     with pytest.raises(NotImplementedError, match="_lm_head_statistics"):
         PRODUCT.statistics(hidden, weight, None, torch.zeros(8, dtype=torch.int32), 1.0, None, True)

@@ -354,6 +354,11 @@ __device__ __forceinline__ void stmatrix_x4(uint32_t row, uint32_t a, uint32_t b
   asm volatile("stmatrix.sync.aligned.m8n8.x4.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c), "r"(d)
                : "memory");
 }
+__device__ __forceinline__ void stmatrix_x4_trans(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared::cta.b16 [%0], {%1, %2, %3, %4};" ::"r"(row), "r"(a), "r"(b), "r"(c),
+               "r"(d)
+               : "memory");
+}
 __device__ __forceinline__ void stmatrix_x4(void* row, const uint32_t (&words)[4]) {
   stmatrix_x4(shared_address(row), words[0], words[1], words[2], words[3]);
 }

@@ -14,11 +14,11 @@
 
 namespace packops {
 
-// Boxes of 64 x 1 x box_rows of an array of 16-bit elements, 128 bytes a row with the 128-byte swizzle. sizes: columns, heads, rows;
-// strides, in elements: from head to head, from row to row. false: the driver refuses. The driver's function is looked up, so
-// nothing links libcuda.
-inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&sizes)[3],
-                              const int64_t (&strides)[2], int box_rows) {
+// The driver's function, looked up so that nothing links libcuda. Rows of a box are 128 bytes, with the 128-byte swizzle. false: the
+// driver refuses.
+template <int kDims>
+bool encode_tiled(CUtensorMap* map, DType dtype, const void* data, const cuuint64_t (&sizes)[kDims],
+                  const cuuint64_t (&stride_bytes)[kDims - 1], const cuuint32_t (&box)[kDims]) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -27,14 +27,30 @@ inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, c
         cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
     return error == cudaSuccess && found == cudaDriverEntryPointSuccess ? reinterpret_cast<Encode>(function) : nullptr;
   }();
-  const cuuint64_t counts[3] = {cuuint64_t(sizes[0]), cuuint64_t(sizes[1]), cuuint64_t(sizes[2])};
-  const auto bytes_of = [](int64_t size, int64_t stride) { return cuuint64_t(size > 1 ? stride * 2 : 16); };  // of one: whatever
-  const cuuint64_t bytes[2] = {bytes_of(sizes[1], strides[0]), bytes_of(sizes[2], strides[1])};
-  const cuuint32_t box[3] = {64, 1, cuuint32_t(box_rows)}, steps[3] = {1, 1, 1};
-  const CUtensorMapDataType type = dtype == DType::bf16 ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 : CU_TENSOR_MAP_DATA_TYPE_FLOAT16;
-  return encode && encode(map, type, 3, const_cast<void*>(data), counts, bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                          CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+  const CUtensorMapDataType type = dtype == DType::bf16  ? CU_TENSOR_MAP_DATA_TYPE_BFLOAT16
+                                   : dtype == DType::f16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16
+                                                         : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
+  cuuint32_t steps[kDims];
+  for (cuuint32_t& step : steps) step = 1;
+  return encode && encode(map, type, kDims, const_cast<void*>(data), sizes, stride_bytes, box, steps,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+}
+
+// Boxes of 64 x 1 x box_rows of an array of 16-bit elements. sizes: columns, heads, rows; strides, in elements: from head to head, from
+// row to row.
+inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&sizes)[3],
+                              const int64_t (&strides)[2], int box_rows) {
+  const auto bytes_of = [](int64_t size, int64_t stride) { return cuuint64_t(size > 1 ? stride * 2 : 16); };  // of one: whatever
+  return encode_tiled<3>(map, dtype, data, {cuuint64_t(sizes[0]), cuuint64_t(sizes[1]), cuuint64_t(sizes[2])},
+                         {bytes_of(sizes[1], strides[0]), bytes_of(sizes[2], strides[1])}, {64, 1, cuuint32_t(box_rows)});
+}
+
+// Boxes of 128 bytes x box_rows of a row-major matrix of 16-bit or fp32 elements. stride: from row to row, in elements.
+inline bool encode_matrix_map(CUtensorMap* map, DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
+                              int box_rows) {
+  return encode_tiled<2>(map, dtype, data, {cuuint64_t(columns), cuuint64_t(rows)}, {cuuint64_t(stride) * size_of(dtype)},
+                         {cuuint32_t(128 / size_of(dtype)), cuuint32_t(box_rows)});
 }
 
 }  // namespace packops

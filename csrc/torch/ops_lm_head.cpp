@@ -1,5 +1,5 @@
-// The lm_head's product with the softmax in its epilogue, as parts that Python's loops over chunks of rows are made of: checks,
-// allocation, registration. Hopper only; _lm_head_fits says whether these operands can be taken.
+// The lm_head's products, the first with the softmax in its epilogue, as parts that Python's loops over chunks of rows are made of:
+// checks, allocation, registration. Hopper only; _fits says whether these operands can be taken.
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -17,6 +17,7 @@ namespace {
 
 constexpr const char* kOp = "lm_head";
 
+bool is_16_bit(const Tensor& x) { return x.scalar_type() == ScalarType::BFloat16 || x.scalar_type() == ScalarType::Half; }
 bool has_dims(const Tensor& x, int64_t dims) { return x.dim() == dims && x.is_contiguous(); }
 
 void check_rows(const OptionalTensor& x, const Tensor& hidden, ScalarType dtype, const char* name) {
@@ -43,9 +44,8 @@ LmHeadParams operands(const Tensor& hidden, const Tensor& weight) {
 }
 
 bool fits(const Tensor& hidden, const Tensor& weight) {
-  const bool half = hidden.scalar_type() == ScalarType::BFloat16 || hidden.scalar_type() == ScalarType::Half;
-  if (!half || weight.scalar_type() != hidden.scalar_type() || !same_device(weight, hidden) || !has_dims(hidden, 2) ||
-      !has_dims(weight, 2) || weight.size(1) != hidden.size(1))
+  if (!is_16_bit(hidden) || weight.scalar_type() != hidden.scalar_type() || !same_device(weight, hidden) ||
+      !has_dims(hidden, 2) || !has_dims(weight, 2) || weight.size(1) != hidden.size(1))
     return false;
   const CudaScope scope(hidden);
   return lm_head_fits(operands(hidden, weight));
@@ -131,6 +131,46 @@ void gradient(Tensor out, const Tensor& hidden, const Tensor& weight, OptionalTe
   run(LmHeadPass::gradient, p, hidden);
 }
 
+LmHeadWeightGradientParams operands(const Tensor& out, const Tensor& grad_logits, const Tensor& hidden) {
+  LmHeadWeightGradientParams p;
+  p.tokens = hidden.size(0);
+  p.vocab = grad_logits.size(1);
+  p.width = hidden.size(1);
+  p.dtype = hidden.scalar_type() == ScalarType::BFloat16 ? DType::bf16 : DType::f16;
+  p.grad_logits = grad_logits.data_ptr();
+  p.grad_logits_stride = grad_logits.stride(0);
+  p.hidden = hidden.data_ptr();
+  p.out = out.data_ptr();
+  p.wide = out.scalar_type() == ScalarType::Float;
+  return p;
+}
+
+bool weight_gradient_fits(const Tensor& out, const Tensor& grad_logits, const Tensor& hidden) {
+  if (!is_16_bit(hidden) || grad_logits.scalar_type() != hidden.scalar_type() ||
+      (out.scalar_type() != hidden.scalar_type() && out.scalar_type() != ScalarType::Float) ||
+      !same_device(grad_logits, hidden) || !same_device(out, hidden) || !has_dims(hidden, 2) || !has_dims(out, 2) ||
+      grad_logits.dim() != 2 || grad_logits.size(0) != hidden.size(0) || out.size(0) != grad_logits.size(1) ||
+      out.size(1) != hidden.size(1) || (grad_logits.size(1) != 1 && grad_logits.stride(1) != 1) ||
+      grad_logits.stride(0) < grad_logits.size(1))
+    return false;
+  const CudaScope scope(hidden);
+  return lm_head_weight_gradient_fits(operands(out, grad_logits, hidden));
+}
+
+void weight_gradient(Tensor out, const Tensor& grad_logits, const Tensor& hidden, OptionalTensor factor, bool add) {
+  PACKOPS_CHECK(weight_gradient_fits(out, grad_logits, hidden), NotImplementedError, kOp, ": no product for grad_logits ",
+                shape_of(grad_logits), " and hidden ", shape_of(hidden), " of ", dtype_of(hidden), " into out ", shape_of(out),
+                " of ", dtype_of(out), " on ", device_of(hidden));
+  LmHeadWeightGradientParams p = operands(out, grad_logits, hidden);
+  PACKOPS_CHECK(!add || p.wide, TypeError, kOp, ": out must be torch.float32 where it is added to, got ", dtype_of(out));
+  PACKOPS_CHECK(!factor || (factor->numel() == 1 && factor->scalar_type() == ScalarType::Float && same_device(*factor, hidden)),
+                ValueError, kOp, ": factor must be one number, fp32 and on hidden's device");
+  p.add = add;
+  p.factor = data_of<const float>(factor);
+  const CudaScope scope(hidden);
+  check_cuda(lm_head_weight_gradient_cuda(p, scope.stream()), kOp);
+}
+
 }  // namespace
 }  // namespace packops
 
@@ -145,6 +185,8 @@ PACKOPS_SCHEMAS(m) {
   m.def(
       "_lm_head_gradient_(Tensor(a!) out, Tensor hidden, Tensor weight, Tensor? bias, Tensor target, Tensor row_max, Tensor "
       "log_sum, Tensor? on_p, Tensor? on_p_log, Tensor? on_label, float logit_scale, float? softcap) -> ()");
+  m.def("_lm_head_weight_gradient_fits(Tensor out, Tensor grad_logits, Tensor hidden) -> bool");
+  m.def("_lm_head_weight_gradient_(Tensor(a!) out, Tensor grad_logits, Tensor hidden, Tensor? factor, bool add) -> ()");
 }
 
 #ifdef PACKOPS_WITH_CUDA
@@ -153,5 +195,7 @@ PACKOPS_KERNELS_FOR(CUDA, m) {
   m.impl("_lm_head_logits_", TORCH_BOX(&packops::logits));
   m.impl("_lm_head_statistics", TORCH_BOX(&packops::statistics));
   m.impl("_lm_head_gradient_", TORCH_BOX(&packops::gradient));
+  m.impl("_lm_head_weight_gradient_fits", TORCH_BOX(&packops::weight_gradient_fits));
+  m.impl("_lm_head_weight_gradient_", TORCH_BOX(&packops::weight_gradient));
 }
 #endif

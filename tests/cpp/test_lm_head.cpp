@@ -7,13 +7,12 @@
 
 using namespace packops;
 
-// Every tile is walked once, whatever is left over.
-static void covers(int64_t rows, int64_t vocab, int64_t width) {
-  const LmHeadGrid grid = choose_lm_head_grid(rows, vocab, width);
-  CHECK(int64_t(grid.rows) * kLmHeadRows * kLmHeadCluster >= rows);
-  CHECK(int64_t(grid.rows - 1) * kLmHeadRows * kLmHeadCluster < rows);
-  CHECK(int64_t(grid.columns) * kLmHeadColumns >= vocab);
-  CHECK(int64_t(grid.columns - 1) * kLmHeadColumns < vocab);
+// Every tile is walked once, whatever is left over. height, width: of a cluster's tile.
+static void covers(const LmHeadGrid& grid, int64_t rows, int height, int64_t columns, int width) {
+  CHECK(int64_t(grid.rows) * height >= rows);
+  CHECK(int64_t(grid.rows - 1) * height < rows);
+  CHECK(int64_t(grid.columns) * width >= columns);
+  CHECK(int64_t(grid.columns - 1) * width < columns);
   std::set<std::pair<int, int>> seen;
   for (int64_t i = 0; i < grid.tiles(); i++) {
     const LmHeadTile tile = lm_head_tile(grid, i);
@@ -22,6 +21,10 @@ static void covers(int64_t rows, int64_t vocab, int64_t width) {
   }
   CHECK(int64_t(seen.size()) == grid.tiles());
 }
+static void covers(int64_t tokens, int64_t vocab, int64_t width) {
+  covers(choose_lm_head_grid(tokens, vocab, width), tokens, 256, vocab, 192);
+  covers(choose_weight_gradient_grid(vocab, width), width, 128, vocab, 384);
+}
 
 CASE(every_tile_is_walked_once) {
   covers(1, 7, 8);
@@ -29,6 +32,7 @@ CASE(every_tile_is_walked_once) {
   covers(4096, 1000, 4096);
   covers(5000, 2000, 8192);   // bands of unequal height
   covers(70000, 400, 16384);  // bands of one
+  covers(1, 385, 2056);
 }
 
 CASE(bands_fit_into_the_cache) {
@@ -36,4 +40,6 @@ CASE(bands_fit_into_the_cache) {
   CHECK(grid.rows == 32 && grid.columns == 668);
   CHECK_EQ(grid.band, 8);  // 8 x 256 rows of 8 KB: 16 MB
   CHECK_EQ(choose_lm_head_grid(4096, 151936, 896).band, 16);
+  CHECK_EQ(choose_weight_gradient_grid(128256, 4096).band, 16);  // 2048 features
+  CHECK_EQ(choose_weight_gradient_grid(256000, 2304).band, 9);
 }

@@ -6,33 +6,83 @@
 namespace packops {
 
 struct CUtensorMap {
-  const char* data;
+  char* data;
+  int element_bytes;
   int64_t sizes[3], strides[2];
   int box_rows;
 };
-inline bool encode_tensor_map(CUtensorMap* map, DType, const void* data, const int64_t (&sizes)[3], const int64_t (&strides)[2],
-                              int box_rows) {
-  const auto fits = [](int64_t size, int64_t stride) { return size <= 1 || (stride > 0 && stride % 8 == 0); };
+inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&sizes)[3],
+                              const int64_t (&strides)[2], int box_rows) {
+  const int bytes = size_of(dtype);
+  const auto fits = [&](int64_t size, int64_t stride) { return size <= 1 || (stride > 0 && stride * bytes % 16 == 0); };
   emulator::require(
       reinterpret_cast<uintptr_t>(data) % 16 == 0 && fits(sizes[1], strides[0]) && fits(sizes[2], strides[1]) && box_rows <= 256,
       "a tensor map of something that is not aligned, or expanded, or of too many rows");
-  *map = {static_cast<const char*>(data), {sizes[0], sizes[1], sizes[2]}, {strides[0], strides[1]}, box_rows};
+  *map = {static_cast<char*>(const_cast<void*>(data)), bytes, {sizes[0], sizes[1], sizes[2]}, {strides[0], strides[1]}, box_rows};
   return true;
+}
+inline bool encode_matrix_map(CUtensorMap* map, DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
+                              int box_rows) {
+  return encode_tensor_map(map, dtype, data, {columns, 1, rows}, {0, stride}, box_rows);
 }
 
 namespace hopper {
 
-inline void tma_load_3d(void* to, const CUtensorMap& map, int x, int y, int z, uint64_t* barrier) {
-  const auto place = reinterpret_cast<uintptr_t>(to);
+// f(chunk of 16 bytes in shared memory, where its elements are in memory, how many of its bytes are of the array)
+template <typename F>
+void for_each_chunk(const void* box, const CUtensorMap& map, int x, int y, int z, F&& f) {
+  const auto place = reinterpret_cast<uintptr_t>(box);
   emulator::require(place % 1024 == 0, "a box that does not begin at 1024 bytes");
   for (int row = 0; row < map.box_rows; row++)
     for (int chunk = 0; chunk < 8; chunk++) {
-      std::vector<char> data(16);
-      if (x + 8 * chunk < map.sizes[0] && y < map.sizes[1] && z + row < map.sizes[2] && z + row >= 0)
-        std::memcpy(data.data(), map.data + 2 * (x + 8 * chunk + y * map.strides[0] + (z + row) * map.strides[1]), 16);
-      emulator::depart(
-          {reinterpret_cast<char*>(place + uintptr_t(row * 128 + ((chunk ^ row % 8) << 4))), nullptr, data, 16, barrier});
+      const int64_t column = x + chunk * (16 / map.element_bytes), left = (map.sizes[0] - column) * map.element_bytes;
+      const bool there = left > 0 && y < map.sizes[1] && z + row < map.sizes[2] && z + row >= 0;
+      f(reinterpret_cast<char*>(place + uintptr_t(row * 128 + ((chunk ^ row % 8) << 4))),
+        map.data + map.element_bytes * (column + y * map.strides[0] + (z + row) * map.strides[1]),
+        there ? std::min<int64_t>(left, 16) : 0);
     }
+}
+inline void load_box(void* to, const CUtensorMap& map, int x, int y, int z, uint64_t* barrier) {
+  for_each_chunk(to, map, x, y, z, [&](char* chunk, const char* from, int64_t bytes) {
+    std::vector<char> data(16);
+    if (bytes > 0) std::memcpy(data.data(), from, size_t(bytes));
+    emulator::depart({chunk, nullptr, data, 16, barrier});
+  });
+}
+inline void store_box(const CUtensorMap& map, const void* from, int x, int y, bool add) {
+  for_each_chunk(from, map, x, 0, y, [&](const char* chunk, char* to, int64_t bytes) {
+    if (bytes > 0) stores[emulator::current].push_back({to, chunk, 16, store_groups[emulator::current], add});  // whole vectors
+  });
+  cp_async_bulk_commit_group();
+}
+
+inline void tma_load_2d(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier) {
+  load_box(to, map, x, 0, y, barrier);
+}
+inline void tma_load_3d(void* to, const CUtensorMap& map, int x, int y, int z, uint64_t* barrier) {
+  load_box(to, map, x, y, z, barrier);
+}
+inline void tma_load_2d_multicast(void* to, const CUtensorMap& map, int x, int y, uint64_t* barrier, uint16_t blocks) {
+  for (int block = 0; block < emulator::blocks_together; block++)
+    if (blocks >> block & 1) load_box(emulator::in_block(to, block), map, x, 0, y, emulator::in_block(barrier, block));
+}
+inline void tma_store_2d(const CUtensorMap& map, const void* from, int x, int y) { store_box(map, from, x, y, false); }
+inline void tma_reduce_add_2d(const CUtensorMap& map, const void* from, int x, int y) { store_box(map, from, x, y, true); }
+inline void tma_store_wait_read() { cp_async_bulk_wait_group_read<0>(); }
+
+inline void mbarrier_arrive_cluster(uint64_t* barrier, int block) { emulator::arrive(emulator::in_block(barrier, block)); }
+inline void mbarrier_wait(uint64_t* barrier, int parity) { emulator::wait_for_phase(barrier, uint32_t(parity)); }
+inline void barrier_cluster() { emulator::wait(emulator::Waiting::for_cluster); }
+
+template <int kCount>
+void hold(float (&)[kCount]) {}
+template <bool kTransposed, typename T>
+void wgmma_m64n192k16(float (&s)[96], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
+  auto& sums = reinterpret_cast<float (&)[24][4]>(s);
+  if constexpr (kTransposed) wgmma_ss_trans(sums, a, b, add, type);
+  else wgmma_ss(sums, a, b, add, type);
+  bar_sync(16 + emulator::current % emulator::block_threads / 128,
+           128);  // a warp that has its sums knows that the others have theirs
 }
 
 }  // namespace hopper

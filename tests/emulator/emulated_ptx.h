@@ -173,12 +173,26 @@ inline void ldmatrix_x4(uint32_t (&to)[4], const void* row, bool transposed) {
 inline void ldmatrix_x4(uint32_t (&to)[4], const void* row) { ldmatrix_x4(to, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&to)[4], const void* row) { ldmatrix_x4(to, row, true); }
 
-inline void stmatrix_x4(void* row, const uint32_t (&words)[4]) {
+inline void stmatrix_x4(void* row, const uint32_t (&words)[4], bool transposed = false) {
   emulator::require(reinterpret_cast<uintptr_t>(row) % 16 == 0, "a misaligned row of a matrix");
   const emulator::Shown rows = emulator::collective(reinterpret_cast<uintptr_t>(row));
   const int lane = emulator::current % 32;
-  for (int i = 0; i < 4; i++) std::memcpy(reinterpret_cast<char*>(rows.value[8 * i + lane / 4]) + 4 * (lane % 4), &words[i], 4);
+  for (int i = 0; i < 4; i++)
+    for (int half = 0; half < 2; half++) {
+      const int r = lane / 4, c = 2 * (lane % 4) + half;
+      reinterpret_cast<uint16_t*>(rows.value[8 * i + (transposed ? c : r)])[transposed ? r : c] = uint16_t(words[i] >> 16 * half);
+    }
   emulator::collective(0);
+}
+// From the beginning of the block's shared memory.
+inline uint32_t shared_address(const void* p) {
+  return uint32_t(static_cast<const char*>(p) - static_cast<const char*>(emulator::dynamic_shared()));
+}
+inline void stmatrix_x4(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  stmatrix_x4(static_cast<char*>(emulator::dynamic_shared()) + row, {a, b, c, d});
+}
+inline void stmatrix_x4_trans(uint32_t row, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+  stmatrix_x4(static_cast<char*>(emulator::dynamic_shared()) + row, {a, b, c, d}, true);
 }
 
 inline float element(uint16_t bits, bf16_t) { return __uint_as_float(uint32_t(bits) << 16); }

@@ -1,4 +1,4 @@
-// The epilogues of the lm_head's product, emulated, against fp64: the emulator forms the sums and has no copies and no wgmma.
+// The lm_head's products, emulated, against fp64.
 #include "lm_head.h"
 
 #include <algorithm>
@@ -170,6 +170,75 @@ CASE(statistics_gradient_and_logits) {
   compare<half_t>(130, 193, 16, {.logit_scale = 1.4, .bias = true});  // two blocks of rows, a column in a second tile
   compare<bf16_t>(12, 50, 32, {.logit_scale = 0.7, .softcap = 3, .bias = true});
   compare<half_t>(5, 386, 16, {.softcap = 20, .entropy = false});
+  compare<bf16_t>(270, 900, 392, {.spread = false});  // several turns of each consumer, and of the ring in each
+}
+
+// Tokens and classes that fill no tile, strides that are none of the sizes, and memory beside the result that stays as it is.
+template <typename T>
+static void weight_gradient(int64_t tokens, int64_t vocab, int64_t width, bool wide, bool add, bool has_factor) {
+  check::Random random(uint64_t(tokens + vocab));
+  const int64_t stride = (vocab + 7) / 8 * 8 + 16;
+  std::vector<T> grad_logits(size_t(tokens * stride), from_float<T>(NAN)), hidden(size_t(tokens * width));
+  for (int64_t t = 0; t < tokens; t++)
+    for (int64_t j = 0; j < vocab; j++) grad_logits[size_t(t * stride + j)] = from_float<T>(float(random.normal()));
+  for (T& x : hidden) x = from_float<T>(float(random.normal()));
+  const float factor = 0.37f, before = 3, beside = 77;
+  const size_t count = size_t(vocab * width), more = size_t(8 * width);
+  std::vector<T> narrow(count + more, from_float<T>(beside));
+  std::vector<float> fp32(count + more, beside);
+  std::fill(fp32.begin(), fp32.begin() + int64_t(count), before);
+  LmHeadWeightGradientParams p;
+  p.tokens = tokens, p.vocab = vocab, p.width = width;
+  p.dtype = Problem<T>::kType;
+  p.grad_logits = grad_logits.data(), p.grad_logits_stride = stride, p.hidden = hidden.data();
+  p.out = wide ? static_cast<void*>(fp32.data()) : narrow.data();
+  p.wide = wide, p.add = add, p.factor = has_factor ? &factor : nullptr;
+  CHECK(lm_head_weight_gradient_fits(p));
+  CHECK_EQ(lm_head_weight_gradient_cuda(p, nullptr), cudaSuccess);
+  const double unit = wide ? 0x1p-20 : std::is_same_v<T, half_t> ? 0x1p-10 : 0x1p-7;
+  int wrong = 0;
+  for (size_t at = 0; at < count + more; at++) {
+    const double found = wide ? fp32[at] : to_float(narrow[at]);
+    if (at >= count) {
+      wrong += found != beside;
+      continue;
+    }
+    const int64_t j = int64_t(at) / width, h = int64_t(at) % width;
+    double sum = 0, size = 0;
+    for (int64_t t = 0; t < tokens; t++) {
+      const double term = double(to_float(grad_logits[size_t(t * stride + j)])) * to_float(hidden[size_t(t * width + h)]);
+      sum += term, size += std::fabs(term);
+    }
+    const double expected = (has_factor ? factor : 1) * sum + (add ? before : 0);
+    wrong += !(std::fabs(found - expected) <= unit * std::fabs(expected) + 0x1p-20 * (size + before));
+  }
+  CHECK_EQ(wrong, 0);
+}
+
+CASE(weight_gradients) {
+  if (!emulator::code_has_wgmma) return;
+  weight_gradient<bf16_t>(5, 7, 8, false, false, true);
+  weight_gradient<bf16_t>(130, 200, 136, false, false, false);
+  weight_gradient<half_t>(70, 385, 72, false, false, true);
+  weight_gradient<bf16_t>(65, 193, 40, true, false, false);
+  weight_gradient<half_t>(1, 400, 264, true, true, true);
+  weight_gradient<bf16_t>(400, 1000, 392, true, true, false);  // several turns of each consumer, and of the ring in each
+  weight_gradient<bf16_t>(400, 1000, 392, false, false, true);
+}
+
+CASE(weight_gradients_that_do_not_fit) {
+  LmHeadWeightGradientParams p;
+  alignas(16) static char memory[64];
+  p.tokens = 4, p.vocab = 9, p.width = 8, p.grad_logits = p.hidden = memory, p.out = memory, p.grad_logits_stride = 16;
+  CHECK_EQ(lm_head_weight_gradient_fits(p), emulator::code_has_wgmma);
+  for (const auto& spoil : std::vector<void (*)(LmHeadWeightGradientParams&)>{
+           [](auto& q) { q.grad_logits_stride = 9; }, [](auto& q) { q.width = 12; }, [](auto& q) { q.tokens = 0; },
+           [](auto& q) { q.out = memory + 8; }, [](auto& q) { q.hidden = memory + 2; },
+           [](auto& q) { q.grad_logits = memory + 4; }, [](auto& q) { q.dtype = DType::f32; }}) {
+    LmHeadWeightGradientParams q = p;
+    spoil(q);
+    CHECK(!lm_head_weight_gradient_fits(q));
+  }
 }
 
 // Logits so large that e^x tells only equal from smaller: the largest share the probability. Sums are exact: one product each.

@@ -1,8 +1,8 @@
 """The loop of ``linear_cross_entropy`` over chunks of rows: losses, and gradients for ``grad_output = 1``.
 
 Where all rows' logits take no more memory than a chunk and the weight's accumulator, there is one chunk and no accumulator: the
-gradient of the logits is kept, and the backward makes the weight's gradient of it, a block of the vocabulary at a time, when
-``grad_output`` is known.
+gradient of the logits is kept, and the backward makes the weight's gradient of it when ``grad_output`` is known: at once by the
+handwritten product, or by torch's a block of the vocabulary at a time.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ def raw_ops(namespace: str) -> SimpleNamespace:
         loss=ops._cross_entropy_forward.default,
         loss_and_gradient_=ops._cross_entropy_forward_.default,
         product=Product(namespace),
+        is_shard=False,
     )
 
 
@@ -131,7 +132,7 @@ def run_chunks(
         part = None
         if grad_hidden is not None:
             part = grad_hidden[here] if in_place else torch.empty_like(h, dtype=dtype)
-        multiply(logits, h, weight, part, grad_weight, grad_bias, first=number == 0)
+        multiply(logits, h, weight, part, grad_weight, grad_bias, first=number == 0, product=product)
         if grad_hidden is not None and part is not None and not in_place:
             grad_hidden[here] = part
         del h, part  # before the next chunk's are made
@@ -161,6 +162,7 @@ def keeps_logits(hidden: Tensor, *, num_valid: Any, chunk_tokens: Any, accum_dty
 
 
 def weight_gradient(
+    product: Product,
     grad_output: Tensor,
     grad_logits: Tensor,
     hidden: Tensor,
@@ -182,12 +184,15 @@ def weight_gradient(
     out = h.new_empty((vocab, hidden_size)) if main_grad is None else main_grad
     if not len(h):
         return out.zero_() if main_grad is None else out
+    add = main_grad is not None
+    if product.weight_gradient_(out, grad_logits, h, factor, add):
+        return out
     columns = max(BLOCK_BYTES // (4 * hidden_size + 1) // BLOCK_MULTIPLE, 1) * BLOCK_MULTIPLE
     if not on_cuda:
         h, columns = h.float(), max(-(-vocab // CPU_BLOCKS), 1)
     for block in column_blocks(vocab, columns):
         g = grad_logits[:, block]
-        weight_gradient_(out[block], g if on_cuda else g.float(), h, factor, add=main_grad is not None)
+        weight_gradient_(out[block], g if on_cuda else g.float(), h, factor, add)
     return out
 
 
@@ -210,11 +215,9 @@ def losses_and_gradients(
         maths = {**maths, "class_weight": maths["class_weight"].to(wide)}  # once, not in every chunk
     kernel = ops.loss_and_gradient_ if any(wanted) else ops.loss
     stats = {"with_stats": True} if with_stats else {}
-    product: Product | None = getattr(ops, "product", None)  # a shard has none
-    if product is not None and not product.fits(hidden, weight):
-        product = None
-    # Its losses are of fp32 logits, and come without gradients.
-    by_product = product is not None and chunks.get("logits_dtype") == torch.float32
+    product: Product | None = ops.product if ops.product.fits(hidden, weight) else None
+    # Its losses are of fp32 logits and of all classes, and come without gradients.
+    by_product = product is not None and not ops.is_shard and chunks.get("logits_dtype") == torch.float32
     if any(wanted) or with_stats or maths["label_smoothing"] or maths["z_loss"]:
         by_product = False
     bias = None if bias is None else bias.contiguous()

@@ -338,13 +338,15 @@ def forward_and_backward(
     ):
         return run(hidden, weight, bias, target, scale * grad_output.reshape(-1), given)[1:]
 
+    of_weight = functools.partial(weight_gradient, ce.product)
+
     def add_weight_gradient(main_grad: Tensor, *given: Any, num_valid: int | None = None) -> None:
-        weight_gradient(*given, num_valid=num_valid, main_grad=main_grad)
+        of_weight(*given, num_valid=num_valid, main_grad=main_grad)
 
     return SimpleNamespace(
         forward=forward,
         backward=backward,
-        weight_gradient=weight_gradient,
+        weight_gradient=of_weight,
         add_weight_gradient=add_weight_gradient,
         is_shared=add_up is not None,
     )

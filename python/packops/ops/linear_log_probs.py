@@ -419,7 +419,7 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
             if grad_hidden is not None:
                 product_(grad_hidden, grad_logits, w if on_cuda else w.to(wide), add=block.start > 0)
             if into is not None:
-                weight_gradient_(into[block], grad_logits, operand, unit, add=main_grad is not None)
+                weight_gradient_(into[block], grad_logits, operand, unit, main_grad is not None, product)
             if grad_bias is not None:
                 of_block = grad_logits.sum(0, dtype=wide)
                 grad_bias[block] = of_block if unit is None else of_block * unit

@@ -1,7 +1,8 @@
 """The lm_head, a chunk of rows at a time: how many rows, their logits, and the products of their gradient.
 
-What ``linear_cross_entropy`` and ``linear_log_probs`` have in common. On Hopper their logits need not exist at all: the product's
-own epilogue turns them into what is wanted while they are in registers (csrc/lm_head.h, :class:`Product`).
+What ``linear_cross_entropy`` and ``linear_log_probs`` have in common. On Hopper two of the products are packops' own
+(csrc/lm_head.h, :class:`Product`): that of the logits, which need not exist at all, since its epilogue turns them into what is
+wanted while they are in registers, and that of the weight's gradient.
 """
 
 from __future__ import annotations
@@ -140,9 +141,10 @@ def multiply(
     grad_weight: Tensor | None,
     grad_bias: Tensor | None,
     first: bool,
+    product: Product | None = None,
 ) -> None:
     """grad_hidden = grad_logits @ weight, grad_weight += grad_logits.T @ hidden, grad_bias += grad_logits.sum(0); at `first`, the
-    weight's is set."""
+    weight's is set. product: takes the place of torch's where it can."""
     made = next((g for g in (grad_hidden, grad_weight, grad_bias) if g is not None), None)
     if made is None:
         return
@@ -165,7 +167,9 @@ def multiply(
     if grad_hidden is not None:
         product_(grad_hidden, grad_logits, weight, add=False)
     if grad_weight is not None:
-        product_(grad_weight, grad_logits.t(), hidden, add=not first)
+        of_weight = (grad_weight, grad_logits, hidden, None, not first)
+        if product is None or not product.weight_gradient_(*of_weight):
+            product_(grad_weight, grad_logits.t(), hidden, add=not first)
     if grad_bias is not None:
         grad_bias += grad_logits.sum(0, dtype=wide)
 
@@ -201,11 +205,16 @@ def choose_block_columns(vocab: int, *, copies: int = 1) -> int:
     return -(-vocab // (blocks * TILE_COLUMNS)) * TILE_COLUMNS
 
 
-def weight_gradient_(out: Tensor, grad_logits: Tensor, hidden: Tensor, factor: Tensor | None, add: bool) -> None:
+def weight_gradient_(
+    out: Tensor, grad_logits: Tensor, hidden: Tensor, factor: Tensor | None, add: bool, product: Product | None = None
+) -> None:
     """out (+)= factor * grad_logits.T @ hidden: rows of the weight's gradient, accumulated in fp32 (fp64) and rounded once.
 
-    factor: a 0-d tensor, or None: 1. On the CPU the operands are in the accumulator's dtype.
+    factor: a 0-d tensor, or None: 1. On the CPU the operands are in the accumulator's dtype. product: takes the place of torch's
+    where it can.
     """
+    if product is not None and product.weight_gradient_(out, grad_logits, hidden, factor, add):
+        return
     wide = accumulator_dtype(hidden.dtype, torch.float32)
     large = hidden.is_cuda and not add and out.numel() >= UNSPLIT
     if factor is None and (out.dtype == wide or large):
@@ -281,7 +290,7 @@ def finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool, 
 
 
 class Product:
-    """The handwritten product, where the device, its code, dtypes and layouts allow it."""
+    """The handwritten products, where the device, its code, dtypes and layouts allow them."""
 
     ROWS = 8192  #: of a chunk of which only statistics are kept, 12 bytes for every 192 columns
 
@@ -291,8 +300,18 @@ class Product:
         self.logits_ = ops._lm_head_logits_.default
         self.statistics = ops._lm_head_statistics.default
         self.gradient_ = ops._lm_head_gradient_.default
+        self._weight_gradient_fits = ops._lm_head_weight_gradient_fits.default
+        self._weight_gradient_ = ops._lm_head_weight_gradient_.default
 
     def fits(self, hidden: Tensor, weight: Tensor) -> bool:
         if not hidden.is_cuda or hidden.dtype not in (torch.bfloat16, torch.float16):
             return False
         return len(weight) > 0 and self._fits(hidden, weight)  # a shard may hold no classes
+
+    def weight_gradient_(self, out: Tensor, grad_logits: Tensor, hidden: Tensor, factor: Tensor | None, add: bool) -> bool:
+        """out (+)= factor * grad_logits.T @ hidden, added to in fp32 only. False: not this one's, and nothing is done."""
+        fits = hidden.is_cuda and not (add and out.dtype != torch.float32)
+        if not fits or not self._weight_gradient_fits(out, grad_logits, hidden):
+            return False
+        self._weight_gradient_(out, grad_logits, hidden, factor, add)
+        return True

@@ -20,6 +20,7 @@ from torch.autograd.graph import increment_version
 from . import linear_ce_loss as linear
 from .ce_loss import MATHS, graph_is_kept
 from .derivatives import no_forward_mode, once
+from .lm_head import Product
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:
@@ -31,6 +32,7 @@ def raw_ops(namespace: str) -> SimpleNamespace:
         combine=ops._cross_entropy_combine.default,
         backward=ops._cross_entropy_backward.default,
         backward_=ops._cross_entropy_backward_.default,
+        product=Product(namespace),
     )
 
 
@@ -107,5 +109,7 @@ def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:
         prepare=ops.prepare,
         loss=lambda logits, target, **options: loss_of(logits, target, False, options),
         loss_and_gradient_=lambda logits, target, **options: loss_of(logits, target, True, options),
+        product=ops.product,
+        is_shard=True,
     )
     return linear.forward_and_backward(of_chunk, vocab_size=shard.vocab_size, add_up=shard.add_up)
