@@ -1,4 +1,5 @@
-// The lm_head's products and what becomes of the logits in the first: the plain interface of lm_head.cu. No torch here. Hopper (sm_90a) only.
+// The lm_head's products, and what becomes of the logits in the first: the plain interface of lm_head.cu. No torch here. Hopper
+// (sm_90a) only.
 //
 //   x_tj = cap(logit_scale * (sum_h hidden[t, h] weight[j, h] + bias[j])),   cap(x) = softcap tanh(x / softcap), or x
 //

@@ -73,7 +73,8 @@ class LmHeadOperand {
 };
 
 // a b^T. finish(sums, row, column, staging) gets 64 rows of a tile, as wgmma leaves them, from that row and column on. staging:
-// kLmHeadStoreBytes of shared memory of the warp group's own.
+// kLmHeadStoreBytes of shared memory of the warp group's own. kSharesA: a cluster's tiles lie side by side and share a; otherwise one
+// above the other, and they share b.
 template <typename T, Major kMajor, bool kSharesA, typename Finish>
 struct LmHeadProduct {
   using A = LmHeadOperand<kMajor, kLmHeadRows, kSharesA>;
