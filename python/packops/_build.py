@@ -280,6 +280,23 @@ def make_extension(
     return extension
 
 
+def path_with_ninja() -> str:
+    """The PATH, and pip's ninja: an interpreter called by its path, .venv/bin/python, has that beside it but not on the PATH."""
+    path = os.environ.get("PATH", os.defpath)
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        path = os.pathsep.join([ninja.BIN_DIR, path])
+    return path
+
+
+def files_read(objects: Path) -> list[str]:
+    """The files that compilers read for the objects in this folder, by ninja's notes: all but headers of the system."""
+    command = [shutil.which("ninja", path=path_with_ninja()) or "ninja", "-C", str(objects), "-t", "deps"]
+    answer = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape").stdout
+    return sorted({str(objects / line.strip()) for line in answer.splitlines() if line.startswith("    ")})
+
+
 def check_compiler() -> None:
     """SystemExit unless the C++ compiler knows C++20, before it prints a page about the first source."""
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
@@ -308,11 +325,7 @@ def make_build_command():
     """
     from torch.utils import cpp_extension
 
-    # An interpreter called by its path, .venv/bin/python, has its ninja beside it but not on the PATH.
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+    os.environ["PATH"] = path_with_ninja()
     cpp_extension._check_cuda_version = lambda *args, **kwargs: None
     base = cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
 
