@@ -273,18 +273,39 @@ def test_sources_are_found(tmp_path, cuda):
     assert units(True) == ["bindings.cpp", *kernels]
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
-def test_cmake_finds_the_same_sources(tmp_path):
-    csrc = _build.find_csrc()
-    globs = re.findall(r"file\(GLOB (?:kernels|cuda_kernels|torch_glue) .*\)", (ROOT / "CMakeLists.txt").read_text())
-    assert len(globs) == 3
-    script = tmp_path / "list.cmake"
-    script.write_text(f"set(CSRC {csrc})\n" + "\n".join(globs).replace("CONFIGURE_DEPENDS ", ""))
-    script.write_text(script.read_text() + '\nmessage("${kernels};${cuda_kernels};${torch_glue}")\n')
-    out = subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True, check=True).stderr
-    assert set(filter(None, out.strip().split(";"))) == set(
-        map(str, _build.translation_units(csrc, cuda=True, python_module=True))
+def sources_of_cmake(csrc: Path, folder: Path) -> subprocess.CompletedProcess:
+    """A run of the part of CMakeLists.txt that finds sources; it ends in their list, on stderr."""
+    part = re.search(r"# ---- Sources.*?(?=# ----)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL)[0]
+    script = folder / "list.cmake"
+    script.write_text(
+        f"cmake_policy(VERSION 3.24)\nset(CSRC {csrc})\n{part.replace('CONFIGURE_DEPENDS', '')}"
+        'message("${kernels};${cuda_kernels};${torch_glue}")\n'
     )
+    return subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("names", [None, ["a.cpp", "a.cu", "bindings.cpp", "torch/ops_a.cpp", "new/b.cpp", "new/new/b.cu"]])
+def test_cmake_finds_the_same_sources(tmp_path, names):
+    csrc = _build.find_csrc()
+    if names:
+        csrc = tmp_path / "c++" / "csrc"
+        for name in [*names, ".hidden/a.cpp", "#a.cpp", ".#b.cu", "a.cpp~", "a.h", "build.json", "../../elsewhere/link.cpp"]:
+            (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+            (csrc / name).touch()
+        (csrc / "common").symlink_to(tmp_path / "elsewhere")
+    found = sources_of_cmake(csrc, tmp_path).stderr.strip().split(";")
+    assert sorted(filter(None, found)) == sorted(map(str, _build.translation_units(csrc, cuda=True, python_module=False)))
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("suffix", [*_build.NEVER_COMPILED, ".C", ".CXX"])
+def test_cmake_refuses_a_source_that_it_would_leave_out(tmp_path, suffix):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / f"more{suffix}").touch()
+    done = sources_of_cmake(tmp_path, tmp_path)
+    assert done.returncode == 1
+    assert f"torch/more{suffix} would not be compiled: sources must be named .cpp or .cu" in " ".join(done.stderr.split())
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
