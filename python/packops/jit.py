@@ -38,8 +38,6 @@ DISABLE = "PACKOPS_DISABLE_JIT"
 UNFINISHED = "unfinished"  # a file beside object files whose compilation did not come to its end
 KEPT_BUILDS = 32  # every edit of a kernel leaves a library of some megabytes; the oldest go
 
-Hashes = dict[str, str | None]  # path -> sha256 of the content, None where there is no such file
-
 _loaded: dict[str, dict[str, Any]] = {}  # namespace -> the note of the build that serves it
 _lock = threading.RLock()
 
@@ -246,7 +244,7 @@ def _same_headers(built: dict[str, Any], csrc: str) -> bool:
     for path, digest in built["included"].items():
         if os.path.commonpath([path, built["csrc"]]) != "/":  # by "../" the same sources in another place mean another file
             wanted[os.path.normpath(Path(csrc, os.path.relpath(path, built["csrc"])))] = digest
-    return _hashes(wanted) == wanted
+    return _build.hashes(wanted) == wanted
 
 
 def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> dict[str, Any]:
@@ -289,7 +287,7 @@ def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> dict[str, A
         lock.release()
 
 
-def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool) -> Hashes | None:
+def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool) -> _build.Hashes | None:
     """Run ``_build.py`` in a process of its own, where setuptools and a library that does not load can do no harm.
 
     Returns the headers outside ``csrc`` that the compiler read, or None if a file changed meanwhile.
@@ -300,7 +298,7 @@ def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool
     label = f"packops.jit: compiling {csrc} for " + (", ".join(request["archs"]) if request["archs"] else "the CPU")
     arguments = json.dumps({**request, "out": str(out), "objects": str(objects), "parent": os.getpid()})
     files = _sources(csrc)
-    compiled, started = _hashes(files), time.time() - 0.1  # a file's time lags by a tick of the kernel
+    compiled, started = _build.hashes(files), time.time() - 0.1  # a file's time lags by a tick of the kernel
     unfinished = objects / UNFINISHED
     unfinished.touch()
     with log.open("w") as file, _build.progress(label, objects, sys.stderr):
@@ -315,11 +313,11 @@ def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool
     text = log.read_text(errors="replace")
     if verbose:
         print(text, file=sys.stderr)
-    included = _hashes(set(_build.files_read(objects)) - set(files))
-    unchanged = _hashes(_sources(csrc)) == compiled and not any(_saved_since(started, path) for path in included)
+    included = _build.hashes(set(_build.files_read(objects)) - set(files))
+    unchanged = _build.hashes(_sources(csrc)) == compiled and not any(_saved_since(started, path) for path in included)
     finished = status >= 0 or out.is_file()  # else ninja and its compilers may live on
     if finished and unchanged:  # else nobody knows what was compiled
-        (objects / "sources.json").write_text(json.dumps({**compiled, **included}))
+        (objects / _build.SOURCES).write_text(json.dumps({**compiled, **included}))
         unfinished.unlink()
     if status == 0:
         return included if unchanged else None
@@ -334,25 +332,17 @@ def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool
 
 
 def _objects(cache: Path, request: dict[str, Any]) -> Path:
-    """A folder in which ninja finds what it compiled from this ``csrc`` before, emptied when ninja would be wrong about it.
+    """A folder in which ninja finds what it compiled from this ``csrc`` before, emptied if nobody knows what that was.
 
-    ninja compiles again what is newer than its object file. It would overlook a file that changed and is yet older (an older copy
-    put back with its time), one that changed while it was compiled, and an object file that a killed compiler left.
+    A file changed while it was compiled, or a killed compiler left half an object. ``_build.py`` sees an older file put back.
     """
     name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
     folder = cache / f"objects-{name}"
-    note = folder / "sources.json"
     if (folder / UNFINISHED).exists():
         # Moved first: a compiler that outlived its build finds no folder to write into.
         aside = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
         folder.rename(aside / "objects")
         shutil.rmtree(aside, ignore_errors=True)
-    elif note.is_file():
-        known, built = json.loads(note.read_text()), note.stat().st_mtime
-        current = _hashes({*known, *_sources(Path(request["csrc"]))})
-        changed = [Path(name) for name, digest in current.items() if digest and known.get(name) != digest]
-        if any(path.stat().st_mtime <= built for path in changed):
-            shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
     os.utime(folder)
     return folder
@@ -360,14 +350,6 @@ def _objects(cache: Path, request: dict[str, Any]) -> Path:
 
 def _sources(csrc: Path) -> list[str]:
     return [str(path) for path in _build.source_files(csrc)]
-
-
-def _hashes(files: Iterable[str]) -> Hashes:
-    hashes: Hashes = dict.fromkeys(files)
-    for path in hashes:
-        with contextlib.suppress(OSError):
-            hashes[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    return hashes
 
 
 def _saved_since(started: float, path: str) -> bool:
