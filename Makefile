@@ -28,9 +28,10 @@ TORCH_CUDA_ARCH_LIST ?= $(or $(shell nvidia-smi --query-gpu=compute_cap --format
 
 SOURCES := $(shell find csrc -type f) setup.py pyproject.toml python/packops/_build.py
 # One stamp and one folder of objects for one way to build: another interpreter or architecture builds again, and going back to
-# the one before only links (--force: the library of another way is no younger than the sources, and no use).
+# the one before only links (--force: the library of another way is no younger than the sources, and no use). The stamp has the
+# contents in its name, as times overlook an older file that is put back (cp -p, rsync -a) and one saved while it was compiled.
 WAY := $(shell echo "$(PY) $(TORCH_CUDA_ARCH_LIST) $(PACKOPS_CUDA) $$($(PY) --version 2>&1)" | cksum | cut -d' ' -f1)
-BUILT := build/stamps/library-$(WAY)
+BUILT := build/stamps/library-$(WAY)-$(shell cksum $(SOURCES) | cksum | cut -d' ' -f1)
 
 .PHONY: help
 help:
@@ -56,7 +57,7 @@ $(VENV)/.ready: requirements-dev.txt
 	@$(VENV)/bin/python -m pip install --disable-pip-version-check $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) -r requirements-dev.txt
 	@touch $@
 
-$(BUILT): $(SOURCES) $(VENV_READY)
+$(BUILT): $(VENV_READY)
 	@TORCH_CUDA_ARCH_LIST='$(TORCH_CUDA_ARCH_LIST)' $(PY) setup.py --quiet build_ext --inplace --force --build-temp build/objects-$(WAY)
 	@mkdir -p $(@D) && rm -f $(@D)/library-* && touch $@
 

@@ -47,6 +47,8 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=512)
     parser.add_argument("--vocab", type=int, default=32000)
     arguments = parser.parse_args()
+    if min(*arguments.blocks, arguments.rows, arguments.vocab) < 1:  # a kernel in blocks of 0 never comes to an end
+        parser.error("--blocks, --rows and --vocab must be positive")
 
     torch.manual_seed(0)
     logits = torch.randn(arguments.rows, arguments.vocab)

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -273,18 +274,39 @@ def test_sources_are_found(tmp_path, cuda):
     assert units(True) == ["bindings.cpp", *kernels]
 
 
-@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
-def test_cmake_finds_the_same_sources(tmp_path):
-    csrc = _build.find_csrc()
-    globs = re.findall(r"file\(GLOB (?:kernels|cuda_kernels|torch_glue) .*\)", (ROOT / "CMakeLists.txt").read_text())
-    assert len(globs) == 3
-    script = tmp_path / "list.cmake"
-    script.write_text(f"set(CSRC {csrc})\n" + "\n".join(globs).replace("CONFIGURE_DEPENDS ", ""))
-    script.write_text(script.read_text() + '\nmessage("${kernels};${cuda_kernels};${torch_glue}")\n')
-    out = subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True, check=True).stderr
-    assert set(filter(None, out.strip().split(";"))) == set(
-        map(str, _build.translation_units(csrc, cuda=True, python_module=True))
+def sources_of_cmake(csrc: Path, folder: Path) -> subprocess.CompletedProcess:
+    """A run of the part of CMakeLists.txt that finds sources; it ends in their list, on stderr."""
+    part = re.search(r"# ---- Sources.*?(?=# ----)", (ROOT / "CMakeLists.txt").read_text(), re.DOTALL)[0]
+    script = folder / "list.cmake"
+    script.write_text(
+        f"cmake_policy(VERSION 3.24)\nset(CSRC {csrc})\n{part.replace('CONFIGURE_DEPENDS', '')}"
+        'message("${kernels};${cuda_kernels};${torch_glue}")\n'
     )
+    return subprocess.run(["cmake", "-P", str(script)], capture_output=True, text=True)
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("names", [None, ["a.cpp", "a.cu", "bindings.cpp", "torch/ops_a.cpp", "new/b.cpp", "new/new/b.cu"]])
+def test_cmake_finds_the_same_sources(tmp_path, names):
+    csrc = _build.find_csrc()
+    if names:
+        csrc = tmp_path / "c++" / "csrc"
+        for name in [*names, ".hidden/a.cpp", "#a.cpp", ".#b.cu", "a.cpp~", "a.h", "build.json", "../../elsewhere/link.cpp"]:
+            (csrc / name).parent.mkdir(parents=True, exist_ok=True)
+            (csrc / name).touch()
+        (csrc / "common").symlink_to(tmp_path / "elsewhere")
+    found = sources_of_cmake(csrc, tmp_path).stderr.strip().split(";")
+    assert sorted(filter(None, found)) == sorted(map(str, _build.translation_units(csrc, cuda=True, python_module=False)))
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize("suffix", [*_build.NEVER_COMPILED, ".C", ".CXX"])
+def test_cmake_refuses_a_source_that_it_would_leave_out(tmp_path, suffix):
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / f"more{suffix}").touch()
+    done = sources_of_cmake(tmp_path, tmp_path)
+    assert done.returncode == 1
+    assert f"torch/more{suffix} would not be compiled: sources must be named .cpp or .cu" in " ".join(done.stderr.split())
 
 
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
@@ -381,6 +403,7 @@ def test_cuda_objects_older_than_a_header_are_built_again(tmp_path):
             os.utime(built, (objects, objects))
         header.touch()
         os.utime(header, (2, 2))
+        (tmp_path / folder / _build.SOURCES).write_text(json.dumps(_build.hashes([str(header)])))
         _build.drop_stale_objects(tmp_path / folder, [source, "csrc/b.cpp", "csrc/none.cu"], [str(header)])
         left = sorted(path.name for path in (tmp_path / folder / "csrc").iterdir())
         assert left == (["b.o"] if folder == "old" else ["a.o", "b.o"])
@@ -391,14 +414,84 @@ def test_a_build_begins_without_stale_objects(tmp_path, monkeypatch):
     for path, age in ((built, 1), (header, 2)):
         path.touch()
         os.utime(path, (age, age))
-    command = _build.make_build_command()
-    build = command.__new__(command)
-    build.build_temp = str(tmp_path)
-    build.extensions = [SimpleNamespace(sources=["a.cu"], depends=[header], packops_digest_of=None, packops_label="the test")]
     there = []
-    monkeypatch.setattr(command.__base__, "build_extensions", lambda self: there.append(built.exists()))
+    build = build_of(tmp_path, ["a.cu"], [header], monkeypatch, lambda self: there.append(built.exists()))
     build.build_extensions()
     assert there == [False]
+
+
+def build_of(folder: Path, sources: list[str], files: list[Path], monkeypatch, compile_them):
+    command = _build.make_build_command()
+    build = command.__new__(command)
+    build.build_temp = str(folder)
+    depends = list(map(str, files))
+    build.extensions = [SimpleNamespace(sources=sources, depends=depends, packops_digest_of=None, packops_label="the test")]
+    monkeypatch.setattr(command.__base__, "build_extensions", compile_them)
+    return build
+
+
+def test_objects_of_what_is_not_known_any_more_are_not_linked(tmp_path, monkeypatch):
+    """The library would say that it was built from the sources as they are."""
+    built, source = tmp_path / "a.o", tmp_path / "a.cpp"
+    there: list[bool] = []
+    ends = []
+
+    def compile_them(self):
+        assert not (tmp_path / _build.SOURCES).exists()  # nor does it where this is killed
+        there.append(built.exists())
+        built.touch()
+        for error in ends:
+            raise error
+
+    build = build_of(tmp_path, ["a.cpp"], [source], monkeypatch, compile_them)
+    source.write_text("one")
+    os.utime(source, (2, 2))
+    build.build_extensions()
+    build.build_extensions()
+    source.write_text("two")  # newer: ninja sees it
+    os.utime(source, (time.time() + 9, time.time() + 9))
+    build.build_extensions()
+    source.write_text("one")
+    os.utime(source, (1, 1))
+    build.build_extensions()
+    assert there == [False, True, True, False]
+    ends.append(RuntimeError("the compiler's error"))
+    for _ in range(2):
+        with pytest.raises(SystemExit):
+            build.build_extensions()
+    (tmp_path / _build.SOURCES).unlink()
+    with pytest.raises(SystemExit):
+        build.build_extensions()
+    assert there[4:] == [True, True, False]
+
+
+@pytest.mark.skipif(not CHECKOUT or shutil.which("make") is None, reason="needs the source tree and make")
+def test_make_builds_what_changed_by_content(tmp_path):
+    """An older file put back, as rsync -a does, and one saved while the compiler runs."""
+    for name in ("csrc/a.cpp", "setup.py", "pyproject.toml", "python/packops/_build.py"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    source = tmp_path / "csrc" / "a.cpp"
+    python, seen = tmp_path / "python3", tmp_path / "seen"
+    python.write_text(f'#!/bin/sh\ncase "$1" in setup.py) cat csrc/* >> {seen}; [ ! -e next ] || mv next csrc/a.cpp;; esac\n')
+    python.chmod(0o755)
+
+    def make() -> str:
+        seen.write_text("")
+        command = ["make", "-f", str(ROOT / "Makefile"), "build", f"PYTHON={python}"]
+        subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+        return seen.read_text()
+
+    source.write_text("one")
+    assert [make(), make()] == ["one", ""]
+    source.write_text("two")
+    os.utime(source, (1, 1))
+    assert [make(), make()] == ["two", ""]
+    source.rename(source.with_name("b.cpp"))
+    assert [make(), make()] == ["two", ""]
+    source.with_name("b.cpp").rename(source)
+    (tmp_path / "next").write_text("three")
+    assert [make(), make(), make()] == ["two", "three", ""]
 
 
 LOSS = "ptxas info    : ({}) Potential Performance Loss: {} in the function 'f'"

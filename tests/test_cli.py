@@ -186,6 +186,13 @@ def test_a_reader_that_has_seen_enough_ends_it_silently(tmp_path):
     assert process.returncode == 141
 
 
+def test_without_a_standard_output_it_ends_well():
+    """Closed before the start, as some schedulers do."""
+    process = program_of(["-m", "packops"], "info", preexec_fn=functools.partial(os.close, 1))
+    assert process.communicate()[1] == ""
+    assert process.returncode == 0
+
+
 @pytest.mark.parametrize("start", [["-m", "packops"], CONSOLE_SCRIPT], ids=["module", "script"])
 def test_an_interrupt_ends_it_without_a_traceback(tmp_path, start):
     fifo = tmp_path / "lengths.txt"

@@ -255,9 +255,15 @@ def test_a_file_that_cannot_be_written_is_named_first(tmp_path, monkeypatch, cap
     for module in (cli_pack, cli_verify):
         monkeypatch.setattr(module, "run", lambda args: pytest.fail("it was computed"))
     name, option = option.split()
+    protected = tmp_path / "protected"
+    protected.mkdir()
+    (tmp_path / "old").touch()
+    monkeypatch.setattr(os, "access", lambda path, mode: path not in (protected, tmp_path / "old"))  # chmod does not stop root
     for path, message in (
         (tmp_path / "nowhere" / "x", f"there is no folder {tmp_path / 'nowhere'}"),
         (tmp_path, f"{tmp_path} is a folder"),
+        (protected / "x", f"{protected / 'x'} cannot be written"),
+        (tmp_path / "old", f"{tmp_path / 'old'} cannot be written"),
     ):
         with pytest.raises(SystemExit) as end:
             command(name, "l.txt", option, path)

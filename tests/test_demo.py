@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 
 import numpy as np
 import pytest
@@ -263,8 +264,19 @@ def test_bad_arguments_end_in_one_line(monkeypatch, capsys, tmp_path):
     for out, why in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "folder", "Not a directory")):
         assert cli.main(["demo", "--device", "cpu", "--out", str(out)]) == 2
         assert capsys.readouterr().err == f"packops demo: --out {out}: no folder can be made there ({why})\n"
+    with monkeypatch.context() as changed:
+        changed.setattr(os, "access", lambda path, mode: path != tmp_path)  # chmod does not stop root
+        assert cli.main(["demo", "--device", "cpu", "--out", str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"packops demo: --out {tmp_path}: the folder cannot be written\n"
     assert cli.main(["demo", "--device", "cuda:99"]) == 2
     assert capsys.readouterr().err.startswith("packops demo: --device: there is no cuda:99 here")
+
+
+@pytest.mark.parametrize("documents", [0, -3])
+def test_documents_must_be_positive(documents):
+    """The examples hand on what they are given, and -3 would be all but three."""
+    with pytest.raises(ValueError, match=f"documents to train on must be positive, got {documents}"):
+        corpus.load(vocab_size=400, max_tokens=50, num_training=documents, num_held_out=0, seed=0)
 
 
 @pytest.mark.parametrize("steps", [0, -3])

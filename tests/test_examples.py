@@ -71,3 +71,11 @@ def test_example(name, tmp_path):
         assert len(rows) == 2
         assert float(rows[0][-2]) == 0  # the installed kernel against itself
         assert float(rows[1][-2]) < 1e-5  # the edited one against it
+
+
+def test_blocks_that_cannot_be_are_refused_first(tmp_path):
+    command = [sys.executable, str(EXAMPLES / "jit_your_kernel.py"), "--blocks", "256", "-1"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(packops.__file__).parents[1]), "PACKOPS_CACHE_DIR": str(tmp_path)}
+    result = subprocess.run(command, capture_output=True, text=True, env={**environment, "PACKOPS_DISABLE_JIT": "1"})
+    assert result.returncode == 2
+    assert result.stderr.endswith("error: --blocks, --rows and --vocab must be positive\n")

@@ -172,10 +172,51 @@ def test_a_library_that_ends_its_process_is_not_loaded(csrc, cache):
     assert builds(cache) == []
 
 
-def test_an_edit_while_compiling_is_compiled(csrc, cache, monkeypatch, tmp_path):
+@pytest.fixture
+def header(csrc, tmp_path):
+    """What ``csrc`` includes from elsewhere."""
+    path = tmp_path / "elsewhere" / "factor.h"
+    path.parent.mkdir()
+    path.write_text("#define FACTOR 2\n")
+    (csrc / "library.cpp").write_text(LIBRARY.replace("#define FACTOR 2", '#include "../elsewhere/factor.h"'))
+    return path
+
+
+def test_headers_from_elsewhere_are_not_overlooked(csrc, header, tmp_path):
+    namespace = "packops_test_header"
+    assert jit.load(csrc, namespace=namespace).scale(21) == 42
+    header.write_text("#define FACTOR 3\n")
+    with pytest.raises(RuntimeError, match=r"packops_test_header already has ops in this process \(of another build\)"):
+        jit.load(csrc, namespace=namespace)
+    assert in_process(csrc, namespace).communicate()[0] == "63\n"
+    header.write_text("#define FACTOR 5\n")
+    old = time.time() - 10**6
+    os.utime(header, (old, old))  # ninja goes by times
+    out, err = in_process(csrc, namespace).communicate()
+    assert out == "105\n", err
+    assert in_process(csrc, namespace).communicate() == (out, "")  # nothing to compile
+
+    moved = tmp_path / "moved"
+    shutil.copytree(csrc, moved / "csrc")
+    shutil.copytree(header.parent, moved / "elsewhere")
+    assert in_process(moved / "csrc", namespace).communicate() == (out, "")
+    (moved / "elsewhere" / "factor.h").write_text("#define FACTOR 7\n")
+    assert in_process(moved / "csrc", namespace).communicate()[0] == "147\n"
+    header.unlink()
+    out, err = in_process(csrc, namespace).communicate()
+    assert out == ""
+    assert "factor.h: No such file or directory" in err
+
+
+@pytest.mark.parametrize("saved", ["source", "header"])
+def test_an_edit_while_compiling_is_compiled(csrc, cache, header, monkeypatch, tmp_path, saved):
     """The compiler has read the old text, and its object file is newer than the new text: ninja would take it for compiled."""
     compiler = tmp_path / "compiler"
     source, flag = csrc / "library.cpp", tmp_path / "edited"
+    if saved == "source":
+        source.write_text(LIBRARY)
+    else:
+        source = header
     compiler.write_text(
         f"""#!/bin/sh
         case "$*" in *" -c "*) ;; *) exec c++ "$@" ;; esac
@@ -189,8 +230,56 @@ def test_an_edit_while_compiling_is_compiled(csrc, cache, monkeypatch, tmp_path)
     )
     compiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(compiler))
-    assert jit.load(csrc, namespace="packops_test_edit").scale(21) == 105
+    assert jit.load(csrc, namespace=f"packops_test_edit_{saved}").scale(21) == 105
     assert flag.exists()
+
+
+def test_an_updated_compiler_compiles_again(csrc, monkeypatch, tmp_path):
+    """Under the name that it had: the command tells nothing."""
+    compiler = tmp_path / "compiler"
+    monkeypatch.setenv("CXX", str(compiler))
+
+    def install(version):
+        compiler.write_text(f'#!/bin/sh\n[ "$*" = --version ] && echo {version} && exit\nexec c++ -DFACTOR={version} "$@"\n')
+        compiler.chmod(0o755)
+
+    install(3)
+    assert in_process(csrc).communicate()[0] == "63\n"
+    install(5)
+    out, err = in_process(csrc).communicate()
+    assert out == "105\n", err
+
+
+@pytest.mark.parametrize("name", ["CC", "NVCC_CCBIN"])
+def test_the_version_of_the_hosts_compiler_is_in_the_key(csrc, monkeypatch, tmp_path, name):
+    compiler = tmp_path / "compiler"
+    monkeypatch.setenv(name, str(compiler))
+    said = []
+    for version in (1, 2):
+        compiler.write_text(f"#!/bin/sh\necho {version}\n")
+        compiler.chmod(0o755)
+        said.append(jit._compiler_versions())
+    assert said[0] != said[1]
+    monkeypatch.setenv(name, str(tmp_path / "none"))
+    assert jit._compiler_versions() == said[0][:1]  # not ours to refuse
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_objects_of_a_killed_build_are_not_trusted(csrc, cache, monkeypatch, tmp_path):
+    """Its compilers live on for a while, and write."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(
+        """#!/bin/sh
+        case "$*" in *" -c "*) ;; *) exec c++ "$@" ;; esac
+        read -r pid name state parent group session rest < /proc/$$/stat
+        kill -KILL $session
+        """
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    with pytest.raises(RuntimeError, match=r"failed \(the compiler's process was ended by signal 9\)"):
+        jit.load(csrc, namespace="packops_test_killed")
+    assert [path.name for path in cache.glob("objects-*/*") if path.name == jit.UNFINISHED]
 
 
 def compilers_of(folder: Path) -> list[str]:
@@ -326,6 +415,15 @@ def test_default_cache_is_the_users_own(monkeypatch, tmp_path):
     assert jit.cache_folder() == tmp_path / "xdg" / "packops" / "jit"
 
 
+def test_a_home_that_is_not_known_is_named(csrc, monkeypatch, tmp_path):
+    """And no folder is made whose name is a tilde."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv(jit.CACHE_DIR, "~nobody_of_that_name/cache")
+    with pytest.raises(RuntimeError, match=r"the cache folder ~.* lies in a home folder that nobody knows\. Set HOME, or P"):
+        jit.load(csrc, namespace="packops_test_home")
+    assert not list(tmp_path.glob("~*"))
+
+
 def test_compiling_can_be_forbidden(csrc, monkeypatch):
     monkeypatch.setenv(jit.DISABLE, "1")
     with pytest.raises(RuntimeError, match="PACKOPS_DISABLE_JIT=1 forbids compiling"):
@@ -339,6 +437,10 @@ def test_missing_extra_is_named(csrc, monkeypatch):
     find = jit.importlib.util.find_spec
     monkeypatch.setattr(jit.importlib.util, "find_spec", lambda name: None if name == "filelock" else find(name))
     with pytest.raises(ImportError, match=r"needs filelock: pip install '.\[jit\]'"):
+        jit.load(csrc)
+    monkeypatch.undo()
+    monkeypatch.setattr(_build, "path_with_ninja", lambda: "/nowhere")
+    with pytest.raises(ImportError, match=r"needs ninja: pip install '.\[jit\]'"):
         jit.load(csrc)
 
 

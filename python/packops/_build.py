@@ -19,7 +19,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -34,6 +34,7 @@ COMPILER_VARIABLES = (
     "CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "LD_RUN_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX",
     "PYTORCH_NVCC", "NVCC_CCBIN", "NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS",
 )  # fmt: skip
+SOURCES = "sources.json"  # a note beside object files: the hashes of what they were compiled from
 NEVER_COMPILED = (".c", ".cc", ".cp", ".cxx", ".c++")  # sources for others, not for us
 
 
@@ -95,6 +96,26 @@ def source_digest(csrc: Path) -> str:
         for part in (path.relative_to(csrc).as_posix().encode(), path.read_bytes()):
             digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
+
+
+Hashes = dict[str, str | None]  # path -> sha256 of the content, None where there is no such file
+
+
+def hashes(files: Iterable[str]) -> Hashes:
+    found: Hashes = dict.fromkeys(files)
+    for path in found:
+        with contextlib.suppress(OSError):
+            found[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    return found
+
+
+def overlooks(note: Path, files: Iterable[str]) -> bool:
+    """Whether ninja, which compiles what is newer than its object, may miss a file: an older one put back (cp -p, rsync -a)."""
+    if not note.is_file():
+        return True
+    known, built = json.loads(note.read_text()), note.stat().st_mtime
+    changed = [Path(name) for name, digest in hashes({*known, *files}).items() if digest and known.get(name) != digest]
+    return any(path.stat().st_mtime <= built for path in changed)
 
 
 def read_config(csrc: Path) -> dict[str, Any]:
@@ -280,6 +301,23 @@ def make_extension(
     return extension
 
 
+def path_with_ninja() -> str:
+    """The PATH, and pip's ninja: an interpreter called by its path, .venv/bin/python, has that beside it but not on the PATH."""
+    path = os.environ.get("PATH", os.defpath)
+    with contextlib.suppress(ImportError):
+        import ninja
+
+        path = os.pathsep.join([ninja.BIN_DIR, path])
+    return path
+
+
+def files_read(objects: Path) -> list[str]:
+    """The files that compilers read for the objects in this folder, by ninja's notes: all but headers of the system."""
+    command = [shutil.which("ninja", path=path_with_ninja()) or "ninja", "-C", str(objects), "-t", "deps"]
+    answer = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape").stdout
+    return sorted({str(objects / line.strip()) for line in answer.splitlines() if line.startswith("    ")})
+
+
 def check_compiler() -> None:
     """SystemExit unless the C++ compiler knows C++20, before it prints a page about the first source."""
     command = shlex.split(os.environ.get("CXX", "")) or ["c++"]
@@ -308,11 +346,7 @@ def make_build_command():
     """
     from torch.utils import cpp_extension
 
-    # An interpreter called by its path, .venv/bin/python, has its ninja beside it but not on the PATH.
-    with contextlib.suppress(ImportError):
-        import ninja
-
-        os.environ["PATH"] = os.pathsep.join([ninja.BIN_DIR, os.environ.get("PATH", os.defpath)])
+    os.environ["PATH"] = path_with_ninja()
     cpp_extension._check_cuda_version = lambda *args, **kwargs: None
     base = cpp_extension.BuildExtension.with_options(use_ninja=shutil.which("ninja") is not None)
 
@@ -326,21 +360,29 @@ def make_build_command():
             if extension.packops_digest_of:
                 extension.sources = [*sources, write_digest(temporary, extension.packops_digest_of)]
             drop_stale_objects(temporary, extension.sources, extension.depends)
+            compiled = hashes(extension.depends)
             label = f"packops: compiling {len(extension.sources)} files for {extension.packops_label}"
             try:
                 with quiet_output(temporary / "build.log", label, temporary):
                     super().build_extensions()
             finally:
                 extension.sources = sources
+                (temporary / SOURCES).write_text(json.dumps(compiled))
 
     return BuildCommand
 
 
 def drop_stale_objects(folder: Path, sources: list[str], files: list[str]) -> None:
-    """Remove CUDA objects that are older than any of ``files``, the headers among them.
+    """Remove objects that ninja would keep although they are old.
 
-    torch asks nvcc which headers a source reads only where torch itself has CUDA. Elsewhere ninja would keep an old kernel.
+    All of them if it overlooks a file, or if the build before was killed. And CUDA objects that are older than any of ``files``,
+    the headers among them: torch asks nvcc which headers a source reads only where torch itself has CUDA.
     """
+    note = folder / SOURCES
+    if overlooks(note, files):
+        for built in folder.rglob("*.o"):
+            built.unlink()
+    note.unlink(missing_ok=True)  # until this build ends
     newest = max(Path(file).stat().st_mtime for file in files)
     for source in sources:
         built = (folder / source).with_suffix(".o")

@@ -4,7 +4,8 @@
     ops.cross_entropy(logits, labels)                    # against torch.ops.packops.cross_entropy(logits, labels)
 
 The cache lies in the user's cache folder (``$PACKOPS_CACHE_DIR`` chooses another) and is keyed by what the build depends on:
-contents, never times. ``PACKOPS_DISABLE_JIT=1`` forbids compiling; what the cache has is still loaded.
+contents, never times. Headers that it includes from elsewhere count, but those of the system do not. ``PACKOPS_DISABLE_JIT=1``
+forbids compiling; what the cache has is still loaded.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -36,7 +38,7 @@ DISABLE = "PACKOPS_DISABLE_JIT"
 UNFINISHED = "unfinished"  # a file beside object files whose compilation did not come to its end
 KEPT_BUILDS = 32  # every edit of a kernel leaves a library of some megabytes; the oldest go
 
-_loaded: dict[str, str] = {}  # namespace -> key of the build that serves it
+_loaded: dict[str, dict[str, Any]] = {}  # namespace -> the note of the build that serves it
 _lock = threading.RLock()
 
 
@@ -70,10 +72,12 @@ def load(
         "csrc": str(folder),
         "defines": [f"PACKOPS_NAMESPACE={_checked(namespace)}", *_checked_defines(defines)],
         "environment": {name: value for name, value in sorted(os.environ.items()) if name in _build.COMPILER_VARIABLES},
+        "torch": torch.__version__,
+        "compilers": _compiler_versions(),
     }
     with _lock:
         key = _key(request)
-        if _loaded.get(namespace) == key:
+        if namespace in _loaded and _loaded[namespace]["key"] == key and _same_headers(_loaded[namespace], str(folder)):
             return getattr(torch.ops, namespace)
         if _loader.has_ops(namespace):
             raise RuntimeError(
@@ -83,11 +87,12 @@ def load(
                 + f"load(..., namespace={namespace + '_2'!r})"
             )
         cache = _private_folder()
-        library = _find(cache, key) or _compile(cache, request, verbose)
+        built = _find(cache, key, str(folder)) or _compile(cache, request, verbose)
+        library = cache / built["key"] / "library.so"
         torch.ops.load_library(library)
         _share_errors(library)
         ops.register(namespace)
-        _loaded[namespace] = library.parent.name  # what was loaded, although the sources may have changed since
+        _loaded[namespace] = built  # what was loaded, although the sources may have changed since
     return getattr(torch.ops, namespace)
 
 
@@ -104,6 +109,8 @@ def installed_csrc() -> Path:
 
 def _need_extras() -> None:
     missing = [name for name in ("filelock", "platformdirs", "setuptools") if importlib.util.find_spec(name) is None]
+    if shutil.which("ninja", path=_build.path_with_ninja()) is None:
+        missing.append("ninja")
     if missing:
         raise ImportError(f"packops.jit needs {', '.join(missing)}: pip install '.[jit]'")
 
@@ -139,26 +146,30 @@ def _target(csrc: Path) -> dict[str, Any]:
 
 
 def _key(request: dict[str, Any]) -> str:
-    """The name of a build: everything that its content depends on."""
+    """The name of a build: everything that its content depends on, but headers outside ``csrc``, which a compiler has to name."""
     cuda_home = request["cuda_home"]
     parts = {
         **request,
         "csrc": _build.source_digest(Path(request["csrc"])),
         "builder": hashlib.sha256(Path(_build.__file__).read_bytes()).hexdigest(),
-        "torch": torch.__version__,
-        "compiler": _compiler_version(),
         "nvcc": _build.nvcc_version(Path(cuda_home)) if cuda_home else None,
         "machine": platform.machine(),
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:40]
 
 
-def _compiler_version() -> str:
-    command = os.environ.get("CXX") or "c++"
-    try:
-        return subprocess.run([*command.split(), "--version"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError) as error:
-        raise RuntimeError(f"packops.jit: no C++ compiler: {error}; install g++ or set CXX") from None
+def _compiler_versions() -> list[str]:
+    """Of the C++ compiler, and of those that nvcc may be given for the host's code: the command alone outlives an update."""
+    commands = [os.environ.get("CXX") or "c++", *filter(None, map(os.environ.get, ("CC", "NVCC_CCBIN")))]
+    versions = []
+    for command in commands:
+        try:
+            asked = [*command.split(), "--version"]
+            versions.append(subprocess.run(asked, capture_output=True, text=True, check=True).stdout)
+        except (OSError, subprocess.CalledProcessError) as error:
+            if command == commands[0]:  # the others may be of no use here
+                raise RuntimeError(f"packops.jit: no C++ compiler: {error}; install g++ or set CXX") from None
+    return versions
 
 
 # --------------------------------------------------------------------------------------------------------------------------------
@@ -170,7 +181,13 @@ def cache_folder() -> Path:
     import platformdirs
 
     chosen = os.environ.get(CACHE_DIR)
-    return (Path(chosen).expanduser() if chosen else platformdirs.user_cache_path("packops")).absolute() / "jit"
+    folder = Path(os.path.expanduser(chosen)) if chosen else platformdirs.user_cache_path("packops")
+    if str(folder).startswith("~"):  # else it would be a folder of that name here
+        raise RuntimeError(
+            f"packops.jit: the cache folder {folder} lies in a home folder that nobody knows. "
+            f"Set HOME, or {CACHE_DIR} to a folder that you can write to"
+        )
+    return folder.absolute() / "jit"
 
 
 def _private_folder() -> Path:
@@ -202,23 +219,35 @@ def _private_folder() -> Path:
     return folder
 
 
-def _find(cache: Path, key: str) -> Path | None:
-    """The library of this key if the cache has one that is whole and ours."""
+def _find(cache: Path, key: str, csrc: str) -> dict[str, Any] | None:
+    """The note beside the library of this key if the cache has one that is whole, ours, and of the headers that there are."""
     library, note = cache / key / "library.so", cache / key / "build.json"
     try:
-        digest = json.loads(note.read_text())["library_sha256"]
-        if library.lstat().st_uid != os.geteuid() or hashlib.sha256(library.read_bytes()).hexdigest() != digest:
+        built = json.loads(note.read_text())
+        digest = hashlib.sha256(library.read_bytes()).hexdigest()
+        if library.lstat().st_uid != os.geteuid() or built["library_sha256"] != digest or built["key"] != key:
             raise ValueError
+        if not _same_headers(built, csrc):
+            return None
     except (OSError, ValueError, KeyError):
         if (cache / key).exists():
             print(f"packops.jit: {cache / key} is damaged or was not written by packops: compiling again", file=sys.stderr)
         return None
     with contextlib.suppress(OSError):  # a cache that is mounted read-only
         os.utime(cache / key)
-    return library
+    return built
 
 
-def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> Path:
+def _same_headers(built: dict[str, Any], csrc: str) -> bool:
+    """Whether the headers outside ``csrc`` are those that the library was made of: its key cannot speak of them."""
+    wanted = dict(built["included"])
+    for path, digest in built["included"].items():
+        if os.path.commonpath([path, built["csrc"]]) != "/":  # by "../" the same sources in another place mean another file
+            wanted[os.path.normpath(Path(csrc, os.path.relpath(path, built["csrc"])))] = digest
+    return _build.hashes(wanted) == wanted
+
+
+def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> dict[str, Any]:
     """Compile, unless another process just did; put the result into the cache in one step."""
     import filelock
 
@@ -237,34 +266,39 @@ def _compile(cache: Path, request: dict[str, Any], verbose: bool) -> Path:
     try:
         for _ in range(3):
             key = _key(request)
-            found = _find(cache, key)
+            found = _find(cache, key, request["csrc"])
             if found:
                 return found
             with tempfile.TemporaryDirectory(prefix=".building-", dir=cache) as temporary:
                 building = Path(temporary) / "done"
                 building.mkdir()
-                _run_compiler(cache, request, building / "library.so", verbose)
-                if _key(request) != key:
+                included = _run_compiler(cache, request, building / "library.so", verbose)
+                if included is None or _key(request) != key:
                     continue  # someone saved a file meanwhile
                 digest = hashlib.sha256((building / "library.so").read_bytes()).hexdigest()
-                (building / "build.json").write_text(json.dumps({**request, "library_sha256": digest}, indent=2))
+                built = {**request, "key": key, "library_sha256": digest, "included": included}
+                (building / "build.json").write_text(json.dumps(built, indent=2))
                 shutil.rmtree(cache / key, ignore_errors=True)
                 building.rename(cache / key)
             _forget_old(cache)
-            return cache / key / "library.so"
+            return built
         raise RuntimeError(f"packops.jit: {request['csrc']} kept changing while it was compiled")
     finally:
         lock.release()
 
 
-def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool) -> None:
-    """Run ``_build.py`` in a process of its own, where setuptools and a library that does not load can do no harm."""
+def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool) -> _build.Hashes | None:
+    """Run ``_build.py`` in a process of its own, where setuptools and a library that does not load can do no harm.
+
+    Returns the headers outside ``csrc`` that the compiler read, or None if a file changed meanwhile.
+    """
     csrc = Path(request["csrc"])
     objects = _objects(cache, request)
     log = out.parent / "build.log"
     label = f"packops.jit: compiling {csrc} for " + (", ".join(request["archs"]) if request["archs"] else "the CPU")
     arguments = json.dumps({**request, "out": str(out), "objects": str(objects), "parent": os.getpid()})
-    compiled = _hashes(csrc)
+    files = _sources(csrc)
+    compiled, started = _build.hashes(files), time.time() - 0.1  # a file's time lags by a tick of the kernel
     unfinished = objects / UNFINISHED
     unfinished.touch()
     with log.open("w") as file, _build.progress(label, objects, sys.stderr):
@@ -279,13 +313,17 @@ def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool
     text = log.read_text(errors="replace")
     if verbose:
         print(text, file=sys.stderr)
-    if _hashes(csrc) == compiled:  # else nobody knows what was compiled
-        (objects / "sources.json").write_text(json.dumps(compiled))
+    included = _build.hashes(set(_build.files_read(objects)) - set(files))
+    unchanged = _build.hashes(_sources(csrc)) == compiled and not any(_saved_since(started, path) for path in included)
+    finished = status >= 0 or out.is_file()  # else ninja and its compilers may live on
+    if finished and unchanged:  # else nobody knows what was compiled
+        (objects / _build.SOURCES).write_text(json.dumps({**compiled, **included}))
         unfinished.unlink()
     if status == 0:
-        return
+        return included if unchanged else None
     if not out.is_file():
-        raise RuntimeError(f"packops.jit: compiling {csrc} failed:\n{_build.readable_log(text)}")
+        signal = "" if finished else f" (the compiler's process was ended by signal {-status})"
+        raise RuntimeError(f"packops.jit: compiling {csrc} failed{signal}:\n{_build.readable_log(text)}")
     ended = f"ends the process with signal {-status}" if status < 0 else "does not load"
     raise RuntimeError(
         f"packops.jit: {csrc} compiles, but the library {ended}; "
@@ -294,32 +332,31 @@ def _run_compiler(cache: Path, request: dict[str, Any], out: Path, verbose: bool
 
 
 def _objects(cache: Path, request: dict[str, Any]) -> Path:
-    """A folder in which ninja finds what it compiled from this ``csrc`` before, emptied when ninja would be wrong about it.
+    """A folder in which ninja finds what it compiled from this ``csrc`` before, emptied if nobody knows what that was.
 
-    ninja compiles again what is newer than its object file. It would overlook a file that changed and is yet older (an older copy
-    put back with its time), one that changed while it was compiled, and an object file that a killed compiler left.
+    A file changed while it was compiled, or a killed compiler left half an object. ``_build.py`` sees an older file put back.
     """
-    way = [request["csrc"], request["defines"], request["environment"], torch.__version__]
-    name = hashlib.sha256(json.dumps(way).encode()).hexdigest()[:16]
+    name = hashlib.sha256(json.dumps(request).encode()).hexdigest()[:16]
     folder = cache / f"objects-{name}"
-    note = folder / "sources.json"
     if (folder / UNFINISHED).exists():
         # Moved first: a compiler that outlived its build finds no folder to write into.
         aside = Path(tempfile.mkdtemp(prefix=".building-", dir=cache))
         folder.rename(aside / "objects")
         shutil.rmtree(aside, ignore_errors=True)
-    elif note.is_file():
-        known, built = json.loads(note.read_text()), note.stat().st_mtime
-        current = _hashes(Path(request["csrc"]))
-        if any(known.get(name) != digest and Path(name).stat().st_mtime <= built for name, digest in current.items()):
-            shutil.rmtree(folder)
     folder.mkdir(exist_ok=True)
     os.utime(folder)
     return folder
 
 
-def _hashes(csrc: Path) -> dict[str, str]:
-    return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in _build.source_files(csrc)}
+def _sources(csrc: Path) -> list[str]:
+    return [str(path) for path in _build.source_files(csrc)]
+
+
+def _saved_since(started: float, path: str) -> bool:
+    """Whether the file's time is between ``started`` and now; a clock that is ahead leaves files of the future."""
+    with contextlib.suppress(OSError):
+        return started <= Path(path).stat().st_mtime <= time.time()
+    return False
 
 
 def _forget_old(cache: Path) -> None:

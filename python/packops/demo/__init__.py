@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 
 from ..cli.device import choose_device
@@ -33,6 +34,9 @@ def main(args: argparse.Namespace) -> int:
         return 2
     except ValueError as error:
         print(f"packops demo: {error}", file=sys.stderr)
+        return 2
+    if not os.access(args.out, os.W_OK):
+        print(f"packops demo: --out {args.out}: the folder cannot be written", file=sys.stderr)
         return 2
     from . import report, train
 

@@ -71,6 +71,8 @@ def load(
     """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+    if num_training < 1:
+        raise ValueError(f"packops demo: the number of documents to train on must be positive, got {num_training}")
     documents = read_documents(packages)
     order = np.random.default_rng(seed).permutation(len(documents))
     texts = [documents[i] for i in order]
