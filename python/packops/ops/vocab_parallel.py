@@ -86,7 +86,7 @@ def vocab_parallel_cross_entropy(
 
     def work(ranks: _Ranks) -> Tensor:
         options["num_items"] = as_num_items(op, options["num_items"])
-        _check(op, {"local_logits": local_logits, "labels": labels, **options})
+        _check(op, {"local_logits": local_logits, "labels": labels, "shard_sizes": shard_sizes, **options})
         inplace = options.pop("inplace")
         if local_logits.dim() == 0:
             raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
@@ -149,7 +149,7 @@ def vocab_parallel_linear_cross_entropy(
     def work(ranks: _Ranks) -> Tensor:
         options["num_items"] = as_num_items(op, options["num_items"])
         head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-        _check(op, {**head, "labels": labels, **options})
+        _check(op, {**head, "labels": labels, "shard_sizes": shard_sizes, **options})
         h, weight, bias = _cast_head(hidden, local_weight, local_bias)
         chunks: dict[str, Any] = {name: cast(Any, options)[name] for name in linear.CHUNKS}
         linear.check_arguments(h, weight, bias, labels, **chunks, op=op, least=0)
@@ -204,7 +204,7 @@ def vocab_parallel_linear_log_probs(
 
     def work(ranks: _Ranks) -> lp.LinearLogProbs:
         head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-        _check(op, {**head, "labels": labels, **options})
+        _check(op, {**head, "labels": labels, "shard_sizes": shard_sizes, **options})
         h, weight, bias = _cast_head(hidden, local_weight, local_bias)
         lp.check(op, h, weight, bias, labels, dict(options), least=0)
         lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
@@ -224,7 +224,7 @@ def vocab_parallel_linear_log_probs(
 
 
 _KINDS = {**linear.KINDS, "local_logits": "Tensor", "local_weight": "Tensor", "local_bias": "Tensor?", "inplace": "bool"}
-_KINDS["entropy"] = "bool"
+_KINDS |= {"entropy": "bool", "shard_sizes": "int[]?"}
 
 
 def _check(op: str, arguments: Mapping[str, Any]) -> None:
