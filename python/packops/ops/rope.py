@@ -42,7 +42,10 @@ def empty_heads_like(heads: Tensor) -> Tensor:
 
 
 def feature_contiguous(grad: Tensor | None) -> Tensor | None:
-    """Gradients come expanded and strided in every way; the kernels read any strides but the last."""
+    """Gradients come expanded and strided in every way, or as torch's zeros without memory; the kernels read any strides but the
+    last."""
+    if grad is not None and grad._is_zerotensor():  # which torch expands for them, whatever its strides say
+        return torch.zeros_like(grad)
     return grad if grad is None or grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
 
 
