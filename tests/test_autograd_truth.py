@@ -134,6 +134,28 @@ def test_zeros_without_memory_are_zeros(name, way, create_graph):
             assert grad is None or not grad.any()
 
 
+@pytest.mark.parametrize("name, way", DIFFERENTIABLE)
+def test_several_gradients_at_once(name, way):
+    """torch takes them one by one, and that is right, or it cannot: the error names the op and not what it is made of."""
+    op = OPS[name]
+    for argument in differentiable(op):
+        values = inputs_of(op)
+
+        def f(x, values=values, argument=argument):
+            return results_of(op, way, {**values, argument: x})[0]
+
+        want = torch.autograd.functional.jacobian(f, values[argument])
+        found, message = None, ""
+        try:
+            found = torch.autograd.functional.jacobian(f, values[argument], vectorize=True)
+        except RuntimeError as error:
+            message = str(error)
+        if found is None:
+            assert f"{name.removeprefix('vocab_parallel_')} computes one gradient at a time, and was asked for several" in message
+        else:
+            torch.testing.assert_close(found, want)
+
+
 def test_create_graph_without_retained_graph():
     """create_graph=True, retain_graph=False: a recorded gradient all the same, in place too."""
     for inplace in (False, True):
