@@ -67,12 +67,6 @@ def add_draw(parser: argparse.ArgumentParser) -> None:
         metavar="JSON",
         help="measure nothing: table and picture of result files, with --out STEM one picture of all",
     )
-    add_passing(parser)
-
-
-def add_passing(parser: argparse.ArgumentParser) -> None:
-    """For ``--reproduce``, which reads what is written and removes it."""
-    parser.add_argument("--passing", action="store_true", help=argparse.SUPPRESS)
 
 
 def without_output(arguments: Sequence[str]) -> list[str]:
@@ -175,8 +169,7 @@ def main(
                 until = begin + args.limit - 1.5 * enough
                 data["cases"].append(measure(case, args.device, rounds, enough, args.patience, until))
                 print("\n" + format_case(data["cases"][-1]), flush=True)
-                if args.out:  # after every case: a run that is cut short keeps what it measured
-                    write(data, args.out.with_suffix(".json"))
+                write(data, args.out)  # after every case: a run that is cut short keeps what it measured
                 del case
                 gc.collect()
                 if args.device == "cuda":
@@ -189,6 +182,5 @@ def main(
     print("\n" + format_verdict(data))
     if args.out and data["cases"]:
         draw(json.loads(args.out.with_suffix(".json").read_text()), args.out.with_suffix(".png"))
-        if not args.passing:
-            print(f"written: {args.out.with_suffix('.json')}, {args.out.with_suffix('.png')}")
+        print(f"written: {args.out.with_suffix('.json')}, {args.out.with_suffix('.png')}")
     return int(any(row.get("wrong") and row["system"].startswith(OURS) for _, row in rows_of(data)))

@@ -125,7 +125,6 @@ def parse() -> dict[str, Any]:
         metavar="STEM",
         help="write STEM.json; without STEM bench/results/distributed_*",
     )
-    command.add_passing(output)
     device.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     device.add_argument(
         "--limit", type=command.seconds, default=math.inf, help="begin no round, or row, that ends later than so many seconds"
@@ -166,7 +165,7 @@ def run_losses(what: str, options: dict[str, Any], gpus: int) -> dict[str, Any]:
 
 def main() -> None:
     begin, options = time.time(), parse()
-    what, out, passing = (options.pop(name) for name in ("what", "out", "passing"))
+    what, out = options.pop("what"), options.pop("out")
     options["until"] = begin + options.pop("limit", math.inf)
     kind = options.get("device", "cpu")
     environment = measuring.environment(kind, {"liger-kernel": peers.LIGER, "transformers": peers.TRANSFORMERS})
@@ -180,12 +179,11 @@ def main() -> None:
     slug = measuring.slug(kind, environment["device"])
 
     def keep(result: dict[str, Any], stem: str) -> None:
-        if out is not None:
-            path = (reporting.RESULTS / stem if out == Path() else out).with_suffix(".json")
-            facts["state"]["after"] = device_state(kind)
-            reporting.write(facts | result, path)
-            if not passing:
-                print(f"\nwritten: {path}")
+        path = reporting.RESULTS / stem if out == Path() else out
+        facts["state"]["after"] = device_state(kind)
+        reporting.write(facts | result, path)
+        if path:
+            print(f"\nwritten: {path.with_suffix('.json')}")
 
     if what == "balance":
         keep(balance(options["documents"], options["max_length"]), "distributed_balance")

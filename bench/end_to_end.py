@@ -622,8 +622,7 @@ def main(args: argparse.Namespace) -> int:
 
     def tell(case: dict[str, Any], text: str) -> None:
         print(f"{time.perf_counter() - begin:6.0f} s  {case['model']}, {case['corpus']}: {text}", file=sys.stderr, flush=True)
-        if args.out:
-            reporting.write(data, args.out.with_suffix(".json"))
+        reporting.write(data, args.out)
 
     try:
         with time_limit(begin + args.seconds - time.perf_counter()):
@@ -638,8 +637,8 @@ def main(args: argparse.Namespace) -> int:
     for case in data["cases"]:
         mark(case["results"])
     data["state"]["after"] = device_state(device.type)
+    reporting.write(data, args.out)
     if args.out:
-        reporting.write(data, args.out.with_suffix(".json"))
         try:
             draw(data, args.out.with_suffix(".png"))
         except ModuleNotFoundError as error:

@@ -406,9 +406,9 @@ def main(args: argparse.Namespace) -> int:
         print(f"\n{RANKS} ranks, {name}: {len(values):,} documents, packs of {capacity:,}")
         data["ranks"][name] = {"capacity": capacity, "ranks": RANKS, "cost": COST, "rows": measure_ranks(values, capacity, 1)}
     data["state"]["after"] = measuring.device_state("cpu")
-    if args.out:
-        stem = reporting.RESULTS / "packing" if args.out == Path() else args.out
-        reporting.write(data, stem.with_suffix(".json"))
+    stem = reporting.RESULTS / "packing" if args.out == Path() else args.out
+    reporting.write(data, stem)
+    if stem:
         draw(data, stem.with_suffix(".png"))
     return 0
 

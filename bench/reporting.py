@@ -12,6 +12,7 @@ from typing import Any
 from measuring import COPY, OURS, Target
 
 RESULTS = Path(__file__).parent / "results"
+latest: dict[str, Any] = {}  # the result that was written last, which --reproduce compares although no file may be wanted
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------------
@@ -197,9 +198,14 @@ def rounded(value: Any) -> Any:
     return [rounded(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def write(data: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(rounded(data), indent=1) + "\n")
+def write(data: dict[str, Any], stem: Path | None) -> None:
+    """Write ``stem.json``, if there is a stem."""
+    text = json.dumps(rounded(data), indent=1)
+    latest.clear()
+    latest.update(json.loads(text))
+    if stem:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_suffix(".json").write_text(text + "\n")
 
 
 def figures(data: dict[str, Any]) -> dict[str, float]:

@@ -29,7 +29,7 @@ WRONG: dict[str, list[Any]] = {
     "int": [2.5, TEXT, [3], True, torch.tensor(1), np.float64(2.0)],
     "float": [TEXT, [0.5], True, SOME_TENSOR, 1j],
     "str": [1, True, b"mean", ["mean"], SOME_TENSOR],
-    "int[]": [3, TEXT, [1.5, 2, 3], [True, 1, 1], SOME_TENSOR],
+    "int[]": [3, TEXT, [1.5, 2, 3], [True, 1, 1], [1, TEXT], SOME_TENSOR],
     "ScalarType": [TEXT, 32, float],
     "number": [TEXT, [3], True, np.ones(1), object()],
 }
@@ -43,6 +43,7 @@ BY_NAME = {
     "entropy": "bool",
     "inplace": "bool",
     "return_stats": "bool",
+    "shard_sizes": "int[]?",
 }
 
 
@@ -60,12 +61,12 @@ NAMES = [name for name in OPS if name not in OTHER_FORMS]
 
 
 def kinds(op: Op) -> dict[str, str]:
-    """Of every argument of the function; those of the group have tests of their own."""
+    """Of every argument of the function; the group has tests of its own."""
     known = {**BY_NAME, **(kinds_of(op.op.default) if op.op is not None else {}), "num_items": "number?"}
     names = inspect.signature(op.function).parameters
     known |= {"activation": "str"} if "activation" in names else {}
     known |= dict.fromkeys(("gate", "up"), "Tensor") if "gate" in names else {}
-    return {name: known[name].replace("SymInt", "int") for name in names if name not in ("group", "shard_sizes")}
+    return {name: known[name].replace("SymInt", "int") for name in names if name != "group"}
 
 
 def call(function: Any, op: Op, wrong: dict[str, Any]) -> Any:

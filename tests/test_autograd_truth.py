@@ -48,13 +48,16 @@ def inputs_of(op: Op, free: tuple[str, ...] = (), place: Callable[[Tensor], Tens
     return {k: place(x) if k in free else x.clone() if isinstance(x, Tensor) else x for k, x in values.items()}
 
 
-def call(op: Op, way: str, values: dict[str, Any], **options: Any) -> Tensor:
-    """A scalar that is linear in the results: what comes back to the op needs no gradient itself."""
+def results_of(op: Op, way: str, values: dict[str, Any], **options: Any) -> list[Tensor]:
     function = op.function if way == "function" else op.op
     tensors = [values[name] for name in op.tensors]
     rest = {name: value for name, value in values.items() if name not in op.tensors}
-    results = [x for x in flatten(function(*tensors, **rest, **options)) if x.is_floating_point()]
-    return sum(x.sum() for x in results[: op.compared])
+    return [x for x in flatten(function(*tensors, **rest, **options)) if x.is_floating_point()][: op.compared]
+
+
+def call(op: Op, way: str, values: dict[str, Any], **options: Any) -> Tensor:
+    """A scalar that is linear in the results: what comes back to the op needs no gradient itself."""
+    return sum(x.sum() for x in results_of(op, way, values, **options))
 
 
 WAYS = [(name, way) for name, op in OPS.items() for way in ("function", "op") if way == "function" or op.op is not None]
@@ -116,6 +119,41 @@ def test_create_graph_alone_changes_nothing(name, way):
         found.append(again)
     for grads in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(grads, found[0], strict=True))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("name, way", DIFFERENTIABLE)
+def test_zeros_without_memory_are_zeros(name, way, create_graph):
+    """What torch passes on as the gradient of a sign, and so as that of an absolute value's gradient."""
+    op = OPS[name]
+    values = inputs_of(op, tuple(differentiable(op)), lambda x: x.clone().requires_grad_())
+    leaves = [values[x] for x in differentiable(op)]
+    for result in [x for x in results_of(op, way, values) if x.requires_grad]:
+        options = {"create_graph": create_graph, "retain_graph": True, "allow_unused": True}
+        for grad in torch.autograd.grad(result.sgn().sum(), leaves, **options):
+            assert grad is None or not grad.any()
+
+
+@pytest.mark.parametrize("name, way", DIFFERENTIABLE)
+def test_several_gradients_at_once(name, way):
+    """torch takes them one by one, and that is right, or it cannot: the error names the op and not what it is made of."""
+    op = OPS[name]
+    for argument in differentiable(op):
+        values = inputs_of(op)
+
+        def f(x, values=values, argument=argument):
+            return results_of(op, way, {**values, argument: x})[0]
+
+        want = torch.autograd.functional.jacobian(f, values[argument])
+        found, message = None, ""
+        try:
+            found = torch.autograd.functional.jacobian(f, values[argument], vectorize=True)
+        except RuntimeError as error:
+            message = str(error)
+        if found is None:
+            assert f"{name.removeprefix('vocab_parallel_')} computes one gradient at a time, and was asked for several" in message
+        else:
+            torch.testing.assert_close(found, want)
 
 
 def test_create_graph_without_retained_graph():

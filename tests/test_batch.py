@@ -111,6 +111,7 @@ def test_unpack_is_the_inverse(documents, multiple, doc_multiple):
     collate = PackingCollator(pad_to_multiple_of=multiple, pad_doc_to_multiple_of=doc_multiple)
     batch = collate(documents)
     assert batch.num_tokens % multiple == 0
+    assert not (batch.cu_seqlens % doc_multiple).any()  # the row's padding is a document as well
     assert [part.tolist() for part in batch.unpack(batch.input_ids)] == [d for d in documents if d]
     assert [part.shape for part in batch.unpack(torch.zeros(batch.num_tokens, 3))] == [(len(d), 3) for d in documents if d]
     assert batch.num_items == sum(max(0, len(d) - 1) for d in documents)
@@ -261,8 +262,8 @@ def test_real_tokens():
     documents = [[1, 2, 3], [4], [5, 6]]
     assert PackingCollator()(documents).real_tokens is None
     assert "real_tokens" not in PackingCollator(names="hf")(documents)
-    batch = PackingCollator(pad_to_length=11, pad_doc_to_multiple_of=2, num_documents=6)(documents)
-    assert batch.real_tokens.tolist() == [[True, True, True, False, True, False, True, True, False, False, False]]
+    batch = PackingCollator(pad_to_length=12, pad_doc_to_multiple_of=2, num_documents=6)(documents)
+    assert batch.real_tokens.tolist() == [[True, True, True, False, True, False, True, True, False, False, False, False]]
     assert torch.equal(batch.to_hf()["real_tokens"], batch.real_tokens)
     assert not PackingCollator(pad_to_length=5)([]).real_tokens.any()
 
@@ -564,6 +565,8 @@ def test_pad_to_length_is_reached_and_not_passed():
     assert collate([[1] * 4, [2]]).boundaries == (0, 4, 8)
     with pytest.raises(ValueError, match="the documents have 12 tokens, more than pad_to_length = 8"):
         collate([[1] * 5, [2]])
+    with pytest.raises(ValueError, match="pad_doc_to_multiple_of must divide pad_to_length = 10, got 4"):
+        PackingCollator(pad_to_length=10, pad_doc_to_multiple_of=4)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])

@@ -695,7 +695,7 @@ def test_the_arguments_are_kept_without_the_output():
 
 
 def test_reproduce(tmp_path, capsys):
-    """A result is measured again with its settings, and both are shown."""
+    """A result is measured again with its settings, both are shown, and it is written where ``--out`` says alone."""
     pytest.importorskip("matplotlib")
     first = tmp_path / "first"
     small = ["--device", "cpu", "--only", "host", "--rounds", "2", "--threads", "1", "--shape", "8", "2", "1", "16"]
@@ -710,11 +710,17 @@ def test_reproduce(tmp_path, capsys):
     assert cli.main(["bench", "--reproduce", str(first.with_suffix(".json"))]) == 0
     shown = capsys.readouterr().out.splitlines()
     assert shown[0] == f"packops bench rope {' '.join(written['settings']['arguments'])}"
-    assert not any("now.json" in line for line in shown)  # which is gone
+    assert not any(line.startswith("written: ") and ".json" in line for line in shown)
     table = shown[next(i for i, line in enumerate(shown) if line.endswith("now/written")) + 1 :]
     (gone,) = (line for line in table if ": gone, us" in line)
     assert gone.split()[-2:] == ["1.234e+04", "--"]
     assert any(line.split()[-1].replace(".", "").isdigit() and ": packops" in line for line in table)
+    again = tmp_path / "again.json"
+    assert cli.main(["bench", "--reproduce", str(first.with_suffix(".json")), "--rounds", "3", "--out", str(again)]) == 0
+    settings = json.loads(again.read_text())["settings"]
+    assert settings["rounds"] == 3
+    assert settings["arguments"] == [*written["settings"]["arguments"], "--rounds", "3"]
+    assert f"written: {again}, " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["{", "{}", "[]", '{"benchmark": "gone"}', '{"benchmark": 3}'])

@@ -741,9 +741,16 @@ def _what_one_rank_cannot_accept(rank):
     }
     for op in ("vocab_parallel_cross_entropy", "vocab_parallel_linear_cross_entropy", "vocab_parallel_linear_log_probs"):
         refused = of_all if op == "vocab_parallel_cross_entropy" else of_all | of_linear
-        if op != "vocab_parallel_linear_cross_entropy":  # which sends nothing of no rows
-            boundaries = here(torch.tensor([0, 0]), torch.tensor([0, 1]))
-            refused = refused | {"boundaries beyond no rows": {"rows": 0, "labels": LABELS[:0], "cu_seqlens": boundaries}}
+        no_rows = {"rows": 0, "labels": LABELS[:0], "cu_seqlens": here(torch.tensor([0, 0]), torch.tensor([0, 1]))}
+        refused = refused | {"boundaries beyond no rows": no_rows}
+        if op != "vocab_parallel_cross_entropy":
+            no_valid = {
+                "num_valid": 0,
+                "labels": torch.full((5,), -100),
+                "cu_seqlens": of_all["boundaries beyond the rows"]["cu_seqlens"],
+            }
+            refused |= {"boundaries beyond no rows, with a gradient": no_rows | {"needs_gradient": True}}
+            refused |= {"boundaries beyond rows of which none counts": no_valid | {"needs_gradient": True}}
         if op != "vocab_parallel_linear_log_probs":
             refused = refused | {"a class_weight of one shard": {"class_weight": here(torch.ones(8), torch.ones(4))}}
         if op == "vocab_parallel_linear_log_probs":  # ranks meet once
@@ -755,6 +762,7 @@ def _what_one_rank_cannot_accept(rank):
             dist.barrier()  # nobody is one call ahead
         call(op, here(5, 3), [5, 3])
         call(op, here(0, 8), [0, 8])
+        call(op, rows=0, labels=LABELS[:0], needs_gradient=True)
 
 
 LABELS = torch.tensor([0, 5, 7, 3, 1])

@@ -296,6 +296,64 @@ def test_signature_and_traceback():
     assert "outputs: BaseModelOutputWithPast = self.model(" in shown
 
 
+# ---- what is replaced afterwards -----------------------------------------------------------------------------------------------
+
+
+def part_of(path, family="llama"):
+    return make(family).get_submodule(path)
+
+
+@pytest.mark.parametrize("family", ["llama", "glm4", "gpt_neox"])
+def test_rope_that_was_replaced_in_part_is_refused(family):
+    """A table twice as wide would turn twice as many features, where not all of a head turn."""
+    attention = "gpt_neox.layers.1.attention" if family == "gpt_neox" else "model.layers.1.self_attn"
+    rotary = f"{attention.partition('.')[0]}.rotary_emb"
+    model = packops.hf.apply(make(family))
+    before = model(**packed(documents())).loss
+    model.set_submodule(rotary, part_of(rotary, family))
+    with pytest.raises(ValueError, match=r"the rotary embedding was replaced after packops\.hf\.apply: call"):
+        model(**packed(documents()))
+    packops.hf.apply(model)
+    assert torch.equal(model(**packed(documents())).loss, before)
+    model.set_submodule(attention, part_of(attention, family))
+    with pytest.raises(
+        ValueError, match=f"packops.hf: {attention} was replaced after packops.hf.apply, by a .*Attention that reads"
+    ):
+        model(**packed(documents()))
+
+
+@pytest.mark.parametrize("attention", [None, "packops_varlen"])
+@pytest.mark.parametrize(
+    ("path", "part"),
+    [
+        ("lm_head", lambda: nn.Linear(32, VOCABULARY)),
+        ("model.embed_tokens", lambda: part_of("model.embed_tokens")),
+        ("model.layers.0.input_layernorm", lambda: nn.LayerNorm(32)),
+        ("model.layers.0.mlp", lambda: part_of("model.layers.1.mlp")),
+        ("model.layers.0.mlp.act_fn", nn.ReLU),
+        ("model.layers.0.mlp.down_proj", lambda: nn.Sequential(nn.Linear(48, 32), nn.Tanh())),
+        ("model.layers.0.self_attn.q_norm", lambda: nn.LayerNorm(8)),
+    ],
+)
+def test_other_parts_may_be_replaced(path, part, attention):
+    ours, stock, new = make("qwen3"), make("qwen3"), part()
+    packops.hf.apply(ours, attention=attention)
+    for model in (ours, stock):
+        model.set_submodule(path, copy.deepcopy(new))
+    assert difference(run(ours, packed(documents())), run(stock, packed(documents()))) < 1e-5
+
+
+def test_a_decoder_that_was_replaced_is_asked_how_it_attends():
+    """By its own configuration: that of the model says packops_varlen still, beside which masks are harmless."""
+    model, inputs = make("llama"), packed(documents())
+    want = model(**inputs).loss
+    packops.hf.apply(model, attention="packops_varlen", rope=False)
+    model.model = make("llama").model
+    torch.testing.assert_close(model(**inputs).loss, want)
+    with pytest.raises(ValueError, match="beside which transformers does not look for packed documents: with 'sdpa'"):
+        model(**inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
+
+
 # ---- what is not known is refused ---------------------------------------------------------------------------------------------
 
 

@@ -382,6 +382,14 @@ def test_forests_of_an_attention_or_a_loss_that_does_not_know_them_are_refused(f
             model(**forest.to_hf())
     packops.hf.apply(model, attention="sdpa")
     torch.testing.assert_close(model(**forest.to_hf(attention="sdpa")).loss, want, rtol=1e-5, atol=0)
+    packops.hf.apply(model, attention="eager")
+    with pytest.raises(ValueError, match=r"a 4-D attention_mask of bools, which 'eager' would add to the scores as 0 and 1"):
+        model(**forest.to_hf(attention="sdpa"))
+    for attention in ("sdpa", "packops_varlen"):
+        slides = packops.hf.apply(make("gemma3_text", sliding_window=5).train(), attention=attention)
+        with pytest.raises(ValueError, match=r"layers with a sliding window, here of 5 tokens, obey a 4-D attention_mask"):
+            slides(**forest.to_hf(attention="sdpa"))
+        slides(**forest.to_hf(attention="sdpa") | {"token_weight": None})  # the mask may be anyone's
     packops.hf.apply(model, attention="packops_varlen", cross_entropy=False)
     with pytest.raises(
         ValueError, match="token_weight is given, and this call would not use it: the model's loss is not packops'"

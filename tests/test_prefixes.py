@@ -105,6 +105,13 @@ def test_what_groups_refuse(change, message):
         packops.pack(arguments.pop("lengths"), arguments.pop("max_length"), **arguments)
 
 
+@pytest.mark.parametrize("name", ["groups", "shared"])
+@pytest.mark.parametrize("values", [["0", "0"], [0.0, 0.0], [False, True], [[0, 0]], 0])
+def test_groups_and_shared_are_sequences_of_integers(name, values):
+    with pytest.raises(TypeError, match=f"^{name} must be a sequence of integers"):
+        packops.pack([10, 10], 32, **{"groups": [0, 0], name: values})
+
+
 @pytest.mark.parametrize("documents", [[[1.5]], [[[1]]], ["ab"]])
 def test_documents_are_sequences_of_integers(documents):
     with pytest.raises(TypeError, match="document 0 must be a sequence of integers"):

@@ -132,6 +132,9 @@ def test_packs_are_cut_in_two_rather_than_dropped():
     # two packs, three ranks: the pack of [1, 1, 2] is cut where its tokens halve
     samplers = ranks([4, 1, 1, 2], 4, 3, seed=None, balance="none")
     assert [list(s) for s in samplers] == [[[0]], [[1, 2]], [[3]]]
+    # three packs, five ranks: of packs with as many documents the first are cut first, so that the plan is the same everywhere
+    samplers = ranks([1] * 6, 2, 5, seed=None, balance="none")
+    assert [list(s) for s in samplers] == [[[0]], [[2]], [[4, 5]], [[1]], [[3]]]
     # one document for three ranks: two of them get an empty batch
     samplers = ranks([4], 4, 3, seed=None)
     assert sorted(batch for s in samplers for batch in s) == [[], [], [0]]
@@ -203,6 +206,11 @@ def test_stale_lengths_are_found_out():
 def test_bad_arguments():
     with pytest.raises(ValueError, match=r"rank must be in \[0, world_size = 2\), got 2"):
         PackedBatchSampler([1], 4, rank=2, world_size=2)
+    with pytest.raises(ValueError, match=r"world_size \* packs_per_batch must be at most 2\^24 packs a step, got 33554432 \* 1"):
+        PackedBatchSampler([1], 4, rank=0, world_size=2**25)
+    for cost in ("12", ["1", 2], [True, 2], [1]):
+        with pytest.raises(TypeError, match="cost must be two numbers"):
+            PackedBatchSampler([1], 4, cost=cost)
     with pytest.raises(ValueError, match="balance must be 'none', 'tokens' or 'attention', got 'cost'"):
         PackedBatchSampler([1], 4, balance="cost")
     with pytest.raises(ValueError, match=r"lengths\[0\] = 9 is longer"):
@@ -394,6 +402,10 @@ def test_another_order_is_refused_and_changes_nothing(name, world_size):
         ({"segments": []}, "not the state of a PackedBatchSampler"),
         ({"segments": [(1, 1)]}, "not the state of a PackedBatchSampler"),
         ({"segments": [(1, 1, 2.0)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(True, 1, 4)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(2**40, 1, 4)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(1, 2**40, 4)]}, "not the state of a PackedBatchSampler"),
+        ({"segments": [(2**24, 1, 0)]}, "other lengths"),
         ({"segments": [(2, 1, 99)]}, "other lengths|step 99 where"),
         ({"epoch": 1}, "other lengths"),
         ({"epoch": -1}, "epoch must be between 0"),

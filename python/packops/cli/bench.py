@@ -12,7 +12,6 @@ import importlib
 import json
 import runpy
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ def listing(found: dict[str, tuple[Path, str]]) -> str:
     return "\n".join(
         [
             "usage: packops bench NAME [options]",
-            "       packops bench --reproduce FILE.json   measure a written result again, with its settings",
+            "       packops bench --reproduce FILE.json [options]   measure a written result again, with its settings",
             "",
             *(f"  {name:<{width}}  {text}" for name, (_, text) in found.items()),
             "",
@@ -61,8 +60,10 @@ def main(arguments: argparse.Namespace) -> int:
             file=sys.stderr,
         )
         return 2
+    sys.path.insert(0, str(FOLDER))
     if arguments.reproduce:
-        return reproduce(arguments.reproduce, arguments.arguments, found)
+        file, *more = arguments.reproduce
+        return reproduce(Path(file), more, found)
     name, *rest = arguments.arguments
     if name not in found:
         near = difflib.get_close_matches(name, found, 1, 0.4)
@@ -74,7 +75,6 @@ def main(arguments: argparse.Namespace) -> int:
 
 def run(path: Path, name: str, words: list[str]) -> int:
     sys.argv = [f"packops bench {name}", *words]
-    sys.path.insert(0, str(FOLDER))
     try:
         runpy.run_path(str(path), run_name="__main__")
     except SystemExit as stop:
@@ -86,7 +86,7 @@ def run(path: Path, name: str, words: list[str]) -> int:
 
 
 def reproduce(result: Path, more: list[str], found: dict[str, tuple[Path, str]]) -> int:
-    """Measure a written result again with its settings (and ``more`` arguments), and print both side by side."""
+    """Measure a written result again with its settings, but for what ``more`` says, and print both side by side."""
     try:
         written = json.loads(result.read_text(encoding="utf-8"))
         name, *what = written["benchmark"].split()
@@ -100,15 +100,14 @@ def reproduce(result: Path, more: list[str], found: dict[str, tuple[Path, str]])
     if "arguments" not in (written.get("settings") or {}):
         print(f"{result} was written before results held their arguments: its settings are taken as far as it names them")
         words = [*what, *words]
-    with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "now"
-        print(f"packops bench {' '.join([name, *words, *more])}", flush=True)
-        status = run(found[name][0], name, [*words, *more, "--out", str(out), "--passing"])
-        if not out.with_suffix(".json").is_file():
-            return status or 1
-        now = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-    reporting = importlib.import_module("reporting")  # of bench/, which is on the path now
-    print("\n" + reporting.compare(written, now))
+    words += more
+    print(f"packops bench {name} {' '.join(words)}", flush=True)
+    reporting = importlib.import_module("reporting")  # of bench/
+    reporting.latest.clear()
+    status = run(found[name][0], name, words)
+    if not reporting.latest:
+        return status or 1
+    print("\n" + reporting.compare(written, reporting.latest))
     return status
 
 

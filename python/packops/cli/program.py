@@ -171,7 +171,7 @@ def demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 def bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-h", "--help", action="store_true", dest="wants_list")
-    parser.add_argument("--reproduce", type=Path, metavar="FILE")
+    parser.add_argument("--reproduce", nargs=argparse.REMAINDER)  # a file, and arguments that go before those it has
     parser.add_argument("arguments", nargs=argparse.REMAINDER)  # of the benchmark, --help among them
 
 

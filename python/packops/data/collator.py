@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, overload
@@ -70,6 +71,7 @@ class PackingCollator(Generic[Batch]):
         pad_to_multiple_of: the row's length is rounded up to this, its padding one trailing document.
         pad_to_length: the row has exactly this length, for static shapes.
         pad_doc_to_multiple_of: every document is padded to a multiple of this, inside its own boundaries (context parallelism).
+            So is the row, whose padding is a document too: this must divide ``pad_to_length``.
         num_documents: ``cu_seqlens`` always has this many documents, padding included, the last ones empty: static shapes again.
         shift_labels: also make ``shift_labels``.
         columns: further per-token columns to pack, with the value that pads each: ``{"token_weight": 0.0}``. Floats are packed
@@ -116,6 +118,8 @@ class PackingCollator(Generic[Batch]):
         self.pad_to_multiple_of = as_count("pad_to_multiple_of", pad_to_multiple_of, optional=True)
         self.pad_to_length = as_count("pad_to_length", pad_to_length, optional=True)
         self.pad_doc_to_multiple_of = as_count("pad_doc_to_multiple_of", pad_doc_to_multiple_of)
+        if (self.pad_to_length or 0) % self.pad_doc_to_multiple_of:  # the row's padding is a document, too
+            raise ValueError(f"pad_doc_to_multiple_of must divide pad_to_length = {pad_to_length}, got {pad_doc_to_multiple_of}")
         self.num_documents = as_count("num_documents", num_documents, optional=True)
         self.shift_labels = shift_labels
         self.columns = dict(checked_columns(columns))
@@ -221,7 +225,7 @@ class PackingCollator(Generic[Batch]):
             if tokens > self.pad_to_length:
                 raise ValueError(f"the documents have {tokens} tokens, more than pad_to_length = {self.pad_to_length}")
             return self.pad_to_length
-        multiple = self.pad_to_multiple_of or 1
+        multiple = math.lcm(self.pad_to_multiple_of or 1, self.pad_doc_to_multiple_of)
         return max(1, -(-tokens // multiple)) * multiple
 
     def _check_attention(self, documents: int, total: int) -> None:

@@ -301,7 +301,7 @@ def _pack_groups(
 ) -> PackingPlan:
     """Packs parts of groups, each as long as a pack allows, as if they were documents."""
     numbers = as_integers("groups", groups)
-    common = np.zeros_like(lengths) if shared is None else as_lengths(shared)
+    common = np.zeros_like(lengths) if shared is None else as_integers("shared", shared)
     overlong_count = int((lengths > max_length).sum())
     if (lengths < 0).any() or (overlong == "error" and overlong_count):
         pack(lengths, max_length)  # raises, and names the document

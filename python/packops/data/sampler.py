@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import heapq
 import math
-import operator
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -24,6 +24,7 @@ Balance = Literal["none", "tokens", "attention"]
 # Steps whose packs are exchanged to even out the ranks: large enough to find packs of equal cost, small enough that a step's
 # cost says little about when in the epoch it comes.
 BALANCE_WINDOW = 64
+MOST_PACKS = 1 << 24  # of a step, over all ranks: sharing out takes memory for each
 
 
 class Spans(NamedTuple):
@@ -102,7 +103,8 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         lengths, max_length, strategy, seed, max_docs_per_pack, overlong, pad_doc_to_multiple_of: as :func:`packops.pack`. The
             packs' order is random too, unless ``seed`` is None or the strategy ``"sequential"``: then it is kept, and nothing is
             balanced.
-        packs_per_batch: packs a rank takes at each step; they become one row of up to ``packs_per_batch * max_length`` tokens.
+        packs_per_batch: packs a rank takes at each step; they become one row of up to ``packs_per_batch * max_length`` tokens. A
+            step has at most 2^24 packs over all ranks.
         rank, world_size: this process and how many there are; by default those of ``torch.distributed``, or one process.
         all_ranks: yield the batches of all ranks in turn, those of a step one after the other, and leave it to the loader to take
             this rank's. For loaders that share out batches themselves: ``accelerate.prepare``, ``transformers.Trainer``.
@@ -139,6 +141,9 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         if not 0 <= self.rank < self.world_size:
             raise ValueError(f"rank must be in [0, world_size = {self.world_size}), got {self.rank}")
         self.packs_per_batch = as_count("packs_per_batch", packs_per_batch)
+        if self.world_size * self.packs_per_batch > MOST_PACKS:
+            got = f"{self.world_size} * {self.packs_per_batch}"
+            raise ValueError(f"world_size * packs_per_batch must be at most 2^24 packs a step, got {got}")
         if balance not in ("none", "tokens", "attention"):
             raise ValueError(f"balance must be 'none', 'tokens' or 'attention', got {balance!r}")
         for name, flag in (("all_ranks", all_ranks), ("drop_last", drop_last)):
@@ -348,7 +353,7 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
 
 def _checked_cost(cost: Any) -> tuple[float, float]:
     try:
-        a, b = map(float, cost)
+        a, b = (float(x) for x in cost if not isinstance(x, (str, bool)))
     except (TypeError, ValueError):
         raise TypeError(f"cost must be two numbers (per token, per document length^2), got {cost!r}") from None
     if not (0 <= a < math.inf and 0 <= b < math.inf):
@@ -359,12 +364,13 @@ def _checked_cost(cost: Any) -> tuple[float, float]:
 def _parse_state(state: Any) -> tuple[int, list[Segment], str]:
     """(epoch, segments, plan), or ValueError for what no sampler has made."""
     try:
-        number, plan = operator.index(state["epoch"]), str(state["plan"])
-        segments = [Segment(*map(operator.index, segment)) for segment in state["segments"]]
+        number, plan = as_integer("epoch", state["epoch"]), str(state["plan"])
+        segments = [Segment(*(as_integer("segments", x) for x in segment)) for segment in state["segments"]]
     except (KeyError, TypeError) as error:
         raise ValueError(f"not the state of a PackedBatchSampler: {state!r}") from error
-    if not segments or any(min(s.world_size, s.packs_per_batch) < 1 or s.steps < 0 for s in segments):
-        raise ValueError(f"not the state of a PackedBatchSampler: {state!r}")
+    for world_size, packs_per_batch, steps in segments or [Segment(0, 0, 0)]:
+        if min(world_size, packs_per_batch) < 1 or world_size * packs_per_batch > MOST_PACKS or steps < 0:
+            raise ValueError(f"not the state of a PackedBatchSampler: {state!r}")
     return number, segments, plan
 
 
@@ -382,23 +388,19 @@ def _make_divisible(spans: Spans, tokens: IntArray, divisor: int) -> Spans:
     if not missing:
         return spans
     pieces = np.array(end) - np.array(begin)
-    # Enough candidates to cut `missing` times even if each cut takes the largest that is left.
+    # Enough candidates to cut `missing` times even if each cut takes the largest that is left, of which the first in this order.
     candidates = np.argsort(-pieces, kind="stable")[:missing].tolist()
-    for _ in range(missing):
-        if not candidates:
-            begin.append(0)
-            end.append(0)
-            continue
-        largest = max(candidates, key=lambda p: end[p] - begin[p])
-        if end[largest] - begin[largest] < 2:
-            begin.append(0)
-            end.append(0)
-            continue
+    heap = [(begin[pack] - end[pack], place, pack) for place, pack in enumerate(candidates)]
+    while missing and heap and heap[0][0] < -1:
+        _, place, largest = heap[0]
         middle = (tokens[begin[largest]] + tokens[end[largest]]) / 2
         inner = tokens[begin[largest] + 1 : end[largest]]
         cut = begin[largest] + 1 + int(np.abs(inner - middle).argmin())
         begin.append(cut)
         end.append(end[largest])
         end[largest] = cut
-        candidates.append(len(begin) - 1)
-    return Spans(np.array(begin, np.int64), np.array(end, np.int64))
+        heapq.heapreplace(heap, (begin[largest] - cut, place, largest))
+        heapq.heappush(heap, (cut - end[-1], len(heap), len(begin) - 1))
+        missing -= 1
+    empty = [0] * missing
+    return Spans(np.array(begin + empty, np.int64), np.array(end + empty, np.int64))

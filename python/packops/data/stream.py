@@ -122,7 +122,7 @@ class StreamPacker(Generic[Document]):
         settings = self._settings()
         if not isinstance(state, Mapping):
             raise ValueError(f"not the state of a StreamPacker: {state!r}")
-        missing = [name for name in settings if name not in state]
+        missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(f"not the state of a StreamPacker: it has no {missing[0]!r}")
         if state["max_length"] != self.max_length:

@@ -29,6 +29,7 @@ from .attention_documents import begin_anew, go_on
 from .record import Record
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
+from .rope import check_layers
 
 
 def check_reduction(reduction: str) -> None:
@@ -415,6 +416,8 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
     """Raise for calls whose result would be wrong without a word. Waits for no device, unless :func:`packops.checks` is on."""
     scored = given.get("labels") is not None or given.get("shift_labels") is not None
     trains = model.training and torch.is_grad_enabled()
+    if (scored or trains) and not torch.compiler.is_compiling():  # not for each token that is generated
+        check_layers(model)
     if not scored and trains and _by_document(model):
         raise ValueError(_ignored(model, "it was called without labels"))
     if given.get("token_weight") is not None:
@@ -432,7 +435,7 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             f"packops.hf: {images[0]} with position_ids of shape {tuple(positions.shape)}, but images have "
             "positions in three dimensions here (M-RoPE). Pass those of its get_rope_index, document by document, or none"
         )
-    config = model.config.get_text_config(decoder=True)
+    config = model.base_model.config.get_text_config(decoder=True)  # the model's own, unless its decoder is another by now
     if given.get("parents") is not None and config._attn_implementation != "packops_varlen":
         raise ValueError(
             f"packops.hf: attention {config._attn_implementation!r} does not know documents that share prefixes (parents): use "
@@ -440,6 +443,8 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             "forest.to_hf(attention='sdpa')"
         )
     bounds, mask, cache = given.get("cu_seq_lens_q"), given.get("attention_mask"), given.get("past_key_values")
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        _check_obeyed(config, mask, given.get("token_weight") is not None)
     packed = ""
     if bounds is not None and bounds.numel() > 2:
         packed = "cu_seq_lens_q"
@@ -479,6 +484,22 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             "by positions alone: pass positions that begin anew, as packops.PackingCollator makes them, or none"
         )
     _check_told_apart(name, packed, mask, _uses_cache(config, given))
+
+
+def _check_obeyed(config: Any, mask: Tensor, is_forest: bool) -> None:
+    """ValueError for a 4-D mask that transformers would take for another one."""
+    if mask.dtype == torch.bool and config._attn_implementation == "eager":
+        raise ValueError(
+            "packops.hf: a 4-D attention_mask of bools, which 'eager' would add to the scores as 0 and 1: use 'sdpa' or "
+            "packops.hf.apply(model, attention='packops_varlen')"
+        )
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    slides = window is not None and window < mask.shape[-1] and (kinds is None or any("sliding" in kind for kind in kinds))
+    if is_forest and slides:
+        raise ValueError(
+            f"packops.hf: layers with a sliding window, here of {window} tokens, obey a 4-D attention_mask in its place, and "
+            "PackedForest's has no window: use packops.hf.apply(model, attention='packops_varlen') and to_hf()"
+        )
 
 
 def _check_told_apart(name: str, packed: str, mask: Tensor | None, uses_cache: bool) -> None:

@@ -27,6 +27,7 @@ class GatedMLP(NamedTuple):
     kind: Any  # its class
     fused: bool  # gate and up are the halves of gate_up_proj, not gate_proj and up_proj
     act: str | None  # the submodule
+    act_kind: Any  # ... and its class
     activation: Activation
 
     def methods(self, base: Any) -> dict[str, Callable]:
@@ -45,10 +46,11 @@ def patch(model: nn.Module, record: Record) -> None:
 @cache
 def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
     """One object for equal modules, so that torch.compile compiles them once."""
-    kind, fused, act, activation = mlp
+    kind, fused, act, act_kind, activation = mlp
 
     def forward(self: Any, x: Tensor) -> Tensor:
-        if act is not None and not is_bare(getattr(self, act)):  # somebody wants to see what the activation sees
+        # Another one was put in its place, or somebody wants to see what the activation sees.
+        if act is not None and not (type(getattr(self, act)) is act_kind and is_bare(getattr(self, act))):
             return kind.forward(self, x)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if fused else (self.gate_proj(x), self.up_proj(x))
         if is_plain_linear(self.down_proj):
@@ -99,7 +101,7 @@ def recognise(module: nn.Module) -> GatedMLP | None:
         want = linear(exact(gate, up, activation=activation), *weights[-1])
         same = isinstance(found, Tensor) and found.shape == want.shape
         if same and torch.allclose(found / sizes, want / sizes, rtol=1e-5, atol=1e-6):
-            return GatedMLP(kind, fused, act, activation)
+            return GatedMLP(kind, fused, act, None if act is None else type(getattr(module, act)), activation)
     return None
 
 

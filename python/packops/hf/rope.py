@@ -24,7 +24,7 @@ from ..functional import apply_qk_norm_rope, apply_rope
 from . import families, rewrite
 from .families import Convention
 from .norm import RMSNorm, recognise
-from .record import Record, decoder_of, is_bare
+from .record import Record, decoder_of, is_bare, is_patched, record_of
 from .rewrite import CannotRewriteError
 
 ROPE = "apply_rotary_pos_emb"
@@ -62,7 +62,7 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     (convention,) = conventions
     layers = {module for _, module in attention}
     understood = all(module in layers for module in readers) and all(_same_tables(module, convention) for module in rotary)
-    own_tables = bool(rotary) and understood
+    own_tables = frozenset(width for module in rotary for width in _widths(module)) if understood else frozenset()
     absorbed: list[nn.Module] = []
     for name, module in attention:
         try:
@@ -100,6 +100,24 @@ def _refusal(model: nn.Module, reason: str) -> ValueError:
         f"packops.hf cannot replace RoPE in {type(model).__name__} (model type {family!r}): {reason}. Tested families: "
         f"{families.supported()}; others work if their layers look alike. rope=False leaves RoPE alone"
     )
+
+
+def check_layers(model: nn.Module) -> None:
+    """ValueError where a layer that reads our tables has given way to one that takes them for the model's, twice as wide."""
+    record = record_of(model)
+    for change in () if record is None else record.changes:
+        rotation: Any = getattr(change, "methods", None)
+        if not isinstance(rotation, Rotation) or not rotation.own_tables:
+            continue
+        try:
+            layer = model.get_submodule(change.path)
+        except AttributeError:  # it was wrapped since
+            continue
+        if not is_patched(layer) and _calls_rope(rewrite.class_of(layer)):
+            raise ValueError(
+                f"packops.hf: {change.path} was replaced after packops.hf.apply, by a {type(layer).__name__} that reads other "
+                "tables of RoPE: call packops.hf.apply again"
+            )
 
 
 # ---- attention layers ----------------------------------------------------------------------------------------------------------
@@ -170,7 +188,7 @@ class Rotation:
     """What an attention layer calls in place of ``apply_rotary_pos_emb``."""
 
     convention: Convention
-    own_tables: bool
+    own_tables: frozenset[int]  # the widths of ours; empty: the tables are the model's
     norms: Norms | None
 
     def methods(self, base: Any) -> dict[str, Callable]:
@@ -178,13 +196,18 @@ class Rotation:
 
 
 @cache
-def make_rope(convention: Convention, own_tables: bool, norms: Norms | None) -> Callable:
+def make_rope(convention: Convention, own_tables: frozenset[int], norms: Norms | None) -> Callable:
     """What an attention layer calls; one object for equal arguments, so that torch.compile compiles equal layers once."""
     interleaved = convention.interleaved
 
     def arguments(cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> dict[str, Any]:
         if not own_tables:
             cos, sin = convention.gather(cos), convention.gather(sin)
+        elif cos.shape[-1] not in own_tables:
+            raise ValueError(
+                f"packops.hf: tables of RoPE are {sorted(own_tables)} wide, got {cos.shape[-1]}: the rotary embedding was "
+                "replaced after packops.hf.apply: call packops.hf.apply again"
+            )
         return {
             "cos": cos,
             "sin": sin,
@@ -202,8 +225,8 @@ def make_rope(convention: Convention, own_tables: bool, norms: Norms | None) -> 
 
     def qk_norm_rope(layer: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
         q_norm, k_norm = getattr(layer, norms.q), getattr(layer, norms.k)
-        eps = getattr(q_norm, norms.eps)
-        if not (norms.can_be_absorbed(q_norm) and norms.can_be_absorbed(k_norm) and eps == getattr(k_norm, norms.eps)):
+        both = norms.can_be_absorbed(q_norm) and norms.can_be_absorbed(k_norm)
+        if not both or (eps := getattr(q_norm, norms.eps)) != getattr(k_norm, norms.eps):
             q, k = norms.apply(q_norm, q, unsqueeze_dim), norms.apply(k_norm, k, unsqueeze_dim)
             return rope(layer, q, k, cos, sin, unsqueeze_dim)
         return apply_qk_norm_rope(
@@ -220,7 +243,7 @@ def make_rope(convention: Convention, own_tables: bool, norms: Norms | None) -> 
 
 
 @cache
-def _attention_forward(cls: type, convention: Convention, own_tables: bool, norms: Norms | None) -> FunctionType:
+def _attention_forward(cls: type, convention: Convention, own_tables: frozenset[int], norms: Norms | None) -> FunctionType:
     definition = copy.deepcopy(_definition(cls))
     this = rewrite.self_name(definition)
     if norms is not None:
@@ -349,6 +372,12 @@ def _layer_types(rotary: nn.Module) -> Iterator[str | None]:
             yield None
         elif name.endswith("_inv_freq") and not name.endswith("original_inv_freq"):
             yield name[: -len("_inv_freq")]
+
+
+def _widths(rotary: nn.Module) -> list[int]:
+    """Of the tables that :func:`_table_forward` makes."""
+    names = ["inv_freq" if kind is None else f"{kind}_inv_freq" for kind in _layer_types(rotary)]
+    return [rotary.get_buffer(name).shape[-1] for name in names]
 
 
 def _same_tables(rotary: nn.Module, convention: Convention) -> bool:

@@ -60,7 +60,7 @@ def _fits(value: Any, kind: str) -> bool:
     if kind == "Mapping":
         return isinstance(value, Mapping)
     if kind == "int[]":
-        return isinstance(value, (list, tuple)) and all(isinstance(x, INTEGERS) and not isinstance(x, bool) for x in value)
+        return isinstance(value, (list, tuple)) and all(_fits(x, "int") for x in value)
     return isinstance(value, NUMBERS if kind == "float" else INTEGERS) and not isinstance(value, (bool, Tensor))
 
 
@@ -111,6 +111,8 @@ def check_types(op: str, kinds: Mapping[str, str], values: Iterable[tuple[str, A
             reason = ""
             if isinstance(value, Tensor):
                 reason = ": reading it would wait for the device"
+            elif kind == "int[]" and isinstance(value, (list, tuple)):
+                reason = f" with {describe(next(x for x in value if not _fits(x, 'int')))}"
             optional = " or None" if kinds[name].endswith("?") else ""
             raise TypeError(f"packops.{op}: {name} must be {_WANTED[kind]}{optional}, got {describe(value)}{reason}")
         # A number that is read off a tensor has no value yet while torch.compile looks at it.

@@ -26,6 +26,7 @@ from .. import _C, _checks
 from .arguments import NUMBERS, check_types, checks_annotations, describe, explain, kinds_of
 from .derivatives import (
     check_constants,
+    explain_batches,
     is_differentiated,
     is_transformed,
     no_forward_mode,
@@ -169,7 +170,10 @@ class CrossEntropyFunction(torch.autograd.Function):
                 options = ctx.maths if class_weight is None else {"class_weight": class_weight, **ctx.maths}
                 if not ctx.early:
                     options = {"holds_gradient": False, **options}
-                ctx.ops.backward_(grad_logits, grad_output, source, floats, ints, **options)
+                try:
+                    ctx.ops.backward_(grad_logits, grad_output, source, floats, ints, **options)
+                except RuntimeError as error:
+                    explain_batches("cross_entropy", error, (grad_output,))
                 if ctx.inplace:
                     increment_version(logits)
             else:

@@ -6,8 +6,8 @@ derivative, or one in forward mode, does not exist unless an op says how (RoPE d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -33,6 +33,16 @@ def no_second_derivative(op: str) -> RuntimeError:
         f"packops.{op} is differentiable once: trying to differentiate twice, or to differentiate a gradient that was made with "
         "create_graph=True (a gradient penalty, a Hessian-vector product, torch.func.hessian)"
     )
+
+
+def explain_batches(op: str, error: RuntimeError, grads: Iterable[Any]) -> NoReturn:
+    """Raise ``error`` of a backward pass, or what it comes from: torch's older vmap, which knows no rules of ours."""
+    if any(isinstance(x, Tensor) and torch._C._functorch.is_legacy_batchedtensor(x) for x in grads):
+        raise RuntimeError(
+            f"packops.{op} computes one gradient at a time, and was asked for several at once: leave out vectorize=True "
+            "(torch.autograd.functional) or is_grads_batched=True (torch.autograd.grad)"
+        ) from None
+    raise error
 
 
 def refuse_transforms(op: str, instead: str) -> None:
@@ -98,7 +108,10 @@ class Once(torch.autograd.Function):
 def once(op: str, compute: Callable[..., Any], *tensors: Tensor | None) -> Any:
     """``compute(*tensors)`` in a backward pass. ``tensors``: all that the gradients depend on, as differentiable functions of the
     op's inputs: where the backward pass is itself recorded, the error hangs on each of them."""
-    return Once.apply(op, compute, *tensors) if torch.is_grad_enabled() else compute(*tensors)
+    try:
+        return Once.apply(op, compute, *tensors) if torch.is_grad_enabled() else compute(*tensors)
+    except RuntimeError as error:
+        explain_batches(op, error, tensors)
 
 
 class Link(torch.autograd.Function):

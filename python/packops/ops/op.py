@@ -25,6 +25,7 @@ from .._errors import raise_typed
 from . import autocast
 from .arguments import check_options, check_types, explain, kinds_of
 from .derivatives import (
+    explain_batches,
     is_differentiated,
     no_forward_mode,
     once,
@@ -118,7 +119,10 @@ class Differentiable(torch.autograd.Function):
         op: Op = ctx.op
         if torch.is_grad_enabled():
             return None, None, *op.once(grads, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[2:]), *op.no_gradients
-        made = op.gradients(grads, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[2:])
+        try:
+            made = op.gradients(grads, ctx.saved_tensors, ctx.options, ctx.needs_input_grad[2:])
+        except RuntimeError as error:
+            explain_batches(op.name, error, grads)
         return None, None, *made, *op.no_gradients
 
     @staticmethod

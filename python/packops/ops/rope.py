@@ -17,7 +17,7 @@ from torch.compiler import is_compiling
 
 from .. import _checks
 from .arguments import check_options, check_types, explain, kinds_of
-from .derivatives import check_constants, is_differentiated, over_batch, refuse_transforms, transforms_are_active
+from .derivatives import check_constants, explain_batches, is_differentiated, over_batch, refuse_transforms, transforms_are_active
 from .op import below_autograd, library, never_cached, register_fake, typed
 
 if TYPE_CHECKING:
@@ -42,7 +42,10 @@ def empty_heads_like(heads: Tensor) -> Tensor:
 
 
 def feature_contiguous(grad: Tensor | None) -> Tensor | None:
-    """Gradients come expanded and strided in every way; the kernels read any strides but the last."""
+    """Gradients come expanded and strided in every way, or as torch's zeros without memory; the kernels read any strides but the
+    last."""
+    if grad is not None and grad._is_zerotensor():  # which torch expands for them, whatever its strides say
+        return torch.zeros_like(grad)
     return grad if grad is None or grad.stride(-1) == 1 or grad.shape[-1] == 1 else grad.contiguous()
 
 
@@ -57,11 +60,14 @@ def rotate(rope: Any, q: Tensor | None, k: Tensor | None, *arguments: Any) -> tu
 
 def rotate_differentiably(raw: Any, q: Tensor | None, k: Tensor | None, tables: tuple, options: tuple, transposed: bool) -> tuple:
     """In a backward pass or a transform: recorded, if it shall be."""
-    if transforms_are_active():
-        return rotate(functools.partial(RopeTransformable.apply, raw), q, k, *tables, options, transposed)
-    if torch.is_grad_enabled() and not is_compiling():  # create_graph=True
-        return rotate(functools.partial(Rope.apply, raw), q, k, *tables, options, transposed)
-    return rotate(raw, q, k, *tables, *options, transposed)
+    try:
+        if transforms_are_active():
+            return rotate(functools.partial(RopeTransformable.apply, raw), q, k, *tables, options, transposed)
+        if torch.is_grad_enabled() and not is_compiling():  # create_graph=True
+            return rotate(functools.partial(Rope.apply, raw), q, k, *tables, options, transposed)
+        return rotate(raw, q, k, *tables, *options, transposed)
+    except RuntimeError as error:
+        explain_batches("rope", error, (q, k))
 
 
 def mark_constants(ctx: Any, needed: tuple, outputs: tuple) -> None:

@@ -86,7 +86,7 @@ def vocab_parallel_cross_entropy(
 
     def work(ranks: _Ranks) -> Tensor:
         options["num_items"] = as_num_items(op, options["num_items"])
-        _check(op, {"local_logits": local_logits, "labels": labels, **options})
+        _check(op, {"local_logits": local_logits, "labels": labels, "shard_sizes": shard_sizes, **options})
         inplace = options.pop("inplace")
         if local_logits.dim() == 0:
             raise ValueError(f"packops.{op}: local_logits must have shape (..., V_local), got a 0-d tensor")
@@ -149,7 +149,7 @@ def vocab_parallel_linear_cross_entropy(
     def work(ranks: _Ranks) -> Tensor:
         options["num_items"] = as_num_items(op, options["num_items"])
         head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-        _check(op, {**head, "labels": labels, **options})
+        _check(op, {**head, "labels": labels, "shard_sizes": shard_sizes, **options})
         h, weight, bias = _cast_head(hidden, local_weight, local_bias)
         chunks: dict[str, Any] = {name: cast(Any, options)[name] for name in linear.CHUNKS}
         linear.check_arguments(h, weight, bias, labels, **chunks, op=op, least=0)
@@ -160,11 +160,15 @@ def vocab_parallel_linear_cross_entropy(
             options["chunk_tokens"] = chunk_tokens = _choose_chunk_tokens(h, labels, options["num_valid"], copies)
         shard = ranks.shard(len(weight), shard_sizes, labels, h.dtype, hidden=h, **_numbers(options, "num_valid", "chunk_tokens"))
         rows = labels.numel() if options["num_valid"] is None else options["num_valid"]
-        if rows:  # else there is no chunk, and nothing is sent
-            ranks.will_send(ce.PARTIAL_STATES, min(rows, chunk_tokens), h)
+        if not rows:  # there is nothing to add up: who waited for that would not hear of a refusal
+            shard = shard._replace(add_up=lambda x: None)
+        ranks.will_send(ce.PARTIAL_STATES, min(rows, chunk_tokens), h)
         with autocast.off(h.device.type):
             ops = vocab_shard.linear_ops(_OPS, shard)
-            return cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
+            loss = cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
+        if not rows:  # nor is there a chunk, whose ranks would meet
+            ranks.meet(shard, len(weight))
+        return loss
 
     return cast(Tensor, _together(op, group, (hidden, local_weight, labels), work))
 
@@ -204,7 +208,7 @@ def vocab_parallel_linear_log_probs(
 
     def work(ranks: _Ranks) -> lp.LinearLogProbs:
         head = {"hidden": hidden, "local_weight": local_weight, "local_bias": local_bias}
-        _check(op, {**head, "labels": labels, **options})
+        _check(op, {**head, "labels": labels, "shard_sizes": shard_sizes, **options})
         h, weight, bias = _cast_head(hidden, local_weight, local_bias)
         lp.check(op, h, weight, bias, labels, dict(options), least=0)
         lm_head.check_main_grad(op, options["main_grad"], weight, h.dtype)
@@ -224,7 +228,7 @@ def vocab_parallel_linear_log_probs(
 
 
 _KINDS = {**linear.KINDS, "local_logits": "Tensor", "local_weight": "Tensor", "local_bias": "Tensor?", "inplace": "bool"}
-_KINDS["entropy"] = "bool"
+_KINDS |= {"entropy": "bool", "shard_sizes": "int[]?"}
 
 
 def _check(op: str, arguments: Mapping[str, Any]) -> None:
@@ -323,9 +327,18 @@ class _Ranks:
         if self.are_waiting:
             self._exchange([REFUSED])
         elif self.owes is not None:
-            numel, like = self.owes
-            dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-            self._all_gather(torch.full((numel,), REFUSED, dtype=dtype, device=like.device))
+            self._all_gather(self._owed(REFUSED))
+
+    def meet(self, shard: vocab_shard.Shard, width: int) -> None:
+        """Send what this rank owes where there are no rows to speak of: its place and its width."""
+        own = self._owed(shard.first_class)
+        own[1] = width
+        shard.gather(own)
+
+    def _owed(self, value: int) -> Tensor:
+        numel, like = cast(tuple[int, Tensor], self.owes)
+        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
+        return torch.full((numel,), value, dtype=dtype, device=like.device)
 
     def fail(self, problem: str) -> NoReturn:
         raise ValueError(f"packops.{self.op}: {problem}")
