@@ -106,7 +106,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
         options: dict[str, Any],
         with_stats: bool = False,
     ) -> Any:
-        return cls.apply(ops, hidden, weight, bias, labels, options, with_stats, (Link.apply(OP, hidden, weight, bias),))
+        return cls.apply(ops, hidden, weight, bias, labels, options, with_stats, (Link.apply(ops.op, hidden, weight, bias),))
 
     @staticmethod
     def forward(
@@ -196,7 +196,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=False)
             )
 
-        return None, *once(OP, compute, grad_output, ctx.link, *saved), *(None,) * 4
+        return None, *once(ctx.ops.op, compute, grad_output, ctx.link, *saved), *(None,) * 4
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -298,9 +298,9 @@ def prepare(
 
 
 def forward_and_backward(
-    ce: SimpleNamespace, *, vocab_size: int | None = None, add_up: Callable[[Tensor], None] | None = None
+    ce: SimpleNamespace, op: str = OP, *, vocab_size: int | None = None, add_up: Callable[[Tensor], None] | None = None
 ) -> SimpleNamespace:
-    """What :class:`LinearCrossEntropyFunction` is made of, with None for gradients that nobody wants.
+    """What :class:`LinearCrossEntropyFunction` is made of, with None for gradients that nobody wants. op: whom errors name.
 
     Where ``weight`` is one of several shards, ``vocab_size`` is that of all, and ``add_up`` adds a tensor up over them, in place.
     """
@@ -318,7 +318,7 @@ def forward_and_backward(
         return result.rows, grad_hidden, result.grad_weight, result.grad_bias, unit
 
     def forward(hidden: Tensor, weight: Tensor, labels: Tensor, *, bias: Tensor | None, **given: Any):
-        target, scale, counts = prepare(ce, hidden, vocab_size or weight.shape[0], labels, given)
+        target, scale, counts = prepare(ce, hidden, vocab_size or weight.shape[0], labels, given, op)
         (losses, *stats), *grads = run(hidden, weight, bias, target, scale, given)
         if given["reduction"] == "none":
             loss = losses.view(labels.shape)
@@ -349,6 +349,7 @@ def forward_and_backward(
         weight_gradient=of_weight,
         add_weight_gradient=add_weight_gradient,
         is_shared=add_up is not None,
+        op=op,
     )
 
 
@@ -407,6 +408,7 @@ def register(namespace: str) -> None:
         weight_gradient=getattr(ops, f"_{OP}_weight_gradient").default,
         add_weight_gradient=getattr(ops, f"_{OP}_add_weight_gradient").default,
         is_shared=False,
+        op=OP,
     )
 
     work = forward_and_backward(ce)

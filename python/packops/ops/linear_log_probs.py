@@ -433,7 +433,7 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
             grad_hidden = grad_hidden.view(hidden.shape)
         return [grad_hidden, grad_weight, grad_bias]
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=forward, backward=backward, op=op)
 
 
 def on_rows(coefficients: list[Tensor | None], rows: Rows) -> tuple[Tensor | None, ...]:
@@ -510,7 +510,7 @@ class LinearLogProbsFunction(torch.autograd.Function):
                 of_weight = stand_in(ctx.leaf)
             return of_hidden, of_weight, of_bias
 
-        return None, *once(OP, compute, g, h, l, *ctx.saved_tensors), None, None
+        return None, *once(ctx.ops.op, compute, g, h, l, *ctx.saved_tensors), None, None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -540,7 +540,9 @@ def register(namespace: str) -> None:
         "(Tensor, Tensor, Tensor)"
     )
     public = getattr(ops, OP).default
-    raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default)
+    raw = SimpleNamespace(
+        forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default, op=OP
+    )
     work = as_ops(forward_and_backward(raw_ops(namespace)))
 
     def forward(hidden, weight, labels, *, bias=None, **given):
@@ -634,7 +636,7 @@ def as_ops(work: SimpleNamespace) -> SimpleNamespace:
         rows = Rows(None if h is None else entropy, row_max, log_sum)
         return work.backward((g, h, l), hidden, weight, bias, target, rows, wanted_of(given), **given)
 
-    return SimpleNamespace(forward=forward, backward=backward)
+    return SimpleNamespace(forward=forward, backward=backward, op=work.op)
 
 
 def raw_ops(namespace: str) -> SimpleNamespace:

@@ -164,7 +164,7 @@ def vocab_parallel_linear_cross_entropy(
             shard = shard._replace(add_up=lambda x: None)
         ranks.will_send(ce.PARTIAL_STATES, min(rows, chunk_tokens), h)
         with autocast.off(h.device.type):
-            ops = vocab_shard.linear_ops(_OPS, shard)
+            ops = vocab_shard.linear_ops(_OPS, op, shard)
             loss = cast(Tensor, linear.LinearCrossEntropyFunction.call(ops, h, weight, bias, labels, cast(Any, options)))
         if not rows:  # nor is there a chunk, whose ranks would meet
             ranks.meet(shard, len(weight))

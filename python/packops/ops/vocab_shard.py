@@ -91,7 +91,7 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         raise no_forward_mode("vocab_parallel_cross_entropy")
 
 
-def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:
+def linear_ops(ops: SimpleNamespace, op: str, shard: Shard) -> SimpleNamespace:
     """What :class:`LinearCrossEntropyFunction` is made of, where ``weight`` is this process's shard.
 
     Gradients of the hidden states leave with the parts of all shards added up.
@@ -112,4 +112,4 @@ def linear_ops(ops: SimpleNamespace, shard: Shard) -> SimpleNamespace:
         product=ops.product,
         is_shard=True,
     )
-    return linear.forward_and_backward(of_chunk, vocab_size=shard.vocab_size, add_up=shard.add_up)
+    return linear.forward_and_backward(of_chunk, op, vocab_size=shard.vocab_size, add_up=shard.add_up)
