@@ -540,9 +540,7 @@ def register(namespace: str) -> None:
         "(Tensor, Tensor, Tensor)"
     )
     public = getattr(ops, OP).default
-    raw = SimpleNamespace(
-        forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default, op=OP
-    )
+    raw = SimpleNamespace(forward=getattr(ops, f"_{OP}_forward").default, backward=getattr(ops, f"_{OP}_backward").default, op=OP)
     work = as_ops(forward_and_backward(raw_ops(namespace)))
 
     def forward(hidden, weight, labels, *, bias=None, **given):
