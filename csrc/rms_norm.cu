@@ -11,6 +11,7 @@
 #include "common/device.cuh"
 #include "common/launch.cuh"
 #include "common/partials.cuh"
+#include "common/ptx.cuh"
 #include "common/reduce.cuh"
 #include "common/vec.cuh"
 #include "rms_norm_launch.h"
@@ -28,7 +29,7 @@ __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int 
   const int warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0)
     for (int i = 0; i < N; i++) shared[round % 2][warp][i] = x[i];
-  __syncthreads();
+  bar_sync(1 + team, size);  // no team waits for another
   for (int i = 0; i < N; i++) {
     x[i] = 0;
     for (int w = team * size / 32; w < (team + 1) * size / 32; w++) x[i] += shared[round % 2][w][i];
@@ -40,7 +41,7 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ RmsNormLaunch launch) {
   constexpr int W = kVec<T>, V = kRmsNormVectors, N = kBackward ? 2 : 1;
   __shared__ float shared[2][kRmsNormThreads / 32][N];
-  const int team = threadIdx.x / launch.team, lane = threadIdx.x % launch.team, teams = kRmsNormThreads / launch.team;
+  const int team = threadIdx.x / launch.team, lane = threadIdx.x % launch.team, teams = launch.threads / launch.team;
   const int columns = int(p.columns);
   const float inverse = 1.f / columns, eps = float(p.eps), one = p.zero_centered ? 1.f : 0.f;
   const auto column = [&](int v) { return (v * launch.team + lane) * W; };
@@ -55,6 +56,9 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
     unpack<T>(load_cached(static_cast<const T*>(p.weight) + min(column(v), columns - W)), w);
   };
 
+  // Streaming loads were faster forward, and slower backward.
+  const auto load = [](const T* from) { return kBackward ? load_cached(from) : load_streaming(from); };
+
   int round = 0;
   for (int64_t first = int64_t(blockIdx.x) * teams; first < p.rows; first += int64_t(gridDim.x) * teams, round++) {
     const int64_t row = first + team;
@@ -64,8 +68,8 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
 #pragma unroll
     for (int v = 0; v < V; v++) {
       const bool there = has_row && column(v) < columns;
-      xs[v] = there ? load_streaming(x + column(v)) : uint4{0, 0, 0, 0};
-      if constexpr (kBackward) grads[v] = there ? load_streaming(grad + column(v)) : uint4{0, 0, 0, 0};
+      xs[v] = there ? load(x + column(v)) : uint4{0, 0, 0, 0};
+      if constexpr (kBackward) grads[v] = there ? load(grad + column(v)) : uint4{0, 0, 0, 0};
     }
     float total[N] = {};  // x², and x h
 #pragma unroll
@@ -106,6 +110,7 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
   }
 
   if constexpr (kBackward) {
+    griddepcontrol_launch_dependents();
     float* partial = static_cast<float*>(p.partial) + int64_t(blockIdx.x) * columns;
     auto* of_teams = dynamic_shared<float>();  // (teams, columns)
 #pragma unroll
@@ -123,6 +128,7 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
 }
 
 __global__ void __launch_bounds__(kSumColumns* kSumRows) weight_gradient_kernel(const __grid_constant__ RmsNormParams p) {
+  griddepcontrol_wait();
   add_partials(static_cast<const float*>(p.partial), p.partials, p.columns, p.weight_grad, p.dtype);
 }
 
@@ -140,17 +146,17 @@ cudaError_t rms_norm_cuda(const RmsNormParams& p, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
   const RmsNormLaunch choice = choose_rms_norm_launch(p, device);
-  const int shared = p.backward() ? int(kRmsNormThreads / choice.team * p.columns * sizeof(float)) : 0;
+  const int shared = p.backward() ? int(choice.threads / choice.team * p.columns * sizeof(float)) : 0;
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (choice.blocks > 0)
       launch(p.backward() ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>, dim3(unsigned(choice.blocks)),
-             dim3(kRmsNormThreads), size_t(shared), stream, p, choice);
+             dim3(unsigned(choice.threads)), size_t(shared), stream, p, choice);
   });
   if (!known) return cudaErrorInvalidValue;
-  if (p.backward())
-    launch(weight_gradient_kernel, dim3(blocks_for_partials(p.columns)), dim3(kSumColumns * kSumRows), 0, stream, p);
-  return cudaGetLastError();
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess || !p.backward()) return error;
+  return launch_with({.follows = choice.blocks > 0 && device.overlaps_launches()}, weight_gradient_kernel,
+                     dim3(blocks_for_partials(p.columns)), dim3(kSumColumns * kSumRows), 0, stream, p);
 }
 
 }  // namespace packops

@@ -1,8 +1,8 @@
 // How rms_norm.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without one.
 //
-// A row lies in the registers of a team of 1, 2, 4 or 8 warps, up to four 16-byte vectors per thread. A block is eight warps.
-// Forward, a block takes one row per team. Backward, blocks are persistent, two per SM, since each accumulates the weight's
-// gradient.
+// A row lies in the registers of a team of 1, 2, 4 or 8 warps, up to four 16-byte vectors per thread. Forward, a block is one team, but
+// two of one warp, and takes one row per team. Backward, blocks are eight warps and persistent, two per SM, since each accumulates the
+// weight's gradient.
 #pragma once
 
 #include <algorithm>
@@ -14,7 +14,7 @@
 namespace packops {
 
 struct RmsNormLaunch {
-  int team = 32;  // threads
+  int team = 32, threads = 64;  // of a team; of a block
   int64_t blocks = 1;
 };
 
@@ -29,7 +29,8 @@ constexpr bool rms_norm_fits(int64_t columns, DType dtype) {
 inline RmsNormLaunch choose_rms_norm_launch(const RmsNormParams& p, const DeviceLimits& device) {
   RmsNormLaunch launch;
   while (int64_t(launch.team) * kRmsNormVectors * (16 / size_of(p.dtype)) < p.columns) launch.team *= 2;
-  const int64_t teams = kRmsNormThreads / launch.team;
+  launch.threads = p.backward() ? kRmsNormThreads : std::max(launch.team, 64);
+  const int64_t teams = launch.threads / launch.team;
   launch.blocks = (p.rows + teams - 1) / teams;
   if (p.backward()) launch.blocks = std::min<int64_t>(launch.blocks, 2 * device.multiprocessors);
   return launch;

@@ -1,6 +1,8 @@
 // The CUDA kernels of RMS norm, emulated, against those of the CPU; and how they cut their work.
 #include "rms_norm.h"
 
+#include <algorithm>
+
 #include "check.h"
 #include "common/convert.h"
 #include "emulator.h"
@@ -77,7 +79,9 @@ CASE(a_launch_covers_every_row_and_column) {
         const RmsNormLaunch backward = choose_rms_norm_launch(p, kDevice);
         CHECK(forward.team * kRmsNormVectors * vector >= columns && forward.team <= kRmsNormThreads);
         CHECK(forward.team == 32 || forward.team / 2 * kRmsNormVectors * vector < columns);  // no wider than it must be
-        CHECK(forward.blocks * (kRmsNormThreads / forward.team) >= rows);
+        CHECK(forward.threads % forward.team == 0 && forward.threads == std::max(forward.team, 64));
+        CHECK(forward.blocks * (forward.threads / forward.team) >= rows);
+        CHECK(backward.team == forward.team && backward.threads == kRmsNormThreads);
         CHECK(backward.blocks >= 1 && backward.blocks <= 264 && backward.blocks <= forward.blocks);
       }
   CHECK(!rms_norm_fits(0, DType::f16) && !rms_norm_fits(12, DType::f16) && !rms_norm_fits(8192, DType::f32));
