@@ -20,8 +20,8 @@ namespace packops {
 namespace {
 
 // Sums over each team of the block; every thread gets its team's. Double-buffered: passing round n's barrier means round n-1 was
-// read.
-template <int N>
+// read. Without kSeveralTeams a team of more than a warp is a block.
+template <bool kSeveralTeams, int N>
 __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int round, float (*shared)[kRmsNormThreads / 32][N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
@@ -29,7 +29,9 @@ __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int 
   const int warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0)
     for (int i = 0; i < N; i++) shared[round % 2][warp][i] = x[i];
-  bar_sync(1 + team, size);  // no team waits for another
+  // No team waits for another. A kernel with named barriers has all sixteen in every block, so that fewer blocks fit: not forward.
+  if constexpr (kSeveralTeams) bar_sync(1 + team, size);
+  else __syncthreads();
   for (int i = 0; i < N; i++) {
     x[i] = 0;
     for (int w = team * size / 32; w < (team + 1) * size / 32; w++) x[i] += shared[round % 2][w][i];
@@ -86,7 +88,7 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
       forget(xs[v]);
       if constexpr (kBackward) forget(grads[v]);
     }
-    team_sum(total, team, launch.team, round, shared);
+    team_sum<kBackward>(total, team, launch.team, round, shared);
     const float r = rsqrtf(total[0] * inverse + eps);
     T* out = static_cast<T*>(p.out) + row * p.columns;
 #pragma unroll

@@ -68,7 +68,7 @@ class Planted:
         source.write_text(text.replace(self.old, self.new))
 
 
-BARRIER = "i < N; i++) shared[round % 2][warp][i] = x[i];\n  bar_sync(1 + team, size);"
+BARRIER = "  else __syncthreads();\n"  # after the warps' sums
 DRIVER = Path(__file__).with_name("planted_errors.cu")
 PLANTED = {
     "rows are written 2^32 rows further on": Planted(
@@ -78,13 +78,13 @@ PLANTED = {
         r"Invalid __global__ write of size 16 bytes",
     ),
     "sums are read before they are written": Planted(
-        "racecheck", BARRIER, BARRIER.replace("bar_sync(1 + team, size);", ""), r"Race reported between", "(rms_norm_kernel|team_sum)"
+        "racecheck", BARRIER, "", r"Race reported between", "(rms_norm_kernel|team_sum)"
     ),
     # Not a barrier of the block in half of each warp: synccheck of CUDA 13.0 does not report it on an H200.
     "a thread waits for others than itself": Planted(
         "synccheck",
         BARRIER,
-        BARRIER.replace("bar_sync", "__syncwarp(0xfffffffe); bar_sync"),
+        BARRIER.replace("__syncthreads", "__syncwarp(0xfffffffe), __syncthreads"),
         r"Barrier error detected\. Invalid arguments",
     ),
     "a block's share of the weight's gradient is not written": Planted(
