@@ -576,9 +576,10 @@ def linear_cross_entropy(
     """``cross_entropy(hidden @ weight.T + bias, labels, ...)`` without the logits: the lm_head and the loss in one.
 
     The logits exist a chunk of tokens at a time. Their gradient, and from it those of ``hidden``, ``weight`` and ``bias``, are
-    formed while they do; a gradient nobody wants (``requires_grad=False``) costs no product. Peak memory beyond the gradients is
-    at most 0.35 of what the logits would take for 3000 tokens or more, plus the accumulators (see ``accum_dtype``). Nothing waits
-    for the device.
+    formed while they do. With 16-bit parameters there is one chunk up to about 3 H tokens, where all logits take no more memory
+    than a chunk and the accumulator of ``weight``; the backward then forms its gradient. A gradient nobody wants
+    (``requires_grad=False``) costs no product. Peak memory beyond the gradients is at most 0.35 of what the logits would take
+    for 3000 tokens or more, plus the accumulators (see ``accum_dtype``). Nothing waits for the device.
 
     Args:
         hidden: (..., H) bf16, fp16 or fp32 (fp64 on the CPU): what the lm_head is applied to. Rows that do not count may hold
