@@ -30,10 +30,6 @@ def run(bench, monkeypatch, *arguments):
     bench.main()
 
 
-def test_utilisation_by_hand(bench):
-    assert bench.utilisation(np.array([[4.0, 2.0], [3.0, 3.0]])) == 12 / 14
-
-
 def test_balance(bench, monkeypatch, tmp_path, capsys):
     run(bench, monkeypatch, "balance", "--documents", 20_000, "--out", tmp_path / "balance")
     rows = json.loads((tmp_path / "balance.json").read_text())["rows"]
