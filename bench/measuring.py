@@ -33,6 +33,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import packops
@@ -113,15 +114,6 @@ def buffers_for(bytes_per_call: int, device: str) -> int:
 # ---- statistics ------------------------------------------------------------------------------------------------------------
 
 
-def percentile(values: Sequence[float], share: float) -> float:
-    """With linear interpolation between the two nearest values."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
 def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
     """Median over the rounds of the ratio within a round."""
     return statistics.median(a / b for a, b in zip(samples, base, strict=True))
@@ -132,7 +124,7 @@ def summary(case: Case, samples: dict[str, list[float]]) -> list[dict[str, Any]]
     rows = []
     for name, values in samples.items():
         row: dict[str, Any] = {"system": name, "microseconds": statistics.median(values)}
-        row["spread"] = [percentile(values, 0.1), percentile(values, 0.9)]
+        row["spread"] = np.quantile(values, [0.1, 0.9]).tolist()
         row["rounds"] = len(values)
         row["samples"] = list(values)  # as measured, round by round
         if case.bytes:
@@ -300,7 +292,7 @@ def reason(error: BaseException, allowed: float) -> str:
     return "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
 
 
-def prepare(name: str, make: Callable[[], Candidate], device: str) -> tuple[Candidate, dict[str, Any]]:
+def prepare(make: Callable[[], Candidate], device: str) -> tuple[Candidate, dict[str, Any]]:
     """The candidate, compiled and warm, and what its first results said: ``wrong`` and, on CUDA, ``peak_bytes``."""
     candidate = make()
     facts: dict[str, Any] = {}
@@ -341,7 +333,7 @@ def measure(
         allowed = math.inf if name.startswith(OURS) else min(patience, until - begin)
         try:
             with time_limit(allowed):
-                candidates[name], seen[name] = prepare(name, make, device)
+                candidates[name], seen[name] = prepare(make, device)
         except (Exception, OutOfTime) as error:
             if name.startswith(OURS) or getattr(error, "terminated", False):
                 raise

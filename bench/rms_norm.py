@@ -15,7 +15,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -169,15 +168,12 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         del problem
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
-    reporting.draw_bars(data, path, columns=2)
-
-
 def extend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, on the CPU fp32")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    draw = functools.partial(reporting.draw_bars, columns=2)
     return command.main(
         NAME, STEM, __doc__ or "", cases, peers=PEERS, draw=draw, extend=extend, distribution=DATA, arguments=arguments
     )
