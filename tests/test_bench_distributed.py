@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +15,9 @@ import torch
 from ranks import run_ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bench():
-    path = Path(__file__).parents[1] / "bench" / "distributed.py"
-    spec = importlib.util.spec_from_file_location("bench_distributed", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("distributed")
 
 
 def run(bench, monkeypatch, *arguments):

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -15,7 +15,6 @@ import sys
 import time
 import types
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,18 +24,12 @@ from corpora import draw_lengths
 
 pytest.importorskip("transformers", reason="needs packops[hf]")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def bench():
-    path = Path(__file__).parents[1] / "bench" / "end_to_end.py"
-    spec = importlib.util.spec_from_file_location("bench_end_to_end", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield module
-    torch.set_num_threads(threads)
+    return importlib.import_module("end_to_end")
 
 
 def run(bench, out, *arguments) -> dict:
