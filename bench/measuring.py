@@ -106,6 +106,27 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def candidate_of(
+    function: Callable[..., torch.Tensor],
+    inputs: Sequence[Sequence[torch.Tensor]],
+    upstream: Sequence[torch.Tensor],
+    gradient: bool,
+    check: Callable[[Any], str] | None,
+) -> Candidate:
+    """``function(*inputs[i])`` and, if wanted, the gradients of all of these for ``upstream[i]``, on each buffer in turn."""
+
+    def forward(i: int) -> tuple[torch.Tensor, ...]:
+        return (function(*inputs[i % len(inputs)]),)
+
+    @torch.enable_grad()
+    def forward_and_backward(i: int) -> tuple[torch.Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs[i % len(inputs)]]
+        result = function(*leaves)
+        return result.detach(), *torch.autograd.grad(result, leaves, upstream[i % len(inputs)])
+
+    return Candidate(forward_and_backward if gradient else forward, check)
+
+
 def buffers_for(bytes_per_call: int, device: str) -> int:
     """How many buffers a case rotates over, so that none is in a cache when its turn comes."""
     return min(32, 1 + BEYOND_CACHE[device] // max(1, bytes_per_call))

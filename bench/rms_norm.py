@@ -80,18 +80,7 @@ class Problem:
         return (5 if gradient else 2) * self.rows * self.columns * DTYPES[self.dtype].itemsize
 
     def candidate(self, norm: Norm, gradient: bool = False) -> Candidate:
-        """``norm(x, weight)``, and the gradients of both if wanted, on each buffer in turn."""
-
-        def forward(i: int) -> tuple[Tensor, ...]:
-            return (norm(self.x[i % self.count], self.weight),)
-
-        @torch.enable_grad()
-        def forward_and_backward(i: int) -> tuple[Tensor, ...]:
-            leaves = [t.detach().requires_grad_() for t in (self.x[i % self.count], self.weight)]
-            result = norm(*leaves)
-            return result.detach(), *torch.autograd.grad(result, leaves, self.gradients[i % self.count])
-
-        return Candidate(forward_and_backward if gradient else forward, self.wrong)
+        return measuring.candidate_of(norm, [(x, self.weight) for x in self.x], self.gradients, gradient, self.wrong)
 
     @functools.cached_property
     @torch.enable_grad()
