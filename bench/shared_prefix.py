@@ -133,10 +133,7 @@ class Attention:
         self.inputs = [torch.randn(size, **options).to(dtype) for size in sizes]
         self.bounds = torch.tensor(group.boundaries, dtype=torch.int32, device=device)
         self.parents = torch.tensor(group.parents, dtype=torch.int32, device=device)
-        ends = torch.full((group.tokens,), group.tokens, device=device)
-        for begin, end in itertools.pairwise(group.boundaries[1:]):
-            ends[begin:end] = end
-        self.ends = ends
+        self.ends = packops.packed_metadata(self.bounds, group.tokens, self.parents)[2]
         self.grad = torch.randn(sizes[0], **options).to(dtype)
         # The gradient of a shared row is the sum of its documents'.
         rows = group.flat_rows(device)
