@@ -83,9 +83,6 @@ class Case:
     host: bool = False  # time the host spends in a call, not the device
     flops: int = 0  # the arithmetic of a call; given, it is what speed is shown in, but for the copy's
 
-    def calls_per_sample(self) -> int:
-        return 100 if self.host else self.buffers
-
 
 class Overwritable(torch.autograd.Function):
     """``Overwritable.apply(leaf)``: the leaf's memory as a computed tensor, since ops that work in place refuse leaves."""
@@ -226,7 +223,7 @@ class Sampler:
 
     def __init__(self, case: Case, device: str):
         self.case, self.device = case, device
-        self.calls = case.calls_per_sample()
+        self.calls = 100 if case.host else case.buffers
         self.cold = torch.zeros(BEYOND_CACHE[device] // 4, dtype=torch.int32, device=device) if device == "cuda" else None
         self.queueing: dict[int, float] = {}  # seconds the host needs to queue a candidate's calls
 
