@@ -155,9 +155,8 @@ def linear_log_probs(
 def document_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The sum of each document's values, in fp64 and differentiable by autograd."""
     flat = values.reshape(-1).double()
-    return torch.stack([flat[begin:end].sum() for begin, end in pairwise(cu_seqlens.tolist())] or [flat[:0].sum()])[
-        : len(cu_seqlens) - 1
-    ]
+    sums = [flat[begin:end].sum() for begin, end in pairwise(cu_seqlens.tolist())]
+    return torch.stack(sums) if sums else flat[:0]
 
 
 def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:

@@ -182,9 +182,6 @@ def convention_of(apply_rotary_pos_emb: Callable) -> Convention | None:
             ours = apply_rope(
                 q, k, cos, sin, layout="bhsd", interleaved=convention.interleaved, rotary_dim=width, per_token_table=True
             )
-            if all(
-                b is not None and a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
-                for a, b in zip(theirs, ours, strict=True)
-            ):
+            if all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours, strict=True)):
                 return convention
     return None

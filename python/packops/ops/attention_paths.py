@@ -249,9 +249,8 @@ def _attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]], rul
     def along(x: Tensor, path: list[slice]) -> Tensor:
         return torch.cat([x[:, :, tokens] for tokens in path], dim=2)
 
-    return torch.cat([_document(q[:, :, path[-1]], along(k, path), along(v, path), rule) for path in paths], dim=2)[0].transpose(
-        0, 1
-    )
+    outputs = [_document(q[:, :, path[-1]], along(k, path), along(v, path), rule) for path in paths]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
