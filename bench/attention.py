@@ -145,20 +145,8 @@ class Problem:
         return (3 if gradient else 1) * rows * self.tokens * self.dim * DTYPES[self.dtype].itemsize
 
     def candidate(self, attend: Attend, gradient: bool = False) -> Candidate:
-        """``attend(q, k, v)``, and the gradients of all three if wanted, on each buffer in turn."""
-
-        def forward(i: int) -> tuple[Tensor, ...]:
-            i %= self.count
-            return (attend(self.q[i], self.k[i], self.v[i]),)
-
-        @torch.enable_grad()
-        def forward_and_backward(i: int) -> tuple[Tensor, ...]:
-            i %= self.count
-            leaves = [x.detach().requires_grad_() for x in (self.q[i], self.k[i], self.v[i])]
-            result = attend(*leaves)
-            return result.detach(), *torch.autograd.grad(result, leaves, self.gradients[i])
-
-        return Candidate(forward_and_backward if gradient else forward, self.wrong)
+        inputs = list(zip(self.q, self.k, self.v, strict=True))
+        return measuring.candidate_of(attend, inputs, self.gradients, gradient, self.wrong)
 
     def pieces(self) -> Iterator[tuple[slice, Tensor]]:
         """All tokens, whole documents at a time, and where these begin: up to ``CHECK_TOKENS``, or one that is longer."""

@@ -76,7 +76,6 @@ class Problem:
         count = measuring.buffers_for(bytes_per_call, self.device)
         self.logits = [torch.randn(self.rows, self.vocab, dtype=DTYPES[self.dtype], **options) for _ in range(count)]
         self.labels = torch.randint(0, self.vocab, (self.rows,), **options)
-        self._references: dict[Any, tuple[Tensor, Tensor]] = {}
 
     @property
     def bytes(self) -> int:
@@ -116,11 +115,11 @@ class Problem:
         buffers = self.scratch if overwrites else self.logits
 
         def forward(i: int) -> tuple[Tensor, ...]:
-            return (loss_of(buffers[i], labels),)
+            return (loss_of(buffers[i % len(buffers)], labels),)
 
         def forward_and_gradient(i: int) -> tuple[Tensor, ...]:
             with torch.enable_grad():
-                leaf = buffers[i].detach().requires_grad_()
+                leaf = buffers[i % len(buffers)].detach().requires_grad_()
                 loss = loss_of(measuring.Overwritable.apply(leaf) if computed else leaf, labels)
                 return loss, *torch.autograd.grad(loss, leaf)
 
@@ -376,17 +375,7 @@ def host_case(args: argparse.Namespace) -> Case:
         "torch.ops.packops": lambda: problem.candidate(torch.ops.packops.cross_entropy),
         "eager": lambda: problem.candidate(eager),
     }
-    count = len(problem.logits)
-    for name, make in candidates.items():
-        candidates[name] = functools.partial(cyclic, make, count)
     return Case("host time of a call, 8 x 64 bf16", candidates, host=True, facts={"work": "host"})
-
-
-def cyclic(make: Callable[[], Candidate], count: int) -> Candidate:
-    candidate = make()
-    call = candidate.call
-    candidate.call = lambda i: call(i % count)
-    return candidate
 
 
 # ---- picture ---------------------------------------------------------------------------------------------------------------

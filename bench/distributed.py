@@ -37,11 +37,11 @@ import peers
 import reporting
 from measuring import device_state
 from models import MODELS
+from packing import COST, utilisation
 from packops.cli.program import positive
 from process_group import on_ranks
 
 NAME = "distributed"
-COST = (24576.0, 1.0)  # of a 7B transformer
 BALANCES = ("none", "tokens", "attention")
 LOSSES = {"vocab": distributed_losses.vocab, "head": distributed_losses.head}
 SIZES = {"rows": 8192, "hidden": 4096, "vocab": 128256, "rounds": 20}
@@ -57,11 +57,6 @@ def long_tailed(count: int, longest: int) -> np.ndarray:
     is_long = random.random(count) < 0.02
     lengths = np.where(is_long, random.lognormal(9.5, 0.7, count), random.lognormal(6.0, 1.0, count))
     return np.clip(lengths, 8, longest).astype(np.int64)
-
-
-def utilisation(costs: np.ndarray) -> float:
-    """(steps, ranks) -> work over the time the slowest rank of each step takes, times the ranks."""
-    return float(costs.sum() / (costs.shape[1] * costs.max(1).sum()))
 
 
 def balance(documents: int, max_length: int) -> dict[str, Any]:

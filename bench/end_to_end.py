@@ -71,12 +71,6 @@ TOLERANCE = {"loss": 1e-2, "gradient": 5e-2}
 # ---- documents -------------------------------------------------------------------------------------------------------------
 
 
-def draw_documents(corpus: dict[str, Any], tokens: int, vocabulary: int, seed: int = 0) -> list[Tensor]:
-    """Documents of :func:`draw_lengths`. Their order, and their tokens, are of the ``seed``."""
-    rng = np.random.default_rng(seed)
-    return [torch.from_numpy(rng.integers(3, vocabulary, length)) for length in draw_lengths(corpus, tokens, rng)]
-
-
 def draw_packs(corpus: dict[str, Any], tokens: int, count: int, vocabulary: int) -> list[list[Tensor]]:
     """The documents of ``count`` packs, as :func:`packops.pack` makes them of a corpus of 64 packs or more: full to 97 %.
 

@@ -80,18 +80,8 @@ class Problem:
         return (3 if gradient else 1) * 2 * self.tokens * self.columns * self.features
 
     def candidate(self, function: Callable[..., Tensor], gradient: bool = False) -> Candidate:
-        """``function(gate, up[, weight])``, and the gradients of all if wanted, on each buffer in turn."""
-
-        def forward(i: int) -> tuple[Tensor, ...]:
-            return (function(*self.inputs[i % self.count]),)
-
-        @torch.enable_grad()
-        def forward_and_backward(i: int) -> tuple[Tensor, ...]:
-            leaves = [x.detach().requires_grad_() for x in self.inputs[i % self.count]]
-            result = function(*leaves)
-            return result.detach(), *torch.autograd.grad(result, leaves, self.gradients[i % self.count])
-
-        return Candidate(forward_and_backward if gradient else forward, self.wrong)
+        """``function(gate, up[, weight])``."""
+        return measuring.candidate_of(function, self.inputs, self.gradients, gradient, self.wrong)
 
     @functools.cached_property
     @torch.enable_grad()

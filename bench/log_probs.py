@@ -184,8 +184,7 @@ def extend(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    rest: Any = {"extend": extend, "distribution": DATA, "arguments": arguments}
-    return command.main(NAME, STEM, __doc__ or "", cases, peers=PEERS, **rest)
+    return command.main(NAME, STEM, __doc__ or "", cases, peers=PEERS, extend=extend, distribution=DATA, arguments=arguments)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 import packops
@@ -82,9 +83,6 @@ class Case:
     host: bool = False  # time the host spends in a call, not the device
     flops: int = 0  # the arithmetic of a call; given, it is what speed is shown in, but for the copy's
 
-    def calls_per_sample(self) -> int:
-        return 100 if self.host else self.buffers
-
 
 class Overwritable(torch.autograd.Function):
     """``Overwritable.apply(leaf)``: the leaf's memory as a computed tensor, since ops that work in place refuse leaves."""
@@ -105,21 +103,33 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
+def candidate_of(
+    function: Callable[..., torch.Tensor],
+    inputs: Sequence[Sequence[torch.Tensor]],
+    upstream: Sequence[torch.Tensor],
+    gradient: bool,
+    check: Callable[[Any], str] | None,
+) -> Candidate:
+    """``function(*inputs[i])`` and, if wanted, the gradients of all of these for ``upstream[i]``, on each buffer in turn."""
+
+    def forward(i: int) -> tuple[torch.Tensor, ...]:
+        return (function(*inputs[i % len(inputs)]),)
+
+    @torch.enable_grad()
+    def forward_and_backward(i: int) -> tuple[torch.Tensor, ...]:
+        leaves = [x.detach().requires_grad_() for x in inputs[i % len(inputs)]]
+        result = function(*leaves)
+        return result.detach(), *torch.autograd.grad(result, leaves, upstream[i % len(inputs)])
+
+    return Candidate(forward_and_backward if gradient else forward, check)
+
+
 def buffers_for(bytes_per_call: int, device: str) -> int:
     """How many buffers a case rotates over, so that none is in a cache when its turn comes."""
     return min(32, 1 + BEYOND_CACHE[device] // max(1, bytes_per_call))
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------------
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """With linear interpolation between the two nearest values."""
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = math.floor(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
@@ -132,7 +142,7 @@ def summary(case: Case, samples: dict[str, list[float]]) -> list[dict[str, Any]]
     rows = []
     for name, values in samples.items():
         row: dict[str, Any] = {"system": name, "microseconds": statistics.median(values)}
-        row["spread"] = [percentile(values, 0.1), percentile(values, 0.9)]
+        row["spread"] = np.quantile(values, [0.1, 0.9]).tolist()
         row["rounds"] = len(values)
         row["samples"] = list(values)  # as measured, round by round
         if case.bytes:
@@ -213,7 +223,7 @@ class Sampler:
 
     def __init__(self, case: Case, device: str):
         self.case, self.device = case, device
-        self.calls = case.calls_per_sample()
+        self.calls = 100 if case.host else case.buffers
         self.cold = torch.zeros(BEYOND_CACHE[device] // 4, dtype=torch.int32, device=device) if device == "cuda" else None
         self.queueing: dict[int, float] = {}  # seconds the host needs to queue a candidate's calls
 
@@ -300,7 +310,7 @@ def reason(error: BaseException, allowed: float) -> str:
     return "not installed" if isinstance(error, ModuleNotFoundError) else first_line(error)
 
 
-def prepare(name: str, make: Callable[[], Candidate], device: str) -> tuple[Candidate, dict[str, Any]]:
+def prepare(make: Callable[[], Candidate], device: str) -> tuple[Candidate, dict[str, Any]]:
     """The candidate, compiled and warm, and what its first results said: ``wrong`` and, on CUDA, ``peak_bytes``."""
     candidate = make()
     facts: dict[str, Any] = {}
@@ -341,7 +351,7 @@ def measure(
         allowed = math.inf if name.startswith(OURS) else min(patience, until - begin)
         try:
             with time_limit(allowed):
-                candidates[name], seen[name] = prepare(name, make, device)
+                candidates[name], seen[name] = prepare(make, device)
         except (Exception, OutOfTime) as error:
             if name.startswith(OURS) or getattr(error, "terminated", False):
                 raise

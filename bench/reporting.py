@@ -153,14 +153,9 @@ def bars(axis: Any, rows: list[dict[str, Any]], title: str, unit: int, name: str
 
 
 def draw_bars(
-    data: dict[str, Any],
-    path: Path,
-    *,
-    only: Callable[[dict[str, Any]], bool] = lambda case: True,
-    columns: int = 3,
-    width: float = 5,
+    data: dict[str, Any], path: Path, *, only: Callable[[dict[str, Any]], bool] = lambda case: True, columns: int = 3
 ) -> None:
-    """One panel, ``width`` inches wide, for each case that ``only`` takes."""
+    """One panel for each case that ``only`` takes."""
     cases = [case for case in data["cases"] if case["rows"] and only(case)]
     if not cases:
         return
@@ -168,9 +163,8 @@ def draw_bars(
     columns = min(columns, len(cases))
     lines = math.ceil(len(cases) / columns)
     deepest = max(len(case["rows"]) for case in cases)
-    figure, axes = plot.subplots(
-        lines, columns, figsize=(width * columns, lines * (1.2 + 0.27 * deepest)), constrained_layout=True, squeeze=False
-    )
+    size = (5 * columns, lines * (1.2 + 0.27 * deepest))
+    figure, axes = plot.subplots(lines, columns, figsize=size, constrained_layout=True, squeeze=False)
     for axis in axes.flat[len(cases) :]:
         axis.set_visible(False)
     for axis, case in zip(axes.flat, cases, strict=False):

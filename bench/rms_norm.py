@@ -15,7 +15,6 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -81,18 +80,7 @@ class Problem:
         return (5 if gradient else 2) * self.rows * self.columns * DTYPES[self.dtype].itemsize
 
     def candidate(self, norm: Norm, gradient: bool = False) -> Candidate:
-        """``norm(x, weight)``, and the gradients of both if wanted, on each buffer in turn."""
-
-        def forward(i: int) -> tuple[Tensor, ...]:
-            return (norm(self.x[i % self.count], self.weight),)
-
-        @torch.enable_grad()
-        def forward_and_backward(i: int) -> tuple[Tensor, ...]:
-            leaves = [t.detach().requires_grad_() for t in (self.x[i % self.count], self.weight)]
-            result = norm(*leaves)
-            return result.detach(), *torch.autograd.grad(result, leaves, self.gradients[i % self.count])
-
-        return Candidate(forward_and_backward if gradient else forward, self.wrong)
+        return measuring.candidate_of(norm, [(x, self.weight) for x in self.x], self.gradients, gradient, self.wrong)
 
     @functools.cached_property
     @torch.enable_grad()
@@ -169,15 +157,12 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         del problem
 
 
-def draw(data: dict[str, Any], path: Path) -> None:
-    reporting.draw_bars(data, path, columns=2)
-
-
 def extend(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16, on the CPU fp32")
 
 
 def main(arguments: list[str] | None = None) -> int:
+    draw = functools.partial(reporting.draw_bars, columns=2)
     return command.main(
         NAME, STEM, __doc__ or "", cases, peers=PEERS, draw=draw, extend=extend, distribution=DATA, arguments=arguments
     )

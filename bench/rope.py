@@ -313,7 +313,7 @@ def layouts(problem: Problem) -> dict[str, Callable[[], Candidate]]:
         candidate.call = lambda i: raw(*slices[i % p.count], cos, sin, ids)
         return candidate
 
-    plain = {
+    return {
         "packops": lambda: p.candidate(lambda q, k: raw(q, k, cos, sin, ids)),
         "packops, transposed (backward)": lambda: p.candidate(
             lambda q, k: raw(q, k, cos, sin, ids, transposed=True), negative=True
@@ -359,7 +359,6 @@ def layouts(problem: Problem) -> dict[str, Callable[[], Candidate]]:
             lambda q, k: torch.ops.packops._rope_.default(q, k, cos, sin, ids), inplace=True
         ),
     }
-    return plain
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------------
@@ -377,9 +376,10 @@ def cases(args: argparse.Namespace) -> Iterator[Case]:
         if not args.quick:
             problem = Problem(tokens, q_heads, k_heads, dim, dtype, args.device)
             limits = [Target(OURS, 1.05)] if args.device == "cuda" else []
-            targets = {name: limits for name in layouts(problem) if name != OURS}
-            yield Case(f"layouts of packops, {problem.line}", layouts(problem), problem.bytes(), problem.count, targets)
-            del problem
+            candidates = layouts(problem)
+            targets = {name: limits for name in candidates if name != OURS}
+            yield Case(f"layouts of packops, {problem.line}", candidates, problem.bytes(), problem.count, targets)
+            del problem, candidates
             yield partial_case(args, tokens, max(2, q_heads // 2), max(1, k_heads // 2), 2 * dim, dim // 2, dtype)
         problem = Problem(tokens, q_heads, k_heads, dim, dtype, args.device)
         for gradient in (False, True):

@@ -34,7 +34,7 @@ import command
 import packops
 import peers
 import reporting
-from measuring import OURS, Candidate, Case, Target
+from measuring import OURS, Candidate, Case, Target, candidate_of
 from models import MODELS, configuration
 from packops.ops.attention_documents import FLEX_BLOCK
 
@@ -133,10 +133,7 @@ class Attention:
         self.inputs = [torch.randn(size, **options).to(dtype) for size in sizes]
         self.bounds = torch.tensor(group.boundaries, dtype=torch.int32, device=device)
         self.parents = torch.tensor(group.parents, dtype=torch.int32, device=device)
-        ends = torch.full((group.tokens,), group.tokens, device=device)
-        for begin, end in itertools.pairwise(group.boundaries[1:]):
-            ends[begin:end] = end
-        self.ends = ends
+        self.ends = packops.packed_metadata(self.bounds, group.tokens, self.parents)[2]
         self.grad = torch.randn(sizes[0], **options).to(dtype)
         # The gradient of a shared row is the sum of its documents'.
         rows = group.flat_rows(device)
@@ -149,20 +146,7 @@ class Attention:
         if flat:
             inputs = [x[self.flat_rows] for x in inputs]
             grad = (grad.double() * self.flat_grad_scale[:, None, None]).to(grad.dtype)[self.flat_rows]
-
-        def forward(i: int) -> tuple[Tensor, ...]:
-            return (attend(*inputs),)
-
-        @torch.enable_grad()
-        def forward_and_backward(i: int) -> tuple[Tensor, ...]:
-            leaves = [x.detach().requires_grad_() for x in inputs]
-            result = attend(*leaves)
-            return result.detach(), *torch.autograd.grad(result, leaves, grad)
-
-        def check(found: tuple[Tensor, ...]) -> str:
-            return "" if flat else self.wrong(found)
-
-        return Candidate(forward_and_backward if gradient else forward, check)
+        return candidate_of(attend, [inputs], [grad], gradient, None if flat else self.wrong)
 
     @functools.cached_property
     def expected(self) -> tuple[Tensor, ...]:

@@ -91,6 +91,8 @@ def pytest_report_header(config):
 
 @pytest.hookimpl(tryfirst=True)  # before hypothesis reads its seed
 def pytest_configure(config):
+    global _config  # a report does not know its run's
+    _config = config
     choose_seed(config)
     config.packops_no_gpu = why_no_gpu()
     config.packops_outcomes = {"gpu": Counter(), "cpu": Counter()}
@@ -180,14 +182,6 @@ def reason_of(report) -> str:
     return "expected to fail" if hasattr(report, "wasxfail") else str(report.longrepr)
 
 
-_config = None
-
-
-def pytest_sessionstart(session):
-    global _config
-    _config = session.config
-
-
 def pytest_runtest_logreport(report):
     outcome = outcome_of(report)
     if outcome:
@@ -246,7 +240,7 @@ def selection_of(config) -> str:
     parts += [f"-m {option.markexpr}"] if option.markexpr not in ("", "gpu") else []
     for name in ("deselect", "ignore", "ignore_glob"):
         parts += [f"--{name.replace('_', '-')} {value}" for value in getattr(option, name, None) or []]
-    for name in ("lf", "stepwise", "stepwise_skip", "setuponly", "setupplan", "collectonly"):
+    for name in ("lf", "stepwise", "stepwise_skip", "setuponly", "setupplan"):
         parts += [f"--{name.replace('_', '-')}"] if getattr(option, name, False) else []
     parts += [f"--maxfail {option.maxfail}"] if option.maxfail else []
     here = config.invocation_params.dir

@@ -17,7 +17,6 @@ import contextlib
 import dataclasses
 import datetime
 import hashlib
-import importlib.util
 import json
 import os
 import re
@@ -31,7 +30,9 @@ from pathlib import Path
 
 import tomllib
 
-ROOT = Path(__file__).resolve().parents[1]
+import gpu_record
+from gpu_record import ROOT
+
 LIST = ROOT / "tests" / "mutants.toml"
 SCRATCH = ROOT / "build" / "mutants"
 TIMEOUT = 1200  # seconds for one test command: a bug may also hang
@@ -70,8 +71,8 @@ class Mutant:
         return text
 
 
-def read_list(path: Path = LIST) -> list[Mutant]:
-    entries = tomllib.loads(path.read_text())["mutants"]
+def read_list() -> list[Mutant]:
+    entries = tomllib.loads(LIST.read_text())["mutants"]
     return [Mutant(**{key: tuple(v) if isinstance(v, list) else v for key, v in entry.items()}) for entry in entries]
 
 
@@ -152,7 +153,7 @@ class Scratch:
 
     def build_library(self) -> str | None:
         """packops._C of the copy as it stands; the compiler's words if it refuses."""
-        digest = build_digest(self.folder)
+        digest = gpu_record._build.source_digest(self.folder / "csrc")
         if self.built == digest:
             return None
         command = [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace", "--force", "--build-temp", "build/objects"]
@@ -215,13 +216,6 @@ class Scratch:
         return self.build_cpp(command[1]) if command[0] == "ctest" else self.build_library()
 
 
-def build_digest(folder: Path) -> str:
-    spec = importlib.util.spec_from_file_location("packops_build", ROOT / "python" / "packops" / "_build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.source_digest(folder / "csrc")
-
-
 def commands_of(mutant: Mutant) -> list[tuple[str, str]]:
     return [*(("ctest", name) for name in mutant.cpp), *(("pytest", arguments) for arguments in mutant.tests)]
 
@@ -255,12 +249,6 @@ def is_found(result: dict[str, str] | None) -> bool:
     return result is not None and result["outcome"] == "found"
 
 
-def why_no_gpu() -> bool:
-    import torch
-
-    return not torch.cuda.is_available()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("words", nargs="*", help="only mutants whose name or file has one of these")
@@ -276,8 +264,10 @@ def main() -> int:
     if arguments.list:
         print("\n".join(f"{mutant.file}: {mutant.name}{' (GPU)' if mutant.gpu else ''}" for mutant in mutants))
         return 0
-    no_gpu = why_no_gpu()
-    scratch = Scratch(arguments.scratch.absolute(), cuda=not no_gpu)
+    import torch
+
+    has_gpu = torch.cuda.is_available()
+    scratch = Scratch(arguments.scratch.absolute(), cuda=has_gpu)
     if arguments.resume and scratch.results.is_file():
         scratch.unplant()
     else:
@@ -288,7 +278,7 @@ def main() -> int:
         if mutant.name in known:
             continue
         started = time.monotonic()
-        outcome, said = ("skipped", "needs a GPU") if mutant.gpu and no_gpu else try_mutant(scratch, mutant)
+        outcome, said = ("skipped", "needs a GPU") if mutant.gpu and not has_gpu else try_mutant(scratch, mutant)
         scratch.note(mutant, outcome, said)
         print(f"{outcome:8} {mutant.name} [{mutant.file}] {time.monotonic() - started:.0f} s: {said}", flush=True)
     confirm(scratch, mutants)
@@ -296,7 +286,7 @@ def main() -> int:
 
 
 def commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return gpu_record._run("git", "rev-parse", "--short", "HEAD")
 
 
 def report(run: dict[str, str], results: dict[str, dict[str, str]]) -> int:

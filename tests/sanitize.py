@@ -41,8 +41,8 @@ from gpu_record import TOOLS
 from packops.ops.lm_head import Product
 from sanitizer import PLANTED, TOOL, compile_planted, findings, found_planted, read_log, run_planted, run_sanitizer
 
-CASES: list[Callable[[torch.device], Iterator[str]]] = []
 Case = Callable[[torch.device], Iterator[str]]
+CASES: list[Case] = []
 
 
 def cases(function: Case) -> Case:
@@ -248,9 +248,9 @@ def metadata(device: torch.device) -> Iterator[str]:
         yield f"cu_seqlens {bounds}"
 
 
-def rope_problem(device: torch.device, dtype: torch.dtype, head_dim: int, rotary_dim: int, tokens: int = 13):
+def rope_problem(device: torch.device, dtype: torch.dtype, head_dim: int, rotary_dim: int):
     cos, sin = packops.rope_table(rotary_dim, 50, device=device)
-    fused = torch.randn(tokens, 9, head_dim, device=device).to(dtype)
+    fused = torch.randn(13, 9, head_dim, device=device).to(dtype)
     return fused[:, :5].requires_grad_(), fused[:, 5:7].requires_grad_(), cos, sin  # slices of a fused qkv tensor
 
 

@@ -15,7 +15,6 @@ import time
 import weakref
 from pathlib import Path
 
-import numpy
 import pytest
 import torch
 
@@ -45,13 +44,6 @@ def row_of(case, system):
 
 
 # ---- statistics ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("count", [1, 2, 7, 25])
-def test_percentile(count):
-    values = torch.randn(count).tolist()
-    for share in (0, 0.1, 0.5, 0.9, 1):
-        assert measuring.percentile(values, share) == pytest.approx(numpy.percentile(values, 100 * share))
 
 
 def test_ratio_is_taken_within_rounds():

@@ -5,14 +5,15 @@ import importlib
 import json
 import types
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import command
-import end_to_end
 import measuring
 import packops
+from corpora import draw_lengths
 from packops import reference
 from packops.ops.attention_paths import attend_flex
 
@@ -92,7 +93,7 @@ def test_what_it_measures_by_default(bench, monkeypatch):
 def test_lengths_are_those_of_the_corpus_and_the_rest(bench, name, tokens):
     lengths = bench.document_lengths(name, tokens)
     corpus = json.loads(bench.LENGTHS.read_text())[name]
-    drawn = [len(document) for document in end_to_end.draw_documents(corpus, tokens, 100)]
+    drawn = draw_lengths(corpus, tokens, np.random.default_rng(0))
     assert lengths[: len(drawn)] == drawn
     assert sum(lengths) == tokens
     assert min(lengths) > 0

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import json
 import math
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,22 +15,14 @@ import torch
 from ranks import run_ranks
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bench():
-    path = Path(__file__).parents[1] / "bench" / "distributed.py"
-    spec = importlib.util.spec_from_file_location("bench_distributed", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("distributed")
 
 
 def run(bench, monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["packops bench distributed", *map(str, arguments)])
     bench.main()
-
-
-def test_utilisation_by_hand(bench):
-    assert bench.utilisation(np.array([[4.0, 2.0], [3.0, 3.0]])) == 12 / 14
 
 
 def test_balance(bench, monkeypatch, tmp_path, capsys):

@@ -7,7 +7,7 @@ import argparse
 import contextlib
 import copy
 import functools
-import importlib.util
+import importlib
 import json
 import os
 import signal
@@ -15,25 +15,21 @@ import sys
 import time
 import types
 import weakref
-from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from corpora import draw_lengths
+
 pytest.importorskip("transformers", reason="needs packops[hf]")
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-@pytest.fixture(scope="module")
+
+@pytest.fixture
 def bench():
-    path = Path(__file__).parents[1] / "bench" / "end_to_end.py"
-    spec = importlib.util.spec_from_file_location("bench_end_to_end", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield module
-    torch.set_num_threads(threads)
+    return importlib.import_module("end_to_end")
 
 
 def run(bench, out, *arguments) -> dict:
@@ -61,7 +57,7 @@ def test_documents_follow_the_corpus(bench):
     corpora = json.loads(bench.LENGTHS.read_text())
     for name, tokens in (("short", 16384), ("short", 1 << 18), ("long", 1 << 24)):
         quantiles = corpora[name]["quantiles"]
-        lengths = sorted(len(document) for document in bench.draw_documents(corpora[name], tokens, 100))
+        lengths = sorted(draw_lengths(corpora[name], tokens, np.random.default_rng(0)))
         assert 0.96 * tokens < sum(lengths) <= tokens, "another document would have fitted"
         assert lengths[len(lengths) // 2] == pytest.approx(quantiles[len(quantiles) // 2], rel=0.05)
         assert lengths[-1] < quantiles[-1], "the longest of the corpus stands for a share of documents, not for one of them"
@@ -71,12 +67,11 @@ def test_documents_follow_the_corpus(bench):
 
 def test_a_seed_changes_the_order_and_nothing_else(bench):
     corpus = {"quantiles": [10, 20, 30, 40, 50]}
-    drawn = [[len(document) for document in bench.draw_documents(corpus, 160, 100, seed)] for seed in (0, 0, 1)]
+    drawn = [draw_lengths(corpus, 160, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert sorted(drawn[0]) == [14, 22, 30, 38, 46]  # 5 of them; 6 would be 30 on average, too, and 180 together
     assert drawn[0] == drawn[1] != drawn[2]
     assert sorted(drawn[2]) == sorted(drawn[0])
-    assert [len(document) for document in bench.draw_documents(corpus, 16, 100)] == [16]
-    assert bench.draw_documents(corpus, 160, 100)[0].max() < 100
+    assert draw_lengths(corpus, 16, np.random.default_rng(0)) == [16]
 
 
 @pytest.mark.parametrize("name, tokens", [("short", 16384), ("long", 16384), ("long", 32768)])
@@ -85,6 +80,7 @@ def test_packs_are_full_and_of_the_corpus(bench, name, tokens):
     assert len(packs) == 4
     for pack in packs:
         assert 0.97 * tokens <= sum(map(len, pack)) <= tokens
+        assert all(document.max() < 100 for document in pack)
     lengths = [len(document) for pack in packs for document in pack]
     mean = sum(lengths) / len(lengths)
     assert mean < 200 if name == "short" else mean > 3000

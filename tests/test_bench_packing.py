@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def bench():
-    path = Path(__file__).parents[1] / "bench" / "packing.py"
-    spec = importlib.util.spec_from_file_location("bench_packing", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return importlib.import_module("packing")
 
 
 def test_utilisation_by_hand(bench):

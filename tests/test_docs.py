@@ -212,9 +212,7 @@ def test_workflows_and_templates_are_yaml():
 def test_docstrings_become_markdown():
     """For the site that `make docs` builds: no role or directive of Sphinx is left, no formula is lost."""
     pytest.importorskip("griffe")
-    spec = importlib.util.spec_from_file_location("docs_markdown", ROOT / "tools" / "docs_markdown.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = tool("docs_markdown")
     assert module.markdown("See :func:`~packops.pack`; :math:`x^2`.\n\n.. math:: a\n    + b\n\nc") == (
         "See `packops.pack`; \\(x^2\\).\n\n\n\\[\na\n+ b\n\\]\n\nc"
     )

@@ -92,7 +92,7 @@ def alone(model, documents, direction):
     return logits_and_gradients(model, forward, direction)
 
 
-def assert_same(found, expected, tolerance=2e-5):
+def assert_same(found, expected, tolerance):
     for a, b in zip(found, expected, strict=True):
         assert (a - b).abs().max() <= tolerance * b.abs().max().clamp(min=1.0)
 

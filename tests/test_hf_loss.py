@@ -348,12 +348,12 @@ def test_a_documents_first_label_is_never_scored(reduction):
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
 
 
-def forest_of(reduction="mean", **options):
+def forest_of(**options):
     """Documents that begin alike, and the batch in which their prefix stands once."""
     generator = torch.Generator().manual_seed(6)
     texts = [torch.randint(3, VOCABULARY, (n,), generator=generator).tolist() for n in (70, 5, 1, 9)]
     texts = [texts[0] + text for text in texts[1:]]
-    return texts, PackingCollator(share_prefixes=True, reduction=reduction, **options)(texts)
+    return texts, PackingCollator(share_prefixes=True, **options)(texts)
 
 
 @pytest.mark.parametrize("ignore_index", [-100, 0, -1])

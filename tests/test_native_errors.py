@@ -79,8 +79,8 @@ def wide(*shape: int, device="cpu", dtype=torch.float32) -> Tensor:
     return torch.ones(1, *shape, device=device, dtype=dtype).expand(MANY, *shape)
 
 
-def rope_inputs(device="cpu") -> tuple:
-    return (*tables(device), torch.zeros(1, dtype=torch.long, device=device).expand(MANY))
+def rope_inputs() -> tuple:
+    return (*tables("cpu"), torch.zeros(1, dtype=torch.long).expand(MANY))
 
 
 TOO_LARGE: dict[str, Callable[[], object]] = {

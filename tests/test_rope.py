@@ -586,34 +586,28 @@ def test_any_address(device, dtype, shift):
     assert (storage[shift + q.numel() :] == 0).all()
 
 
+SHAPES_AND_STRIDES = {
+    "half": st.integers(1, 20),
+    "extra": st.integers(0, 9),
+    "heads": st.tuples(st.integers(1, 5), st.integers(1, 3)),
+    "shape": st.tuples(st.integers(1, 3), st.integers(1, 7)),
+    "interleaved": st.booleans(),
+    "dtype": st.sampled_from(DTYPES),
+}
+
+
 @settings(max_examples=60)
-@given(
-    data=st.data(),
-    half=st.integers(1, 20),
-    extra=st.integers(0, 9),
-    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 7)),
-    interleaved=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_any_shape_and_stride(data, half, extra, heads, shape, interleaved, dtype):
+@given(data=st.data(), **SHAPES_AND_STRIDES)
+def test_any_shape_and_stride(data, **case):
     """Every dimension cut out of a larger tensor, in any memory order. CUDA's turn is in test_any_shape_and_stride_on_cuda."""
-    run_shape_and_stride(data.draw, "cpu", half, extra, heads, shape, interleaved, dtype)
+    run_shape_and_stride(data.draw, "cpu", **case)
 
 
 @pytest.mark.gpu
 @settings(max_examples=60)
-@given(
-    data=st.data(),
-    half=st.integers(1, 20),
-    extra=st.integers(0, 9),
-    heads=st.tuples(st.integers(1, 5), st.integers(1, 3)),
-    shape=st.tuples(st.integers(1, 3), st.integers(1, 7)),
-    interleaved=st.booleans(),
-    dtype=st.sampled_from(DTYPES),
-)
-def test_any_shape_and_stride_on_cuda(data, half, extra, heads, shape, interleaved, dtype):
-    run_shape_and_stride(data.draw, "cuda", half, extra, heads, shape, interleaved, dtype)
+@given(data=st.data(), **SHAPES_AND_STRIDES)
+def test_any_shape_and_stride_on_cuda(data, **case):
+    run_shape_and_stride(data.draw, "cuda", **case)
 
 
 def run_shape_and_stride(draw, device, half, extra, heads, shape, interleaved, dtype):
@@ -812,9 +806,9 @@ OPTION_SETS = {
 }
 
 
-def option_case(name, device, dtype=torch.float32):
+def option_case(name, device):
     options = dict(OPTION_SETS[name])
-    q, k = (make_heads((2, 4, h, 32), dtype, device) for h in (3, 1))
+    q, k = (make_heads((2, 4, h, 32), torch.float32, device) for h in (3, 1))
     if options.get("layout") == "bhsd":
         q, k = q.transpose(1, 2), k.transpose(1, 2)
     cos, sin = packops.rope_table(16, 8, device=device)

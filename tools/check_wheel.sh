@@ -22,7 +22,7 @@ unset PYTHONPATH
 "$work/venv/bin/python" -O -c 'import packops, torch; packops.cross_entropy(torch.zeros(2, 3), torch.zeros(2, dtype=torch.long))'
 "$work/venv/bin/packops" info
 if [ "${TORCH_TESTS:-}" = 1 ]; then
-  "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest pytest-timeout hypothesis
+  "$work/venv/bin/python" -m pip install --quiet --disable-pip-version-check pytest hypothesis
   root=$(dirname "$(dirname "$smoke")")
   cp -r "$root"/{tests,tools,csrc,pyproject.toml} "$work/"
   mkdir -p python/packops

@@ -10,8 +10,8 @@ needs Nix and a network. In FOLDER: `kernel-builder build`, then `kernel-builder
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import runpy
 import shutil
 import sys
 from pathlib import Path
@@ -64,15 +64,6 @@ REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
 """
 
 
-def version() -> str:
-    spec = importlib.util.spec_from_file_location("version", ROOT / "python" / "packops" / "_version.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.__version__
-
-
 def listing(paths: list[Path]) -> str:
     return "[\n" + "".join(f'  "{path.relative_to(ROOT).as_posix()}",\n' for path in sorted(paths)) + "]"
 
@@ -90,8 +81,9 @@ repo-id = "{repository}"
     config["defines"].append("PACKOPS_NAMESPACE=TORCH_EXTENSION_NAME")  # of this build, as the hub's builder defines it
     cxx = [*config["cxx_flags"], *(f"-D{define}" for define in config["defines"])]
     nvcc = [*config["nvcc_flags"], *(f"-D{define}" for define in [*config["defines"], *config["cuda_defines"]])]
+    version = runpy.run_path(str(ROOT / "python" / "packops" / "_version.py"))["__version__"]
     return f"""\
-# Made by tools/kernels_hub.py from csrc/ of packops {version()}.
+# Made by tools/kernels_hub.py from csrc/ of packops {version}.
 [general]
 name = "packops"
 version = 0

@@ -424,8 +424,6 @@ def readable_log(text: str) -> str:
             break  # a traceback of Python follows, which says no more
         if not command.match(line):
             block.append(line)
-    if not failed:
-        return "\n".join(told).strip()
     return "\n".join([*told, *failed]).strip()
 
 

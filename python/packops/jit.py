@@ -31,7 +31,7 @@ from typing import Any
 
 import torch
 
-from . import _build, _loader, ops
+from . import _C, _build, _loader, ops
 
 CACHE_DIR = "PACKOPS_CACHE_DIR"
 DISABLE = "PACKOPS_DISABLE_JIT"
@@ -99,7 +99,7 @@ def load(
 def _share_errors(library: Path) -> None:
     """Let errors of this library have the Python types that those of packops have; sources older than that can be loaded too."""
     with contextlib.suppress(AttributeError):
-        ctypes.CDLL(str(library)).packops_set_error_hook(ctypes.c_void_p(_loader.load().error_hook))
+        ctypes.CDLL(str(library)).packops_set_error_hook(ctypes.c_void_p(_C.error_hook))
 
 
 def installed_csrc() -> Path:

@@ -5,7 +5,6 @@ Tests, documentation and :func:`packops.verify` share these functions. They are 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -156,15 +155,14 @@ def linear_log_probs(
 def document_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
     """The sum of each document's values, in fp64 and differentiable by autograd."""
     flat = values.reshape(-1).double()
-    return torch.stack([flat[begin:end].sum() for begin, end in pairwise(cu_seqlens.tolist())] or [flat[:0].sum()])[
-        : len(cu_seqlens) - 1
-    ]
+    sums = [flat[begin:end].sum() for begin, end in pairwise(cu_seqlens.tolist())]
+    return torch.stack(sums) if sums else flat[:0]
 
 
 def packed_metadata(cu_seqlens: Tensor, total_tokens: int) -> tuple[Tensor, Tensor]:
     """Positions that restart in every document, and document ids; padding is one trailing document with id -1."""
     bounds = cu_seqlens.tolist()
-    spans = [(s, begin, end) for s, (begin, end) in enumerate(itertools.pairwise(bounds))]
+    spans = [(s, begin, end) for s, (begin, end) in enumerate(pairwise(bounds))]
     position_ids = torch.zeros(total_tokens, dtype=torch.int64)
     seq_idx = torch.full((total_tokens,), -1, dtype=torch.int32)
     for s, begin, end in [*spans, (-1, bounds[-1], total_tokens)]:
@@ -194,7 +192,7 @@ def packed_labels(labels: Tensor, cu_seqlens: Tensor, *, shift: bool = True, ign
     flat = labels.reshape(-1)
     target = torch.full_like(flat, ignore_index, memory_format=torch.contiguous_format)
     counts = []
-    for begin, end in itertools.pairwise(bounds):
+    for begin, end in pairwise(bounds):
         if shift:
             target[begin : max(begin, end - 1)] = flat[begin + 1 : end]
         else:
@@ -237,7 +235,7 @@ def rope(
         bounds = cu_seqlens.tolist()
         inside = index < bounds[-1]
         start = index.clone()
-        for begin, end in itertools.pairwise(bounds):
+        for begin, end in pairwise(bounds):
             start[begin:end] = begin
 
     # One angle per token and pair: c, s (batch, tokens, half).

@@ -268,7 +268,7 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
             return cross_entropy(
                 logits, labels, token_weight=batch.token_weight, num_items=num_items, ignore_index=batch.ignore_index
             )
-        return cross_entropy(  # type: ignore[call-overload, no-any-return]
+        return cross_entropy(  # type: ignore[call-overload]
             logits,
             batch.labels,
             cu_seqlens=batch.cu_seqlens,
@@ -470,8 +470,6 @@ class _Run:
         name, gradient = report.worst_gradient
         if not gradient <= report.tolerance and not findings:
             findings.append(f"the loss is right but the gradient of {name} is not: look at the backward pass of what you patched")
-        elif not report.loss_difference <= report.tolerance and not findings:
-            findings.append("the loss differs")
         return findings
 
     @torch.no_grad()

@@ -381,10 +381,10 @@ def to_json(lengths: IntArray, plans: Sequence[PackingPlan], rows: Sequence[dict
     }
 
 
-def histograms(plan: PackingPlan, bins: int = 50) -> dict[str, Any]:
+def histograms(plan: PackingPlan) -> dict[str, Any]:
     """Packs by documents and by fill."""
     documents = np.bincount(plan.docs_per_pack) if plan.num_packs else np.zeros(1, np.int64)
-    fill, edges = np.histogram(plan.tokens_per_pack / plan.max_length, bins=bins, range=(0, 1))
+    fill, edges = np.histogram(plan.tokens_per_pack / plan.max_length, bins=50, range=(0, 1))
     return {"packs_by_documents": documents.tolist(), "packs_by_fill": fill.tolist(), "fill_edges": edges.round(4).tolist()}
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..distributed import DENOMINATORS
+from ..functional import packed_metadata
 from ..ops.document_sums import document_sums
 from .batch import WEIGHT, PackedBatch, checked_columns, column_dtype
 from .packing import IntArray
@@ -199,13 +200,8 @@ class PackedForest(PackedBatch):
         )
 
     def _sees(self) -> Callable[[Tensor, Tensor], Tensor]:
-        ends = list(self.boundaries[1:])
-        parents = self.parents.tolist()
-        for segment in reversed(range(len(parents))):
-            if parents[segment] >= 0:
-                ends[parents[segment]] = max(ends[parents[segment]], ends[segment])
-        end_of = torch.tensor(ends, device=self.device)[self.seq_idx[0].long()]
-        return lambda query, key: (key <= query) & (query < end_of[key])
+        ends = packed_metadata(self.cu_seqlens, self.num_tokens, self.parents)[2]
+        return lambda query, key: (key <= query) & (query < ends[key])
 
 
 class _Scored(NamedTuple):

@@ -14,12 +14,10 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .. import _loader
+from .. import _C
 from .counts import as_count, as_integer, as_integers
 
 __all__ = ["STRATEGIES", "DocumentSlice", "PackingPlan", "pack"]
-
-_C = _loader.load()
 
 Strategy = Literal["best_fit", "bfd", "ffd", "next_fit", "sequential", "wrapped"]
 Overlong = Literal["error", "truncate", "split", "drop"]

@@ -9,13 +9,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .. import _loader
+from .. import _C
 from .counts import as_count, as_integers
 from .packing import IntArray
 
 __all__ = ["MIN_SHARED", "PrefixForest", "prefix_forest", "shared_prefixes"]
-
-_C = _loader.load()
 
 MIN_SHARED = 64  # a shorter prefix is not worth a segment of its own
 

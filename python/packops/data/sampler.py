@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 
+from .. import _C
 from .counts import as_count, as_integer
-from .packing import _C, DocumentSlice, IntArray, Overlong, PackingPlan, Strategy, as_lengths, pack
+from .packing import DocumentSlice, IntArray, Overlong, PackingPlan, Strategy, as_lengths, pack
 
 __all__ = ["PackedBatchSampler"]
 

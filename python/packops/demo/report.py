@@ -147,6 +147,8 @@ def draw_distances(axes: Any, shown: dict[str, Any]) -> None:
 
 
 def draw_speed(axes: Any, runs: dict[str, Any]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     names = list(runs)
     speeds = [runs[name]["useful_tokens_per_second"] for name in names]
     bars = axes.barh(range(len(names)), speeds, color=[COLOURS[name] for name in names], height=0.55)
@@ -154,7 +156,7 @@ def draw_speed(axes: Any, runs: dict[str, Any]) -> None:
     axes.invert_yaxis()
     axes.set_ylim(len(names) - 0.6, -0.6)
     axes.set_title("Useful tokens per second", loc="left", fontsize=11)
-    axes.xaxis.set_major_locator(_few_ticks())
+    axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter("{x:,.0f}")
     for bar, name, speed in zip(bars, names, speeds, strict=True):
         middle, factor = bar.get_y() + bar.get_height() / 2, "" if name == "padded" else f"  ({speed / speeds[0]:.1f}×)"
@@ -165,9 +167,3 @@ def draw_speed(axes: Any, runs: dict[str, Any]) -> None:
             f"{speed:,.0f}{factor}", (0, middle), xytext=(6, 0), textcoords="offset points", va="center", fontweight="bold",
             color="white" if name == "packops" else "black",
         )  # fmt: skip
-
-
-def _few_ticks() -> Any:
-    from matplotlib.ticker import MaxNLocator
-
-    return MaxNLocator(4)

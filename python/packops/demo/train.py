@@ -16,8 +16,6 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import packops
-
 from . import corpus
 from .ways import Careless, Packops, Padded, Way
 
@@ -51,10 +49,8 @@ class Settings:
     checkpoints: int = 10
 
     @classmethod
-    def for_device(cls, device: str | torch.device | None = None, *, steps: int | None = None, seed: int = 0) -> Settings:
-        """What suits the device; None chooses a GPU if packops can use it."""
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() and packops.has_cuda else "cpu"
+    def for_device(cls, device: str | torch.device, *, steps: int | None = None, seed: int = 0) -> Settings:
+        """What suits the device."""
         chosen = torch.device(device)
         sizes: dict[str, Any] = {"device": chosen, "seed": seed}
         if chosen.type == "cuda":
@@ -79,10 +75,6 @@ class Run:
     distances: list[float] = field(default_factory=list)  # (checkpoints,) largest difference of a weight to the padded run's
     seconds: float = 0.0  # training, without evaluation
     tokens: int = 0  # tokens the model processed, padding included
-
-    @property
-    def name(self) -> str:
-        return self.way.name
 
 
 @dataclass

@@ -100,38 +100,36 @@ def make_packs(documents: TokenArrays, pack_length: int, *, seed: int, step: int
 
 
 @dataclass(frozen=True)
-class Careless:
+class _OfPacks:
+    pack_length: int
+    seed: int
+    device: torch.device
+
+    def batches(self, documents: TokenArrays, step: int) -> list[Pack]:
+        return make_packs(documents, self.pack_length, seed=self.seed, step=step, device=self.device)
+
+
+@dataclass(frozen=True)
+class Careless(_OfPacks):
     """Packs without their documents' boundaries, as ``model(input_ids=pack, labels=pack).loss`` averaged over the packs.
 
     Every token sees all documents before its own, positions run on through the pack, a document's last token learns to predict
     the next document, and the loss is a mean over tokens, then over packs, whatever number of documents and tokens they hold.
     """
 
-    pack_length: int
-    seed: int
-    device: torch.device
     name: str = "careless"
     attention: str = "sdpa"
-
-    def batches(self, documents: TokenArrays, step: int) -> list[Pack]:
-        return make_packs(documents, self.pack_length, seed=self.seed, step=step, device=self.device)
 
     def loss(self, model: LlamaForCausalLM, batch: Pack) -> Tensor:
         return model(input_ids=batch.input_ids, labels=batch.input_ids).loss / batch.packs_in_step
 
 
 @dataclass(frozen=True)
-class Packops:
+class Packops(_OfPacks):
     """The same packs, and every document trained as if it were alone."""
 
-    pack_length: int
-    seed: int
-    device: torch.device
     name: str = "packops"
     attention: str = DOCUMENT_ATTENTION
-
-    def batches(self, documents: TokenArrays, step: int) -> list[Pack]:
-        return make_packs(documents, self.pack_length, seed=self.seed, step=step, device=self.device)
 
     def loss(self, model: LlamaForCausalLM, batch: Pack) -> Tensor:
         with mock.patch.object(modeling_llama, "apply_rotary_pos_emb", rotate):

@@ -166,12 +166,12 @@ def convention_of(apply_rotary_pos_emb: Callable) -> Convention | None:
     from ..functional import apply_rope
 
     generator = torch.Generator().manual_seed(0)
-    heads, width, tokens = 12, 12, 5
+    width, tokens = 12, 5
 
     def numbers(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
-    q, k = numbers(2, 3, tokens, heads), numbers(2, 1, tokens, heads)
+    q, k = numbers(2, 3, tokens, width), numbers(2, 1, tokens, width)
     cos, sin = numbers(2, tokens, width // 2), numbers(2, tokens, width // 2)  # no angles: nothing may rest on cos² + sin² = 1
     with torch.no_grad():
         for convention in CONVENTIONS:
@@ -182,9 +182,6 @@ def convention_of(apply_rotary_pos_emb: Callable) -> Convention | None:
             ours = apply_rope(
                 q, k, cos, sin, layout="bhsd", interleaved=convention.interleaved, rotary_dim=width, per_token_table=True
             )
-            if all(
-                b is not None and a.shape == b.shape and torch.allclose(a, b, atol=1e-5)
-                for a, b in zip(theirs, ours, strict=True)
-            ):
+            if all(a.shape == b.shape and torch.allclose(a, b, atol=1e-5) for a, b in zip(theirs, ours, strict=True)):
                 return convention
     return None

@@ -26,7 +26,7 @@ from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
 from .attention_documents import begin_anew, go_on
-from .record import Record
+from .record import Record, pretrained
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
 from .rope import check_layers
@@ -75,7 +75,7 @@ class CausalLMLoss:
             token_weight: (B, S) weight of each token.
         """
         options = self._options(logits.shape[:-1], labels, num_items_in_batch, ignore_index, shift_labels, logits.device, kwargs)
-        return cross_entropy(logits, **options)  # type: ignore[return-value]
+        return cross_entropy(logits, **options)
 
     def of_hidden(
         self,
@@ -259,8 +259,6 @@ def count_documents(trainer: Any) -> None:
         ValueError: nothing in this trainer divides by documents: neither a ``compute_loss_func`` nor the model's loss, which has
             reduction ``"mean"``, is not of packops, or is passed by (TRL's trainers compute their own).
     """
-    from .record import pretrained
-
     if getattr(trainer, "compute_loss_func", None) is None:
         loss = getattr(pretrained(trainer.model), "loss_function", None)
         if not isinstance(loss, CausalLMLoss) or loss.reduction == "mean":
@@ -665,7 +663,7 @@ def _add_branch(cls: type, definition: ast.FunctionDef) -> str:
     ask = rewrite.statements(f"{_SKIP} = {_WANTED}({this}, {tail.head!r}, labels, {kwargs})", at=first)
     skipping = rewrite.statements(
         f"{tail.logits} = None\n"
-        f"{tail.loss} = {this}.loss_function.of_hidden({this}.{tail.head}, {ast.unparse(tail.hidden)}, labels, "
+        f"loss = {this}.loss_function.of_hidden({this}.{tail.head}, {ast.unparse(tail.hidden)}, labels, "
         f"logit_scale={tail.scale}, softcap={tail.cap}, position_ids=position_ids, **{kwargs})",
         at=first,
     )
@@ -696,9 +694,8 @@ class _Tail:
             at += 1
         if at + 1 >= len(body) or ast.unparse(body[at]) != "loss = None":
             raise CannotRewriteError(name)
-        self.loss, self.end = "loss", at + 2
-        branch = body[at + 1]
-        call = self._loss_call(branch, this)
+        self.end = at + 2
+        call = self._loss_call(body[at + 1], this)
         if call is None:
             raise CannotRewriteError(name)
         self.call = call

@@ -175,13 +175,7 @@ def varlen_parameters() -> frozenset[str]:
 # ---- (T, heads, head_dim) -> (T, heads, head_dim) ---------------------------------------------------------------------------
 
 
-def attend_varlen(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Documents,
-    rule: Rule,
-) -> Tensor:
+def attend_varlen(q: Tensor, k: Tensor, v: Tensor, documents: Documents, rule: Rule) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     parameters = varlen_parameters()
@@ -198,13 +192,7 @@ def attend_varlen(
     return cast(Tensor, varlen_attn(q, k, v, bounds, bounds, longest, longest, **options))
 
 
-def attend_flex(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Documents,
-    rule: Rule,
-) -> Tensor:
+def attend_flex(q: Tensor, k: Tensor, v: Tensor, documents: Documents, rule: Rule) -> Tensor:
     softcap = rule.softcap
 
     def capped(score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -235,13 +223,7 @@ def _flex_attention(compiled: bool) -> Callable[..., Any]:
     return functools.partial(torch.compile(flex_attention), kernel_options=options)
 
 
-def attend_sdpa(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    documents: Documents,
-    rule: Rule,
-) -> Tensor:
+def attend_sdpa(q: Tensor, k: Tensor, v: Tensor, documents: Documents, rule: Rule) -> Tensor:
     if documents.parents is not None:
         return _attend_paths(q, k, v, documents.paths, rule)
     lengths = documents.lengths
@@ -267,9 +249,8 @@ def _attend_paths(q: Tensor, k: Tensor, v: Tensor, paths: list[list[slice]], rul
     def along(x: Tensor, path: list[slice]) -> Tensor:
         return torch.cat([x[:, :, tokens] for tokens in path], dim=2)
 
-    return torch.cat([_document(q[:, :, path[-1]], along(k, path), along(v, path), rule) for path in paths], dim=2)[0].transpose(
-        0, 1
-    )
+    outputs = [_document(q[:, :, path[-1]], along(k, path), along(v, path), rule) for path in paths]
+    return torch.cat(outputs, dim=2)[0].transpose(0, 1)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, rule: Rule, *, is_causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -335,9 +316,7 @@ def attend_masked(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, parents: 
     total = q.shape[0]
     if total == 0:
         return _zeros(q, k, v)
-    metadata: tuple[Tensor, ...] = (
-        packed_metadata(cu_seqlens, total) if parents is None else packed_metadata(cu_seqlens, total, parents)
-    )
+    metadata: tuple[Tensor, ...] = packed_metadata(cu_seqlens, total, parents)
     position, document = metadata[:2]
     padding = (document < 0)[:, None, None]
     q, k, v = (x.masked_fill(padding, 0).transpose(0, 1)[None] for x in (q, k, v))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -126,17 +125,12 @@ def register(namespace: str) -> None:
         kernels.impl(OP, sums, key)
         kernels.impl("_document_spread", spread, key)
 
-    def fake(name: str) -> Any:
-        return functools.partial(register_fake, namespace, name)
-
-    @fake(OP)
-    def _(values, cu_seqlens):
+    def fake_sums(values: Tensor, cu_seqlens: Tensor) -> Tensor:
         _check(values, cu_seqlens)
         return values.new_empty((cu_seqlens.shape[0] - 1,))
 
-    @fake("_document_spread")
-    def _(sums, cu_seqlens, tokens):
-        return sums.new_empty((tokens,))
+    register_fake(namespace, OP, fake_sums)
+    register_fake(namespace, "_document_spread", lambda sums, cu_seqlens, tokens: sums.new_empty((tokens,)))
 
     below_sums, below_spread = below_autograd(getattr(ops, OP).default), below_autograd(ops._document_spread.default)
     raw = SimpleNamespace(document_sums=below_sums, _document_spread=below_spread)

@@ -87,10 +87,8 @@ def register_fake(namespace: str, name: str, fake: Callable[..., Any]) -> None:
     @functools.wraps(fake)
     def checked(*arguments: Any, **keywords: Any) -> Any:
         devices = {x.device.type == "meta" for x in arguments if isinstance(x, Tensor)}
-        devices |= {x.device.type == "meta" for key, x in keywords.items() if isinstance(x, Tensor) and key != "num_items"}
-        number = keywords.get("num_items")
-        if isinstance(number, Tensor) and number.device.type == "meta":
-            devices.add(True)
+        given = [(key, x.device.type == "meta") for key, x in keywords.items() if isinstance(x, Tensor)]
+        devices |= {is_meta for key, is_meta in given if is_meta or key != "num_items"}
         if len(devices) > 1:
             schema = getattr(getattr(torch.ops, namespace), name).default._schema
             named = {**dict(zip((argument.name for argument in schema.arguments), arguments, strict=False)), **keywords}

@@ -187,7 +187,7 @@ def check_may_rotate_in_place(name: str, heads: Tensor) -> None:
 def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     raw, raw_in_place = ops._rope.default, ops._rope_.default
-    option_names = [argument.name for argument in ops.rope.default._schema.arguments if argument.kwarg_only]
+    defaults = {argument.name: argument.default_value for argument in ops.rope.default._schema.arguments if argument.kwarg_only}
 
     def fake(q, k, cos, sin, *args, **options):
         return empty_heads_like(q), None if k is None else empty_heads_like(k)
@@ -199,8 +199,6 @@ def register(namespace: str) -> None:
 
     below = below_autograd(ops.rope.default)
 
-    defaults = {argument.name: argument.default_value for argument in ops.rope_.default._schema.arguments}
-
     def refuse() -> None:
         refuse_transforms("rope", f"torch.ops.{namespace} has no rules for them; packops.apply_rope without inplace has")
 
@@ -208,13 +206,13 @@ def register(namespace: str) -> None:
         refuse()
         check_tables_are_constant(cos, sin)
         if is_differentiated(q) or (k is not None and is_differentiated(k)):
-            options = tuple(keywords.get(name, defaults[name]) for name in option_names)
+            options = tuple({**defaults, **keywords}.values())
             return Rope.apply(raw, q, k, cos, sin, position_ids, cu_seqlens, options, False)
         return below(q, k, cos, sin, position_ids, cu_seqlens, **keywords)
 
     def in_place(q, k, cos, sin, position_ids=None, cu_seqlens=None, **keywords):
         refuse()
-        options = tuple(keywords.get(name, defaults[name]) for name in option_names)
+        options = tuple({**defaults, **keywords}.values())
         rotate_in_place(raw, raw_in_place, q, k, (cos, sin, position_ids, cu_seqlens), options)
 
     kernels = library(namespace)
@@ -358,11 +356,11 @@ def _apply_rope_compiled(
     options: tuple,
 ) -> tuple[Tensor, Tensor | None]:
     keywords = dict(zip(_OPTIONS, options, strict=True), position_ids=position_ids, cu_seqlens=cu_seqlens)
+    q_out, k_out = torch.ops.packops.rope(q, k, cos, sin, **keywords)
     if not inplace:
-        return torch.ops.packops.rope(q, k, cos, sin, **keywords)
+        return q_out, k_out
     # The functional op, then what the caller asked to see: a graph has no use for an in-place autograd function, and inductor has
     # an op write elsewhere where a slice begins at a symbolic offset.
-    q_out, k_out = torch.ops.packops.rope(q, k, cos, sin, **keywords)
     q.copy_(q_out)
     if k is not None:
         k.copy_(k_out)
