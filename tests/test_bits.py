@@ -8,6 +8,7 @@ result only now and then, when a copy or a product comes late.
 from __future__ import annotations
 
 import contextlib
+import functools
 
 import numpy as np
 import pytest
@@ -182,11 +183,18 @@ def test_the_pool_sees_one_wrong_bit(one_thread):
 # Repetitions
 
 
+@functools.cache
+def own_block() -> Tensor:
+    """Never given back: memory that a kernel of the stream beside may still use is no place for a disturbance."""
+    torch.cuda.synchronize()
+    return torch.empty(1 << 24, device="cuda")
+
+
 @contextlib.contextmanager
 def disturbance(number: int):
     """Other work on the GPU while the block runs: of another kind and length each time, and sometimes none."""
     streams = [torch.cuda.Stream() for _ in range(number % 3)]
-    block = torch.empty(1 << 24, device="cuda")
+    block = own_block()
     for i, stream in enumerate(streams):
         with torch.cuda.stream(stream):
             for j in range(2 + number % 5):

@@ -49,6 +49,12 @@ FAMILIES = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _compiles_anew():
+    """A process may compile FlexAttention, which takes fp32 on a GPU, for a few kinds of problems; other files use them up."""
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _registered():
     """One thread: what is small here is slower on several, by far where the machine has other work."""
