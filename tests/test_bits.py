@@ -185,7 +185,8 @@ def test_the_pool_sees_one_wrong_bit(one_thread):
 
 @functools.cache
 def own_block() -> Tensor:
-    """Never given back: memory that a kernel of the stream beside may still use is no place for a disturbance."""
+    """Allocated once and kept. Memory that was just freed may still be in use by kernels of the current stream, for which the
+    other streams do not wait."""
     torch.cuda.synchronize()
     return torch.empty(1 << 24, device="cuda")
 

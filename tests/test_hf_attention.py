@@ -51,7 +51,8 @@ FAMILIES = {
 
 @pytest.fixture(scope="module", autouse=True)
 def _compiles_anew():
-    """A process may compile FlexAttention, which takes fp32 on a GPU, for a few kinds of problems; other files use them up."""
+    """torch compiles a function for a limited number of kinds of inputs in each process. The tests of other files share
+    FlexAttention's, which computes fp32 on a GPU."""
     torch._dynamo.reset()
 
 

@@ -81,8 +81,8 @@ void wgmma_m64n192k16(float (&s)[96], WgmmaDescriptor a, WgmmaDescriptor b, bool
   auto& sums = reinterpret_cast<float (&)[24][4]>(s);
   if constexpr (kTransposed) wgmma_ss_trans(sums, a, b, add, type);
   else wgmma_ss(sums, a, b, add, type);
-  bar_sync(16 + emulator::current % emulator::block_threads / 128,
-           128);  // a warp that has its sums knows that the others have theirs
+  // The four warps multiply as one: one that has its sums knows that the others have read their operands.
+  bar_sync(16 + emulator::current % emulator::block_threads / 128, 128);
 }
 
 }  // namespace hopper
