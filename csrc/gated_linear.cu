@@ -4,7 +4,7 @@
 //   backward   product again, grad_gate = grad up f'(gate), grad_up = grad f(gate)       reads 3, writes 3 (2 without product)
 //
 // Bound: memory. Elementwise, without sums, so an element's bits do not depend on its place.
-// Layout: see gated_linear_launch.h. A thread issues all its loads before it uses the first. The end of a row, and rows that are
+// Layout: see common/row_blocks.h. A thread issues all its loads before it uses the first. The end of a row, and rows that are
 // not 16-byte aligned, are processed one element at a time with the same arithmetic: fused products are explicit, so the bits
 // agree.
 //
@@ -14,6 +14,7 @@
 
 #include "common/launch.cuh"
 #include "common/ptx.cuh"
+#include "common/row_blocks.cuh"
 #include "common/vec.cuh"
 #include "gated_linear_launch.h"
 
@@ -63,15 +64,9 @@ template <typename T, Activation A, bool kBackward>
 __global__ void __launch_bounds__(kGatedThreads, 4)  // without the 4, ptxas saves registers and serialises the loads
     gated_kernel(const __grid_constant__ GatedParams p, const __grid_constant__ GatedLaunch launch) {
   constexpr int W = kVec<T>, kUnroll = gated_unroll(kBackward);
-  uint32_t row_block = 0, column_block = blockIdx.x;
-  if (launch.row_blocks > 1) {
-    row_block = blockIdx.x / launch.column_blocks;
-    column_block = blockIdx.x % launch.column_blocks;
-  }
-  const int64_t row = int64_t(row_block) * blockDim.y + threadIdx.y;
-  const int64_t first = (int64_t(column_block) * blockDim.x * kUnroll + threadIdx.x) * W, step = blockDim.x * W;
-  if (row >= p.rows) return;
-  const int64_t count = p.columns - first, out = row * p.columns + first;
+  const RowPlace at(launch, kUnroll, W);
+  if (at.row >= p.rows) return;
+  const int64_t row = at.row, first = at.column, step = at.step, count = p.columns - first, out = row * p.columns + first;
   const T* gate = static_cast<const T*>(p.gate) + row * p.gate_row + first;
   const T* up = static_cast<const T*>(p.up) + row * p.up_row + first;
   const T* grad = static_cast<const T*>(p.grad) + row * p.grad_row + first;
@@ -119,9 +114,7 @@ __global__ void __launch_bounds__(kGatedThreads, 4)  // without the 4, ptxas sav
 template <typename T, Activation A>
 void launch_gated(const GatedParams& p, cudaStream_t stream) {
   const GatedLaunch choice = choose_gated_launch(p);
-  const dim3 grid(choice.column_blocks * choice.row_blocks);
-  const dim3 block(unsigned(choice.threads_per_row), unsigned(choice.rows_per_block));
-  launch(p.grad ? gated_kernel<T, A, true> : gated_kernel<T, A, false>, grid, block, 0, stream, p, choice);
+  launch(p.grad ? gated_kernel<T, A, true> : gated_kernel<T, A, false>, grid_of(choice), block_of(choice), 0, stream, p, choice);
 }
 
 }  // namespace

@@ -1,21 +1,16 @@
 // How gated_linear.cu spreads its work over a GPU: arithmetic on sizes only, so that it runs and is tested on a machine without
 // one.
-//
-// A thread takes `unroll` 16-byte vectors of one row, a block's width apart. A block takes a part of a row, or several short
-// rows.
 #pragma once
 
-#include <algorithm>
 #include <cstdint>
 
+#include "common/row_blocks.h"
 #include "gated_linear.h"
 
 namespace packops {
 
-struct GatedLaunch {
+struct GatedLaunch : RowBlocks {
   bool aligned = false;  // every row of every tensor begins at a multiple of 16 bytes
-  int threads_per_row = 1, rows_per_block = 1;
-  uint32_t column_blocks = 1, row_blocks = 1;
 };
 
 inline constexpr int kGatedThreads = 256;
@@ -32,15 +27,8 @@ inline bool gated_is_aligned(const GatedParams& p) {
 }
 
 inline GatedLaunch choose_gated_launch(const GatedParams& p) {
-  const auto parts = [](int64_t all, int64_t part) { return (all + part - 1) / part; };
-  GatedLaunch launch;
-  launch.aligned = gated_is_aligned(p);
   const int64_t per_thread = 16 / size_of(p.dtype) * gated_unroll(p.grad);
-  while (launch.threads_per_row < kGatedThreads && launch.threads_per_row * per_thread < p.columns) launch.threads_per_row *= 2;
-  launch.rows_per_block = int(std::min<int64_t>(kGatedThreads / launch.threads_per_row, p.rows));
-  launch.column_blocks = uint32_t(parts(p.columns, launch.threads_per_row * per_thread));
-  launch.row_blocks = uint32_t(parts(p.rows, launch.rows_per_block));
-  return launch;
+  return {choose_row_blocks(p.rows, p.columns, per_thread, kGatedThreads), gated_is_aligned(p)};
 }
 
 }  // namespace packops

@@ -337,6 +337,7 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
     }
   }
 
+  griddepcontrol_launch_dependents();
   // Adds the groups' sums, in the order of the groups.
   __syncthreads();
   if (has_lane) {
@@ -510,6 +511,7 @@ __global__ void __launch_bounds__(256, qk_norm_wide_blocks(kMrope))
 // ---- Adds rows of partials: block y = 0 for q, 1 for k.
 
 __global__ void __launch_bounds__(kSumColumns* kSumRows) weight_gradient_kernel(const __grid_constant__ QkNormRopeParams p) {
+  griddepcontrol_wait();
   const bool is_q = blockIdx.y == 0;
   add_partials(static_cast<const float*>(is_q ? p.q_partial : p.k_partial), is_q ? p.q_partials : p.k_partials,
                qk_norm_weight_size(p, is_q ? p.rope.q : p.rope.k), is_q ? p.q_weight_grad : p.k_weight_grad, p.weight_dtype);
@@ -581,14 +583,12 @@ cudaError_t qk_norm_rope_cuda(const QkNormRopeParams& p, cudaStream_t stream) {
   Device device;
   if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
   const QkNormRopeLaunch launch = choose_qk_norm_rope_launch(p, device);
-  if (launch.q_blocks + launch.k_blocks > 0)
-    dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, stream); });
-  if (p.backward()) {
-    const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
-    packops::launch(weight_gradient_kernel, dim3(blocks_for_partials(columns), p.k_weight ? 2 : 1), dim3(kSumColumns * kSumRows),
-                    0, stream, p);
-  }
-  return cudaGetLastError();
+  const bool has_rows = launch.q_blocks + launch.k_blocks > 0;
+  if (has_rows) dispatch_float<false>(p.rope.dtype, [&](auto type) { launch_pairs<decltype(type)>(p, launch, stream); });
+  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess || !p.backward()) return error;
+  const int64_t columns = std::max(qk_norm_weight_size(p, p.rope.q), p.k_weight ? qk_norm_weight_size(p, p.rope.k) : 0);
+  return launch_with({.follows = has_rows && device.overlaps_launches()}, weight_gradient_kernel,
+                     dim3(blocks_for_partials(columns), p.k_weight ? 2 : 1), dim3(kSumColumns * kSumRows), 0, stream, p);
 }
 
 }  // namespace packops

@@ -29,8 +29,8 @@ inline bool may_overlap(const Tensor& tensor) {
   return false;
 }
 
-// Whether two tensors, each without overlaps, may share an element. Exact where they have the same strides, as slices of one fused
-// tensor have; otherwise their ranges of memory are compared.
+// Whether two tensors, each without overlaps, may share an element. Exact where they have the same strides and elements of one size, as
+// slices of one fused tensor have; otherwise their ranges of memory are compared.
 inline bool share_memory(const Tensor& a, const Tensor& b) {
   const auto m = a.sizes(), n = b.sizes(), s = a.strides(), t = b.strides();
   if (a.numel() == 0 || b.numel() == 0) return false;
@@ -51,8 +51,9 @@ inline bool share_memory(const Tensor& a, const Tensor& b) {
     for (; at > 0 && dims[at - 1].stride < dim.stride; at--) dims[at] = dims[at - 1];
     dims[at] = dim;
   }
-  const int64_t size = int64_t(a.element_size());
+  const int64_t size = int64_t(a.element_size()), size_b = int64_t(b.element_size());
   const int64_t bytes = static_cast<const char*>(b.const_data_ptr()) - static_cast<const char*>(a.const_data_ptr());
+  if (size != size_b) return bytes < (end_a + 1) * size && -bytes < (end_b + 1) * size_b;
   const int64_t distance = bytes / size;
   if (distance > end_a || distance < -end_b) return false;
   if (!comparable || bytes % size) return true;

@@ -16,6 +16,7 @@ from . import (
     qk_norm_rope,
     rms_norm,
     rope,
+    scaled_rows,
 )
 
 MODULES = (
@@ -29,6 +30,7 @@ MODULES = (
     gated_linear,
     rms_norm,
     attention,
+    scaled_rows,
 )
 
 

@@ -48,10 +48,8 @@ from .derivatives import Link, check_constants, is_differentiated, no_forward_mo
 from .document_sums import document_sums
 from .linear_ce_chunks import keeps_logits, losses_and_gradients, raw_ops, weight_gradient
 from .lm_head import (
-    CPU_BLOCKS,
     Wanted,
     accumulator_dtype,
-    add_,
     check_main_grad,
     finish,
     logits_buffer,
@@ -59,6 +57,7 @@ from .lm_head import (
     wanted_of,
 )
 from .op import below_autograd, library, register_fake, typed
+from .scaled_rows import scaled_rows_
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -166,7 +165,7 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                 keeps = keep
                 factor = grad_output * unit if ctx.dtype == torch.float16 else grad_output
                 if ctx.per_token:  # only the hidden states' gradient is wanted, and it has a row for each
-                    factor = factor.masked_fill(target.view(factor.shape) < 0, 0).unsqueeze(-1)
+                    factor = factor.masked_fill(target.view(factor.shape) < 0, 0).flatten()
             else:
                 target, scale, hidden, weight, bias, class_weight = saved
                 flags = {f"grad_{name}": want for name, want in ctx.wanted._asdict().items()}
@@ -185,14 +184,14 @@ class LinearCrossEntropyFunction(torch.autograd.Function):
                         return ctx.ops.weight_gradient(*given, num_valid=ctx.num_valid)
                     ctx.ops.add_weight_gradient(main_grad, *given, num_valid=ctx.num_valid)
                 elif main_grad is None:
-                    return finish(grad, factor, ctx.dtype, keeps, blocks=CPU_BLOCKS)
+                    return finish(grad, factor, ctx.dtype, keeps)
                 else:
-                    add_(main_grad, grad, factor)
+                    scaled_rows_(main_grad, grad, factor, add=True)
                 increment_version(main_grad)
                 return stand_in(ctx.leaf)
 
             return tuple(
-                None if not want else of_weight(grad) if name == "weight" else finish(grad, factor, ctx.dtype, keeps, blocks=1)
+                None if not want else of_weight(grad) if name == "weight" else finish(grad, factor, ctx.dtype, keeps)
                 for name, want, grad in zip(Wanted._fields, ctx.wanted, grads, strict=False)
             )
 

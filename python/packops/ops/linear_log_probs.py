@@ -40,6 +40,7 @@ from .lm_head import (
     check_main_grad,
     choose_block_columns,
     column_blocks,
+    finish,
     hidden_rows,
     logits_buffer,
     make_logits,
@@ -360,12 +361,12 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
             if given["num_valid"] is not None:
                 wrong = wrong | (counts[0] > given["num_valid"])
 
-        def finish(x: Tensor) -> Tensor:
+        def mask(x: Tensor) -> Tensor:
             x = x.masked_fill(unread, 0)
             return x if wrong is None else x.masked_fill_(wrong, torch.nan)
 
-        entropy = None if rows.entropy is None else finish(rows.entropy)
-        return finish(log_probs), Rows(entropy, finish(rows.row_max), finish(rows.log_sum)), target
+        entropy = None if rows.entropy is None else mask(rows.entropy)
+        return mask(log_probs), Rows(entropy, mask(rows.row_max), mask(rows.log_sum)), target
 
     def backward(
         grads: tuple[Tensor | None, Tensor | None, Tensor | None],
@@ -427,7 +428,7 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
         if grad_hidden is not None:
             if shard is not None:
                 shard.add_up(grad_hidden)
-            grad_hidden = (grad_hidden if unit is None else grad_hidden.mul_(unit)).to(hidden.dtype)
+            grad_hidden = finish(grad_hidden, unit, hidden.dtype, keep=False)
             if not isinstance(here, slice):
                 grad_hidden = torch.zeros(flat.shape, dtype=hidden.dtype, device=device).index_copy_(0, here, grad_hidden)
             grad_hidden = grad_hidden.view(hidden.shape)

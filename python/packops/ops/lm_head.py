@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from .scaled_rows import scaled_rows_
 
 IGNORED: int = _C.constants()["ignored"]  # classes are not negative, so target < 0 is a row without a gradient
 
@@ -93,10 +94,9 @@ def hidden_rows(hidden: Tensor, target: Tensor, rows: slice | Tensor) -> tuple[T
     """Hidden states and targets of a chunk. A row without a gradient may hold anything, and 0 * NaN in the weight's gradient
     would be NaN: it becomes 0."""
     y = take(target, rows)
-    unread = (y < 0)[:, None]
-    if isinstance(rows, slice):
-        return hidden[rows].masked_fill(unread, 0), y
-    return hidden.index_select(0, rows).masked_fill_(unread, 0), y
+    index = None if isinstance(rows, slice) else rows
+    x = hidden[rows] if isinstance(rows, slice) else hidden
+    return scaled_rows_(hidden.new_empty((len(y), hidden.shape[1])), x, index=index, target=y), y
 
 
 def logits_buffer(hidden: Tensor, rows: int, vocab: int, dtype: torch.dtype) -> Tensor:
@@ -222,27 +222,13 @@ def weight_gradient_(
         return
     made = torch.empty_like(out, dtype=wide)
     product_(made, grad_logits.t(), hidden, add=False)
-    if add:
-        out.add_(made if factor is None else made.mul_(factor))
-    elif factor is None:
-        out.copy_(made)
-    else:
-        torch.mul(made, factor.reshape(1, 1), out=out)  # not 0-d, which would be rounded to the dtype of `out` first
+    scaled_rows_(out, made, factor, add=add)
 
 
 def unit_of(largest: Tensor) -> Tensor:
     """What fp16 gradients are measured in: the largest is about 2^8 units, far from both of fp16's ends. A power of two, so that
     it rounds nothing, and not subnormal, since gradients are divided by it."""
     return torch.ldexp(torch.ones_like(largest), (torch.frexp(largest).exponent - 8).clamp(min=-126))
-
-
-def add_(main_grad: Tensor, grad: Tensor, factor: Tensor | None) -> None:
-    """main_grad += factor * grad, in the dtype of main_grad."""
-    grad = grad.to(main_grad.dtype)
-    if factor is None:
-        main_grad.add_(grad)
-    else:
-        main_grad.addcmul_(grad, factor.to(main_grad.dtype).reshape(1, 1))
 
 
 def check_main_grad(op: str, main_grad: Tensor | None, weight: Tensor, dtype: torch.dtype) -> None:
@@ -275,18 +261,11 @@ def stand_in(weight: Tensor | None) -> Tensor | None:
     return make(weight)
 
 
-def finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool, blocks: int) -> Tensor:
-    """`grad` times `factor` in `dtype`, computed in the wider of their dtypes and rounded once."""
+def finish(grad: Tensor, factor: Tensor | None, dtype: torch.dtype, keep: bool) -> Tensor:
+    """`grad` times `factor`, one number or one for each row, in `dtype`, rounded once. keep: `grad` may not be overwritten."""
     if factor is None:
         return grad.to(dtype)
-    if factor.dim() == 0:
-        factor = factor.reshape((1,) * grad.dim())  # a 0-d factor would be rounded to the dtype of a 16-bit gradient first
-    out = grad if grad.dtype == dtype and not keep else torch.empty_like(grad, dtype=dtype)
-    if blocks == 1 or grad.is_cuda or torch.compiler.is_compiling():
-        return torch.mul(grad, factor, out=out)
-    for piece, source in zip(out.tensor_split(blocks), grad.tensor_split(blocks), strict=True):  # the CPU converts in temporaries
-        torch.mul(source, factor, out=piece)
-    return out
+    return scaled_rows_(grad if grad.dtype == dtype and not keep else torch.empty_like(grad, dtype=dtype), grad, factor)
 
 
 class Product:
