@@ -215,6 +215,10 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
     weights.to_floats(place, weight_a, weight_b);
   }
 
+  // From one of the thread's heads to the next, and from the first vector of a head to the second.
+  const int64_t x_step = slots * job.x.in_head, g_step = slots * job.grad.in_head, y_step = slots * job.x.out_head;
+  const int to_b = place.b - place.a;
+
   // Block i takes chunks i, i + blocks, ... of the chunks of all tokens.
   const int blocks = int(job.blocks), step = blocks / chunks * tokens_per_block, chunk_step = blocks % chunks;
   int chunk = int(job.block) % chunks;
@@ -226,20 +230,19 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
     const RopeToken at = has_token ? rope_token(rope, t) : RopeToken{0, 0};
 
     Vec<T, W> xa[kUnroll], xb[kUnroll], ga[kUnroll], gb[kUnroll];
+    const T *x = head_in<T>(job.x, at, slot) + place.a, *g = head_in<T>(job.grad, at, slot) + place.a;
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
+    for (int u = 0; u < kUnroll; u++, x += x_step, g += g_step) {
       xa[u].fill(0.f);
       xb[u].fill(0.f);
       ga[u].fill(0.f);
       gb[u].fill(0.f);
-      const int head = slot + u * slots;
-      if (active && head < heads) {
-        const T *x = head_in<T>(job.x, at, head), *g = head_in<T>(job.grad, at, head);
-        xa[u].load_streaming(x + place.a);
-        ga[u].load_streaming(g + place.a);
+      if (active && slot + u * slots < heads) {
+        xa[u].load_streaming(x);
+        ga[u].load_streaming(g);
         if (has_b) {
-          xb[u].load_streaming(x + place.b);
-          gb[u].load_streaming(g + place.b);
+          xb[u].load_streaming(x + to_b);
+          gb[u].load_streaming(g + to_b);
         }
       }
     }
@@ -297,10 +300,10 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
     }
     group_sum(sums, launch.group);
 
+    T* y = head_out<T>(job.x, at, slot) + place.a;
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
-      const int head = slot + u * slots;
-      if (!active || head >= heads) continue;
+    for (int u = 0; u < kUnroll; u++, y += y_step) {
+      if (!active || slot + u * slots >= heads) continue;
       // Tokens outside of documents must not reach the weight's gradient, not even as 0 times NaN.
       if (outside) {
         xa[u] = ga[u];
@@ -325,9 +328,8 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
         xa[u].from_floats(a);
         xb[u].from_floats(b);
       }
-      T* y = head_out<T>(job.x, at, head);
-      xa[u].store_streaming(y + place.a);
-      if (has_b) xb[u].store_streaming(y + place.b);
+      xa[u].store_streaming(y);
+      if (has_b) xb[u].store_streaming(y + to_b);
     }
     first += step;
     chunk += chunk_step;

@@ -21,15 +21,15 @@ namespace {
 
 // Sums over each team of the block; every thread gets its team's. Double-buffered: passing round n's barrier means round n-1 was
 // read. Without kSeveralTeams a team of more than a warp is a block.
-template <bool kSeveralTeams, int N>
-__device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int round, float (*shared)[kRmsNormThreads / 32][N]) {
+template <bool kSeveralTeams, int kWarps, int N>
+__device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int round, float (&shared)[2][kWarps][N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) x[i] = warp_sum(x[i]);
   if (size == 32) return;
   const int warp = threadIdx.x / 32;
   if (threadIdx.x % 32 == 0)
     for (int i = 0; i < N; i++) shared[round % 2][warp][i] = x[i];
-  // No team waits for another. A kernel with named barriers has all sixteen in every block, so that fewer blocks fit: not forward.
+  // No team waits for another. A kernel with named barriers has all sixteen in every block, so that two blocks fit: not forward.
   if constexpr (kSeveralTeams) bar_sync(1 + team, size);
   else __syncthreads();
   for (int i = 0; i < N; i++) {
@@ -38,11 +38,11 @@ __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int 
   }
 }
 
-template <typename T, bool kBackward>
-__global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
+template <typename T, int V, bool kBackward>
+__global__ void __launch_bounds__(rms_norm_threads(V, kBackward), kBackward ? 1 : 4)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ RmsNormLaunch launch) {
-  constexpr int W = kVec<T>, V = kRmsNormVectors, N = kBackward ? 2 : 1;
-  __shared__ float shared[2][kRmsNormThreads / 32][N];
+  constexpr int W = kVec<T>, N = kBackward ? 2 : 1;
+  __shared__ float shared[2][rms_norm_threads(V, kBackward) / 32][N];
   const int team = threadIdx.x / launch.team, lane = threadIdx.x % launch.team, teams = launch.threads / launch.team;
   const int columns = int(p.columns);
   const float inverse = 1.f / columns, eps = float(p.eps), one = p.zero_centered ? 1.f : 0.f;
@@ -121,7 +121,7 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
       for (int j = 0; j < W; j++)
         if (column(v) < columns) of_teams[team * columns + column(v) + j] = sums[v][j];
     __syncthreads();
-    for (int c = threadIdx.x; c < columns; c += kRmsNormThreads) {
+    for (int c = threadIdx.x; c < columns; c += launch.threads) {
       float sum = of_teams[c];
       for (int t = 1; t < teams; t++) sum += of_teams[t * columns + c];
       partial[c] = sum;
@@ -132,6 +132,16 @@ __global__ void __launch_bounds__(kRmsNormThreads, kBackward ? 2 : 4)
 __global__ void __launch_bounds__(kSumColumns* kSumRows) weight_gradient_kernel(const __grid_constant__ RmsNormParams p) {
   griddepcontrol_wait();
   add_partials(static_cast<const float*>(p.partial), p.partials, p.columns, p.weight_grad, p.dtype);
+}
+
+template <typename T, int V>
+cudaError_t launch_rows(const RmsNormParams& p, const RmsNormLaunch& choice, const Device& device, cudaStream_t stream) {
+  constexpr auto kBackward = rms_norm_kernel<T, V, true>;
+  const int shared = p.backward() ? choice.threads / choice.team * int(p.columns * sizeof(float)) : 0;
+  if (const cudaError_t error = allow_shared<kBackward>(device.index, shared); error != cudaSuccess) return error;
+  launch(p.backward() ? kBackward : rms_norm_kernel<T, V, false>, dim3(unsigned(choice.blocks)), dim3(unsigned(choice.threads)),
+         size_t(shared), stream, p, choice);
+  return cudaGetLastError();
 }
 
 }  // namespace
@@ -146,17 +156,16 @@ cudaError_t rms_norm_cuda_partials(RmsNormParams& p) {
 cudaError_t rms_norm_cuda(const RmsNormParams& p, cudaStream_t stream) {
   if (!rms_norm_fits(p.columns, p.dtype)) return cudaErrorInvalidValue;
   Device device;
-  if (const cudaError_t error = current_device(device); error != cudaSuccess) return error;
+  cudaError_t error = current_device(device);
+  if (error != cudaSuccess) return error;
   const RmsNormLaunch choice = choose_rms_norm_launch(p, device);
-  const int shared = p.backward() ? int(choice.threads / choice.team * p.columns * sizeof(float)) : 0;
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
     using T = decltype(type);
     if (choice.blocks > 0)
-      launch(p.backward() ? rms_norm_kernel<T, true> : rms_norm_kernel<T, false>, dim3(unsigned(choice.blocks)),
-             dim3(unsigned(choice.threads)), size_t(shared), stream, p, choice);
+      error = choice.vectors == 3 ? launch_rows<T, 3>(p, choice, device, stream) : launch_rows<T, 4>(p, choice, device, stream);
   });
   if (!known) return cudaErrorInvalidValue;
-  if (const cudaError_t error = cudaGetLastError(); error != cudaSuccess || !p.backward()) return error;
+  if (error != cudaSuccess || !p.backward()) return error;
   return launch_with({.follows = choice.blocks > 0 && device.overlaps_launches()}, weight_gradient_kernel,
                      dim3(blocks_for_partials(p.columns)), dim3(kSumColumns * kSumRows), 0, stream, p);
 }

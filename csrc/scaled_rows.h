@@ -18,14 +18,14 @@ namespace packops {
 
 struct ScaledRowsParams {
   const void* x = nullptr;
-  int64_t x_row = 0;   // elements between its rows; those of a row are contiguous
+  int64_t x_row = 0;    // elements between its rows; those of a row are contiguous
   void* out = nullptr;  // (rows, columns), contiguous; x itself, or apart from it
   int64_t rows = 0, columns = 0;
   DType x_dtype = DType::f32, dtype = DType::f32;  // both fp64, or neither
-  const void* factor = nullptr;      // fp32 (fp64 for fp64); null: 1
-  int64_t factor_step = 0;           // 1: one for each row; 0: one for all
-  const int64_t* index = nullptr;    // (rows) of x; null: r
-  const int32_t* target = nullptr;   // (rows); null: every row counts
+  const void* factor = nullptr;                    // fp32 (fp64 for fp64); null: 1
+  int64_t factor_step = 0;                         // 1: one for each row; 0: one for all
+  const int64_t* index = nullptr;                  // (rows) of x; null: r
+  const int32_t* target = nullptr;                 // (rows); null: every row counts
   bool add = false;
 };
 

@@ -137,9 +137,11 @@ struct Bits<2> {
 template <typename T, int W>
 struct Vec {
   using Storage = typename Bits<W * sizeof(T)>::type;
+  static constexpr bool kPairs = sizeof(T) == 2 && W % 2 == 0;  // one instruction converts both: the compiler would not find that
   union {
     Storage bits;
     T element[W];
+    uint32_t words[(W * sizeof(T) + 3) / 4];
   };
   __device__ Vec() {}
   __device__ void load(const T* p) { bits = *reinterpret_cast<const Storage*>(p); }
@@ -148,12 +150,26 @@ struct Vec {
   __device__ void load_streaming(const T* p) { bits = __ldcs(reinterpret_cast<const Storage*>(p)); }
   __device__ void store_streaming(T* p) const { __stcs(reinterpret_cast<Storage*>(p), bits); }
   __device__ void to_floats(float (&x)[W]) const {
+    if constexpr (kPairs) {
 #pragma unroll
-    for (int i = 0; i < W; i++) x[i] = to_float(element[i]);
+      for (int i = 0; i < W / 2; i++) {
+        const float2 pair = unpack2(words[i], T{});
+        x[2 * i] = pair.x;
+        x[2 * i + 1] = pair.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; i++) x[i] = to_float(element[i]);
+    }
   }
   __device__ void from_floats(const float (&x)[W]) {
+    if constexpr (kPairs) {
 #pragma unroll
-    for (int i = 0; i < W; i++) element[i] = from_float<T>(x[i]);
+      for (int i = 0; i < W / 2; i++) words[i] = pack2(x[2 * i], x[2 * i + 1], T{});
+    } else {
+#pragma unroll
+      for (int i = 0; i < W; i++) element[i] = from_float<T>(x[i]);
+    }
   }
   __device__ void fill(float x) {
 #pragma unroll

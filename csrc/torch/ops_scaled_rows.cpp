@@ -27,8 +27,8 @@ void scaled_rows(Tensor out, const Tensor& x, OptionalTensor factor, OptionalTen
   p.x_dtype = float_dtype(x, kOp, "x");
   p.dtype = float_dtype(out, kOp, "out");
   check_device(kOp, "x", x, "out", out);
-  PACKOPS_CHECK((p.x_dtype == DType::f64) == (p.dtype == DType::f64), TypeError, kOp, ": out must be float64 where x is, and only there, got ",
-                dtype_of(out), " for ", dtype_of(x));
+  PACKOPS_CHECK((p.x_dtype == DType::f64) == (p.dtype == DType::f64), TypeError, kOp,
+                ": out must be float64 where x is, and only there, got ", dtype_of(out), " for ", dtype_of(x));
   PACKOPS_CHECK(out.dim() >= 1 && x.dim() >= 1 && out.is_contiguous(), ValueError, kOp,
                 ": out and x must be rows, and out contiguous, got shapes ", shape_of(out), " and ", shape_of(x));
   p.columns = out.size(out.dim() - 1);

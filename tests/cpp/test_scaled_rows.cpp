@@ -27,7 +27,8 @@ CASE(a_launch_covers_every_element_and_little_else) {
             const ScaledRowsParams p = scaled_rows_as_one(problem(rows, columns, gap, x_dtype, dtype));
             CHECK_EQ(p.rows, gap ? rows : 1);
             const ScaledRowsLaunch launch = choose_scaled_rows_launch(p);
-            const int64_t width = launch.threads_per_row * kScaledRowsVectors * scaled_rows_width(size_of(x_dtype), size_of(dtype));
+            const int64_t width =
+                launch.threads_per_row * kScaledRowsVectors * scaled_rows_width(size_of(x_dtype), size_of(dtype));
             const int threads = launch.threads_per_row * launch.rows_per_block;
             CHECK(threads >= 1 && threads <= kScaledRowsThreads);
             CHECK(int64_t(launch.column_blocks) * width >= p.columns);
@@ -57,8 +58,8 @@ CASE(a_launch_takes_vectors_where_addresses_allow) {
     return choose_scaled_rows_launch(problem(rows, columns, gap, x_dtype, dtype, address)).aligned;
   };
   CHECK(aligned(8, 0, DType::bf16, DType::bf16));
-  CHECK(!aligned(8, 4, DType::bf16, DType::bf16));  // every second row 8 bytes off
-  CHECK(aligned(8, 4, DType::bf16, DType::f32));    // whose vectors are of 8 bytes
+  CHECK(!aligned(8, 4, DType::bf16, DType::bf16));   // every second row 8 bytes off
+  CHECK(aligned(8, 4, DType::bf16, DType::f32));     // whose vectors are of 8 bytes
   CHECK(!aligned(12, 4, DType::bf16, DType::bf16));  // the rows of out
   CHECK(!aligned(8, 0, DType::f32, DType::bf16, 8));
   CHECK(aligned(8, 0, DType::bf16, DType::f32, 8));

@@ -60,6 +60,7 @@ CASE(every_team_and_type) {
     compare<bf16_t>(19, 1032, 8, zero_centered);  // a team of two warps, the last vectors not there
     compare<half_t>(9, 2304, 0, zero_centered);
     compare<bf16_t>(5, 8192, 0, zero_centered);
+    compare<bf16_t>(701, 5120, 8, zero_centered);  // an odd number of teams in a block, several rounds of each
     compare<float>(37, 500, 4, zero_centered);
     compare<float>(9, 4096, 0, zero_centered);
   }
@@ -77,13 +78,25 @@ CASE(a_launch_covers_every_row_and_column) {
         const RmsNormLaunch forward = choose_rms_norm_launch(p, kDevice);
         p.weight_grad = &p;
         const RmsNormLaunch backward = choose_rms_norm_launch(p, kDevice);
-        CHECK(forward.team * kRmsNormVectors * vector >= columns && forward.team <= kRmsNormThreads);
-        CHECK(forward.team == 32 || forward.team / 2 * kRmsNormVectors * vector < columns);  // no wider than it must be
-        CHECK(forward.threads % forward.team == 0 && forward.threads == std::max(forward.team, 64));
-        CHECK(forward.blocks * (forward.threads / forward.team) >= rows);
-        CHECK(backward.team == forward.team && backward.threads == kRmsNormThreads);
-        CHECK(backward.blocks >= 1 && backward.blocks <= 264 && backward.blocks <= forward.blocks);
+        CHECK(forward.team % 32 == 0 && forward.team <= kRmsNormTeam && (forward.vectors == 3 || forward.vectors == 4));
+        const int64_t places = forward.team * forward.vectors * vector;
+        CHECK(places >= columns && places - columns < 32 * forward.vectors * vector);  // no wider than it must be
+        CHECK(forward.threads == std::max(forward.team, 64) && forward.blocks * (forward.threads / forward.team) >= rows);
+        CHECK(backward.team == forward.team && backward.vectors == forward.vectors && backward.threads % backward.team == 0);
+        const int most = rms_norm_threads(backward.vectors, true), blocks = most / backward.team % 2 == 0 ? 2 : 1;
+        CHECK(blocks * backward.threads <= most && blocks * backward.threads > most - backward.team);  // all that registers hold
+        CHECK(backward.blocks >= 1 && backward.blocks <= 132 * blocks &&
+              (backward.blocks - 1) * backward.threads / backward.team < rows);
       }
   CHECK(!rms_norm_fits(0, DType::f16) && !rms_norm_fits(12, DType::f16) && !rms_norm_fits(8192, DType::f32));
   CHECK(rms_norm_fits(8192, DType::f16) && !rms_norm_fits(8200, DType::f16));
+}
+
+CASE(widths_of_models_leave_no_place_empty) {
+  for (int64_t columns : {1024, 2048, 2304, 2560, 3072, 4096, 5120, 6144, 7168, 8192}) {
+    RmsNormParams p;
+    p.rows = 1, p.columns = columns, p.dtype = DType::bf16;
+    const RmsNormLaunch launch = choose_rms_norm_launch(p, {});
+    CHECK_EQ(launch.team * launch.vectors * 8, columns == 2560 ? 3072 : columns);
+  }
 }

@@ -18,7 +18,8 @@ constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
                                                     : DType::bf16;
 
 struct Layout {
-  int64_t rows, columns, gap = 0, late = 0;  // gap: elements between the rows of x; late: how far into its memory each tensor begins
+  int64_t rows, columns, gap = 0,
+                         late = 0;  // gap: elements between the rows of x; late: how far into its memory each tensor begins
 };
 
 // What of each row is given.
@@ -76,7 +77,8 @@ void compare(const Layout& at, const Given& given) {
 
 template <typename In, typename Out>
 void check_everything() {
-  for (const Layout& at : {Layout{1, 1}, {5, 7}, {3, 1031}, {3, 896, 8}, {2, 2304, 2304}, {7, 33, 1}, {300, 8, 8}, {2, 5000, 0, 1}})
+  for (const Layout& at :
+       {Layout{1, 1}, {5, 7}, {3, 1031}, {3, 896, 8}, {2, 2304, 2304}, {7, 33, 1}, {300, 8, 8}, {2, 5000, 0, 1}})
     for (bool add : {false, true}) {
       compare<In, Out>(at, {.add = add});
       compare<In, Out>(at, {.factors = true, .add = add});
