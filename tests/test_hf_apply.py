@@ -354,6 +354,63 @@ def test_a_decoder_that_was_replaced_is_asked_how_it_attends():
         model(**inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
 
 
+class Saved(nn.Module):
+    """As PEFT's ``modules_to_save``: a copy of a module computes in its place."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module, self.copy = module, copy.deepcopy(module)
+
+    def forward(self, *args, **kwargs):
+        return self.copy(*args, **kwargs)
+
+
+def save(model, path):
+    model.set_submodule(path, Saved(model.get_submodule(path)))
+    return model
+
+
+@pytest.mark.parametrize("attention", [None, "packops_varlen"])
+@pytest.mark.parametrize("path", ["model.layers.1.self_attn", "model.layers.0.mlp", "model.layers.1.input_layernorm", "lm_head"])
+def test_copies_of_patched_modules(path, attention):
+    """They compute as what they are copies of, patched once more or not at all."""
+    texts = documents()
+    stock = run(save(make("qwen3"), path), packed(texts))
+    model = save(packops.hf.apply(make("qwen3"), attention=attention), path)
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    packops.hf.apply(model, rope=False, attention=attention)
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    packops.hf.revert(model)
+    assert not any(record.is_patched(module) for module in model.modules())
+    assert difference(run(model, packed(texts)), stock) < 1e-6
+
+
+def test_copies_that_another_record_answers_for():
+    inner = packops.hf.apply(make("llama"))
+    model = make("llama")
+    packops.hf.apply(model)
+    model.other = inner
+    packops.hf.revert(model)
+    assert record.is_patched(inner)
+    packops.hf.revert(inner)
+    assert not any(record.is_patched(module) for module in model.modules())
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("path", ["self_attn", ""])
+def test_copies_of_attention_have_a_configuration_of_their_own(family, path):
+    texts, path = documents(), f"model.layers.1.{path}".rstrip(".")
+    model = save(make(family), path)
+    stock, layer = run(model, packed(texts)), model.get_submodule(path).copy
+    config, before = getattr(layer, "self_attn", layer).config, model.config._attn_implementation
+    packops.hf.apply(model, attention="packops_varlen")
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    packops.hf.revert(model)
+    assert getattr(layer, "self_attn", layer).config is config
+    assert config._attn_implementation == before
+    assert difference(run(model, packed(texts)), stock) < 1e-6
+
+
 # ---- what is not known is refused ---------------------------------------------------------------------------------------------
 
 

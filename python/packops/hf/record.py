@@ -96,6 +96,17 @@ def record_of(model: nn.Module) -> Record | None:
     return vars(model).get(ATTRIBUTE)
 
 
+def strip_copies(model: nn.Module) -> list[nn.Module]:
+    """Give modules that were copied while they were patched (PEFT's ``modules_to_save`` and layer replication do) their class
+    back; returns them. What another record answers for stays."""
+    others = [module for module in model.modules() if module is not model and ATTRIBUTE in vars(module)]
+    parts = {part for other in others for part in other.modules()}
+    copies = [module for module in model.modules() if is_patched(module) and module not in parts]
+    for module in copies:
+        module.__class__ = vars(type(module))["_packops"][0]
+    return copies
+
+
 @dataclasses.dataclass
 class Change:
     """One attribute of one module."""
