@@ -411,6 +411,37 @@ def test_copies_of_attention_have_a_configuration_of_their_own(family, path):
     assert difference(run(model, packed(texts)), stock) < 1e-6
 
 
+class Prompted(nn.Module):
+    """As PEFT's adaption prompts: the attention layer is called, and its queries are turned once more."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.gate = layer, nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        cos, sin = position_embeddings
+        output, weights = self.layer(hidden_states=hidden_states, position_embeddings=position_embeddings, **kwargs)
+        return output + self.gate * (cos[..., :8].sum(-1) + sin[..., 7])[..., None], weights
+
+
+def test_a_layer_in_a_wrapper_that_reads_tables():
+    """Before apply the tables stay the model's; afterwards it is refused."""
+    texts, path = documents(), "model.layers.0.self_attn"
+
+    def wrap(model):
+        model.set_submodule(path, Prompted(model.get_submodule(path)))
+        return model
+
+    model = packops.hf.apply(wrap(make("llama")))
+    assert difference(run(model, packed(texts)), run(wrap(make("llama")), packed(texts))) < 1e-5
+    assert packops.hf.report(model).replaced["tables"].startswith("the model's own")
+    model = wrap(packops.hf.apply(make("llama")))
+    with pytest.raises(ValueError, match=f"{path} was replaced after packops.hf.apply, by a Prompted that reads other"):
+        model(**packed(texts))
+    packops.hf.apply(model)
+    assert difference(run(model, packed(texts)), run(wrap(make("llama")), packed(texts))) < 1e-5
+
+
 # ---- what is not known is refused ---------------------------------------------------------------------------------------------
 
 
