@@ -206,6 +206,14 @@ def test_only_a_plain_lm_head_is_fused():
     assert model(**packed(texts)).logits is not None
 
 
+def test_report_says_where_a_head_makes_logits():
+    model = make("llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    model.set_output_embeddings(model.lm_head)
+    notes = packops.hf.report(packops.hf.apply(model)).notes
+    assert notes == ["logits are made all the same while lm_head (Sequential) is more than its weight"]
+
+
 def test_tied_embeddings_and_a_bias(fused):
     texts = documents()
     for model in (make("llama", tie_word_embeddings=True), make("llama")):

@@ -576,6 +576,8 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
     record.set_methods("the model", model, Model(reason is None, families.never_looks(model)))
     if reason is None:
         record.replaced("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
+        if not _is_plain_linear(head := getattr(model, ending.head)):
+            record.note(f"logits are made all the same while {ending.head} ({type(head).__name__}) is more than its weight")
     else:
         record.note(f"logits are always made: {reason}")
 
