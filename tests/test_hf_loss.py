@@ -508,6 +508,33 @@ def test_prompts_that_are_learned_are_refused(attention):
         model(**{**inputs, "position_ids": None}, inputs_embeds=embeddings, labels=labels)
 
 
+@pytest.mark.parametrize("attention", [None, "packops_varlen"])
+def test_prompts_that_are_learned_are_refused_by_positions_alone(attention):
+    """Without cu_seq_lens_q: PEFT passes None for the positions that it drops, or moves them behind what is in the cache."""
+    model = packops.hf.apply(make("llama"), attention=attention).train().requires_grad_(False)
+    inputs = packed(documents())
+    ids, labels, positions = (inputs[name] for name in ("input_ids", "labels", "position_ids"))
+    embeddings = torch.cat((torch.randn(1, 10, 32), model.get_input_embeddings()(ids)), dim=1).requires_grad_()
+    longer = torch.nn.functional.pad(labels, (10, 0), value=-100)
+    with pytest.raises(ValueError, match=r"position_ids were dropped, .* prompt learning"):
+        model(inputs_embeds=embeddings, labels=longer, position_ids=None)
+    with pytest.raises(ValueError, match="prompt learning"):
+        model(inputs_embeds=embeddings, position_ids=None)  # another's loss
+    alone = {"use_cache": False}
+    if attention is None:  # it finds no positions
+        assert model(inputs_embeds=embeddings, labels=longer, **alone).loss > 0
+    model.requires_grad_(True)
+    assert model(inputs_embeds=embeddings, labels=longer, position_ids=torch.arange(59)[None], **alone).loss > 0
+
+    with torch.no_grad():
+        cache = model(torch.ones(1, 10, dtype=torch.long), position_ids=torch.arange(10)[None], use_cache=True).past_key_values
+    for mask in (None, torch.ones(1, 59, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"packed documents with a cache. .*prompt learning"):
+            model(ids, labels=labels, position_ids=positions + 10, past_key_values=cache, attention_mask=mask)
+    mask = torch.ones(1, 59, dtype=torch.long)
+    assert model(ids, labels=labels, position_ids=torch.arange(10, 59)[None], past_key_values=cache, attention_mask=mask).loss > 0
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
 def test_prompt_learning_of_peft_is_refused(kind):
@@ -517,6 +544,9 @@ def test_prompt_learning_of_peft_is_refused(kind):
     wrapped = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="prompt learning"):
         wrapped(**packed(texts), num_items_in_batch=44)
+    with pytest.raises(ValueError, match="prompt learning"):
+        wrapped(**{name: packed(texts)[name] for name in ("input_ids", "labels", "position_ids")})
+    wrapped(**padded(texts)).loss.backward()
 
 
 def test_a_reduction_that_would_be_ignored_is_refused():

@@ -25,7 +25,8 @@ from ..data.documents import document_begins
 from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
-from .attention_documents import begin_anew, go_on
+from .adapters import drops_positions, reason_against_packing
+from .attention_documents import begin_anew, go_back, go_on
 from .record import Record, pretrained
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
@@ -443,22 +444,30 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
     bounds, mask, cache = given.get("cu_seq_lens_q"), given.get("attention_mask"), given.get("past_key_values")
     if isinstance(mask, Tensor) and mask.dim() == 4:
         _check_obeyed(config, mask, given.get("token_weight") is not None)
+    is_row_mask = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)  # others say who sees whom
     packed = ""
     if bounds is not None and bounds.numel() > 2:
         packed = "cu_seq_lens_q"
         if cache is not None or (positions is None and given.get("input_ids") is None):
             raise ValueError(
-                "packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. PEFT's prompt learning "
-                "(prompt, prefix and p-tuning) calls so: it puts its tokens before the first document alone, and drops the "
-                "positions of all. Train it on padded rows"
+                f"packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. {_PROMPT_LEARNING}"
             )
         if model.config.model_type in families.NO_POSITIONS:
             raise ValueError(
                 f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {model.config.model_type!r}, which takes "
                 "no position_ids"
             )
-    said = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
-    if said or config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+    elif cache is not None and is_row_mask and go_back(positions, mask):
+        raise ValueError(f"packops.hf: position_ids of packed documents with a cache. {_PROMPT_LEARNING}")
+    elif (scored or trains) and drops_positions(model, given):
+        raise ValueError(
+            "packops.hf: embeddings, position_ids=None and a model without a parameter to train: position_ids were dropped, "
+            f"which may have told documents apart. {_PROMPT_LEARNING}, or leave position_ids out where rows are not packed"
+        )
+    reason = reason_against_packing(model)
+    if reason is not None and (packed or given.get("parents") is not None or (is_row_mask and begin_anew(positions, mask))):
+        raise ValueError(f"packops.hf: packed documents would change each other by {reason}. Train it on padded rows")
+    if not is_row_mask or config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
         return  # whatever attends was told who sees whom, or takes the boundaries
     if not packed and begin_anew(positions, mask):
         packed = "position_ids that begin at 0 again"
@@ -482,6 +491,12 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             "by positions alone: pass positions that begin anew, as packops.PackingCollator makes them, or none"
         )
     _check_told_apart(name, packed, mask, _uses_cache(config, given))
+
+
+_PROMPT_LEARNING = (
+    "PEFT's prompt learning (prompt, prefix and p-tuning) calls so: it puts its tokens before the first document alone, and "
+    "drops or shifts the positions of all. Train it on padded rows"
+)
 
 
 def _check_obeyed(config: Any, mask: Tensor, is_forest: bool) -> None:
