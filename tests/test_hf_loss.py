@@ -583,6 +583,42 @@ def test_the_forward_of_trl_is_watched(reduction):
     packops.hf.revert(model)
 
 
+def fused_lm_head(model):
+    """As TRL puts it on a model: the decoder is called, not the model's own forward."""
+
+    @functools.wraps(type(model).forward)
+    def fused_forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+        return self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+
+    model.forward = fused_forward.__get__(model)
+    return model
+
+
+def test_calls_that_trl_takes_past_the_forward_are_checked():
+    texts = documents()
+    model, stock, inputs = packops.hf.apply(make("llama")).train(), make("llama"), packed(texts)
+    want = stock.model(**{name: x for name, x in inputs.items() if name != "labels"}).last_hidden_state
+    fused_lm_head(model)
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True), want, rtol=1e-4, atol=1e-5)
+    del inputs["position_ids"]
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True), want, rtol=1e-4, atol=1e-5)
+    mask = torch.ones_like(inputs["input_ids"])
+    with pytest.raises(ValueError, match="with an attention_mask, beside which transformers does not look"):
+        model(**inputs, attention_mask=mask, fused_lm_head=True)
+    assert model(**padded(texts), fused_lm_head=True).shape == (5, 22, 32)
+
+
+def test_the_fused_lm_head_of_trl_is_checked():
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs trl")
+    texts, found = documents(), []
+    for model in (make("llama"), packops.hf.apply(make("llama"))):
+        utils.add_fused_lm_head(model.train())
+        found.append(model(**packed(texts), fused_lm_head=True).loss)
+    torch.testing.assert_close(found[0], found[1])
+    with pytest.raises(ValueError, match="with an attention_mask, beside which transformers does not look"):
+        model(**packed(texts), attention_mask=torch.ones(1, 49, dtype=torch.long), fused_lm_head=True)
+
+
 def test_count_documents_where_nothing_counts_documents():
     trainer = counting_trainer(make("llama"))
     with pytest.raises(ValueError, match="divides by tokens"):

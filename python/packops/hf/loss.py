@@ -390,7 +390,7 @@ class Model:
             return inner(self, *args, **kwargs)
 
         def set_attribute(self: Any, name: str, value: Any) -> None:
-            base.__setattr__(self, name, _watched(self, value) if name == "forward" else value)
+            base.__setattr__(self, name, _watched(self, value, never_looks) if name == "forward" else value)
 
         return {"forward": forward, "__setattr__": set_attribute}
 
@@ -547,16 +547,26 @@ def _ignored(model: Any, why: str) -> str:
     )
 
 
-def _watched(model: Any, forward: Any) -> Any:
-    """A forward that somebody puts in place of the model's: TRL's computes a loss from the hidden states itself."""
-    if not isinstance(forward, MethodType) or forward.__self__ is not model or not _by_document(model):
+def _watched(model: Any, forward: Any, never_looks: bool) -> Any:
+    """A forward that somebody puts in place of the model's: TRL's computes log-probabilities from the decoder's hidden states and
+    passes by what stands in the model's own forward."""
+    if not isinstance(forward, MethodType) or forward.__self__ is not model:
         return forward
     function = forward.__func__
+    takes = "fused_lm_head" in getattr(getattr(function, "__code__", None), "co_varnames", ())
+    if not takes and not _by_document(model):
+        return forward
+    names = list(inspect.signature(function).parameters)[1:]
 
     @functools.wraps(function)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("fused_lm_head") and _by_document(self):
-            raise ValueError(_ignored(self, "TRL asked it for log-probabilities (fused_lm_head=True)"))
+        if kwargs.get("fused_lm_head"):
+            if _by_document(self):
+                raise ValueError(_ignored(self, "TRL asked it for log-probabilities (fused_lm_head=True)"))
+            given = {**dict(zip(names, args, strict=False)), **kwargs, "use_cache": False}  # as TRL calls the decoder
+            if "position_ids" in names and (positions := _missing_positions(given)) is not None:
+                given["position_ids"] = kwargs["position_ids"] = positions
+            check_call(self, given, never_looks)
         return function(self, *args, **kwargs)
 
     return MethodType(watched, model)
