@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 from torch import nn
@@ -109,7 +110,10 @@ def report(model: nn.Module) -> Report:
     families.require_transformers()
     target = pretrained(model)
     record = record_of(target)
-    return _blank(target) if record is None else record.report
+    if record is None:
+        return _blank(target)
+    changed_since = _rope.notes(target) if "rope" in record.report.replaced else []
+    return dataclasses.replace(record.report, notes=record.report.notes + changed_since)
 
 
 def _undo(target: nn.Module, record: Record) -> None:
