@@ -11,6 +11,8 @@ from torch import nn
 
 import packops
 import packops.hf
+from packops.hf import attention_documents
+from packops.hf import loss as hf_loss
 from packops.hf.adapters import reason_against_packing
 
 transformers = pytest.importorskip("transformers")
@@ -56,6 +58,27 @@ def test_adapters_of_a_whole_row_are_refused(kind, message, attention):
     model(**inputs)
     model.peft_config = None
     assert reason_against_packing(model) is None
+
+
+def test_positions_that_are_not_read_may_tell_of_packed_rows(monkeypatch):
+    """As on a GPU, where to look at them is to wait."""
+    for module in (hf_loss, attention_documents):
+        monkeypatch.setattr(module, "may_read", lambda positions: False)
+    ids = torch.tensor([documents()[0]])
+    rows = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.numel())[None], "use_cache": False}
+    model = packops.hf.apply(make("llama")).train()
+    cache = model(torch.ones_like(ids), use_cache=True).past_key_values
+    behind = rows | {"past_key_values": cache, "use_cache": None, "position_ids": rows["position_ids"] + ids.numel()}
+    model(**rows)
+    with pytest.raises(ValueError, match=r"with a cache\. .*prompt learning"):
+        model(**behind)
+    model.eval()(**behind)
+    model.train().peft_config, model.adapter = {"default": CONFIGS["alora"]}, Adapter()
+    with pytest.raises(ValueError, match=r"by PEFT's adapter 'default'.*without position_ids or with an attention_mask"):
+        model(**rows)
+    model(**rows | {"attention_mask": torch.ones_like(ids)})
+    model(**rows | {"position_ids": None})
+    model.eval()(**rows)
 
 
 def lora(**options):

@@ -26,7 +26,7 @@ from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
 from .adapters import drops_positions, reason_against_packing
-from .attention_documents import begin_anew, go_back, go_on
+from .attention_documents import begin_anew, go_back, go_on, may_read
 from .record import Record, pretrained
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
@@ -445,6 +445,8 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
     if isinstance(mask, Tensor) and mask.dim() == 4:
         _check_obeyed(config, mask, given.get("token_weight") is not None)
     is_row_mask = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)  # others say who sees whom
+    # On a GPU these are not read. Who trains with positions and no mask has packed rows, or can leave the positions out.
+    unread = trains and mask is None and positions is not None and positions.dim() == 2 and not may_read(positions)
     packed = ""
     if bounds is not None and bounds.numel() > 2:
         packed = "cu_seq_lens_q"
@@ -457,16 +459,23 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
                 f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {model.config.model_type!r}, which takes "
                 "no position_ids"
             )
-    elif cache is not None and is_row_mask and go_back(positions, mask):
-        raise ValueError(f"packops.hf: position_ids of packed documents with a cache. {_PROMPT_LEARNING}")
+    elif cache is not None and is_row_mask and (unread or go_back(positions, mask)):
+        raise ValueError(
+            f"packops.hf: position_ids of packed documents with a cache. {_PROMPT_LEARNING}, without position_ids or with an "
+            "attention_mask"
+        )
     elif (scored or trains) and drops_positions(model, given):
         raise ValueError(
             "packops.hf: embeddings, position_ids=None and a model without a parameter to train: position_ids were dropped, "
             f"which may have told documents apart. {_PROMPT_LEARNING}, or leave position_ids out where rows are not packed"
         )
     reason = reason_against_packing(model)
-    if reason is not None and (packed or given.get("parents") is not None or (is_row_mask and begin_anew(positions, mask))):
-        raise ValueError(f"packops.hf: packed documents would change each other by {reason}. Train it on padded rows")
+    tells = bool(packed) or given.get("parents") is not None or unread
+    if reason is not None and (tells or (is_row_mask and begin_anew(positions, mask))):
+        raise ValueError(
+            f"packops.hf: packed documents would change each other by {reason}. Train it on padded rows, without position_ids or "
+            "with an attention_mask"
+        )
     if not is_row_mask or config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
         return  # whatever attends was told who sees whom, or takes the boundaries
     if not packed and begin_anew(positions, mask):
