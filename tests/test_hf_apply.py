@@ -385,15 +385,33 @@ def test_copies_of_patched_modules(path, attention):
     assert difference(run(model, packed(texts)), stock) < 1e-6
 
 
-def test_copies_that_another_record_answers_for():
+@pytest.mark.parametrize("through", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_another_record_answers_for_stays(through):
+    """A model in a model, and layers that two models share; also where both were copied."""
     inner = packops.hf.apply(make("llama"))
-    model = make("llama")
-    packops.hf.apply(model)
-    model.other = inner
+    if through is not None:
+        inner = through(inner)
+    want = run(inner, packed(documents()))
+    model = packops.hf.apply(make("llama"))
+    model.other, model.shared = inner, make("llama").model.layers[0]
+    model.shared.mlp = inner.model.layers[0].mlp
     packops.hf.revert(model)
     assert record.is_patched(inner)
+    assert record.is_patched(inner.model.layers[0].mlp)
+    assert difference(run(inner, packed(documents())), want) == 0
     packops.hf.revert(inner)
     assert not any(record.is_patched(module) for module in model.modules())
+
+
+def test_a_layer_of_two_models_that_are_patched_is_reverted_for_one():
+    first, second = make("llama"), make("llama")
+    second.model.layers[0].mlp = first.model.layers[0].mlp
+    want = run(packops.hf.apply(first), packed(documents()))
+    packops.hf.revert(packops.hf.apply(second))
+    assert record.is_patched(first.model.layers[0].mlp)
+    assert difference(run(first, packed(documents())), want) == 0
+    packops.hf.revert(first)
+    assert not any(record.is_patched(module) for module in (*first.modules(), *second.modules()))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
