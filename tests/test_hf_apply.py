@@ -354,6 +354,112 @@ def test_a_decoder_that_was_replaced_is_asked_how_it_attends():
         model(**inputs | {"attention_mask": torch.ones_like(inputs["input_ids"])})
 
 
+class Saved(nn.Module):
+    """As PEFT's ``modules_to_save``: a copy of a module computes in its place."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.original_module, self.copy = module, copy.deepcopy(module)
+
+    def forward(self, *args, **kwargs):
+        return self.copy(*args, **kwargs)
+
+
+def save(model, path):
+    model.set_submodule(path, Saved(model.get_submodule(path)))
+    return model
+
+
+@pytest.mark.parametrize("attention", [None, "packops_varlen"])
+@pytest.mark.parametrize("path", ["model.layers.1.self_attn", "model.layers.0.mlp", "model.layers.1.input_layernorm", "lm_head"])
+def test_copies_of_patched_modules(path, attention):
+    """They compute as what they are copies of, patched once more or not at all."""
+    texts = documents()
+    stock = run(save(make("qwen3"), path), packed(texts))
+    model = save(packops.hf.apply(make("qwen3"), attention=attention), path)
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    packops.hf.apply(model, rope=False, attention=attention)
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    packops.hf.revert(model)
+    assert not any(record.is_patched(module) for module in model.modules())
+    assert difference(run(model, packed(texts)), stock) < 1e-6
+
+
+@pytest.mark.parametrize("through", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_what_another_record_answers_for_stays(through):
+    """A model in a model, and layers that two models share; also where both were copied."""
+    inner = packops.hf.apply(make("llama"))
+    if through is not None:
+        inner = through(inner)
+    want = run(inner, packed(documents()))
+    model = packops.hf.apply(make("llama"))
+    model.other, model.shared = inner, make("llama").model.layers[0]
+    model.shared.mlp = inner.model.layers[0].mlp
+    packops.hf.revert(model)
+    assert record.is_patched(inner)
+    assert record.is_patched(inner.model.layers[0].mlp)
+    assert difference(run(inner, packed(documents())), want) == 0
+    packops.hf.revert(inner)
+    assert not any(record.is_patched(module) for module in model.modules())
+
+
+def test_a_layer_of_two_models_that_are_patched_is_reverted_for_one():
+    first, second = make("llama"), make("llama")
+    second.model.layers[0].mlp = first.model.layers[0].mlp
+    want = run(packops.hf.apply(first), packed(documents()))
+    packops.hf.revert(packops.hf.apply(second))
+    assert record.is_patched(first.model.layers[0].mlp)
+    assert difference(run(first, packed(documents())), want) == 0
+    packops.hf.revert(first)
+    assert not any(record.is_patched(module) for module in (*first.modules(), *second.modules()))
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+@pytest.mark.parametrize("path", ["self_attn", ""])
+def test_copies_of_attention_have_a_configuration_of_their_own(family, path):
+    texts, path = documents(), f"model.layers.1.{path}".rstrip(".")
+    model = save(make(family), path)
+    stock, layer = run(model, packed(texts)), model.get_submodule(path).copy
+    config, before = getattr(layer, "self_attn", layer).config, model.config._attn_implementation
+    packops.hf.apply(model, attention="packops_varlen")
+    assert difference(run(model, packed(texts)), stock) < 1e-5
+    packops.hf.revert(model)
+    assert getattr(layer, "self_attn", layer).config is config
+    assert config._attn_implementation == before
+    assert difference(run(model, packed(texts)), stock) < 1e-6
+
+
+class Prompted(nn.Module):
+    """As PEFT's adaption prompts: the attention layer is called, and its queries are turned once more."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.layer, self.gate = layer, nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden_states, position_embeddings, **kwargs):
+        cos, sin = position_embeddings
+        output, weights = self.layer(hidden_states=hidden_states, position_embeddings=position_embeddings, **kwargs)
+        return output + self.gate * (cos[..., :8].sum(-1) + sin[..., 7])[..., None], weights
+
+
+def test_a_layer_in_a_wrapper_that_reads_tables():
+    """Before apply the tables stay the model's; afterwards it is refused."""
+    texts, path = documents(), "model.layers.0.self_attn"
+
+    def wrap(model):
+        model.set_submodule(path, Prompted(model.get_submodule(path)))
+        return model
+
+    model = packops.hf.apply(wrap(make("llama")))
+    assert difference(run(model, packed(texts)), run(wrap(make("llama")), packed(texts))) < 1e-5
+    assert packops.hf.report(model).replaced["tables"].startswith("the model's own")
+    model = wrap(packops.hf.apply(make("llama")))
+    with pytest.raises(ValueError, match=f"{path} was replaced after packops.hf.apply, by a Prompted that reads other"):
+        model(**packed(texts))
+    packops.hf.apply(model)
+    assert difference(run(model, packed(texts)), run(wrap(make("llama")), packed(texts))) < 1e-5
+
+
 # ---- what is not known is refused ---------------------------------------------------------------------------------------------
 
 

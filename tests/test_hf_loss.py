@@ -206,6 +206,14 @@ def test_only_a_plain_lm_head_is_fused():
     assert model(**packed(texts)).logits is not None
 
 
+def test_report_says_where_a_head_makes_logits():
+    model = make("llama")
+    model.lm_head = nn.Sequential(model.lm_head)
+    model.set_output_embeddings(model.lm_head)
+    notes = packops.hf.report(packops.hf.apply(model)).notes
+    assert notes == ["logits are made all the same while lm_head (Sequential) is more than its weight"]
+
+
 def test_tied_embeddings_and_a_bias(fused):
     texts = documents()
     for model in (make("llama", tie_word_embeddings=True), make("llama")):
@@ -500,6 +508,33 @@ def test_prompts_that_are_learned_are_refused(attention):
         model(**{**inputs, "position_ids": None}, inputs_embeds=embeddings, labels=labels)
 
 
+@pytest.mark.parametrize("attention", [None, "packops_varlen"])
+def test_prompts_that_are_learned_are_refused_by_positions_alone(attention):
+    """Without cu_seq_lens_q: PEFT passes None for the positions that it drops, or moves them behind what is in the cache."""
+    model = packops.hf.apply(make("llama"), attention=attention).train().requires_grad_(False)
+    inputs = packed(documents())
+    ids, labels, positions = (inputs[name] for name in ("input_ids", "labels", "position_ids"))
+    embeddings = torch.cat((torch.randn(1, 10, 32), model.get_input_embeddings()(ids)), dim=1).requires_grad_()
+    longer = torch.nn.functional.pad(labels, (10, 0), value=-100)
+    with pytest.raises(ValueError, match=r"position_ids were dropped, .* prompt learning"):
+        model(inputs_embeds=embeddings, labels=longer, position_ids=None)
+    with pytest.raises(ValueError, match="prompt learning"):
+        model(inputs_embeds=embeddings, position_ids=None)  # another's loss
+    alone = {"use_cache": False}
+    if attention is None:  # it finds no positions
+        assert model(inputs_embeds=embeddings, labels=longer, **alone).loss > 0
+    model.requires_grad_(True)
+    assert model(inputs_embeds=embeddings, labels=longer, position_ids=torch.arange(59)[None], **alone).loss > 0
+
+    with torch.no_grad():
+        cache = model(torch.ones(1, 10, dtype=torch.long), position_ids=torch.arange(10)[None], use_cache=True).past_key_values
+    for mask in (None, torch.ones(1, 59, dtype=torch.long)):
+        with pytest.raises(ValueError, match=r"packed documents with a cache. .*prompt learning"):
+            model(ids, labels=labels, position_ids=positions + 10, past_key_values=cache, attention_mask=mask)
+    mask = torch.ones(1, 59, dtype=torch.long)
+    assert model(ids, labels=labels, position_ids=torch.arange(10, 59)[None], past_key_values=cache, attention_mask=mask).loss > 0
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", ["PromptTuningConfig", "PrefixTuningConfig", "PromptEncoderConfig"])
 def test_prompt_learning_of_peft_is_refused(kind):
@@ -509,6 +544,9 @@ def test_prompt_learning_of_peft_is_refused(kind):
     wrapped = peft.get_peft_model(model, config)
     with pytest.raises(ValueError, match="prompt learning"):
         wrapped(**packed(texts), num_items_in_batch=44)
+    with pytest.raises(ValueError, match="prompt learning"):
+        wrapped(**{name: packed(texts)[name] for name in ("input_ids", "labels", "position_ids")})
+    wrapped(**padded(texts)).loss.backward()
 
 
 def test_a_reduction_that_would_be_ignored_is_refused():
@@ -543,6 +581,42 @@ def test_the_forward_of_trl_is_watched(reduction):
     assert model(**inputs).loss > 0
     del model.forward
     packops.hf.revert(model)
+
+
+def fused_lm_head(model):
+    """As TRL puts it on a model: the decoder is called, not the model's own forward."""
+
+    @functools.wraps(type(model).forward)
+    def fused_forward(self, *args, fused_lm_head=False, labels=None, **kwargs):
+        return self.base_model(*args, **{**kwargs, "use_cache": False}).last_hidden_state
+
+    model.forward = fused_forward.__get__(model)
+    return model
+
+
+def test_calls_that_trl_takes_past_the_forward_are_checked():
+    texts = documents()
+    model, stock, inputs = packops.hf.apply(make("llama")).train(), make("llama"), packed(texts)
+    want = stock.model(**{name: x for name, x in inputs.items() if name != "labels"}).last_hidden_state
+    fused_lm_head(model)
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True), want, rtol=1e-4, atol=1e-5)
+    del inputs["position_ids"]
+    torch.testing.assert_close(model(**inputs, fused_lm_head=True), want, rtol=1e-4, atol=1e-5)
+    mask = torch.ones_like(inputs["input_ids"])
+    with pytest.raises(ValueError, match="with an attention_mask, beside which transformers does not look"):
+        model(**inputs, attention_mask=mask, fused_lm_head=True)
+    assert model(**padded(texts), fused_lm_head=True).shape == (5, 22, 32)
+
+
+def test_the_fused_lm_head_of_trl_is_checked():
+    utils = pytest.importorskip("trl.trainer.utils", reason="needs trl")
+    texts, found = documents(), []
+    for model in (make("llama"), packops.hf.apply(make("llama"))):
+        utils.add_fused_lm_head(model.train())
+        found.append(model(**packed(texts), fused_lm_head=True).loss)
+    torch.testing.assert_close(found[0], found[1])
+    with pytest.raises(ValueError, match="with an attention_mask, beside which transformers does not look"):
+        model(**packed(texts), attention_mask=torch.ones(1, 49, dtype=torch.long), fused_lm_head=True)
 
 
 def test_count_documents_where_nothing_counts_documents():

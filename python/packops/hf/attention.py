@@ -15,7 +15,7 @@ import ast
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from types import FunctionType
 from typing import Any, cast
@@ -79,7 +79,18 @@ def patch(wrapper: nn.Module, model: nn.Module, name: str, record: Record) -> No
     cast(Any, model).set_attn_implementation(_asked_of(config, text, name))
     if text._attn_implementation != name:
         raise ValueError(f"packops.hf: {type(model).__name__} does not take attention={name!r}")
+    follow(model, decoder_of(model).modules())
     record.replaced("attention", name)
+
+
+def follow(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Have ``modules`` attend as the text part of ``model``: copies of layers (PEFT's ``modules_to_save``) have copies of its
+    configuration, which a change of the model's does not reach."""
+    text = cast(Any, model).config.get_text_config(decoder=True)
+    for module in modules:
+        own: Any = vars(module).get("config")
+        if own is not text and type(own) is type(text) and own._attn_implementation != text._attn_implementation:
+            own._attn_implementation = text._attn_implementation
 
 
 def _copy_configurations(model: nn.Module, record: Record) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -66,9 +67,18 @@ def may_read(bounds: Tensor) -> bool:
 def begin_anew(positions: Tensor | None, mask: Tensor | None) -> bool:
     """Whether a row holds several documents, as far as positions (B, S) that may be read tell: one is 0, and the token before it
     is no padding by ``mask`` (B, S)."""
+    return _somewhere(positions, mask, lambda before, at: at == 0)
+
+
+def go_back(positions: Tensor | None, mask: Tensor | None) -> bool:
+    """The same where positions do not begin at 0, since there are tokens in a cache: one is less than the one before it."""
+    return _somewhere(positions, mask, lambda before, at: at < before)
+
+
+def _somewhere(positions: Tensor | None, mask: Tensor | None, begins_at: Callable[[Tensor, Tensor], Tensor]) -> bool:
     if positions is None or positions.dim() != 2 or positions.shape[1] < 2 or not may_read(positions):
         return False
-    begins = positions[:, 1:] == 0
+    begins = begins_at(positions[:, :-1], positions[:, 1:])
     if mask is not None and mask.shape[-1] >= positions.shape[1]:  # longer: it has what stands in the cache, too
         mask = mask[:, -positions.shape[1] :]
         begins = begins & (mask[:, :-1] != 0) & (mask[:, 1:] != 0)

@@ -25,7 +25,8 @@ from ..data.documents import document_begins
 from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
-from .attention_documents import begin_anew, go_on
+from .adapters import drops_positions, reason_against_packing
+from .attention_documents import begin_anew, go_back, go_on, may_read
 from .record import Record, pretrained
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
@@ -389,7 +390,7 @@ class Model:
             return inner(self, *args, **kwargs)
 
         def set_attribute(self: Any, name: str, value: Any) -> None:
-            base.__setattr__(self, name, _watched(self, value) if name == "forward" else value)
+            base.__setattr__(self, name, _watched(self, value, never_looks) if name == "forward" else value)
 
         return {"forward": forward, "__setattr__": set_attribute}
 
@@ -443,22 +444,39 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
     bounds, mask, cache = given.get("cu_seq_lens_q"), given.get("attention_mask"), given.get("past_key_values")
     if isinstance(mask, Tensor) and mask.dim() == 4:
         _check_obeyed(config, mask, given.get("token_weight") is not None)
+    is_row_mask = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2)  # others say who sees whom
+    # On a GPU these are not read. Who trains with positions and no mask has packed rows, or can leave the positions out.
+    unread = trains and mask is None and positions is not None and positions.dim() == 2 and not may_read(positions)
     packed = ""
     if bounds is not None and bounds.numel() > 2:
         packed = "cu_seq_lens_q"
         if cache is not None or (positions is None and given.get("input_ids") is None):
             raise ValueError(
-                "packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. PEFT's prompt learning "
-                "(prompt, prefix and p-tuning) calls so: it puts its tokens before the first document alone, and drops the "
-                "positions of all. Train it on padded rows"
+                f"packops.hf: cu_seq_lens_q with a cache, or with embeddings and no position_ids. {_PROMPT_LEARNING}"
             )
         if model.config.model_type in families.NO_POSITIONS:
             raise ValueError(
                 f"packops.hf: packed documents (cu_seq_lens_q) have wrong positions in {model.config.model_type!r}, which takes "
                 "no position_ids"
             )
-    said = mask is not None and not (isinstance(mask, Tensor) and mask.dim() == 2)
-    if said or config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
+    elif cache is not None and is_row_mask and (unread or go_back(positions, mask)):
+        raise ValueError(
+            f"packops.hf: position_ids of packed documents with a cache. {_PROMPT_LEARNING}, without position_ids or with an "
+            "attention_mask"
+        )
+    elif (scored or trains) and drops_positions(model, given):
+        raise ValueError(
+            "packops.hf: embeddings, position_ids=None and a model without a parameter to train: position_ids were dropped, "
+            f"which may have told documents apart. {_PROMPT_LEARNING}, or leave position_ids out where rows are not packed"
+        )
+    reason = reason_against_packing(model)
+    tells = bool(packed) or given.get("parents") is not None or unread
+    if reason is not None and (tells or (is_row_mask and begin_anew(positions, mask))):
+        raise ValueError(
+            f"packops.hf: packed documents would change each other by {reason}. Train it on padded rows, without position_ids or "
+            "with an attention_mask"
+        )
+    if not is_row_mask or config._attn_implementation not in ("sdpa", "eager", "flex_attention"):
         return  # whatever attends was told who sees whom, or takes the boundaries
     if not packed and begin_anew(positions, mask):
         packed = "position_ids that begin at 0 again"
@@ -482,6 +500,12 @@ def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
             "by positions alone: pass positions that begin anew, as packops.PackingCollator makes them, or none"
         )
     _check_told_apart(name, packed, mask, _uses_cache(config, given))
+
+
+_PROMPT_LEARNING = (
+    "PEFT's prompt learning (prompt, prefix and p-tuning) calls so: it puts its tokens before the first document alone, and "
+    "drops or shifts the positions of all. Train it on padded rows"
+)
 
 
 def _check_obeyed(config: Any, mask: Tensor, is_forest: bool) -> None:
@@ -532,16 +556,26 @@ def _ignored(model: Any, why: str) -> str:
     )
 
 
-def _watched(model: Any, forward: Any) -> Any:
-    """A forward that somebody puts in place of the model's: TRL's computes a loss from the hidden states itself."""
-    if not isinstance(forward, MethodType) or forward.__self__ is not model or not _by_document(model):
+def _watched(model: Any, forward: Any, never_looks: bool) -> Any:
+    """A forward that somebody puts in place of the model's: TRL's computes log-probabilities from the decoder's hidden states and
+    passes by what stands in the model's own forward."""
+    if not isinstance(forward, MethodType) or forward.__self__ is not model:
         return forward
     function = forward.__func__
+    takes = "fused_lm_head" in getattr(getattr(function, "__code__", None), "co_varnames", ())
+    if not takes and not _by_document(model):
+        return forward
+    names = list(inspect.signature(function).parameters)[1:]
 
     @functools.wraps(function)
     def watched(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if kwargs.get("fused_lm_head") and _by_document(self):
-            raise ValueError(_ignored(self, "TRL asked it for log-probabilities (fused_lm_head=True)"))
+        if kwargs.get("fused_lm_head"):
+            if _by_document(self):
+                raise ValueError(_ignored(self, "TRL asked it for log-probabilities (fused_lm_head=True)"))
+            given = {**dict(zip(names, args, strict=False)), **kwargs, "use_cache": False}  # as TRL calls the decoder
+            if "position_ids" in names and (positions := _missing_positions(given)) is not None:
+                given["position_ids"] = kwargs["position_ids"] = positions
+            check_call(self, given, never_looks)
         return function(self, *args, **kwargs)
 
     return MethodType(watched, model)
@@ -576,6 +610,8 @@ def patch(model: nn.Module, reduction: str, record: Record) -> None:
     record.set_methods("the model", model, Model(reason is None, families.never_looks(model)))
     if reason is None:
         record.replaced("lm_head", "packops.linear_cross_entropy, without logits, in training and with skip_logits=True")
+        if not _is_plain_linear(head := getattr(model, ending.head)):
+            record.note(f"logits are made all the same while {ending.head} ({type(head).__name__}) is more than its weight")
     else:
         record.note(f"logits are always made: {reason}")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 
 from torch import nn
@@ -12,7 +13,7 @@ from . import loss as _loss
 from . import mlp as _mlp
 from . import norm as _norm
 from . import rope as _rope
-from .record import ATTRIBUTE, Record, Report, pretrained, record_of
+from .record import ATTRIBUTE, Record, Report, pretrained, record_of, strip_copies
 
 _LOCK = threading.RLock()
 
@@ -63,8 +64,7 @@ def apply(
     target = pretrained(model)
     with _LOCK:
         if (present := record_of(target)) is not None:
-            present.undo()
-            del vars(target)[ATTRIBUTE]
+            _undo(target, present)
         record = Record(_blank(target))
         try:
             absorbed = _rope.patch(target, record) if rope else []
@@ -101,8 +101,7 @@ def revert(model: nn.Module) -> nn.Module:
     target = pretrained(model)
     with _LOCK:
         if (record := record_of(target)) is not None:
-            record.undo()
-            del vars(target)[ATTRIBUTE]
+            _undo(target, record)
     return model
 
 
@@ -111,7 +110,16 @@ def report(model: nn.Module) -> Report:
     families.require_transformers()
     target = pretrained(model)
     record = record_of(target)
-    return _blank(target) if record is None else record.report
+    if record is None:
+        return _blank(target)
+    changed_since = _rope.notes(target) if "rope" in record.report.replaced else []
+    return dataclasses.replace(record.report, notes=record.report.notes + changed_since)
+
+
+def _undo(target: nn.Module, record: Record) -> None:
+    record.undo()
+    del vars(target)[ATTRIBUTE]
+    _attention.follow(target, strip_copies(target))
 
 
 def _blank(model: nn.Module) -> Report:

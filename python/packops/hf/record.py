@@ -8,6 +8,7 @@ compute with their own weights. (A bound method in the instance's ``__dict__`` w
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import Any, Protocol, cast
@@ -17,6 +18,7 @@ from torch import nn
 
 ATTRIBUTE = "_packops_hf"
 _ABSENT = "packops: no such attribute"  # a string, so that copies of it are recognised
+_ANSWERED_FOR: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose class a record will put back
 
 
 class Methods(Protocol):
@@ -96,6 +98,16 @@ def record_of(model: nn.Module) -> Record | None:
     return vars(model).get(ATTRIBUTE)
 
 
+def strip_copies(model: nn.Module) -> list[nn.Module]:
+    """Give modules that were copied while they were patched (PEFT's ``modules_to_save`` and layer replication do) their class
+    back; returns them. What a record answers for, this model's or another's, stays."""
+    copies = [module for module in model.modules() if is_patched(module) and module not in _ANSWERED_FOR]
+    for module in copies:
+        while is_patched(module):  # more than once where two models shared the original
+            module.__class__ = vars(type(module))["_packops"][0]
+    return copies
+
+
 @dataclasses.dataclass
 class Change:
     """One attribute of one module."""
@@ -139,6 +151,8 @@ class ChangeOfMethods:
     def undo(self) -> None:
         vars(self.owner).pop("forward", None)
         self.owner.__class__ = self.before
+        if not is_patched(self.owner):  # by another model that has this layer, too
+            _ANSWERED_FOR.discard(self.owner)
 
 
 @dataclasses.dataclass
@@ -178,6 +192,7 @@ class Record:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
+        _ANSWERED_FOR.update(change.owner for change in self.changes if isinstance(change, ChangeOfMethods))
         if self.report.replaced.get("attention") == "packops_varlen":  # unpickled, perhaps in a process that does not know it yet
             from .attention import register
 
@@ -200,6 +215,7 @@ class Record:
         base: Any = type(module)
         module.__class__ = subclass_of(base, methods)
         self.changes.append(ChangeOfMethods(path, module, base, methods))
+        _ANSWERED_FOR.add(module)
 
     def set_found(
         self, model: nn.Module, recognise: Callable[[nn.Module], Methods | None], leave: Iterable[nn.Module] = ()

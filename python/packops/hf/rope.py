@@ -77,14 +77,20 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
             record.set_methods("rotary_emb", module, Tables())
     record.replaced("rope", _describe(len(attention), len(absorbed) // 2, convention))
     record.replaced("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
-    for module in rotary:
-        if any(b.dtype in (torch.float16, torch.bfloat16) for n, b in module.named_buffers(recurse=False) if "inv_freq" in n):
-            record.note(
+    return absorbed
+
+
+def notes(model: nn.Module) -> list[str]:
+    """What has become of the rotary embeddings, before :func:`patch` or after it."""
+    for module in decoder_of(model).modules():
+        if type(module).__name__.endswith("RotaryEmbedding") and any(
+            b.dtype in (torch.float16, torch.bfloat16) for n, b in module.named_buffers(recurse=False) if "inv_freq" in n
+        ):
+            return [
                 "the rotary frequencies (inv_freq) were rounded to half precision when the whole model was cast, which turns far "
                 "positions by wrong angles: load with dtype=..., rather than .half() or .bfloat16()"
-            )
-            break
-    return absorbed
+            ]
+    return []
 
 
 def _describe(layers: int, fused: int, convention: Convention) -> str:
@@ -113,7 +119,8 @@ def check_layers(model: nn.Module) -> None:
             layer = model.get_submodule(change.path)
         except AttributeError:  # it was wrapped since
             continue
-        if not is_patched(layer) and _calls_rope(rewrite.class_of(layer)):
+        kind = rewrite.class_of(layer)
+        if not is_patched(layer) and (_calls_rope(kind) or _reads_tables(kind)):
             raise ValueError(
                 f"packops.hf: {change.path} was replaced after packops.hf.apply, by a {type(layer).__name__} that reads other "
                 "tables of RoPE: call packops.hf.apply again"
@@ -148,6 +155,8 @@ def _rotations(cls: type) -> frozenset[str]:
 @cache
 def _reads_tables(cls: type) -> bool:
     """Whether a method of a class takes a table apart, other than to pass it on."""
+    if cls.__module__.startswith("peft.tuners.adaption_prompt"):  # a function there rotates q once more
+        return True
     return any({"cos", "sin"} <= set(function.__code__.co_varnames) for function in rewrite.methods_of(cls))
 
 
