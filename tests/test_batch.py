@@ -616,3 +616,58 @@ def test_what_a_collator_cannot_make_is_named_at_once():
         PackingCollator(columns={"x": 0.0})([{"input_ids": [1, 2], "x": np.array([1e40, 2.0])}])
     infinite = PackingCollator(columns={"x": 0.0})([{"input_ids": [1, 2], "x": np.array([np.inf, 2.0])}])
     assert infinite.columns["x"].tolist() == [[math.inf, 2.0]]
+
+
+def test_a_row_has_one_dimension():
+    """Two dimensions would be read as a longer row."""
+    ids, two = torch.arange(4), torch.zeros(4, 2, dtype=torch.int64)
+    for name, arguments in (("input_ids", (two, ids)), ("labels", (ids, two))):
+        with pytest.raises(ValueError, match=rf"{name} must have shape \(tokens,\), got \(4, 2\)"):
+            PackedBatch.build(*arguments, [0, 4])
+    with pytest.raises(ValueError, match=r"lengths must fit the documents .*, \[4\], got \[-1\]"):
+        PackedBatch.build(ids, ids, [0, 4], lengths=[-1])
+    for column in ([1, 2, 3, 4], np.ones(4)):
+        with pytest.raises(TypeError, match="w must be a tensor, got a"):
+            PackedBatch.build(ids, ids, [0, 4], columns={"w": column})
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_sums_of_documents_want_one_number_per_token(share_prefixes):
+    batch = PackingCollator(share_prefixes=share_prefixes)(DOCUMENTS)
+    for shape in ((8, 2), (1, 8, 2)):
+        with pytest.raises(ValueError, match=r"values must have one number per token \(8\), got shape"):
+            batch.document_sums(torch.ones(shape))
+    with pytest.raises(TypeError, match="values must be a tensor, got a list"):
+        batch.unpack([0.0] * 8)
+
+
+def test_rows_of_the_last_document_are_not_those_of_the_padding():
+    batch = PackingCollator(pad_to_length=12)(DOCUMENTS)
+    assert batch.own_rows(-1).tolist() == batch.own_rows(2).tolist() == [4, 5, 6, 7]
+    with pytest.raises(IndexError):
+        batch.own_rows(3)
+
+
+def test_an_attention_mask_is_bool_or_floating_point():
+    with pytest.raises(TypeError, match=r"dtype must be floating point, or None for a mask of bools, got torch.int64"):
+        PackingCollator()(DOCUMENTS).attention_mask(dtype=torch.int64)
+
+
+@pytest.mark.parametrize("fill", [None, "x", 2**70, [0.0], 1e300])
+def test_what_cannot_pad_a_column_is_refused_before_there_are_documents(fill):
+    with pytest.raises((TypeError, ValueError), match="column 'w'"):
+        PackingCollator(columns={"w": fill})
+
+
+def test_a_document_has_no_dimension_for_a_batch():
+    """As a tokenizer returns one text with ``return_tensors``."""
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="got shape \\(1, 3\\): documents are handed over one by one"):
+        PackingCollator()([{"input_ids": ids, "attention_mask": ids}])
+
+
+def test_an_error_of_numpy_names_what_it_is_about():
+    with pytest.raises(ValueError, match=r"input_ids of document 1: .*inhomogeneous"):
+        PackingCollator()([[1], [[1, 2], [3]]])
+    with pytest.raises(TypeError, match=r"input_ids of document 0: .*meta device"):
+        PackingCollator()([torch.ones(3, dtype=torch.int64, device="meta")])

@@ -63,7 +63,8 @@ class PackingCollator(Generic[Batch]):
     after the document, which is cut off, 1 elsewhere), and the columns asked for. Without labels
     and masks every token is scored but a document's first. Text only: a document that holds images or sound is refused. No
     document at all is legal and gives a row of nothing but padding, which costs a rank that has run out of documents a step
-    without a gradient.
+    without a gradient. A document without tokens is left out of a :class:`packops.PackedBatch`, also of its ``lengths`` and
+    of what it unpacks to.
 
     Args:
         pad_token_id: fills the padding.
@@ -123,6 +124,8 @@ class PackingCollator(Generic[Batch]):
         self.num_documents = as_count("num_documents", num_documents, optional=True)
         self.shift_labels = shift_labels
         self.columns = dict(checked_columns(columns))
+        for name, fill in self.columns.items():
+            column_dtype(name, [], fill)  # what cannot pad is an error here, not in the training loop
         self.names = names
         self.attention_shape = None if attention_shape is None else _checked_shape(attention_shape)
         self.share_prefixes = share_prefixes

@@ -16,6 +16,7 @@ from ..distributed import DENOMINATORS
 from ..functional import packed_metadata
 from ..ops.document_sums import document_sums
 from .batch import WEIGHT, PackedBatch, checked_columns, column_dtype
+from .counts import as_integers
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
 
@@ -112,6 +113,8 @@ class PackedForest(PackedBatch):
 
         rows = [_rows(forest, begins, number) for number in range(len(documents))]
         extra = dict(checked_columns(columns))
+        for name, parts in {"input_ids": documents, **({} if labels is None else {"labels": labels}), **extra}.items():
+            _check_one_each(name, parts, rows)
         scored = _score(documents if labels is None else labels, rows, extra.pop(WEIGHT, None), total, reduction, ignore_index)
         positions = np.arange(total) - np.repeat(begins, np.diff([*begins, total]))
         positions[:own] += np.repeat(forest.start, forest.length)
@@ -151,7 +154,7 @@ class PackedForest(PackedBatch):
 
     def document_sums(self, values: Tensor) -> Tensor:
         """(documents,) the sum of each document's values over the rows that it scores, whoever else scores them."""
-        return document_sums(self._rows_of(values)[self.scored_rows], self.scored_cu_seqlens)
+        return document_sums(self._numbers_of(values)[self.scored_rows], self.scored_cu_seqlens)
 
     def own_rows(self, document: int) -> Tensor:
         documents_through = self.rows.bincount(minlength=self.num_tokens)
@@ -223,7 +226,7 @@ def _score(
     row_labels, row_weight = np.full(total, ignore_index, np.int64), np.zeros(total)
     scored_rows = []
     for number, (own_labels, own_rows) in enumerate(zip(labels, rows, strict=True)):
-        targets = np.asarray(own_labels)[1:].astype(np.int64)
+        targets = as_integers(f"labels of document {number}", own_labels)[1:]
         weight = np.ones(len(targets)) if weights is None else np.asarray(weights[number], np.float64)[:-1]
         scored = (targets != ignore_index) & (weight != 0)
         at, targets, weight = own_rows[:-1][scored], targets[scored], weight[scored]
@@ -231,10 +234,20 @@ def _score(
         if ((known != ignore_index) & (known != targets)).any():
             raise ValueError(f"labels of document {number} differ from those of another where the two share a prefix")
         row_labels[at] = targets
-        row_weight[at] += weight / weight.sum() if reduction == "seq-mean-token-mean" else weight
+        if reduction == "seq-mean-token-mean":
+            weight = weight / weight.sum() if weight.sum() != 0 else np.zeros_like(weight)  # as packops.cross_entropy has it
+        row_weight[at] += weight
         scored_rows.append(at)
     counts = np.array([len(at) for at in scored_rows], np.int64)
     return _Scored(row_labels, row_weight, counts, _joined(scored_rows))
+
+
+def _check_one_each(name: str, parts: Sequence[Any], rows: Sequence[IntArray]) -> None:
+    if len(parts) != len(rows):
+        raise ValueError(f"{name} must have one array per document ({len(rows)}), got {len(parts)}")
+    for number, (part, own_rows) in enumerate(zip(parts, rows, strict=True)):
+        if np.shape(part) != own_rows.shape:
+            raise ValueError(f"{name} of document {number} must have one entry per token ({len(own_rows)}), got {np.shape(part)}")
 
 
 def _rows(forest: PrefixForest, begins: IntArray, document: int) -> IntArray:
