@@ -591,6 +591,39 @@ def test_documents_that_weigh_nothing_are_not_counted(reduction):
     assert float(packops.loss_normalizer(forest, reduction=reduction)) == float(count)
 
 
+@pytest.mark.parametrize("share_prefixes", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_weights_of_any_size_add_up_over_micro_batches(reduction, share_prefixes):
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "token_weight": [0.5, 0.25, 2.0, 9.0]},
+        {"input_ids": [1, 2, 5], "token_weight": [3.0, 0.0, 9.0], "labels": [9, 2, 5]},
+        {"input_ids": [4, 2, 1], "token_weight": [7.0, 2.0, 9.0], "labels": [4, -100, 1]},
+    ]
+    options = {"share_prefixes": True, "min_shared": 1, "reduction": reduction} if share_prefixes else {}
+    collate = PackingCollator(columns={"token_weight": 5.0}, pad_to_multiple_of=16, **options)
+    logits = torch.randn(6, 6, dtype=torch.float64)
+
+    def loss(batch, num_items):
+        if share_prefixes:
+            given = {"labels": batch.shift_labels, "token_weight": batch.token_weight}
+        else:
+            given = {"labels": batch.labels, "token_weight": batch.columns["token_weight"], "cu_seqlens": batch.cu_seqlens}
+            given |= {"shift": True, "reduction": reduction}
+        return packops.cross_entropy(logits[batch.input_ids], num_items=num_items, **given)
+
+    whole, parts = collate(rows), [collate(rows[:1]), collate(rows[1:])]
+    count = packops.loss_normalizer(parts, reduction=reduction)
+    assert float(count) == {"mean": 2.75 + 3.0 + 2.0}.get(reduction, 3)
+    expected = loss(whole, whole.denominator if share_prefixes else None)
+    torch.testing.assert_close(sum(loss(part, count) for part in parts), expected)
+
+
+def test_the_weights_of_a_forest_are_of_one_reduction():
+    forest = PackingCollator(share_prefixes=True, reduction="seq-mean-token-mean")(DOCUMENTS)
+    with pytest.raises(ValueError, match="are those of reduction 'seq-mean-token-mean', not of 'mean'"):
+        packops.loss_normalizer(forest)
+
+
 @pytest.mark.parametrize("kind", [dict, collections.UserDict])
 def test_columns_in_place_of_documents_are_refused(kind):
     """What a tokenizer returns for several texts, and ``dataset[:2]``. The way that the error names is one."""

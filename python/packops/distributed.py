@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data.batch import PackedBatch
+from .data.batch import DENOMINATORS, PackedBatch
 from .functional import packed_labels, packed_metadata
 from .ops.arguments import NUMBERS, check_plain, checks_annotations, describe
 
 __all__ = ["loss_normalizer"]
-
-DENOMINATORS = {"mean": "tokens", "seq-mean-token-mean": "documents", "seq-mean-token-sum": "documents"}
 
 
 @checks_annotations
@@ -38,8 +36,9 @@ def loss_normalizer(
 
     Args:
         labels_or_counts: this process's part of the step, one item or an iterable of one per micro-batch. An item is a
-            :class:`packops.PackedBatch`; or a labels tensor, (T,) or (B, L) with a document a row; or a count, as a number or a
-            one-element tensor without dimensions (tokens for ``"mean"``, documents for the others).
+            :class:`packops.PackedBatch`, whose tokens count as much as its ``token_weight`` says; or a labels tensor, (T,) or
+            (B, L) with a document a row; or a count, as a number or a one-element tensor without dimensions (tokens for
+            ``"mean"``, documents for the others).
         reduction: ``"mean"`` counts scored tokens, ``"seq-mean-token-mean"`` and ``"seq-mean-token-sum"`` documents with at
             least one scored token.
         group: processes that share the step; None: the default group if ``torch.distributed`` is initialised, else this process.
@@ -79,7 +78,7 @@ def loss_normalizer(
 def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor | float:
     of_tokens = DENOMINATORS[reduction] == "tokens"
     if isinstance(item, PackedBatch):
-        return item.num_items if of_tokens else item.num_sequences
+        return item.denominator_of(reduction)
     if not isinstance(item, Tensor):
         if isinstance(item, bool) or not isinstance(item, NUMBERS):
             raise TypeError(f"loss_normalizer: labels_or_counts must be batches, labels or numbers, got {describe(item)}")

@@ -21,6 +21,7 @@ __all__ = ["PackedBatch"]
 
 T = TypeVar("T")
 WEIGHT = "token_weight"  # the column of weights in the loss
+DENOMINATORS = {"mean": "tokens", "seq-mean-token-mean": "documents", "seq-mean-token-sum": "documents"}
 
 
 @dataclasses.dataclass
@@ -38,7 +39,8 @@ class PackedBatch:
         cu_seqlens: (S + 1,) int32, where each document begins; ends at T.
         max_seqlen: length of the longest document, padding included (a host int, as attention kernels want it).
         seq_idx: (1, T) int32, the document of each token.
-        num_items: tokens scored, those of ``token_weight`` 0 left out: this batch's share of a token mean.
+        num_items: tokens scored, those of ``token_weight`` 0 left out: this batch's share of a token mean without other weights
+            (:meth:`denominator_of` has those).
         num_valid: the same number, these included, for ``packops.linear_cross_entropy(num_valid=...)``, where it is always this
             row's own count.
         num_sequences: documents with at least one scored token: this batch's share of a mean over documents.
@@ -231,6 +233,15 @@ class PackedBatch:
         """(documents,) the sum of each document's (1, T) or (T,) values: log-probabilities, say, which are 0 where nothing is
         scored. Differentiable, the same bits in every run: :func:`packops.document_sums`."""
         return document_sums(self._numbers_of(values), self.cu_seqlens)[: self.num_documents]
+
+    def denominator_of(self, reduction: str) -> Tensor | float:
+        """What this batch adds to the ``num_items`` of a step: its documents, or its tokens, each with its ``token_weight``."""
+        if DENOMINATORS[reduction] == "documents":
+            return self.num_sequences
+        if WEIGHT not in self.columns:
+            return self.num_items
+        weight = self.columns[WEIGHT].roll(1).double()  # of a row, which is scored against the token behind it
+        return torch.where(self.labels != self.ignore_index, weight, 0.0).sum()
 
     def attention_mask(self, kind: str = "4d", *, dtype: torch.dtype | None = None) -> Tensor:
         """(1, 1, T, T): which token may attend to which, causally and within its document.

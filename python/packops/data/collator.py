@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, ove
 import numpy as np
 import torch
 
-from ..distributed import DENOMINATORS
 from ..ops.attention_paths import max_docs_for_flash_attention
-from .batch import PackedBatch, checked_columns, column_dtype
+from .batch import DENOMINATORS, PackedBatch, checked_columns, column_dtype
 from .counts import as_count, as_integers
 from .documents import tokens_of, without_padding
 from .forest import PackedForest

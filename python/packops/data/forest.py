@@ -12,10 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..distributed import DENOMINATORS
 from ..functional import packed_metadata
 from ..ops.document_sums import document_sums
-from .batch import WEIGHT, PackedBatch, checked_columns, column_dtype
+from .batch import DENOMINATORS, WEIGHT, PackedBatch, checked_columns, column_dtype
 from .counts import as_integers
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
@@ -155,6 +154,11 @@ class PackedForest(PackedBatch):
     def document_sums(self, values: Tensor) -> Tensor:
         """(documents,) the sum of each document's values over the rows that it scores, whoever else scores them."""
         return document_sums(self._numbers_of(values)[self.scored_rows], self.scored_cu_seqlens)
+
+    def denominator_of(self, reduction: str) -> float:
+        if reduction != self.reduction:
+            raise ValueError(f"the weights of this PackedForest are those of reduction {self.reduction!r}, not of {reduction!r}")
+        return self.denominator
 
     def own_rows(self, document: int) -> Tensor:
         documents_through = self.rows.bincount(minlength=self.num_tokens)
