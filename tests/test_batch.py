@@ -508,6 +508,14 @@ def test_torch_load_takes_a_saved_batch(tmp_path):
     assert torch.equal(loaded.real_tokens, batch.real_tokens)
 
 
+def test_torch_load_takes_a_saved_forest(tmp_path):
+    forest = PackingCollator(share_prefixes=True, min_shared=1)([[1, 2, 3], [1, 2, 4]])
+    torch.save(forest, tmp_path / "forest.pt")
+    loaded = torch.load(tmp_path / "forest.pt", weights_only=True)
+    assert torch.equal(loaded.parents, forest.parents)
+    assert (repr(loaded), loaded.denominator) == (repr(forest), forest.denominator)
+
+
 def test_callers_tensors_and_arrays_are_not_written():
     """Nor is what a batch holds memory of theirs that they may go on to change."""
     ids, labels = torch.arange(6), torch.tensor([9, 1, 2, 3, 4, 5])
@@ -699,8 +707,28 @@ def test_a_document_has_no_dimension_for_a_batch():
         PackingCollator()([{"input_ids": ids, "attention_mask": ids}])
 
 
+@pytest.mark.parametrize(
+    "column, message",
+    [
+        ({"position_ids": [0, 1, 2, 0, 1]}, "its position_ids restart"),
+        ({"position_ids": torch.tensor([0, 1, 2, 3, 0])}, "its position_ids restart"),
+        ({"seq_lengths": [3, 2]}, "its seq_lengths are several"),
+    ],
+)
+def test_a_packed_row_is_no_document(column, message):
+    """Its documents would see each other."""
+    with pytest.raises(ValueError, match=f"document 1 is a packed row: {message}"):
+        PackingCollator()([[1], {"input_ids": [1, 2, 3, 4, 5], **column}])
+    for alone in ({"position_ids": [0, 1, 2, 3, 4]}, {"position_ids": [7, 8, 9, 10, 11]}, {"seq_lengths": [5]}):
+        assert PackingCollator()([{"input_ids": [1, 2, 3, 4, 5], **alone}]).boundaries == (0, 5)
+    padded = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1], "position_ids": [1, 1, 0, 1]}
+    assert PackingCollator()([padded]).boundaries == (0, 2)
+
+
 def test_an_error_of_numpy_names_what_it_is_about():
     with pytest.raises(ValueError, match=r"input_ids of document 1: .*inhomogeneous"):
         PackingCollator()([[1], [[1, 2], [3]]])
+    with pytest.raises(RuntimeError, match=r"labels of document 0: .*requires grad"):
+        PackingCollator()([{"input_ids": [1], "labels": torch.ones(1, requires_grad=True)}])
     with pytest.raises(TypeError, match=r"input_ids of document 0: .*meta device"):
         PackingCollator()([torch.ones(3, dtype=torch.int64, device="meta")])

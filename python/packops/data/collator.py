@@ -184,16 +184,12 @@ class PackingCollator(Generic[Batch]):
         return batch.to_hf() if self.names == "hf" else batch  # type: ignore[return-value]
 
     def _share(self, tokens: list[np.ndarray], labels: list[np.ndarray], numbered: list[Any]) -> PackedForest:
-        columns = {name: [self._column(name, *entry) for entry in numbered] for name in self.columns}
-        fills = {
-            name: np.asarray(self.columns[name], column_dtype(name, parts, self.columns[name])) for name, parts in columns.items()
-        }
         forest = prefix_forest(tokens, min_shared=self.min_shared)
         return PackedForest.from_documents(
             tokens,
             labels=labels,
-            columns=columns,
-            fills=fills,
+            columns={name: [self._column(name, *entry) for entry in numbered] for name in self.columns},
+            fills=self.columns,
             forest=forest,
             reduction=self.reduction,
             pad_token_id=self.pad_token_id,
@@ -248,7 +244,9 @@ class PackingCollator(Generic[Batch]):
 def _real_part(document: Any, number: int) -> Any:
     if isinstance(document, Mapping):
         _check_text(document, number)
-    return without_padding(document, f"document {number}")
+        document = without_padding(document, f"document {number}")
+        _check_one(document, number)
+    return document
 
 
 def _check_text(document: Mapping[str, Any], number: int) -> None:
@@ -257,6 +255,16 @@ def _check_text(document: Mapping[str, Any], number: int) -> None:
         raise ValueError(
             f"document {number} holds {', '.join(other)}: PackingCollator packs text and gives tokens the positions of text. "
             "Collate images yourself, with the positions of the model's get_rope_index"
+        )
+
+
+def _check_one(document: Mapping[str, Any], number: int) -> None:
+    positions, lengths = (document.get(name) for name in ("position_ids", "seq_lengths"))
+    restarts = positions is not None and np.ndim(positions) == 1 and (np.diff(as_integers("position_ids", positions)) != 1).any()
+    if restarts or (lengths is not None and np.size(lengths) > 1):
+        raise ValueError(
+            f"document {number} is a packed row: its {'position_ids restart' if restarts else 'seq_lengths are several'}. "
+            "Hand over its documents one by one, or the row to PackedBatch.from_position_ids or from_cu_seqlens"
         )
 
 

@@ -45,10 +45,10 @@ def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63, optional:
 
 
 def as_array(name: str, values: Any) -> NDArray[Any]:
-    """``np.asarray``, whose errors (of ragged lists, of tensors on another device) do not say what they are about."""
+    """``np.asarray``, whose errors (ragged lists, tensors on a device or with a gradient) do not say what they are about."""
     try:
         return np.asarray(values)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:
         raise type(error)(f"{name}: {error}") from None
 
 

@@ -68,7 +68,7 @@ class PackedForest(PackedBatch):
         *,
         labels: Sequence[NDArray[Any]] | None = None,
         columns: Mapping[str, Sequence[NDArray[Any]]] | None = None,
-        fills: Mapping[str, Any] | None = None,
+        fills: Mapping[str, float] | None = None,
         forest: PrefixForest | None = None,
         reduction: str = "mean",
         pad_token_id: int = 0,
@@ -83,7 +83,7 @@ class PackedForest(PackedBatch):
             labels: per document its ids, ``ignore_index`` where a token is not scored; None: all are, but a document's first.
             columns: further per-token columns, an (n,) array per document. Documents must agree on them where they share tokens,
                 but for ``token_weight``, the weight of a row in its document's loss.
-            fills: what pads each column, of the column's dtype.
+            fills: what pads each column; 0 unless it is named.
             forest: of these documents; None: :func:`packops.prefix_forest`.
             reduction: ``"mean"``, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
             length: tokens of the row, the rest is padding; None: no padding.
@@ -111,9 +111,11 @@ class PackedForest(PackedBatch):
             parents += [-1] * (capacity - len(parents))
 
         rows = [_rows(forest, begins, number) for number in range(len(documents))]
-        extra = dict(checked_columns(columns))
+        extra = {name: [np.asarray(part) for part in parts] for name, parts in checked_columns(columns).items()}
         for name, parts in {"input_ids": documents, **({} if labels is None else {"labels": labels}), **extra}.items():
             _check_one_each(name, parts, rows)
+        fills = {name: (fills or {}).get(name, 0) for name in extra}
+        padding = {name: np.full(total, fill, column_dtype(name, extra[name], fill)) for name, fill in fills.items()}
         scored = _score(documents if labels is None else labels, rows, extra.pop(WEIGHT, None), total, reduction, ignore_index)
         positions = np.arange(total) - np.repeat(begins, np.diff([*begins, total]))
         positions[:own] += np.repeat(forest.start, forest.length)
@@ -132,11 +134,7 @@ class PackedForest(PackedBatch):
             lengths=tuple(map(len, documents)),
             shift_labels=torch.from_numpy(scored.labels)[None],
             real_tokens=(torch.arange(total) < own)[None] if own < total else None,
-            columns={
-                name: _spread(parts, rows, np.full(total, fill, column_dtype(name, list(map(np.asarray, parts)), fill)), name)
-                for name, parts in extra.items()
-                for fill in [(fills or {}).get(name, 0)]
-            },
+            columns={name: _spread(parts, rows, padding[name], name) for name, parts in extra.items()},
             ignore_index=ignore_index,
             parents=torch.tensor(parents, dtype=torch.int32),
             token_weight=torch.from_numpy(scored.weight)[None],
@@ -209,6 +207,9 @@ class PackedForest(PackedBatch):
     def _sees(self) -> Callable[[Tensor, Tensor], Tensor]:
         ends = packed_metadata(self.cu_seqlens, self.num_tokens, self.parents)[2]
         return lambda query, key: (key <= query) & (query < ends[key])
+
+
+torch.serialization.add_safe_globals([PackedForest])  # as for a PackedBatch
 
 
 class _Scored(NamedTuple):
