@@ -58,9 +58,11 @@ def loss_normalizer(
         ValueError: another ``reduction`` or ``gradients``, or labels whose documents are not known.
     """
     if reduction not in DENOMINATORS:
-        raise ValueError(f"loss_normalizer: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+        raise ValueError(
+            f"packops.loss_normalizer: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}"
+        )
     if gradients not in ("mean", "sum"):
-        raise ValueError(f"loss_normalizer: gradients must be 'mean' or 'sum', got {gradients!r}")
+        raise ValueError(f"packops.loss_normalizer: gradients must be 'mean' or 'sum', got {gradients!r}")
     is_one = isinstance(labels_or_counts, (PackedBatch, Tensor, *NUMBERS)) or not isinstance(labels_or_counts, Iterable)
     items: Iterable[Any] = [labels_or_counts] if is_one else labels_or_counts
     counts = [_count(item, reduction, cu_seqlens, shift, ignore_index) for item in items]
@@ -81,16 +83,16 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
         return item.denominator_of(reduction)
     if not isinstance(item, Tensor):
         if isinstance(item, bool) or not isinstance(item, NUMBERS):
-            raise TypeError(f"loss_normalizer: labels_or_counts must be batches, labels or numbers, got {describe(item)}")
+            raise TypeError(f"packops.loss_normalizer: labels_or_counts must be batches, labels or numbers, got {describe(item)}")
         if not 0 <= item < math.inf:
-            raise ValueError(f"loss_normalizer: a count must be finite and at least 0, got {item}")
+            raise ValueError(f"packops.loss_normalizer: a count must be finite and at least 0, got {item}")
         return float(item)
-    check_plain("loss_normalizer", "labels_or_counts", item)
+    check_plain("packops.loss_normalizer", "labels_or_counts", item)
     if item.dim() == 0:
         return item
     if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():
         got = f"{item.dtype} of shape {tuple(item.shape)}"
-        raise TypeError(f"loss_normalizer: labels must be integers, and a count a tensor of no dimension, got {got}")
+        raise TypeError(f"packops.loss_normalizer: labels must be integers, and a count a tensor of no dimension, got {got}")
     scored = item != ignore_index
     if cu_seqlens is not None:
         if shift:
@@ -102,7 +104,9 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
             counts = counts.index_add_(0, document, scored.reshape(-1).long())[:-1]
         return counts.sum() if of_tokens else (counts > 0).sum()
     if item.dim() == 1 and (shift or not of_tokens):
-        raise ValueError(f"loss_normalizer: labels of shape {tuple(item.shape)} need cu_seqlens to tell their documents apart")
+        raise ValueError(
+            f"packops.loss_normalizer: labels of shape {tuple(item.shape)} need cu_seqlens to tell their documents apart"
+        )
     if shift:
         scored = scored[..., 1:]
     return scored.sum() if of_tokens else scored.any(-1).sum()
