@@ -630,6 +630,9 @@ def test_the_weights_of_a_forest_are_of_one_reduction():
     forest = PackingCollator(share_prefixes=True, reduction="seq-mean-token-mean")(DOCUMENTS)
     with pytest.raises(ValueError, match="are those of reduction 'seq-mean-token-mean', not of 'mean'"):
         packops.loss_normalizer(forest)
+    for batch in (forest, PackingCollator()(DOCUMENTS)):
+        with pytest.raises(ValueError, match="reduction"):
+            batch.denominator_of("none")
 
 
 @pytest.mark.parametrize("kind", [dict, collections.UserDict])

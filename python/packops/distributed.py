@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data.batch import DENOMINATORS, PackedBatch
+from .data.batch import DENOMINATORS, PackedBatch, check_reduction
 from .functional import packed_labels, packed_metadata
 from .ops.arguments import NUMBERS, check_plain, checks_annotations, describe
 
@@ -57,10 +57,7 @@ def loss_normalizer(
     Raises:
         ValueError: another ``reduction`` or ``gradients``, or labels whose documents are not known.
     """
-    if reduction not in DENOMINATORS:
-        raise ValueError(
-            f"packops.loss_normalizer: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}"
-        )
+    check_reduction(reduction, "packops.loss_normalizer: ")
     if gradients not in ("mean", "sum"):
         raise ValueError(f"packops.loss_normalizer: gradients must be 'mean' or 'sum', got {gradients!r}")
     is_one = isinstance(labels_or_counts, (PackedBatch, Tensor, *NUMBERS)) or not isinstance(labels_or_counts, Iterable)

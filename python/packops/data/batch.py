@@ -236,6 +236,7 @@ class PackedBatch:
 
     def denominator_of(self, reduction: str) -> Tensor | float:
         """What this batch adds to the ``num_items`` of a step: its documents, or its tokens, each with its ``token_weight``."""
+        check_reduction(reduction)
         if DENOMINATORS[reduction] == "documents":
             return self.num_sequences
         if WEIGHT not in self.columns:
@@ -352,6 +353,11 @@ class PackedBatch:
             field.name: f(value) for field in dataclasses.fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, columns={name: f(column) for name, column in self.columns.items()}, **moved)
+
+
+def check_reduction(reduction: str, place: str = "") -> None:
+    if reduction not in DENOMINATORS:
+        raise ValueError(f"{place}reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
 
 
 # What a batch has in any case, under either set of names. An attention_mask would end the search for packed documents.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ..ops.attention_paths import max_docs_for_flash_attention
-from .batch import DENOMINATORS, PackedBatch, checked_columns, column_dtype
+from .batch import PackedBatch, check_reduction, checked_columns, column_dtype
 from .counts import as_count, as_integers
 from .documents import tokens_of, without_padding
 from .forest import PackedForest
@@ -132,8 +132,7 @@ class PackingCollator(Generic[Batch]):
         self.reduction = reduction
         if share_prefixes and pad_doc_to_multiple_of != 1:
             raise ValueError("share_prefixes packs documents without padding inside: pad_doc_to_multiple_of must be 1")
-        if reduction not in DENOMINATORS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+        check_reduction(reduction)
         if not share_prefixes and reduction != "mean":
             raise ValueError("reduction is for share_prefixes, where the batch holds the weights; else the loss takes it")
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..functional import packed_metadata
 from ..ops.document_sums import document_sums
-from .batch import DENOMINATORS, WEIGHT, PackedBatch, checked_columns, column_dtype
+from .batch import WEIGHT, PackedBatch, check_reduction, checked_columns, column_dtype
 from .counts import as_integers
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
@@ -92,8 +92,7 @@ class PackedForest(PackedBatch):
         Raises:
             ValueError: the documents do not fit, or disagree about a label or a column of a token that they share.
         """
-        if reduction not in DENOMINATORS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+        check_reduction(reduction)
         forest = prefix_forest(documents) if forest is None else forest
         begins = np.array([0, *itertools.accumulate(forest.length.tolist())], np.int64)
         own = int(begins[-1])
