@@ -721,11 +721,13 @@ def test_a_document_whose_weights_add_up_to_0_counts_as_in_a_flat_row():
         ({"labels": [[1, 2], [1, 2, 4]]}, ValueError, r"labels of document 0 must have one entry per token \(3\), got \(2,\)"),
         ({"labels": [[1, 2, 3], [1, 2.5, 4]]}, TypeError, "labels of document 1 must be a sequence of integers, got"),
         ({"columns": {"x": [[7], [7]]}}, ValueError, r"x of document 0 must have one entry per token \(3\), got \(1,\)"),
+        ({"length": 9.0}, TypeError, "length must be an int on the host or None, got a float, 9.0"),
+        ({"columns": [[7, 7, 7]]}, TypeError, "columns must be a mapping or None, got a list"),
         ({"columns": {"x": [[7, 7, 7]]}}, ValueError, r"x must have one array per document \(2\), got 1"),
         ({"forest": packops.prefix_forest([[1], [1, 2, 4]])}, ValueError, "input_ids of document 0 must have one entry"),
     ],
 )
-def test_documents_of_a_forest_have_one_entry_per_token(options, error, message):
+def test_what_makes_no_forest_is_named(options, error, message):
     """A single number would be spread over the document, and a label cut to an integer."""
     with pytest.raises(error, match=message):
         packops.PackedForest.from_documents([[1, 2, 3], [1, 2, 4]], **options)

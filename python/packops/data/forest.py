@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..functional import packed_metadata
+from ..ops.arguments import checks_annotations
 from ..ops.document_sums import document_sums
 from .batch import WEIGHT, PackedBatch, check_reduction, checked_columns, column_dtype
 from .counts import as_integers
@@ -62,6 +63,7 @@ class PackedForest(PackedBatch):
     reduction: str = dataclasses.field(kw_only=True)
 
     @classmethod
+    @checks_annotations
     def from_documents(
         cls,
         documents: Sequence[NDArray[Any]],
