@@ -508,6 +508,14 @@ def test_torch_load_takes_a_saved_batch(tmp_path):
     assert torch.equal(loaded.real_tokens, batch.real_tokens)
 
 
+def test_torch_load_takes_a_saved_forest(tmp_path):
+    forest = PackingCollator(share_prefixes=True, min_shared=1)([[1, 2, 3], [1, 2, 4]])
+    torch.save(forest, tmp_path / "forest.pt")
+    loaded = torch.load(tmp_path / "forest.pt", weights_only=True)
+    assert torch.equal(loaded.parents, forest.parents)
+    assert (repr(loaded), loaded.denominator) == (repr(forest), forest.denominator)
+
+
 def test_callers_tensors_and_arrays_are_not_written():
     """Nor is what a batch holds memory of theirs that they may go on to change."""
     ids, labels = torch.arange(6), torch.tensor([9, 1, 2, 3, 4, 5])
@@ -591,6 +599,42 @@ def test_documents_that_weigh_nothing_are_not_counted(reduction):
     assert float(packops.loss_normalizer(forest, reduction=reduction)) == float(count)
 
 
+@pytest.mark.parametrize("share_prefixes", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_weights_of_any_size_add_up_over_micro_batches(reduction, share_prefixes):
+    rows = [
+        {"input_ids": [1, 2, 3, 4], "token_weight": [0.5, 0.25, 2.0, 9.0]},
+        {"input_ids": [1, 2, 5], "token_weight": [3.0, 0.0, 9.0], "labels": [9, 2, 5]},
+        {"input_ids": [4, 2, 1], "token_weight": [7.0, 2.0, 9.0], "labels": [4, -100, 1]},
+    ]
+    options = {"share_prefixes": True, "min_shared": 1, "reduction": reduction} if share_prefixes else {}
+    collate = PackingCollator(columns={"token_weight": 5.0}, pad_to_multiple_of=16, **options)
+    logits = torch.randn(6, 6, dtype=torch.float64)
+
+    def loss(batch, num_items):
+        if share_prefixes:
+            given = {"labels": batch.shift_labels, "token_weight": batch.token_weight}
+        else:
+            given = {"labels": batch.labels, "token_weight": batch.columns["token_weight"], "cu_seqlens": batch.cu_seqlens}
+            given |= {"shift": True, "reduction": reduction}
+        return packops.cross_entropy(logits[batch.input_ids], num_items=num_items, **given)
+
+    whole, parts = collate(rows), [collate(rows[:1]), collate(rows[1:])]
+    count = packops.loss_normalizer(parts, reduction=reduction)
+    assert float(count) == {"mean": 2.75 + 3.0 + 2.0}.get(reduction, 3)
+    expected = loss(whole, whole.denominator if share_prefixes else None)
+    torch.testing.assert_close(sum(loss(part, count) for part in parts), expected)
+
+
+def test_the_weights_of_a_forest_are_of_one_reduction():
+    forest = PackingCollator(share_prefixes=True, reduction="seq-mean-token-mean")(DOCUMENTS)
+    with pytest.raises(ValueError, match="are those of reduction 'seq-mean-token-mean', not of 'mean'"):
+        packops.loss_normalizer(forest)
+    for batch in (forest, PackingCollator()(DOCUMENTS)):
+        with pytest.raises(ValueError, match="reduction"):
+            batch.denominator_of("none")
+
+
 @pytest.mark.parametrize("kind", [dict, collections.UserDict])
 def test_columns_in_place_of_documents_are_refused(kind):
     """What a tokenizer returns for several texts, and ``dataset[:2]``. The way that the error names is one."""
@@ -616,3 +660,78 @@ def test_what_a_collator_cannot_make_is_named_at_once():
         PackingCollator(columns={"x": 0.0})([{"input_ids": [1, 2], "x": np.array([1e40, 2.0])}])
     infinite = PackingCollator(columns={"x": 0.0})([{"input_ids": [1, 2], "x": np.array([np.inf, 2.0])}])
     assert infinite.columns["x"].tolist() == [[math.inf, 2.0]]
+
+
+def test_a_row_has_one_dimension():
+    """Two dimensions would be read as a longer row."""
+    ids, two = torch.arange(4), torch.zeros(4, 2, dtype=torch.int64)
+    for name, arguments in (("input_ids", (two, ids)), ("labels", (ids, two))):
+        with pytest.raises(ValueError, match=rf"{name} must have shape \(tokens,\), got \(4, 2\)"):
+            PackedBatch.build(*arguments, [0, 4])
+    with pytest.raises(ValueError, match=r"lengths must fit the documents .*, \[4\], got \[-1\]"):
+        PackedBatch.build(ids, ids, [0, 4], lengths=[-1])
+    for column in ([1, 2, 3, 4], np.ones(4)):
+        with pytest.raises(TypeError, match="w must be a tensor, got a"):
+            PackedBatch.build(ids, ids, [0, 4], columns={"w": column})
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_sums_of_documents_want_one_number_per_token(share_prefixes):
+    batch = PackingCollator(share_prefixes=share_prefixes)(DOCUMENTS)
+    for shape in ((8, 2), (1, 8, 2)):
+        with pytest.raises(ValueError, match=r"values must have one number per token \(8\), got shape"):
+            batch.document_sums(torch.ones(shape))
+    with pytest.raises(TypeError, match="values must be a tensor, got a list"):
+        batch.unpack([0.0] * 8)
+
+
+def test_rows_of_the_last_document_are_not_those_of_the_padding():
+    batch = PackingCollator(pad_to_length=12)(DOCUMENTS)
+    assert batch.own_rows(-1).tolist() == batch.own_rows(2).tolist() == [4, 5, 6, 7]
+    with pytest.raises(IndexError):
+        batch.own_rows(3)
+
+
+def test_an_attention_mask_is_bool_or_floating_point():
+    with pytest.raises(TypeError, match=r"dtype must be floating point, or None for a mask of bools, got torch.int64"):
+        PackingCollator()(DOCUMENTS).attention_mask(dtype=torch.int64)
+
+
+@pytest.mark.parametrize("fill", [None, "x", 2**70, [0.0], 1e300])
+def test_what_cannot_pad_a_column_is_refused_before_there_are_documents(fill):
+    with pytest.raises((TypeError, ValueError), match="column 'w'"):
+        PackingCollator(columns={"w": fill})
+
+
+def test_a_document_has_no_dimension_for_a_batch():
+    """As a tokenizer returns one text with ``return_tensors``."""
+    ids = torch.ones(1, 3, dtype=torch.int64)
+    with pytest.raises(ValueError, match="got shape \\(1, 3\\): documents are handed over one by one"):
+        PackingCollator()([{"input_ids": ids, "attention_mask": ids}])
+
+
+@pytest.mark.parametrize(
+    "column, message",
+    [
+        ({"position_ids": [0, 1, 2, 0, 1]}, "its position_ids restart"),
+        ({"position_ids": torch.tensor([0, 1, 2, 3, 0])}, "its position_ids restart"),
+        ({"seq_lengths": [3, 2]}, "its seq_lengths are several"),
+    ],
+)
+def test_a_packed_row_is_no_document(column, message):
+    """Its documents would see each other."""
+    with pytest.raises(ValueError, match=f"document 1 is a packed row: {message}"):
+        PackingCollator()([[1], {"input_ids": [1, 2, 3, 4, 5], **column}])
+    for alone in ({"position_ids": [0, 1, 2, 3, 4]}, {"position_ids": [7, 8, 9, 10, 11]}, {"seq_lengths": [5]}):
+        assert PackingCollator()([{"input_ids": [1, 2, 3, 4, 5], **alone}]).boundaries == (0, 5)
+    padded = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1], "position_ids": [1, 1, 0, 1]}
+    assert PackingCollator()([padded]).boundaries == (0, 2)
+
+
+def test_an_error_of_numpy_names_what_it_is_about():
+    with pytest.raises(ValueError, match=r"input_ids of document 1: .*inhomogeneous"):
+        PackingCollator()([[1], [[1, 2], [3]]])
+    with pytest.raises(RuntimeError, match=r"labels of document 0: .*requires grad"):
+        PackingCollator()([{"input_ids": [1], "labels": torch.ones(1, requires_grad=True)}])
+    with pytest.raises(TypeError, match=r"input_ids of document 0: .*meta device"):
+        PackingCollator()([torch.ones(3, dtype=torch.int64, device="meta")])

@@ -91,7 +91,7 @@ def test_pack_reads_every_form(source, capsys):
     path, options = source
     assert command("pack", path, "--max-length", 10, "--strategy", "bfd", *options) == 0
     out = capsys.readouterr().out
-    assert "6 documents, 20 tokens: mean 3, median 3, 95 % below 5, longest 6" in out
+    assert "6 documents, 20 tokens: mean 3, median 3, 95 % at most 6, longest 6" in out
     assert "bfd" in out
     assert "100.00 %" in out
     assert "1 empty documents are in no pack" in out

@@ -689,3 +689,45 @@ def test_columns_of_a_forest_keep_their_kind():
     forest = packops.PackedForest.from_documents(documents, columns=columns)
     assert forest.unpack(forest.columns["x"])[0].tolist() == [0.5, 0.25, 1.5, 2, 3]
     assert forest.columns["x"].dtype == torch.float32
+
+
+def test_a_document_whose_weights_add_up_to_0_counts_as_in_a_flat_row():
+    """Advantages of either sign: their mean is of no document, and its loss 0."""
+    torch.manual_seed(0)
+    documents = [
+        {"input_ids": [1, 2, 3], "token_weight": [1.0, -1.0, 0.0]},
+        {"input_ids": [1, 2, 4], "token_weight": [1.0, 1.0, 1.0]},
+    ]
+    logits, options = torch.randn(5, 5), {"columns": {"token_weight": 0.0}}
+    flat = packops.PackingCollator(**options)(documents)
+    want = packops.cross_entropy(
+        logits[flat.input_ids],
+        flat.labels,
+        cu_seqlens=flat.cu_seqlens,
+        shift=True,
+        token_weight=flat.columns["token_weight"],
+        reduction="seq-mean-token-mean",
+    )
+    forest = packops.PackingCollator(share_prefixes=True, min_shared=1, reduction="seq-mean-token-mean", **options)(documents)
+    loss = packops.cross_entropy(
+        logits[forest.input_ids], forest.shift_labels, token_weight=forest.token_weight, num_items=forest.denominator
+    )
+    torch.testing.assert_close(loss, want)
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"labels": [[1, 2], [1, 2, 4]]}, ValueError, r"labels of document 0 must have one entry per token \(3\), got \(2,\)"),
+        ({"labels": [[1, 2, 3], [1, 2.5, 4]]}, TypeError, "labels of document 1 must be a sequence of integers, got"),
+        ({"columns": {"x": [[7], [7]]}}, ValueError, r"x of document 0 must have one entry per token \(3\), got \(1,\)"),
+        ({"length": 9.0}, TypeError, "length must be an int on the host or None, got a float, 9.0"),
+        ({"columns": [[7, 7, 7]]}, TypeError, "columns must be a mapping or None, got a list"),
+        ({"columns": {"x": [[7, 7, 7]]}}, ValueError, r"x must have one array per document \(2\), got 1"),
+        ({"forest": packops.prefix_forest([[1], [1, 2, 4]])}, ValueError, "input_ids of document 0 must have one entry"),
+    ],
+)
+def test_what_makes_no_forest_is_named(options, error, message):
+    """A single number would be spread over the document, and a label cut to an integer."""
+    with pytest.raises(error, match=message):
+        packops.PackedForest.from_documents([[1, 2, 3], [1, 2, 4]], **options)

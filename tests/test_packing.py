@@ -423,3 +423,27 @@ def test_a_document_that_is_left_out_shares_nothing_with_the_next(gone):
     assert sorted(plan.tokens_per_pack.tolist()) == [100, 200]
     plan = packops.pack([100, 300, 120], 256, groups=[0, 0, 0], shared=[0, 60, 90], overlong="drop")
     assert plan.tokens_per_pack.tolist() == [100 + 120 - 60]
+
+
+def test_the_pieces_of_a_pack_are_counted_from_either_end():
+    plan = pack([3, 4, 2], 5, strategy="sequential")
+    assert [plan.slices(p) for p in (-1, 1)] == [plan.slices(plan.num_packs - 1), [(1, 0, 4)]]
+    for get in (plan.slices, plan.__getitem__):
+        for place in (3, -4):
+            with pytest.raises(IndexError, match=f"pack {place} of a plan with 3 packs"):
+                get(place)
+        with pytest.raises(TypeError, match="pack must be an integer, got a slice"):
+            get(slice(0, 1))
+
+
+def test_no_document_shares_more_than_there_is_before_it():
+    """The row would be longer than the plan says."""
+    with pytest.raises(ValueError, match=r"shared\[2\] must be at most lengths\[0\] = 1, of the document before it .*, got 5"):
+        packops.pack([1, 5, 5], 5, groups=[0, 1, 0], shared=[0, 5, 5])
+    plan = packops.pack([1, 5, 5], 5, groups=[0, 1, 0], shared=[1, 5, 1])  # what the first of a group shares is not asked
+    assert plan.tokens_per_pack.sum() == 10
+
+
+def test_documents_are_no_lengths():
+    with pytest.raises(ValueError, match=r"lengths \(tokens per document\): "):
+        pack([[1, 2, 3], [4]], 10)

@@ -55,7 +55,10 @@ def test_packs_of_groups(data):
     count = data.draw(st.integers(0, 30))
     lengths = np.array(data.draw(st.lists(st.integers(0, 40), min_size=count, max_size=count)), np.int64)
     groups = np.array(data.draw(st.lists(st.integers(0, 6), min_size=count, max_size=count)), np.int64)
-    shared = np.array([data.draw(st.integers(0, int(length))) for length in lengths], np.int64)
+    shared, last = np.zeros(count, np.int64), {}
+    for i, (length, group) in enumerate(zip(lengths.tolist(), groups.tolist(), strict=True)):
+        shared[i] = data.draw(st.integers(0, min(length, last.get(group, length))))
+        last[group] = length
     max_docs = data.draw(st.sampled_from([None, 1, 2, 5]))
     strategy = data.draw(st.sampled_from(["best_fit", "bfd", "ffd", "next_fit", "sequential"]))
     plan = packops.pack(lengths, 50, groups=groups, shared=shared, max_docs_per_pack=max_docs, strategy=strategy)

@@ -473,3 +473,22 @@ def test_without_a_seed_packs_keep_their_order(options, packs_per_batch, world_s
 def test_flags_are_flags(name):
     with pytest.raises(TypeError, match=f"{name} must be True or False, got 'no'"):
         PackedBatchSampler([1], 4, **{name: "no"})
+
+
+def test_a_sampler_that_was_made_too_early_says_so(monkeypatch, recwarn):
+    """By default it is for the ranks that there are when it is made."""
+    samplers = {
+        "early": PackedBatchSampler([1, 2, 3], 5),
+        "told": PackedBatchSampler([1, 2, 3], 5, rank=0, world_size=1),
+        "shared out": PackedBatchSampler([1, 2, 3], 5, all_ranks=True),
+    }
+    for name, value in (("is_initialized", True), ("get_world_size", 2), ("get_rank", 1)):
+        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
+    samplers["late"] = PackedBatchSampler([1, 2, 3], 5)
+    for name, sampler in samplers.items():
+        list(sampler)
+        found = [str(warning.message) for warning in recwarn]
+        recwarn.clear()
+        assert len(found) == (name == "early"), name
+        assert all("made before torch.distributed was initialised, for one process, and now there are 2:" in x for x in found)
+    assert samplers["late"].world_size == 2

@@ -92,7 +92,7 @@ def test_bad_arguments():
         StreamPacker(8, overlong="keep")
     with pytest.raises(KeyError, match=r"a document must have 'input_ids', found \['text'\]"):
         StreamPacker(8).add({"text": "abc"})
-    with pytest.raises(ValueError, match="packs of 8 tokens, this packer makes 9"):
+    with pytest.raises(ValueError, match="max_length = 8, this one has 9"):
         StreamPacker(9).load_state_dict(StreamPacker(8).state_dict())
 
 
@@ -129,7 +129,7 @@ def test_a_state_of_other_settings_is_refused_and_changes_nothing(name):
             packer.add(document)
     first.add([7, 7])
     own = second.state_dict()
-    with pytest.raises(ValueError, match=f"the state is of a packer with {name} = |packs of 16 tokens"):
+    with pytest.raises(ValueError, match=f"the state is of a packer with {name} = "):
         second.load_state_dict(first.state_dict())
     assert second.state_dict() == own
     for missing in own:

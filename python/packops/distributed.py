@@ -10,13 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .data.batch import PackedBatch
+from .data.batch import DENOMINATORS, PackedBatch, check_reduction
 from .functional import packed_labels, packed_metadata
 from .ops.arguments import NUMBERS, check_plain, checks_annotations, describe
 
 __all__ = ["loss_normalizer"]
-
-DENOMINATORS = {"mean": "tokens", "seq-mean-token-mean": "documents", "seq-mean-token-sum": "documents"}
 
 
 @checks_annotations
@@ -38,8 +36,9 @@ def loss_normalizer(
 
     Args:
         labels_or_counts: this process's part of the step, one item or an iterable of one per micro-batch. An item is a
-            :class:`packops.PackedBatch`; or a labels tensor, (T,) or (B, L) with a document a row; or a count, as a number or a
-            one-element tensor without dimensions (tokens for ``"mean"``, documents for the others).
+            :class:`packops.PackedBatch`, whose tokens count as much as its ``token_weight`` says; or a labels tensor, (T,) or
+            (B, L) with a document a row; or a count, as a number or a one-element tensor without dimensions (tokens for
+            ``"mean"``, documents for the others).
         reduction: ``"mean"`` counts scored tokens, ``"seq-mean-token-mean"`` and ``"seq-mean-token-sum"`` documents with at
             least one scored token.
         group: processes that share the step; None: the default group if ``torch.distributed`` is initialised, else this process.
@@ -58,10 +57,9 @@ def loss_normalizer(
     Raises:
         ValueError: another ``reduction`` or ``gradients``, or labels whose documents are not known.
     """
-    if reduction not in DENOMINATORS:
-        raise ValueError(f"loss_normalizer: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+    check_reduction(reduction, "packops.loss_normalizer: ")
     if gradients not in ("mean", "sum"):
-        raise ValueError(f"loss_normalizer: gradients must be 'mean' or 'sum', got {gradients!r}")
+        raise ValueError(f"packops.loss_normalizer: gradients must be 'mean' or 'sum', got {gradients!r}")
     is_one = isinstance(labels_or_counts, (PackedBatch, Tensor, *NUMBERS)) or not isinstance(labels_or_counts, Iterable)
     items: Iterable[Any] = [labels_or_counts] if is_one else labels_or_counts
     counts = [_count(item, reduction, cu_seqlens, shift, ignore_index) for item in items]
@@ -79,19 +77,19 @@ def loss_normalizer(
 def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ignore_index: int) -> Tensor | float:
     of_tokens = DENOMINATORS[reduction] == "tokens"
     if isinstance(item, PackedBatch):
-        return item.num_items if of_tokens else item.num_sequences
+        return item.denominator_of(reduction)
     if not isinstance(item, Tensor):
         if isinstance(item, bool) or not isinstance(item, NUMBERS):
-            raise TypeError(f"loss_normalizer: labels_or_counts must be batches, labels or numbers, got {describe(item)}")
+            raise TypeError(f"packops.loss_normalizer: labels_or_counts must be batches, labels or numbers, got {describe(item)}")
         if not 0 <= item < math.inf:
-            raise ValueError(f"loss_normalizer: a count must be finite and at least 0, got {item}")
+            raise ValueError(f"packops.loss_normalizer: a count must be finite and at least 0, got {item}")
         return float(item)
-    check_plain("loss_normalizer", "labels_or_counts", item)
+    check_plain("packops.loss_normalizer", "labels_or_counts", item)
     if item.dim() == 0:
         return item
     if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():
         got = f"{item.dtype} of shape {tuple(item.shape)}"
-        raise TypeError(f"loss_normalizer: labels must be integers, and a count a tensor of no dimension, got {got}")
+        raise TypeError(f"packops.loss_normalizer: labels must be integers, and a count a tensor of no dimension, got {got}")
     scored = item != ignore_index
     if cu_seqlens is not None:
         if shift:
@@ -103,7 +101,9 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
             counts = counts.index_add_(0, document, scored.reshape(-1).long())[:-1]
         return counts.sum() if of_tokens else (counts > 0).sum()
     if item.dim() == 1 and (shift or not of_tokens):
-        raise ValueError(f"loss_normalizer: labels of shape {tuple(item.shape)} need cu_seqlens to tell their documents apart")
+        raise ValueError(
+            f"packops.loss_normalizer: labels of shape {tuple(item.shape)} need cu_seqlens to tell their documents apart"
+        )
     if shift:
         scored = scored[..., 1:]
     return scored.sum() if of_tokens else scored.any(-1).sum()

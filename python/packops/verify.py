@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .data.batch import PackedBatch
+from .data.batch import PackedBatch, check_reduction
 from .data.collator import PackingCollator
 from .data.counts import as_count
 from .data.documents import length_of
 from .data.forest import PackedForest
 from .data.packing import pack
-from .distributed import DENOMINATORS, loss_normalizer
+from .distributed import loss_normalizer
 from .ops.arguments import checks_annotations
 
 Forward = Callable[[nn.Module, PackedBatch], Tensor]
@@ -205,8 +205,7 @@ def verify(
     Raises:
         TypeError, ValueError: an argument that is not as above, or with which nothing would be verified; it is named.
     """
-    if reduction not in DENOMINATORS:
-        raise ValueError(f"reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+    check_reduction(reduction)
     max_length = as_count("max_length", max_length, optional=True)
     if tolerance is not None and not 0 < tolerance < math.inf:
         raise ValueError(f"tolerance must be positive and finite, got {tolerance}")

@@ -349,10 +349,10 @@ def padded_efficiency(lengths: IntArray, seed: int) -> float:
 
 
 def format_table(lengths: IntArray, rows: Sequence[dict[str, Any]], padded: float) -> str:
-    percentiles = np.percentile(lengths, [50, 95]).astype(int) if len(lengths) else (0, 0)
+    percentiles = np.percentile(lengths, [50, 95], method="inverted_cdf") if len(lengths) else (0, 0)
     lines = [
         f"{len(lengths):,} documents, {lengths.sum():,} tokens: mean {lengths.mean() if len(lengths) else 0:.0f}, median "
-        f"{percentiles[0]:,}, 95 % below {percentiles[1]:,}, longest {lengths.max(initial=0):,}",
+        f"{percentiles[0]:,}, 95 % at most {percentiles[1]:,}, longest {lengths.max(initial=0):,}",
         "",
         f"{'strategy':<12}{'packs':>12}{'full':>10}{'documents a pack':>20}{'most':>8}{'seconds':>10}",
     ]

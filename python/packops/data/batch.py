@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..functional import packed_labels, packed_metadata
-from ..ops.arguments import checks_annotations
+from ..ops.arguments import checks_annotations, describe
 from ..ops.document_sums import document_sums
 from .counts import as_integers
 from .documents import document_begins
@@ -21,6 +21,7 @@ __all__ = ["PackedBatch"]
 
 T = TypeVar("T")
 WEIGHT = "token_weight"  # the column of weights in the loss
+DENOMINATORS = {"mean": "tokens", "seq-mean-token-mean": "documents", "seq-mean-token-sum": "documents"}
 
 
 @dataclasses.dataclass
@@ -38,12 +39,13 @@ class PackedBatch:
         cu_seqlens: (S + 1,) int32, where each document begins; ends at T.
         max_seqlen: length of the longest document, padding included (a host int, as attention kernels want it).
         seq_idx: (1, T) int32, the document of each token.
-        num_items: tokens scored, those of ``token_weight`` 0 left out: this batch's share of a token mean.
+        num_items: tokens scored, those of ``token_weight`` 0 left out: this batch's share of a token mean without other weights
+            (:meth:`denominator_of` has those).
         num_valid: the same number, these included, for ``packops.linear_cross_entropy(num_valid=...)``, where it is always this
             row's own count.
         num_sequences: documents with at least one scored token: this batch's share of a mean over documents.
         boundaries: ``cu_seqlens`` as host ints.
-        lengths: tokens of each document, without padding.
+        lengths: tokens of each document, without padding. :class:`packops.PackingCollator` leaves empty documents out.
         shift_labels: (1, T) int64, row t scored against token t + 1; None unless asked for.
         real_tokens: (1, T) bool, False for padding; None where there is none.
         columns: further (1, T) tensors by name.
@@ -93,6 +95,9 @@ class PackedBatch:
             columns: further (T,) tensors.
         """
         input_ids, labels, columns = _int64(input_ids, "input_ids"), _int64(labels, "labels"), checked_columns(columns)
+        for name, row in (("input_ids", input_ids), ("labels", labels)):
+            if row.dim() != 1:
+                raise ValueError(f"{name} must have shape (tokens,), got {tuple(row.shape)}")
         for name, values in {"labels": labels, **columns}.items():
             _check_one_each(values, name, len(input_ids))
         boundaries = tuple(as_integers("boundaries", boundaries).tolist())
@@ -100,7 +105,7 @@ class PackedBatch:
             raise ValueError(f"boundaries must rise from 0 to the {len(input_ids)} tokens, got {_some(boundaries)}")
         spans = tuple(end - begin for begin, end in itertools.pairwise(boundaries))
         lengths = spans if lengths is None else tuple(as_integers("lengths", lengths).tolist())
-        if len(lengths) > len(spans) or any(length > span for length, span in zip(lengths, spans, strict=False)):
+        if len(lengths) > len(spans) or any(not 0 <= length <= span for length, span in zip(lengths, spans, strict=False)):
             raise ValueError(f"lengths must fit the documents between the boundaries, {_some(spans)}, got {_some(lengths)}")
         if capacity is not None:
             if len(spans) > capacity:
@@ -227,7 +232,17 @@ class PackedBatch:
     def document_sums(self, values: Tensor) -> Tensor:
         """(documents,) the sum of each document's (1, T) or (T,) values: log-probabilities, say, which are 0 where nothing is
         scored. Differentiable, the same bits in every run: :func:`packops.document_sums`."""
-        return document_sums(self._rows_of(values), self.cu_seqlens)[: self.num_documents]
+        return document_sums(self._numbers_of(values), self.cu_seqlens)[: self.num_documents]
+
+    def denominator_of(self, reduction: str) -> Tensor | float:
+        """What this batch adds to the ``num_items`` of a step: its documents, or its tokens, each with its ``token_weight``."""
+        check_reduction(reduction)
+        if DENOMINATORS[reduction] == "documents":
+            return self.num_sequences
+        if WEIGHT not in self.columns:
+            return self.num_items
+        weight = self.columns[WEIGHT].roll(1).double()  # of a row, which is scored against the token behind it
+        return torch.where(self.labels != self.ignore_index, weight, 0.0).sum()
 
     def attention_mask(self, kind: str = "4d", *, dtype: torch.dtype | None = None) -> Tensor:
         """(1, 1, T, T): which token may attend to which, causally and within its document.
@@ -240,6 +255,8 @@ class PackedBatch:
         row = torch.arange(self.num_tokens, device=self.device)
         allowed = self._sees()(row[:, None], row[None, :])
         if dtype is not None:
+            if not dtype.is_floating_point:
+                raise TypeError(f"dtype must be floating point, or None for a mask of bools, got {dtype}")
             allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill_(~allowed, torch.finfo(dtype).min)
         return allowed[None, None]
 
@@ -295,6 +312,7 @@ class PackedBatch:
 
     def own_rows(self, document: int) -> Tensor:
         """(n,) int64: the rows of one document, those that it shares with others left out."""
+        document = range(self.num_documents)[document]  # -1 is the last one, and not the padding
         begin = self.boundaries[document]
         return torch.arange(begin, begin + self.lengths[document], device=self.device)
 
@@ -314,6 +332,8 @@ class PackedBatch:
 
     def _rows_of(self, values: Tensor) -> Tensor:
         """(T, ...) of (1, T, ...) or (T, ...) values."""
+        if not isinstance(values, Tensor):
+            raise TypeError(f"values must be a tensor, got {describe(values)}")
         rows = values[0] if values.dim() > 1 and values.shape[:2] == (1, self.num_tokens) else values
         if rows.dim() < 1 or rows.shape[0] != self.num_tokens:
             raise ValueError(
@@ -321,11 +341,23 @@ class PackedBatch:
             )
         return rows
 
+    def _numbers_of(self, values: Tensor) -> Tensor:
+        """(T,) of (1, T) or (T,) values."""
+        rows = self._rows_of(values)
+        if rows.dim() != 1:  # their sums would be of other tokens
+            raise ValueError(f"values must have one number per token ({self.num_tokens}), got shape {tuple(values.shape)}")
+        return rows
+
     def _map(self, f) -> Any:
         moved: dict[str, Any] = {
             field.name: f(value) for field in dataclasses.fields(self) if isinstance(value := getattr(self, field.name), Tensor)
         }
         return dataclasses.replace(self, columns={name: f(column) for name, column in self.columns.items()}, **moved)
+
+
+def check_reduction(reduction: str, place: str = "") -> None:
+    if reduction not in DENOMINATORS:
+        raise ValueError(f"{place}reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
 
 
 # What a batch has in any case, under either set of names. An attention_mask would end the search for packed documents.
@@ -346,15 +378,18 @@ def checked_columns(columns: Mapping[str, T] | None) -> Mapping[str, T]:
 
 def column_dtype(name: str, parts: Sequence[np.ndarray], fill: float) -> np.dtype:
     """A type that holds the values of all documents and the padding."""
-    dtype = np.result_type(*{part.dtype for part in parts}) if parts else np.asarray(fill).dtype
+    pad = np.asarray(fill)
+    if pad.ndim or pad.dtype.kind not in "biuf":
+        raise TypeError(f"column {name!r} must be padded with a number that its type can hold, got {fill!r}")
+    dtype = np.result_type(*{part.dtype for part in parts}) if parts else pad.dtype
     if dtype.kind not in "biuf":
         raise TypeError(f"column {name!r} must hold numbers or bool, got {dtype}")
     with np.errstate(all="ignore"):
-        if dtype.kind != "f" and np.asarray(fill).astype(dtype) != fill:
+        if dtype.kind != "f" and pad.astype(dtype) != fill:
             dtype = np.result_type(dtype, np.min_scalar_type(fill))
         if dtype.kind != "f":
             return dtype
-        for part in parts:
+        for part in (*parts, pad):
             if (np.isfinite(part) & ~np.isfinite(part.astype(np.float32))).any():
                 raise ValueError(f"column {name!r} holds numbers that float32 cannot hold: {part}")
             if part.dtype.kind in "iu" and not np.array_equal(part.astype(np.float32).astype(np.float64), part.astype(object)):
@@ -394,6 +429,8 @@ def _int64(values: Tensor, name: str) -> Tensor:
 
 
 def _check_one_each(values: Tensor, name: str, tokens: int) -> None:
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {describe(values)}")
     if values.shape[:1] != (tokens,):
         raise ValueError(f"{name} must have one entry per token ({tokens}), got shape {tuple(values.shape)}")
 

@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypedDict, TypeVar, ove
 import numpy as np
 import torch
 
-from ..distributed import DENOMINATORS
 from ..ops.attention_paths import max_docs_for_flash_attention
-from .batch import PackedBatch, checked_columns, column_dtype
+from .batch import PackedBatch, check_reduction, checked_columns, column_dtype
 from .counts import as_count, as_integers
 from .documents import tokens_of, without_padding
 from .forest import PackedForest
@@ -63,7 +62,8 @@ class PackingCollator(Generic[Batch]):
     after the document, which is cut off, 1 elsewhere), and the columns asked for. Without labels
     and masks every token is scored but a document's first. Text only: a document that holds images or sound is refused. No
     document at all is legal and gives a row of nothing but padding, which costs a rank that has run out of documents a step
-    without a gradient.
+    without a gradient. A document without tokens is left out of a :class:`packops.PackedBatch`, also of its ``lengths`` and
+    of what it unpacks to.
 
     Args:
         pad_token_id: fills the padding.
@@ -123,6 +123,8 @@ class PackingCollator(Generic[Batch]):
         self.num_documents = as_count("num_documents", num_documents, optional=True)
         self.shift_labels = shift_labels
         self.columns = dict(checked_columns(columns))
+        for name, fill in self.columns.items():
+            column_dtype(name, [], fill)  # what cannot pad is an error here, not in the training loop
         self.names = names
         self.attention_shape = None if attention_shape is None else _checked_shape(attention_shape)
         self.share_prefixes = share_prefixes
@@ -130,8 +132,7 @@ class PackingCollator(Generic[Batch]):
         self.reduction = reduction
         if share_prefixes and pad_doc_to_multiple_of != 1:
             raise ValueError("share_prefixes packs documents without padding inside: pad_doc_to_multiple_of must be 1")
-        if reduction not in DENOMINATORS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+        check_reduction(reduction)
         if not share_prefixes and reduction != "mean":
             raise ValueError("reduction is for share_prefixes, where the batch holds the weights; else the loss takes it")
 
@@ -182,16 +183,12 @@ class PackingCollator(Generic[Batch]):
         return batch.to_hf() if self.names == "hf" else batch  # type: ignore[return-value]
 
     def _share(self, tokens: list[np.ndarray], labels: list[np.ndarray], numbered: list[Any]) -> PackedForest:
-        columns = {name: [self._column(name, *entry) for entry in numbered] for name in self.columns}
-        fills = {
-            name: np.asarray(self.columns[name], column_dtype(name, parts, self.columns[name])) for name, parts in columns.items()
-        }
         forest = prefix_forest(tokens, min_shared=self.min_shared)
         return PackedForest.from_documents(
             tokens,
             labels=labels,
-            columns=columns,
-            fills=fills,
+            columns={name: [self._column(name, *entry) for entry in numbered] for name in self.columns},
+            fills=self.columns,
             forest=forest,
             reduction=self.reduction,
             pad_token_id=self.pad_token_id,
@@ -246,7 +243,9 @@ class PackingCollator(Generic[Batch]):
 def _real_part(document: Any, number: int) -> Any:
     if isinstance(document, Mapping):
         _check_text(document, number)
-    return without_padding(document, f"document {number}")
+        document = without_padding(document, f"document {number}")
+        _check_one(document, number)
+    return document
 
 
 def _check_text(document: Mapping[str, Any], number: int) -> None:
@@ -255,6 +254,16 @@ def _check_text(document: Mapping[str, Any], number: int) -> None:
         raise ValueError(
             f"document {number} holds {', '.join(other)}: PackingCollator packs text and gives tokens the positions of text. "
             "Collate images yourself, with the positions of the model's get_rope_index"
+        )
+
+
+def _check_one(document: Mapping[str, Any], number: int) -> None:
+    positions, lengths = (document.get(name) for name in ("position_ids", "seq_lengths"))
+    restarts = positions is not None and np.ndim(positions) == 1 and (np.diff(as_integers("position_ids", positions)) != 1).any()
+    if restarts or (lengths is not None and np.size(lengths) > 1):
+        raise ValueError(
+            f"document {number} is a packed row: its {'position_ids restart' if restarts else 'seq_lengths are several'}. "
+            "Hand over its documents one by one, or the row to PackedBatch.from_position_ids or from_cu_seqlens"
         )
 
 

@@ -8,7 +8,7 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_count", "as_integer", "as_integers"]
+__all__ = ["as_array", "as_count", "as_integer", "as_integers"]
 
 
 def as_integer(name: str, value: Any) -> int:
@@ -44,6 +44,14 @@ def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63, optional:
     return count
 
 
+def as_array(name: str, values: Any) -> NDArray[Any]:
+    """``np.asarray``, whose errors (ragged lists, tensors on a device or with a gradient) do not say what they are about."""
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise type(error)(f"{name}: {error}") from None
+
+
 def as_integers(name: str, values: Any) -> NDArray[np.int64]:
     """``values`` as a one-dimensional int64 array, which holds negative numbers whatever type they came in.
 
@@ -51,7 +59,7 @@ def as_integers(name: str, values: Any) -> NDArray[np.int64]:
         TypeError: they are no sequence of integers.
         ValueError: one of them does not fit.
     """
-    array = np.asarray(values)
+    array = as_array(name, values)
     if array.size == 0:
         array = array.astype(np.int64)
     if array.ndim != 1 or array.dtype.kind not in "iu":

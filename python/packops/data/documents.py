@@ -37,7 +37,8 @@ def without_padding(document: Any, name: str = "a document") -> Any:
     mask = np.asarray(mask)
     total = len(tokens_of(document))
     if mask.shape != (total,):
-        raise ValueError(f"{PADDING_MASK} of {name} must have one entry per token ({total}), got shape {mask.shape}")
+        batch = ": documents are handed over one by one, without a dimension for a batch" if mask.ndim > 1 else ""
+        raise ValueError(f"{PADDING_MASK} of {name} must have one entry per token ({total}), got shape {mask.shape}{batch}")
     if mask.size and mask.dtype.kind not in "biu":
         raise TypeError(f"{PADDING_MASK} of {name} must be bool or integers (0: padding, 1: a token), got {mask.dtype}")
     inside = np.flatnonzero(mask)

@@ -12,10 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..distributed import DENOMINATORS
 from ..functional import packed_metadata
+from ..ops.arguments import checks_annotations
 from ..ops.document_sums import document_sums
-from .batch import WEIGHT, PackedBatch, checked_columns, column_dtype
+from .batch import WEIGHT, PackedBatch, check_reduction, checked_columns, column_dtype
+from .counts import as_integers
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
 
@@ -62,13 +63,14 @@ class PackedForest(PackedBatch):
     reduction: str = dataclasses.field(kw_only=True)
 
     @classmethod
+    @checks_annotations
     def from_documents(
         cls,
         documents: Sequence[NDArray[Any]],
         *,
         labels: Sequence[NDArray[Any]] | None = None,
         columns: Mapping[str, Sequence[NDArray[Any]]] | None = None,
-        fills: Mapping[str, Any] | None = None,
+        fills: Mapping[str, float] | None = None,
         forest: PrefixForest | None = None,
         reduction: str = "mean",
         pad_token_id: int = 0,
@@ -83,7 +85,7 @@ class PackedForest(PackedBatch):
             labels: per document its ids, ``ignore_index`` where a token is not scored; None: all are, but a document's first.
             columns: further per-token columns, an (n,) array per document. Documents must agree on them where they share tokens,
                 but for ``token_weight``, the weight of a row in its document's loss.
-            fills: what pads each column, of the column's dtype.
+            fills: what pads each column; 0 unless it is named.
             forest: of these documents; None: :func:`packops.prefix_forest`.
             reduction: ``"mean"``, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
             length: tokens of the row, the rest is padding; None: no padding.
@@ -92,8 +94,7 @@ class PackedForest(PackedBatch):
         Raises:
             ValueError: the documents do not fit, or disagree about a label or a column of a token that they share.
         """
-        if reduction not in DENOMINATORS:
-            raise ValueError(f"reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
+        check_reduction(reduction)
         forest = prefix_forest(documents) if forest is None else forest
         begins = np.array([0, *itertools.accumulate(forest.length.tolist())], np.int64)
         own = int(begins[-1])
@@ -111,7 +112,11 @@ class PackedForest(PackedBatch):
             parents += [-1] * (capacity - len(parents))
 
         rows = [_rows(forest, begins, number) for number in range(len(documents))]
-        extra = dict(checked_columns(columns))
+        extra = {name: [np.asarray(part) for part in parts] for name, parts in checked_columns(columns).items()}
+        for name, parts in {"input_ids": documents, **({} if labels is None else {"labels": labels}), **extra}.items():
+            _check_one_each(name, parts, rows)
+        fills = {name: (fills or {}).get(name, 0) for name in extra}
+        padding = {name: np.full(total, fill, column_dtype(name, extra[name], fill)) for name, fill in fills.items()}
         scored = _score(documents if labels is None else labels, rows, extra.pop(WEIGHT, None), total, reduction, ignore_index)
         positions = np.arange(total) - np.repeat(begins, np.diff([*begins, total]))
         positions[:own] += np.repeat(forest.start, forest.length)
@@ -130,11 +135,7 @@ class PackedForest(PackedBatch):
             lengths=tuple(map(len, documents)),
             shift_labels=torch.from_numpy(scored.labels)[None],
             real_tokens=(torch.arange(total) < own)[None] if own < total else None,
-            columns={
-                name: _spread(parts, rows, np.full(total, fill, column_dtype(name, list(map(np.asarray, parts)), fill)), name)
-                for name, parts in extra.items()
-                for fill in [(fills or {}).get(name, 0)]
-            },
+            columns={name: _spread(parts, rows, padding[name], name) for name, parts in extra.items()},
             ignore_index=ignore_index,
             parents=torch.tensor(parents, dtype=torch.int32),
             token_weight=torch.from_numpy(scored.weight)[None],
@@ -151,7 +152,12 @@ class PackedForest(PackedBatch):
 
     def document_sums(self, values: Tensor) -> Tensor:
         """(documents,) the sum of each document's values over the rows that it scores, whoever else scores them."""
-        return document_sums(self._rows_of(values)[self.scored_rows], self.scored_cu_seqlens)
+        return document_sums(self._numbers_of(values)[self.scored_rows], self.scored_cu_seqlens)
+
+    def denominator_of(self, reduction: str) -> float:
+        if reduction != self.reduction:
+            raise ValueError(f"the weights of this PackedForest are those of reduction {self.reduction!r}, not of {reduction!r}")
+        return self.denominator
 
     def own_rows(self, document: int) -> Tensor:
         documents_through = self.rows.bincount(minlength=self.num_tokens)
@@ -204,6 +210,9 @@ class PackedForest(PackedBatch):
         return lambda query, key: (key <= query) & (query < ends[key])
 
 
+torch.serialization.add_safe_globals([PackedForest])  # as for a PackedBatch
+
+
 class _Scored(NamedTuple):
     labels: IntArray  # (T,)
     weight: NDArray[np.float64]  # (T,)
@@ -223,7 +232,7 @@ def _score(
     row_labels, row_weight = np.full(total, ignore_index, np.int64), np.zeros(total)
     scored_rows = []
     for number, (own_labels, own_rows) in enumerate(zip(labels, rows, strict=True)):
-        targets = np.asarray(own_labels)[1:].astype(np.int64)
+        targets = as_integers(f"labels of document {number}", own_labels)[1:]
         weight = np.ones(len(targets)) if weights is None else np.asarray(weights[number], np.float64)[:-1]
         scored = (targets != ignore_index) & (weight != 0)
         at, targets, weight = own_rows[:-1][scored], targets[scored], weight[scored]
@@ -231,10 +240,20 @@ def _score(
         if ((known != ignore_index) & (known != targets)).any():
             raise ValueError(f"labels of document {number} differ from those of another where the two share a prefix")
         row_labels[at] = targets
-        row_weight[at] += weight / weight.sum() if reduction == "seq-mean-token-mean" else weight
+        if reduction == "seq-mean-token-mean":
+            weight = weight / weight.sum() if weight.sum() != 0 else np.zeros_like(weight)  # as packops.cross_entropy has it
+        row_weight[at] += weight
         scored_rows.append(at)
     counts = np.array([len(at) for at in scored_rows], np.int64)
     return _Scored(row_labels, row_weight, counts, _joined(scored_rows))
+
+
+def _check_one_each(name: str, parts: Sequence[Any], rows: Sequence[IntArray]) -> None:
+    if len(parts) != len(rows):
+        raise ValueError(f"{name} must have one array per document ({len(rows)}), got {len(parts)}")
+    for number, (part, own_rows) in enumerate(zip(parts, rows, strict=True)):
+        if np.shape(part) != own_rows.shape:
+            raise ValueError(f"{name} of document {number} must have one entry per token ({len(own_rows)}), got {np.shape(part)}")
 
 
 def _rows(forest: PrefixForest, begins: IntArray, document: int) -> IntArray:

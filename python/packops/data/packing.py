@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _C
-from .counts import as_count, as_integer, as_integers
+from .counts import as_array, as_count, as_integer, as_integers
 
 __all__ = ["STRATEGIES", "DocumentSlice", "PackingPlan", "pack"]
 
@@ -80,19 +80,23 @@ class PackingPlan:
 
     def __getitem__(self, pack: int) -> IntArray:
         """(pieces,) int64: the documents of one pack."""
-        if not -self.num_packs <= pack < self.num_packs:
-            raise IndexError(f"pack {pack} of a plan with {self.num_packs} packs")
-        pack %= self.num_packs
-        return self.indices[self.offsets[pack] : self.offsets[pack + 1]]
+        return self.indices[self._pieces(pack)]
 
     def __iter__(self) -> Iterator[IntArray]:
         return (self[pack] for pack in range(self.num_packs))
 
     def slices(self, pack: int) -> list[DocumentSlice]:
         """The pieces of one pack, as parts of documents."""
-        begin, end = self.offsets[pack], self.offsets[pack + 1]
-        columns = (self.indices[begin:end].tolist(), self.starts[begin:end].tolist(), self.lengths[begin:end].tolist())
+        pieces = self._pieces(pack)
+        columns = (column[pieces].tolist() for column in (self.indices, self.starts, self.lengths))
         return [DocumentSlice(*piece) for piece in zip(*columns, strict=True)]
+
+    def _pieces(self, pack: int) -> slice:
+        pack = as_integer("pack", pack)
+        if not -self.num_packs <= pack < self.num_packs:
+            raise IndexError(f"pack {pack} of a plan with {self.num_packs} packs")
+        pack %= self.num_packs
+        return slice(self.offsets[pack], self.offsets[pack + 1])
 
     @cached_property
     def docs_per_pack(self) -> IntArray:
@@ -173,7 +177,7 @@ class PackingPlan:
 
 def as_lengths(lengths: ArrayLike) -> IntArray:
     """A one-dimensional int64 array, or an error that says what came instead."""
-    array = np.asarray(lengths)
+    array = as_array("lengths (tokens per document)", lengths)
     if array.size and array.dtype.kind not in "iu":
         raise TypeError(f"lengths must be integers (tokens per document), got {array.dtype}")
     if array.ndim != 1:
@@ -312,6 +316,15 @@ def _pack_groups(
 
     _, first, group_of = np.unique(numbers, return_index=True, return_inverse=True)
     documents = np.argsort(first[group_of], kind="stable")  # groups by their first document
+    follows = group_of[documents][1:] == group_of[documents][:-1]
+    too_much = follows & (common[documents][1:] > lengths[documents][:-1])
+    if too_much.any():
+        place = int(too_much.argmax())
+        bad, before = int(documents[place + 1]), int(documents[place])
+        raise ValueError(
+            f"shared[{bad}] must be at most lengths[{before}] = {lengths[before]}, of the document before it in its group, "
+            f"got {common[bad]}"
+        )
     is_kept = (lengths > 0) & (lengths <= max_length)
     common = _shared_with_kept(common, documents, is_kept)
     documents = documents[is_kept[documents]]

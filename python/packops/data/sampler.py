@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import heapq
 import math
+import warnings
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -133,7 +134,9 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         overlong: Overlong = "error",
         pad_doc_to_multiple_of: int = 1,
     ):
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        distributed = _is_distributed()
+        # Whoever shares out batches may begin with those of one process.
+        self._is_taken_for_one_process = world_size is None and rank is None and not (distributed or all_ranks)
         if world_size is None:
             world_size = torch.distributed.get_world_size() if distributed else 1
         if rank is None:
@@ -216,6 +219,13 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
         return sum(segment.steps for segment in self._past)
 
     def __iter__(self) -> Iterator[list[Any]]:
+        if self._is_taken_for_one_process and _is_distributed() and (ranks := torch.distributed.get_world_size()) > 1:
+            warnings.warn(
+                "this PackedBatchSampler was made before torch.distributed was initialised, for one process, and now there are "
+                f"{ranks}: each of them trains on all documents, unless the loader shares out the batches. Make it afterwards, "
+                "or pass rank= and world_size=",
+                stacklevel=2,
+            )
         if self._is_over:  # the pass after a whole one, or after the rest of a resumed one, is a whole one
             self._begin(self.epoch, [], 0)
         this_pass = self._pass = object()
@@ -350,6 +360,10 @@ class PackedBatchSampler(torch.utils.data.Sampler[list[Any]]):
             return documents
         parts = zip(documents, plan.starts[pieces].tolist(), plan.lengths[pieces].tolist(), strict=True)
         return [DocumentSlice(*part) for part in parts]
+
+
+def _is_distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def _checked_cost(cost: Any) -> tuple[float, float]:

@@ -119,15 +119,12 @@ class StreamPacker(Generic[Document]):
         Raises:
             ValueError: the state is of a packer with other settings, or none. The packer stays as it was.
         """
-        settings = self._settings()
         if not isinstance(state, Mapping):
             raise ValueError(f"not the state of a StreamPacker: {state!r}")
         missing = [name for name in self.state_dict() if name not in state]
         if missing:
             raise ValueError(f"not the state of a StreamPacker: it has no {missing[0]!r}")
-        if state["max_length"] != self.max_length:
-            raise ValueError(f"the state is of packs of {state['max_length']} tokens, this packer makes {self.max_length}")
-        for name, own in settings.items():
+        for name, own in self._settings().items():
             if state[name] != own:
                 raise ValueError(f"the state is of a packer with {name} = {state[name]!r}, this one has {own!r}")
         opened = {number: list(pack) for number, (_, pack) in enumerate(state["open"])}
