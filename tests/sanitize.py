@@ -39,6 +39,7 @@ import gpu_record
 import packops
 from gpu_record import TOOLS
 from packops.ops.lm_head import Product
+from packops.ops.scaled_rows import scaled_rows_
 from sanitizer import PLANTED, TOOL, compile_planted, findings, found_planted, read_log, run_planted, run_sanitizer
 
 Case = Callable[[torch.device], Iterator[str]]
@@ -479,6 +480,22 @@ def rms_norm(device: torch.device) -> Iterator[str]:
             for zero_centered in (False, True):
                 backward(packops.rms_norm(x, weight, eps=1e-6, zero_centered=zero_centered), x, weight)
             yield f"{dtype} {rows} rows of {columns}, offset {offset}"
+
+
+@cases
+def scaled_rows(device: torch.device) -> Iterator[str]:
+    """Vectors and single elements, rows of their own, rows from elsewhere, and in place."""
+    for dtype in FLOATS:
+        for columns, late in ((7, 0), (72, 0), (72, 1), (896, 0), (5003, 0)):
+            x = torch.randn(late + 9 * columns, device=device).to(dtype)[late:].view(9, columns)
+            index = torch.arange(8, -1, -1, device=device)
+            target = torch.arange(-1, 8, dtype=torch.int32, device=device)
+            for to in FLOATS:
+                out = torch.zeros(9, columns, dtype=to, device=device)
+                scaled_rows_(out, x, torch.full((), 0.5, device=device), add=True)
+                scaled_rows_(out, x, torch.rand(9, device=device), index=index, target=target)
+            scaled_rows_(x, x, torch.full((), 0.5, device=device))
+        yield f"{dtype}"
 
 
 @cases
