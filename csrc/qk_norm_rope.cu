@@ -276,46 +276,27 @@ __global__ void __launch_bounds__(128, qk_norm_narrow_blocks(sizeof(T)))
       }
     }
 
-    // mean(h w n) = r mean(h w x), so both sums are reduced together.
-    float sums[2 * kUnroll];
+    T* y = head_out<T>(job.x, at, slot) + place.a;
 #pragma unroll
-    for (int u = 0; u < kUnroll; u++) {
+    for (int u = 0; u < kUnroll; u++, y += y_step) {
       float a[W], b[W], ha[W], hb[W];
       xa[u].to_floats(a);
       xb[u].to_floats(b);
       ga[u].to_floats(ha);
       gb[u].to_floats(hb);
-      sums[2 * u] = dot(a, a) + dot(b, b);
       if (turns) coefficients.turn(ha, hb);
+      // mean(h w n) = r mean(h w x), so both sums are reduced together.
+      float sums[2] = {dot(a, a) + dot(b, b), 0.f};
 #pragma unroll
-      for (int j = 0; j < W; j++) {
-        ha[j] *= weight_a[j];
-        hb[j] *= weight_b[j];
-      }
-      sums[2 * u + 1] = dot(ha, a) + dot(hb, b);
-      forget(xa[u].bits);
-      forget(xb[u].bits);
-      forget(ga[u].bits);
-      forget(gb[u].bits);
-    }
-    group_sum(sums, launch.group);
-
-    T* y = head_out<T>(job.x, at, slot) + place.a;
-#pragma unroll
-    for (int u = 0; u < kUnroll; u++, y += y_step) {
+      for (int j = 0; j < W; j++) sums[1] = fmaf(ha[j] * weight_a[j], a[j], fmaf(hb[j] * weight_b[j], b[j], sums[1]));
+      group_sum(sums, launch.group);
       if (!active || slot + u * slots >= heads) continue;
       // Tokens outside of documents must not reach the weight's gradient, not even as 0 times NaN.
       if (outside) {
         xa[u] = ga[u];
         xb[u] = gb[u];
       } else {
-        float a[W], b[W], ha[W], hb[W];
-        xa[u].to_floats(a);
-        xb[u].to_floats(b);
-        ga[u].to_floats(ha);
-        gb[u].to_floats(hb);
-        const float r = rsqrtf(sums[2 * u] * inverse_dim + eps), mean = sums[2 * u + 1] * inverse_dim * r;
-        if (turns) coefficients.turn(ha, hb);
+        const float r = rsqrtf(sums[0] * inverse_dim + eps), mean = sums[1] * inverse_dim * r;
 #pragma unroll
         for (int j = 0; j < W; j++) {
           a[j] *= r;
@@ -546,8 +527,8 @@ void launch_backward(const QkNormRopeParams& p, const QkNormRopeLaunch& launch, 
   const int shared =
       std::max(groups * p.rope.head_dim * int(sizeof(float)),
                (kMrope ? 2 * launch.threads * launch.width * int(sizeof(float)) : 0) + groups * int(sizeof(int64_t)));
-  packops::launch(qk_norm_rope_backward_kernel<T, kInterleaved, kMrope, 2>, unsigned(launch.q_blocks + launch.k_blocks),
-                  launch.threads, shared, stream, p, launch);
+  packops::launch(qk_norm_rope_backward_kernel<T, kInterleaved, kMrope, qk_norm_narrow_unroll(sizeof(T))>,
+                  unsigned(launch.q_blocks + launch.k_blocks), launch.threads, shared, stream, p, launch);
 }
 
 template <typename T, bool kInterleaved, bool kMrope>

@@ -19,13 +19,15 @@ namespace packops {
 // Persistent blocks per SM, which limits the registers per thread. Narrow backward, 128 threads: 96 registers, or 128 for fp32,
 // whose vectors are wider. Wide, 256 threads: 80, or 128 for M-RoPE.
 constexpr int qk_norm_narrow_blocks(int element_size) { return element_size == 4 ? 4 : 5; }
+// Narrow backward: heads of a thread, which share what is done once a token. That is bound by instructions; fp32 is not.
+constexpr int qk_norm_narrow_unroll(int element_size) { return element_size == 4 ? 2 : 4; }
 constexpr int qk_norm_wide_blocks(bool mrope) { return mrope ? 2 : 3; }
 
 struct QkNormRopeLaunch {
   int width = 1, lanes = 1;
   bool narrow = true;
   RopeLaunch forward;  // narrow
-  int unroll = 2;      // narrow backward: heads per thread
+  int unroll = 1;      // narrow backward: heads per thread
   int group = 1;       // narrow backward: threads per head, a power of two
   int threads = 128;
   int64_t q_blocks = 0, k_blocks = 0;
@@ -74,6 +76,7 @@ inline QkNormRopeLaunch choose_qk_norm_rope_launch(const QkNormRopeParams& p, co
   launch.narrow = !p.across_heads && launch.lanes <= 32 && launch.width == 4;
   launch.threads = launch.narrow ? 128 : 256;
   while (launch.group < launch.lanes && launch.group < 32) launch.group *= 2;
+  if (launch.narrow && p.backward()) launch.unroll = qk_norm_narrow_unroll(size_of(rope.dtype));
   if (launch.narrow && !p.backward()) launch.forward = choose_norm_launch(rope, device);
 
   const int64_t tokens = rope.batch * rope.tokens;
