@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import reference
 from .data.batch import PackedBatch, check_reduction
 from .data.collator import PackingCollator
-from .data.counts import as_count
+from .data.counts import as_count, counted
 from .data.documents import length_of
 from .data.forest import PackedForest
 from .data.packing import pack
@@ -104,10 +104,11 @@ class VerifyReport:
         rows = [
             ("loss", f"{self.loss_packed:.6f} packed, {self.loss_alone:.6f} one by one", self.loss_difference),
             ("gradients", f"{len(self.gradient_differences)} parameters, worst {name}", gradient),
-            ("logits", f"{documents} documents", float(self.logit_differences.max()) if documents else 0.0),
+            ("logits", counted(documents, "document"), float(self.logit_differences.max()) if documents else 0.0),
         ]
         lines = [
-            f"packed {'EQUALS' if self.ok else 'DOES NOT EQUAL'} one by one: {documents} documents in {len(self.packs)} packs"
+            f"packed {'EQUALS' if self.ok else 'DOES NOT EQUAL'} one by one: {counted(documents, 'document')} in "
+            f"{counted(len(self.packs), 'pack')}"
         ]
         if not self.gradient_differences:
             del rows[1]

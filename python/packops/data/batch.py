@@ -14,7 +14,7 @@ from torch import Tensor
 from ..functional import packed_labels, packed_metadata
 from ..ops.arguments import checks_annotations, describe
 from ..ops.document_sums import document_sums
-from .counts import as_integers
+from .counts import as_integers, counted
 from .documents import document_begins
 
 __all__ = ["PackedBatch"]
@@ -306,8 +306,8 @@ class PackedBatch:
     def __repr__(self) -> str:
         padding = self.num_tokens - sum(self.lengths)
         return (
-            f"PackedBatch({self.num_documents} documents, {self.num_tokens} tokens ({padding} padding), {self.num_items} scored, "
-            f"longest {self.max_seqlen}, on {self.device})"
+            f"PackedBatch({counted(self.num_documents, 'document')}, {counted(self.num_tokens, 'token')} ({padding:,} padding), "
+            f"{self.num_items:,} scored, longest {self.max_seqlen:,}, on {self.device})"
         )
 
     def own_rows(self, document: int) -> Tensor:

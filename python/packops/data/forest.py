@@ -16,7 +16,7 @@ from ..functional import packed_metadata
 from ..ops.arguments import checks_annotations
 from ..ops.document_sums import document_sums
 from .batch import WEIGHT, PackedBatch, check_reduction, checked_columns, column_dtype
-from .counts import as_integers
+from .counts import as_integers, counted
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
 
@@ -201,8 +201,8 @@ class PackedForest(PackedBatch):
 
     def __repr__(self) -> str:
         return (
-            f"PackedForest({self.num_documents} documents of {sum(self.lengths)} tokens in {self.num_tokens}, {self.num_items} "
-            f"scored, longest {self.max_seqlen}, on {self.device})"
+            f"PackedForest({counted(self.num_documents, 'document')} of {counted(sum(self.lengths), 'token')} in "
+            f"{self.num_tokens:,}, {self.num_items:,} scored, longest {self.max_seqlen:,}, on {self.device})"
         )
 
     def _sees(self) -> Callable[[Tensor, Tensor], Tensor]:
