@@ -177,7 +177,7 @@ class PackedForest(PackedBatch):
         """
         if seq_idx:
             raise ValueError("seq_idx is for layers with a state, which cannot branch where documents part")
-        labels = self._hf_labels(self.shift_labels)
+        labels = self._hf_labels(self.shift_labels, shifted=True)
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
