@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .data.batch import PackedBatch, check_reduction
+from .data.batch import WEIGHT, PackedBatch, check_reduction
 from .data.collator import PackingCollator
 from .data.counts import as_count, counted
 from .data.documents import length_of
@@ -276,6 +276,7 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
             reduction=reduction,
             num_items=num_items,
             ignore_index=batch.ignore_index,
+            token_weight=batch.columns.get(WEIGHT),
         )
 
     return loss
@@ -480,7 +481,7 @@ class _Run:
                 "every document's logits are right but the loss is not: score shift_labels with token_weight, by the step's count"
             )
         logits = [self.forward(self.model, batch) for batch in batches]
-        tokens = torch.tensor([float(batch.num_items) for batch in batches], dtype=torch.float64)
+        tokens = torch.tensor([float(batch.denominator_of("mean")) for batch in batches], dtype=torch.float64)
         documents = sum(batch.num_sequences for batch in batches)
         sums = _on_host(_reference_loss(x, b, "mean", 1.0) for x, b in zip(logits, batches, strict=True))
         across, across_tokens = [], []  # with each document's last token scored against the next one's first
@@ -489,7 +490,7 @@ class _Run:
             across.append(reference.cross_entropy(x[0, :-1], ids[1:], reduction="sum", ignore_index=batch.ignore_index))
             across_tokens.append(float((ids[1:] != batch.ignore_index).sum()))
         across_sums, across_counts = _on_host(across), torch.tensor(across_tokens, dtype=torch.float64)
-        means, across_means = sums / tokens.clamp(min=1), across_sums / across_counts.clamp(min=1)
+        means, across_means = sums / torch.where(tokens == 0, 1, tokens), across_sums / across_counts.clamp(min=1)
         boundary = "the last token of each document is scored against the first of the next: mask the boundary labels"
         per_micro_batch = (
             "each micro-batch is divided by its own count, and these means are added or averaged: divide by the whole step's "
@@ -527,8 +528,9 @@ def _reference_loss(logits: Tensor, batch: PackedBatch, reduction: str, denomina
         cu_seqlens=batch.cu_seqlens,
         shift=True,
         reduction=reduction,
-        num_items=max(denominator, 1.0),
+        num_items=denominator,
         ignore_index=batch.ignore_index,
+        token_weight=batch.columns.get(WEIGHT),
     )
 
 
