@@ -524,6 +524,10 @@ def test_count_weights_of_other_batches():
         assert trainer._get_num_items_in_batch([batch], torch.device("cpu")) == counts_labels([batch], torch.device("cpu"))
     with pytest.raises(ValueError, match=r"reduction='seq-mean-token-sum', which divides by documents: packops\.hf\.count_doc"):
         packops.hf.count_weights(counting_trainer(packops.hf.apply(make("llama"), reduction="seq-mean-token-sum")))
+    trainer.compute_loss_func = packops.hf.compute_loss_func
+    for knows_no_weights in (trainer, counting_trainer(make("llama"))):
+        with pytest.raises(ValueError, match="knows weights, which it would only be divided by"):
+            packops.hf.count_weights(knows_no_weights)
 
 
 def test_count_documents_leaves_out_those_that_weigh_nothing():
@@ -667,6 +671,8 @@ def test_the_forward_of_trl_is_watched(reduction):
     model.forward = fused_forward.__get__(model)
     if reduction == "mean":
         assert model(**inputs, fused_lm_head=True) == "log-probabilities"
+        with pytest.raises(ValueError, match=r"would not use it: TRL asked for log-probabilities .*docs/hugging_face\.md shows"):
+            model(**inputs, token_weight=torch.ones(1, sum(LENGTHS)), fused_lm_head=True)
     else:
         with pytest.raises(ValueError, match=r"TRL asked it for log-probabilities .*docs/hugging_face\.md shows for TRL"):
             model(**inputs, fused_lm_head=True)

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import packops
 
+from ..data.batch import check_reduction
 from ..data.documents import document_begins
-from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
 from .adapters import drops_positions, reason_against_packing
@@ -31,11 +31,6 @@ from .record import Record, pretrained
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
 from .rope import check_layers
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in DENOMINATORS:
-        raise ValueError(f"packops.hf: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +45,7 @@ class CausalLMLoss:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduction)
+        check_reduction(self.reduction, "packops.hf: ")
 
     def __call__(
         self,
@@ -309,10 +304,15 @@ def count_weights(trainer: Any) -> None:
     micro-batches and processes of a step are divided by. A label without a weight counts as 1.
 
     Raises:
-        ValueError: the model's loss divides by documents, or this trainer counts nothing.
+        ValueError: the model's loss divides by documents, no loss here knows weights, or this trainer counts nothing.
     """
     loss = getattr(pretrained(trainer.model), "loss_function", None)
-    if isinstance(loss, CausalLMLoss) and loss.reduction != "mean":
+    if getattr(trainer, "compute_loss_func", None) is not None or not isinstance(loss, CausalLMLoss):
+        raise ValueError(
+            "packops.hf.count_weights: neither a compute_loss_func nor the loss of a model without packops.hf.apply knows "
+            "weights, which it would only be divided by"
+        )
+    if loss.reduction != "mean":
         raise ValueError(
             f"packops.hf.count_weights: this model's loss has reduction={loss.reduction!r}, which divides by documents: "
             "packops.hf.count_documents(trainer) counts them"
@@ -432,7 +432,7 @@ def _missing_positions(given: Mapping[str, Any]) -> Tensor | None:
 def check_forward(
     model: Any, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], never_looks: bool, **fixed: Any
 ) -> None:
-    """:func:`check_call` of what a forward with arguments of these names was called with; adds missing positions to ``kwargs``."""
+    """:func:`check_call` of a forward whose arguments have these names; adds missing positions to ``kwargs``."""
     given = {**dict(zip(names, args, strict=False)), **kwargs, **fixed}
     if "position_ids" in names and (positions := _missing_positions(given)) is not None:
         given["position_ids"] = kwargs["position_ids"] = positions
@@ -600,6 +600,12 @@ def _watched(model: Any, forward: Any, never_looks: bool) -> Any:
         if kwargs.get("fused_lm_head"):
             if _by_document(self):
                 raise ValueError(_ignored(self, "TRL asked it for log-probabilities (fused_lm_head=True)"))
+            if kwargs.get("token_weight") is not None:
+                raise ValueError(
+                    "packops.hf: token_weight is given, and this call would not use it: TRL asked for log-probabilities "
+                    "(fused_lm_head=True), of which it computes a loss of its own. Let the model compute the loss, as "
+                    "docs/hugging_face.md shows for TRL"
+                )
             check_forward(self, names, args, kwargs, never_looks, use_cache=False)  # as TRL calls the decoder
         return function(self, *args, **kwargs)
 

@@ -7,6 +7,7 @@ import threading
 
 from torch import nn
 
+from ..data.batch import check_reduction
 from . import attention as _attention
 from . import families
 from . import loss as _loss
@@ -60,7 +61,7 @@ def apply(
         ImportError: transformers is missing or too old.
     """
     families.require_transformers()
-    _loss.check_reduction(reduction)
+    check_reduction(reduction, "packops.hf: ")
     target = pretrained(model)
     with _LOCK:
         if (present := record_of(target)) is not None:
