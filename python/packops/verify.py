@@ -219,10 +219,15 @@ def verify(
         )
     if loss is None:
         loss = hf_loss if forward is None else _loss_of_logits(forward, reduction)
-    plain = PackingCollator()
     if collator is None:
-        collator = PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction) if share_prefixes else plain
-    run = _Run(model, forward or hf_forward, loss, reduction, collator, plain if share_prefixes else collator)
+        collator = (
+            PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction) if share_prefixes else PackingCollator()
+        )
+    alone_collator = collator
+    if share_prefixes:
+        weights = {WEIGHT} & set(getattr(collator, "columns", ()))
+        alone_collator = PackingCollator(columns=dict.fromkeys(weights, 0.0))
+    run = _Run(model, forward or hf_forward, loss, reduction, collator, alone_collator)
     modes = {module: module.training for module in model.modules()}
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
