@@ -713,8 +713,8 @@ def test_a_document_has_no_dimension_for_a_batch():
 @pytest.mark.parametrize(
     "column, message",
     [
-        ({"position_ids": [0, 1, 2, 0, 1]}, "its position_ids restart"),
-        ({"position_ids": torch.tensor([0, 1, 2, 3, 0])}, "its position_ids restart"),
+        ({"position_ids": [0, 1, 2, 0, 1]}, "its position_ids do not go up by one"),
+        ({"position_ids": torch.tensor([0, 1, 2, 3, 0])}, "its position_ids do not go up by one"),
         ({"seq_lengths": [3, 2]}, "its seq_lengths are several"),
     ],
 )

@@ -94,7 +94,7 @@ def test_pack_reads_every_form(source, capsys):
     assert "6 documents, 20 tokens: mean 3, median 3, 95 % at most 6, longest 6" in out
     assert "bfd" in out
     assert "100.00 %" in out
-    assert "1 empty documents are in no pack" in out
+    assert "1 empty document in no pack" in out
 
 
 def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
@@ -271,6 +271,16 @@ def test_a_file_that_cannot_be_written_is_named_first(tmp_path, monkeypatch, cap
         assert capsys.readouterr().err.endswith(f"packops {name}: error: argument {option}: {message}\n")
 
 
+@pytest.mark.parametrize("text", ["-1", "0", "nan", "inf", "small"])
+def test_a_tolerance_that_is_none_is_refused_first(monkeypatch, capsys, text):
+    monkeypatch.setattr(cli_verify, "run", lambda args: pytest.fail("it was computed"))
+    with pytest.raises(SystemExit) as end:
+        command("verify", "model", "--tolerance", text)
+    assert end.value.code == 2
+    says = "invalid tolerance value" if text == "small" else "must be positive and finite, got"
+    assert f"argument --tolerance: {says}" in capsys.readouterr().err
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     transformers = pytest.importorskip("transformers")
@@ -302,7 +312,9 @@ def test_verify_says_no(model, capsys):
 
 
 def test_verify_could_not_tell(model, tmp_path, capsys):
-    assert command("verify", tmp_path / "nowhere", "--device", "cpu") == 2
+    for name in (tmp_path / "nowhere", "./nowhere", "../no/where", "no/where/at all"):
+        assert command("verify", name, "--device", "cpu") == 2
+        assert f"MODEL: there is no folder {name}" in capsys.readouterr().err
     (tmp_path / "d.jsonl").write_text('[1, 2]\n{"input_ids": [3, "x"]}\n')
     assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 2
     assert "line 2: want a list of token ids" in capsys.readouterr().err

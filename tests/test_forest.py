@@ -450,6 +450,11 @@ def test_verify(reduction):
     assert report.ok, report
     assert report.worst_leak == 0
 
+    rows = [{"input_ids": d, "token_weight": [0.5 * (place % 3) for place in range(len(d))]} for d in documents]
+    collate = packops.PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction, columns={"token_weight": 0.0})
+    report = packops.verify(Model(), rows, forward=forward, reduction=reduction, share_prefixes=True, collator=collate)
+    assert report.ok, report
+
     def siblings_seen(model, batch):  # every token sees all of its tree before it
         if not isinstance(batch, packops.PackedForest):
             return forward(model, batch)

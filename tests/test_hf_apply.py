@@ -385,6 +385,20 @@ def test_copies_of_patched_modules(path, attention):
     assert difference(run(model, packed(texts)), stock) < 1e-6
 
 
+def test_a_model_with_a_copy_of_a_patched_decoder():
+    """No record of its own says that it was patched."""
+    inputs, stock, model = packed(documents()), make("llama"), make("llama")
+    model.model = copy.deepcopy(packops.hf.apply(make("llama"), attention="packops_varlen").model)
+    model.config = model.model.config
+    packops.hf.apply(model, attention="sdpa")
+    assert difference(run(model, inputs), run(stock, inputs)) < 1e-5
+    packops.hf.revert(model)
+    assert not any(record.is_patched(module) for module in model.modules())
+    model.model = copy.deepcopy(packops.hf.apply(make("llama")).model)
+    packops.hf.revert(model)
+    assert not any(record.is_patched(module) for module in model.modules())
+
+
 @pytest.mark.parametrize("through", [None, copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_what_another_record_answers_for_stays(through):
     """A model in a model, and layers that two models share; also where both were copied."""

@@ -1,5 +1,6 @@
 """packops.hf.log_probs: every document as the model alone would score it, without logits."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,15 @@ def test_each_document_as_alone(temperature, training):
     theirs = torch.autograd.grad((weights[0] * log_probs + weights[1] * entropies).sum(), list(model.parameters()))
     for a, b in zip(ours, theirs, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_labels_that_weigh_nothing_in_a_loss_have_one():
+    documents = [torch.randint(0, 99, (n,)) for n in (5, 9)]
+    batch = batch_of(documents)
+    model = hf.apply(llama())
+    want = hf.log_probs(model, batch).log_probs
+    weight = torch.arange(14.0).remainder(3)[None]
+    assert torch.equal(hf.log_probs(model, dataclasses.replace(batch, columns={"token_weight": weight})).log_probs, want)
 
 
 def test_what_is_refused():

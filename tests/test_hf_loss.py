@@ -427,11 +427,107 @@ def test_weights_of_shared_rows_are_counted(reduction):
     count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
     loss = sum(model(**{**batch, "num_items_in_batch": count}).loss for batch in batches)
     torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
-    with pytest.raises(ValueError, match="a batch has no token_weight and shift_labels"):
-        trainer._get_num_items_in_batch([packed(texts)], torch.device("cpu"))
     trainer.model_accepts_loss_kwargs = False
     with pytest.raises(ValueError, match="this trainer counts nothing"):
         trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+
+
+def weighted(texts, values):
+    generator = torch.Generator().manual_seed(3)
+    choices = torch.tensor(values)
+    return [
+        {"input_ids": text, "token_weight": choices[torch.randint(len(values), (len(text),), generator=generator)].tolist()}
+        for text in texts
+    ]
+
+
+def weighted_mean(model, rows):
+    """By its definition, documents one by one: row t has the loss of token t + 1 and the weight of token t."""
+    total = weights = 0
+    for row in rows:
+        ids, weight = torch.tensor(row["input_ids"]), torch.tensor(row["token_weight"])[:-1]
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, :-1]
+        total += (weight * nn.functional.cross_entropy(logits, ids[1:], reduction="none")).sum()
+        weights += weight.sum()
+    return total / weights
+
+
+@pytest.mark.parametrize("shift", [False, True])
+def test_weights_of_packed_documents_are_counted(shift, fused):
+    """Trainer's count of labels is refused where it is not what the weights add up to, and count_weights adds these up."""
+    model, rows = make("llama"), weighted(documents(), [0.25, 0.0, 1.5])
+    want = weighted_mean(model, rows)
+    packops.hf.apply(model)
+    collate = PackingCollator(names="hf", columns={"token_weight": 0.0}, shift_labels=shift)
+    batches = [collate(rows[:2]), collate(rows[2:])]
+    trainer = counting_trainer(model)
+    labels = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    for count in (labels, labels.long()):
+        with pytest.raises(ValueError, match=rf"num_items_in_batch is a {count.dtype} tensor.*packops\.hf\.count_weights"):
+            model(**batches[0], num_items_in_batch=count)
+    packops.hf.count_weights(trainer)
+    count = trainer._get_num_items_in_batch(batches, torch.device("cpu"))
+    assert float(count) == float(packops.loss_normalizer([PackingCollator(columns={"token_weight": 0.0})(rows)]))
+    for given in (count, float(count)):
+        loss = sum(model(**batch, num_items_in_batch=given).loss for batch in batches)
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.0], [1.0]], ids=str)
+def test_weights_of_0_and_1_need_no_other_count(values, fused):
+    """PackedBatch.to_hf() masks labels of weight 0, so that Trainer's count is right as it is."""
+    model, rows = make("llama"), weighted(documents(), values)
+    want = weighted_mean(model, rows)
+    packops.hf.apply(model)
+    collate = PackingCollator(columns={"token_weight": 0.0})
+    batches = [collate(rows[:2]), collate(rows[2:])]
+    inputs = [batch.to_hf() for batch in batches]
+    counts = [counting_trainer(model)._get_num_items_in_batch(inputs, torch.device("cpu"))]
+    counts += [sum(batch.num_items for batch in batches), torch.tensor(sum(batch.num_items for batch in batches))]
+    for count in counts:
+        loss = sum(model(**batch, num_items_in_batch=count).loss for batch in inputs)
+        torch.testing.assert_close(loss, want, rtol=1e-5, atol=0)
+    own = {**inputs[0], "labels": batches[0].labels}  # a collator that leaves labels of weight 0, which Trainer counts
+    if 0.0 in values:
+        with pytest.raises(ValueError, match=r"the token_weight of 16 labels adds up to \d+, and num_items_in_batch is"):
+            model(**own, num_items_in_batch=counts[0])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_count_of_labels_never_divides_weights(device, compiled):
+    """As for first labels that are counted: NaN on a GPU, and an error of the operation where it is compiled."""
+    loss = packops.hf.CausalLMLoss()
+    if compiled:
+        loss = torch.compile(loss, backend="eager", fullgraph=True)
+    inputs = PackingCollator()(documents()).to(device).to_hf()
+    logits = torch.randn(1, sum(LENGTHS), VOCABULARY, device=device)
+    ones, count = torch.ones(1, sum(LENGTHS), device=device), torch.tensor(44.0, device=device)
+    right = packops.hf.CausalLMLoss()(logits, inputs["labels"])
+    near = ones + 1e-7 * torch.randn(ones.shape, device=device)  # scaled to a mean of 1, but for roundings
+    for weight in (ones, near):
+        found = loss(logits, inputs["labels"], num_items_in_batch=count, token_weight=weight)
+        torch.testing.assert_close(found, right)
+    if device.type == "cuda":
+        assert loss(logits, inputs["labels"], num_items_in_batch=count, token_weight=ones / 2).isnan()
+    else:
+        with pytest.raises(ValueError, match="got nan" if compiled else "token_weight of 44 labels adds up to 22"):
+            loss(logits, inputs["labels"], num_items_in_batch=count, token_weight=ones / 2)
+    torch.compiler.reset()
+
+
+def test_count_weights_of_other_batches():
+    texts = documents()
+    trainer = counting_trainer(packops.hf.apply(make("llama")))
+    counts_labels = trainer._get_num_items_in_batch
+    packops.hf.count_weights(trainer)
+    for batch in (packed(texts), padded(texts)):
+        assert trainer._get_num_items_in_batch([batch], torch.device("cpu")) == counts_labels([batch], torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"reduction='seq-mean-token-sum', which divides by documents: packops\.hf\.count_doc"):
+        packops.hf.count_weights(counting_trainer(packops.hf.apply(make("llama"), reduction="seq-mean-token-sum")))
+    trainer.compute_loss_func = packops.hf.compute_loss_func
+    for knows_no_weights in (trainer, counting_trainer(make("llama"))):
+        with pytest.raises(ValueError, match="knows weights, which it would only be divided by"):
+            packops.hf.count_weights(knows_no_weights)
 
 
 def test_count_documents_leaves_out_those_that_weigh_nothing():
@@ -575,6 +671,8 @@ def test_the_forward_of_trl_is_watched(reduction):
     model.forward = fused_forward.__get__(model)
     if reduction == "mean":
         assert model(**inputs, fused_lm_head=True) == "log-probabilities"
+        with pytest.raises(ValueError, match=r"would not use it: TRL asked for log-probabilities .*docs/hugging_face\.md shows"):
+            model(**inputs, token_weight=torch.ones(1, sum(LENGTHS)), fused_lm_head=True)
     else:
         with pytest.raises(ValueError, match=r"TRL asked it for log-probabilities .*docs/hugging_face\.md shows for TRL"):
             model(**inputs, fused_lm_head=True)

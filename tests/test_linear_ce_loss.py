@@ -668,6 +668,7 @@ def bad_arguments(device):
         "weight of another dtype": ((h, w.bfloat16(), y), {}, TypeError, "weight must have hidden's dtype"),
         "weight of another width": ((h, w[:, :8], y), {}, ValueError, r"weight must have shape \(vocab, 9\) .* got \(5, 8\)"),
         "weight in one dimension": ((h, w[0], y), {}, ValueError, r"weight must have shape \(vocab, hidden_size\), got \(9,\)"),
+        "no features": ((h[:, :0], w[:, :0], y), {}, ValueError, r"hidden must have at least one feature, got \(4, 0\)"),
         "labels too few": ((h, w, y[:3]), {}, ValueError, r"labels must have hidden's leading shape \(4,\), got \(3,\)"),
         "no leading dimension": ((h[0, 0], w, y[0]), {}, ValueError, "hidden must have shape"),
         "no class": ((h, w[:0], y), {}, ValueError, "at least one class"),

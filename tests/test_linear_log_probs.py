@@ -518,6 +518,7 @@ def bad_arguments():
     yield "int hidden", (h.long(), w, y), {}, TypeError, "hidden must be bfloat16, float16 or float32, got"
     yield "weight's dtype", (h, w.bfloat16(), y), {}, TypeError, "weight must have hidden's dtype"
     yield "weight's shape", (h, w[:, :8], y), {}, ValueError, r"weight must have shape \(vocab, 9\) .* got \(5, 8\)"
+    yield "features", (h[:, :0], w[:, :0], y), {}, ValueError, r"hidden must have at least one feature, got \(4, 0\)"
     yield "labels' shape", (h, w, y[:3]), {}, ValueError, r"labels must have hidden's leading shape \(4,\), got \(3,\)"
     yield "no classes", (h, w[:0], y), {}, ValueError, "at least one class"
     yield "bias' shape", (h, w, y), {"bias": torch.randn(6)}, ValueError, r"bias must have shape \(5,\), got \(6,\)"

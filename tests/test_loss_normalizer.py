@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -87,6 +88,13 @@ def test_bad_arguments():
     for reduction in ("sum", "none"):
         with pytest.raises(ValueError, match=f"reduction must be one of 'mean', .* got '{reduction}'"):
             packops.loss_normalizer(3, reduction=reduction)
+    for count in (-1, math.nan, math.inf):
+        for given in (float(count), torch.tensor(float(count))):
+            with pytest.raises(ValueError, match=f"a count must be finite and at least 0, got {float(count)}"):
+                packops.loss_normalizer([3, given])
+    for given in (torch.tensor(True), torch.tensor(1j)):
+        with pytest.raises(TypeError, match=r"a count a tensor of no dimension, got torch\.\w+ of shape \(\)"):
+            packops.loss_normalizer(given)
     with pytest.raises(ValueError, match="gradients must be 'mean' or 'sum', got 'avg'"):
         packops.loss_normalizer(3, gradients="avg")
     with pytest.raises(ValueError, match=r"labels of shape \(4,\) need cu_seqlens"):

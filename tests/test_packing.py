@@ -98,6 +98,7 @@ def test_numbers_of_a_plan():
     assert plan.tokens_per_pack.tolist() == [10, 10]
     assert plan[-1].tolist() == plan[1].tolist() == [1, 3, 4]
     assert "7 documents -> 2 packs of 10 tokens, 100.00 % full" in repr(plan)
+    assert "1 document -> 1 pack of 10 tokens" in repr(pack([3], 10))
     assert "1 empty; 1 overlong, 50 tokens dropped" in repr(plan)
     with pytest.raises(IndexError, match="pack 2 of a plan with 2 packs"):
         plan[2]

@@ -1,4 +1,4 @@
-"""Rows times a factor against fp64: every pair of dtypes, rows that lie anywhere, what is left out, added to, overwritten, refused."""
+"""Rows times a factor against fp64: every pair of dtypes, rows anywhere, what is left out, added to, overwritten, refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ UNITS = {torch.float64: 2**-52, torch.float32: 2**-23, torch.float16: 2**-10, to
 
 
 def check(rows, columns, dtypes, device, *, gap=0, late=0, factors=None, masked=False, gathered=False, add=False, in_place=False):
-    """gap: elements between the rows of x; late: how far into its memory every tensor begins; factors: how many, None: no factor."""
+    """gap: elements between the rows of x; late: how far into its memory each tensor begins; factors: how many, None: none."""
     dtype, to = dtypes
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     memory = torch.randn(late + (rows + 3) * (columns + gap), device=device).to(dtype)
@@ -158,6 +158,7 @@ def test_more_elements_than_32_bits_count():
     x = torch.ones((1 << 31) + 24, dtype=torch.bfloat16, device="cuda")
     x[-1] = 5
     out = scaled_rows_(torch.empty_like(x), x, torch.full((), 2.0, device="cuda"))
-    assert out[-1] == 10 and (out[-1000:-1] == 2).all() and out[0] == 2
+    assert (out[-1], out[0]) == (10, 2)
+    assert (out[-1000:-1] == 2).all()
     rows = scaled_rows_(torch.zeros(1 << 20, 2048, dtype=torch.bfloat16, device="cuda"), x[: 2048 << 20].view(-1, 2048), add=True)
     assert (rows == 1).all()

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import packops
+import packops.hf
 from packops import PackingCollator, verify
 from packops.verify import hf_forward
 
@@ -95,6 +96,25 @@ def test_other_precisions(documents, dtype):
 def test_packops_losses_are_what_they_say(documents, reduction):
     report = verify(llama(), documents, forward=hf_forward, reduction=reduction)
     assert report.ok, report
+
+
+@pytest.mark.parametrize("forward", [hf_forward, None])
+def test_weights_of_tokens_are_those_of_the_truth(documents, forward):
+    """Of which a whole step has less than one, so that nothing may be divided by 1 instead."""
+    for document in documents:
+        document["token_weight"] = [0.01 * (place % 3) for place in range(len(document["input_ids"]))]
+    model, collator = packops.hf.apply(llama()), PackingCollator(columns={"token_weight": 0.0})
+    for reduction in ("mean", "seq-mean-token-sum"):
+        packops.hf.apply(model, reduction=reduction)
+        report = verify(model, documents, forward=forward, collator=collator, reduction=reduction)
+        assert report.ok, report
+
+    def means(model, batch, num_items):
+        return model(**batch.to_hf()).loss / 3
+
+    packops.hf.apply(model)
+    report = verify(model, documents, loss=means, collator=collator)
+    assert report.findings[0].startswith("each micro-batch is divided by its own count")
 
 
 def test_padding_does_not_matter(documents):

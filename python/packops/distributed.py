@@ -85,11 +85,11 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
             raise ValueError(f"packops.loss_normalizer: a count must be finite and at least 0, got {item}")
         return float(item)
     check_plain("packops.loss_normalizer", "labels_or_counts", item)
-    if item.dim() == 0:
-        return item
-    if item.dtype == torch.bool or item.is_floating_point() or item.is_complex():
+    if item.dtype == torch.bool or item.is_complex() or (item.is_floating_point() and item.dim()):
         got = f"{item.dtype} of shape {tuple(item.shape)}"
         raise TypeError(f"packops.loss_normalizer: labels must be integers, and a count a tensor of no dimension, got {got}")
+    if item.dim() == 0:
+        return _count(item.item(), reduction, None, shift, ignore_index) if item.is_cpu else item
     scored = item != ignore_index
     if cu_seqlens is not None:
         if shift:

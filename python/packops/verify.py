@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from . import reference
-from .data.batch import PackedBatch, check_reduction
+from .data.batch import WEIGHT, PackedBatch, check_reduction
 from .data.collator import PackingCollator
-from .data.counts import as_count
+from .data.counts import as_count, counted
 from .data.documents import length_of
 from .data.forest import PackedForest
 from .data.packing import pack
@@ -104,10 +104,11 @@ class VerifyReport:
         rows = [
             ("loss", f"{self.loss_packed:.6f} packed, {self.loss_alone:.6f} one by one", self.loss_difference),
             ("gradients", f"{len(self.gradient_differences)} parameters, worst {name}", gradient),
-            ("logits", f"{documents} documents", float(self.logit_differences.max()) if documents else 0.0),
+            ("logits", counted(documents, "document"), float(self.logit_differences.max()) if documents else 0.0),
         ]
         lines = [
-            f"packed {'EQUALS' if self.ok else 'DOES NOT EQUAL'} one by one: {documents} documents in {len(self.packs)} packs"
+            f"packed {'EQUALS' if self.ok else 'DOES NOT EQUAL'} one by one: {counted(documents, 'document')} in "
+            f"{counted(len(self.packs), 'pack')}"
         ]
         if not self.gradient_differences:
             del rows[1]
@@ -218,10 +219,15 @@ def verify(
         )
     if loss is None:
         loss = hf_loss if forward is None else _loss_of_logits(forward, reduction)
-    plain = PackingCollator()
     if collator is None:
-        collator = PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction) if share_prefixes else plain
-    run = _Run(model, forward or hf_forward, loss, reduction, collator, plain if share_prefixes else collator)
+        collator = (
+            PackingCollator(share_prefixes=True, min_shared=1, reduction=reduction) if share_prefixes else PackingCollator()
+        )
+    alone_collator = collator
+    if share_prefixes:
+        weights = {WEIGHT} & set(getattr(collator, "columns", ()))
+        alone_collator = PackingCollator(columns=dict.fromkeys(weights, 0.0))
+    run = _Run(model, forward or hf_forward, loss, reduction, collator, alone_collator)
     modes = {module: module.training for module in model.modules()}
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
     try:
@@ -275,6 +281,7 @@ def _loss_of_logits(forward: Forward, reduction: str) -> Loss:
             reduction=reduction,
             num_items=num_items,
             ignore_index=batch.ignore_index,
+            token_weight=batch.columns.get(WEIGHT),
         )
 
     return loss
@@ -479,7 +486,7 @@ class _Run:
                 "every document's logits are right but the loss is not: score shift_labels with token_weight, by the step's count"
             )
         logits = [self.forward(self.model, batch) for batch in batches]
-        tokens = torch.tensor([float(batch.num_items) for batch in batches], dtype=torch.float64)
+        tokens = torch.tensor([float(batch.denominator_of("mean")) for batch in batches], dtype=torch.float64)
         documents = sum(batch.num_sequences for batch in batches)
         sums = _on_host(_reference_loss(x, b, "mean", 1.0) for x, b in zip(logits, batches, strict=True))
         across, across_tokens = [], []  # with each document's last token scored against the next one's first
@@ -488,7 +495,7 @@ class _Run:
             across.append(reference.cross_entropy(x[0, :-1], ids[1:], reduction="sum", ignore_index=batch.ignore_index))
             across_tokens.append(float((ids[1:] != batch.ignore_index).sum()))
         across_sums, across_counts = _on_host(across), torch.tensor(across_tokens, dtype=torch.float64)
-        means, across_means = sums / tokens.clamp(min=1), across_sums / across_counts.clamp(min=1)
+        means, across_means = sums / torch.where(tokens == 0, 1, tokens), across_sums / across_counts.clamp(min=1)
         boundary = "the last token of each document is scored against the first of the next: mask the boundary labels"
         per_micro_batch = (
             "each micro-batch is divided by its own count, and these means are added or averaged: divide by the whole step's "
@@ -526,8 +533,9 @@ def _reference_loss(logits: Tensor, batch: PackedBatch, reduction: str, denomina
         cu_seqlens=batch.cu_seqlens,
         shift=True,
         reduction=reduction,
-        num_items=max(denominator, 1.0),
+        num_items=denominator,
         ignore_index=batch.ignore_index,
+        token_weight=batch.columns.get(WEIGHT),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ..data.counts import counted
 from ..data.documents import PADDING_MASK, TOKENS, length_of
 from ..data.packing import STRATEGIES, IntArray, PackingPlan, as_lengths, pack
 from .program import LENGTH_FORMATS
@@ -351,8 +352,9 @@ def padded_efficiency(lengths: IntArray, seed: int) -> float:
 def format_table(lengths: IntArray, rows: Sequence[dict[str, Any]], padded: float) -> str:
     percentiles = np.percentile(lengths, [50, 95], method="inverted_cdf") if len(lengths) else (0, 0)
     lines = [
-        f"{len(lengths):,} documents, {lengths.sum():,} tokens: mean {lengths.mean() if len(lengths) else 0:.0f}, median "
-        f"{percentiles[0]:,}, 95 % at most {percentiles[1]:,}, longest {lengths.max(initial=0):,}",
+        f"{counted(len(lengths), 'document')}, {counted(lengths.sum(), 'token')}: "
+        f"mean {lengths.mean() if len(lengths) else 0:.0f}, median {percentiles[0]:,}, "
+        f"95 % at most {percentiles[1]:,}, longest {lengths.max(initial=0):,}",
         "",
         f"{'strategy':<12}{'packs':>12}{'full':>10}{'documents a pack':>20}{'most':>8}{'seconds':>10}",
     ]
@@ -364,10 +366,11 @@ def format_table(lengths: IntArray, rows: Sequence[dict[str, Any]], padded: floa
     lines.append(f"{'padded':<12}{'':>12}{100 * padded:>8.2f} %   (random batches of {PADDED_BATCH}, padded to their longest)")
     first = rows[0]
     if first["num_empty"]:
-        lines.append(f"{first['num_empty']:,} empty documents are in no pack")
+        lines.append(f"{counted(first['num_empty'], 'empty document')} in no pack")
     if first["num_overlong"]:
         lines.append(
-            f"{first['num_overlong']:,} documents are longer than a pack; {first['dropped_tokens']:,} tokens are in no pack"
+            f"{counted(first['num_overlong'], 'document')} longer than a pack; "
+            f"{counted(first['dropped_tokens'], 'token')} in no pack"
         )
     return "\n".join(lines)
 
@@ -415,6 +418,7 @@ def draw(plans: Sequence[PackingPlan], path: Path) -> None:
     for axis in (left, right):
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{plans[0].num_documents:,} documents in packs of {plans[0].max_length:,} tokens", fontsize=11)
+    documents = counted(plans[0].num_documents, "document")
+    figure.suptitle(f"{documents} in packs of {plans[0].max_length:,} tokens", fontsize=11)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)

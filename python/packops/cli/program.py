@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 import signal
 import sys
@@ -136,6 +137,16 @@ def integer_from(least: int, bits: int) -> Callable[[str], int]:
 
 
 positive = integer_from(1, 31)  # tokens, documents or steps
+
+
+def tolerance(text: str) -> float:
+    """What packops.verify takes, which is asked only when the model is there."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be positive and finite, got {text}")
+    return value
+
+
 seed = integer_from(0, 64)
 
 
@@ -207,7 +218,7 @@ def verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--reduction", choices=REDUCTIONS, default="mean", help="the loss that is meant (default mean)")
     parser.add_argument("--documents", type=Path, metavar="FILE.jsonl", help="a list of token ids a line; default: random ones")
     parser.add_argument("--max-length", type=positive, metavar="TOKENS", help="capacity of a pack; default: about two packs")
-    parser.add_argument("--tolerance", type=float, help="largest relative difference (default: by dtype, 1e-4 for fp32)")
+    parser.add_argument("--tolerance", type=tolerance, help="largest relative difference (default: by dtype, 1e-4 for fp32)")
     parser.add_argument("--no-gradients", action="store_true", help="compare losses and logits only")
     parser.add_argument("--trust-remote-code", action="store_true", help="let MODEL bring its own code")
     parser.add_argument("--json", type=new_file, metavar="FILE", help="write the report")

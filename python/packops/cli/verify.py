@@ -46,6 +46,7 @@ def main(args: argparse.Namespace) -> int:
 def run(args: argparse.Namespace) -> Any:
     """Check what is cheap to check first: the device, the documents, the token ids, all before the weights are loaded."""
     device = choose_device(args.device)
+    check_is_there(args.model)
     given = read_documents(args.documents) if args.documents else None
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
@@ -74,6 +75,13 @@ def run(args: argparse.Namespace) -> Any:
             tolerance=args.tolerance,
             gradients=not args.no_gradients,
         )
+
+
+def check_is_there(model: str) -> None:
+    """ValueError for a folder that is not there, which transformers takes for a name on the Hub, and then for a wrong one."""
+    is_path = Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1
+    if is_path and not Path(model).exists():
+        raise ValueError(f"MODEL: there is no folder {model}")
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------------

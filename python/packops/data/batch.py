@@ -14,7 +14,7 @@ from torch import Tensor
 from ..functional import packed_labels, packed_metadata
 from ..ops.arguments import checks_annotations, describe
 from ..ops.document_sums import document_sums
-from .counts import as_integers
+from .counts import as_integers, counted
 from .documents import document_begins
 
 __all__ = ["PackedBatch"]
@@ -241,8 +241,7 @@ class PackedBatch:
             return self.num_sequences
         if WEIGHT not in self.columns:
             return self.num_items
-        weight = self.columns[WEIGHT].roll(1).double()  # of a row, which is scored against the token behind it
-        return torch.where(self.labels != self.ignore_index, weight, 0.0).sum()
+        return torch.where(self.labels != self.ignore_index, self._weight_of_labels().double(), 0.0).sum()
 
     def attention_mask(self, kind: str = "4d", *, dtype: torch.dtype | None = None) -> Tensor:
         """(1, 1, T, T): which token may attend to which, causally and within its document.
@@ -277,6 +276,7 @@ class PackedBatch:
         No ``attention_mask``, since one of ones would turn the detection of packed rows off; ``use_cache=False``, since the cache
         that a configuration asks for by default does the same. ``cu_seq_lens_*`` spare FlashAttention a host sync in every layer,
         and ``num_valid`` spares the lm_head of :func:`packops.hf.apply` the tokens that are not scored; other models ignore it.
+        Labels whose ``token_weight`` is 0 are -100, so that Trainer, which counts labels, counts none that is not scored.
         Where there is padding, ``real_tokens`` keeps it out of the router loss of a mixture of experts after
         :func:`packops.hf.apply`. ``seq_idx`` adds that too, for models with Mamba layers.
 
@@ -287,7 +287,7 @@ class PackedBatch:
         longest = self.num_tokens if static else self.max_seqlen
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
-            "labels": self._hf_labels(self.labels),
+            "labels": self._hf_labels(self.labels, shifted=False),
             "position_ids": self.position_ids,
             "cu_seq_lens_q": self.cu_seqlens,
             "cu_seq_lens_k": self.cu_seqlens,
@@ -298,7 +298,7 @@ class PackedBatch:
         if not static:
             inputs["num_valid"] = self.num_valid
         if self.shift_labels is not None:
-            inputs["shift_labels"] = self._hf_labels(self.shift_labels)
+            inputs["shift_labels"] = self._hf_labels(self.shift_labels, shifted=True)
         if seq_idx:
             inputs["seq_idx"] = self.seq_idx
         return inputs | self._real_tokens(static) | self.columns
@@ -306,8 +306,8 @@ class PackedBatch:
     def __repr__(self) -> str:
         padding = self.num_tokens - sum(self.lengths)
         return (
-            f"PackedBatch({self.num_documents} documents, {self.num_tokens} tokens ({padding} padding), {self.num_items} scored, "
-            f"longest {self.max_seqlen}, on {self.device})"
+            f"PackedBatch({counted(self.num_documents, 'document')}, {counted(self.num_tokens, 'token')} ({padding:,} padding), "
+            f"{self.num_items:,} scored, longest {self.max_seqlen:,}, on {self.device})"
         )
 
     def own_rows(self, document: int) -> Tensor:
@@ -316,9 +316,16 @@ class PackedBatch:
         begin = self.boundaries[document]
         return torch.arange(begin, begin + self.lengths[document], device=self.device)
 
-    def _hf_labels(self, labels: Any) -> Tensor:
+    def _hf_labels(self, labels: Any, *, shifted: bool) -> Tensor:
         """With -100 where nothing is scored: transformers and Trainer know no other."""
+        if WEIGHT in self.columns:
+            weight = self.columns[WEIGHT] if shifted else self._weight_of_labels()
+            labels = labels.masked_fill(weight == 0, -100)
         return labels if self.ignore_index == -100 else labels.masked_fill(labels == self.ignore_index, -100)
+
+    def _weight_of_labels(self) -> Tensor:
+        """(1, T), where ``token_weight`` is that of a row, which is scored against the token behind it."""
+        return self.columns[WEIGHT].roll(1)
 
     def _real_tokens(self, static: bool) -> dict[str, Tensor]:
         if self.real_tokens is not None:

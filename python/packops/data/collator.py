@@ -259,11 +259,13 @@ def _check_text(document: Mapping[str, Any], number: int) -> None:
 
 def _check_one(document: Mapping[str, Any], number: int) -> None:
     positions, lengths = (document.get(name) for name in ("position_ids", "seq_lengths"))
-    restarts = positions is not None and np.ndim(positions) == 1 and (np.diff(as_integers("position_ids", positions)) != 1).any()
-    if restarts or (lengths is not None and np.size(lengths) > 1):
+    why = "seq_lengths are several" if lengths is not None and np.size(lengths) > 1 else ""
+    if positions is not None and np.ndim(positions) == 1 and (np.diff(as_integers("position_ids", positions)) != 1).any():
+        why = "position_ids do not go up by one"
+    if why:
         raise ValueError(
-            f"document {number} is a packed row: its {'position_ids restart' if restarts else 'seq_lengths are several'}. "
-            "Hand over its documents one by one, or the row to PackedBatch.from_position_ids or from_cu_seqlens"
+            f"document {number} is a packed row: its {why}. Hand over its documents one by one, or the row to "
+            "PackedBatch.from_position_ids or from_cu_seqlens"
         )
 
 

@@ -1,4 +1,5 @@
-"""Integers that users hand over, checked where they are given: a float or a bool among them would be wrong in silence later."""
+"""Integers that users hand over, checked where they are given: a float or a bool among them would be wrong in silence later.
+And how texts name a number of things."""
 
 from __future__ import annotations
 
@@ -8,7 +9,11 @@ from typing import Any, overload
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["as_array", "as_count", "as_integer", "as_integers"]
+__all__ = ["as_array", "as_count", "as_integer", "as_integers", "counted"]
+
+
+def counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def as_integer(name: str, value: Any) -> int:

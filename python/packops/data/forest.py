@@ -16,7 +16,7 @@ from ..functional import packed_metadata
 from ..ops.arguments import checks_annotations
 from ..ops.document_sums import document_sums
 from .batch import WEIGHT, PackedBatch, check_reduction, checked_columns, column_dtype
-from .counts import as_integers
+from .counts import as_integers, counted
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
 
@@ -177,7 +177,7 @@ class PackedForest(PackedBatch):
         """
         if seq_idx:
             raise ValueError("seq_idx is for layers with a state, which cannot branch where documents part")
-        labels = self._hf_labels(self.shift_labels)
+        labels = self._hf_labels(self.shift_labels, shifted=True)
         inputs: dict[str, Any] = {
             "input_ids": self.input_ids,
             "position_ids": self.position_ids,
@@ -201,8 +201,8 @@ class PackedForest(PackedBatch):
 
     def __repr__(self) -> str:
         return (
-            f"PackedForest({self.num_documents} documents of {sum(self.lengths)} tokens in {self.num_tokens}, {self.num_items} "
-            f"scored, longest {self.max_seqlen}, on {self.device})"
+            f"PackedForest({counted(self.num_documents, 'document')} of {counted(sum(self.lengths), 'token')} in "
+            f"{self.num_tokens:,}, {self.num_items:,} scored, longest {self.max_seqlen:,}, on {self.device})"
         )
 
     def _sees(self) -> Callable[[Tensor, Tensor], Tensor]:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .. import _C
-from .counts import as_array, as_count, as_integer, as_integers
+from .counts import as_array, as_count, as_integer, as_integers, counted
 
 __all__ = ["STRATEGIES", "DocumentSlice", "PackingPlan", "pack"]
 
@@ -165,10 +165,10 @@ class PackingPlan:
         docs = self.docs_per_pack
         notes = [f"{self.num_empty:,} empty"] if self.num_empty else []
         if self.num_overlong:
-            notes.append(f"{self.num_overlong:,} overlong, {self.dropped_tokens:,} tokens dropped")
+            notes.append(f"{self.num_overlong:,} overlong, {counted(self.dropped_tokens, 'token')} dropped")
         return (
-            f"PackingPlan({self.strategy}: {self.num_documents:,} documents -> {self.num_packs:,} packs of "
-            f"{self.max_length:,} tokens, {100 * self.efficiency:.2f} % full, "
+            f"PackingPlan({self.strategy}: {counted(self.num_documents, 'document')} -> {counted(self.num_packs, 'pack')} of "
+            f"{counted(self.max_length, 'token')}, {100 * self.efficiency:.2f} % full, "
             f"{len(self.indices) / max(1, self.num_packs):.1f} documents a pack (at most {docs.max(initial=0):,})"
             + "".join(f"; {note}" for note in notes)
             + ")"

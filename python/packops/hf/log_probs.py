@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 import packops
 
-from ..data.batch import PackedBatch
+from ..data.batch import WEIGHT, PackedBatch
 from ..ops.linear_log_probs import LinearLogProbs
 from . import families
 from .loss import CausalLMLoss
@@ -80,7 +80,10 @@ def log_probs(
         ValueError: ``apply`` has not been called, or could not keep this model from making its logits (``packops.hf.report``
             says why); there are no labels; a temperature for a model with a softcap.
     """
-    inputs = {**(batch.to_hf() if isinstance(batch, PackedBatch) else batch), **kwargs}
+    if isinstance(batch, PackedBatch):  # a label that weighs nothing in a loss has a log-probability
+        columns = {name: column for name, column in batch.columns.items() if name != WEIGHT}
+        batch = dataclasses.replace(batch, columns=columns).to_hf()
+    inputs = {**batch, **kwargs}
     if inputs.get("labels") is None and inputs.get("shift_labels") is None:
         raise ValueError("packops.hf.log_probs: batch must have labels, got none")
     if not temperature > 0:

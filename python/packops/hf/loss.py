@@ -11,7 +11,7 @@ import ast
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from types import MethodType
 from typing import Any, NamedTuple, cast
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import packops
 
+from ..data.batch import check_reduction
 from ..data.documents import document_begins
-from ..distributed import DENOMINATORS
 from ..functional import cross_entropy, packed_labels
 from . import families, rewrite
 from .adapters import drops_positions, reason_against_packing
@@ -31,11 +31,6 @@ from .record import Record, pretrained
 from .record import is_plain_linear as _is_plain_linear
 from .rewrite import CannotRewriteError
 from .rope import check_layers
-
-
-def check_reduction(reduction: str) -> None:
-    if reduction not in DENOMINATORS:
-        raise ValueError(f"packops.hf: reduction must be one of {', '.join(map(repr, DENOMINATORS))}, got {reduction!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +45,7 @@ class CausalLMLoss:
     reduction: str = "mean"
 
     def __post_init__(self) -> None:
-        check_reduction(self.reduction)
+        check_reduction(self.reduction, "packops.hf: ")
 
     def __call__(
         self,
@@ -67,9 +62,10 @@ class CausalLMLoss:
         Args:
             labels: (B, S), each token's own id: they are shifted here.
             vocab_size: not needed; transformers passes it.
-            num_items_in_batch: what the sum is divided by: tokens, or documents for the two sequence reductions; the count of all
-                micro-batches and processes of a step. None: what there is in this batch. For the sequence reductions a number or
-                a float64 tensor, as :func:`packops.loss_normalizer` and :func:`count_documents` give it.
+            num_items_in_batch: what the sum is divided by: tokens, each with its weight, or documents for the two sequence
+                reductions; of all micro-batches and processes of a step. None: what there is in this batch. A tensor of another
+                dtype than float64 is taken for Trainer's count of labels, and refused where that would be wrong:
+                :func:`packops.loss_normalizer`, :func:`count_weights` and :func:`count_documents` give float64.
             shift_labels: (B, S), used in place of ``labels`` and not shifted.
             cu_seq_lens_q: where documents begin in the flattened rows. Without it, the sequence reductions find documents by
                 ``position_ids`` that do not go up by one, and without these a row is a document.
@@ -131,12 +127,12 @@ class CausalLMLoss:
             cu_seqlens = self._documents_by(positions, rows, shift_labels is None)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
         num_items = self._denominator(num_items, device)
-        if shift_labels is not None and kwargs.get("token_weight") is not None:
-            _check_no_count(num_items)
+        weight = None if (weight := kwargs.get("token_weight")) is None else weight.to(device)
+        if weight is not None and isinstance(num_items, Tensor) and num_items.dtype != torch.float64:
+            num_items = _checked_labels(num_items, targets, weight, ignore_index, shift_labels is None)
         is_packed = kwargs.get("cu_seq_lens_q") is not None or rows[:-1].numel() == 1  # other rows may be padded
         if num_items is not None and cu_seqlens is not None and shift_labels is None and self.reduction == "mean" and is_packed:
             num_items = _checked_count(num_items, targets, cu_seqlens, ignore_index)
-        weight = kwargs.get("token_weight")
         return {
             "labels": targets,
             "shift": shift_labels is None,
@@ -144,7 +140,7 @@ class CausalLMLoss:
             "reduction": self.reduction,
             "num_items": num_items,
             "ignore_index": ignore_index,
-            "token_weight": None if weight is None else weight.to(device),
+            "token_weight": weight,
         }
 
     def _documents_by(self, positions: Tensor, rows: torch.Size, shift: bool) -> Tensor | None:
@@ -169,26 +165,40 @@ class AppliedLoss(CausalLMLoss):
     """The loss that :func:`packops.hf.apply` put into a model."""
 
 
-def _check_no_count(num_items: Tensor | float | None) -> None:
-    """ValueError for Trainer's count of labels, where rows have the weights of all documents through them."""
-    if isinstance(num_items, Tensor) and num_items.dtype != torch.float64:
-        raise ValueError(
-            "packops.hf: shift_labels come with token_weight, the weights of all documents that share a row, and "
-            f"num_items_in_batch is a {num_items.dtype} tensor, which is how transformers.Trainer passes its count of labels: "
-            "call packops.hf.count_weights(trainer) before training, or pass packops.loss_normalizer(..., reduction=...), "
-            "another float64 tensor or a number"
-        )
+def _checked_labels(num_items: Tensor, labels: Tensor, weight: Tensor, ignore_index: int, shift: bool) -> Tensor:
+    """``num_items``, a count of labels, unless their weights add up to something else.
+
+    Rows that are not to be shifted may have the weights of all documents through them. Others may have weights that make no
+    difference, as those of :meth:`packops.PackedBatch.to_hf` that are 0 or 1: these are read, or, where that would wait for the
+    device, a count that is wrong becomes NaN, and so does the loss.
+    """
+    if shift:
+        scored = labels[..., 1:] != ignore_index
+        counted, weighs = scored.sum(), torch.where(scored, weight[..., :-1].double(), 0.0).sum()
+        is_right = (weighs - counted).abs() <= 1e-5 * counted  # weights that were scaled to a mean of 1 are off by roundings
+        if not may_read(labels):
+            return torch.where(is_right, num_items, float("nan"))
+        if is_right:
+            return num_items
+        why = f"the token_weight of {int(counted)} labels adds up to {float(weighs):g}"
+    else:
+        why = "shift_labels come with token_weight, the weights of all documents that share a row"
+    raise ValueError(
+        f"packops.hf: {why}, and num_items_in_batch is a {num_items.dtype} tensor, which is how transformers.Trainer passes its "
+        "count of labels: call packops.hf.count_weights(trainer) before training, or pass "
+        "packops.loss_normalizer(..., reduction=...), another float64 tensor or a number"
+    )
 
 
 def _checked_count(num_items: Tensor | float, labels: Tensor, cu_seqlens: Tensor, ignore_index: int) -> Tensor | float:
     """``num_items``, unless whoever counted the labels counted some that are not scored: the first ones of packed documents.
 
-    ``transformers.Trainer`` counts every label but the first of a row. On the CPU a count that cannot be right raises; on CUDA,
-    where looking at it would wait for the device, it becomes NaN, and so does the loss.
+    ``transformers.Trainer`` counts every label but the first of a row. A count that cannot be right raises; where looking at it
+    would wait for the device, it becomes NaN, and so does the loss.
     """
     counted = (labels[..., 1:] != ignore_index).sum()
     scored = packed_labels(labels, cu_seqlens, ignore_index=ignore_index)[1].sum()
-    if labels.is_cpu and not torch.compiler.is_compiling():
+    if may_read(labels):
         if counted != scored:
             raise ValueError(
                 f"packops.hf: {int(counted)} labels are set and {int(scored)} of them are scored: the first token of a packed "
@@ -286,15 +296,27 @@ def count_documents(trainer: Any) -> None:
 
 
 def count_weights(trainer: Any) -> None:
-    """Have a ``transformers.Trainer`` add up the weights of rows, not count labels, where documents share prefixes.
+    """Have a ``transformers.Trainer`` add up the weights of tokens, not count labels: for a token mean with ``token_weight``.
 
-    A row of ``PackingCollator(share_prefixes=True, names="hf", reduction=...)`` is scored once for all documents through it, with
-    the sum of their weights. Such a loss is divided by the weights of all micro-batches and processes of a step, or by their
-    documents. ``Trainer`` counts labels.
+    ``Trainer`` counts labels, and the mean divides by their weights. So does a row of
+    ``PackingCollator(share_prefixes=True, names="hf", reduction=...)``, which is scored once for all documents through it, with
+    the sum of their weights; or by documents, where that is its reduction. After this ``Trainer`` adds up what the losses of all
+    micro-batches and processes of a step are divided by. A label without a weight counts as 1.
 
     Raises:
-        ValueError: when it counts a batch of another kind.
+        ValueError: the model's loss divides by documents, no loss here knows weights, or this trainer counts nothing.
     """
+    loss = getattr(pretrained(trainer.model), "loss_function", None)
+    if getattr(trainer, "compute_loss_func", None) is not None or not isinstance(loss, CausalLMLoss):
+        raise ValueError(
+            "packops.hf.count_weights: neither a compute_loss_func nor the loss of a model without packops.hf.apply knows "
+            "weights, which it would only be divided by"
+        )
+    if loss.reduction != "mean":
+        raise ValueError(
+            f"packops.hf.count_weights: this model's loss has reduction={loss.reduction!r}, which divides by documents: "
+            "packops.hf.count_documents(trainer) counts them"
+        )
     count_labels = trainer._get_num_items_in_batch
 
     def count(batch_samples: list, device: torch.device) -> Any:
@@ -323,17 +345,16 @@ class _Counted:
 
 
 def _weights_of(batch: Any) -> Tensor:
-    """() float64: what the loss of a batch of shared prefixes is divided by."""
-    weight, labels = batch.get("token_weight"), batch.get("shift_labels")
-    if weight is None or labels is None:
-        raise ValueError(
-            "packops.hf.count_weights: a batch has no token_weight and shift_labels: it is for rows of "
-            'PackingCollator(share_prefixes=True, names="hf")'
-        )
+    """() float64: what the loss of a batch is divided by."""
     given = batch.get("num_items_in_batch")
     if given is not None:
         return torch.as_tensor(given, dtype=torch.float64)
-    return torch.where(labels != -100, weight.double(), 0).sum()
+    weight, shifted = batch.get("token_weight"), batch.get("shift_labels")
+    scored = (batch["labels"][..., 1:] if shifted is None else shifted) != -100
+    if weight is None:
+        return scored.sum().double()
+    weight = weight[..., :-1] if shifted is None else weight  # that of a row, which is scored against the token behind it
+    return torch.where(scored, weight.double(), 0.0).sum()
 
 
 def _documents_as_labels(batch: Any) -> Tensor:
@@ -379,10 +400,7 @@ class Model:
 
         @functools.wraps(base.forward)
         def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
-            if "position_ids" in names and (positions := _missing_positions(given)) is not None:
-                given["position_ids"] = kwargs["position_ids"] = positions
-            check_call(self, given, never_looks)
+            check_forward(self, names, args, kwargs, never_looks)
             if fused and not _returns_dict(self, kwargs):
                 if kwargs.get("skip_logits"):
                     raise ValueError("packops.hf: skip_logits=True would leave a hole in a tuple: it needs return_dict=True")
@@ -409,6 +427,16 @@ def _missing_positions(given: Mapping[str, Any]) -> Tensor | None:
     if any(given.get(name) is not None for name in ("position_ids", "parents", *_IMAGES)):
         return None
     return packops.packed_metadata(bounds.to(tokens.device), tokens.numel())[0].view(tokens.shape)
+
+
+def check_forward(
+    model: Any, names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any], never_looks: bool, **fixed: Any
+) -> None:
+    """:func:`check_call` of a forward whose arguments have these names; adds missing positions to ``kwargs``."""
+    given = {**dict(zip(names, args, strict=False)), **kwargs, **fixed}
+    if "position_ids" in names and (positions := _missing_positions(given)) is not None:
+        given["position_ids"] = kwargs["position_ids"] = positions
+    check_call(model, given, never_looks)
 
 
 def check_call(model: Any, given: Mapping[str, Any], never_looks: bool) -> None:
@@ -572,10 +600,13 @@ def _watched(model: Any, forward: Any, never_looks: bool) -> Any:
         if kwargs.get("fused_lm_head"):
             if _by_document(self):
                 raise ValueError(_ignored(self, "TRL asked it for log-probabilities (fused_lm_head=True)"))
-            given = {**dict(zip(names, args, strict=False)), **kwargs, "use_cache": False}  # as TRL calls the decoder
-            if "position_ids" in names and (positions := _missing_positions(given)) is not None:
-                given["position_ids"] = kwargs["position_ids"] = positions
-            check_call(self, given, never_looks)
+            if kwargs.get("token_weight") is not None:
+                raise ValueError(
+                    "packops.hf: token_weight is given, and this call would not use it: TRL asked for log-probabilities "
+                    "(fused_lm_head=True), of which it computes a loss of its own. Let the model compute the loss, as "
+                    "docs/hugging_face.md shows for TRL"
+                )
+            check_forward(self, names, args, kwargs, never_looks, use_cache=False)  # as TRL calls the decoder
         return function(self, *args, **kwargs)
 
     return MethodType(watched, model)

@@ -7,6 +7,7 @@ import threading
 
 from torch import nn
 
+from ..data.batch import check_reduction
 from . import attention as _attention
 from . import families
 from . import loss as _loss
@@ -60,11 +61,10 @@ def apply(
         ImportError: transformers is missing or too old.
     """
     families.require_transformers()
-    _loss.check_reduction(reduction)
+    check_reduction(reduction, "packops.hf: ")
     target = pretrained(model)
     with _LOCK:
-        if (present := record_of(target)) is not None:
-            _undo(target, present)
+        _undo(target)
         record = Record(_blank(target))
         try:
             absorbed = _rope.patch(target, record) if rope else []
@@ -100,8 +100,7 @@ def revert(model: nn.Module) -> nn.Module:
     families.require_transformers()
     target = pretrained(model)
     with _LOCK:
-        if (record := record_of(target)) is not None:
-            _undo(target, record)
+        _undo(target)
     return model
 
 
@@ -116,9 +115,10 @@ def report(model: nn.Module) -> Report:
     return dataclasses.replace(record.report, notes=record.report.notes + changed_since)
 
 
-def _undo(target: nn.Module, record: Record) -> None:
-    record.undo()
-    del vars(target)[ATTRIBUTE]
+def _undo(target: nn.Module) -> None:
+    if (record := record_of(target)) is not None:
+        record.undo()
+        del vars(target)[ATTRIBUTE]
     _attention.follow(target, strip_copies(target))
 
 

@@ -237,6 +237,7 @@ def check_arguments(
     floats = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
     require(hidden.dim() >= 1, "hidden must have shape (..., hidden_size), got a 0-d tensor")
     require(hidden.dtype in floats, f"hidden must be bfloat16, float16 or float32, got {hidden.dtype}", TypeError)
+    require(hidden.shape[-1] >= 1, f"hidden must have at least one feature, got {show(hidden)}")
     require(weight.dim() == 2, f"weight must have shape (vocab, hidden_size), got {show(weight)}")
     require(
         weight.shape[1] == hidden.shape[-1],

@@ -30,8 +30,8 @@ def scaled_rows_(
 
     Computed in fp32 (fp64 for fp64) and rounded once to the dtype of ``out``.
 
-    out: (..., columns), contiguous: ``x`` itself, or apart from it. x: (..., columns). factor: one number, or one for each row, fp32
-    (fp64 for fp64). index: (rows,) int64, of rows of ``x``; target: (rows,) int32.
+    out: (..., columns), contiguous: ``x`` itself, or apart from it. x: (..., columns). factor: one number, or one for each row,
+    fp32 (fp64 for fp64). index: (rows,) int64, of rows of ``x``; target: (rows,) int32.
     """
     torch.ops.packops._scaled_rows_.default(out, x, factor, index, target, add)
     return out
