@@ -154,6 +154,7 @@ def test_no_host_sync_and_graphs():
 
 
 @gpu
+@pytest.mark.large(gib=14)
 def test_more_elements_than_32_bits_count():
     x = torch.ones((1 << 31) + 24, dtype=torch.bfloat16, device="cuda")
     x[-1] = 5

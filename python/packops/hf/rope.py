@@ -24,7 +24,7 @@ from ..functional import apply_qk_norm_rope, apply_rope
 from . import families, rewrite
 from .families import Convention
 from .norm import RMSNorm, recognise
-from .record import Record, decoder_of, is_bare, is_patched, record_of
+from .record import Record, decoder_of, is_bare, record_of
 from .rewrite import CannotRewriteError
 
 ROPE = "apply_rotary_pos_emb"
@@ -120,7 +120,7 @@ def check_layers(model: nn.Module) -> None:
         except AttributeError:  # it was wrapped since
             continue
         kind = rewrite.class_of(layer)
-        if not is_patched(layer) and (_calls_rope(kind) or _reads_tables(kind)):
+        if not hasattr(kind, "_packops") and (_calls_rope(kind) or _reads_tables(kind)):  # FSDP2 makes a class of ours
             raise ValueError(
                 f"packops.hf: {change.path} was replaced after packops.hf.apply, by a {type(layer).__name__} that reads other "
                 "tables of RoPE: call packops.hf.apply again"
