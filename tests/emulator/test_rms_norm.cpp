@@ -61,6 +61,7 @@ CASE(every_team_and_type) {
     compare<half_t>(9, 2304, 0, zero_centered);
     compare<bf16_t>(5, 8192, 0, zero_centered);
     compare<bf16_t>(701, 5120, 8, zero_centered);  // an odd number of teams in a block, several rounds of each
+    compare<bf16_t>(300, 6144, 0, zero_centered);  // one team in a block, of 192 threads
     compare<float>(37, 500, 4, zero_centered);
     compare<float>(9, 4096, 0, zero_centered);
   }
