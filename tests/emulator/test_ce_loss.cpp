@@ -8,6 +8,7 @@
 #include "check.h"
 #include "common/convert.h"
 #include "emulator.h"
+#include "kernel_dtype.h"
 
 // Aligned as memory of a GPU is. The last digit of a row's sum depends on where in memory the row begins, and with malloc's
 // alignment that would depend on what was allocated before.
@@ -19,10 +20,6 @@ using namespace packops;
 
 namespace {
 
-template <typename T>
-constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
-                        : std::is_same_v<T, half_t> ? DType::f16
-                                                    : DType::bf16;
 template <typename T>
 constexpr double kEpsilon = std::is_same_v<T, float>    ? 0x1p-22
                             : std::is_same_v<T, half_t> ? 0x1p-10

@@ -4,15 +4,12 @@
 #include "check.h"
 #include "common/convert.h"
 #include "emulator.h"
+#include "kernel_dtype.h"
 
 using namespace packops;
 
 namespace {
 
-template <typename T>
-constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
-                        : std::is_same_v<T, half_t> ? DType::f16
-                                                    : DType::bf16;
 template <typename T>
 constexpr double kTolerance = std::is_same_v<T, float>    ? 2e-5
                               : std::is_same_v<T, half_t> ? 0x1p-8

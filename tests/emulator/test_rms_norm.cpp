@@ -6,16 +6,12 @@
 #include "check.h"
 #include "common/convert.h"
 #include "emulator.h"
+#include "kernel_dtype.h"
 #include "rms_norm_launch.h"
 
 using namespace packops;
 
 namespace {
-
-template <typename T>
-constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
-                        : std::is_same_v<T, half_t> ? DType::f16
-                                                    : DType::bf16;
 
 template <typename T>
 void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, double size = 1) {  // size: of x

@@ -7,15 +7,11 @@
 #include "check.h"
 #include "common/convert.h"
 #include "emulator.h"
+#include "kernel_dtype.h"
 
 using namespace packops;
 
 namespace {
-
-template <typename T>
-constexpr DType kType = std::is_same_v<T, float>    ? DType::f32
-                        : std::is_same_v<T, half_t> ? DType::f16
-                                                    : DType::bf16;
 
 struct Layout {
   int64_t rows, columns, gap = 0,
