@@ -1,19 +1,16 @@
 // The lm_head's product with the softmax in its epilogue: what the epilogues do, and how rows are finished. lm_head.h has the
-// formulas, lm_head_product.cuh the product.
+// formulas, common/product.cuh the product.
 #include "lm_head.h"
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <initializer_list>
 
 #include "common/device.cuh"
 #include "common/launch.cuh"
+#include "common/product.cuh"
+#include "common/product_store.cuh"
 #include "lm_head_launch.h"
-#include "lm_head_product.cuh"
-#include "lm_head_store.cuh"
 
 #ifdef __CUDACC__
 #pragma nv_diag_suppress 177  // code for architectures before 9.0 has the kernel's name alone, and none of what it uses
@@ -39,7 +36,7 @@ struct LmHeadWorkspace {
   constexpr int64_t size() const { return label() + rows; }
 };
 constexpr LmHeadWorkspace workspace_of(const LmHeadParams& p) {
-  return {p.rows, (p.vocab + kLmHeadColumns - 1) / kLmHeadColumns};
+  return {p.rows, (p.vocab + kTileColumns - 1) / kTileColumns};
 }
 
 // ---- Finishing rows: the statistics of their tiles, put together
@@ -151,7 +148,7 @@ struct Labels {
     for (int half = 0; half < 2; half++) {
       target[half] = row + 8 * half < p.rows ? p.target[row + 8 * half] : -1;
       at[half] = target[half] - column;
-      const bool here = target[half] >= 0 && unsigned(at[half]) < unsigned(kLmHeadColumns) && at[half] % 8 < 2;
+      const bool here = target[half] >= 0 && unsigned(at[half]) < unsigned(kTileColumns) && at[half] % 8 < 2;
       if (!here) at[half] = -1;
       mine = mine || here;
     }
@@ -196,7 +193,7 @@ __device__ __forceinline__ void add_bias(float (&d)[kSums], const LmHeadParams& 
 
 template <int kFirst = 0, int kCount = kSums>
 __device__ __forceinline__ void set_columns_past_the_end(float (&d)[kSums], float to, const LmHeadParams& p, int column) {
-  if (column / kLmHeadColumns * kLmHeadColumns + kLmHeadColumns <= p.vocab) return;
+  if (column / kTileColumns * kTileColumns + kTileColumns <= p.vocab) return;
 #pragma unroll
   for (int i = kFirst; i < kFirst + kCount; i++)
     if (column + i / 4 * 8 + i % 2 >= p.vocab) d[i] = to;
@@ -225,7 +222,7 @@ template <typename T>
 struct Logits {
   static constexpr bool kStores = true;
   __device__ __forceinline__ Logits(float (&d)[kSums], const LmHeadParams& p, int, int tile) {
-    add_bias<T>(d, p, tile * kLmHeadColumns + 2 * (threadIdx.x % 4));
+    add_bias<T>(d, p, tile * kTileColumns + 2 * (threadIdx.x % 4));
   }
   template <int kFirst, int kCount>
   __device__ __forceinline__ void transform(float (&)[kSums]) const {}
@@ -236,7 +233,7 @@ struct Statistics {
   static constexpr bool kStores = false;
   __device__ __forceinline__ Statistics(float (&d)[kSums], const LmHeadParams& p, int row, int tile) {
     const LmHeadWorkspace w = workspace_of(p);
-    const int column = tile * kLmHeadColumns + 2 * (threadIdx.x % 4);
+    const int column = tile * kTileColumns + 2 * (threadIdx.x % 4);
     add_bias<T>(d, p, column);
     const Labels labels(p, row, column);
     labels.set_apart(d, p, row);
@@ -284,7 +281,7 @@ class Gradient {
  public:
   static constexpr bool kStores = true;
   __device__ __forceinline__ Gradient(float (&d)[kSums], const LmHeadParams& p, int row, int tile)
-      : p_(p), column_(tile * kLmHeadColumns + 2 * (threadIdx.x % 4)), cap_(p), labels_(p, row, column_) {
+      : p_(p), column_(tile * kTileColumns + 2 * (threadIdx.x % 4)), cap_(p), labels_(p, row, column_) {
     add_bias<T>(d, p, column_);
     float on_label[2];
 #pragma unroll
@@ -347,16 +344,18 @@ class Gradient {
 // Epilogue::kStores, transform<first, count> turns that many of them into what is stored, 64 columns at a time so that registers become
 // free.
 template <typename T, typename Epilogue>
-class Finish {
+class Finish : public FinishesSums {
  public:
+  using Shared = ProductStaging;
+
   bool prepare(const LmHeadParams& p) {
     p_ = p;
     return !Epilogue::kStores || store_.prepare(p.dtype, p.out, p.rows, p.vocab, p.out_stride);
   }
 
 #ifdef PACKOPS_SM90A
-  __device__ __forceinline__ void operator()(float (&sums)[kSums], int row, int column, unsigned char* staging) const {
-    Epilogue epilogue(sums, p_, row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column / kLmHeadColumns);
+  __device__ __forceinline__ void operator()(float (&sums)[kSums], int, int row, int column, Shared& staging) const {
+    Epilogue epilogue(sums, p_, row + threadIdx.x / 32 % 4 * 16 + threadIdx.x % 32 / 4, column / kTileColumns);
     if constexpr (Epilogue::kStores) {
       const auto store = [&](auto first) {
         epilogue.template transform<first, 32>(sums);
@@ -376,21 +375,14 @@ class Finish {
 
 // ---- Host
 
-constexpr int steps_of(int64_t terms) { return int((terms + kLmHeadDepth - 1) / kLmHeadDepth); }
-
-template <typename F>
-cudaError_t with_type(DType dtype, F&& f) {
-  return dtype == DType::bf16 ? f(bf16_t{}) : f(half_t{});
-}
-
 template <typename T, typename Epilogue>
 cudaError_t logits(const LmHeadParams& p, cudaStream_t stream) {
-  LmHeadProduct<T, Major::k, false, Finish<T, Epilogue>> product;
+  Product<T, ProductOperand<Major::k, kTileRows, false>, ProductOperand<Major::k, kTileColumns, true>, Finish<T, Epilogue>> product;
   product.steps = steps_of(p.width);
   if (!product.a.prepare(p.dtype, p.hidden, p.rows, p.width, p.width) ||
       !product.b.prepare(p.dtype, p.weight, p.vocab, p.width, p.width) || !product.finish.prepare(p))
     return cudaErrorInvalidValue;
-  return launch_product(product, choose_lm_head_grid(p.rows, p.vocab, p.width), stream);
+  return launch_product(product, choose_product_grid(p.rows, p.vocab, p.width), stream);
 }
 
 template <template <typename, bool> class Epilogue>
@@ -403,7 +395,8 @@ cudaError_t logits(const LmHeadParams& p, cudaStream_t stream) {
 
 template <typename T, typename Out>
 cudaError_t weight_gradient(const LmHeadWeightGradientParams& p, cudaStream_t stream) {
-  LmHeadProduct<T, Major::mn, true, StoreTransposed<T, Out>> product;
+  Product<T, ProductOperand<Major::mn, kTileRows, true>, ProductOperand<Major::mn, kTileColumns, false>, StoreTransposed<T, Out>>
+      product;
   product.steps = steps_of(p.tokens);
   if (!product.a.prepare(p.dtype, p.hidden, p.width, p.tokens, p.width) ||
       !product.b.prepare(p.dtype, p.grad_logits, p.vocab, p.tokens, p.grad_logits_stride) ||
@@ -412,24 +405,12 @@ cudaError_t weight_gradient(const LmHeadWeightGradientParams& p, cudaStream_t st
   return launch_product(product, choose_weight_gradient_grid(p.vocab, p.width), stream);
 }
 
-// Whether copies of whole vectors can take these sizes and places, and the code that is loaded for the current device has the product.
-bool fits(DType dtype, std::initializer_list<int64_t> counts, int64_t width, std::initializer_list<const void*> places) {
-  constexpr int64_t kMost = int64_t(1) << 30;
-  Device device;
-  return (dtype == DType::bf16 || dtype == DType::f16) && width > 0 && width % 8 == 0 && width < kMost &&
-         std::all_of(
-             counts.begin(), counts.end(), [](int64_t count) { return count < kMost; }) &&
-         std::all_of(
-             places.begin(), places.end(), [](const void* place) { return reinterpret_cast<uintptr_t>(place) % 16 == 0; }) &&
-         current_device(device) == cudaSuccess && device.has_wgmma;
-}
-
 }  // namespace
 
 int64_t lm_head_workspace(const LmHeadParams& p) { return workspace_of(p).size(); }
 
 bool lm_head_fits(const LmHeadParams& p) {
-  return p.vocab > 0 && fits(p.dtype, {p.rows, p.vocab}, p.width, {p.hidden, p.weight});
+  return p.vocab > 0 && product_fits(p.dtype, {p.rows, p.vocab}, p.width, {p.hidden, p.weight});
 }
 
 cudaError_t lm_head_cuda(LmHeadPass pass, const LmHeadParams& given, cudaStream_t stream) {
@@ -449,7 +430,7 @@ cudaError_t lm_head_cuda(LmHeadPass pass, const LmHeadParams& given, cudaStream_
 
 bool lm_head_weight_gradient_fits(const LmHeadWeightGradientParams& p) {
   return p.tokens > 0 && p.vocab > 0 && p.grad_logits_stride % 8 == 0 &&
-         fits(p.dtype, {p.tokens, p.vocab}, p.width, {p.grad_logits, p.hidden, p.out});
+         product_fits(p.dtype, {p.tokens, p.vocab}, p.width, {p.grad_logits, p.hidden, p.out});
 }
 
 cudaError_t lm_head_weight_gradient_cuda(const LmHeadWeightGradientParams& p, cudaStream_t stream) {

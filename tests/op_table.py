@@ -138,6 +138,8 @@ def build() -> dict[str, Op]:
     }
     weights = {"q_weight": rand(D), "k_weight": rand(D)}
     gated = {"gate": rand(T, D), "up": rand(T, D)}
+    mlp = {"x": rand(T, H), "gate_weight": rand(D, H), "up_weight": rand(D, H), "down_weight": rand(5, D)}
+    mlp |= {"gate_bias": rand(D), "up_bias": rand(D), "down_bias": rand(5)}
     packed = {"q": rand(T, 4, 64), "k": rand(T, 2, 64), "v": rand(T, 2, 64), "cu_seqlens": cu_seqlens}
     logits = {"logits": rand(T, V), "labels": labels}
     return {
@@ -206,6 +208,13 @@ def build() -> dict[str, Op]:
             {**gated, "weight": rand(5, D), "bias": rand(5)},
             {"activation": Changes("gelu_tanh")},
             lower=("gate", "up", "weight", "bias"),
+        ),
+        "gated_mlp": Op(
+            packops.gated_mlp,
+            mlp,
+            {"activation": Changes("gelu_tanh")},
+            ops.gated_mlp,
+            lower=tuple(mlp),
         ),
         "rms_norm": Op(
             packops.rms_norm,

@@ -89,7 +89,7 @@ def test_parts():
     packops.hf.apply(model, rope=False, cross_entropy=False, mlp=False)
     assert packops.hf.report(model).replaced == {"rms_norm": "packops.rms_norm (torch's on the CPU) in 5 modules"}
     packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False)
-    assert packops.hf.report(model).replaced == {"mlp": "packops.gated_linear in 2 modules"}
+    assert packops.hf.report(model).replaced == {"mlp": "packops.gated_mlp in 2 modules"}
     packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False, mlp=False)
     assert packops.hf.report(model).replaced == {}
 

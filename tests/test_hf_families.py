@@ -28,7 +28,7 @@ def test_patched_and_packed_equals_stock_and_padded(family, fused):
     assert report.replaced["tables"] == "fp32, from angles in fp64"
     assert ("apply_qk_norm_rope" in report.replaced["rope"]) == (family in FUSED_NORMS), report
     assert "lm_head" in report.replaced
-    assert report.replaced.get("mlp") == (None if family in UNGATED else "packops.gated_linear in 2 modules")
+    assert report.replaced.get("mlp") == (None if family in UNGATED else "packops.gated_mlp in 2 modules")
     assert len(report.notes) == (not fused), report.notes
     for name, module in model.named_modules():
         absorbed = family in FUSED_NORMS and name.endswith(("q_norm", "k_norm"))

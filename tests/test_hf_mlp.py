@@ -97,7 +97,7 @@ def test_mlps_that_compute_something_else_are_left_alone(mlp):
     model.model.layers[1].mlp = mlp
     random = torch.random.get_rng_state()
     packops.hf.apply(model.eval())  # dropout is off, and will be on
-    assert packops.hf.report(model).replaced["mlp"] == "packops.gated_linear in 1 modules"
+    assert packops.hf.report(model).replaced["mlp"] == "packops.gated_mlp in 1 modules"
     assert not record.is_patched(mlp)
     assert torch.equal(torch.random.get_rng_state(), random), "asking takes from the user's random numbers"
 
@@ -187,7 +187,7 @@ def test_a_mlp_that_somebody_else_replaced_is_left_alone():
     mlp.forward = theirs = functools.partial(type(mlp).forward, mlp)
     stock = run(model, packed(texts))
     packops.hf.apply(model)
-    assert packops.hf.report(model).replaced["mlp"] == "packops.gated_linear in 1 modules"
+    assert packops.hf.report(model).replaced["mlp"] == "packops.gated_mlp in 1 modules"
     assert difference(run(model, packed(texts)), stock) < 1e-5
     packops.hf.revert(model)
     assert vars(mlp)["forward"] is theirs

@@ -90,7 +90,7 @@ __device__ __forceinline__ void hold(float (&sums)[kCount]) {
   for (int i = 0; i < kCount; i++) asm volatile("" : "+f"(sums[i])::"memory");
 }
 
-// sums (64 x 192) = or, with add, += a b^T over 16 elements of 64 and of 192 rows; transposed, a^T b over 16 rows. Thread t of the group has, of every eight columns 8 j, sums[4 j], [4 j + 1] in row 16 (t / 32) + t % 32 / 4, columns
+// sums (64 x 192) = or, with add, += a b^T over 16 elements of 64 and of 192 rows; of a transposed operand, over 16 rows. Thread t of the group has, of every eight columns 8 j, sums[4 j], [4 j + 1] in row 16 (t / 32) + t % 32 / 4, columns
 // 8 j + 2 (t % 4) and the next; [4 j + 2], [4 j + 3] 8 rows below.
 #define PACKOPS_FOUR(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
 #define PACKOPS_SIXTEEN(i) PACKOPS_FOUR(i), PACKOPS_FOUR(i + 4), PACKOPS_FOUR(i + 8), PACKOPS_FOUR(i + 12)
@@ -100,13 +100,13 @@ __device__ __forceinline__ void hold(float (&sums)[kCount]) {
   "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, " \
   "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define PACKOPS_WGMMA_64_192(type, name)                                                                                    \
-  template <bool kTransposed>                                                                                               \
+  template <bool kTransposedA, bool kTransposedB>                                                                           \
   __device__ __forceinline__ void wgmma_m64n192k16(float (&s)[96], WgmmaDescriptor a, WgmmaDescriptor b, bool add, type) {  \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192k16.f32." name "." name \
-                 " {" PACKOPS_96_NUMBERS "}, %96, %97, add, 1, 1, %99, %99;\n}"                                             \
+                 " {" PACKOPS_96_NUMBERS "}, %96, %97, add, 1, 1, %99, %100;\n}"                                            \
                  : PACKOPS_SIXTEEN(0), PACKOPS_SIXTEEN(16), PACKOPS_SIXTEEN(32), PACKOPS_SIXTEEN(48), PACKOPS_SIXTEEN(64),  \
                    PACKOPS_SIXTEEN(80)                                                                                      \
-                 : "l"(a.bits()), "l"(b.bits()), "r"(int(add)), "n"(kTransposed));                                          \
+                 : "l"(a.bits()), "l"(b.bits()), "r"(int(add)), "n"(kTransposedA), "n"(kTransposedB));                      \
   }
 PACKOPS_WGMMA_64_192(bf16_t, "bf16")
 PACKOPS_WGMMA_64_192(half_t, "f16")

@@ -14,11 +14,12 @@
 
 namespace packops {
 
-// The driver's function, looked up so that nothing links libcuda. Rows of a box are 128 bytes, with the 128-byte swizzle. false: the
-// driver refuses.
+// The driver's function, looked up so that nothing links libcuda. Rows of a box have as many bytes as the swizzle. false: the driver
+// refuses.
 template <int kDims>
 bool encode_tiled(CUtensorMap* map, DType dtype, const void* data, const cuuint64_t (&sizes)[kDims],
-                  const cuuint64_t (&stride_bytes)[kDims - 1], const cuuint32_t (&box)[kDims]) {
+                  const cuuint64_t (&stride_bytes)[kDims - 1], const cuuint32_t (&box)[kDims],
+                  CUtensorMapSwizzle swizzle = CU_TENSOR_MAP_SWIZZLE_128B) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* function = nullptr;
@@ -33,7 +34,7 @@ bool encode_tiled(CUtensorMap* map, DType dtype, const void* data, const cuuint6
   cuuint32_t steps[kDims];
   for (cuuint32_t& step : steps) step = 1;
   return encode && encode(map, type, kDims, const_cast<void*>(data), sizes, stride_bytes, box, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                          CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
                           CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
@@ -46,11 +47,12 @@ inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, c
                          {bytes_of(sizes[1], strides[0]), bytes_of(sizes[2], strides[1])}, {64, 1, cuuint32_t(box_rows)});
 }
 
-// Boxes of 128 bytes x box_rows of a row-major matrix of 16-bit or fp32 elements. stride: from row to row, in elements.
+// Boxes of box_rows rows of 128 or 64 bytes of a row-major matrix of 16-bit or fp32 elements. stride: from row to row, in elements.
 inline bool encode_matrix_map(CUtensorMap* map, DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
-                              int box_rows) {
+                              int box_rows, int row_bytes = 128) {
   return encode_tiled<2>(map, dtype, data, {cuuint64_t(columns), cuuint64_t(rows)}, {cuuint64_t(stride) * size_of(dtype)},
-                         {cuuint32_t(128 / size_of(dtype)), cuuint32_t(box_rows)});
+                         {cuuint32_t(row_bytes / size_of(dtype)), cuuint32_t(box_rows)},
+                         row_bytes == 128 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B);
 }
 
 }  // namespace packops

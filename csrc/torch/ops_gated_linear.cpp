@@ -2,24 +2,17 @@
 #include <tuple>
 
 #include "gated_linear.h"
+#include "torch/activation.h"
 #include "torch/allocate.h"
 #include "torch/dispatch.h"
 #include "torch/register.h"
 #include "torch/rows.h"
 #include "torch/stream.h"
-#include "torch/string.h"
 
 namespace packops {
 namespace {
 
 constexpr const char* kOp = "gated_activation";
-
-Activation activation_of(const StringArgument& name) {
-  if (name == "silu") return Activation::silu;
-  if (name == "gelu_tanh") return Activation::gelu_tanh;
-  PACKOPS_CHECK(name == "gelu", ValueError, kOp, ": activation must be 'silu', 'gelu_tanh' or 'gelu', got '", name, "'");
-  return Activation::gelu;
-}
 
 void check_rows(const Tensor& tensor, const char* name) {
   PACKOPS_CHECK(has_contiguous_rows(tensor), ValueError, kOp, ": the last dimension of ", name,
@@ -40,7 +33,7 @@ Gated prepare(const Tensor& gate, const Tensor& up, const StringArgument& activa
   check_like(kOp, "up", up, "gate", gate);
   check_rows(gate, "gate");
   check_rows(up, "up");
-  p.activation = activation_of(activation);
+  p.activation = activation_of(activation, kOp);
   p.columns = gate.size(gate.dim() - 1);
   p.rows = p.columns ? gate.numel() / p.columns : 0;
   g.gate = set_rows(gate, &p.gate, &p.gate_row);

@@ -5,6 +5,7 @@ from __future__ import annotations
 from .ops.attention import attention, attention_path
 from .ops.ce_loss import CrossEntropyStats, Reduction, cross_entropy
 from .ops.gated_linear import Activation, gated_activation, gated_linear
+from .ops.gated_mlp import gated_mlp
 from .ops.linear_ce_loss import linear_cross_entropy
 from .ops.metadata import packed_labels, packed_metadata
 from .ops.qk_norm_rope import apply_qk_norm_rope
@@ -22,6 +23,7 @@ __all__ = [
     "cross_entropy",
     "gated_activation",
     "gated_linear",
+    "gated_mlp",
     "linear_cross_entropy",
     "packed_labels",
     "packed_metadata",

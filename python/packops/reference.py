@@ -361,5 +361,24 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> T
 
 def gated_linear(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str = "silu") -> Tensor:
     """What :func:`packops.gated_linear` computes, likewise."""
-    product = gated_activation(gate, up, activation=activation)
-    return F.linear(product, weight.double(), None if bias is None else bias.double())
+    return _linear(gated_activation(gate, up, activation=activation), weight, bias)
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: str = "silu",
+) -> Tensor:
+    """What :func:`packops.gated_mlp` computes, likewise."""
+    gate, up = _linear(x, gate_weight, gate_bias), _linear(x, up_weight, up_bias)
+    return gated_linear(gate, up, down_weight, down_bias, activation=activation)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x.double(), weight.double(), None if bias is None else bias.double())

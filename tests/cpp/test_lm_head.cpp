@@ -1,4 +1,4 @@
-// How the lm_head's product is cut into tiles.
+// How the lm_head's products are cut into tiles.
 #include <set>
 #include <utility>
 
@@ -8,21 +8,21 @@
 using namespace packops;
 
 // Every tile is walked once, whatever is left over. height, width: of a cluster's tile.
-static void covers(const LmHeadGrid& grid, int64_t rows, int height, int64_t columns, int width) {
+static void covers(const ProductGrid& grid, int64_t rows, int height, int64_t columns, int width) {
   CHECK(int64_t(grid.rows) * height >= rows);
   CHECK(int64_t(grid.rows - 1) * height < rows);
   CHECK(int64_t(grid.columns) * width >= columns);
   CHECK(int64_t(grid.columns - 1) * width < columns);
   std::set<std::pair<int, int>> seen;
   for (int64_t i = 0; i < grid.tiles(); i++) {
-    const LmHeadTile tile = lm_head_tile(grid, i);
+    const ProductTile tile = product_tile(grid, i);
     CHECK(tile.row >= 0 && tile.row < grid.rows && tile.column >= 0 && tile.column < grid.columns);
     seen.insert({tile.row, tile.column});
   }
   CHECK(int64_t(seen.size()) == grid.tiles());
 }
 static void covers(int64_t tokens, int64_t vocab, int64_t width) {
-  covers(choose_lm_head_grid(tokens, vocab, width), tokens, 256, vocab, 192);
+  covers(choose_product_grid(tokens, vocab, width), tokens, 256, vocab, 192);
   covers(choose_weight_gradient_grid(vocab, width), width, 128, vocab, 384);
 }
 
@@ -36,10 +36,10 @@ CASE(every_tile_is_walked_once) {
 }
 
 CASE(bands_fit_into_the_cache) {
-  const LmHeadGrid grid = choose_lm_head_grid(8192, 128256, 4096);
+  const ProductGrid grid = choose_product_grid(8192, 128256, 4096);
   CHECK(grid.rows == 32 && grid.columns == 668);
   CHECK_EQ(grid.band, 8);  // 8 x 256 rows of 8 KB: 16 MB
-  CHECK_EQ(choose_lm_head_grid(4096, 151936, 896).band, 16);
+  CHECK_EQ(choose_product_grid(4096, 151936, 896).band, 16);
   CHECK_EQ(choose_weight_gradient_grid(128256, 4096).band, 16);  // 2048 features
   CHECK_EQ(choose_weight_gradient_grid(256000, 2304).band, 9);
 }

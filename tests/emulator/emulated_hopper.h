@@ -9,7 +9,7 @@ struct CUtensorMap {
   char* data;
   int element_bytes;
   int64_t sizes[3], strides[2];
-  int box_rows;
+  int box_rows, chunks = 8;  // of 16 bytes, in a row of a box
 };
 inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, const int64_t (&sizes)[3],
                               const int64_t (&strides)[2], int box_rows) {
@@ -22,8 +22,10 @@ inline bool encode_tensor_map(CUtensorMap* map, DType dtype, const void* data, c
   return true;
 }
 inline bool encode_matrix_map(CUtensorMap* map, DType dtype, const void* data, int64_t rows, int64_t columns, int64_t stride,
-                              int box_rows) {
-  return encode_tensor_map(map, dtype, data, {columns, 1, rows}, {0, stride}, box_rows);
+                              int box_rows, int row_bytes = 128) {
+  const bool encoded = encode_tensor_map(map, dtype, data, {columns, 1, rows}, {0, stride}, box_rows);
+  map->chunks = row_bytes / 16;
+  return encoded;
 }
 
 namespace hopper {
@@ -34,10 +36,11 @@ void for_each_chunk(const void* box, const CUtensorMap& map, int x, int y, int z
   const auto place = reinterpret_cast<uintptr_t>(box);
   emulator::require(place % 1024 == 0, "a box that does not begin at 1024 bytes");
   for (int row = 0; row < map.box_rows; row++)
-    for (int chunk = 0; chunk < 8; chunk++) {
+    for (int chunk = 0; chunk < map.chunks; chunk++) {
       const int64_t column = x + chunk * (16 / map.element_bytes), left = (map.sizes[0] - column) * map.element_bytes;
       const bool there = left > 0 && y < map.sizes[1] && z + row < map.sizes[2] && z + row >= 0;
-      f(reinterpret_cast<char*>(place + uintptr_t(row * 128 + ((chunk ^ row % 8) << 4))),
+      const uintptr_t at = place + uintptr_t((row * map.chunks + chunk) << 4);
+      f(reinterpret_cast<char*>(at ^ (at >> 7 & uintptr_t(map.chunks - 1)) << 4),
         map.data + map.element_bytes * (column + y * map.strides[0] + (z + row) * map.strides[1]),
         there ? std::min<int64_t>(left, 16) : 0);
     }
@@ -76,11 +79,12 @@ inline void barrier_cluster() { emulator::wait(emulator::Waiting::for_cluster); 
 
 template <int kCount>
 void hold(float (&)[kCount]) {}
-template <bool kTransposed, typename T>
+template <bool kTransposedA, bool kTransposedB, typename T>
 void wgmma_m64n192k16(float (&s)[96], WgmmaDescriptor a, WgmmaDescriptor b, bool add, T type) {
-  auto& sums = reinterpret_cast<float (&)[24][4]>(s);
-  if constexpr (kTransposed) wgmma_ss_trans(sums, a, b, add, type);
-  else wgmma_ss(sums, a, b, add, type);
+  wgmma_of_shared(
+      reinterpret_cast<float (&)[24][4]>(s), add, type,
+      [&](int row, int k) { return kTransposedA ? a.element(k, row) : a.element(row, k); },
+      [&](int k, int column) { return kTransposedB ? b.element(k, column) : b.element(column, k); });
   // The four warps multiply as one: one that has its sums knows that the others have read their operands.
   bar_sync(16 + emulator::current % emulator::block_threads / 128, 128);
 }

@@ -1,10 +1,11 @@
-"""Gated MLPs of one model: ``down_proj(act(gate) * up)`` through :func:`packops.gated_linear`, which keeps half as much.
+"""Gated MLPs of one model: ``down_proj(act(gate) * up)`` through :func:`packops.gated_mlp`, which keeps half as much.
 
 What a module computes is found by asking it, not by its name: see :func:`recognise`.
 """
 
 from __future__ import annotations
 
+import collections
 import copy
 import inspect
 from collections.abc import Callable
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from ..functional import Activation, gated_activation, gated_linear
+from ..functional import Activation, gated_activation, gated_linear, gated_mlp
 from ..reference import gated_activation as exact
 from . import rewrite
 from .record import Record, is_bare, is_plain_linear
@@ -37,10 +38,17 @@ class GatedMLP(NamedTuple):
 def patch(model: nn.Module, record: Record) -> None:
     """Replace the gated MLPs of ``model``, except where somebody else replaced one."""
     changed = record.set_found(model, recognise)
-    linears = sum(is_plain_linear(module.get_submodule("down_proj")) for module in changed)
-    counts = {"packops.gated_linear": linears, "packops.gated_activation": len(changed) - linears}
+    counts = collections.Counter(op.__name__ for op in map(op_of, changed))
     if changed:
-        record.replaced("mlp", ", ".join(f"{op} in {count} modules" for op, count in counts.items() if count))
+        record.replaced("mlp", ", ".join(f"packops.{op} in {count} modules" for op, count in counts.items()))
+
+
+def op_of(module: Any) -> Callable[..., Tensor]:
+    """The op for a gated MLP: as much of it as weights alone say."""
+    if not is_plain_linear(module.down_proj):
+        return gated_activation
+    first = (module.gate_up_proj,) if "gate_up_proj" in module._modules else (module.gate_proj, module.up_proj)
+    return gated_mlp if all(map(is_plain_linear, first)) else gated_linear
 
 
 @cache
@@ -52,8 +60,17 @@ def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
         # Another one was put in its place, or somebody wants to see what the activation sees.
         if act is not None and not (type(getattr(self, act)) is act_kind and is_bare(getattr(self, act))):
             return kind.forward(self, x)
+        op = op_of(self)
+        if op is gated_mlp:
+            down = self.down_proj
+            if fused:
+                weight, bias = self.gate_up_proj.weight, self.gate_up_proj.bias
+                weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
+            else:
+                weights, biases = (self.gate_proj.weight, self.up_proj.weight), (self.gate_proj.bias, self.up_proj.bias)
+            return gated_mlp(x, *weights, down.weight, *biases, down.bias, activation=activation)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if fused else (self.gate_proj(x), self.up_proj(x))
-        if is_plain_linear(self.down_proj):
+        if op is gated_linear:
             return gated_linear(gate, up, self.down_proj.weight, self.down_proj.bias, activation=activation)
         return self.down_proj(gated_activation(gate, up, activation=activation))
 

@@ -1,17 +1,20 @@
-// How tiles of lm_head_product.cuh get from registers to memory: through shared memory, then by tensor copies. Part of lm_head.cu.
+// How tiles of product.cuh get from registers to memory: through shared memory, then by tensor copies.
 // sums[4 j], [4 j + 1] of a thread are columns 8 j + 2 (lane % 4) and the next of row 16 warp + lane / 4; [4 j + 2], [4 j + 3] are
 // 8 rows below. Pieces are rows of 128 bytes, swizzled as their maps say.
 #pragma once
 
 #include <type_traits>
 
+#include "common/product.cuh"
 #include "common/vec.cuh"
-#include "lm_head_product.cuh"
 
 namespace packops {
 namespace {
 
-constexpr int kWarpStoreBytes = kLmHeadStoreBytes / 4;
+// Of a warp group, for what is on its way to memory.
+struct alignas(1024) ProductStaging {
+  unsigned char bytes[8192];
+};
 
 // Chunk c of 16 bytes of a row of a piece.
 __device__ __forceinline__ unsigned char* chunk_of(unsigned char* piece, int row, int c) {
@@ -31,9 +34,9 @@ class StoreRows {
 
 #ifdef PACKOPS_SM90A
   template <int kFirst>
-  __device__ __forceinline__ void store(const float (&x)[kSums], int row, int column, unsigned char* staging) const {
+  __device__ __forceinline__ void store(const float (&x)[kSums], int row, int column, ProductStaging& staging) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32 % 4;
-    unsigned char* piece = staging + warp * kWarpStoreBytes;
+    unsigned char* piece = staging.bytes + warp * (sizeof staging / 4);
     // Lanes 0 - 15 name rows 0 - 15 of one group of 8 columns, lanes 16 - 31 those of the next.
     const uint32_t to = shared_address(chunk_of(piece, lane % 16, lane / 16));
     if (lane == 0) hopper::tma_store_wait_read();  // the piece before has left
@@ -54,11 +57,59 @@ class StoreRows {
   CUtensorMap map_;
 };
 
+// Three matrices at once, in 16 bits: a piece is 16 rows x 32 columns of each, 64 bytes a row, on its way from or to memory. A warp has
+// its own.
+struct alignas(1024) ThreePieces {
+  unsigned char bytes[3][16 * 64];
+
+#ifdef PACKOPS_SM90A
+  // Where 16 columns of a piece lie, as ldmatrix and stmatrix want it: lanes 0 - 15 name rows 0 - 15 of one group of 8 columns, lanes 16
+  // - 31 those of the next. A thread's words are then, of each 8 columns, its pair in its row and its pair 8 rows below.
+  __device__ __forceinline__ unsigned char* at(int matrix, int half) {
+    const int lane = threadIdx.x % 32, row = lane % 16;
+    return bytes[matrix] + row * 64 + (((2 * half + lane / 16) ^ row / 2 % 4) << 4);
+  }
+#endif
+};
+
+template <typename T>
+class StoreThree {
+ public:
+  static constexpr int kColumns = 32;
+
+  // Matrices that are null are not stored.
+  bool prepare(DType dtype, void* const (&out)[3], int64_t rows, int64_t columns) {
+    for (int i = 0; i < 3; i++) {
+      wanted_[i] = out[i] != nullptr;
+      if (wanted_[i] && !encode_matrix_map(&maps_[i], dtype, out[i], rows, columns, columns, 16, 64)) return false;
+    }
+    return true;
+  }
+
+#ifdef PACKOPS_SM90A
+  // What the warp has put there.
+  __device__ __forceinline__ void store(ThreePieces& pieces, int row, int column) const {
+    fence_proxy_async();
+    __syncwarp();
+    if (threadIdx.x % 32 != 0) return;
+#pragma unroll
+    for (int i = 0; i < 3; i++)
+      if (wanted_[i]) hopper::tma_store_2d(maps_[i], pieces.bytes[i], column, row);
+  }
+#endif
+
+ private:
+  CUtensorMap maps_[3];
+  bool wanted_[3];
+};
+
 // The transpose, times a factor: 64 rows of some columns of the warp group become that many rows of 64. In 16 bits 64 columns at a
 // time, in fp32 32, as two pieces, stored or added to what is there.
 template <typename T, typename Out>
-class StoreTransposed {
+class StoreTransposed : public FinishesSums {
  public:
+  using Shared = ProductStaging;
+
   bool prepare(DType dtype, void* out, int64_t rows, int64_t columns, const float* factor, bool add) {
     factor_ = factor;
     add_ = add;
@@ -66,7 +117,8 @@ class StoreTransposed {
   }
 
 #ifdef PACKOPS_SM90A
-  __device__ __forceinline__ void operator()(float (&x)[kSums], int row, int column, unsigned char* staging) const {
+  __device__ __forceinline__ void operator()(float (&x)[kSums], int, int row, int column, Shared& shared) const {
+    unsigned char* staging = shared.bytes;
     const int thread = threadIdx.x % 128, warp = thread / 32, lane = thread % 32, barrier = threadIdx.x / 128;
     const float factor = factor_ ? *factor_ : 1;
 #pragma unroll

@@ -1,0 +1,216 @@
+"""A gated MLP, ``down_proj(act(gate_proj(x)) * up_proj(x))``, as one op.
+
+Autograd keeps x, gate and up. On Hopper two steps of it are matrix products of packops' own (csrc/gated_mlp.h), which compute the
+gate and its gradients in their epilogues: that of gate and up, and that of the gradient of what is between. So nothing of the gate
+is a pass over memory by itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from . import autocast
+from .gated_linear import Activation, matrix
+from .op import Op, library
+
+__all__ = ["gated_mlp"]
+
+OP = "gated_mlp"
+# Below, a product has too few tiles for all multiprocessors, and torch's, which may also cut its sums, is as fast or faster.
+LEAST_TOKENS = 1024
+
+_OPS: dict[str, GatedMLP] = {}  # by namespace
+
+
+class GatedMLP(Op):
+    name = OP
+    differentiable = ("x", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
+    cast = staticmethod(autocast.lower_precision)
+
+    def fake(self, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, gate_weight, _, down_weight, *_ = tensors
+        check(*tensors[:7])
+        gate = x.new_empty((*x.shape[:-1], gate_weight.shape[0]))
+        return x.new_empty((*x.shape[:-1], down_weight.shape[0])), gate, torch.empty_like(gate)
+
+    def fake_backward(self, grad: Tensor, *arguments: Any) -> tuple:
+        *tensors, _, _, _, needs = arguments
+        biases = (tensors[1].shape[:1], tensors[2].shape[:1], tensors[3].shape[:1])
+        shapes = (*(x.shape for x in tensors), *biases)
+        return tuple(grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+
+    def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
+        result, gate, up = outputs
+        ctx.save_for_backward(*tensors[:4], gate, up)
+        return result
+
+    def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        made = self.raw_backward(*grads, *saved, *options, list(needs))
+        return tuple(x if need else None for x, need in zip(made, needs, strict=True))
+
+
+def register(namespace: str) -> None:
+    """Define ``gated_mlp`` and the two ops that its autograd formula is made of."""
+    ops = getattr(torch.ops, namespace)
+    kernels = library(namespace)
+    weights = "Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight"
+    biases = ("Tensor? gate_bias", "Tensor? up_bias", "Tensor? down_bias")
+    optional = ", ".join(f"{bias}=None" for bias in biases)
+    kernels.define(f'{OP}({weights}, {optional}, *, str activation="silu") -> Tensor')
+    kernels.define(f"_{OP}({weights}, {', '.join(biases)}, str activation) -> (Tensor, Tensor gate, Tensor up)")
+    kernels.define(
+        f"_{OP}_backward(Tensor grad, {weights}, Tensor gate, Tensor up, str activation, bool[7] needs) -> "
+        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    )
+
+    @torch.no_grad()
+    def forward(
+        x: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        check(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
+        gate = up = product = None
+        if gate_bias is None and up_bias is None and is_large(x):
+            gate, up, product = ops._gated_mlp_products(x, gate_weight, up_weight, activation)
+        if product is None:
+            gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
+            product = ops._gated_activation(gate, up, activation)
+        return linear(product, down_weight, down_bias), gate, up
+
+    @torch.no_grad()
+    def backward(
+        grad: Tensor,
+        x: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        needs: list[bool],
+    ) -> tuple[Tensor, ...]:
+        need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, need_down_bias = needs
+        product = grad_gate = grad_up = None
+        if need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias:
+            if is_large(grad):
+                product, grad_gate, grad_up = ops._gated_mlp_products_backward(
+                    grad, down_weight, gate, up, activation, need_down_weight
+                )
+            if grad_gate is None:
+                product, grad_gate, grad_up = ops._gated_activation_backward(
+                    grad @ down_weight, gate, up, activation, need_down_weight
+                )
+            grad_gate, grad_up = matrix(grad_gate), matrix(grad_up)
+        elif need_down_weight:
+            product = ops._gated_activation(gate, up, activation)
+        none, rows, grads = grad.new_empty((0,)), matrix(x), matrix(grad)
+        return (
+            (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else none,
+            grad_gate.t() @ rows if need_gate_weight else none.clone(),
+            grad_up.t() @ rows if need_up_weight else none.clone(),
+            grads.t() @ matrix(product) if need_down_weight else none.clone(),
+            grad_gate.sum(0) if need_gate_bias else none.clone(),
+            grad_up.sum(0) if need_up_bias else none.clone(),
+            grads.sum(0) if need_down_bias else none.clone(),
+        )
+
+    def plain(*tensors: Tensor | None, activation: str = "silu") -> Tensor:
+        return forward(*tensors, *(None,) * (7 - len(tensors)), activation)[0]  # type: ignore[arg-type]
+
+    for key in ("CPU", "CUDA"):
+        kernels.impl(OP, plain, key)
+        kernels.impl(f"_{OP}", forward, key)
+        kernels.impl(f"_{OP}_backward", backward, key)
+    _OPS[namespace] = GatedMLP(namespace)
+    _OPS[namespace].register()
+
+
+def is_large(x: Tensor) -> bool:
+    return x.is_cuda and x.numel() >= LEAST_TOKENS * x.shape[-1]
+
+
+def gated_mlp(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+    *,
+    activation: Activation = "silu",
+) -> Tensor:
+    """``linear(act(linear(x, gate_weight)) * linear(x, up_weight), down_weight)``, the MLP of Llama, Qwen and Gemma.
+
+    Autograd keeps x, gate and up: as much as with :func:`gated_linear`, half of eager code. On Hopper, with bf16 or fp16, sizes that
+    are multiples of 8, ``"silu"`` or ``"gelu_tanh"``, contiguous operands and 1024 tokens or more, gate and its gradients are computed
+    within two of the matrix products (that of gate and up only without their biases). Elsewhere they are passes of their own.
+
+    Args:
+        x: (..., features), bf16, fp16 or fp32 (fp64 on the CPU).
+        gate_weight, up_weight: (columns, features), of x's dtype. The halves of one fused weight will do.
+        down_weight: (results, columns).
+        gate_bias, up_bias: (columns,) or None.
+        down_bias: (results,) or None.
+        activation: as in :func:`gated_activation`.
+
+    Returns:
+        (..., results). gate and up are rounded to x's dtype, the activation is computed in fp32 (fp64) and rounded once. Under
+        autocast all inputs are cast as for a linear layer. Differentiable once, in all tensors.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong dtype, shape, device or value; it is named.
+    """
+    tensors = (x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
+    return cast(Tensor, _OPS["packops"](tensors, (activation,), type(activation) is str))
+
+
+def check(
+    x: Tensor,
+    gate_weight: Tensor,
+    up_weight: Tensor,
+    down_weight: Tensor,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+    down_bias: Tensor | None = None,
+) -> None:
+    """Errors that name the arguments; torch's would name those of a product."""
+    if x.dim() == 0:
+        raise ValueError("packops.gated_mlp: x must have shape (..., features), got a 0-d tensor")
+    if gate_weight.dim() != 2 or gate_weight.shape[1] != x.shape[-1]:
+        raise ValueError(
+            f"packops.gated_mlp: gate_weight must have shape (columns, {x.shape[-1]}) for x {tuple(x.shape)}, got "
+            f"{tuple(gate_weight.shape)}"
+        )
+    columns = gate_weight.shape[0]
+    if down_weight.dim() != 2 or down_weight.shape[1] != columns:
+        raise ValueError(
+            f"packops.gated_mlp: down_weight must have shape (results, {columns}) for gate_weight {tuple(gate_weight.shape)}, got "
+            f"{tuple(down_weight.shape)}"
+        )
+    for name, tensor, shape in (
+        ("gate_weight", gate_weight, gate_weight.shape),
+        ("up_weight", up_weight, gate_weight.shape),
+        ("down_weight", down_weight, down_weight.shape),
+        ("gate_bias", gate_bias, (columns,)),
+        ("up_bias", up_bias, (columns,)),
+        ("down_bias", down_bias, down_weight.shape[:1]),
+    ):
+        if tensor is None:
+            continue
+        if tensor.shape != shape:
+            raise ValueError(f"packops.gated_mlp: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
+        if tensor.dtype != x.dtype:
+            raise TypeError(f"packops.gated_mlp: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
+        if tensor.device != x.device:
+            raise ValueError(f"packops.gated_mlp: {name} must be on the device of x, {x.device}, got {tensor.device}")
