@@ -4,8 +4,8 @@
     packops bench gated-mlp --only "gelu_tanh"     # some cases
     packops bench gated-mlp --device cpu --threads 2
 
-`products` is the bound: the three matrix products of the forward as torch computes them, or the nine with all gradients. Every result
-is checked against an fp64 reference.
+`products` is the bound: the three matrix products of the forward as torch computes them, or the nine with all gradients. Every
+result is checked against an fp64 reference.
 """
 
 from __future__ import annotations
@@ -72,10 +72,8 @@ class Problem:
     def flops(self, gradient: bool) -> int:
         return (9 if gradient else 3) * 2 * self.tokens * self.columns * self.features
 
-    def candidate(
-        self, function: Callable[..., Tensor], gradient: bool, inputs: Sequence[Tensor] | None = None
-    ) -> Candidate:
-        """``function(x, gate_weight, up_weight, down_weight)``, or of other ``inputs`` whose gradients lie one after the other."""
+    def candidate(self, function: Callable[..., Tensor], gradient: bool, inputs: Sequence[Tensor] | None = None) -> Candidate:
+        """``function(x, gate_weight, up_weight, down_weight)``, or of other ``inputs``."""
         return measuring.candidate_of(function, [inputs or self.inputs], [self.gradient], gradient, self.wrong)
 
     @functools.cached_property
@@ -115,9 +113,7 @@ def candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) 
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 
         function = (LigerSiLUMulFunction if kind == "silu" else LigerGELUMulFunction).apply
-        return problem.candidate(
-            lambda x, gate, up, down: F.linear(function(F.linear(x, gate), F.linear(x, up)), down), gradient
-        )
+        return problem.candidate(lambda x, gate, up, down: F.linear(function(F.linear(x, gate), F.linear(x, up)), down), gradient)
 
     def quack() -> Candidate:
         function = peers.quack("mlp").mlp_func

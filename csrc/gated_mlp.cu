@@ -18,7 +18,7 @@
 namespace packops {
 namespace {
 
-constexpr int kHalf = kTileColumns / 2;    // columns of a tile's gate, and of its up
+constexpr int kHalf = kTileColumns / 2;  // columns of a tile's gate, and of its up
 
 // The right operand of the forward: as many rows of one matrix, then of the other. Each block of a cluster fetches one for both.
 class GateAndUp {
@@ -190,7 +190,8 @@ cudaError_t backward(const GatedMlpParams& p, cudaStream_t stream) {
 
 bool gated_mlp_fits(const GatedMlpParams& p) {
   return p.columns > 0 && p.columns % 8 == 0 && p.activation != Activation::gelu &&
-         product_fits(p.dtype, {p.tokens, p.columns}, p.terms, {p.x, p.gate_weight, p.up_weight, p.grad, p.down_weight, p.gate, p.up});
+         product_fits(p.dtype, {p.tokens, p.columns}, p.terms,
+                      {p.x, p.gate_weight, p.up_weight, p.grad, p.down_weight, p.gate, p.up});
 }
 
 cudaError_t gated_mlp_cuda(const GatedMlpParams& p, cudaStream_t stream) {

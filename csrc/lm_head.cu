@@ -35,9 +35,7 @@ struct LmHeadWorkspace {
   constexpr int64_t label() const { return 3 * plane(); }  // a row's label's logit before scale and cap
   constexpr int64_t size() const { return label() + rows; }
 };
-constexpr LmHeadWorkspace workspace_of(const LmHeadParams& p) {
-  return {p.rows, (p.vocab + kTileColumns - 1) / kTileColumns};
-}
+constexpr LmHeadWorkspace workspace_of(const LmHeadParams& p) { return {p.rows, (p.vocab + kTileColumns - 1) / kTileColumns}; }
 
 // ---- Finishing rows: the statistics of their tiles, put together
 
@@ -377,7 +375,8 @@ class Finish : public FinishesSums {
 
 template <typename T, typename Epilogue>
 cudaError_t logits(const LmHeadParams& p, cudaStream_t stream) {
-  Product<T, ProductOperand<Major::k, kTileRows, false>, ProductOperand<Major::k, kTileColumns, true>, Finish<T, Epilogue>> product;
+  Product<T, ProductOperand<Major::k, kTileRows, false>, ProductOperand<Major::k, kTileColumns, true>, Finish<T, Epilogue>>
+      product;
   product.steps = steps_of(p.width);
   if (!product.a.prepare(p.dtype, p.hidden, p.rows, p.width, p.width) ||
       !product.b.prepare(p.dtype, p.weight, p.vocab, p.width, p.width) || !product.finish.prepare(p))

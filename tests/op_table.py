@@ -207,6 +207,7 @@ def build() -> dict[str, Op]:
             packops.gated_linear,
             {**gated, "weight": rand(5, D), "bias": rand(5)},
             {"activation": Changes("gelu_tanh")},
+            ops.gated_linear,
             lower=("gate", "up", "weight", "bias"),
         ),
         "gated_mlp": Op(

@@ -365,6 +365,27 @@ def gated_linear(device: torch.device) -> Iterator[str]:
             yield f"{dtype} {rows} rows of {columns}, offset {offset}"
 
 
+@cases
+def gated_mlp(device: torch.device) -> Iterator[str]:
+    """The products of Hopper: sizes that fill no tile, several turns of each consumer, a result that nobody wants. What they write is
+    not read: initcheck does not see tensor copies."""
+    ops = torch.ops.packops
+    for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else ():
+        for tokens, features, columns in ((1, 8, 8), (129, 72, 200), (300, 136, 1000)):
+            x, grad = torch.randn(2, tokens, features, device=device).to(dtype)
+            gate_weight, up_weight = torch.randn(2, columns, features, device=device).to(dtype)
+            down_weight = torch.randn(features, columns, device=device).to(dtype)
+            for activation in ("silu", "gelu_tanh"):
+                gate, up, _ = ops._gated_mlp_products(x, gate_weight, up_weight, activation)
+                if gate is not None:  # the code that is loaded has them
+                    for with_product in (False, True):
+                        ops._gated_mlp_products_backward(grad, down_weight, gate, up, activation, with_product)
+            yield f"{dtype} {tokens} tokens, {features} features, {columns} columns"
+    inputs = [torch.randn(*shape, device=device).requires_grad_() for shape in ((5, 8), (12, 8), (12, 8), (6, 12))]
+    backward(packops.gated_mlp(*inputs), *inputs)
+    yield "without products"
+
+
 def attention_problem(
     device: torch.device, dtype: torch.dtype, lengths: list[int], heads: tuple[int, int], head_dim: int, padding: int = 0
 ):

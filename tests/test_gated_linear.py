@@ -267,13 +267,14 @@ def test_frozen_parts(device):
 def test_what_nobody_wants_is_not_made(monkeypatch):
     """The kernel is asked for exactly the gradients that have somewhere to go, and for the product if the weight's has."""
     asked = []
-    raw = gated_linear._OP.raw_backward
+    op = gated_linear._OPS["packops"][0]
+    raw = op.raw_backward
 
     def spy(grad, gate, up, activation, *flags):
         asked.append(flags)
         return raw(grad, gate, up, activation, *flags)
 
-    monkeypatch.setattr(gated_linear._OP, "raw_backward", spy)
+    monkeypatch.setattr(op, "raw_backward", spy)
     for gate, up, weight in ((1, 1, 1), (1, 1, 0), (1, 0, 1), (0, 1, 0), (0, 0, 1)):
         inputs = problem(bias=False)
         for x, wanted in zip(inputs, (gate, up, weight), strict=True):

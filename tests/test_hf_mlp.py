@@ -181,6 +181,20 @@ def test_projections_that_are_more_than_their_weight(family, first):
     assert len(seen) == 1
 
 
+@pytest.mark.parametrize(("family", "name"), [("llama", "gate_proj"), ("llama", "up_proj"), ("phi3", "gate_up_proj")])
+def test_first_projections_that_are_more_than_their_weight(family, name):
+    """They are called, and what follows them is one op."""
+    model, texts = make(family), documents()
+    torch.manual_seed(3)
+    first, second = (layer.mlp for layer in model.model.layers[:2])
+    setattr(first, name, LoRA(getattr(first, name)))
+    second.get_submodule(name).register_forward_hook(lambda module, inputs, output: output + 0.1)
+    stock = run(model, packed(texts))
+    ours = run(packops.hf.apply(model), packed(texts))
+    assert packops.hf.report(model).replaced["mlp"] == "packops.gated_linear in 2 modules"
+    assert 0 < difference(ours, stock) < 1e-5
+
+
 def test_a_mlp_that_somebody_else_replaced_is_left_alone():
     model, texts = make("llama"), documents()
     mlp = model.model.layers[0].mlp

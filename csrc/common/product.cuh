@@ -56,7 +56,7 @@ class ProductOperand {
  public:
   static constexpr bool kShared = kIsShared, kTransposed = kMajor == Major::mn;
   static constexpr int k16Terms = kTransposed ? 16 * 128 : 16 * 2;  // bytes from terms to the next 16
-  static constexpr int k64Rows = 64 * kStageTerms * 2;             // bytes from rows or columns to the next 64
+  static constexpr int k64Rows = 64 * kStageTerms * 2;              // bytes from rows or columns to the next 64
 
   // stride: from row to row of the matrix as it lies, in elements. False: the driver refuses.
   bool prepare(DType dtype, const void* data, int64_t extent, int64_t terms, int64_t stride) {
@@ -117,7 +117,7 @@ struct Product {
 #pragma unroll
       for (int part = 0; part < kParts; part++)
         hopper::wgmma_m64n192k16<A::kTransposed, B::kTransposed>(sums[part], of_a.at(k * A::k16Terms + part * A::k64Rows),
-                                                 of_b.at(k * B::k16Terms), add || k > 0, T{});
+                                                                 of_b.at(k * B::k16Terms), add || k > 0, T{});
   }
 #endif
 };

@@ -10,11 +10,11 @@ namespace packops {
 // block fetches half for both. 128 x 192 was as fast as or faster than 128 x 176 wherever both were measured,
 // and two warp groups that share one tile of 128 x 256 were slower (docs/design.md).
 inline constexpr int kTileRows = 128, kTileColumns = 192;  // of a tile; a warp group computes all of it alone
-inline constexpr int kStageTerms = 64;                        // terms of a sum in a stage: 128 bytes, what the swizzle spans
+inline constexpr int kStageTerms = 64;                     // terms of a sum in a stage: 128 bytes, what the swizzle spans
 inline constexpr int kProductCluster = 2;
 inline constexpr int kProductConsumers = 2;  // warp groups that multiply
 inline constexpr int kProductThreads = 128 * (1 + kProductConsumers);
-inline constexpr int kProductStages = 5;  // at most
+inline constexpr int kProductStages = 5;       // at most
 inline constexpr int kProductBand = 16 << 20;  // bytes of the left operand that are walked together, so that they stay in the L2
 
 inline constexpr int kProductStageBytes = 2 * kStageTerms * (kTileRows + kTileColumns);
@@ -32,7 +32,7 @@ struct ProductGrid {
   constexpr int64_t tiles() const { return int64_t(rows) * columns; }
 };
 constexpr ProductGrid product_grid(int64_t rows, int height, int64_t columns, int width,
-                                  int64_t bands) {  // bands: of equal height
+                                   int64_t bands) {  // bands: of equal height
   const auto quotient = [](int64_t a, int64_t b) { return int((a + b - 1) / b); };
   ProductGrid grid{quotient(rows, height), quotient(columns, width)};
   grid.band = bands < 1 ? grid.rows : quotient(grid.rows, bands);

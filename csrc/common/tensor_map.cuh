@@ -33,9 +33,9 @@ bool encode_tiled(CUtensorMap* map, DType dtype, const void* data, const cuuint6
                                                          : CU_TENSOR_MAP_DATA_TYPE_FLOAT32;
   cuuint32_t steps[kDims];
   for (cuuint32_t& step : steps) step = 1;
-  return encode && encode(map, type, kDims, const_cast<void*>(data), sizes, stride_bytes, box, steps,
-                          CU_TENSOR_MAP_INTERLEAVE_NONE, swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
-                          CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
+  return encode &&
+         encode(map, type, kDims, const_cast<void*>(data), sizes, stride_bytes, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE) == CUDA_SUCCESS;
 }
 
 // Boxes of 64 x 1 x box_rows of an array of 16-bit elements. sizes: columns, heads, rows; strides, in elements: from head to head, from

@@ -490,7 +490,7 @@ def quiet_output(log: Path, label: str, objects: Path) -> Iterator[None]:
         if SLOW in text:
             why = text.split(SLOW, 1)[1].split(" in the function", 1)[0].splitlines()[0]
             terminal.write(
-                f"packops: WARNING: nvcc made the lm_head or attention slow on Hopper ({why}). "
+                f"packops: WARNING: nvcc made the lm_head, gated MLPs or attention slow on Hopper ({why}). "
                 "CUDA 12.9 or newer does not, as long as csrc/ is unchanged\n"
             )
     finally:

@@ -19,7 +19,8 @@ template <typename T>
 struct Matrix {
   int64_t rows, columns;
   std::vector<T> data;
-  Matrix(int64_t rows, int64_t columns) : rows(rows), columns(columns), data(size_t(rows * columns + 64), from_float<T>(kUntouched)) {}
+  Matrix(int64_t rows, int64_t columns)
+      : rows(rows), columns(columns), data(size_t(rows * columns + 64), from_float<T>(kUntouched)) {}
   Matrix(int64_t rows, int64_t columns, double size, check::Random& random) : Matrix(rows, columns) {
     for (size_t i = 0; i < size_t(rows * columns); i++) data[i] = from_float<T>(float(size * random.normal()));
   }

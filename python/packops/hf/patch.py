@@ -48,9 +48,10 @@ def apply(
         reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
         rms_norm: compute RMS norms, other than those that RoPE takes along, with :func:`packops.rms_norm` on CUDA and
             :func:`torch.nn.functional.rms_norm` elsewhere. Norms that compute anything else, or are not known, stay as they are.
-        mlp: compute gated MLPs (SwiGLU, GeGLU) with :func:`packops.gated_linear`, which keeps gate and up for the backward pass
-            and nothing else; with :func:`packops.gated_activation` where the down projection is more than its weight (LoRA,
-            hooks). MLPs that compute anything else stay as they are.
+        mlp: compute gated MLPs (SwiGLU, GeGLU) with :func:`packops.gated_mlp`, which keeps gate and up for the backward pass
+            and nothing else between x and the result; with :func:`packops.gated_linear` or :func:`packops.gated_activation` where
+            the first projections or the last one are more than their weights (LoRA, hooks). MLPs that compute anything else stay
+            as they are.
 
     Returns:
         ``model`` itself. :func:`report` says what was replaced.

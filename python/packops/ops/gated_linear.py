@@ -6,18 +6,14 @@ keeps gate and up: the backward pass reads both anyway, and makes the product ag
 
 from __future__ import annotations
 
-import functools
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 from torch.nn.functional import linear
 
 from . import autocast
-from .arguments import check_types, explain
-from .derivatives import is_differentiated, no_forward_mode, once, transforms_are_active
-from .op import Op
+from .op import Composed, Op
 
 __all__ = ["Activation", "gated_activation", "gated_linear"]
 
@@ -48,12 +44,71 @@ class GatedActivation(Op):
         return tuple(self.raw_backward(*grads, *saved, *options, False, *needs)[1:])
 
 
+class GatedLinear(Composed):
+    name = "gated_linear"
+    differentiable = ("gate", "up", "weight", "bias")
+    cast = staticmethod(autocast.lower_precision)
+
+    def fake(self, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **options: Any) -> Tensor:
+        check_projection(gate, weight, bias)
+        return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
+
+    def fake_backward(self, grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, activation: str, needs: list[bool]) -> tuple:
+        return empty_gradients(grad, (gate.shape, up.shape, weight.shape, weight.shape[:1]), needs)
+
+    def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
+        ctx.save_for_backward(*tensors[:3])
+        return outputs
+
+
 def register(namespace: str) -> None:
-    GatedActivation(namespace).register()
+    """Register ``gated_activation``, and define ``gated_linear`` with the ops that its autograd formula is made of."""
+    activation_op = GatedActivation(namespace)
+    activation_op.register()
+
+    def forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+        check_projection(gate, weight, bias)
+        return linear(activation_op.raw(gate, up, activation), weight, bias)
+
+    def backward(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, activation: str, needs: list[bool]) -> tuple:
+        need_gate, need_up, need_weight, need_bias = needs
+        product = grad_gate = grad_up = None
+        if need_gate or need_up:
+            product, grad_gate, grad_up = activation_op.raw_backward(
+                grad @ weight, gate, up, activation, need_weight, need_gate, need_up
+            )
+        elif need_weight:
+            product = activation_op.raw(gate, up, activation)
+        return (
+            grad_gate if need_gate else nothing(grad),
+            grad_up if need_up else nothing(grad),
+            matrix(grad).t() @ matrix(product) if need_weight else nothing(grad),
+            matrix(grad).sum(0) if need_bias else nothing(grad),
+        )
+
+    tensors = "Tensor gate, Tensor up, Tensor weight, Tensor? bias=None"
+    saved = "Tensor gate, Tensor up, Tensor weight"
+    GatedLinear.define(namespace, tensors, 'str activation="silu"', "Tensor", saved, forward, backward)
+    linear_op = GatedLinear(namespace)
+    linear_op.register()
+    _OPS[namespace] = activation_op, linear_op
 
 
-_OP = GatedActivation("packops")
-_KINDS = {"gate": "Tensor", "up": "Tensor", "weight": "Tensor", "bias": "Tensor?", "activation": "str"}
+_OPS: dict[str, tuple[GatedActivation, GatedLinear]] = {}  # by namespace
+
+
+def matrix(x: Tensor) -> Tensor:
+    return torch.atleast_2d(x).flatten(0, -2)
+
+
+def nothing(like: Tensor) -> Tensor:
+    """For a gradient that nobody wants."""
+    return like.new_empty((0,))
+
+
+def empty_gradients(grad: Tensor, shapes: tuple, needs: list[bool]) -> tuple:
+    """Gradients without values: of these shapes, or none where nobody wants them."""
+    return tuple(grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
 
 
 def gated_activation(gate: Tensor, up: Tensor, *, activation: Activation = "silu") -> Tensor:
@@ -70,56 +125,7 @@ def gated_activation(gate: Tensor, up: Tensor, *, activation: Activation = "silu
     Raises:
         TypeError, ValueError: an argument of the wrong dtype, shape, device or value; it is named.
     """
-    return cast(Tensor, _OP((gate, up), (activation,), type(activation) is str))
-
-
-class GatedLinearTraced(torch.autograd.Function):
-    """``linear(gated_activation(gate, up), weight, bias)``, as torch.compile traces it."""
-
-    @staticmethod
-    def forward(ctx: Any, op: Op, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        ctx.save_for_backward(gate, up, weight)
-        ctx.op, ctx.activation = op, activation
-        return linear(op.raw(gate, up, activation), weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        needs = tuple(ctx.needs_input_grad[1:5])
-        return None, *linear_gradients(ctx.op, ctx.activation, needs, grad, *ctx.saved_tensors), None
-
-
-class GatedLinear(GatedLinearTraced):
-    """The same, eager: torch.compile could not trace the errors."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple:
-        gradients = functools.partial(linear_gradients, ctx.op, ctx.activation, tuple(ctx.needs_input_grad[1:5]))
-        with autocast.off(grad.device.type):  # the forward has cast what is to be cast
-            return None, *once("gated_linear", gradients, grad, *ctx.saved_tensors), None
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Any:
-        raise no_forward_mode("gated_linear")
-
-
-def linear_gradients(op: Op, activation: str, needs: tuple, grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor) -> tuple:
-    """Those of gate, up, weight and bias that are needed."""
-    need_gate, need_up, need_weight, need_bias = needs
-    product: Any = None
-    grad_gate = grad_up = grad_weight = grad_bias = None
-    if need_gate or need_up:
-        product, grad_gate, grad_up = op.raw_backward(grad @ weight, gate, up, activation, need_weight, need_gate, need_up)
-    elif need_weight:
-        product = op.raw(gate, up, activation)
-    if need_weight:
-        grad_weight = matrix(grad).t() @ matrix(product)
-    if need_bias:
-        grad_bias = matrix(grad).sum(0)
-    return grad_gate, grad_up, grad_weight, grad_bias
-
-
-def matrix(x: Tensor) -> Tensor:
-    return torch.atleast_2d(x).flatten(0, -2)
+    return cast(Tensor, _OPS["packops"][0]((gate, up), (activation,), type(activation) is str))
 
 
 def gated_linear(
@@ -141,27 +147,11 @@ def gated_linear(
     Raises:
         TypeError, ValueError: as :func:`gated_activation`.
     """
-    named = (("gate", gate), ("up", up), ("weight", weight), ("bias", bias), ("activation", activation))
-    if is_compiling():
-        check_types("gated_linear", _KINDS, named)
-        gate, up, weight, bias = autocast.lower_precision(gate.device.type, (gate, up, weight, bias))
-        _check_projection(gate, weight, bias)
-        if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (gate, up, weight, bias)):
-            return GatedLinearTraced.apply(_OP, gate, up, weight, bias, activation)
-        return linear(torch.ops.packops.gated_activation(gate, up, activation=activation), weight, bias)
-    try:
-        if torch._C._is_any_autocast_enabled():
-            gate, up, weight, bias = autocast.lower_precision(gate.device.type, (gate, up, weight, bias))
-        _check_projection(gate, weight, bias)
-        tensors = (gate, up, weight, bias)
-        if not transforms_are_active() and any(x is not None and is_differentiated(x) for x in tensors):
-            return GatedLinear.apply(_OP, gate, up, weight, bias, activation)
-        return linear(gated_activation(gate, up, activation=activation), weight, bias)
-    except Exception as error:
-        explain(error, "gated_linear", _KINDS, named)
+    tensors = (gate, up, weight, bias)
+    return cast(Tensor, _OPS["packops"][1](tensors, (activation,), type(activation) is str))
 
 
-def _check_projection(gate: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+def check_projection(gate: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Errors that name the arguments of :func:`gated_linear`; torch's would name those of a product."""
     columns = gate.shape[-1] if gate.dim() else 1
     if weight.dim() != 2 or weight.shape[1] != columns:

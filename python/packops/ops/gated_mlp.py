@@ -1,21 +1,23 @@
 """A gated MLP, ``down_proj(act(gate_proj(x)) * up_proj(x))``, as one op.
 
-Autograd keeps x, gate and up. On Hopper two steps of it are matrix products of packops' own (csrc/gated_mlp.h), which compute the
-gate and its gradients in their epilogues: that of gate and up, and that of the gradient of what is between. So nothing of the gate
-is a pass over memory by itself.
+Autograd keeps x, gate and up. On Hopper two steps are matrix products of packops' own (csrc/gated_mlp.h), which compute the gate
+and its gradients in their epilogues: that of gate and up, and that of the gradient of what is between. So nothing of the gate is a
+pass over memory by itself.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
+from torch.utils.flop_counter import register_flop_formula
 
 from . import autocast
-from .gated_linear import Activation, matrix
-from .op import Op, library
+from .gated_linear import Activation, empty_gradients, matrix, nothing
+from .op import Composed
 
 __all__ = ["gated_mlp"]
 
@@ -26,7 +28,7 @@ LEAST_TOKENS = 1024
 _OPS: dict[str, GatedMLP] = {}  # by namespace
 
 
-class GatedMLP(Op):
+class GatedMLP(Composed):
     name = OP
     differentiable = ("x", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
     cast = staticmethod(autocast.lower_precision)
@@ -39,35 +41,18 @@ class GatedMLP(Op):
 
     def fake_backward(self, grad: Tensor, *arguments: Any) -> tuple:
         *tensors, _, _, _, needs = arguments
-        biases = (tensors[1].shape[:1], tensors[2].shape[:1], tensors[3].shape[:1])
-        shapes = (*(x.shape for x in tensors), *biases)
-        return tuple(grad.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True))
+        return empty_gradients(grad, (*(x.shape for x in tensors), *(x.shape[:1] for x in tensors[1:])), needs)
 
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         result, gate, up = outputs
         ctx.save_for_backward(*tensors[:4], gate, up)
         return result
 
-    def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
-        made = self.raw_backward(*grads, *saved, *options, list(needs))
-        return tuple(x if need else None for x, need in zip(made, needs, strict=True))
-
 
 def register(namespace: str) -> None:
     """Define ``gated_mlp`` and the two ops that its autograd formula is made of."""
     ops = getattr(torch.ops, namespace)
-    kernels = library(namespace)
-    weights = "Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight"
-    biases = ("Tensor? gate_bias", "Tensor? up_bias", "Tensor? down_bias")
-    optional = ", ".join(f"{bias}=None" for bias in biases)
-    kernels.define(f'{OP}({weights}, {optional}, *, str activation="silu") -> Tensor')
-    kernels.define(f"_{OP}({weights}, {', '.join(biases)}, str activation) -> (Tensor, Tensor gate, Tensor up)")
-    kernels.define(
-        f"_{OP}_backward(Tensor grad, {weights}, Tensor gate, Tensor up, str activation, bool[7] needs) -> "
-        "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
-    )
 
-    @torch.no_grad()
     def forward(
         x: Tensor,
         gate_weight: Tensor,
@@ -87,7 +72,6 @@ def register(namespace: str) -> None:
             product = ops._gated_activation(gate, up, activation)
         return linear(product, down_weight, down_bias), gate, up
 
-    @torch.no_grad()
     def backward(
         grad: Tensor,
         x: Tensor,
@@ -113,26 +97,45 @@ def register(namespace: str) -> None:
             grad_gate, grad_up = matrix(grad_gate), matrix(grad_up)
         elif need_down_weight:
             product = ops._gated_activation(gate, up, activation)
-        none, rows, grads = grad.new_empty((0,)), matrix(x), matrix(grad)
+        rows, grads = matrix(x), matrix(grad)
         return (
-            (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else none,
-            grad_gate.t() @ rows if need_gate_weight else none.clone(),
-            grad_up.t() @ rows if need_up_weight else none.clone(),
-            grads.t() @ matrix(product) if need_down_weight else none.clone(),
-            grad_gate.sum(0) if need_gate_bias else none.clone(),
-            grad_up.sum(0) if need_up_bias else none.clone(),
-            grads.sum(0) if need_down_bias else none.clone(),
+            (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else nothing(grad),
+            grad_gate.t() @ rows if need_gate_weight else nothing(grad),
+            grad_up.t() @ rows if need_up_weight else nothing(grad),
+            grads.t() @ matrix(product) if need_down_weight else nothing(grad),
+            grad_gate.sum(0) if need_gate_bias else nothing(grad),
+            grad_up.sum(0) if need_up_bias else nothing(grad),
+            grads.sum(0) if need_down_bias else nothing(grad),
         )
 
-    def plain(*tensors: Tensor | None, activation: str = "silu") -> Tensor:
-        return forward(*tensors, *(None,) * (7 - len(tensors)), activation)[0]  # type: ignore[arg-type]
-
-    for key in ("CPU", "CUDA"):
-        kernels.impl(OP, plain, key)
-        kernels.impl(f"_{OP}", forward, key)
-        kernels.impl(f"_{OP}_backward", backward, key)
+    saved = "Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight"
+    tensors = f"{saved}, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
+    GatedMLP.define(
+        namespace,
+        tensors,
+        'str activation="silu"',
+        "(Tensor, Tensor gate, Tensor up)",
+        f"{saved}, Tensor gate, Tensor up",
+        forward,
+        backward,
+    )
     _OPS[namespace] = GatedMLP(namespace)
     _OPS[namespace].register()
+
+    @register_flop_formula(getattr(ops, f"_{OP}"))
+    def _(x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *rest: Any, **given: Any) -> int:
+        return 2 * _rows(x) * (2 * math.prod(gate_weight) + math.prod(down_weight))
+
+    @register_flop_formula(getattr(ops, f"_{OP}_backward"))
+    def _(grad: Any, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *rest: Any, **given: Any) -> int:
+        need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, _ = rest[-1]
+        between = need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias
+        first, last = 2 * need_x + need_gate_weight + need_up_weight, between + need_down_weight
+        return 2 * _rows(x) * (first * math.prod(gate_weight) + last * math.prod(down_weight))
+
+
+def _rows(shape: Any) -> int:
+    return math.prod(shape[:-1])
 
 
 def is_large(x: Tensor) -> bool:
@@ -152,9 +155,10 @@ def gated_mlp(
 ) -> Tensor:
     """``linear(act(linear(x, gate_weight)) * linear(x, up_weight), down_weight)``, the MLP of Llama, Qwen and Gemma.
 
-    Autograd keeps x, gate and up: as much as with :func:`gated_linear`, half of eager code. On Hopper, with bf16 or fp16, sizes that
-    are multiples of 8, ``"silu"`` or ``"gelu_tanh"``, contiguous operands and 1024 tokens or more, gate and its gradients are computed
-    within two of the matrix products (that of gate and up only without their biases). Elsewhere they are passes of their own.
+    Autograd keeps x, gate and up: as much as with :func:`gated_linear`, half of eager code. On Hopper the gate and its gradients
+    are computed within two of the matrix products: with bf16 or fp16, sizes that are multiples of 8, ``"silu"`` or
+    ``"gelu_tanh"``, contiguous operands, 1024 tokens or more, and in the forward without biases of gate and up. Elsewhere they are
+    passes of their own.
 
     Args:
         x: (..., features), bf16, fp16 or fp32 (fp64 on the CPU).
@@ -195,8 +199,8 @@ def check(
     columns = gate_weight.shape[0]
     if down_weight.dim() != 2 or down_weight.shape[1] != columns:
         raise ValueError(
-            f"packops.gated_mlp: down_weight must have shape (results, {columns}) for gate_weight {tuple(gate_weight.shape)}, got "
-            f"{tuple(down_weight.shape)}"
+            f"packops.gated_mlp: down_weight must have shape (results, {columns}) for gate_weight {tuple(gate_weight.shape)}, "
+            f"got {tuple(down_weight.shape)}"
         )
     for name, tensor, shape in (
         ("gate_weight", gate_weight, gate_weight.shape),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -280,3 +281,51 @@ class Op:
         kernels.impl(self.name, typed(autograd), "Autograd")
         if self.cast is not None:
             autocast.register(kernels, self.name, self.public, self.cast)
+
+
+class Composed(Op):
+    """An op whose kernels are Python, made of other ops. :meth:`define` comes first.
+
+    ``_<name>_backward`` takes ``bool[] needs`` behind all else: which gradients are wanted. An op cannot return None, so an empty
+    tensor stands for the others.
+    """
+
+    @classmethod
+    def define(
+        cls, namespace: str, tensors: str, options: str, returns: str, saved: str, forward: Callable, backward: Callable
+    ) -> None:
+        """Parts of schemas: the arguments of the public op, what ``_<name>`` returns, and what ``_<name>_backward`` takes."""
+        kernels, count = library(namespace), len(cls.differentiable)
+
+        def required(arguments: str) -> str:
+            return ", ".join(argument.partition("=")[0] for argument in arguments.split(", "))
+
+        def kernel(function: Callable) -> Callable:
+            """As native kernels are: nobody differentiates or casts what it does."""
+
+            @functools.wraps(function)
+            def call(*given: Any, **named: Any) -> Any:
+                with torch.no_grad(), autocast.off(given[0].device.type) if _any_autocast() else nullcontext():
+                    return function(*given, **named)
+
+            return call
+
+        @kernel
+        def public(*given: Any, **named: Any) -> Any:
+            result = forward(*given, *(None,) * (len(tensors.split(", ")) - len(given)), **named)
+            return result[0] if isinstance(result, tuple) else result
+
+        kernels.define(f"{cls.name}({tensors}, *, {options}) -> Tensor")
+        kernels.define(f"_{cls.name}({required(tensors)}, {required(options)}) -> {returns}")
+        kernels.define(
+            f"_{cls.name}_backward(Tensor grad, {saved}, {required(options)}, bool[{count}] needs) -> "
+            f"({', '.join(['Tensor'] * count)})"
+        )
+        for key in ("CPU", "CUDA"):
+            kernels.impl(cls.name, public, key)
+            kernels.impl(f"_{cls.name}", kernel(forward), key)
+            kernels.impl(f"_{cls.name}_backward", kernel(backward), key)
+
+    def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        made = self.raw_backward(*grads, *saved, *options, list(needs))
+        return tuple(x if need else None for x, need in zip(made, needs, strict=True))

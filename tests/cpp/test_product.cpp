@@ -1,4 +1,4 @@
-// How the lm_head's products are cut into tiles.
+// How products of matrices are cut into tiles, those of the lm_head's weight gradient among them.
 #include <set>
 #include <utility>
 
@@ -42,4 +42,12 @@ CASE(bands_fit_into_the_cache) {
   CHECK_EQ(choose_product_grid(4096, 151936, 896).band, 16);
   CHECK_EQ(choose_weight_gradient_grid(128256, 4096).band, 16);  // 2048 features
   CHECK_EQ(choose_weight_gradient_grid(256000, 2304).band, 9);
+}
+
+CASE(as_many_stages_as_shared_memory_has_left) {
+  CHECK_EQ(product_stages(8192), 5);
+  CHECK_EQ(product_stages(12288), 5);
+  CHECK_EQ(product_stages(25600), 4);
+  for (int bytes = 0; bytes <= 64 << 10; bytes += 1024)
+    CHECK(product_stages(bytes) * kProductStageBytes + 2 * bytes + kProductBarrierBytes <= 227 * 1024);
 }
