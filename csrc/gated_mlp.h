@@ -4,7 +4,7 @@
 //   backward   d = grad down_weight,  grad_gate = d up f'(gate),  grad_up = d f(gate),  product = f(gate) up
 //
 // f and f' as in gated_linear.h, silu and gelu_tanh. Sums are fp32. gate and up are rounded, and f is of what was rounded, so that both
-// passes have the same product. d is neither rounded nor stored. A product that is null is not stored.
+// passes have the same product. d is neither rounded nor stored. Results that are null are not stored either.
 //
 // Bytes: each operand of a product is read about once (the weights once per band of rows that fits into the L2), gate and up are written
 // once and read once, each result is written once. Apart from the products the gate itself would read and write another 2 tokens columns

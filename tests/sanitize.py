@@ -367,8 +367,8 @@ def gated_linear(device: torch.device) -> Iterator[str]:
 
 @cases
 def gated_mlp(device: torch.device) -> Iterator[str]:
-    """The products of Hopper: sizes that fill no tile, several turns of each consumer, a result that nobody wants. What they write is
-    not read: initcheck does not see tensor copies."""
+    """The products of Hopper: sizes that fill no tile, several turns of each consumer, results that nobody wants. What they write
+    is not read: initcheck does not see tensor copies."""
     ops = torch.ops.packops
     for dtype in (torch.bfloat16, torch.float16) if device.type == "cuda" else ():
         for tokens, features, columns in ((1, 8, 8), (129, 72, 200), (300, 136, 1000)):
@@ -377,6 +377,7 @@ def gated_mlp(device: torch.device) -> Iterator[str]:
             down_weight = torch.randn(features, columns, device=device).to(dtype)
             for activation in ("silu", "gelu_tanh"):
                 gate, up, _ = ops._gated_mlp_products(x, gate_weight, up_weight, activation)
+                ops._gated_mlp_products(x, gate_weight, up_weight, activation, False)
                 if gate is not None:  # the code that is loaded has them
                     for with_product in (False, True):
                         ops._gated_mlp_products_backward(grad, down_weight, gate, up, activation, with_product)

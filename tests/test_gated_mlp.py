@@ -280,6 +280,9 @@ def test_products_match_fp64(hopper, dtype, activation):
         for a, weight in zip(found, (gate, up), strict=False):
             assert_close(a, F.linear(x.double(), weight.double()), scale=2)
         assert_close(found[2], reference.gated_activation(*found[:2], activation=activation))
+        alone = OPS._gated_mlp_products(x, gate, up, activation, False)
+        assert alone[:2] == (None, None)
+        assert torch.equal(alone[2], found[2])
         grad = torch.randn(tokens, features, device=hopper).to(dtype)
         made = OPS._gated_mlp_products_backward(grad, down, *found[:2], activation, True)
         leaves = [y.double().requires_grad_() for y in found[:2]]

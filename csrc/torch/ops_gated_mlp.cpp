@@ -36,7 +36,7 @@ bool prepare(GatedMlpParams& p, const Tensor& left, int64_t columns, const Strin
   return true;
 }
 
-Three products(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight, StringArgument activation) {
+Three products(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weight, StringArgument activation, bool keep) {
   GatedMlpParams p;
   const int64_t columns = gate_weight.dim() == 2 ? gate_weight.size(0) : 0;
   if (!prepare(p, x, columns, activation) || !is_matrix(gate_weight, x, columns, p.terms) ||
@@ -49,10 +49,13 @@ Three products(const Tensor& x, const Tensor& gate_weight, const Tensor& up_weig
   if (!gated_mlp_fits(p)) return {};
   std::vector<int64_t> sizes(x.sizes().begin(), x.sizes().end());
   sizes.back() = columns;
-  const Tensor gate = allocate(x, sizes), up = allocate(x, sizes), product = allocate(x, sizes);
-  p.gate = gate.mutable_data_ptr();
-  p.up = up.mutable_data_ptr();
+  const Tensor product = allocate(x, sizes);
   p.product = product.mutable_data_ptr();
+  OptionalTensor gate, up;
+  if (keep) {
+    p.gate = gate.emplace(allocate(x, sizes)).mutable_data_ptr();
+    p.up = up.emplace(allocate(x, sizes)).mutable_data_ptr();
+  }
   check_cuda(gated_mlp_cuda(p, scope.stream()), kOp);
   return {gate, up, product};
 }
@@ -90,8 +93,8 @@ Three products_backward(const Tensor& grad, const Tensor& down_weight, const Ten
 
 PACKOPS_SCHEMAS(m) {
   m.def(
-      "_gated_mlp_products(Tensor x, Tensor gate_weight, Tensor up_weight, str activation) -> (Tensor? gate, Tensor? up, Tensor? "
-      "product)");
+      "_gated_mlp_products(Tensor x, Tensor gate_weight, Tensor up_weight, str activation, bool keep=True) -> (Tensor? gate, "
+      "Tensor? up, Tensor? product)");
   m.def(
       "_gated_mlp_products_backward(Tensor grad, Tensor down_weight, Tensor gate, Tensor up, str activation, bool with_product) "
       "-> (Tensor? product, Tensor? grad_gate, Tensor? grad_up)");

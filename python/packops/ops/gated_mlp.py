@@ -1,14 +1,14 @@
 """A gated MLP, ``down_proj(act(gate_proj(x)) * up_proj(x))``, as one op.
 
 Autograd keeps x, gate and up. On Hopper two steps are matrix products of packops' own (csrc/gated_mlp.h), which compute the gate
-and its gradients in their epilogues: that of gate and up, and that of the gradient of what is between. So nothing of the gate is a
-pass over memory by itself.
+and its gradients in their epilogues: that of gate and up, and that of the gradient of what is between. So nothing of the gate is
+a pass over memory by itself.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -33,10 +33,12 @@ class GatedMLP(Composed):
     differentiable = ("x", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
     cast = staticmethod(autocast.lower_precision)
 
-    def fake(self, *tensors: Any, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
-        x, gate_weight, _, down_weight, *_ = tensors
-        check(*tensors[:7])
-        gate = x.new_empty((*x.shape[:-1], gate_weight.shape[0]))
+    unkept: ClassVar[dict[str, Any]] = {"keep": False}
+
+    def fake(self, *arguments: Any, keep: bool = True, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+        x, gate_weight, _, down_weight, *_ = arguments
+        check(*arguments[:7])
+        gate = x.new_empty((*x.shape[:-1], gate_weight.shape[0]) if keep else (0,))
         return x.new_empty((*x.shape[:-1], down_weight.shape[0])), gate, torch.empty_like(gate)
 
     def fake_backward(self, grad: Tensor, *arguments: Any) -> tuple:
@@ -62,15 +64,17 @@ def register(namespace: str) -> None:
         up_bias: Tensor | None,
         down_bias: Tensor | None,
         activation: str,
+        keep: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         check(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
         gate = up = product = None
         if gate_bias is None and up_bias is None and is_large(x):
-            gate, up, product = ops._gated_mlp_products(x, gate_weight, up_weight, activation)
+            gate, up, product = ops._gated_mlp_products(x, gate_weight, up_weight, activation, keep)
         if product is None:
             gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
             product = ops._gated_activation(gate, up, activation)
-        return linear(product, down_weight, down_bias), gate, up
+        result = linear(product, down_weight, down_bias)
+        return (result, gate, up) if keep else (result, nothing(x), nothing(x))
 
     def backward(
         grad: Tensor,
@@ -157,8 +161,8 @@ def gated_mlp(
 
     Autograd keeps x, gate and up: as much as with :func:`gated_linear`, half of eager code. On Hopper the gate and its gradients
     are computed within two of the matrix products: with bf16 or fp16, sizes that are multiples of 8, ``"silu"`` or
-    ``"gelu_tanh"``, contiguous operands, 1024 tokens or more, and in the forward without biases of gate and up. Elsewhere they are
-    passes of their own.
+    ``"gelu_tanh"``, contiguous operands, 1024 tokens or more, and in the forward without biases of gate and up. Elsewhere they
+    are passes of their own.
 
     Args:
         x: (..., features), bf16, fp16 or fp32 (fp64 on the CPU).

@@ -13,7 +13,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -288,7 +288,17 @@ class Composed(Op):
 
     ``_<name>_backward`` takes ``bool[] needs`` behind all else: which gradients are wanted. An op cannot return None, so an empty
     tensor stands for the others.
+
+    Attributes:
+        unkept: options of ``_<name>`` where no backward pass will follow.
     """
+
+    unkept: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, namespace: str):
+        super().__init__(namespace)
+        if self.unkept:
+            self.call = functools.partial(self.call, **self.unkept)
 
     @classmethod
     def define(
@@ -312,11 +322,12 @@ class Composed(Op):
 
         @kernel
         def public(*given: Any, **named: Any) -> Any:
-            result = forward(*given, *(None,) * (len(tensors.split(", ")) - len(given)), **named)
+            result = forward(*given, *(None,) * (len(tensors.split(", ")) - len(given)), **named, **cls.unkept)
             return result[0] if isinstance(result, tuple) else result
 
         kernels.define(f"{cls.name}({tensors}, *, {options}) -> Tensor")
-        kernels.define(f"_{cls.name}({required(tensors)}, {required(options)}) -> {returns}")
+        more = "".join(f", bool {name}={not value}" for name, value in cls.unkept.items())
+        kernels.define(f"_{cls.name}({required(tensors)}, {required(options)}{more}) -> {returns}")
         kernels.define(
             f"_{cls.name}_backward(Tensor grad, {saved}, {required(options)}, bool[{count}] needs) -> "
             f"({', '.join(['Tensor'] * count)})"
