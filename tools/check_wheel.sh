@@ -27,5 +27,5 @@ if [ "${TORCH_TESTS:-}" = 1 ]; then
   cp -r "$root"/{tests,tools,csrc,pyproject.toml} "$work/"
   mkdir -p python/packops
   cp "$root/python/packops/_build.py" python/packops/ # the tests name the sources that they speak of; the rest is the wheel's
-  "$work/venv/bin/python" -m pytest -q tests/test_{ce_loss,linear_ce_loss,rope,rotary,rms_norm,qk_norm_rope,gated_linear,attention,metadata,packing,sampler,batch}.py
+  "$work/venv/bin/python" -m pytest -q tests/test_{ce_loss,linear_ce_loss,rope,rotary,rms_norm,qk_norm_rope,gated_linear,gated_mlp,attention,metadata,packing,sampler,batch}.py
 fi

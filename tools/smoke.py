@@ -116,7 +116,7 @@ def check_rope() -> None:
     same(ops.qk_norm_rope(q, k, *weights, cos, sin, eps=1e-6, **options), want, [q, k, *weights])
 
 
-def check_gated_linear() -> None:
+def check_gated_mlp() -> None:
     gate, up = (torch.randn(TOKENS, 24, requires_grad=True) for _ in range(2))
     weight, bias = torch.randn(16, 24, requires_grad=True), torch.randn(16, requires_grad=True)
     for activation in ("silu", "gelu_tanh", "gelu"):
@@ -125,6 +125,10 @@ def check_gated_linear() -> None:
             same(function(gate, up, activation=activation), want, [gate, up])
         want = reference.gated_linear(gate, up, weight, bias, activation=activation)
         same(packops.gated_linear(gate, up, weight, bias, activation=activation), want, [gate, up, weight, bias])
+        x, first = torch.randn(TOKENS, 8, requires_grad=True), [torch.randn(24, 8, requires_grad=True) for _ in range(2)]
+        inputs = [x, *first, weight]
+        want = reference.gated_mlp(*inputs, activation=activation)
+        same(packops.gated_mlp(*inputs, activation=activation), want, inputs)
 
 
 def check_attention_and_norm() -> None:
@@ -200,7 +204,7 @@ def check_everything() -> None:
         check_cross_entropy()
         check_linear_and_sharded_losses()
         check_rope()
-        check_gated_linear()
+        check_gated_mlp()
         check_attention_and_norm()
         check_metadata_and_packing()
     check_fakes()

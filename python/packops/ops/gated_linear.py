@@ -48,6 +48,8 @@ class GatedLinear(Composed):
     name = "gated_linear"
     differentiable = ("gate", "up", "weight", "bias")
     cast = staticmethod(autocast.lower_precision)
+    signature = "Tensor gate, Tensor up, Tensor weight, Tensor? bias=None", 'str activation="silu"'
+    saved = "Tensor gate, Tensor up, Tensor weight"
 
     def fake(self, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **options: Any) -> Tensor:
         check_projection(gate, weight, bias)
@@ -86,10 +88,7 @@ def register(namespace: str) -> None:
             matrix(grad).sum(0) if need_bias else nothing(grad),
         )
 
-    tensors = "Tensor gate, Tensor up, Tensor weight, Tensor? bias=None"
-    saved = "Tensor gate, Tensor up, Tensor weight"
-    GatedLinear.define(namespace, tensors, 'str activation="silu"', "Tensor", saved, forward, backward)
-    linear_op = GatedLinear(namespace)
+    linear_op = GatedLinear(namespace, forward, backward)
     linear_op.register()
     _OPS[namespace] = activation_op, linear_op
 

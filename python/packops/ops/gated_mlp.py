@@ -22,6 +22,7 @@ from .op import Composed
 __all__ = ["gated_mlp"]
 
 OP = "gated_mlp"
+WEIGHTS = "Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight"
 # Below, a product has too few tiles for all multiprocessors, and torch's, which may also cut its sums, is as fast or faster.
 LEAST_TOKENS = 1024
 
@@ -33,6 +34,9 @@ class GatedMLP(Composed):
     differentiable = ("x", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
     cast = staticmethod(autocast.lower_precision)
 
+    signature = f"{WEIGHTS}, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None", 'str activation="silu"'
+    returns = "(Tensor, Tensor gate, Tensor up)"
+    saved = f"{WEIGHTS}, Tensor gate, Tensor up"
     unkept: ClassVar[dict[str, Any]] = {"keep": False}
 
     def fake(self, *arguments: Any, keep: bool = True, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,18 +116,7 @@ def register(namespace: str) -> None:
             grads.sum(0) if need_down_bias else nothing(grad),
         )
 
-    saved = "Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight"
-    tensors = f"{saved}, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None"
-    GatedMLP.define(
-        namespace,
-        tensors,
-        'str activation="silu"',
-        "(Tensor, Tensor gate, Tensor up)",
-        f"{saved}, Tensor gate, Tensor up",
-        forward,
-        backward,
-    )
-    _OPS[namespace] = GatedMLP(namespace)
+    _OPS[namespace] = GatedMLP(namespace, forward, backward)
     _OPS[namespace].register()
 
     @register_flop_formula(getattr(ops, f"_{OP}"))
@@ -193,6 +186,15 @@ def check(
     down_bias: Tensor | None = None,
 ) -> None:
     """Errors that name the arguments; torch's would name those of a product."""
+    if (
+        gate_bias is up_bias is down_bias is None
+        and x.dim() > 0
+        and gate_weight.dim() == down_weight.dim() == 2
+        and gate_weight.shape == up_weight.shape == (down_weight.shape[1], x.shape[-1])
+        and x.dtype == gate_weight.dtype == up_weight.dtype == down_weight.dtype
+        and x.device == gate_weight.device == up_weight.device == down_weight.device
+    ):
+        return
     if x.dim() == 0:
         raise ValueError("packops.gated_mlp: x must have shape (..., features), got a 0-d tensor")
     if gate_weight.dim() != 2 or gate_weight.shape[1] != x.shape[-1]:

@@ -37,6 +37,7 @@ from .derivatives import (
 
 _LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
 _any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_any_mode: Callable[[], int] = torch._C._len_torch_dispatch_stack  # that traces, counts or keeps what ops do
 
 
 def library(namespace: str) -> torch.library.Library:
@@ -284,59 +285,71 @@ class Op:
 
 
 class Composed(Op):
-    """An op whose kernels are Python, made of other ops. :meth:`define` comes first.
+    """An op whose kernels are Python, made of other ops: ``forward`` is that of ``_<name>``.
 
-    ``_<name>_backward`` takes ``bool[] needs`` behind all else: which gradients are wanted. An op cannot return None, so an empty
-    tensor stands for the others.
+    ``backward`` is that of ``_<name>_backward``. Behind all else it takes ``bool[] needs``, which gradients are wanted. An op cannot
+    return None, so an empty tensor stands for the others.
 
     Attributes:
+        signature: tensors, then options, as schemas have them; ``results``, what ``_<name>`` returns; ``saved``, what
+            ``_<name>_backward`` takes between the result's gradient and the options.
         unkept: options of ``_<name>`` where no backward pass will follow.
     """
 
+    signature: tuple[str, str]
+    returns = "Tensor"
+    saved: str
     unkept: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, namespace: str):
+    def __init__(self, namespace: str, forward: Callable[..., Any], backward: Callable[..., tuple]):
+        self.define(namespace, forward, backward)
         super().__init__(namespace)
-        if self.unkept:
-            self.call = functools.partial(self.call, **self.unkept)
+        self.raw, self.raw_backward = unless_seen(forward, self.raw), unless_seen(backward, self.raw_backward)
+        self.call = functools.partial(self.raw, **self.unkept)
 
-    @classmethod
-    def define(
-        cls, namespace: str, tensors: str, options: str, returns: str, saved: str, forward: Callable, backward: Callable
-    ) -> None:
-        """Parts of schemas: the arguments of the public op, what ``_<name>`` returns, and what ``_<name>_backward`` takes."""
-        kernels, count = library(namespace), len(cls.differentiable)
+    def define(self, namespace: str, forward: Callable[..., Any], backward: Callable[..., tuple]) -> None:
+        kernels, count = library(namespace), len(self.differentiable)
+        tensors, options = self.signature
 
         def required(arguments: str) -> str:
             return ", ".join(argument.partition("=")[0] for argument in arguments.split(", "))
 
-        def kernel(function: Callable) -> Callable:
-            """As native kernels are: nobody differentiates or casts what it does."""
-
-            @functools.wraps(function)
-            def call(*given: Any, **named: Any) -> Any:
-                with torch.no_grad(), autocast.off(given[0].device.type) if _any_autocast() else nullcontext():
-                    return function(*given, **named)
-
-            return call
-
-        @kernel
         def public(*given: Any, **named: Any) -> Any:
-            result = forward(*given, *(None,) * (len(tensors.split(", ")) - len(given)), **named, **cls.unkept)
+            result = forward(*given, *(None,) * (len(tensors.split(", ")) - len(given)), **named, **self.unkept)
             return result[0] if isinstance(result, tuple) else result
 
-        kernels.define(f"{cls.name}({tensors}, *, {options}) -> Tensor")
-        more = "".join(f", bool {name}={not value}" for name, value in cls.unkept.items())
-        kernels.define(f"_{cls.name}({required(tensors)}, {required(options)}{more}) -> {returns}")
+        more = "".join(f", bool {name}={not value}" for name, value in self.unkept.items())
+        kernels.define(f"{self.name}({tensors}, *, {options}) -> Tensor")
+        kernels.define(f"_{self.name}({required(tensors)}, {required(options)}{more}) -> {self.returns}")
         kernels.define(
-            f"_{cls.name}_backward(Tensor grad, {saved}, {required(options)}, bool[{count}] needs) -> "
+            f"_{self.name}_backward(Tensor grad, {self.saved}, {required(options)}, bool[{count}] needs) -> "
             f"({', '.join(['Tensor'] * count)})"
         )
         for key in ("CPU", "CUDA"):
-            kernels.impl(cls.name, public, key)
-            kernels.impl(f"_{cls.name}", kernel(forward), key)
-            kernels.impl(f"_{cls.name}_backward", kernel(backward), key)
+            for name, function in ((self.name, public), (f"_{self.name}", forward), (f"_{self.name}_backward", backward)):
+                kernels.impl(name, as_kernel(function), key)
 
     def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
         made = self.raw_backward(*grads, *saved, *options, list(needs))
         return tuple(x if need else None for x, need in zip(made, needs, strict=True))
+
+
+def as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
+    """As native kernels are: nobody differentiates or casts what it does."""
+
+    @functools.wraps(function)
+    def call(*given: Any, **named: Any) -> Any:
+        with torch.no_grad(), autocast.off(given[0].device.type) if _any_autocast() else nullcontext():
+            return function(*given, **named)
+
+    return call
+
+
+def unless_seen(function: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
+    """``function`` without the way through the dispatcher, 20 µs, unless somebody there must see the op, or autocast be kept away."""
+
+    @functools.wraps(function)
+    def call(*given: Any, **named: Any) -> Any:
+        return (op if _any_mode() or _any_autocast() else function)(*given, **named)
+
+    return call
