@@ -225,8 +225,9 @@ def verify(
         )
     alone_collator = collator
     if share_prefixes:
-        weights = {WEIGHT} & set(getattr(collator, "columns", ()))
-        alone_collator = PackingCollator(columns=dict.fromkeys(weights, 0.0))
+        alone_collator = PackingCollator(  # of the same documents: what they score, and what else they hold
+            ignore_index=getattr(collator, "ignore_index", -100), columns=getattr(collator, "columns", None)
+        )
     run = _Run(model, forward or hf_forward, loss, reduction, collator, alone_collator)
     modes = {module: module.training for module in model.modules()}
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
