@@ -305,6 +305,13 @@ def test_verify_says_yes(model, tmp_path, capsys):
     assert command("verify", model, "--device", "cpu", "--random-weights", "--attention", "eager", "--no-gradients") == 0
 
 
+def test_verify_knows_the_attention_of_packops(model, monkeypatch):
+    from transformers import AttentionInterface
+
+    monkeypatch.delitem(AttentionInterface._global_mapping, "packops_varlen", raising=False)
+    assert command("verify", model, "--device", "cpu", "--attention", "packops_varlen") == 0
+
+
 def test_verify_says_no(model, capsys):
     """transformers' own loss is a mean over tokens, whatever else is asked for."""
     assert command("verify", model, "--device", "cpu", "--reduction", "seq-mean-token-mean") == 1

@@ -52,10 +52,14 @@ def run(args: argparse.Namespace) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ModuleNotFoundError:
         raise ValueError("needs transformers: pip install transformers") from None
+    from ..hf import attention
+
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     vocabulary = config.get_text_config().vocab_size
     documents = random_documents(vocabulary) if given is None else check_token_ids(given, vocabulary, args.documents)
     options: dict[str, Any] = {"dtype": DTYPES[args.dtype], "trust_remote_code": args.trust_remote_code}
+    if args.attention == attention.NAME:
+        attention.register()
     if args.attention:
         options["attn_implementation"] = args.attention
     torch.manual_seed(0)
