@@ -325,6 +325,8 @@ def test_verify_could_not_tell(model, tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text('[1, 2]\n{"input_ids": [3, "x"]}\n')
     assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 2
     assert "line 2: want a list of token ids" in capsys.readouterr().err
+    assert command("verify", model, "--device", "cpu", "--max-length", 89) == 2  # advice of another command is none
+    assert "verify: max_length must be at least the longest document (90 tokens), got 89" in capsys.readouterr().err
     (tmp_path / "d.jsonl").write_text('[1, 2, 3]\n{"input_ids": [3, 4, 5, 6]}\n')
     assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 0
 

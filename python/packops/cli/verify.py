@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.packing import pack
-from ..verify import default_max_length, verify
+from ..verify import default_max_length, packs_of, verify
 from .device import choose_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -69,8 +68,8 @@ def run(args: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     model = model.to(device)
     lengths = [len(document) for document in documents if document]
-    packs = pack(lengths, args.max_length or default_max_length(lengths), strategy="sequential").num_packs if lengths else 0
-    with progress(model, passes(len(lengths), packs), device):
+    packs = packs_of(lengths, args.max_length or default_max_length(lengths)) if lengths else []
+    with progress(model, passes(len(lengths), len(packs)), device):
         return verify(
             model,
             documents,
