@@ -246,8 +246,10 @@ def test_compute_loss_func():
     assert float(by_document(outputs, labels)) == pytest.approx(float(want), rel=1e-5)
     with pytest.raises(ValueError, match="cannot tell which documents are in a single row"):
         by_document(model(**{k: v for k, v in packed(texts).items() if k != "labels"}), packed(texts)["labels"])
-    with pytest.raises(ValueError, match="returned no logits"):
-        packops.hf.compute_loss_func({"logits": None}, labels)
+    patched = packops.hf.apply(model).train()
+    for nothing in ({"logits": None}, patched(**padded(texts))):
+        with pytest.raises(ValueError, match="returned no logits"):
+            packops.hf.compute_loss_func(nothing, labels)
 
 
 def test_an_ending_that_is_not_known_keeps_its_logits():

@@ -245,7 +245,8 @@ def compute_loss_func(
         reduction: the sequence reductions take each row for a document, so they refuse a single row, which is how documents come
             packed: that needs :func:`packops.hf.apply`, which is told where documents begin.
     """
-    logits = outputs["logits"] if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+    # The outputs of transformers are dictionaries too, without a key for what is None.
+    logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
             "packops.hf.compute_loss_func: the model returned no logits; a model patched by packops.hf.apply computes this loss "
