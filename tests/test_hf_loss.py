@@ -493,6 +493,9 @@ def test_weights_of_0_and_1_need_no_other_count(values, fused):
     if 0.0 in values:
         with pytest.raises(ValueError, match=r"the token_weight of 16 labels adds up to \d+, and num_items_in_batch is"):
             model(**own, num_items_in_batch=counts[0])
+    shifted = PackingCollator(columns={"token_weight": 0.0}, shift_labels=True, names="hf")(rows)
+    with pytest.raises(ValueError, match=r"which may be that of several documents .* packops\.hf\.count_weights"):
+        model(**shifted, num_items_in_batch=counts[0])
 
 
 @pytest.mark.parametrize("compiled", [False, True])
