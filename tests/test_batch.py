@@ -287,6 +287,15 @@ def test_a_mask_beside_labels_masks_labels():
     assert batch.num_items == 1
 
 
+@pytest.mark.parametrize("share_prefixes", [False, True])
+def test_labels_that_are_masked_by_another_number_are_refused(share_prefixes):
+    """transformers leaves out -100, so the loss would be divided by labels that are counted here and not scored there."""
+    document = {"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}
+    with pytest.raises(ValueError, match="must be token ids or ignore_index = -1, got -100"):
+        PackingCollator(ignore_index=-1, share_prefixes=share_prefixes)([document])
+    PackingCollator(share_prefixes=share_prefixes)([document])
+
+
 def test_padding_has_the_ignore_index_that_was_asked_for():
     batch = PackingCollator(ignore_index=-7, pad_to_multiple_of=4, pad_doc_to_multiple_of=2)([[1, 2, 3], [4, 5]])
     assert batch.labels.flatten().tolist() == [-7, 2, 3, -7, -7, 5, -7, -7]

@@ -305,6 +305,13 @@ def test_verify_says_yes(model, tmp_path, capsys):
     assert command("verify", model, "--device", "cpu", "--random-weights", "--attention", "eager", "--no-gradients") == 0
 
 
+def test_verify_knows_the_attention_of_packops(model, monkeypatch):
+    from transformers import AttentionInterface
+
+    monkeypatch.delitem(AttentionInterface._global_mapping, "packops_varlen", raising=False)
+    assert command("verify", model, "--device", "cpu", "--attention", "packops_varlen") == 0
+
+
 def test_verify_says_no(model, capsys):
     """transformers' own loss is a mean over tokens, whatever else is asked for."""
     assert command("verify", model, "--device", "cpu", "--reduction", "seq-mean-token-mean") == 1
@@ -318,6 +325,8 @@ def test_verify_could_not_tell(model, tmp_path, capsys):
     (tmp_path / "d.jsonl").write_text('[1, 2]\n{"input_ids": [3, "x"]}\n')
     assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 2
     assert "line 2: want a list of token ids" in capsys.readouterr().err
+    assert command("verify", model, "--device", "cpu", "--max-length", 89) == 2  # advice of another command is none
+    assert "verify: max_length must be at least the longest document (90 tokens), got 89" in capsys.readouterr().err
     (tmp_path / "d.jsonl").write_text('[1, 2, 3]\n{"input_ids": [3, 4, 5, 6]}\n')
     assert command("verify", model, "--device", "cpu", "--documents", tmp_path / "d.jsonl") == 0
 

@@ -466,6 +466,19 @@ def test_verify(reduction):
     assert any("see each other" in finding for finding in report.findings)
 
 
+def test_verify_scores_the_documents_alone_as_the_collator_does():
+    """Its ``ignore_index``, here a token that occurs, and its columns, which a ``forward`` may read."""
+    documents = [[3, 1, 4, 1, 5], [3, 1, 4, 2], [3, 1, 2, 2, 1]]
+    rows = [{"input_ids": d, "labels": d, "scale": [1.5] * len(d)} for d in documents]
+
+    def forward(model, batch):
+        return model(batch, by_kernel)[None] * batch.columns["scale"][..., None]
+
+    collate = packops.PackingCollator(share_prefixes=True, min_shared=1, ignore_index=1, columns={"scale": 1.0})
+    report = packops.verify(Model(), rows, forward=forward, share_prefixes=True, collator=collate)
+    assert report.ok, report
+
+
 def test_verify_of_hugging_face_models_and_of_nothing_shared():
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

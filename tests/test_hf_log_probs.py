@@ -79,6 +79,8 @@ def test_what_is_refused():
     hf.apply(model)
     with pytest.raises(ValueError, match="batch must have labels"):
         hf.log_probs(model, {"input_ids": batch.input_ids})
+    with pytest.raises(TypeError, match="batch must be a PackedBatch or a mapping, got a list"):
+        hf.log_probs(model, [[1, 2, 3]])
     with pytest.raises(ValueError, match="temperature must be positive, got 0"):
         hf.log_probs(model, batch, temperature=0.0)
     assert hf.log_probs(model, batch, entropy=False).entropy is None

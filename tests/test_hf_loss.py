@@ -246,8 +246,10 @@ def test_compute_loss_func():
     assert float(by_document(outputs, labels)) == pytest.approx(float(want), rel=1e-5)
     with pytest.raises(ValueError, match="cannot tell which documents are in a single row"):
         by_document(model(**{k: v for k, v in packed(texts).items() if k != "labels"}), packed(texts)["labels"])
-    with pytest.raises(ValueError, match="returned no logits"):
-        packops.hf.compute_loss_func({"logits": None}, labels)
+    patched = packops.hf.apply(model).train()
+    for nothing in ({"logits": None}, patched(**padded(texts))):
+        with pytest.raises(ValueError, match="returned no logits"):
+            packops.hf.compute_loss_func(nothing, labels)
 
 
 def test_an_ending_that_is_not_known_keeps_its_logits():
@@ -491,6 +493,9 @@ def test_weights_of_0_and_1_need_no_other_count(values, fused):
     if 0.0 in values:
         with pytest.raises(ValueError, match=r"the token_weight of 16 labels adds up to \d+, and num_items_in_batch is"):
             model(**own, num_items_in_batch=counts[0])
+    shifted = PackingCollator(columns={"token_weight": 0.0}, shift_labels=True, names="hf")(rows)
+    with pytest.raises(ValueError, match=r"which may be that of several documents .* packops\.hf\.count_weights"):
+        model(**shifted, num_items_in_batch=counts[0])
 
 
 @pytest.mark.parametrize("compiled", [False, True])

@@ -422,6 +422,8 @@ def test_bad_arguments(documents):
         verify(llama(), [[1, 2], []])
     with pytest.raises(ValueError, match="max_length = 22 leaves every document in a pack of its own"):
         verify(llama(), [[1] * 22] * 3, max_length=22)
+    with pytest.raises(ValueError, match=r"max_length must be at least the longest document \(22 tokens\), got 21"):
+        verify(llama(), [[1], [1] * 22], max_length=21)
     with pytest.raises(ValueError, match="at least two different tokens"):
         verify(llama(), [[0] * 5] * 3)
     with pytest.raises(ValueError, match=r"reduction must be one of 'mean', .* got 'sum'"):

@@ -225,8 +225,9 @@ def verify(
         )
     alone_collator = collator
     if share_prefixes:
-        weights = {WEIGHT} & set(getattr(collator, "columns", ()))
-        alone_collator = PackingCollator(columns=dict.fromkeys(weights, 0.0))
+        alone_collator = PackingCollator(  # of the same documents: what they score, and what else they hold
+            ignore_index=getattr(collator, "ignore_index", -100), columns=getattr(collator, "columns", None)
+        )
     run = _Run(model, forward or hf_forward, loss, reduction, collator, alone_collator)
     modes = {module: module.training for module in model.modules()}
     grads = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -244,6 +245,13 @@ def verify(
 def default_max_length(lengths: Sequence[int]) -> int:
     """A capacity that gives about two packs, the first of which holds at least two documents."""
     return max(-(-sum(lengths) // 2), *lengths, sum(lengths[:2]))
+
+
+def packs_of(lengths: Sequence[int], max_length: int) -> list[list[int]]:
+    """The documents of each pack, in their order."""
+    if (longest := max(lengths)) > max_length:  # pack would advise to cut it, which is nothing to verify with
+        raise ValueError(f"max_length must be at least the longest document ({longest} tokens), got {max_length}")
+    return [list(map(int, p)) for p in pack(lengths, max_length, strategy="sequential")]
 
 
 def _check_causal(model: nn.Module) -> None:
@@ -314,7 +322,7 @@ class _Run:
         lengths = [length_of(document) for document in documents]
         shares = self.collator is not self.alone_collator  # then siblings must meet
         capacity = max_length or (sum(lengths) if shares else default_max_length(lengths))
-        packs = [list(map(int, p)) for p in pack(lengths, capacity, strategy="sequential")]
+        packs = packs_of(lengths, capacity)
         if all(len(members) == 1 for members in packs):
             raise ValueError(f"max_length = {max_length} leaves every document in a pack of its own: nothing would be verified")
         alone = [_batch_of(self.alone_collator, [document]).to(device) for document in documents]

@@ -15,8 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..data.packing import pack
-from ..verify import default_max_length, verify
+from ..verify import default_max_length, packs_of, verify
 from .device import choose_device
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -52,10 +51,14 @@ def run(args: argparse.Namespace) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ModuleNotFoundError:
         raise ValueError("needs transformers: pip install transformers") from None
+    from ..hf import attention
+
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     vocabulary = config.get_text_config().vocab_size
     documents = random_documents(vocabulary) if given is None else check_token_ids(given, vocabulary, args.documents)
     options: dict[str, Any] = {"dtype": DTYPES[args.dtype], "trust_remote_code": args.trust_remote_code}
+    if args.attention == attention.NAME:
+        attention.register()
     if args.attention:
         options["attn_implementation"] = args.attention
     torch.manual_seed(0)
@@ -65,8 +68,8 @@ def run(args: argparse.Namespace) -> Any:
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     model = model.to(device)
     lengths = [len(document) for document in documents if document]
-    packs = pack(lengths, args.max_length or default_max_length(lengths), strategy="sequential").num_packs if lengths else 0
-    with progress(model, passes(len(lengths), packs), device):
+    packs = packs_of(lengths, args.max_length or default_max_length(lengths)) if lengths else []
+    with progress(model, passes(len(lengths), len(packs)), device):
         return verify(
             model,
             documents,

@@ -114,6 +114,9 @@ class PackedBatch:
         cu_seqlens = torch.tensor(boundaries, dtype=torch.int32, device=input_ids.device)
         position_ids, seq_idx = packed_metadata(cu_seqlens, len(input_ids))
         masked, counts = packed_labels(labels, cu_seqlens, shift=False, ignore_index=ignore_index)
+        stray = masked[(masked < 0) & (masked != ignore_index)]
+        if len(stray):  # transformers leaves out -100, which would be counted here
+            raise ValueError(f"labels must be token ids or ignore_index = {ignore_index}, got {int(stray[0])}")
         num_valid = int(counts.sum())
         if WEIGHT in columns:  # that of a row, which is scored against the token behind it
             weighed = labels.masked_fill(columns[WEIGHT].roll(1) == 0, ignore_index)

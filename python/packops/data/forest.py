@@ -236,6 +236,10 @@ def _score(
         weight = np.ones(len(targets)) if weights is None else np.asarray(weights[number], np.float64)[:-1]
         scored = (targets != ignore_index) & (weight != 0)
         at, targets, weight = own_rows[:-1][scored], targets[scored], weight[scored]
+        if (targets < 0).any():
+            raise ValueError(
+                f"labels of document {number} must be token ids or ignore_index = {ignore_index}, got {targets.min()}"
+            )
         known = row_labels[at]
         if ((known != ignore_index) & (known != targets)).any():
             raise ValueError(f"labels of document {number} differ from those of another where the two share a prefix")

@@ -305,8 +305,11 @@ def _pack_groups(
     numbers = as_integers("groups", groups)
     common = np.zeros_like(lengths) if shared is None else as_integers("shared", shared)
     overlong_count = int((lengths > max_length).sum())
-    if (lengths < 0).any() or (overlong == "error" and overlong_count):
+    if (lengths < 0).any():
         pack(lengths, max_length)  # raises, and names the document
+    if overlong == "error" and overlong_count:
+        bad = int((lengths > max_length).argmax())
+        raise ValueError(f'lengths[{bad}] = {lengths[bad]} is longer than max_length = {max_length}; overlong="drop" accepts it')
     for name, array in (("groups", numbers), ("shared", common)):
         if array.shape != lengths.shape:
             raise ValueError(f"{name} must have one number per document ({len(lengths)}), got shape {array.shape}")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import packops
 
 from ..data.batch import WEIGHT, PackedBatch
+from ..ops.arguments import describe
 from ..ops.linear_log_probs import LinearLogProbs
 from . import families
 from .loss import CausalLMLoss
@@ -77,12 +78,15 @@ def log_probs(
         batch.cu_seqlens)``.
 
     Raises:
+        TypeError: ``batch`` is neither, as a list of documents is.
         ValueError: ``apply`` has not been called, or could not keep this model from making its logits (``packops.hf.report``
             says why); there are no labels; a temperature for a model with a softcap.
     """
     if isinstance(batch, PackedBatch):  # a label that weighs nothing in a loss has a log-probability
         columns = {name: column for name, column in batch.columns.items() if name != WEIGHT}
         batch = dataclasses.replace(batch, columns=columns).to_hf()
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"packops.hf.log_probs: batch must be a PackedBatch or a mapping, got {describe(batch)}")
     inputs = {**batch, **kwargs}
     if inputs.get("labels") is None and inputs.get("shift_labels") is None:
         raise ValueError("packops.hf.log_probs: batch must have labels, got none")

@@ -182,7 +182,7 @@ def _checked_labels(num_items: Tensor, labels: Tensor, weight: Tensor, ignore_in
             return num_items
         why = f"the token_weight of {int(counted)} labels adds up to {float(weighs):g}"
     else:
-        why = "shift_labels come with token_weight, the weights of all documents that share a row"
+        why = "shift_labels come with token_weight, which may be that of several documents for a row that they share"
     raise ValueError(
         f"packops.hf: {why}, and num_items_in_batch is a {num_items.dtype} tensor, which is how transformers.Trainer passes its "
         "count of labels: call packops.hf.count_weights(trainer) before training, or pass "
@@ -245,7 +245,8 @@ def compute_loss_func(
         reduction: the sequence reductions take each row for a document, so they refuse a single row, which is how documents come
             packed: that needs :func:`packops.hf.apply`, which is told where documents begin.
     """
-    logits = outputs["logits"] if isinstance(outputs, dict) else getattr(outputs, "logits", None)
+    # The outputs of transformers are dictionaries too, without a key for what is None.
+    logits = outputs.get("logits") if isinstance(outputs, dict) else getattr(outputs, "logits", None)
     if logits is None:
         raise ValueError(
             "packops.hf.compute_loss_func: the model returned no logits; a model patched by packops.hf.apply computes this loss "
