@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..functional import packed_labels
+from ..ops.document_sums import document_sums
 from .loss import CausalLMLoss, documents_of
 from .record import pretrained
 
@@ -122,9 +123,6 @@ def _documents_as_labels(batch: Any) -> Tensor:
         cu_seqlens = documents_of(batch["position_ids"], labels.shape)
     if cu_seqlens is None:
         cu_seqlens = torch.arange(0, labels.numel() + 1, labels.shape[-1], device=labels.device, dtype=torch.int32)
-    if shifted is None:
-        counts = packed_labels(labels, cu_seqlens.to(labels.device))[1]
-    else:
-        scored = torch.nn.functional.pad((labels.reshape(-1) != -100).long().cumsum(0), (1, 0))
-        counts = scored[cu_seqlens.long().to(labels.device)].diff()
+    cu_seqlens = cu_seqlens.to(labels.device)
+    counts = packed_labels(labels, cu_seqlens)[1] if shifted is None else document_sums((labels != -100).double(), cu_seqlens)
     return torch.where(counts > 0, 0, -100)
