@@ -34,7 +34,7 @@ from .derivatives import (
     refuse_transforms,
     transforms_are_active,
 )
-from .op import Transformable, below_autograd, library, may_be_saved, never_cached, register_fake, typed
+from .op import Transformable, below_autograd, library, maths_dtype, may_be_saved, never_cached, register_fake, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -222,8 +222,7 @@ def gradient_like(logits: Tensor) -> Tensor:
 
 def loss_like(logits: Tensor, reduction: str) -> Tensor:
     """What a fake kernel returns as the loss."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
+    return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=maths_dtype(logits))
 
 
 def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
@@ -231,7 +230,7 @@ def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> t
     batch = logits.shape[:-1]
     rows = math.prod(batch)  # torch.Size.numel() would make a number of rows a constant of the graph
     documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else math.prod(batch[:-1])
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = maths_dtype(logits)
     floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
     ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
     counts = logits.new_empty((2 if with_stats else 0,), dtype=torch.int64)

@@ -56,7 +56,7 @@ from .lm_head import (
     stand_in,
     wanted_of,
 )
-from .op import below_autograd, library, register_fake, typed
+from .op import below_autograd, library, maths_dtype, register_fake, typed
 from .scaled_rows import scaled_rows_
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ KINDS = {
     "bias": "Tensor?",
     **{name: kind for name, kind in kinds_of(torch.ops.packops.cross_entropy.default).items() if name in CE_DEFAULTS},
     **dict.fromkeys(("num_valid", "chunk_tokens"), "int?"),
-    **dict.fromkeys(("accum_dtype",), "ScalarType"),
+    "accum_dtype": "ScalarType",
     "logits_dtype": "ScalarType?",
     "main_grad": "Tensor?",
     "return_stats": "bool",
@@ -444,7 +444,7 @@ def register(namespace: str) -> None:
         kernels.impl(f"_{OP}_add_weight_gradient", torch.no_grad()(work.add_weight_gradient), key)
 
     def state_like(hidden: Tensor) -> Tensor:
-        return hidden.new_empty((0,), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        return hidden.new_empty((0,), dtype=maths_dtype(hidden))
 
     def loss_like(hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
         return state_like(hidden).new_empty(labels.shape if reduction == "none" else ())
