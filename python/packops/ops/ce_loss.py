@@ -27,8 +27,8 @@ from .arguments import NUMBERS, check_types, checks_annotations, describe, expla
 from .derivatives import (
     check_constants,
     explain_batches,
+    has_tangent,
     is_differentiated,
-    is_transformed,
     no_forward_mode,
     once,
     refuse_transforms,
@@ -107,7 +107,9 @@ def is_dense(x: Tensor) -> bool:
 
 
 def check_may_overwrite(logits: Tensor, op: str) -> None:
-    """ValueError unless the gradient can take the place of the logits."""
+    """An error unless the gradient can take the place of the logits, before anything is written."""
+    if has_tangent(logits):
+        raise no_forward_mode(op)
     if logits.is_leaf:
         raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
     layout = f"got shape {tuple(logits.shape)} with strides {logits.stride()}"
@@ -459,9 +461,9 @@ def cross_entropy(
             _check(logits, labels, options, inplace, return_stats)
         elif num_items is not None or token_weight is not None or class_weight is not None:
             check_constants("cross_entropy", {name: options.get(name) for name in CONSTANTS})
-        if is_transformed():
+        if transforms_are_active():
             return _transformed(logits, labels, options, inplace, return_stats)
-        if torch.is_grad_enabled() and logits.requires_grad:
+        if is_differentiated(logits):
             if inplace:
                 check_may_overwrite(logits, "cross_entropy")
             outputs = CrossEntropyFunction.apply(logits, labels, (_OPS, options, return_stats, inplace))
@@ -492,21 +494,12 @@ def _check(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: boo
 
 
 def _transformed(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: bool, return_stats: bool) -> Any:
-    """Under a transform of torch.func, or where forward mode may want a derivative."""
-    if not transforms_are_active():
-        if is_differentiated(logits):
-            outputs = CrossEntropyFunction.apply(logits, labels, (_OPS, options, return_stats, False))
-            if isinstance(outputs, Tensor):
-                return outputs
-            loss, *state = outputs
-        else:
-            loss, _, *state = _OPS.forward(logits, labels, **options, with_stats=return_stats)
-    else:
-        if inplace:
-            raise RuntimeError("packops.cross_entropy: inplace=True does not work under torch.func's transforms: leave it out")
-        tensors = [options.get(name) for name in CrossEntropyRule.tensors[2:]]
-        rest = tuple((name, value) for name, value in options.items() if name not in CrossEntropyRule.tensors)
-        loss, *state = Transformable.apply(_RULE, (rest, return_stats), logits, labels, *tensors)
+    """Under a transform of torch.func."""
+    if inplace:
+        raise RuntimeError("packops.cross_entropy: inplace=True does not work under torch.func's transforms: leave it out")
+    tensors = [options.get(name) for name in CrossEntropyRule.tensors[2:]]
+    rest = tuple((name, value) for name, value in options.items() if name not in CrossEntropyRule.tensors)
+    loss, *state = Transformable.apply(_RULE, (rest, return_stats), logits, labels, *tensors)
     return (loss, stats_of(labels.shape, *state)) if return_stats else loss
 
 
