@@ -262,13 +262,12 @@ def pack(
             epoch=epoch,
             overlong=overlong,
         )
-    given_order = seed is None or strategy == "sequential"
     array = as_lengths(lengths)
     indices, offsets, starts, piece_lengths, empty, overlong_count, dropped = _C.pack(
         array,
         max_length,
         strategy="next_fit" if strategy == "sequential" else strategy,
-        seed=None if given_order else seed,
+        seed=None if strategy == "sequential" else seed,
         epoch=epoch,
         max_docs=max_docs_per_pack or 0,
         overlong=overlong,
