@@ -309,8 +309,8 @@ def _pack_groups(
     for name, array in (("groups", numbers), ("shared", common)):
         if array.shape != lengths.shape:
             raise ValueError(f"{name} must have one number per document ({len(lengths)}), got shape {array.shape}")
-    if ((common < 0) | (common > lengths)).any():
-        bad = int(((common < 0) | (common > lengths)).argmax())
+    if (outside := (common < 0) | (common > lengths)).any():
+        bad = int(outside.argmax())
         raise ValueError(f"shared[{bad}] must be between 0 and lengths[{bad}] = {lengths[bad]}, got {common[bad]}")
 
     _, first, group_of = np.unique(numbers, return_index=True, return_inverse=True)

@@ -280,8 +280,9 @@ def prepare(
         target, scale, counts = ops.prepare(vocab, labels, **options, double_precision=hidden.dtype == torch.float64)
     except Exception as error:
         raise_typed(error, op=op)
-    checked = not hidden.is_cuda or _checks.enabled()
-    if checked and hidden.is_cuda:
+    if hidden.is_cuda and not _checks.enabled():
+        return target, scale, counts
+    if hidden.is_cuda:
         _checks.raise_bad_rows(
             labels,
             options["cu_seqlens"],
@@ -291,7 +292,7 @@ def prepare(
             vocab=vocab,
             op=op,
         )
-    if checked and num_valid is not None and num_valid < int(counts[0]):
+    if num_valid is not None and num_valid < int(counts[0]):
         counted = int(counts[0])
         raise ValueError(f"packops.{op}: num_valid must be at least the number of rows that count ({counted}), got {num_valid}")
     return target, scale, counts
