@@ -10,7 +10,6 @@ the forward's gradient useless, and fp16 could not even hold it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import operator
@@ -34,7 +33,7 @@ from .derivatives import (
     refuse_transforms,
     transforms_are_active,
 )
-from .op import Transformable, below_autograd, library, maths_dtype, may_be_saved, never_cached, register_fake, typed
+from .op import Transformable, below_autograd, fakes, library, maths_dtype, may_be_saved, never_cached, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -241,10 +240,7 @@ def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> t
 
 def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
-    raw = raw_ops(namespace)
-
-    def fake(name: str) -> Any:
-        return functools.partial(register_fake, namespace, name)
+    raw, fake = raw_ops(namespace), fakes(namespace)
 
     @fake("cross_entropy")
     def _(logits, labels, *, reduction="mean", **options):

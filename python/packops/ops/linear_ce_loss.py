@@ -56,7 +56,7 @@ from .lm_head import (
     stand_in,
     wanted_of,
 )
-from .op import below_autograd, library, maths_dtype, register_fake, typed
+from .op import below_autograd, fakes, library, maths_dtype, typed
 from .scaled_rows import scaled_rows_
 
 if TYPE_CHECKING:
@@ -466,8 +466,7 @@ def register(namespace: str) -> None:
             unit = unit.new_empty(())
         return *made, unit
 
-    def fake(name: str) -> Any:
-        return functools.partial(register_fake, namespace, name)
+    fake = fakes(namespace)
 
     @fake(OP)
     def _(hidden, weight, labels, *, reduction="mean", **given):

@@ -53,7 +53,7 @@ from .lm_head import (
     wanted_of,
     weight_gradient_,
 )
-from .op import below_autograd, library, maths_dtype, may_be_saved, register_fake
+from .op import below_autograd, fakes, library, maths_dtype, may_be_saved
 from .vocab_shard import Shard
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
@@ -562,8 +562,7 @@ def register(namespace: str) -> None:
         row = hidden.new_empty((labels.numel(),), dtype=maths_dtype(hidden))
         return row, row.new_empty((labels.numel() if entropy else 0,))
 
-    def fake(name: str) -> Any:
-        return functools.partial(register_fake, namespace, name)
+    fake = fakes(namespace)
 
     @fake(OP)
     def _(hidden, weight, labels, *, entropy=True, **given):
