@@ -29,12 +29,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 import packops
-from corpora import draw_lengths
+from corpora import PADDED_ROWS, draw_lengths, padded_groups, padded_inputs
 from measuring import Clock
 from models import configuration
 from process_group import time_left
 
-PADDED_ROWS = 8  # documents in a padded micro-batch, at most
 WARM_UP = 2  # steps: DDP sorts its buckets anew after the first
 CHECKED_STEPS, CHECKED_TOKENS = 10, 96
 MOST_OFF = 1e-3  # of the largest change of a weight: fp32 rounding is below it, a mean of means far above
@@ -75,12 +74,7 @@ def plan(row: Row, lengths: list[int], tokens: int, cost: tuple[float, float], r
     if row.balance is not None:
         sampler = packops.PackedBatchSampler(lengths, tokens, balance=row.balance, cost=cost, rank=rank, world_size=ranks)
         return list(sampler)
-    groups: list[list[int]] = [[]]
-    for document in np.random.default_rng(0).permutation(len(lengths)).tolist():
-        group = [*groups[-1], document]
-        if len(group) > PADDED_ROWS or len(group) * max(lengths[i] for i in group) > tokens:
-            groups.append([])
-        groups[-1].append(document)
+    groups = padded_groups(np.random.default_rng(0).permutation(len(lengths)).tolist(), lengths, tokens)
     whole = len(groups) // ranks * ranks
     return groups[rank:whole:ranks]
 
@@ -89,10 +83,7 @@ def inputs_of(row: Row, documents: list[Tensor], tokens: int, device: torch.devi
     """Keyword arguments of the model, all but the count that the loss is divided by."""
     if row.balance is not None:
         return packops.PackingCollator(pad_to_length=tokens)([d.numpy() for d in documents]).to(device).to_hf()
-    ids = nn.utils.rnn.pad_sequence(documents, batch_first=True)
-    mask = nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in documents], batch_first=True)
-    inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-    return {**{name: value.to(device) for name, value in inputs.items()}, "use_cache": False}
+    return padded_inputs(documents, device)
 
 
 def make_model(row: Row, config: Any, dtype: torch.dtype, device: torch.device) -> nn.Module:

@@ -48,13 +48,12 @@ import measuring
 import packops
 import peers
 import reporting
-from corpora import LENGTHS, draw_lengths
+from corpora import LENGTHS, draw_lengths, padded_groups, padded_inputs
 from measuring import Clock, OutOfTime, device_state, time_limit
 from models import MODELS, configuration
 from packops.cli.program import positive
 
 NAME = "end-to-end"
-PADDED_ROWS = 8  # documents in a padded micro-batch, at most
 FULL = 0.97  # of a pack
 FA4 = "flash_attention_4"
 PEERS = {
@@ -214,19 +213,8 @@ def micro_batches(packs: list[list[Tensor]], row: Row, tokens: int, config: Any,
             if row.attention == "flex_attention":
                 batches[-1]["attention_mask"] = block_masks(config, batch.seq_idx.flatten())
         return batches
-    groups: list[list[Tensor]] = [[]]
-    for document in documents:
-        group = [*groups[-1], document]
-        if len(group) > PADDED_ROWS or len(group) * max(map(len, group)) > tokens:
-            groups.append([])
-        groups[-1].append(document)
-    batches = []
-    for group in groups:
-        ids = nn.utils.rnn.pad_sequence(group, batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones_like(d) for d in group], batch_first=True)
-        inputs = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-        batches.append({**{k: v.to(device) for k, v in inputs.items()}, "use_cache": False, "num_items_in_batch": count})
-    return batches
+    groups = padded_groups(range(len(documents)), list(map(len, documents)), tokens)
+    return [{**padded_inputs([documents[i] for i in group], device), "num_items_in_batch": count} for group in groups]
 
 
 class Floor:

@@ -286,7 +286,7 @@ def utilisation(costs: np.ndarray) -> float:
     return float(costs.sum() / (costs.shape[1] * costs.max(1).sum()))
 
 
-def measure_ranks(lengths: np.ndarray, capacity: int, per_batch: int) -> list[dict[str, Any]]:
+def measure_ranks(lengths: np.ndarray, capacity: int) -> list[dict[str, Any]]:
     """Each system's packs on ``RANKS`` ranks, one epoch: how much of the ranks' time is work, and how many packs a step wants."""
     document_cost = COST[0] * lengths + COST[1] * lengths.astype(float) ** 2
     rows = []
@@ -299,16 +299,13 @@ def measure_ranks(lengths: np.ndarray, capacity: int, per_batch: int) -> list[di
         costs = np.array([document_cost[np.asarray(p)].sum() for p in packs])
         if not ordered:
             costs = np.random.default_rng(1).permutation(costs)
-        steps = len(costs) // (RANKS * per_batch)
-        costs = costs[: steps * RANKS * per_batch].reshape(steps, RANKS, per_batch).sum(2)
+        costs = costs[: len(costs) // RANKS * RANKS].reshape(-1, RANKS)
         add(name, costs, lengths[np.concatenate([np.asarray(p) for p in packs])].sum() / (len(packs) * capacity))
 
     for balance in ("none", "tokens", "attention"):
-        sampler = packops.PackedBatchSampler(
-            lengths, capacity, rank=0, world_size=RANKS, balance=balance, packs_per_batch=per_batch, cost=COST
-        )
+        sampler = packops.PackedBatchSampler(lengths, capacity, rank=0, world_size=RANKS, balance=balance, cost=COST)
         costs = sampler.costs()
-        add(f"packops best_fit, balance={balance}", costs, sampler.plan.num_tokens / (costs.size * per_batch * capacity))
+        add(f"packops best_fit, balance={balance}", costs, sampler.plan.num_tokens / (costs.size * capacity))
     of_packs("packops bfd, packs shuffled", list(packops.pack(lengths, capacity, strategy="bfd")))
     for name, make, ordered in (
         ("OpenChat multipack", multipack, True),
@@ -404,7 +401,7 @@ def main(args: argparse.Namespace) -> int:
     for name, values in lengths.items():
         values, capacity = values[:100_000], 8192
         print(f"\n{RANKS} ranks, {name}: {len(values):,} documents, packs of {capacity:,}")
-        data["ranks"][name] = {"capacity": capacity, "ranks": RANKS, "cost": COST, "rows": measure_ranks(values, capacity, 1)}
+        data["ranks"][name] = {"capacity": capacity, "ranks": RANKS, "cost": COST, "rows": measure_ranks(values, capacity)}
     data["state"]["after"] = measuring.device_state("cpu")
     stem = reporting.RESULTS / "packing" if args.out == Path() else args.out
     reporting.write(data, stem)

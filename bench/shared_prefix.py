@@ -278,7 +278,6 @@ class Steps:
 
     def flex(self) -> Candidate:
         """The model of packops, but for its attention."""
-        from torch.nn.attention.flex_attention import create_block_mask
         from transformers import AutoModelForCausalLM
 
         parameters = list(self.model.parameters())
@@ -289,13 +288,7 @@ class Steps:
             own.data = shared.data
         model = packops.hf.apply(model, attention=None)
         batch = self.batches[OURS][0]
-        ends = packops.packed_metadata(batch.cu_seqlens, batch.num_tokens, batch.parents)[2]  # type: ignore[attr-defined]
-
-        def sees(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return (key <= query) & (query < ends[key])
-
-        length = self.group.tokens
-        inputs = self.inputs(batch, attention_mask=create_block_mask(sees, 1, None, length, length, device=self.device))
+        inputs = self.inputs(batch, attention_mask=batch.block_mask())
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "parents"):
             del inputs[name]
         return self.candidate(FLEX, model, [inputs])

@@ -252,8 +252,8 @@ def selection_of(config) -> str:
 @pytest.fixture(params=[False, True], ids=["logits", "fused"])
 def fused(request, monkeypatch):
     """A patched Hugging Face model without logits where nobody wants them, and with them, as where the lm_head has LoRA."""
-    from packops.hf import loss
+    from packops.hf import forward
 
     if not request.param:
-        monkeypatch.setattr(loss, "_is_plain_linear", lambda head: False)
+        monkeypatch.setattr(forward, "is_plain_linear", lambda head: False)
     return request.param

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import hashlib
 import importlib.util
 import json
 import platform
@@ -66,11 +65,7 @@ def python_digests() -> dict[str, str]:
 
 
 def _digest(paths) -> str:
-    digest = hashlib.sha256()
-    for path in sorted(paths):
-        for part in (path.relative_to(ROOT).as_posix().encode(), path.read_bytes()):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
+    return _build.digest_of(sorted(paths), ROOT)
 
 
 def build_of(built_for: str, capability: str) -> str:

@@ -13,10 +13,7 @@ VOCABULARY = 61
 LENGTHS = (13, 5, 1, 22, 8)
 
 MOE = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
-
-
 GROUPS = {"n_routed_experts": 3, "n_group": 1, "topk_group": 1}
-
 
 # (class prefix, further configuration). hidden 32, two layers, heads of 8 unless it says otherwise.
 FAMILIES = {
@@ -69,16 +66,13 @@ FAMILIES = {
     "arcee": ("Arcee", {}),
 }
 
-
 # The first ones run with and without logits.
 BOTH = list(FAMILIES)[: list(FAMILIES).index("olmo")]
-
 
 # Experts, or MLPs without a gate.
 UNGATED = {
     "gpt_neox", "mixtral", "qwen3_moe", "olmoe", "starcoder2", "phi", "nemotron", "persimmon", "apertus", "granitemoe", "arcee",
 }  # fmt: skip
-
 
 FUSED_NORMS = {"qwen3", "gemma3_text", "olmo2", "olmo3", "qwen3_moe", "apertus", "dots1"}
 

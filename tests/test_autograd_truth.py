@@ -239,6 +239,22 @@ def test_inside_a_dual_level_without_tangents(name, way):
         assert torch.equal(call(op, way, inputs_of(op)), want)
 
 
+def test_in_place_inside_a_dual_level():
+    """Forward mode elsewhere leaves the loss in place; a tangent is refused before anything is written."""
+    leaf, labels = torch.randn(5, 7, requires_grad=True), torch.arange(5)
+    (want,) = torch.autograd.grad(packops.cross_entropy(leaf, labels), leaf)
+    with forward_ad.dual_level():
+        logits = leaf * 1
+        packops.cross_entropy(logits, labels, inplace=True).backward()
+        assert torch.equal(logits.detach(), want)
+        assert torch.equal(leaf.grad, want)
+        dual = forward_ad.make_dual(leaf * 1, torch.ones(5, 7))
+        before = dual.detach().clone()
+        with pytest.raises(RuntimeError, match=r"packops\.cross_entropy has no forward-mode derivative"):
+            packops.cross_entropy(dual, labels, inplace=True)
+        assert torch.equal(dual, before)
+
+
 # --------------------------------------------------------------------------------------------------------------------------------
 # torch.func
 

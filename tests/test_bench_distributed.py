@@ -157,7 +157,8 @@ def test_wrong_candidates_fail_on_every_rank(tmp_path):
 @pytest.mark.parametrize("balance", [None, "none", "attention"])
 def test_plans_train_on_every_document_once(bench, balance):
     """Padded steps may leave out the last, which would not fill all ranks."""
-    from distributed_steps import PADDED_ROWS, Row, plan
+    from corpora import PADDED_ROWS
+    from distributed_steps import Row, plan
 
     lengths = np.random.default_rng(0).integers(2, 60, 200).tolist()
     plans = [plan(Row("DDP", balance), lengths, 64, (1.0, 1.0), rank, 3) for rank in range(3)]

@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import torch
 
-from corpora import draw_lengths
+from corpora import PADDED_ROWS, draw_lengths
 
 pytest.importorskip("transformers", reason="needs packops[hf]")
 
@@ -114,7 +114,7 @@ def test_padded_micro_batches_hold_every_document_and_fit(bench):
     batches = bench.micro_batches([documents[:5], documents[5:]], bench.ROWS[0], 64, None, torch.device("cpu"))
     found = [row[mask.bool()].tolist() for b in batches for row, mask in zip(b["input_ids"], b["attention_mask"], strict=True)]
     assert found == [document.tolist() for document in documents]
-    assert all(batch["input_ids"].numel() <= 64 and len(batch["input_ids"]) <= bench.PADDED_ROWS for batch in batches)
+    assert all(batch["input_ids"].numel() <= 64 and len(batch["input_ids"]) <= PADDED_ROWS for batch in batches)
     assert all((batch["labels"] != -100).sum() == batch["attention_mask"].sum() for batch in batches)
     assert {int(batch["num_items_in_batch"]) for batch in batches} == {sum(map(len, documents)) - len(documents)}
 

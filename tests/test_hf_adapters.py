@@ -11,8 +11,7 @@ from torch import nn
 
 import packops
 import packops.hf
-from packops.hf import attention_documents
-from packops.hf import loss as hf_loss
+from packops.hf import attention_documents, calls
 from packops.hf.adapters import reason_against_packing
 
 transformers = pytest.importorskip("transformers")
@@ -62,7 +61,7 @@ def test_adapters_of_a_whole_row_are_refused(kind, message, attention):
 
 def test_positions_that_are_not_read_may_tell_of_packed_rows(monkeypatch):
     """As on a GPU, where to look at them is to wait."""
-    for module in (hf_loss, attention_documents):
+    for module in (calls, attention_documents):
         monkeypatch.setattr(module, "may_read", lambda positions: False)
     ids = torch.tensor([documents()[0]])
     rows = {"input_ids": ids, "labels": ids, "position_ids": torch.arange(ids.numel())[None], "use_cache": False}

@@ -140,12 +140,12 @@ def test_norms_that_are_absorbed():
     def norms(family):
         layer = make(family).model.layers[0].self_attn
         found = hf_rope._norms(layer)
-        assert found.kind is type(layer.q_norm)
-        return found._replace(kind=None)
+        assert found.form.kind is type(layer.q_norm)
+        return found.q, found.k, *found.form[1:], found.across_heads
 
-    assert norms("qwen3") == ("q_norm", "k_norm", None, "variance_epsilon", False, False)
-    assert norms("gemma3_text") == ("q_norm", "k_norm", None, "eps", True, False)
-    assert norms("olmo2") == ("q_norm", "k_norm", None, "variance_epsilon", False, True)
+    assert norms("qwen3") == ("q_norm", "k_norm", "variance_epsilon", False, False)
+    assert norms("gemma3_text") == ("q_norm", "k_norm", "eps", True, False)
+    assert norms("olmo2") == ("q_norm", "k_norm", "variance_epsilon", False, True)
 
 
 def test_norms_that_are_not_rms_are_left():

@@ -90,10 +90,15 @@ def translation_units(csrc: Path, *, cuda: bool, python_module: bool) -> list[Pa
 
 
 def source_digest(csrc: Path) -> str:
-    """sha256 over the relative paths and contents of :func:`source_files`: which sources a build or a test run speaks of."""
+    """Which sources a build or a test run speaks of."""
+    return digest_of(source_files(csrc), csrc)
+
+
+def digest_of(files: Iterable[Path], folder: Path) -> str:
+    """sha256 over the contents of files and their paths in the folder."""
     digest = hashlib.sha256()
-    for path in source_files(csrc):
-        for part in (path.relative_to(csrc).as_posix().encode(), path.read_bytes()):
+    for path in files:
+        for part in (path.relative_to(folder).as_posix().encode(), path.read_bytes()):
             digest.update(len(part).to_bytes(8, "little") + part)
     return digest.hexdigest()
 

@@ -11,8 +11,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .data.batch import DENOMINATORS, PackedBatch, check_reduction
-from .functional import packed_labels, packed_metadata
+from .functional import packed_labels
 from .ops.arguments import NUMBERS, check_plain, checks_annotations, describe
+from .ops.document_sums import document_sums
 
 __all__ = ["loss_normalizer"]
 
@@ -95,10 +96,7 @@ def _count(item: Any, reduction: str, cu_seqlens: Tensor | None, shift: bool, ig
         if shift:
             counts = packed_labels(item, cu_seqlens, ignore_index=ignore_index)[1]
         else:
-            document = packed_metadata(cu_seqlens, item.numel())[1].long()
-            counts = torch.zeros(len(cu_seqlens), dtype=torch.int64, device=item.device)  # the last one is of the padding
-            document = torch.where(document < 0, len(cu_seqlens) - 1, document)
-            counts = counts.index_add_(0, document, scored.reshape(-1).long())[:-1]
+            counts = document_sums(scored.double(), cu_seqlens)
         return counts.sum() if of_tokens else (counts > 0).sum()
     if item.dim() == 1 and (shift or not of_tokens):
         raise ValueError(

@@ -41,6 +41,14 @@ def documents_of(batch_shape: torch.Size, cu_seqlens: Tensor | None, device: tor
     return DocumentRows(index, is_last, len(bounds) - 1)
 
 
+def targets_of(labels: Tensor, documents: DocumentRows, shift: bool, ignore_index: int) -> Tensor:
+    """(T,) what each row is scored against: ``ignore_index`` at the last row of a document if shifted, and in the padding."""
+    target = labels.reshape(-1).long()
+    if shift:
+        target = target.roll(-1).masked_fill(documents.is_last, ignore_index)
+    return target.masked_fill(documents.index < 0, ignore_index)
+
+
 def cross_entropy(
     logits: Tensor,
     labels: Tensor,
@@ -65,12 +73,9 @@ def cross_entropy(
     rows, vocab = x.shape
     documents = documents_of(batch_shape, cu_seqlens, logits.device)
 
-    target = labels.reshape(-1).long()
-    if shift:
-        target = torch.cat([target[1:], target[:1]])  # the last row's wraps around and is masked below
-        target = target.masked_fill(documents.is_last, ignore_index)
+    target = targets_of(labels, documents, shift, ignore_index)
     weight = torch.ones(rows, dtype=x.dtype, device=x.device) if token_weight is None else token_weight.reshape(-1).double()
-    counted = (target != ignore_index) & (documents.index >= 0) & (weight != 0)
+    counted = (target != ignore_index) & (weight != 0)
     safe = torch.where(counted, target, 0)
     x = torch.where(counted[:, None], x, 0.0)  # an ignored row may hold anything, NaN included
 
@@ -140,10 +145,7 @@ def linear_log_probs(
     )
 
     documents = documents_of(labels.shape, cu_seqlens, labels.device)
-    target = labels.reshape(-1)
-    if shift:
-        target = torch.cat([target[1:], target[:1]]).masked_fill(documents.is_last, ignore_index)
-    counted = ((target != ignore_index) & (documents.index >= 0)).view(labels.shape)
+    counted = (targets_of(labels, documents, shift, ignore_index) != ignore_index).view(labels.shape)
     x = torch.where(counted[..., None], hidden.double(), 0.0) @ weight.double().t() * logit_scale
     x = x if bias is None else x + bias.double() * logit_scale
     x = x if softcap is None else softcap * torch.tanh(x / softcap)

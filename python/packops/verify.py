@@ -128,14 +128,14 @@ class VerifyReport:
             lines += ["  leak matrix: row i changes column j ('.': no, '#': yes, ' ': not in one pack)", *self._leak_picture()]
         return "\n".join(lines + [f"  -> {finding}" for finding in self.findings])
 
-    def _leak_picture(self, most: int = 32) -> list[str]:
+    def _leak_picture(self) -> list[str]:
         def cell(i: int, j: int) -> str:
             value = float(self.leaks[i, j])
             return " " if value != value else "\\" if i == j else "#" if value > self.leak_tolerance else "."
 
-        shown = range(min(most, len(self.leaks)))
+        shown = range(min(32, len(self.leaks)))
         rows = ["    " + f"{i:>3} " + "".join(cell(i, j) for j in shown) for i in shown]
-        return rows + (["    ..."] if most < len(self.leaks) else [])
+        return rows + (["    ..."] if len(shown) < len(self.leaks) else [])
 
 
 def hf_forward(model: nn.Module, batch: PackedBatch) -> Tensor:

@@ -12,6 +12,7 @@ import torch
 
 import packops
 from packops import _build
+from packops.data.counts import counted
 
 EXTRAS = {
     "jit": ("filelock", "platformdirs", "setuptools", "ninja"),
@@ -29,8 +30,6 @@ def main(args: argparse.Namespace) -> int:
 def info() -> dict[str, Any]:
     """What this installation is and what it can use: plain values, for ``packops info`` and for bug reports."""
     build = packops._C.build_info()
-    count = torch.get_num_threads()
-    threads = f"{count} thread{'' if count == 1 else 's'}"
     cuda = f"CUDA {build['cuda']}, for {build['cuda_archs'].replace('_', ', ')}" if build["cuda"] else "none, a CPU-only build"
     variables = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("PACKOPS_")]
     facts: dict[str, Any] = {
@@ -40,7 +39,7 @@ def info() -> dict[str, Any]:
         "compiler": build["compiler"],
         "torch": f"{torch.__version__} (packops needs {_target(build['torch_target'])} or newer)",
         "python": f"{platform.python_version()} on {platform.platform()}",
-        "CPU kernels": f"{build['cpu_isa']}, {threads}",
+        "CPU kernels": f"{build['cpu_isa']}, {counted(torch.get_num_threads(), 'thread')}",
         "CUDA kernels": cuda,
         "GPU": _gpus(build),
         "environment": ", ".join(variables) or "no PACKOPS_* variable is set",

@@ -350,11 +350,10 @@ def padded_efficiency(lengths: IntArray, seed: int) -> float:
 
 
 def format_table(lengths: IntArray, rows: Sequence[dict[str, Any]], padded: float) -> str:
-    percentiles = np.percentile(lengths, [50, 95], method="inverted_cdf") if len(lengths) else (0, 0)
+    percentiles = np.percentile(lengths, [50, 95], method="inverted_cdf")
     lines = [
         f"{counted(len(lengths), 'document')}, {counted(lengths.sum(), 'token')}: "
-        f"mean {lengths.mean() if len(lengths) else 0:.0f}, median {percentiles[0]:,}, "
-        f"95 % at most {percentiles[1]:,}, longest {lengths.max(initial=0):,}",
+        f"mean {lengths.mean():.0f}, median {percentiles[0]:,}, 95 % at most {percentiles[1]:,}, longest {lengths.max():,}",
         "",
         f"{'strategy':<12}{'packs':>12}{'full':>10}{'documents a pack':>20}{'most':>8}{'seconds':>10}",
     ]

@@ -17,6 +17,7 @@ from torch import nn
 
 from ..verify import default_max_length, packs_of, verify
 from .device import choose_device
+from .pack import json_value
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
 # Lengths of the random documents: uneven, one of a single token, more than one to a pack.
@@ -138,14 +139,12 @@ def read_documents(path: Path) -> list[list[int]]:
     """One document a line; the list's index is the line's number less one."""
     documents = []
     for number, line in enumerate(path.read_text(encoding="utf-8-sig").split("\n"), 1):  # JSON may hold other ends of lines
-        try:
-            value = json.loads(line) if line.strip() else []
-        except (ValueError, RecursionError):
-            raise ValueError(f"{path}, line {number}: want JSON, got {line.strip()[:40]!r}") from None
+        where = f"{path}, line {number}"
+        value = json_value(line, where) if line.strip() else []
         if isinstance(value, dict):
             value = value.get("input_ids")
         if not isinstance(value, list) or not all(type(token) is int for token in value):
-            raise ValueError(f"{path}, line {number}: want a list of token ids, or an object with input_ids")
+            raise ValueError(f"{where}: want a list of token ids, or an object with input_ids")
         documents.append(value)
     if sum(map(bool, documents)) < 2:
         raise ValueError(f"{path}: want at least two documents with a token, got {sum(map(bool, documents))}")

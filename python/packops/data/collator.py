@@ -29,10 +29,9 @@ MANY_DOCUMENTS = 1024
 # Columns that say which tokens of a document are scored (TRL's names).
 SCORED_MASKS = ("completion_mask", "assistant_masks")
 
-
-# What processors make of images, videos and sound. Their tokens have positions that only the model can tell (M-RoPE).
-OTHER_THAN_TEXT = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "input_features")
-
+# What processors make of images and videos, and of sound. Their tokens have positions that only the model can tell (M-RoPE).
+IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
+OTHER_THAN_TEXT = (*IMAGES, "input_features")
 
 Batch = TypeVar("Batch")  # what ``names`` asks for: a PackedBatch or a dictionary
 

@@ -262,13 +262,12 @@ def pack(
             epoch=epoch,
             overlong=overlong,
         )
-    given_order = seed is None or strategy == "sequential"
     array = as_lengths(lengths)
     indices, offsets, starts, piece_lengths, empty, overlong_count, dropped = _C.pack(
         array,
         max_length,
         strategy="next_fit" if strategy == "sequential" else strategy,
-        seed=None if given_order else seed,
+        seed=None if strategy == "sequential" else seed,
         epoch=epoch,
         max_docs=max_docs_per_pack or 0,
         overlong=overlong,
@@ -313,8 +312,8 @@ def _pack_groups(
     for name, array in (("groups", numbers), ("shared", common)):
         if array.shape != lengths.shape:
             raise ValueError(f"{name} must have one number per document ({len(lengths)}), got shape {array.shape}")
-    if ((common < 0) | (common > lengths)).any():
-        bad = int(((common < 0) | (common > lengths)).argmax())
+    if (outside := (common < 0) | (common > lengths)).any():
+        bad = int(outside.argmax())
         raise ValueError(f"shared[{bad}] must be between 0 and lengths[{bad}] = {lengths[bad]}, got {common[bad]}")
 
     _, first, group_of = np.unique(numbers, return_index=True, return_inverse=True)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import packops
 
+from ..ops.attention_documents import Documents
 from ..ops.attention_paths import ATTEND, Rule, attend_forest_on_cpu, choose_path, shaped_attention
 from . import families, rewrite
 from .attention_documents import NAME, find_documents, may_read
@@ -353,54 +354,54 @@ def packed_attention(
     # A rotation with fp32 tables, or a norm kept in fp32, leaves queries and keys in fp32 where the model computes in 16 bits.
     device_type = query.device.type
     dtype = torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else value.dtype
-    query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    if parents is not None:
-        rule = Rule(pattern.causal and is_causal, pattern.window, softcap, scaling, dropout, s_aux)
-        return _over_prefixes(query, key, value, cu_seq_lens_q, parents, rule, pattern.padding), None
-    documents = find_documents(query, position_ids, (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k), pattern.padding)
-    causal = pattern.causal and is_causal
-    # A window that no document reaches is none. A length that nobody checked may be wrong: then only one past the row goes.
-    reach = documents.max_seqlen if may_read(documents.cu_seqlens) or not causal else documents.total
-    window = pattern.window if pattern.window is not None and pattern.window < reach else None
-    rule = Rule(causal, window, softcap, scaling, dropout, s_aux)
-    if not causal and (window is not None or rule.shapes_scores):
-        raise NotImplementedError(f"{NAME}: bidirectional attention with a sliding window, a softcap or sinks")
-    path = choose_path(
-        query.device,
-        query.dtype,
-        rule,
-        heads=query.shape[1],
-        head_dims=(query.shape[3], value.shape[3]),
-        total=documents.total,
-        count=documents.cu_seqlens.numel() - 1,
-        longest=documents.max_seqlen,
-    )
     # (B, heads, S, head_dim) as transformers has it is a view of (T, heads, head_dim)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
-    # In a graph nobody reads the lengths that sdpa's calls need: packops.attention knows what to do there.
-    plain = rule.causal and rule.dropout == 0 and rule.sinks is None
-    if path == "packops" or (path == "sdpa" and plain and torch.compiler.is_compiling()):
-        output = packops.attention(q, k, v, documents.cu_seqlens, causal=rule.causal, **rule.options)
+    q, k, v = (x.to(dtype).transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    rule = Rule(pattern.causal and is_causal, pattern.window, softcap, scaling, dropout, s_aux)
+    if parents is not None:
+        output = _over_prefixes(q, k, v, cu_seq_lens_q, parents, rule, pattern.padding)
     else:
-        output = ATTEND[path](q, k, v, documents, rule)
+        bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        output = _within(q, k, v, find_documents(query, position_ids, bounds, longest, pattern.padding), rule)
     # some families go on with .view(), which wants it contiguous
     return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous(), None
 
 
+def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, rule: Rule) -> Tensor:
+    """Documents that share nothing."""
+    # A window that no document reaches is none. A length that nobody checked may be wrong: then only one past the row goes.
+    reach = documents.max_seqlen if may_read(documents.cu_seqlens) or not rule.causal else documents.total
+    if rule.window is not None and rule.window >= reach:
+        rule = Rule(rule.causal, None, rule.softcap, rule.scaling, rule.dropout, rule.sinks)
+    if not rule.causal and (rule.window is not None or rule.shapes_scores):
+        raise NotImplementedError(f"{NAME}: bidirectional attention with a sliding window, a softcap or sinks")
+    path = choose_path(
+        q.device,
+        q.dtype,
+        rule,
+        heads=q.shape[1],
+        head_dims=(q.shape[2], v.shape[2]),
+        total=documents.total,
+        count=documents.cu_seqlens.numel() - 1,
+        longest=documents.max_seqlen,
+    )
+    # In a graph nobody reads the lengths that sdpa's calls need: packops.attention knows what to do there.
+    plain = rule.causal and rule.dropout == 0 and rule.sinks is None
+    if path == "packops" or (path == "sdpa" and plain and torch.compiler.is_compiling()):
+        return packops.attention(q, k, v, documents.cu_seqlens, causal=rule.causal, **rule.options)
+    return ATTEND[path](q, k, v, documents, rule)
+
+
 def _over_prefixes(
-    query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor | None, parents: Tensor, rule: Rule, padding: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor | None, parents: Tensor, rule: Rule, padding: Tensor | None
 ) -> Tensor:
     """Documents that share prefixes."""
     if cu_seqlens is None or padding is not None:
         raise ValueError(f"{NAME}: parents want cu_seq_lens_q, where segments begin, and no attention_mask: PackedForest.to_hf()")
     if not rule.causal or rule.dropout or rule.sinks is not None:
         raise NotImplementedError(f"{NAME}: shared prefixes with bidirectional attention, dropout or sinks")
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     if q.is_cuda:
-        output = packops.attention(q, k, v, cu_seqlens, parents, **rule.options)
-    else:
-        output = attend_forest_on_cpu(q, k, v, cu_seqlens, parents, rule)
-    return output.reshape(query.shape[0], query.shape[2], query.shape[1], value.shape[3]).contiguous()
+        return packops.attention(q, k, v, cu_seqlens, parents, **rule.options)
+    return attend_forest_on_cpu(q, k, v, cu_seqlens, parents, rule)
 
 
 def _masked(

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils.weak import WeakIdRef
 
 from .. import _checks
 from ..data.documents import document_begins
@@ -56,7 +57,8 @@ def find_documents(
     positions = position_ids.expand(batch, length)
     if padding is None:
         return look_up(position_ids, lambda: _from_positions(positions, None), batch)
-    return look_up(padding, lambda: _from_positions(positions, padding))
+    version = None if position_ids.is_inference() else position_ids._version
+    return look_up(padding, lambda: _from_positions(positions, padding), WeakIdRef(position_ids), version)
 
 
 def may_read(bounds: Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from ..data.batch import check_reduction
 from . import attention as _attention
 from . import families
-from . import loss as _loss
+from . import forward as _forward
 from . import mlp as _mlp
 from . import norm as _norm
 from . import rope as _rope
@@ -74,9 +74,9 @@ def apply(
             if mlp:
                 _mlp.patch(target, record)
             if cross_entropy:
-                _loss.patch(target, reduction, record)
+                _forward.patch(target, reduction, record)
             else:
-                _loss.guard(target, record)
+                _forward.guard(target, record)
             if attention is not None:
                 _attention.patch(model, target, attention, record)
         except BaseException:

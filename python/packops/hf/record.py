@@ -122,7 +122,7 @@ class Change:
     def is_ours(self) -> bool:
         """Whether nobody has changed it since."""
         present = vars(self.owner).get(self.attribute, _ABSENT)
-        return present is self.after or present in (self.after, _ABSENT)
+        return present in (self.after, _ABSENT)
 
     def undo(self) -> None:
         if isinstance(self.before, str) and self.before == _ABSENT:

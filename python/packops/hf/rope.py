@@ -169,18 +169,16 @@ def _convention(model: nn.Module, cls: type) -> Convention:
 
 
 class Norms(NamedTuple):
-    """The RMS norms of q and k, and how they compute."""
+    """The RMS norms of q and k, and how both compute."""
 
     q: str  # attribute of the layer
     k: str
-    kind: type
-    eps: str  # attribute of a norm
-    zero_centered: bool
+    form: RMSNorm
     across_heads: bool
 
     def can_be_absorbed(self, norm: nn.Module) -> bool:
         """Whether the weight alone says what the module does now."""
-        return type(norm) is self.kind and is_bare(norm)
+        return type(norm) is self.form.kind and is_bare(norm)
 
     def apply(self, norm: nn.Module, heads: Tensor, unsqueeze_dim: int) -> Tensor:
         """The module itself on heads that are as RoPE takes them."""
@@ -235,7 +233,7 @@ def make_rope(convention: Convention, own_tables: frozenset[int], norms: Norms |
     def qk_norm_rope(layer: nn.Module, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1):
         q_norm, k_norm = getattr(layer, norms.q), getattr(layer, norms.k)
         both = norms.can_be_absorbed(q_norm) and norms.can_be_absorbed(k_norm)
-        if not both or (eps := getattr(q_norm, norms.eps)) != getattr(k_norm, norms.eps):
+        if not both or (eps := getattr(q_norm, norms.form.eps)) != getattr(k_norm, norms.form.eps):
             q, k = norms.apply(q_norm, q, unsqueeze_dim), norms.apply(k_norm, k, unsqueeze_dim)
             return rope(layer, q, k, cos, sin, unsqueeze_dim)
         return apply_qk_norm_rope(
@@ -244,7 +242,7 @@ def make_rope(convention: Convention, own_tables: frozenset[int], norms: Norms |
             q_norm.weight,
             k_norm.weight,
             eps=eps,
-            zero_centered=norms.zero_centered,
+            zero_centered=norms.form.zero_centered,
             **arguments(cos, sin, unsqueeze_dim),
         )
 
@@ -286,8 +284,8 @@ def _norms(layer: nn.Module) -> Norms | None:
     found = [_norm_of(layer, name) for name in names]
     if found[0] is None or found[0] != found[1]:
         return None
-    norm, _, across_heads = found[0]
-    return Norms(*names, norm.kind, norm.eps, norm.zero_centered, across_heads)
+    form, _, across_heads = found[0]
+    return Norms(*names, form, across_heads)
 
 
 @cache

@@ -33,6 +33,8 @@ _WANTED = {
     "int[]": "a sequence of ints",
     "Mapping": "a mapping",
 }
+_CLASSES = {"Tensor": Tensor, "bool": bool, "str": str, "ScalarType": torch.dtype, "Mapping": Mapping}
+_KINDS_OF_HINTS = {**{hint: kind for kind, hint in _CLASSES.items()}, int: "int", float: "float"}
 
 
 @functools.cache
@@ -49,16 +51,8 @@ def kinds_of(overload: Any) -> dict[str, str]:
 
 
 def _fits(value: Any, kind: str) -> bool:
-    if kind == "Tensor":
-        return isinstance(value, Tensor)
-    if kind == "bool":
-        return isinstance(value, bool)
-    if kind == "str":
-        return isinstance(value, str)
-    if kind == "ScalarType":
-        return isinstance(value, torch.dtype)
-    if kind == "Mapping":
-        return isinstance(value, Mapping)
+    if kind in _CLASSES:
+        return isinstance(value, _CLASSES[kind])
     if kind == "int[]":
         return isinstance(value, (list, tuple)) and all(_fits(x, "int") for x in value)
     return isinstance(value, NUMBERS if kind == "float" else INTEGERS) and not isinstance(value, (bool, Tensor))
@@ -149,9 +143,7 @@ def _kind_of_hint(hint: Any) -> str | None:
         return f"{inner[0]}?" if len(inner) == 1 and inner[0] else None
     if get_origin(hint) is Literal:
         return "str"
-    if get_origin(hint) is Mapping:
-        return "Mapping"
-    return {Tensor: "Tensor", bool: "bool", int: "int", float: "float", str: "str", torch.dtype: "ScalarType"}.get(hint)
+    return _KINDS_OF_HINTS.get(get_origin(hint) or hint)
 
 
 def checks_annotations(function: F) -> F:

@@ -11,7 +11,7 @@ from torch.compiler import is_compiling
 from .. import _C, _checks
 from . import attention_paths, autocast
 from .attention_paths import Rule
-from .op import Op
+from .op import Op, maths_dtype
 
 __all__ = ["attention", "attention_path"]
 
@@ -36,7 +36,7 @@ class Attention(Op):
         parts = 1 if q.is_cuda else 2
         return (
             q.new_empty(q.shape),
-            q.new_empty((parts, heads, tokens), dtype=torch.float64 if q.dtype == torch.float64 else torch.float32),
+            q.new_empty((parts, heads, tokens), dtype=maths_dtype(q)),
             q.new_empty((tiles, TILE), dtype=torch.int32),
             q.new_empty((0 if parents is None else PER_SEGMENT * segments + 1 + PER_TOKEN * tokens,), dtype=torch.int32),
         )

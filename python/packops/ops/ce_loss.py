@@ -10,7 +10,6 @@ the forward's gradient useless, and fp16 could not even hold it.
 
 from __future__ import annotations
 
-import functools
 import itertools
 import math
 import operator
@@ -27,14 +26,14 @@ from .arguments import NUMBERS, check_types, checks_annotations, describe, expla
 from .derivatives import (
     check_constants,
     explain_batches,
+    has_tangent,
     is_differentiated,
-    is_transformed,
     no_forward_mode,
     once,
     refuse_transforms,
     transforms_are_active,
 )
-from .op import Transformable, below_autograd, library, may_be_saved, never_cached, register_fake, typed
+from .op import Transformable, below_autograd, fakes, library, maths_dtype, may_be_saved, never_cached, typed
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -107,7 +106,9 @@ def is_dense(x: Tensor) -> bool:
 
 
 def check_may_overwrite(logits: Tensor, op: str) -> None:
-    """ValueError unless the gradient can take the place of the logits."""
+    """An error unless the gradient can take the place of the logits, before anything is written."""
+    if has_tangent(logits):
+        raise no_forward_mode(op)
     if logits.is_leaf:
         raise ValueError(f"packops.{op}: inplace=True would overwrite a leaf tensor that needs its value; pass a computed one")
     layout = f"got shape {tuple(logits.shape)} with strides {logits.stride()}"
@@ -222,8 +223,7 @@ def gradient_like(logits: Tensor) -> Tensor:
 
 def loss_like(logits: Tensor, reduction: str) -> Tensor:
     """What a fake kernel returns as the loss."""
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
-    return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=dtype)
+    return logits.new_empty(logits.shape[:-1] if reduction == "none" else (), dtype=maths_dtype(logits))
 
 
 def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> tuple[Tensor, ...]:
@@ -231,7 +231,7 @@ def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> t
     batch = logits.shape[:-1]
     rows = math.prod(batch)  # torch.Size.numel() would make a number of rows a constant of the graph
     documents = cu_seqlens.shape[0] - 1 if cu_seqlens is not None else math.prod(batch[:-1])
-    dtype = torch.float64 if logits.dtype == torch.float64 else torch.float32
+    dtype = maths_dtype(logits)
     floats = logits.new_empty((5 if with_stats else 4, rows), dtype=dtype)
     ints = logits.new_empty((2 if with_stats else 1, rows), dtype=torch.int32)
     counts = logits.new_empty((2 if with_stats else 0,), dtype=torch.int64)
@@ -240,10 +240,7 @@ def stats_like(logits: Tensor, cu_seqlens: Tensor | None, with_stats: bool) -> t
 
 def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
-    raw = raw_ops(namespace)
-
-    def fake(name: str) -> Any:
-        return functools.partial(register_fake, namespace, name)
+    raw, fake = raw_ops(namespace), fakes(namespace)
 
     @fake("cross_entropy")
     def _(logits, labels, *, reduction="mean", **options):
@@ -460,9 +457,9 @@ def cross_entropy(
             _check(logits, labels, options, inplace, return_stats)
         elif num_items is not None or token_weight is not None or class_weight is not None:
             check_constants("cross_entropy", {name: options.get(name) for name in CONSTANTS})
-        if is_transformed():
+        if transforms_are_active():
             return _transformed(logits, labels, options, inplace, return_stats)
-        if torch.is_grad_enabled() and logits.requires_grad:
+        if is_differentiated(logits):
             if inplace:
                 check_may_overwrite(logits, "cross_entropy")
             outputs = CrossEntropyFunction.apply(logits, labels, (_OPS, options, return_stats, inplace))
@@ -493,21 +490,12 @@ def _check(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: boo
 
 
 def _transformed(logits: Tensor, labels: Tensor, options: dict[str, Any], inplace: bool, return_stats: bool) -> Any:
-    """Under a transform of torch.func, or where forward mode may want a derivative."""
-    if not transforms_are_active():
-        if is_differentiated(logits):
-            outputs = CrossEntropyFunction.apply(logits, labels, (_OPS, options, return_stats, False))
-            if isinstance(outputs, Tensor):
-                return outputs
-            loss, *state = outputs
-        else:
-            loss, _, *state = _OPS.forward(logits, labels, **options, with_stats=return_stats)
-    else:
-        if inplace:
-            raise RuntimeError("packops.cross_entropy: inplace=True does not work under torch.func's transforms: leave it out")
-        tensors = [options.get(name) for name in CrossEntropyRule.tensors[2:]]
-        rest = tuple((name, value) for name, value in options.items() if name not in CrossEntropyRule.tensors)
-        loss, *state = Transformable.apply(_RULE, (rest, return_stats), logits, labels, *tensors)
+    """Under a transform of torch.func."""
+    if inplace:
+        raise RuntimeError("packops.cross_entropy: inplace=True does not work under torch.func's transforms: leave it out")
+    tensors = [options.get(name) for name in CrossEntropyRule.tensors[2:]]
+    rest = tuple((name, value) for name, value in options.items() if name not in CrossEntropyRule.tensors)
+    loss, *state = Transformable.apply(_RULE, (rest, return_stats), logits, labels, *tensors)
     return (loss, stats_of(labels.shape, *state)) if return_stats else loss
 
 

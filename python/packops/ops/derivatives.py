@@ -16,11 +16,6 @@ from torch.autograd import forward_ad
 transforms_are_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
 
-def is_transformed() -> bool:
-    """Whether a transform of torch.func or forward-mode differentiation is at work."""
-    return transforms_are_active() or forward_ad._current_level >= 0
-
-
 def no_forward_mode(op: str) -> RuntimeError:
     return RuntimeError(
         f"packops.{op} has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad): use "
@@ -59,8 +54,11 @@ def check_constants(op: str, tensors: Mapping[str, Any]) -> None:
 
 
 def is_differentiated(x: Tensor) -> bool:
-    if torch.is_grad_enabled() and x.requires_grad:
-        return True
+    return (torch.is_grad_enabled() and x.requires_grad) or has_tangent(x)
+
+
+def has_tangent(x: Tensor) -> bool:
+    """Whether forward mode wants a derivative with respect to ``x``."""
     if forward_ad._current_level < 0 or not x.is_floating_point():
         return False
     return forward_ad.unpack_dual(x).tangent is not None

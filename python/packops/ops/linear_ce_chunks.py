@@ -35,6 +35,7 @@ from .lm_head import (
     unit_of,
     weight_gradient_,
 )
+from .op import maths_dtype
 
 BAD_LABEL = _checks.BAD_LABEL
 BLOCK_BYTES = 65 << 20  # of the weight's gradient in fp32, on its way to the parameter's dtype
@@ -117,14 +118,12 @@ def run_chunks(
     for number, here in enumerate(row_chunks(target, num_valid, chunk_tokens)):
         h, y = hidden_rows(hidden, target, here)
         s = take(scale, here)
-        made: tuple[Tensor, ...]
         if buffer is None:
             results[0][here] = cast(Callable[..., Tensor], product_loss)(h, y, s)
             continue
         logits = buffer[: len(y)]
         make_logits(h, weight, bias, logits, product)
-        made = chunk_loss(logits, y, s)
-        for whole, piece in zip(results, made, strict=True):
+        for whole, piece in zip(results, chunk_loss(logits, y, s), strict=True):
             whole[..., here] = piece
         if h.is_cuda and any(wanted):
             logits = logits.to(h.dtype)  # matrix units take two operands of one dtype
@@ -211,8 +210,7 @@ def losses_and_gradients(
 ) -> tuple[Chunked, Tensor | None]:
     """:func:`run_chunks` with the cross-entropy kernel, and the unit of its gradients (None: 1)."""
     if maths["class_weight"] is not None:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        maths = {**maths, "class_weight": maths["class_weight"].to(wide)}  # once, not in every chunk
+        maths = {**maths, "class_weight": maths["class_weight"].to(maths_dtype(hidden))}  # once, not in every chunk
     kernel = ops.loss_and_gradient_ if any(wanted) else ops.loss
     stats = {"with_stats": True} if with_stats else {}
     product: Product | None = ops.product if ops.product.fits(hidden, weight) else None

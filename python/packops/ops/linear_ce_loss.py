@@ -56,7 +56,7 @@ from .lm_head import (
     stand_in,
     wanted_of,
 )
-from .op import below_autograd, library, register_fake, typed
+from .op import below_autograd, fakes, library, maths_dtype, typed
 from .scaled_rows import scaled_rows_
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ KINDS = {
     "bias": "Tensor?",
     **{name: kind for name, kind in kinds_of(torch.ops.packops.cross_entropy.default).items() if name in CE_DEFAULTS},
     **dict.fromkeys(("num_valid", "chunk_tokens"), "int?"),
-    **dict.fromkeys(("accum_dtype",), "ScalarType"),
+    "accum_dtype": "ScalarType",
     "logits_dtype": "ScalarType?",
     "main_grad": "Tensor?",
     "return_stats": "bool",
@@ -280,8 +280,9 @@ def prepare(
         target, scale, counts = ops.prepare(vocab, labels, **options, double_precision=hidden.dtype == torch.float64)
     except Exception as error:
         raise_typed(error, op=op)
-    checked = not hidden.is_cuda or _checks.enabled()
-    if checked and hidden.is_cuda:
+    if hidden.is_cuda and not _checks.enabled():
+        return target, scale, counts
+    if hidden.is_cuda:
         _checks.raise_bad_rows(
             labels,
             options["cu_seqlens"],
@@ -291,7 +292,7 @@ def prepare(
             vocab=vocab,
             op=op,
         )
-    if checked and num_valid is not None and num_valid < int(counts[0]):
+    if num_valid is not None and num_valid < int(counts[0]):
         counted = int(counts[0])
         raise ValueError(f"packops.{op}: num_valid must be at least the number of rows that count ({counted}), got {num_valid}")
     return target, scale, counts
@@ -444,7 +445,7 @@ def register(namespace: str) -> None:
         kernels.impl(f"_{OP}_add_weight_gradient", torch.no_grad()(work.add_weight_gradient), key)
 
     def state_like(hidden: Tensor) -> Tensor:
-        return hidden.new_empty((0,), dtype=torch.float64 if hidden.dtype == torch.float64 else torch.float32)
+        return hidden.new_empty((0,), dtype=maths_dtype(hidden))
 
     def loss_like(hidden: Tensor, labels: Tensor, reduction: str) -> Tensor:
         return state_like(hidden).new_empty(labels.shape if reduction == "none" else ())
@@ -465,8 +466,7 @@ def register(namespace: str) -> None:
             unit = unit.new_empty(())
         return *made, unit
 
-    def fake(name: str) -> Any:
-        return functools.partial(register_fake, namespace, name)
+    fake = fakes(namespace)
 
     @fake(OP)
     def _(hidden, weight, labels, *, reduction="mean", **given):

@@ -53,7 +53,7 @@ from .lm_head import (
     wanted_of,
     weight_gradient_,
 )
-from .op import below_autograd, library, may_be_saved, register_fake
+from .op import below_autograd, fakes, library, maths_dtype, may_be_saved
 from .vocab_shard import Shard
 
 __all__ = ["LinearLogProbs", "linear_log_probs"]
@@ -195,10 +195,6 @@ def copies_of(dtype: torch.dtype) -> int:
     return 3 if dtype.itemsize == 2 else 1
 
 
-def state_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype == torch.float64 else torch.float32
-
-
 def rows_of(
     ops: SimpleNamespace, logits: Tensor, target: Tensor, maths: dict[str, Any], with_entropy: bool
 ) -> tuple[Tensor, Rows]:
@@ -332,7 +328,7 @@ def forward_and_backward(ops: SimpleNamespace, op: str = OP, shard: Shard | None
         vocab = weight.shape[0]
         target, counts = prepare(ops, hidden, vocab if shard is None else shard.vocab_size, labels, given, op)
         flat, maths, with_entropy = hidden.reshape(-1, hidden.shape[-1]), {name: given[name] for name in MATHS}, given["entropy"]
-        log_probs, row_max, log_sum = torch.zeros((3, len(target)), dtype=state_dtype(hidden), device=hidden.device)
+        log_probs, row_max, log_sum = torch.zeros((3, len(target)), dtype=maths_dtype(hidden), device=hidden.device)
         rows = Rows(torch.zeros_like(row_max) if with_entropy else None, row_max, log_sum)
         product = ops.product if ops.product.fits(flat, weight) else None
         bias = None if bias is None else bias.contiguous()
@@ -550,11 +546,8 @@ def register(namespace: str) -> None:
         return work.forward(hidden, weight, labels, bias=bias, **given)
 
     def backward(*args, **given):
-        given = {
-            **{name: DEFAULTS[name] for name in (*MATHS, *CHUNKS, "main_grad")},
-            **given,
-        }  # a schema's defaults do not arrive
-        made = work.backward(*args, **given)
+        defaults = {name: DEFAULTS[name] for name in (*MATHS, *CHUNKS, "main_grad")}  # a schema's do not arrive
+        made = work.backward(*args, **{**defaults, **given})
         return tuple(args[3].new_empty((0,)) if x is None else x for x in made)  # an op cannot return None
 
     def plain(hidden, weight, labels, *, entropy=True, main_grad=None, **given):
@@ -566,12 +559,10 @@ def register(namespace: str) -> None:
         kernels.impl(f"_{OP}_backward", backward, key)
 
     def row_like(hidden: Tensor, labels: Tensor, entropy: bool) -> tuple[Tensor, Tensor]:
-        dtype = state_dtype(hidden)
-        row = hidden.new_empty((labels.numel(),), dtype=dtype)
-        return row, hidden.new_empty((labels.numel() if entropy else 0,), dtype=dtype)
+        row = hidden.new_empty((labels.numel(),), dtype=maths_dtype(hidden))
+        return row, row.new_empty((labels.numel() if entropy else 0,))
 
-    def fake(name: str) -> Any:
-        return functools.partial(register_fake, namespace, name)
+    fake = fakes(namespace)
 
     @fake(OP)
     def _(hidden, weight, labels, *, entropy=True, **given):

@@ -105,6 +105,16 @@ def register_fake(namespace: str, name: str, fake: Callable[..., Any]) -> None:
     torch.library.register_fake(f"{namespace}::{name}", checked)
 
 
+def fakes(namespace: str) -> Callable[[str], Callable[..., None]]:
+    """:func:`register_fake` as a decorator: ``fake = fakes(namespace)``, then ``@fake(name)``."""
+    return lambda name: functools.partial(register_fake, namespace, name)
+
+
+def maths_dtype(x: Tensor) -> torch.dtype:
+    """In which kernels compute, and what they keep of each row: fp32, for fp64 fp64."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
 class Differentiable(torch.autograd.Function):
     """``apply(op, options, *tensors)``; every op makes a subclass of its own, which is what profilers and ``grad_fn`` show."""
 

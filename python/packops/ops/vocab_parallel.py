@@ -18,6 +18,7 @@ from . import linear_log_probs as lp
 from .arguments import check_types, with_options_of
 from .ce_loss import as_num_items
 from .derivatives import check_constants, is_differentiated, refuse_transforms
+from .op import maths_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -337,8 +338,7 @@ class _Ranks:
 
     def _owed(self, value: int) -> Tensor:
         numel, like = cast(tuple[int, Tensor], self.owes)
-        dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-        return torch.full((numel,), value, dtype=dtype, device=like.device)
+        return torch.full((numel,), value, dtype=maths_dtype(like), device=like.device)
 
     def fail(self, problem: str) -> NoReturn:
         raise ValueError(f"packops.{self.op}: {problem}")

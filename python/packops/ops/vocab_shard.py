@@ -73,13 +73,12 @@ class VocabParallelCrossEntropyFunction(torch.autograd.Function):
         if grad_output is not None:
 
             def compute(grad_output, local_logits, floats, ints, class_weight):
-                maths = {"class_weight": class_weight, **ctx.maths}
-                return ctx.ops.backward(grad_output, local_logits, floats, ints, **maths)
+                return ctx.ops.backward(grad_output, local_logits, floats, ints, class_weight=class_weight, **ctx.maths)
 
             local_logits, floats, ints, class_weight = ctx.saved_tensors
             if ctx.inplace and not graph_is_kept() and not torch.is_grad_enabled():
-                maths = {"class_weight": class_weight, **ctx.maths}
-                ctx.ops.backward_(local_logits, grad_output, None, floats, ints, holds_gradient=False, **maths)
+                maths = {"class_weight": class_weight, "holds_gradient": False, **ctx.maths}
+                ctx.ops.backward_(local_logits, grad_output, None, floats, ints, **maths)
                 increment_version(local_logits)
                 grad_logits = local_logits
             else:
