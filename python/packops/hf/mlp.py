@@ -51,6 +51,17 @@ def op_of(module: Any) -> Callable[..., Tensor]:
     return gated_mlp if all(map(is_plain_linear, first)) else gated_linear
 
 
+def weights_of(module: Any) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """The weights and biases of gate, up and down, in the order of :func:`packops.gated_mlp`."""
+    down = module.down_proj
+    if "gate_up_proj" in module._modules:
+        both = module.gate_up_proj
+        (gate, up), (gate_bias, up_bias) = both.weight.chunk(2), (None, None) if both.bias is None else both.bias.chunk(2)
+        return gate, up, down.weight, gate_bias, up_bias, down.bias
+    gate, up = module.gate_proj, module.up_proj
+    return gate.weight, up.weight, down.weight, gate.bias, up.bias, down.bias
+
+
 @cache
 def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
     """One object for equal modules, so that torch.compile compiles them once."""
@@ -62,13 +73,7 @@ def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
             return kind.forward(self, x)
         op = op_of(self)
         if op is gated_mlp:
-            down = self.down_proj
-            if fused:
-                weight, bias = self.gate_up_proj.weight, self.gate_up_proj.bias
-                weights, biases = weight.chunk(2), (None, None) if bias is None else bias.chunk(2)
-            else:
-                weights, biases = (self.gate_proj.weight, self.up_proj.weight), (self.gate_proj.bias, self.up_proj.bias)
-            return gated_mlp(x, *weights, down.weight, *biases, down.bias, activation=activation)
+            return gated_mlp(x, *weights_of(self), activation=activation)
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if fused else (self.gate_proj(x), self.up_proj(x))
         if op is gated_linear:
             return gated_linear(gate, up, self.down_proj.weight, self.down_proj.bias, activation=activation)

@@ -74,7 +74,9 @@ def register(namespace: str) -> None:
 
     def backward(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, activation: str, needs: list[bool]) -> tuple:
         need_gate, need_up, need_weight, need_bias = needs
-        product = grad_gate = grad_up = None
+        product: Any = None
+        grad_gate: Any = None
+        grad_up: Any = None
         if need_gate or need_up:
             product, grad_gate, grad_up = activation_op.raw_backward(
                 grad @ weight, gate, up, activation, need_weight, need_gate, need_up

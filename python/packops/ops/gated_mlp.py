@@ -71,7 +71,9 @@ def register(namespace: str) -> None:
         keep: bool = True,
     ) -> tuple[Tensor, Tensor, Tensor]:
         check(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-        gate = up = product = None
+        gate: Any = None
+        up: Any = None
+        product: Any = None
         if gate_bias is None and up_bias is None and is_large(x):
             gate, up, product = ops._gated_mlp_products(x, gate_weight, up_weight, activation, keep)
         if product is None:
@@ -92,7 +94,9 @@ def register(namespace: str) -> None:
         needs: list[bool],
     ) -> tuple[Tensor, ...]:
         need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, need_down_bias = needs
-        product = grad_gate = grad_up = None
+        product: Any = None
+        grad_gate: Any = None
+        grad_up: Any = None
         if need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias:
             if is_large(grad):
                 product, grad_gate, grad_up = ops._gated_mlp_products_backward(

@@ -295,14 +295,15 @@ class Op:
 
 
 class Composed(Op):
-    """An op whose kernels are Python, made of other ops: ``forward`` is that of ``_<name>``.
+    """An op whose kernels are Python, made of other ops: ``forward`` of ``_<name>``, ``backward`` of ``_<name>_backward``.
 
-    ``backward`` is that of ``_<name>_backward``. Behind all else it takes ``bool[] needs``, which gradients are wanted. An op cannot
-    return None, so an empty tensor stands for the others.
+    Behind all else ``backward`` takes ``bool[] needs``, which gradients are wanted. An op cannot return None, so an empty tensor
+    stands for the others.
 
     Attributes:
-        signature: tensors, then options, as schemas have them; ``results``, what ``_<name>`` returns; ``saved``, what
-            ``_<name>_backward`` takes between the result's gradient and the options.
+        signature: tensors, then options, as schemas have them.
+        returns: of ``_<name>``; the first is the result.
+        saved: what ``_<name>_backward`` takes between the result's gradient and the options.
         unkept: options of ``_<name>`` where no backward pass will follow.
     """
 
@@ -356,7 +357,7 @@ def as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def unless_seen(function: Callable[..., Any], op: Callable[..., Any]) -> Callable[..., Any]:
-    """``function`` without the way through the dispatcher, 20 µs, unless somebody there must see the op, or autocast be kept away."""
+    """``function`` without the way through the dispatcher, 20 µs: unless somebody there must see the op, or autocast is on."""
 
     @functools.wraps(function)
     def call(*given: Any, **named: Any) -> Any:
