@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 import packops
+from packops.ops.op import Composed
 
 ops = torch.ops.packops
 T, V, H, D = 9, 37, 8, 16
@@ -273,9 +274,10 @@ def ops_called_by(function) -> set[str]:
 
 
 def kernels() -> set[str]:
-    """Every op that has a kernel of its own, as torch lists them."""
+    """Every op that has a kernel of its own, as torch lists them; not those that are made of others."""
     names = {schema.name for schema in torch._C._jit_get_all_schemas() if schema.name.startswith("packops::")}
-    return {n.split("::")[1] for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU")}
+    composed = {name for kind in Composed.__subclasses__() for name in (f"_{kind.name}", f"_{kind.name}_backward")}
+    return {n.split("::")[1] for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "CPU")} - composed
 
 
 # --------------------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from torch.nn.functional import linear
 from torch.utils.flop_counter import register_flop_formula
 
 from . import autocast
+from .arguments import check_plain
 from .gated_linear import Activation, empty_gradients, matrix, nothing
 from .op import Composed
 
@@ -27,6 +28,7 @@ WEIGHTS = "Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight"
 LEAST_TOKENS = 1024
 
 _OPS: dict[str, GatedMLP] = {}  # by namespace
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class GatedMLP(Composed):
@@ -190,8 +192,9 @@ def check(
     down_bias: Tensor | None = None,
 ) -> None:
     """Errors that name the arguments; torch's would name those of a product."""
-    if (
+    if (  # nearly always
         gate_bias is up_bias is down_bias is None
+        and all(type(tensor) in _PLAIN and tensor.layout == torch.strided for tensor in (x, gate_weight, up_weight, down_weight))
         and x.dim() > 0
         and gate_weight.dim() == down_weight.dim() == 2
         and gate_weight.shape == up_weight.shape == (down_weight.shape[1], x.shape[-1])
@@ -199,6 +202,11 @@ def check(
         and x.device == gate_weight.device == up_weight.device == down_weight.device
     ):
         return
+    names = GatedMLP.differentiable
+    given = dict(zip(names, (x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias), strict=True))
+    for name, tensor in given.items():
+        if tensor is not None:
+            check_plain("packops.gated_mlp", name, tensor)
     if x.dim() == 0:
         raise ValueError("packops.gated_mlp: x must have shape (..., features), got a 0-d tensor")
     if gate_weight.dim() != 2 or gate_weight.shape[1] != x.shape[-1]:
@@ -212,14 +220,9 @@ def check(
             f"packops.gated_mlp: down_weight must have shape (results, {columns}) for gate_weight {tuple(gate_weight.shape)}, "
             f"got {tuple(down_weight.shape)}"
         )
-    for name, tensor, shape in (
-        ("gate_weight", gate_weight, gate_weight.shape),
-        ("up_weight", up_weight, gate_weight.shape),
-        ("down_weight", down_weight, down_weight.shape),
-        ("gate_bias", gate_bias, (columns,)),
-        ("up_bias", up_bias, (columns,)),
-        ("down_bias", down_bias, down_weight.shape[:1]),
-    ):
+    wide, narrow = gate_weight.shape, down_weight.shape
+    shapes = (x.shape, wide, wide, narrow, wide[:1], wide[:1], narrow[:1])
+    for (name, tensor), shape in zip(given.items(), shapes, strict=True):
         if tensor is None:
             continue
         if tensor.shape != shape:

@@ -326,7 +326,8 @@ class Composed(Op):
             return ", ".join(argument.partition("=")[0] for argument in arguments.split(", "))
 
         def public(*given: Any, **named: Any) -> Any:
-            result = forward(*given, *(None,) * (len(tensors.split(", ")) - len(given)), **named, **self.unkept)
+            missing = (None,) * (len(self.tensors) - len(given))
+            result = forward(*given, *missing, **{**self.defaults, **named}, **self.unkept)  # a schema's defaults do not arrive
             return result[0] if isinstance(result, tuple) else result
 
         more = "".join(f", bool {name}={not value}" for name, value in self.unkept.items())
