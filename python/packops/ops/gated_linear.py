@@ -84,10 +84,10 @@ def register(namespace: str) -> None:
         elif need_weight:
             product = activation_op.raw(gate, up, activation)
         return (
-            grad_gate if need_gate else nothing(grad),
-            grad_up if need_up else nothing(grad),
-            matrix(grad).t() @ matrix(product) if need_weight else nothing(grad),
-            matrix(grad).sum(0) if need_bias else nothing(grad),
+            grad_gate if need_gate else None,
+            grad_up if need_up else None,
+            matrix(grad).t() @ matrix(product) if need_weight else None,
+            matrix(grad).sum(0) if need_bias else None,
         )
 
     linear_op = GatedLinear(namespace, forward, backward)
@@ -100,11 +100,6 @@ _OPS: dict[str, tuple[GatedActivation, GatedLinear]] = {}  # by namespace
 
 def matrix(x: Tensor) -> Tensor:
     return torch.atleast_2d(x).flatten(0, -2)
-
-
-def nothing(like: Tensor) -> Tensor:
-    """For a gradient that nobody wants."""
-    return like.new_empty((0,))
 
 
 def empty_gradients(grad: Tensor, shapes: tuple, needs: list[bool]) -> tuple:

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from . import autocast
 from .arguments import check_plain
-from .gated_linear import Activation, empty_gradients, matrix, nothing
+from .gated_linear import Activation, empty_gradients, matrix
 from .op import Composed
 
 __all__ = ["gated_mlp"]
@@ -71,7 +71,7 @@ def register(namespace: str) -> None:
         down_bias: Tensor | None,
         activation: str,
         keep: bool = True,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         check(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
         gate: Any = None
         up: Any = None
@@ -82,7 +82,7 @@ def register(namespace: str) -> None:
             gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
             product = ops._gated_activation(gate, up, activation)
         result = linear(product, down_weight, down_bias)
-        return (result, gate, up) if keep else (result, nothing(x), nothing(x))
+        return (result, gate, up) if keep else (result, None, None)
 
     def backward(
         grad: Tensor,
@@ -94,7 +94,7 @@ def register(namespace: str) -> None:
         up: Tensor,
         activation: str,
         needs: list[bool],
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor | None, ...]:
         need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, need_down_bias = needs
         product: Any = None
         grad_gate: Any = None
@@ -113,13 +113,13 @@ def register(namespace: str) -> None:
             product = ops._gated_activation(gate, up, activation)
         rows, grads = matrix(x), matrix(grad)
         return (
-            (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else nothing(grad),
-            grad_gate.t() @ rows if need_gate_weight else nothing(grad),
-            grad_up.t() @ rows if need_up_weight else nothing(grad),
-            grads.t() @ matrix(product) if need_down_weight else nothing(grad),
-            grad_gate.sum(0) if need_gate_bias else nothing(grad),
-            grad_up.sum(0) if need_up_bias else nothing(grad),
-            grads.sum(0) if need_down_bias else nothing(grad),
+            (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else None,
+            grad_gate.t() @ rows if need_gate_weight else None,
+            grad_up.t() @ rows if need_up_weight else None,
+            grads.t() @ matrix(product) if need_down_weight else None,
+            grad_gate.sum(0) if need_gate_bias else None,
+            grad_up.sum(0) if need_up_bias else None,
+            grads.sum(0) if need_down_bias else None,
         )
 
     _OPS[namespace] = GatedMLP(namespace, forward, backward)

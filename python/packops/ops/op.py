@@ -297,8 +297,8 @@ class Op:
 class Composed(Op):
     """An op whose kernels are Python, made of other ops: ``forward`` of ``_<name>``, ``backward`` of ``_<name>_backward``.
 
-    Behind all else ``backward`` takes ``bool[] needs``, which gradients are wanted. An op cannot return None, so an empty tensor
-    stands for the others.
+    Behind all else ``backward`` takes ``bool[] needs``, which gradients are wanted; the others are None. An op cannot return
+    None, so there an empty tensor stands for it.
 
     Attributes:
         signature: tensors, then options, as schemas have them.
@@ -352,7 +352,10 @@ def as_kernel(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*given: Any, **named: Any) -> Any:
         with torch.no_grad(), autocast.off(given[0].device.type) if _any_autocast() else nullcontext():
-            return function(*given, **named)
+            made = function(*given, **named)
+        if isinstance(made, Tensor):
+            return made
+        return tuple(given[0].new_empty((0,)) if x is None else x for x in made)
 
     return call
 
