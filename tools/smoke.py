@@ -124,11 +124,13 @@ def check_gated_mlp() -> None:
         for function in (packops.gated_activation, ops.gated_activation):
             same(function(gate, up, activation=activation), want, [gate, up])
         want = reference.gated_linear(gate, up, weight, bias, activation=activation)
-        same(packops.gated_linear(gate, up, weight, bias, activation=activation), want, [gate, up, weight, bias])
+        for function in (packops.gated_linear, ops.gated_linear):
+            same(function(gate, up, weight, bias, activation=activation), want, [gate, up, weight, bias])
         x, first = torch.randn(TOKENS, 8, requires_grad=True), [torch.randn(24, 8, requires_grad=True) for _ in range(2)]
         inputs = [x, *first, weight]
         want = reference.gated_mlp(*inputs, activation=activation)
-        same(packops.gated_mlp(*inputs, activation=activation), want, inputs)
+        for function in (packops.gated_mlp, ops.gated_mlp):
+            same(function(*inputs, activation=activation), want, inputs)
 
 
 def check_attention_and_norm() -> None:
