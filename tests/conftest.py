@@ -160,10 +160,10 @@ def pytest_runtest_makereport(item, call):
         path, line, _ = item.location
         report.longrepr = (path, (line or 0) + 1, f"Skipped: {OUT_OF_MEMORY}")
         call.excinfo = None  # its traceback holds the tensors
-    if report.when == "teardown" and torch.cuda.is_initialized():  # other processes may want what this one keeps
-        if report.skipped or torch.cuda.memory_reserved() > 2**30:
-            gc.collect()
-            torch.cuda.empty_cache()
+    is_over = report.when == "teardown" and torch.cuda.is_initialized()
+    if is_over and (report.skipped or torch.cuda.memory_reserved() > 2**30):  # other processes may want what this one keeps
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def outcome_of(report) -> str | None:

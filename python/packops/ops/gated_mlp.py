@@ -7,13 +7,11 @@ a pass over memory by itself.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
-from torch.utils.flop_counter import register_flop_formula
 
 from . import autocast
 from .arguments import check_plain
@@ -51,6 +49,17 @@ class GatedMLP(Composed):
         *tensors, _, _, _, needs = arguments
         return empty_gradients(grad, (*(x.shape for x in tensors), *(x.shape[:1] for x in tensors[1:])), needs)
 
+    def products(self, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *_: Any) -> list:
+        return [(x, gate_weight), (x, up_weight), (x, down_weight)]
+
+    def backward_products(
+        self, grad: Any, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, gate: Any, up: Any, _: Any, needs: list[bool]
+    ) -> list:
+        need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, _ = needs
+        between = need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias
+        first = 2 * need_x + need_gate_weight + need_up_weight
+        return [(x, gate_weight)] * first + [(x, down_weight)] * (between + need_down_weight)
+
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         result, gate, up = outputs
         ctx.save_for_backward(*tensors[:4], gate, up)
@@ -60,6 +69,8 @@ class GatedMLP(Composed):
 def register(namespace: str) -> None:
     """Define ``gated_mlp`` and the two ops that its autograd formula is made of."""
     ops = getattr(torch.ops, namespace)
+    activate, activate_backward = ops._gated_activation.default, ops._gated_activation_backward.default
+    products, products_backward = ops._gated_mlp_products.default, ops._gated_mlp_products_backward.default
 
     def forward(
         x: Tensor,
@@ -77,10 +88,10 @@ def register(namespace: str) -> None:
         up: Any = None
         product: Any = None
         if gate_bias is None and up_bias is None and is_large(x):
-            gate, up, product = ops._gated_mlp_products(x, gate_weight, up_weight, activation, keep)
+            gate, up, product = products(x, gate_weight, up_weight, activation, keep)
         if product is None:
             gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
-            product = ops._gated_activation(gate, up, activation)
+            product = activate(gate, up, activation)
         result = linear(product, down_weight, down_bias)
         return (result, gate, up) if keep else (result, None, None)
 
@@ -101,16 +112,12 @@ def register(namespace: str) -> None:
         grad_up: Any = None
         if need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias:
             if is_large(grad):
-                product, grad_gate, grad_up = ops._gated_mlp_products_backward(
-                    grad, down_weight, gate, up, activation, need_down_weight
-                )
+                product, grad_gate, grad_up = products_backward(grad, down_weight, gate, up, activation, need_down_weight)
             if grad_gate is None:
-                product, grad_gate, grad_up = ops._gated_activation_backward(
-                    grad @ down_weight, gate, up, activation, need_down_weight
-                )
+                product, grad_gate, grad_up = activate_backward(grad @ down_weight, gate, up, activation, need_down_weight)
             grad_gate, grad_up = matrix(grad_gate), matrix(grad_up)
         elif need_down_weight:
-            product = ops._gated_activation(gate, up, activation)
+            product = activate(gate, up, activation)
         rows, grads = matrix(x), matrix(grad)
         return (
             (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else None,
@@ -124,21 +131,6 @@ def register(namespace: str) -> None:
 
     _OPS[namespace] = GatedMLP(namespace, forward, backward)
     _OPS[namespace].register()
-
-    @register_flop_formula(getattr(ops, f"_{OP}"))
-    def _(x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *rest: Any, **given: Any) -> int:
-        return 2 * _rows(x) * (2 * math.prod(gate_weight) + math.prod(down_weight))
-
-    @register_flop_formula(getattr(ops, f"_{OP}_backward"))
-    def _(grad: Any, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *rest: Any, **given: Any) -> int:
-        need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, _ = rest[-1]
-        between = need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias
-        first, last = 2 * need_x + need_gate_weight + need_up_weight, between + need_down_weight
-        return 2 * _rows(x) * (first * math.prod(gate_weight) + last * math.prod(down_weight))
-
-
-def _rows(shape: Any) -> int:
-    return math.prod(shape[:-1])
 
 
 def is_large(x: Tensor) -> bool:
