@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import packops
 from cuda_streams import capture, no_host_sync
@@ -130,21 +129,13 @@ def test_frozen_parts(device):
     ],
 )
 def test_what_nobody_wants_costs_no_product(wanted, products):
-    """Matrix products that run, and those that torch.utils.flop_counter counts, from which people compute how busy a GPU is."""
-
-    def step():
-        inputs = problem(rows=(15,), results=12)  # so all products have as many operations
-        for name, x in zip(NAMES, inputs, strict=True):
-            x.requires_grad_(name in wanted)
+    inputs = problem(rows=(15,))
+    for name, x in zip(NAMES, inputs, strict=True):
+        x.requires_grad_(name in wanted)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         out = packops.gated_mlp(*inputs)
         if wanted:
             out.sum().backward()
-
-    with FlopCounterMode(display=False) as counter:
-        step()
-    assert counter.get_total_flops() == products * 2 * 15 * 12 * 24
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        step()
     ran = (event.count for event in profile.key_averages() if event.key in ("aten::mm", "aten::addmm", "aten::addmm_"))
     assert sum(ran) == products
 

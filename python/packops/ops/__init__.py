@@ -9,6 +9,7 @@ from . import (
     attention,
     ce_loss,
     document_sums,
+    flops,
     gated_linear,
     gated_mlp,
     linear_ce_loss,
@@ -42,3 +43,4 @@ def register(namespace: str) -> None:
         raise _loader.second_time(namespace)
     for module in MODULES:
         module.register(namespace)
+    flops.register(namespace)

@@ -58,13 +58,6 @@ class GatedLinear(Composed):
     def fake_backward(self, grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, activation: str, needs: list[bool]) -> tuple:
         return empty_gradients(grad, (gate.shape, up.shape, weight.shape, weight.shape[:1]), needs)
 
-    def products(self, gate: Any, up: Any, weight: Any, *_: Any) -> list:
-        return [(gate, weight)]
-
-    def backward_products(self, grad: Any, gate: Any, up: Any, weight: Any, activation: str, needs: list[bool]) -> list:
-        need_gate, need_up, need_weight, _ = needs
-        return [(gate, weight)] * ((need_gate or need_up) + need_weight)
-
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         ctx.save_for_backward(*tensors[:3])
         return outputs

@@ -49,17 +49,6 @@ class GatedMLP(Composed):
         *tensors, _, _, _, needs = arguments
         return empty_gradients(grad, (*(x.shape for x in tensors), *(x.shape[:1] for x in tensors[1:])), needs)
 
-    def products(self, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *_: Any) -> list:
-        return [(x, gate_weight), (x, up_weight), (x, down_weight)]
-
-    def backward_products(
-        self, grad: Any, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, gate: Any, up: Any, _: Any, needs: list[bool]
-    ) -> list:
-        need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, _ = needs
-        between = need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias
-        first = 2 * need_x + need_gate_weight + need_up_weight
-        return [(x, gate_weight)] * first + [(x, down_weight)] * (between + need_down_weight)
-
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         result, gate, up = outputs
         ctx.save_for_backward(*tensors[:4], gate, up)

@@ -11,7 +11,6 @@ differentiable, compiles and exports.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, ClassVar, cast
@@ -22,7 +21,6 @@ from torch.autograd import forward_ad
 from torch.compiler import is_compiling
 from torch.utils._pytree import _register_namedtuple
 from torch.utils.checkpoint import SAC_IGNORED_OPS
-from torch.utils.flop_counter import register_flop_formula
 
 from .._errors import raise_typed
 from . import autocast
@@ -319,7 +317,6 @@ class Composed(Op):
         super().__init__(namespace)
         self.raw, self.raw_backward = unless_seen(forward, self.raw), unless_seen(backward, self.raw_backward)
         self.call = functools.partial(self.raw, **self.unkept)
-        self.count_flops()
 
     def define(self, namespace: str, forward: Callable[..., Any], backward: Callable[..., tuple]) -> None:
         kernels, count = library(namespace), len(self.differentiable)
@@ -343,29 +340,6 @@ class Composed(Op):
         for key in ("CPU", "CUDA"):
             for name, function in ((self.name, public), (f"_{self.name}", forward), (f"_{self.name}_backward", backward)):
                 kernels.impl(name, as_kernel(function), key)
-
-    def products(self, *arguments: Any) -> list[tuple[Any, Any]]:
-        """The matrix products of ``_<name>``, as pairs of rows and a weight; for torch.utils.flop_counter, so all are shapes."""
-        raise NotImplementedError
-
-    def backward_products(self, *arguments: Any) -> list[tuple[Any, Any]]:
-        """Those of ``_<name>_backward``."""
-        raise NotImplementedError
-
-    def count_flops(self) -> None:
-        def flops(products: Callable[..., list]) -> Callable[..., int]:
-            def count(*arguments: Any, out_shape: Any = None, **named: Any) -> int:
-                return sum(2 * math.prod(rows[:-1]) * math.prod(weight) for rows, weight in products(*arguments))
-
-            return count
-
-        ops = getattr(torch.ops, self.namespace)
-        for name, products in (
-            (self.name, self.products),
-            (f"_{self.name}", self.products),
-            (f"_{self.name}_backward", self.backward_products),
-        ):
-            register_flop_formula(getattr(ops, name))(flops(products))
 
     def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
         made = self.raw_backward(*grads, *saved, *options, list(needs))
