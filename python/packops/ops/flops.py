@@ -27,7 +27,7 @@ def register(namespace: str) -> None:
         return product(gate, weight)
 
     @counts("_gated_linear_backward")
-    def _(grad: Any, gate: Any, up: Any, weight: Any, activation: str, needs: list[bool], **_: Any) -> int:
+    def _(grad: Any, gate: Any, up: Any, weight: Any, activation: str, needs: list[bool], **__: Any) -> int:
         need_gate, need_up, need_weight, _ = needs
         return ((need_gate or need_up) + need_weight) * product(gate, weight)
 
@@ -36,7 +36,7 @@ def register(namespace: str) -> None:
         return 2 * product(x, gate_weight) + product(x, down_weight)
 
     @counts("_gated_mlp_backward")
-    def _(grad: Any, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *rest: Any, **_: Any) -> int:
+    def _(grad: Any, x: Any, gate_weight: Any, up_weight: Any, down_weight: Any, *rest: Any, **__: Any) -> int:
         need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, _ = rest[-1]
         between = need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias
         first, last = 2 * need_x + need_gate_weight + need_up_weight, between + need_down_weight
