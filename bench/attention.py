@@ -39,7 +39,7 @@ import packops
 import peers
 import reporting
 from corpora import LENGTHS, draw_lengths
-from measuring import OURS, Candidate, Case
+from measuring import DTYPES, OURS, Candidate, Case
 from packops import reference
 from packops.ops.attention_documents import Documents
 from packops.ops.attention_paths import Rule, attend_flex, attend_sdpa, attend_varlen
@@ -69,7 +69,6 @@ SHAPES: list[tuple[tuple[int, int, int], float | None]] = [
 ]
 CPU_SHAPES: list[tuple[tuple[int, int, int], float | None]] = [((4, 2, 64), None)]
 TOKENS = {"cuda": 16384, "cpu": 512}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Scores get this standard deviation: weights lie on few keys, as in a trained model, and a softcap of 50 shows in the result.
 SCORE_SIZE = 4
 CHECK_TOKENS = 2048  # of documents checked together; the reference has scores of all of them and all of them

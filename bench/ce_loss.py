@@ -28,7 +28,7 @@ import measuring
 import packops
 import peers
 import reporting
-from measuring import Candidate, Case, Target
+from measuring import DTYPES, Candidate, Case, Target
 from packops import reference
 
 NAME = "cross-entropy"
@@ -52,7 +52,6 @@ FORWARD_LIMIT = {32000: 1 / 0.85, 128256: 1 / 0.95, 151936: 1 / 0.95, 262144: 1 
 GRADIENT_LIMIT = {32000: 1.10, 50257: 1.25, 128256: 1.10, 151936: 1.10, 262144: 1.10}
 CPU_LIMIT = 1 / 1.5  # of eager
 IGNORED = -100
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 CHECK_ROWS = 128
 LossOf = Callable[..., Tensor]  # (logits, labels) -> scalar
 

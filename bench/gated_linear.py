@@ -25,7 +25,7 @@ import command
 import measuring
 import packops
 import peers
-from measuring import OURS, Candidate, Case
+from measuring import DTYPES, OURS, Candidate, Case
 from packops import reference
 
 NAME = "gated-linear"
@@ -35,7 +35,6 @@ PEERS = {"eager": peers.TORCH, "torch.compile": peers.TORCH, "Liger": peers.LIGE
 # tokens, columns, features, activation: the MLPs of Llama-3.2-1B, Qwen3-0.6B, an 8B model, Gemma-2-2B
 SHAPES = [(16384, 8192, 2048, "silu"), (16384, 3072, 1024, "silu"), (8192, 14336, 4096, "silu"), (4096, 9216, 2304, "gelu_tanh")]
 CPU_SHAPES = [(512, 1024, 256, "silu")]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Error that is still called right, of the largest of its kind. Eager code rounds the activation and the product.
 WORST = {"bf16": 2**-6, "fp16": 2**-9, "fp32": 2**-16}
 RESULTS = ("result", "gradient of gate", "gradient of up", "gradient of weight")
@@ -94,13 +93,7 @@ class Problem:
 
     def wrong(self, found: tuple[Tensor, ...]) -> str:
         """What is wrong with a result or gradients beyond rounding, or ""."""
-        for name, x, right in zip(RESULTS, found, self.reference, strict=False):
-            if x.shape != right.shape:
-                return f"{name} of shape {tuple(x.shape)} instead of {tuple(right.shape)}"
-            error = ((x.double() - right).abs().max() / right.abs().max()).item()
-            if not error <= WORST[self.dtype]:  # NaN is wrong
-                return f"{name} off by up to {100 * error:.3g} % of the largest"
-        return ""
+        return measuring.beyond_rounding(RESULTS, found, self.reference, WORST[self.dtype])
 
 
 def candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) -> dict[str, Callable[[], Candidate]]:

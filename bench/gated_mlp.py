@@ -25,7 +25,7 @@ import command
 import measuring
 import packops
 import peers
-from measuring import OURS, Candidate, Case
+from measuring import DTYPES, OURS, Candidate, Case
 from packops import reference
 
 NAME = "gated-mlp"
@@ -36,7 +36,6 @@ PRODUCTS = "products"
 # tokens, features, columns, activation: Llama-3.2-1B, Qwen3-0.6B, an 8B model, Gemma-2-2B
 SHAPES = [(16384, 2048, 8192, "silu"), (16384, 1024, 3072, "silu"), (8192, 4096, 14336, "silu"), (16384, 2304, 9216, "gelu_tanh")]
 CPU_SHAPES = [(512, 256, 1024, "silu")]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Error that is still called right, of the largest of its kind. Eager code rounds the activation and the product.
 WORST = {"bf16": 2**-6, "fp16": 2**-9, "fp32": 2**-16}
 RESULTS = ("result", "gradient of x", "gradient of the gate's weight", "gradient of up's weight", "gradient of the last weight")
@@ -88,13 +87,7 @@ class Problem:
         """What is wrong with a result or gradients beyond rounding, or ""."""
         if len(found) == 4:  # of gate and up in one
             found = (*found[:2], *found[2].chunk(2), found[3])
-        for name, x, right in zip(RESULTS, found, self.reference, strict=False):
-            if x.shape != right.shape:
-                return f"{name} of shape {tuple(x.shape)} instead of {tuple(right.shape)}"
-            error = ((x.double() - right).abs().max() / right.abs().max()).item()
-            if not error <= WORST[self.dtype]:  # NaN is wrong
-                return f"{name} off by up to {100 * error:.3g} % of the largest"
-        return ""
+        return measuring.beyond_rounding(RESULTS, found, self.reference, WORST[self.dtype])
 
 
 def candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) -> dict[str, Callable[[], Candidate]]:

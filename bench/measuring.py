@@ -41,6 +41,7 @@ from peers import Peer
 
 COPY = "copy"
 OURS = "packops"
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Bytes after which nothing of a buffer can be left in a cache: several times the second level of an H200, the third of a CPU.
 BEYOND_CACHE = {"cuda": 192 << 20, "cpu": 128 << 20}
 LARGEST_COPY = 4 << 30  # bytes moved; beyond that bandwidth no longer changes, so the time is scaled
@@ -122,6 +123,17 @@ def candidate_of(
         return result.detach(), *torch.autograd.grad(result, leaves, upstream[i % len(inputs)])
 
     return Candidate(forward_and_backward if gradient else forward, check)
+
+
+def beyond_rounding(names: Sequence[str], found: Sequence[torch.Tensor], exact: Sequence[torch.Tensor], worst: float) -> str:
+    """What of a result is off by more than ``worst`` of its largest number, or ""."""
+    for name, x, right in zip(names, found, exact, strict=False):
+        if x.shape != right.shape:
+            return f"{name} of shape {tuple(x.shape)} instead of {tuple(right.shape)}"
+        error = ((x.double() - right).abs().max() / right.abs().max()).item()
+        if not error <= worst:  # NaN is wrong
+            return f"{name} off by up to {100 * error:.3g} % of the largest"
+    return ""
 
 
 def buffers_for(bytes_per_call: int, device: str) -> int:

@@ -26,7 +26,7 @@ import measuring
 import packops
 import peers
 import reporting
-from measuring import OURS, Candidate, Case
+from measuring import DTYPES, OURS, Candidate, Case
 from packops import reference
 
 NAME = "rms-norm"
@@ -45,7 +45,6 @@ EPS = 1e-6
 SHAPES = [(16384, 2048, False), (16384, 1024, False), (16384, 4096, False), (4096, 2304, True), (16384, 2304, True)]
 SHAPES += [(8192, 5120, False)]
 CPU_SHAPES = [(2048, 1024, False)]
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Error that is still called right, of the largest in its row (of the weight's gradient: of all). Eager code rounds twice.
 WORST = {"bf16": 2**-6, "fp16": 2**-9, "fp32": 2**-18}
 RESULTS = ("result", "gradient of x", "gradient of weight")

@@ -27,7 +27,7 @@ import measuring
 import packops
 import peers
 import reporting
-from measuring import COPY, OURS, Candidate, Case, Target
+from measuring import COPY, DTYPES, OURS, Candidate, Case, Target
 from packops import reference
 
 NAME = "rope"
@@ -52,7 +52,6 @@ SHAPES: dict[tuple[int, int, int, int], list[Target]] = {
 CPU_SHAPES = [(4096, 32, 8, 128), (4096, 16, 16, 64)]
 DOCUMENT = 2048  # tokens
 TABLE = 4096  # positions
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 Pair = tuple[Tensor, ...]
 
 
