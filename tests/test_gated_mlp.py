@@ -150,7 +150,7 @@ def test_what_nobody_wants_costs_no_product(wanted, products):
 
 
 def test_what_autograd_keeps(device):
-    """x, gate, up and the weights; eager code keeps act(gate) and the product, too."""
+    """x, gate, up, the weights and their biases; eager code keeps act(gate) and the product, too."""
     storages = {}
 
     def pack(x):
@@ -162,7 +162,7 @@ def test_what_autograd_keeps(device):
         storages.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             out = call(*inputs)
-        assert sum(storages.values()) == 2 * (64 * 12 + 2 * 64 * 24 + 2 * 24 * 12 + 10 * 24)
+        assert sum(storages.values()) == 2 * (64 * 12 + 2 * 64 * 24 + 2 * 24 * 12 + 10 * 24 + 2 * 24)
         del out
 
 

@@ -62,8 +62,12 @@ class GatedMLP(Composed):
 
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         result, gate, up = outputs
-        ctx.save_for_backward(*tensors[:4], gate, up)
+        ctx.save_for_backward(*tensors[:4], gate, up, *tensors[4:6])
         return result
+
+    def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        """Reads no bias. They are kept because gate and up depend on them: a second derivative shall not pass them by."""
+        return super().gradients(grads, saved[:6], options, needs)
 
 
 def register(namespace: str) -> None:
