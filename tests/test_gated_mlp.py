@@ -166,6 +166,16 @@ def test_what_autograd_keeps(device):
         del out
 
 
+@pytest.mark.parametrize("call", [packops.gated_mlp, OPS.gated_mlp], ids=["function", "op"])
+def test_the_result_may_be_changed_in_place(device, call):
+    inputs, grad = problem(device=device), torch.randn(3, 5, 10, device=device)
+    want = results(call, copies(inputs), grad)
+    out = call(*inputs)
+    out += 1.0
+    out.backward(grad)
+    assert all(torch.equal(a, b) for a, b in zip((out - 1, *(x.grad for x in inputs)), (want[0] + 1 - 1, *want[1:]), strict=True))
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(device, use_reentrant):
     inputs, grad = problem(device=device), torch.randn(3, 5, 10, device=device)

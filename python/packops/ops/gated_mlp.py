@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from . import autocast
 from .arguments import check_plain
-from .gated_linear import Activation, empty_gradients, matrix
+from .gated_linear import Activation, empty_gradients, matrix, project
 from .op import Composed
 
 __all__ = ["gated_mlp"]
@@ -96,7 +96,7 @@ def register(namespace: str) -> None:
         if product is None:
             gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
             product = activate(gate, up, activation)
-        result = linear(product, down_weight, down_bias)
+        result = project(product, down_weight, down_bias)
         return (result, gate, up) if keep else (result, None, None)
 
     def backward(
