@@ -352,6 +352,16 @@ def test_autocast(device):
             assert packops.gated_linear(*doubles).dtype == torch.float64
 
 
+@pytest.mark.parametrize("call", [packops.gated_linear, OPS.gated_linear], ids=["function", "op"])
+def test_the_result_may_be_changed_in_place(device, call):
+    inputs = problem(device=device)
+    want = torch.autograd.grad(call(*inputs).sum(), inputs)
+    out = call(*inputs)
+    out += 1.0
+    for a, b in zip(torch.autograd.grad(out.sum(), inputs), want, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_the_second_derivative_is_an_error(device):
     for call in (
         packops.gated_activation,

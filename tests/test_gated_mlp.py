@@ -141,7 +141,7 @@ def test_what_nobody_wants_costs_no_product(wanted, products):
 
 
 def test_what_autograd_keeps(device):
-    """x, gate, up and the weights; eager code keeps act(gate) and the product, too."""
+    """x, gate, up, the weights and their biases; eager code keeps act(gate) and the product, too."""
     storages = {}
 
     def pack(x):
@@ -153,8 +153,18 @@ def test_what_autograd_keeps(device):
         storages.clear()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             out = call(*inputs)
-        assert sum(storages.values()) == 2 * (64 * 12 + 2 * 64 * 24 + 2 * 24 * 12 + 10 * 24)
+        assert sum(storages.values()) == 2 * (64 * 12 + 2 * 64 * 24 + 2 * 24 * 12 + 10 * 24 + 2 * 24)
         del out
+
+
+@pytest.mark.parametrize("call", [packops.gated_mlp, OPS.gated_mlp], ids=["function", "op"])
+def test_the_result_may_be_changed_in_place(device, call):
+    inputs, grad = problem(device=device), torch.randn(3, 5, 10, device=device)
+    want = results(call, copies(inputs), grad)
+    out = call(*inputs)
+    out += 1.0
+    out.backward(grad)
+    assert all(torch.equal(a, b) for a, b in zip((out - 1, *(x.grad for x in inputs)), (want[0] + 1 - 1, *want[1:]), strict=True))
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

@@ -269,7 +269,8 @@ def test_a_longest_length_that_is_too_small(compiled):
             attend(3)
 
 
-def test_a_mask_that_is_used_again_with_other_positions():
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_mask_that_is_used_again_with_other_positions(inference):
     """The documents found with the first ones are not those of the second, nor of these after a change in place."""
     q, padding = torch.randn(1, 2, 7, 16), torch.tensor([[False] + [True] * 6])
     again = attention.Pattern(padding=padding)
@@ -277,11 +278,12 @@ def test_a_mask_that_is_used_again_with_other_positions():
     def attend(pattern, ids):
         return attention.packed_attention(torch.nn.Module(), q, q, q, pattern, position_ids=ids)[0]
 
-    for ids in (torch.tensor([[0, 0, 1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 2, 0, 1, 2]])):
-        for _ in range(2):
-            expected = attend(attention.Pattern(padding=padding.clone()), ids.clone())
-            assert torch.equal(attend(again, ids), expected)
-            ids[0, 5] = 0
+    with torch.inference_mode(inference):
+        for ids in (torch.tensor([[0, 0, 1, 2, 3, 4, 5]]), torch.tensor([[0, 0, 1, 2, 0, 1, 2]])):
+            for _ in range(2):
+                expected = attend(attention.Pattern(padding=padding.clone()), ids.clone())
+                assert torch.equal(attend(again, ids), expected)
+                ids[0, 5] = 0
 
 
 def test_tensors_without_values_are_not_looked_at():

@@ -195,6 +195,28 @@ def test_first_projections_that_are_more_than_their_weight(family, name):
     assert 0 < difference(ours, stock) < 1e-5
 
 
+class Doubled(torch.Tensor):
+    """A bias that is more than its numbers."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is nn.functional.linear:
+            return nn.functional.linear(*args[:2], 2 * args[2].as_subclass(torch.Tensor))
+        return super().__torch_function__(function, types, args, kwargs)
+
+
+@pytest.mark.parametrize("name", ["gate_proj", "up_proj", "down_proj"])
+def test_a_bias_that_is_more_than_its_numbers(name):
+    mlp = MLP()
+    ours, x = copy.deepcopy(mlp), torch.randn(7, 32)
+    ours.forward = hf_mlp._forward(hf_mlp.recognise(mlp)).__get__(ours)
+    for module in (mlp, ours):
+        linear = module.get_submodule(name)
+        linear.bias = nn.Parameter(linear.bias.detach().as_subclass(Doubled))
+    results = [(y, torch.autograd.grad(y.sum(), m.get_submodule(name).bias)) for m in (ours, mlp) for y in [m(x)]]
+    torch.testing.assert_close(*results)
+
+
 def test_a_mlp_that_somebody_else_replaced_is_left_alone():
     model, texts = make("llama"), documents()
     mlp = model.model.layers[0].mlp

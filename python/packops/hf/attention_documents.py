@@ -57,8 +57,9 @@ def find_documents(
     positions = position_ids.expand(batch, length)
     if padding is None:
         return look_up(position_ids, lambda: _from_positions(positions, None), batch)
-    version = None if position_ids.is_inference() else position_ids._version
-    return look_up(padding, lambda: _from_positions(positions, padding), WeakIdRef(position_ids), version)
+    if position_ids.is_inference():  # which count no versions
+        return _from_positions(positions, padding)
+    return look_up(padding, lambda: _from_positions(positions, padding), WeakIdRef(position_ids), position_ids._version)
 
 
 def may_read(bounds: Tensor) -> bool:

@@ -18,6 +18,7 @@ from torch import nn
 
 ATTRIBUTE = "_packops_hf"
 _ABSENT = "packops: no such attribute"  # a string, so that copies of it are recognised
+_PLAIN = (nn.Parameter, torch.Tensor, type(None))
 _ANSWERED_FOR: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose class a record will put back
 
 
@@ -74,7 +75,7 @@ def is_bare(module: nn.Module) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether weight and bias alone say what the module does: no LoRA, no hooks. (A replica's weight is a tensor.)"""
-    return type(module) is nn.Linear and type(module.weight) in (nn.Parameter, torch.Tensor) and is_bare(module)
+    return type(module) is nn.Linear and type(module.weight) in _PLAIN and type(module.bias) in _PLAIN and is_bare(module)
 
 
 def pretrained(model: nn.Module) -> nn.Module:

@@ -70,7 +70,7 @@ def register(namespace: str) -> None:
 
     def forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
         check_projection(gate, weight, bias)
-        return linear(activation_op.raw(gate, up, activation), weight, bias)
+        return project(activation_op.raw(gate, up, activation), weight, bias)
 
     def backward(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, activation: str, needs: list[bool]) -> tuple:
         need_gate, need_up, need_weight, need_bias = needs
@@ -96,6 +96,11 @@ def register(namespace: str) -> None:
 
 
 _OPS: dict[str, tuple[GatedActivation, GatedLinear]] = {}  # by namespace
+
+
+def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """:func:`linear`, which with a bias may be a view; a view that a Function returns cannot be changed in place."""
+    return linear(x, weight, bias).detach()
 
 
 def matrix(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from . import autocast
 from .arguments import check_plain
-from .gated_linear import Activation, empty_gradients, matrix
+from .gated_linear import Activation, empty_gradients, matrix, project
 from .op import Composed
 
 __all__ = ["gated_mlp"]
@@ -51,8 +51,12 @@ class GatedMLP(Composed):
 
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         result, gate, up = outputs
-        ctx.save_for_backward(*tensors[:4], gate, up)
+        ctx.save_for_backward(*tensors[:4], gate, up, *tensors[4:6])
         return result
+
+    def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        """Reads no bias. They are kept because gate and up depend on them: a second derivative shall not pass them by."""
+        return super().gradients(grads, saved[:6], options, needs)
 
 
 def register(namespace: str) -> None:
@@ -81,7 +85,7 @@ def register(namespace: str) -> None:
         if product is None:
             gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
             product = activate(gate, up, activation)
-        result = linear(product, down_weight, down_bias)
+        result = project(product, down_weight, down_bias)
         return (result, gate, up) if keep else (result, None, None)
 
     def backward(
