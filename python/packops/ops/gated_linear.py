@@ -51,6 +51,32 @@ class GatedLinear(Composed):
     signature = "Tensor gate, Tensor up, Tensor weight, Tensor? bias=None", 'str activation="silu"'
     saved = "Tensor gate, Tensor up, Tensor weight"
 
+    def __init__(self, namespace: str, activation: GatedActivation):
+        self.activation = activation
+        super().__init__(namespace)
+
+    def forward(self, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:  # type: ignore[override]
+        check_projection(gate, weight, bias)
+        return project(self.activation.raw(gate, up, activation), weight, bias)
+
+    def backward(self, grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, activation: str, needs: list[bool]) -> tuple:  # type: ignore[override]
+        need_gate, need_up, need_weight, need_bias = needs
+        product: Any = None
+        grad_gate: Any = None
+        grad_up: Any = None
+        if need_gate or need_up:
+            product, grad_gate, grad_up = self.activation.raw_backward(
+                grad @ weight, gate, up, activation, need_weight, need_gate, need_up
+            )
+        elif need_weight:
+            product = self.activation.raw(gate, up, activation)
+        return (
+            grad_gate if need_gate else None,
+            grad_up if need_up else None,
+            matrix(grad).t() @ matrix(product) if need_weight else None,
+            matrix(grad).sum(0) if need_bias else None,
+        )
+
     def fake(self, gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **options: Any) -> Tensor:
         check_projection(gate, weight, bias)
         return gate.new_empty((*gate.shape[:-1], weight.shape[0]))
@@ -63,39 +89,14 @@ class GatedLinear(Composed):
         return outputs
 
 
-def register(namespace: str) -> None:
-    """Register ``gated_activation``, and define ``gated_linear`` with the ops that its autograd formula is made of."""
-    activation_op = GatedActivation(namespace)
-    activation_op.register()
-
-    def forward(gate: Tensor, up: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
-        check_projection(gate, weight, bias)
-        return project(activation_op.raw(gate, up, activation), weight, bias)
-
-    def backward(grad: Tensor, gate: Tensor, up: Tensor, weight: Tensor, activation: str, needs: list[bool]) -> tuple:
-        need_gate, need_up, need_weight, need_bias = needs
-        product: Any = None
-        grad_gate: Any = None
-        grad_up: Any = None
-        if need_gate or need_up:
-            product, grad_gate, grad_up = activation_op.raw_backward(
-                grad @ weight, gate, up, activation, need_weight, need_gate, need_up
-            )
-        elif need_weight:
-            product = activation_op.raw(gate, up, activation)
-        return (
-            grad_gate if need_gate else None,
-            grad_up if need_up else None,
-            matrix(grad).t() @ matrix(product) if need_weight else None,
-            matrix(grad).sum(0) if need_bias else None,
-        )
-
-    linear_op = GatedLinear(namespace, forward, backward)
-    linear_op.register()
-    _OPS[namespace] = activation_op, linear_op
-
-
 _OPS: dict[str, tuple[GatedActivation, GatedLinear]] = {}  # by namespace
+
+
+def register(namespace: str) -> None:
+    activation = GatedActivation(namespace)
+    _OPS[namespace] = activation, GatedLinear(namespace, activation)
+    for op in _OPS[namespace]:
+        op.register()
 
 
 def project(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

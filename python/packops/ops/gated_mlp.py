@@ -20,24 +20,86 @@ from .op import Composed
 
 __all__ = ["gated_mlp"]
 
-OP = "gated_mlp"
 WEIGHTS = "Tensor x, Tensor gate_weight, Tensor up_weight, Tensor down_weight"
 # Below, a product has too few tiles for all multiprocessors, and torch's, which may also cut its sums, is as fast or faster.
 LEAST_TOKENS = 1024
 
-_OPS: dict[str, GatedMLP] = {}  # by namespace
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 class GatedMLP(Composed):
-    name = OP
+    name = "gated_mlp"
     differentiable = ("x", "gate_weight", "up_weight", "down_weight", "gate_bias", "up_bias", "down_bias")
     cast = staticmethod(autocast.lower_precision)
-
     signature = f"{WEIGHTS}, Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? down_bias=None", 'str activation="silu"'
     returns = "(Tensor, Tensor gate, Tensor up)"
     saved = f"{WEIGHTS}, Tensor gate, Tensor up"
     unkept: ClassVar[dict[str, Any]] = {"keep": False}
+
+    def __init__(self, namespace: str):
+        ops = getattr(torch.ops, namespace)
+        self.activate, self.activate_backward = ops._gated_activation.default, ops._gated_activation_backward.default
+        self.products, self.products_backward = ops._gated_mlp_products.default, ops._gated_mlp_products_backward.default
+        super().__init__(namespace)
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        gate_bias: Tensor | None,
+        up_bias: Tensor | None,
+        down_bias: Tensor | None,
+        activation: str,
+        keep: bool = True,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        check(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
+        gate: Any = None
+        up: Any = None
+        product: Any = None
+        if gate_bias is None and up_bias is None and is_large(x):
+            gate, up, product = self.products(x, gate_weight, up_weight, activation, keep)
+        if product is None:
+            gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
+            product = self.activate(gate, up, activation)
+        result = project(product, down_weight, down_bias)
+        return (result, gate, up) if keep else (result, None, None)
+
+    def backward(  # type: ignore[override]
+        self,
+        grad: Tensor,
+        x: Tensor,
+        gate_weight: Tensor,
+        up_weight: Tensor,
+        down_weight: Tensor,
+        gate: Tensor,
+        up: Tensor,
+        activation: str,
+        needs: list[bool],
+    ) -> tuple[Tensor | None, ...]:
+        need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, need_down_bias = needs
+        product: Any = None
+        grad_gate: Any = None
+        grad_up: Any = None
+        if need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias:
+            if is_large(grad):
+                product, grad_gate, grad_up = self.products_backward(grad, down_weight, gate, up, activation, need_down_weight)
+            if grad_gate is None:
+                product, grad_gate, grad_up = self.activate_backward(grad @ down_weight, gate, up, activation, need_down_weight)
+            grad_gate, grad_up = matrix(grad_gate), matrix(grad_up)
+        elif need_down_weight:
+            product = self.activate(gate, up, activation)
+        rows, grads = matrix(x), matrix(grad)
+        return (
+            (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else None,
+            grad_gate.t() @ rows if need_gate_weight else None,
+            grad_up.t() @ rows if need_up_weight else None,
+            grads.t() @ matrix(product) if need_down_weight else None,
+            grad_gate.sum(0) if need_gate_bias else None,
+            grad_up.sum(0) if need_up_bias else None,
+            grads.sum(0) if need_down_bias else None,
+        )
 
     def fake(self, *arguments: Any, keep: bool = True, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
         x, gate_weight, _, down_weight, *_ = arguments
@@ -59,70 +121,11 @@ class GatedMLP(Composed):
         return super().gradients(grads, saved[:6], options, needs)
 
 
+_OPS: dict[str, GatedMLP] = {}  # by namespace
+
+
 def register(namespace: str) -> None:
-    """Define ``gated_mlp`` and the two ops that its autograd formula is made of."""
-    ops = getattr(torch.ops, namespace)
-    activate, activate_backward = ops._gated_activation.default, ops._gated_activation_backward.default
-    products, products_backward = ops._gated_mlp_products.default, ops._gated_mlp_products_backward.default
-
-    def forward(
-        x: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
-        down_weight: Tensor,
-        gate_bias: Tensor | None,
-        up_bias: Tensor | None,
-        down_bias: Tensor | None,
-        activation: str,
-        keep: bool = True,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        check(x, gate_weight, up_weight, down_weight, gate_bias, up_bias, down_bias)
-        gate: Any = None
-        up: Any = None
-        product: Any = None
-        if gate_bias is None and up_bias is None and is_large(x):
-            gate, up, product = products(x, gate_weight, up_weight, activation, keep)
-        if product is None:
-            gate, up = linear(x, gate_weight, gate_bias), linear(x, up_weight, up_bias)
-            product = activate(gate, up, activation)
-        result = project(product, down_weight, down_bias)
-        return (result, gate, up) if keep else (result, None, None)
-
-    def backward(
-        grad: Tensor,
-        x: Tensor,
-        gate_weight: Tensor,
-        up_weight: Tensor,
-        down_weight: Tensor,
-        gate: Tensor,
-        up: Tensor,
-        activation: str,
-        needs: list[bool],
-    ) -> tuple[Tensor | None, ...]:
-        need_x, need_gate_weight, need_up_weight, need_down_weight, need_gate_bias, need_up_bias, need_down_bias = needs
-        product: Any = None
-        grad_gate: Any = None
-        grad_up: Any = None
-        if need_x or need_gate_weight or need_up_weight or need_gate_bias or need_up_bias:
-            if is_large(grad):
-                product, grad_gate, grad_up = products_backward(grad, down_weight, gate, up, activation, need_down_weight)
-            if grad_gate is None:
-                product, grad_gate, grad_up = activate_backward(grad @ down_weight, gate, up, activation, need_down_weight)
-            grad_gate, grad_up = matrix(grad_gate), matrix(grad_up)
-        elif need_down_weight:
-            product = activate(gate, up, activation)
-        rows, grads = matrix(x), matrix(grad)
-        return (
-            (grad_gate @ gate_weight).addmm_(grad_up, up_weight).view(x.shape) if need_x else None,
-            grad_gate.t() @ rows if need_gate_weight else None,
-            grad_up.t() @ rows if need_up_weight else None,
-            grads.t() @ matrix(product) if need_down_weight else None,
-            grad_gate.sum(0) if need_gate_bias else None,
-            grad_up.sum(0) if need_up_bias else None,
-            grads.sum(0) if need_down_bias else None,
-        )
-
-    _OPS[namespace] = GatedMLP(namespace, forward, backward)
+    _OPS[namespace] = GatedMLP(namespace)
     _OPS[namespace].register()
 
 

@@ -295,10 +295,9 @@ class Op:
 
 
 class Composed(Op):
-    """An op whose kernels are Python, made of other ops: ``forward`` of ``_<name>``, ``backward`` of ``_<name>_backward``.
+    """An op whose kernels are Python, made of other ops: :meth:`forward` and :meth:`backward`.
 
-    Behind all else ``backward`` takes ``bool[] needs``, which gradients are wanted; the others are None. An op cannot return
-    None, so there an empty tensor stands for it.
+    An op cannot return None, so there an empty tensor stands for it.
 
     Attributes:
         signature: tensors, then options, as schemas have them.
@@ -312,13 +311,20 @@ class Composed(Op):
     saved: str
     unkept: ClassVar[dict[str, Any]] = {}
 
-    def __init__(self, namespace: str, forward: Callable[..., Any], backward: Callable[..., tuple]):
-        self.define(namespace, forward, backward)
+    def __init__(self, namespace: str):
+        self.define(namespace)
         super().__init__(namespace)
-        self.raw, self.raw_backward = unless_seen(forward, self.raw), unless_seen(backward, self.raw_backward)
+        self.raw, self.raw_backward = unless_seen(self.forward, self.raw), unless_seen(self.backward, self.raw_backward)
         self.call = functools.partial(self.raw, **self.unkept)
 
-    def define(self, namespace: str, forward: Callable[..., Any], backward: Callable[..., tuple]) -> None:
+    def forward(self, *arguments: Any) -> Any:
+        raise NotImplementedError
+
+    def backward(self, *arguments: Any) -> tuple[Tensor | None, ...]:
+        """The last argument is which gradients are wanted; the others are None."""
+        raise NotImplementedError
+
+    def define(self, namespace: str) -> None:
         kernels, count = library(namespace), len(self.differentiable)
         tensors, options = self.signature
 
@@ -327,7 +333,9 @@ class Composed(Op):
 
         def public(*given: Any, **named: Any) -> Any:
             missing = (None,) * (len(self.tensors) - len(given))
-            result = forward(*given, *missing, **{**self.defaults, **named}, **self.unkept)  # a schema's defaults do not arrive
+            result = self.forward(
+                *given, *missing, **{**self.defaults, **named}, **self.unkept
+            )  # a schema's defaults do not arrive
             return result[0] if isinstance(result, tuple) else result
 
         more = "".join(f", bool {name}={not value}" for name, value in self.unkept.items())
@@ -337,8 +345,9 @@ class Composed(Op):
             f"_{self.name}_backward(Tensor grad, {self.saved}, {required(options)}, bool[{count}] needs) -> "
             f"({', '.join(['Tensor'] * count)})"
         )
+        made = ((self.name, public), (f"_{self.name}", self.forward), (f"_{self.name}_backward", self.backward))
         for key in ("CPU", "CUDA"):
-            for name, function in ((self.name, public), (f"_{self.name}", forward), (f"_{self.name}_backward", backward)):
+            for name, function in made:
                 kernels.impl(name, as_kernel(function), key)
 
     def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
