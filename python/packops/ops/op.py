@@ -332,10 +332,8 @@ class Composed(Op):
             return ", ".join(argument.partition("=")[0] for argument in arguments.split(", "))
 
         def public(*given: Any, **named: Any) -> Any:
-            missing = (None,) * (len(self.tensors) - len(given))
-            result = self.forward(
-                *given, *missing, **{**self.defaults, **named}, **self.unkept
-            )  # a schema's defaults do not arrive
+            missing = (None,) * (len(self.tensors) - len(given))  # a schema's defaults do not arrive
+            result = self.forward(*given, *missing, **{**self.defaults, **named, **self.unkept})
             return result[0] if isinstance(result, tuple) else result
 
         more = "".join(f", bool {name}={not value}" for name, value in self.unkept.items())
