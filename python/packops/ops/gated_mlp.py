@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from . import autocast
 from .arguments import check_plain
 from .gated_linear import Activation, empty_gradients, matrix, project
-from .op import Composed
+from .op import Composed, register_fake
 
 __all__ = ["gated_mlp"]
 
@@ -75,6 +75,8 @@ def register(namespace: str) -> None:
     ops = getattr(torch.ops, namespace)
     activate, activate_backward = ops._gated_activation.default, ops._gated_activation_backward.default
     products, products_backward = ops._gated_mlp_products.default, ops._gated_mlp_products_backward.default
+    for name in ("_gated_mlp_products", "_gated_mlp_products_backward"):  # which fake tensors reach outside their mode
+        register_fake(namespace, name, lambda *_: (None, None, None))
 
     def forward(
         x: Tensor,
