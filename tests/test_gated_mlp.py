@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
 import packops
@@ -226,6 +227,16 @@ def test_compile(device, frozen):
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b)
     torch._dynamo.reset()
+
+
+def test_fake_tensors_outside_their_mode():
+    """Of a GPU, and as many as its products take; there need not be one."""
+    with FakeTensorMode():
+        x, wide, down = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((2000, 64), (96, 64), (32, 96)))
+        inside = packops.gated_mlp(x, wide, wide, down)
+    for call in (packops.gated_mlp, OPS.gated_mlp):
+        found = call(x, wide, wide, down)
+        assert (found.shape, found.dtype, found.device) == (inside.shape, inside.dtype, inside.device)
 
 
 @pytest.mark.parametrize(("rows", "columns"), [((0,), 24), ((3, 0), 24), ((4,), 0)])

@@ -16,7 +16,7 @@ from torch.nn.functional import linear
 from . import autocast
 from .arguments import check_plain
 from .gated_linear import Activation, empty_gradients, matrix, project
-from .op import Composed
+from .op import Composed, register_fake
 
 __all__ = ["gated_mlp"]
 
@@ -125,6 +125,8 @@ _OPS: dict[str, GatedMLP] = {}  # by namespace
 
 
 def register(namespace: str) -> None:
+    for name in ("_gated_mlp_products", "_gated_mlp_products_backward"):  # which fake tensors reach outside their mode
+        register_fake(namespace, name, lambda *_: (None, None, None))
     _OPS[namespace] = GatedMLP(namespace)
     _OPS[namespace].register()
 
