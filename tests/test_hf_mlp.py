@@ -249,3 +249,17 @@ def test_a_patched_mlp_keeps_two_matrices(family):
     model = make(family)
     assert kept(model.model.layers[0].mlp) == 4
     assert kept(packops.hf.apply(model).model.layers[0].mlp) == 2
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_frozen_projections_keep_no_input(family):
+    """As where adapters train the attention alone."""
+    mlp = packops.hf.apply(make(family)).model.layers[0].mlp.requires_grad_(False)
+    x = torch.randn(100, 32, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+        out = mlp(x * 1)
+    assert sorted(y.numel() for y in kept if y.shape[0] == 100) == [100 * 48] * 2  # gate and up
+    want = make(family).model.layers[0].mlp(x)
+    grads = [torch.autograd.grad(y.sum(), x)[0] for y in (out, want)]
+    torch.testing.assert_close(*grads)

@@ -73,7 +73,10 @@ def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
             return kind.forward(self, x)
         op = op_of(self)
         if op is gated_mlp:
-            return gated_mlp(x, *weights_of(self), activation=activation)
+            gate, up, *others = weights_of(self)
+            if gate.requires_grad or up.requires_grad or not torch.is_grad_enabled():
+                return gated_mlp(x, gate, up, *others, activation=activation)
+            op = gated_linear  # frozen projections need no x in the backward pass, which gated_mlp would keep
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1) if fused else (self.gate_proj(x), self.up_proj(x))
         if op is gated_linear:
             return gated_linear(gate, up, self.down_proj.weight, self.down_proj.bias, activation=activation)
