@@ -162,11 +162,16 @@ def check_projection(gate: Tensor, weight: Tensor, bias: Tensor | None) -> None:
             f"{tuple(weight.shape)}"
         )
     for name, x, shape in (("weight", weight, weight.shape), ("bias", bias, weight.shape[:1])):
-        if x is None:
-            continue
-        if x.shape != shape:
-            raise ValueError(f"packops.gated_linear: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
-        if x.dtype != gate.dtype:
-            raise TypeError(f"packops.gated_linear: {name} must have the dtype of gate, {gate.dtype}, got {x.dtype}")
-        if x.device != gate.device:
-            raise ValueError(f"packops.gated_linear: {name} must be on the device of gate, {gate.device}, got {x.device}")
+        check_operand("gated_linear", name, x, shape, "gate", gate)
+
+
+def check_operand(op: str, name: str, x: Tensor | None, shape: tuple[int, ...], first_name: str, first: Tensor) -> None:
+    """An error if ``x`` is there, and not of this shape, or of another dtype or device than the op's first argument."""
+    if x is None:
+        return
+    if x.shape != shape:
+        raise ValueError(f"packops.{op}: {name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
+    if x.dtype != first.dtype:
+        raise TypeError(f"packops.{op}: {name} must have the dtype of {first_name}, {first.dtype}, got {x.dtype}")
+    if x.device != first.device:
+        raise ValueError(f"packops.{op}: {name} must be on the device of {first_name}, {first.device}, got {x.device}")

@@ -15,7 +15,7 @@ from torch.nn.functional import linear
 
 from . import autocast
 from .arguments import check_plain
-from .gated_linear import Activation, empty_gradients, matrix, project
+from .gated_linear import Activation, check_operand, empty_gradients, matrix, project
 from .op import Composed, register_fake
 
 __all__ = ["gated_mlp"]
@@ -213,11 +213,4 @@ def check(
     wide, narrow = gate_weight.shape, down_weight.shape
     shapes = (x.shape, wide, wide, narrow, wide[:1], wide[:1], narrow[:1])
     for (name, tensor), shape in zip(given.items(), shapes, strict=True):
-        if tensor is None:
-            continue
-        if tensor.shape != shape:
-            raise ValueError(f"packops.gated_mlp: {name} must have shape {tuple(shape)}, got {tuple(tensor.shape)}")
-        if tensor.dtype != x.dtype:
-            raise TypeError(f"packops.gated_mlp: {name} must have the dtype of x, {x.dtype}, got {tensor.dtype}")
-        if tensor.device != x.device:
-            raise ValueError(f"packops.gated_mlp: {name} must be on the device of x, {x.device}, got {tensor.device}")
+        check_operand("gated_mlp", name, tensor, shape, "x", x)
