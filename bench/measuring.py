@@ -105,22 +105,26 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def candidate_of(
-    function: Callable[..., torch.Tensor],
+    function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]],
     inputs: Sequence[Sequence[torch.Tensor]],
-    upstream: Sequence[torch.Tensor],
+    upstream: Sequence[torch.Tensor | tuple[torch.Tensor, ...]],
     gradient: bool,
     check: Callable[[Any], str] | None,
 ) -> Candidate:
     """``function(*inputs[i])`` and, if wanted, the gradients of all of these for ``upstream[i]``, on each buffer in turn."""
 
+    def several(made: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return made if isinstance(made, tuple) else (made,)
+
     def forward(i: int) -> tuple[torch.Tensor, ...]:
-        return (function(*inputs[i % len(inputs)]),)
+        return several(function(*inputs[i % len(inputs)]))
 
     @torch.enable_grad()
     def forward_and_backward(i: int) -> tuple[torch.Tensor, ...]:
         leaves = [x.detach().requires_grad_() for x in inputs[i % len(inputs)]]
-        result = function(*leaves)
-        return result.detach(), *torch.autograd.grad(result, leaves, upstream[i % len(inputs)])
+        results = several(function(*leaves))
+        gradients = torch.autograd.grad(results, leaves, several(upstream[i % len(inputs)]))
+        return *(result.detach() for result in results), *gradients
 
     return Candidate(forward_and_backward if gradient else forward, check)
 

@@ -1,17 +1,19 @@
-"""RMS norm of rows, forward and with both gradients, against torch's, transformers' formula, torch.compile, Liger, QuACK.
+"""RMS norm of rows and of sums, forward and with all gradients, against torch's, transformers' formula, torch.compile, Liger, QuACK.
 
     packops bench rms-norm                      # everything
     packops bench rms-norm --only "^forward,"   # some cases
     packops bench rms-norm --device cpu --threads 2
 
-Bytes: x and the result, in the backward x, the gradient and the gradient of x, each read or written once. Every result is checked
-against an fp64 reference.
+Bytes: x and the result, in the backward x, the gradient and the gradient of x, each read or written once. Of a sum, whose terms
+are x and a residual, also the residual and the sum, and in the backward the sum's gradient. Every result is checked against an fp64
+reference.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -48,52 +50,69 @@ CPU_SHAPES = [(2048, 1024, False)]
 # Error that is still called right, of the largest in its row (of the weight's gradient: of all). Eager code rounds twice.
 WORST = {"bf16": 2**-6, "fp16": 2**-9, "fp32": 2**-18}
 RESULTS = ("result", "gradient of x", "gradient of weight")
-Norm = Callable[[Tensor, Tensor], Tensor]  # (x, weight) -> result
+RESULTS_OF_SUMS = ("result", "sum", "gradient of x", "gradient of the residual", "gradient of weight")
+Norm = Callable[..., Any]  # (x, weight) -> result, or (x, residual, weight) -> result and sum
 
 
 @dataclass
 class Problem:
-    """Rows, a weight, and the gradient of the result."""
+    """Rows, a weight, and the gradient of the result; of a sum, a residual and the gradient of the sum, too."""
 
     rows: int
     columns: int
     zero_centered: bool
     dtype: str
     device: str
-    x: list[Tensor] = field(init=False)
-    gradients: list[Tensor] = field(init=False)
+    adds: bool
+    inputs: list[tuple[Tensor, ...]] = field(init=False)
+    gradients: list[tuple[Tensor, ...]] = field(init=False)
 
     def __post_init__(self) -> None:
         options: Any = {"device": self.device, "generator": torch.Generator(self.device).manual_seed(0)}
         self.count = measuring.buffers_for(self.bytes(), self.device)
 
-        def some() -> list[Tensor]:
-            return [torch.randn(self.rows, self.columns, **options).to(DTYPES[self.dtype]) for _ in range(self.count)]
+        def some() -> list[tuple[Tensor, ...]]:
+            shape = (1 + self.adds, self.rows, self.columns)
+            return [torch.randn(*shape, **options).to(DTYPES[self.dtype]).unbind() for _ in range(self.count)]
 
-        self.x, self.gradients = some(), some()
-        self.weight = torch.randn(self.columns, **options).to(DTYPES[self.dtype])
+        weight = torch.randn(self.columns, **options).to(DTYPES[self.dtype])
+        self.inputs, self.gradients = [(*terms, weight) for terms in some()], some()
 
     @property
     def line(self) -> str:
-        return f"{self.rows} x {self.columns} {self.dtype}" + (", 1 + weight" if self.zero_centered else "")
+        of_sum = " of a sum" if self.adds else ""
+        return f"{self.rows} x {self.columns} {self.dtype}{of_sum}" + (", 1 + weight" if self.zero_centered else "")
 
     def bytes(self, gradient: bool = False) -> int:
-        return (5 if gradient else 2) * self.rows * self.columns * DTYPES[self.dtype].itemsize
+        forward, both = (4, 8) if self.adds else (2, 5)
+        return (both if gradient else forward) * self.rows * self.columns * DTYPES[self.dtype].itemsize
 
     def candidate(self, norm: Norm, gradient: bool = False) -> Candidate:
-        return measuring.candidate_of(norm, [(x, self.weight) for x in self.x], self.gradients, gradient, self.wrong)
+        return measuring.candidate_of(norm, self.inputs, self.gradients, gradient, self.wrong)
+
+    def of_sum(self, norm: Norm) -> Norm:
+        """``norm``, or what makes a sum first and returns both."""
+
+        def both(x: Tensor, residual: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+            total = residual + x
+            return norm(total, weight), total
+
+        return both if self.adds else norm
 
     @functools.cached_property
     @torch.enable_grad()
     def reference(self) -> tuple[Tensor, ...]:
         """Of the first buffer, in fp64."""
-        leaves = [t.detach().double().requires_grad_() for t in (self.x[0], self.weight)]
-        result = reference.rms_norm(leaves[0], leaves[1], eps=EPS, zero_centered=self.zero_centered)
-        return result.detach(), *torch.autograd.grad(result, leaves, self.gradients[0].double())
+        leaves = [t.detach().double().requires_grad_() for t in self.inputs[0]]
+        exact = functools.partial(reference.rms_norm, eps=EPS, zero_centered=self.zero_centered)
+        made = self.of_sum(exact)(*leaves)
+        results = made if self.adds else (made,)
+        gradients = torch.autograd.grad(results, leaves, [g.double() for g in self.gradients[0]])
+        return *(result.detach() for result in results), *gradients
 
     def wrong(self, found: tuple[Tensor, ...]) -> str:
         """What is wrong with a result or gradients beyond rounding, or ""."""
-        for name, x, right in zip(RESULTS, found, self.reference, strict=False):
+        for name, x, right in zip(RESULTS_OF_SUMS if self.adds else RESULTS, found, self.reference, strict=False):
             if x.shape != right.shape:
                 return f"{name} of shape {tuple(x.shape)} instead of {tuple(right.shape)}"
             error = ((x.double() - right).abs() / right.abs().amax(-1, keepdim=True)).max().item()
@@ -105,8 +124,9 @@ class Problem:
 def candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) -> dict[str, Callable[[], Candidate]]:
     one = float(problem.zero_centered)
 
-    def ours(x: Tensor, weight: Tensor) -> Tensor:
-        return packops.rms_norm(x, weight, eps=EPS, zero_centered=problem.zero_centered)
+    def ours(*tensors: Tensor) -> Any:
+        op = packops.add_rms_norm if problem.adds else packops.rms_norm
+        return op(*tensors, eps=EPS, zero_centered=problem.zero_centered)
 
     def eager(x: Tensor, weight: Tensor) -> Tensor:  # as transformers has it, Llama's and Gemma's
         wide = x.float()
@@ -119,20 +139,28 @@ def candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) 
         return F.rms_norm(x, weight.shape, weight, EPS)
 
     def liger() -> Candidate:
+        from liger_kernel.ops.fused_add_rms_norm import LigerFusedAddRMSNormFunction
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
+        function = LigerFusedAddRMSNormFunction if problem.adds else LigerRMSNormFunction
         mode = "gemma" if problem.zero_centered else "llama"
-        return problem.candidate(lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, one, mode, False), gradient)
+        return problem.candidate(lambda *tensors: function.apply(*tensors, EPS, one, mode, False), gradient)
 
     def quack() -> Candidate:
         from quack.rmsnorm import rmsnorm
 
-        return problem.candidate(lambda x, weight: rmsnorm(x, weight, eps=EPS, weight_offset=one), gradient)
+        def of_sum(x: Tensor, residual: Tensor, weight: Tensor) -> Any:
+            return rmsnorm(x, weight, residual=residual, eps=EPS, weight_offset=one, prenorm=True)
+
+        def alone(x: Tensor, weight: Tensor) -> Any:
+            return rmsnorm(x, weight, eps=EPS, weight_offset=one)
+
+        return problem.candidate(of_sum if problem.adds else alone, gradient)
 
     makers = {
-        "eager": lambda: problem.candidate(eager, gradient),
-        "torch": lambda: problem.candidate(fused, gradient),
-        "torch.compile": lambda: problem.candidate(measuring.compiled(eager), gradient),
+        "eager": lambda: problem.candidate(problem.of_sum(eager), gradient),
+        "torch": lambda: problem.candidate(problem.of_sum(fused), gradient),
+        "torch.compile": lambda: problem.candidate(measuring.compiled(problem.of_sum(eager)), gradient),
         "Liger": liger,
         "QuACK": quack,
     }
@@ -143,11 +171,12 @@ def candidates(problem: Problem, wanted: dict[str, peers.Peer], gradient: bool) 
 def cases(args: argparse.Namespace) -> Iterator[Case]:
     shapes = SHAPES if args.device == "cuda" else CPU_SHAPES
     dtype = args.dtype or ("bf16" if args.device == "cuda" else "fp32")
-    for rows, columns, zero_centered in shapes[: 1 if args.quick else None]:
-        problem = Problem(rows, columns, zero_centered, dtype, args.device)
+    for adds, (rows, columns, zero_centered) in itertools.product((False, True), shapes[: 1 if args.quick else None]):
+        problem = Problem(rows, columns, zero_centered, dtype, args.device, adds)
         for gradient in (False, True):
             work = "forward + backward" if gradient else "forward"
             facts = {"work": work, "rows": rows, "columns": columns, "zero_centered": zero_centered, "dtype": dtype}
+            facts["sum"] = adds
             yield Case(
                 f"{work}, {problem.line}",
                 candidates(problem, args.peers, gradient),

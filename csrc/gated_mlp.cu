@@ -4,7 +4,7 @@
 //   backward   a tile has 192 columns of d. Each warp has two places for pieces of gate and up (16 rows x 32 columns), which the tensor
 //              copy engine fills ahead, the first ones while the product is made. Results leave from the same places.
 //
-// All of this hides behind the product of the other warp group as long as a sum has some 1000 terms.
+// All of this hides behind the product of the other warp group as long as a sum has some 2000 terms.
 #include "gated_mlp.h"
 
 #include "common/product.cuh"

@@ -2,11 +2,14 @@
 //
 //   forward    reads x, writes y                                            2 rows * columns * element_size bytes
 //   backward   reads x and grad, writes dx; dweight in passing              3
+//   with `added`: one more is read each way, and forward one more written   4, 4      (apart: 5, 6)
 //
 // Bound: memory. torch's fused kernels read x and grad twice in the backward pass, the second time for the weight. Here a thread
 // has the same columns in all rows of its block and sums them in registers. Blocks write rows of partial sums, which a second
 // kernel adds.
 #include "rms_norm.h"
+
+#include <array>
 
 #include "common/device.cuh"
 #include "common/launch.cuh"
@@ -38,7 +41,7 @@ __device__ __forceinline__ void team_sum(float (&x)[N], int team, int size, int 
   }
 }
 
-template <typename T, int V, bool kBackward>
+template <typename T, int V, bool kBackward, bool kAdds>
 __global__ void __launch_bounds__(rms_norm_threads(V, kBackward), kBackward ? 1 : 4)
     rms_norm_kernel(const __grid_constant__ RmsNormParams p, const __grid_constant__ RmsNormLaunch launch) {
   constexpr int W = kVec<T>, N = kBackward ? 2 : 1;
@@ -66,12 +69,26 @@ __global__ void __launch_bounds__(rms_norm_threads(V, kBackward), kBackward ? 1 
     const int64_t row = first + team;
     const bool has_row = row < p.rows;
     const T *x = static_cast<const T*>(p.x) + row * p.x_row, *grad = static_cast<const T*>(p.grad) + row * p.grad_row;
-    uint4 xs[V], grads[V];
+    const T* added = static_cast<const T*>(p.added) + row * p.added_row;
+    uint4 xs[V], grads[V], adds[V];
 #pragma unroll
     for (int v = 0; v < V; v++) {
       const bool there = has_row && column(v) < columns;
       xs[v] = there ? load(x + column(v)) : uint4{0, 0, 0, 0};
       if constexpr (kBackward) grads[v] = there ? load(grad + column(v)) : uint4{0, 0, 0, 0};
+      if constexpr (kAdds) adds[v] = there ? load(added + column(v)) : uint4{0, 0, 0, 0};
+    }
+    if constexpr (kAdds && !kBackward) {
+#pragma unroll
+      for (int v = 0; v < V; v++) {
+        float a[W], b[W];
+        unpack<T>(xs[v], a);
+        unpack<T>(adds[v], b);
+#pragma unroll
+        for (int j = 0; j < W; j++) a[j] += b[j];
+        xs[v] = pack<T>(a);
+        if (has_row && column(v) < columns) store_streaming(static_cast<T*>(p.total) + row * p.columns + column(v), xs[v]);
+      }
     }
     float total[N] = {};  // x², and x h
 #pragma unroll
@@ -93,16 +110,18 @@ __global__ void __launch_bounds__(rms_norm_threads(V, kBackward), kBackward ? 1 
     T* out = static_cast<T*>(p.out) + row * p.columns;
 #pragma unroll
     for (int v = 0; v < V; v++) {
-      float a[W], g[W] = {}, w[W];
+      float a[W], g[W] = {}, b[W] = {}, w[W];
       unpack<T>(xs[v], a);
       weight(v, w);
       if constexpr (kBackward) unpack<T>(grads[v], g);
+      if constexpr (kBackward && kAdds) unpack<T>(adds[v], b);
 #pragma unroll
       for (int j = 0; j < W; j++) {
         const float n = a[j] * r;
         if constexpr (kBackward) {
           sums[v][j] = fmaf(g[j], n, sums[v][j]);
           a[j] = r * (g[j] * (w[j] + one) - n * (total[1] * inverse * r));
+          if constexpr (kAdds) a[j] += b[j];
         } else {
           a[j] = n * (w[j] + one);
         }
@@ -134,13 +153,13 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows) weight_gradient_kernel(
   add_partials(static_cast<const float*>(p.partial), p.partials, p.columns, p.weight_grad, p.dtype);
 }
 
-template <typename T, int V>
+template <typename T, int V, bool kAdds>
 cudaError_t launch_rows(const RmsNormParams& p, const RmsNormLaunch& choice, const Device& device, cudaStream_t stream) {
-  constexpr auto kBackward = rms_norm_kernel<T, V, true>;
+  constexpr auto kBackward = rms_norm_kernel<T, V, true, kAdds>;
   const int shared = p.backward() ? choice.threads / choice.team * int(p.columns * sizeof(float)) : 0;
   if (const cudaError_t error = allow_shared<kBackward>(device.index, shared); error != cudaSuccess) return error;
-  launch(p.backward() ? kBackward : rms_norm_kernel<T, V, false>, dim3(unsigned(choice.blocks)), dim3(unsigned(choice.threads)),
-         size_t(shared), stream, p, choice);
+  launch(p.backward() ? kBackward : rms_norm_kernel<T, V, false, kAdds>, dim3(unsigned(choice.blocks)),
+         dim3(unsigned(choice.threads)), size_t(shared), stream, p, choice);
   return cudaGetLastError();
 }
 
@@ -161,8 +180,9 @@ cudaError_t rms_norm_cuda(const RmsNormParams& p, cudaStream_t stream) {
   const RmsNormLaunch choice = choose_rms_norm_launch(p, device);
   const bool known = dispatch_float<false>(p.dtype, [&](auto type) {
     using T = decltype(type);
-    if (choice.blocks > 0)
-      error = choice.vectors == 3 ? launch_rows<T, 3>(p, choice, device, stream) : launch_rows<T, 4>(p, choice, device, stream);
+    constexpr auto launches =
+        std::array{launch_rows<T, 3, false>, launch_rows<T, 4, false>, launch_rows<T, 3, true>, launch_rows<T, 4, true>};
+    if (choice.blocks > 0) error = launches[2 * (p.added != nullptr) + choice.vectors - 3](p, choice, device, stream);
   });
   if (!known) return cudaErrorInvalidValue;
   if (error != cudaSuccess || !p.backward()) return error;

@@ -4,6 +4,10 @@
 //   h = grad w                       dx = r (h - n mean(h n))     dweight = Σ over rows of grad n
 //
 // Computed in fp32 (fp64 for fp64) and rounded once. r is made again in the backward pass, which has x at hand.
+//
+// With `added`, x is a sum that others read, too, and that sum is an output:
+//
+//   forward    total = x + added, rounded, and y that of total          backward    dtotal = dx + added, the sum's own gradient
 #pragma once
 
 #include <cstdint>
@@ -21,7 +25,10 @@ struct RmsNormParams {
   const void *x = nullptr, *grad = nullptr;
   int64_t x_row = 0, grad_row = 0;
   const void* weight = nullptr;
-  void* out = nullptr;  // y, or dx
+  const void* added = nullptr;  // or null
+  int64_t added_row = 0;
+  void* out = nullptr;    // y, or dx
+  void* total = nullptr;  // forward, with `added`
   int64_t rows = 0, columns = 0;
   DType dtype = DType::f32;  // of all tensors
   bool zero_centered = false;

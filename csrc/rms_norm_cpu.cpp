@@ -22,7 +22,13 @@ void run_share(const RmsNormParams& p, int64_t share) {
   if (p.backward()) std::fill(sums, sums + p.columns, Real(0));
   for (int64_t row = begin; row < end; row++) {
     const T *x = static_cast<const T*>(p.x) + row * p.x_row, *grad = static_cast<const T*>(p.grad) + row * p.grad_row;
+    const T* added = p.added ? static_cast<const T*>(p.added) + row * p.added_row : nullptr;
     T* out = static_cast<T*>(p.out) + row * p.columns;
+    if (p.total) {
+      T* total = static_cast<T*>(p.total) + row * p.columns;
+      for (int64_t i = 0; i < p.columns; i++) store(total[i], to_real(x[i]) + to_real(added[i]));
+      x = total;
+    }
     double square = 0, product = 0;  // fp64: a single sum over a row would lose digits in fp32
     for (int64_t i = 0; i < p.columns; i++) square += double(to_real(x[i])) * to_real(x[i]);
     const Real r = Real(1 / std::sqrt(square / double(p.columns) + p.eps));
@@ -35,7 +41,8 @@ void run_share(const RmsNormParams& p, int64_t share) {
     for (int64_t i = 0; i < p.columns; i++) {
       const Real n = to_real(x[i]) * r, g = to_real(grad[i]);
       sums[i] += g * n;
-      store(out[i], r * (g * (to_real(weight[i]) + one) - n * mean));
+      const Real dx = r * (g * (to_real(weight[i]) + one) - n * mean);
+      store(out[i], added ? dx + to_real(added[i]) : dx);
     }
   }
 }

@@ -225,6 +225,13 @@ def build() -> dict[str, Op]:
             ops.rms_norm,
             always={"eps": 1e-6},
         ),
+        "add_rms_norm": Op(
+            packops.add_rms_norm,
+            {"x": rand(T, D), "residual": rand(T, D), "weight": rand(D)},
+            {"eps": Changes(0.5, instead_of=1e-6), "zero_centered": Changes(True)},
+            ops.add_rms_norm,
+            always={"eps": 1e-6},
+        ),
         "attention": Op(
             packops.attention,
             packed,

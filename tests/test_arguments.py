@@ -66,6 +66,7 @@ def kinds(op: Op) -> dict[str, str]:
     names = inspect.signature(op.function).parameters
     known |= {"activation": "str"} if "activation" in names else {}
     known |= dict.fromkeys(("gate", "up"), "Tensor") if "gate" in names else {}
+    known |= {"residual": "Tensor?"} if "residual" in names else {}  # without one the function is another op
     return {name: known[name].replace("SymInt", "int") for name in names if name != "group"}
 
 

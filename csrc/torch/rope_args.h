@@ -84,7 +84,8 @@ inline void token_strides(const char* op, const Tensor& tensor, int skip, int tr
   }
   const bool broadcast = dim == 2 && tensor.size(skip) == 1;
   PACKOPS_CHECK(dim == 2 && (broadcast || tensor.size(skip) == p.batch) && tensor.size(skip + 1) == p.tokens, ValueError, op,
-                ": ", name, " must have one entry per token, (", total, ") or (", p.batch, ", ", p.tokens, ") or (1, ", p.tokens,
+                ": ", name, " must have one entry per token, (", total, ") or ",
+                p.batch == 1 ? "" : "(" + std::to_string(p.batch) + ", " + std::to_string(p.tokens) + ") or ", "(1, ", p.tokens,
                 ")", skip ? " after the 3 axes" : "", trailing ? " before the features" : "", ", got shape ", shape_of(tensor));
   *token_stride = tensor.stride(skip + 1);
   *batch_stride = broadcast ? 0 : tensor.stride(skip);

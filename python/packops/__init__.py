@@ -36,6 +36,7 @@ from .data.stream import StreamPacker  # noqa: E402
 from .distributed import loss_normalizer  # noqa: E402
 from .functional import (  # noqa: E402
     CrossEntropyStats,
+    add_rms_norm,
     apply_qk_norm_rope,
     apply_rope,
     attention,
@@ -71,6 +72,7 @@ __all__ = [
     "StreamPacker",
     "VerifyReport",
     "__version__",
+    "add_rms_norm",
     "apply_qk_norm_rope",
     "apply_rope",
     "attention",

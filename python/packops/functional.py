@@ -9,13 +9,14 @@ from .ops.gated_mlp import gated_mlp
 from .ops.linear_ce_loss import linear_cross_entropy
 from .ops.metadata import packed_labels, packed_metadata
 from .ops.qk_norm_rope import apply_qk_norm_rope
-from .ops.rms_norm import rms_norm
+from .ops.rms_norm import add_rms_norm, rms_norm
 from .ops.rope import apply_rope
 
 __all__ = [
     "Activation",
     "CrossEntropyStats",
     "Reduction",
+    "add_rms_norm",
     "apply_qk_norm_rope",
     "apply_rope",
     "attention",

@@ -354,6 +354,14 @@ def rms_norm(x: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = Fal
     return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * weight
 
 
+def add_rms_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float, zero_centered: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What :func:`packops.add_rms_norm` computes, likewise. The sum is that of fp64, which nobody has rounded."""
+    total = x.double() + residual.double()
+    return rms_norm(total, weight, eps=eps, zero_centered=zero_centered), total
+
+
 def gated_activation(gate: Tensor, up: Tensor, *, activation: str = "silu") -> Tensor:
     """What :func:`packops.gated_activation` computes, in fp64 and differentiable by autograd."""
     g = gate.double()

@@ -20,7 +20,7 @@ from torch.nn.functional import rms_norm
 
 from .. import _C, functional, has_cuda
 from . import rewrite
-from .record import Record
+from .record import Record, is_bare
 
 LONGEST_ROW: int = _C.constants()["rms_norm_row_bytes"]
 
@@ -49,8 +49,7 @@ def _forward(norm: RMSNorm) -> Callable[[Any, Tensor], Tensor]:
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
         weight, dtype = self.weight, hidden_states.dtype
-        # Under autocast packops.rms_norm is in fp32, as torch's, and its rows are half as long.
-        if weight.dtype == dtype and has_kernel(hidden_states) and not torch.is_autocast_enabled("cuda"):
+        if is_taken(hidden_states, weight):
             return functional.rms_norm(hidden_states, weight, eps=getattr(self, eps), zero_centered=zero_centered)
         if zero_centered:  # 1 + weight has more digits than 16 bits hold
             wide = torch.promote_types(dtype, torch.float32)
@@ -60,6 +59,17 @@ def _forward(norm: RMSNorm) -> Callable[[Any, Tensor], Tensor]:
         return rms_norm(hidden_states, weight.shape, weight, getattr(self, eps)).to(dtype)  # autocast makes it fp32
 
     return forward
+
+
+def form_of(module: Any) -> RMSNorm | None:
+    """What :func:`patch` found, where its replacement alone says what the module does now."""
+    _, methods = vars(type(module)).get("_packops", (None, None))
+    return methods if isinstance(methods, RMSNorm) and is_bare(module) else None
+
+
+def is_taken(x: Tensor, weight: Tensor) -> bool:
+    """Whether packops normalises ``x``. Under autocast it would in fp32, as torch does, where rows are half as long."""
+    return weight.dtype == x.dtype and has_kernel(x) and not torch.is_autocast_enabled("cuda")
 
 
 def has_kernel(x: Tensor) -> bool:

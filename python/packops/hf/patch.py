@@ -13,6 +13,7 @@ from . import families
 from . import forward as _forward
 from . import mlp as _mlp
 from . import norm as _norm
+from . import residual as _residual
 from . import rope as _rope
 from .record import ATTRIBUTE, Record, Report, pretrained, record_of, strip_copies
 
@@ -48,6 +49,7 @@ def apply(
         reduction: ``"mean"`` over tokens, ``"seq-mean-token-mean"`` or ``"seq-mean-token-sum"``.
         rms_norm: compute RMS norms, other than those that RoPE takes along, with :func:`packops.rms_norm` on CUDA and
             :func:`torch.nn.functional.rms_norm` elsewhere. Norms that compute anything else, or are not known, stay as they are.
+            Where a layer adds its residual and normalises the sum, :func:`packops.add_rms_norm` does both.
         mlp: compute gated MLPs (SwiGLU, GeGLU) with :func:`packops.gated_mlp`, which keeps gate and up for the backward pass
             and nothing else between x and the result; with :func:`packops.gated_linear` or :func:`packops.gated_activation` where
             the first projections or the last one are more than their weights (LoRA, hooks). MLPs that compute anything else stay
@@ -71,6 +73,7 @@ def apply(
             absorbed = _rope.patch(target, record) if rope else []
             if rms_norm:
                 _norm.patch(target, record, absorbed)
+                _residual.patch(target, record)
             if mlp:
                 _mlp.patch(target, record)
             if cross_entropy:

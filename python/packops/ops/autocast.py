@@ -12,6 +12,9 @@ from torch import Tensor
 Cast = Callable[[str, tuple], tuple]  #: (device type, the op's tensors) -> the tensors as autocast would have them
 
 
+is_any: Callable[[], bool] = torch._C._is_any_autocast_enabled
+
+
 def cast_to(dtype: torch.dtype, x: Tensor | None) -> Tensor | None:
     if x is None or x.dtype == dtype or x.dtype == torch.float64 or not x.is_floating_point():
         return x

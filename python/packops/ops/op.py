@@ -36,7 +36,7 @@ from .derivatives import (
 )
 
 _LIBRARIES: list[torch.library.Library] = []  # a Library unregisters its kernels when it is collected
-_any_autocast: Callable[[], bool] = torch._C._is_any_autocast_enabled
+_any_autocast = autocast.is_any
 _any_mode: Callable[[], int] = torch._C._len_torch_dispatch_stack  # that traces, counts or keeps what ops do
 
 
