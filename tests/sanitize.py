@@ -501,6 +501,9 @@ def rms_norm(device: torch.device) -> Iterator[str]:
             weight = torch.randn(columns, device=device).to(dtype).requires_grad_()
             for zero_centered in (False, True):
                 backward(packops.rms_norm(x, weight, eps=1e-6, zero_centered=zero_centered), x, weight)
+                for residual in (None, torch.randn(x.shape, device=device).to(dtype).requires_grad_()):
+                    made = packops.add_rms_norm(x, residual, weight, eps=1e-6, zero_centered=zero_centered)
+                    backward(sum(made), x, weight)
             yield f"{dtype} {rows} rows of {columns}, offset {offset}"
 
 

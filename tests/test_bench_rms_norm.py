@@ -52,8 +52,12 @@ MISTAKES = {
 }
 MISTAKES_OF_SUMS = {
     "no residual": lambda x, residual, weight, **options: of_sum(x, 0 * residual, weight, **options),
-    "half the gradient of the sum": lambda *tensors, **options: tuple((x + i * x.detach()) / (1 + i) for i, x in enumerate(of_sum(*tensors, **options))),
-    "no gradient of the residual": lambda x, residual, weight, **options: of_sum(x, residual.detach() + 0 * residual, weight, **options),
+    "half the gradient of the sum": lambda *tensors, **options: tuple(
+        (x + i * x.detach()) / (1 + i) for i, x in enumerate(of_sum(*tensors, **options))
+    ),
+    "no gradient of the residual": lambda x, residual, weight, **options: of_sum(
+        x, residual.detach() + 0 * residual, weight, **options
+    ),
 }
 
 
@@ -65,7 +69,12 @@ def test_a_wrong_result_of_ours_fails_the_benchmark(bench, tmp_path, monkeypatch
         monkeypatch.setattr(packops, "add_rms_norm", MISTAKES_OF_SUMS[mistake])
     code, data = run(bench, tmp_path, "--peers", "none")
     assert code != 0
-    wrong = {"of a sum" in case["name"] for case in data["cases"] for row in case["rows"] if row["system"] == "packops" and row.get("wrong")}
+    wrong = {
+        "of a sum" in case["name"]
+        for case in data["cases"]
+        for row in case["rows"]
+        if row["system"] == "packops" and row.get("wrong")
+    }
     assert wrong == {mistake in MISTAKES_OF_SUMS}
 
 

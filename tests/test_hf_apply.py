@@ -87,7 +87,10 @@ def test_parts():
     assert set(packops.hf.report(model).replaced) == {"rope", "tables"}
     assert model.loss_function.__name__ == "ForCausalLMLoss"
     packops.hf.apply(model, rope=False, cross_entropy=False, mlp=False)
-    assert packops.hf.report(model).replaced == {"rms_norm": "packops.rms_norm (torch's on the CPU) in 5 modules"}
+    assert packops.hf.report(model).replaced == {
+        "rms_norm": "packops.rms_norm (torch's on the CPU) in 5 modules",
+        "residual": "packops.add_rms_norm (apart on the CPU) in 2 layers",
+    }
     packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False)
     assert packops.hf.report(model).replaced == {"mlp": "packops.gated_mlp in 2 modules"}
     packops.hf.apply(model, rope=False, cross_entropy=False, rms_norm=False, mlp=False)

@@ -1,4 +1,4 @@
-"""RMS norm of rows against fp64, with the digits that small weights and large rows have; fixed bits; what is refused."""
+"""RMS norm of rows and of sums against fp64, with the digits that small weights and large rows have; fixed bits; what is refused."""
 
 from __future__ import annotations
 
@@ -152,3 +152,209 @@ def test_refused_on_cuda():
             packops.rms_norm(x, weight, eps=1e-6)
     with pytest.raises(ValueError, match="weight must be on the device of x"):
         packops.rms_norm(x, weight.cpu(), eps=1e-6)
+
+
+# --------------------------------------------------------------------------------------------------------------------------------
+# The norm of a sum
+
+
+def sum_problem(shape=(5, 7, 64), dtype=torch.float32, device="cpu"):
+    x, weight, grad = problem(shape, dtype, device)
+    residual, grad_total = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+    return x, residual.requires_grad_(), weight, grad, grad_total
+
+
+def sum_results(call, x, residual, weight, grad, grad_total, **options):
+    y, total = call(x, residual, weight, **options)
+    leaves = [t for t in (x, residual, weight) if t is not None]
+    return [y.detach(), total.detach(), *torch.autograd.grad((y, total), leaves, (grad, grad_total))]
+
+
+def in_two_steps(x, residual, weight, **options):
+    total = x * 1 if residual is None else x + residual
+    return packops.rms_norm(total, weight, **options), total
+
+
+def check_sum(x, residual, weight, grad, grad_total, eps=1e-6, **options):
+    """The results are those of two steps, the gradients nearer to the exact ones."""
+    y, total, *grads = sum_results(packops.add_rms_norm, x, residual, weight, grad, grad_total, eps=eps, **options)
+    want_y, want_total, *_ = sum_results(in_two_steps, x, residual, weight, grad, grad_total, eps=eps, **options)
+    assert torch.equal(y, want_y)
+    assert torch.equal(total, want_total)
+    assert y.is_contiguous()
+    leaf, exact = total.double().requires_grad_(), weight.detach().double().requires_grad_()
+    made = reference.rms_norm(leaf, exact, eps=eps, **options), leaf * 1
+    of_total, of_weight = torch.autograd.grad(made, (leaf, exact), (grad.double(), grad_total.double()))
+    for found in grads[:-1]:
+        # half a unit in the last place of each number, and what fp32 loses in a row
+        bound = 0.51 * 2 * UNITS[x.dtype] * of_total.abs() + 2**-18 * (1 + of_total.abs().amax(-1, keepdim=True))
+        assert found.dtype == x.dtype
+        assert ((found.double() - of_total).abs() <= bound.clamp(min=1e-12)).all()
+    assert ((grads[-1].double() - of_weight).abs() <= 16 * UNITS[x.dtype] * of_weight.abs().amax()).all()
+
+
+@pytest.mark.parametrize("forked", [False, True])
+@pytest.mark.parametrize("zero_centered", [False, True])
+@pytest.mark.parametrize("columns", [8, 64, 1032, 2304, 4096])
+def test_a_sum_against_fp64(columns, zero_centered, forked, device):
+    for dtype in dtypes_of(device):
+        x, residual, *others = sum_problem((3, 11, columns), dtype, device)
+        check_sum(x, None if forked else residual, *others, zero_centered=zero_centered)
+
+
+def test_a_sum_is_the_same_as_in_two_steps_where_it_is_rounded(device):
+    """1 + 2^-9 is 1 in bf16."""
+    x = torch.ones(2, 64, dtype=torch.bfloat16, device=device)
+    x[:, ::2] = 3
+    residual = torch.full_like(x, 2**-9)
+    weight = torch.ones(64, dtype=torch.bfloat16, device=device)
+    y, total = packops.add_rms_norm(x, residual, weight, eps=0.0)
+    assert torch.equal(total, x)
+    assert torch.equal(y, packops.rms_norm(x, weight, eps=0.0))
+
+
+def test_strides_of_a_sum(device):
+    """Terms and gradients whose rows lie apart in four ways, an expanded gradient, rows that do not begin at 16 bytes, no rows."""
+    x, residual, weight, grad, grad_total = sum_problem((6, 5, 128), torch.bfloat16, device)
+    left, right = x.detach()[..., :64].requires_grad_(), residual.detach()[:, :, 64:].transpose(0, 1).contiguous().transpose(0, 1)
+    check_sum(
+        left,
+        right.requires_grad_(),
+        weight[64:].detach().requires_grad_(),
+        grad[:1, :1, :64].expand(6, 5, 64),
+        grad_total[..., 64:],
+    )
+    odd = torch.randn(7, 67, device=device).to(torch.bfloat16)
+    check_sum(
+        odd[:, 3:].requires_grad_(),
+        odd[:, 1:65].detach().requires_grad_(),
+        weight[:64].detach().requires_grad_(),
+        odd[:, :64],
+        odd[:, 2:66],
+    )
+    check_sum(*sum_problem((0, 64), torch.bfloat16, device))
+
+
+def test_a_sum_without_some_gradients(device):
+    """Of one result alone, of some tensors alone; of leaves, each in memory of its own."""
+    for forked in (False, True):
+        x, residual, weight, grad, _ = sum_problem(device=device)
+        residual = None if forked else residual
+        for of in (0, 1):
+            made, want = (call(x, residual, weight, eps=1e-5) for call in (packops.add_rms_norm, in_two_steps))
+            for a, b in zip(
+                *(torch.autograd.grad(m[of], (x, weight), grad, materialize_grads=True) for m in (made, want)), strict=True
+            ):
+                torch.testing.assert_close(a, b)
+        for constant in (0, 2):
+            tensors = [t if i != constant or t is None else t.detach() for i, t in enumerate((x, residual, weight))]
+            leaves = [t for t in tensors if t is not None and t.requires_grad]
+            made, want = (sum(map(torch.sum, call(*tensors, eps=1e-5))) for call in (packops.add_rms_norm, in_two_steps))
+            for a, b in zip(torch.autograd.grad(made, leaves), torch.autograd.grad(want, leaves), strict=True):
+                torch.testing.assert_close(a, b)
+    x, residual, weight, *_ = sum_problem(device=device)
+    sum(map(torch.sum, packops.add_rms_norm(x, residual, weight, eps=1e-5))).backward()
+    assert torch.equal(x.grad, residual.grad)
+    assert x.grad.data_ptr() != residual.grad.data_ptr()
+
+
+def test_without_a_residual_the_sum_is_x(device):
+    x, _, weight, *_ = sum_problem(device=device)
+    _, total = packops.add_rms_norm(x, None, weight, eps=1e-6)
+    assert total.data_ptr() == x.data_ptr()
+    with torch.no_grad():
+        assert packops.add_rms_norm(x, None, weight, eps=1e-6)[1] is x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_sum_under_autocast(device, dtype):
+    """A sum is left alone, what the norm reads is cast."""
+    x, residual, weight, grad, grad_total = sum_problem(dtype=dtype, device=device)
+    weight = weight.detach().float().requires_grad_()
+    for terms in ((x, residual), (x, residual.detach().float().requires_grad_()), (x, None)):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            want = in_two_steps(*terms, weight, eps=1e-6)
+            calls = [packops.add_rms_norm, torch.compile(packops.add_rms_norm, backend="aot_eager")]
+            for call in calls if terms[1] is None else [*calls, OPS.add_rms_norm]:
+                made = call(*terms, weight, eps=1e-6)
+                for a, b in zip(made, want, strict=True):
+                    assert a.dtype == b.dtype
+                    assert torch.equal(a, b)
+                grads = [grad.to(made[0].dtype), grad_total.to(made[1].dtype)]
+                for a, b in zip(
+                    *(torch.autograd.grad(m, (x, weight), grads, retain_graph=True) for m in (made, want)), strict=True
+                ):
+                    torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-2)
+
+
+def test_gradcheck_of_a_sum():
+    x, residual, weight, *_ = sum_problem((3, 5), torch.float64)
+    for forked in (False, True):
+        for zero_centered in (False, True):
+            call = functools.partial(packops.add_rms_norm, eps=1e-3, zero_centered=zero_centered)
+            given = (x, None, weight) if forked else (x, residual, weight)
+            assert torch.autograd.gradcheck(call, given)
+            (g,) = torch.autograd.grad(call(*given)[0].square().sum(), x, create_graph=True)
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                g.sum().backward()
+
+
+def test_the_op_of_a_sum_itself(device):
+    x, residual, weight, *grads = sum_problem(device=device)
+    torch.library.opcheck(OPS.add_rms_norm.default, (x, residual, weight), {"eps": 1e-5, "zero_centered": True})
+    torch._dynamo.reset()  # the other tests' compilations count against a limit
+    compiled = torch.compile(packops.add_rms_norm, backend="aot_eager", fullgraph=True)
+    for options in ({"eps": 1e-5}, {"eps": 1e-2, "zero_centered": True}):
+        for terms, calls in (((x, residual), (compiled, OPS.add_rms_norm)), ((x, None), (compiled,))):
+            want = sum_results(packops.add_rms_norm, *terms, weight, *grads, **options)
+            for call in calls:
+                for a, b in zip(sum_results(call, *terms, weight, *grads, **options), want, strict=True):
+                    torch.testing.assert_close(a, b)
+    made = packops.add_rms_norm(x.detach(), residual.detach(), weight.detach(), eps=1e-5)
+    assert not any(t.requires_grad for t in made)
+
+
+def test_transforms_of_a_sum(device):
+    x, residual, weight, *_ = sum_problem((4, 64), device=device)
+    for terms in ((x, residual), (x, None)):
+
+        def loss(x, residual, weight, call=packops.add_rms_norm):
+            return sum(t.square().sum() for t in call(x, residual, weight, eps=1e-5))
+
+        found = torch.func.grad(loss)(*terms, weight)
+        want = torch.func.grad(functools.partial(loss, call=in_two_steps))(*terms, weight)
+        torch.testing.assert_close(found, want)
+        dims = (0, None if terms[1] is None else 0, None)
+        torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss), dims)(*terms, weight), want)
+
+
+@gpu
+def test_no_host_sync_and_graphs_of_a_sum():
+    x, residual, weight, *grads = sum_problem((33, 256), torch.bfloat16, "cuda")
+    for terms in ((x, residual), (x, None)):
+        with no_host_sync():
+            want = sum_results(packops.add_rms_norm, *terms, weight, *grads, eps=1e-5)
+        graph, found = capture(lambda terms=terms: sum_results(packops.add_rms_norm, *terms, weight, *grads, eps=1e-5))
+        graph.replay()
+        for a, b in zip(found, want, strict=True):
+            assert torch.equal(a, b)
+
+
+@gpu
+def test_wide_sums_and_many():
+    check_sum(*sum_problem((9, 8192), torch.bfloat16, "cuda"))
+    check_sum(*sum_problem((4099, 2048), torch.bfloat16, "cuda"))
+    check_sum(*sum_problem((701, 5120), torch.float16, "cuda"))
+    check_sum(*sum_problem((70001, 64), torch.float32, "cuda"))
+
+
+def test_refused_sums(device):
+    x, residual, weight, *_ = sum_problem(device=device)
+    for given, error, message in (
+        ((x, residual[:4], weight), ValueError, r"residual must have the shape of x, \(5, 7, 64\), got \(4, 7, 64\)"),
+        ((x, residual.half(), weight), TypeError, "residual must have the dtype of x, Float, got Half"),
+        ((x, residual, weight[:8]), ValueError, r"weight must have as many elements as a row of x, \(5, 7, 64\), got \(8,\)"),
+    ):
+        for detached in (False, True):
+            with pytest.raises(error, match=f"packops.add_rms_norm: {message}"):
+                packops.add_rms_norm(*(t.detach() if detached else t for t in given), eps=1e-6)

@@ -2,6 +2,7 @@
 #include "rms_norm.h"
 
 #include <algorithm>
+#include <cstring>
 
 #include "check.h"
 #include "common/convert.h"
@@ -14,7 +15,7 @@ using namespace packops;
 namespace {
 
 template <typename T>
-void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, double size = 1) {  // size: of x
+void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, bool adds = false, double size = 1) {  // size: of x
   check::Random random{uint64_t(rows * 1000 + columns)};
   const auto draw = [&](int64_t count, double size = 1) {
     std::vector<T> x(static_cast<size_t>(count));
@@ -22,13 +23,19 @@ void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, dou
     return x;
   };
   const std::vector<T> x = draw(rows * (columns + gap), size), grad = draw(rows * (columns + 2 * gap)), weight = draw(columns);
+  const std::vector<T> added = draw(rows * (columns + 3 * gap));
   for (bool backward : {false, true}) {
-    std::vector<T> out[2], weight_grad[2];
+    std::vector<T> out[2], weight_grad[2], total[2];
     for (bool cuda : {false, true}) {
       out[cuda].assign(size_t(rows * columns), from_float<T>(77)), weight_grad[cuda].assign(size_t(columns), from_float<T>(77));
       RmsNormParams p;
       p.x = x.data(), p.x_row = columns + gap, p.grad_row = columns + 2 * gap, p.weight = weight.data(), p.out = out[cuda].data();
       p.rows = rows, p.columns = columns, p.dtype = kType<T>, p.zero_centered = zero_centered;
+      if (adds) p.added = added.data(), p.added_row = columns + 3 * gap;
+      if (adds && !backward) {
+        total[cuda].assign(size_t(rows * columns), from_float<T>(77));
+        p.total = total[cuda].data();
+      }
       if (backward) p.grad = grad.data(), p.weight_grad = weight_grad[cuda].data();
       if (cuda) CHECK_EQ(rms_norm_cuda_partials(p), cudaSuccess);
       else p.partials = rms_norm_cpu_shares(p);
@@ -45,6 +52,7 @@ void compare(int64_t rows, int64_t columns, int64_t gap, bool zero_centered, dou
       for (size_t i = 0; i < weight_grad[0].size(); i++)
         wrong += !check::close(to_float(weight_grad[1][i]), to_float(weight_grad[0][i]), 4 * unit);
     CHECK_EQ(wrong, 0);
+    if (!total[0].empty()) CHECK_EQ(std::memcmp(total[0].data(), total[1].data(), total[0].size() * sizeof(T)), 0);
   }
 }
 
@@ -61,8 +69,20 @@ CASE(every_team_and_type) {
     compare<float>(37, 500, 4, zero_centered);
     compare<float>(9, 4096, 0, zero_centered);
   }
-  compare<float>(3, 64, 0, false, 1e-4);  // where epsilon matters
+  compare<float>(3, 64, 0, false, false, 1e-4);  // where epsilon matters
   compare<bf16_t>(0, 64, 0, false);       // the weight's gradient is 0
+}
+
+CASE(sums_of_every_team_and_type) {
+  for (bool zero_centered : {false, true}) {
+    compare<bf16_t>(37, 64, 8, zero_centered, true);
+    compare<bf16_t>(19, 1032, 8, zero_centered, true);
+    compare<half_t>(9, 2304, 0, zero_centered, true);
+    compare<bf16_t>(701, 5120, 8, zero_centered, true);
+    compare<float>(37, 500, 4, zero_centered, true);
+    compare<float>(9, 4096, 0, zero_centered, true);
+  }
+  compare<bf16_t>(0, 64, 0, false, true);
 }
 
 CASE(a_launch_covers_every_row_and_column) {
