@@ -244,6 +244,7 @@ def test_dtensors_are_refused():
                     call(op.function, op, {argument: distribute_tensor(x, mesh, [Replicate()])})
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation", "ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_that_are_no_strided_array_are_named(name):
     op = OPS[name]
@@ -253,6 +254,15 @@ def test_tensors_that_are_no_strided_array_are_named(name):
                 call(op.function, op, {argument: x.to_sparse()})
             with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got a nested tensor: pass"):
                 call(op.function, op, {argument: torch.nested.nested_tensor([x, x], layout=torch.jagged)})
+            with pytest.raises(
+                TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got a quantized tensor: pass"
+            ):
+                call(op.function, op, {argument: torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)})
+            if x.dim() == 2:  # torch's matrix products take these
+                with pytest.raises(
+                    TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got torch.sparse_csr: pass"
+                ):
+                    call(op.function, op, {argument: x.to_sparse_csr()})
 
 
 def test_counts_that_are_no_strided_array_are_named():
