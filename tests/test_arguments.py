@@ -245,15 +245,22 @@ def test_dtensors_are_refused():
                     call(op.function, op, {argument: distribute_tensor(x, mesh, [Replicate()])})
 
 
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation", "ignore:Sparse CSR tensor support")
 @pytest.mark.parametrize("name", NAMES)
 def test_tensors_that_are_no_strided_array_are_named(name):
     op = OPS[name]
     for argument, x in op.tensors.items():
         if isinstance(x, Tensor):
-            with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got torch.sparse_coo: pass"):
-                call(op.function, op, {argument: x.to_sparse()})
-            with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got a nested tensor: pass"):
-                call(op.function, op, {argument: torch.nested.nested_tensor([x, x], layout=torch.jagged)})
+            others = {
+                "torch.sparse_coo": x.to_sparse(),
+                "a nested tensor": torch.nested.nested_tensor([x, x], layout=torch.jagged),
+                "a quantized tensor": torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8),
+            }
+            if x.dim() == 2:  # torch's matrix products take these
+                others["torch.sparse_csr"] = x.to_sparse_csr()
+            for got, other in others.items():
+                with pytest.raises(TypeError, match=rf"packops\.\w+: {argument} must be a plain tensor, got {got}: pass"):
+                    call(op.function, op, {argument: other})
 
 
 def test_counts_that_are_no_strided_array_are_named():

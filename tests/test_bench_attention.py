@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import command
 import measuring
 import packops
+from bench_runs import run
 from corpora import draw_lengths
 from packops import reference
 from packops.ops.attention_paths import attend_flex
@@ -23,12 +24,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture
 def bench():
     return importlib.import_module("attention")
-
-
-def run(bench, tmp_path, *arguments, device="cpu"):
-    out = ["--device", device, "--rounds", "1", "--seconds", "0", "--out", str(tmp_path / "result")]
-    code = bench.main([*out, *arguments])
-    return code, json.loads((tmp_path / "result.json").read_text())
 
 
 TINY = ("--shape", "4", "2", "16", "--tokens", "150")

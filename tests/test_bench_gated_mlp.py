@@ -1,11 +1,11 @@
 """``packops bench gated-mlp`` runs, and marks what is wrong. No time is asserted."""
 
 import importlib
-import json
 
 import pytest
 
 import packops
+from bench_runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -17,16 +17,10 @@ def bench(monkeypatch):
     return module
 
 
-def run(bench, tmp_path, *arguments, device="cpu"):
-    out = ["--device", device, "--rounds", "1", "--seconds", "0", "--peers", "eager", "--out", str(tmp_path / "result")]
-    code = bench.main([*out, *arguments])
-    return code, json.loads((tmp_path / "result.json").read_text())
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_it_runs(bench, tmp_path, dtype):
     pytest.importorskip("matplotlib")
-    code, data = run(bench, tmp_path, "--dtype", dtype)
+    code, data = run(bench, tmp_path, "--peers", "eager", "--dtype", dtype)
     assert code == 0
     assert [case["name"] for case in data["cases"]] == [
         f"{work}, {shape}, {dtype}"
@@ -51,7 +45,7 @@ MISTAKES = {
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_a_wrong_result_of_ours_fails_the_benchmark(bench, tmp_path, monkeypatch, mistake):
     monkeypatch.setattr(packops, "gated_mlp", MISTAKES[mistake])
-    code, data = run(bench, tmp_path)
+    code, data = run(bench, tmp_path, "--peers", "eager")
     assert code != 0
     assert any(row.get("wrong") for case in data["cases"] for row in case["rows"] if row["system"] == "packops")
 
@@ -59,6 +53,6 @@ def test_a_wrong_result_of_ours_fails_the_benchmark(bench, tmp_path, monkeypatch
 @pytest.mark.gpu
 def test_on_a_gpu(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", [(1024, 256, 128, "silu"), (1024, 256, 128, "gelu_tanh")])
-    code, data = run(bench, tmp_path, device="cuda")
+    code, data = run(bench, tmp_path, "--peers", "eager", device="cuda")
     assert code == 0
     assert not any(row.get("wrong") for case in data["cases"] for row in case["rows"])

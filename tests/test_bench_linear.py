@@ -1,12 +1,12 @@
 """``packops bench linear-cross-entropy`` runs, measures errors, and marks what is wrong. No time is asserted."""
 
 import importlib
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
+import bench_runs
 import packops
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -19,9 +19,7 @@ def bench():
 
 
 def run(bench, tmp_path, *arguments, device="cpu", shape=("70", "16", "203")):
-    out = ["--device", device, "--rounds", "1", "--seconds", "0", "--shape", *shape, "--out", str(tmp_path / "result")]
-    code = bench.main([*out, *arguments])
-    return code, json.loads((tmp_path / "result.json").read_text())
+    return bench_runs.run(bench, tmp_path, "--shape", *shape, *arguments, device=device)
 
 
 def test_it_runs(bench, tmp_path, capsys):

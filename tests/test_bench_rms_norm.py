@@ -1,11 +1,11 @@
 """``packops bench rms-norm`` runs, and marks what is wrong. No time is asserted."""
 
 import importlib
-import json
 
 import pytest
 
 import packops
+from bench_runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -15,12 +15,6 @@ def bench(monkeypatch):
     module = importlib.import_module("rms_norm")
     monkeypatch.setattr(module, "CPU_SHAPES", [(40, 64, False), (24, 32, True)])
     return module
-
-
-def run(bench, tmp_path, *arguments, device="cpu"):
-    out = ["--device", device, "--rounds", "1", "--seconds", "0", "--out", str(tmp_path / "result")]
-    code = bench.main([*out, *arguments])
-    return code, json.loads((tmp_path / "result.json").read_text())
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

@@ -10,6 +10,7 @@ import torch
 
 import command
 import packops
+from bench_runs import run
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ("--group", "20", "6", "3")
@@ -18,11 +19,6 @@ TINY = ("--group", "20", "6", "3")
 @pytest.fixture
 def bench():
     return importlib.import_module("shared_prefix")
-
-
-def run(bench, tmp_path, *arguments):
-    out = ["--device", "cpu", "--rounds", "1", "--seconds", "0", "--out", str(tmp_path / "result")]
-    return bench.main([*out, *arguments]), json.loads((tmp_path / "result.json").read_text())
 
 
 def test_it_runs(bench, tmp_path):

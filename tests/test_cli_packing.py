@@ -315,7 +315,19 @@ def test_verify_knows_the_attention_of_packops(model, monkeypatch):
 def test_verify_says_no(model, capsys):
     """transformers' own loss is a mean over tokens, whatever else is asked for."""
     assert command("verify", model, "--device", "cpu", "--reduction", "seq-mean-token-mean") == 1
-    assert "DOES NOT EQUAL" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "DOES NOT EQUAL" in shown
+    assert "computes that after packops.hf.apply(model, reduction=...) (packops verify --apply)" in shown
+
+
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean", "seq-mean-token-sum"])
+def test_verify_applies_packops(model, monkeypatch, reduction):
+    import packops.hf
+
+    seen = []
+    monkeypatch.setattr(cli_verify, "verify", lambda m, *rest, **options: seen.append(m) or packops.verify(m, *rest, **options))
+    assert command("verify", model, "--device", "cpu", "--apply", "--reduction", reduction) == 0
+    assert f"reduction {reduction!r}" in packops.hf.report(seen[0]).replaced["loss"]
 
 
 def test_verify_could_not_tell(model, tmp_path, capsys):

@@ -17,6 +17,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import packops
 import packops.hf
@@ -27,6 +28,19 @@ transformers = pytest.importorskip("transformers")
 from hf_models import VOCABULARY, attributes, difference, documents, make, packed, padded, run, same_attributes  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
+def test_fake_tensors_are_planned_with_as_real_ones(family):
+    """Memory of the same ops: all is replaced in a model without numbers that is replaced in one with them."""
+    real, inputs = packops.hf.apply(make(family)), packed(documents())
+    with FakeTensorMode() as fake:
+        model = packops.hf.apply(type(real)._from_config(real.config, attn_implementation=real.config._attn_implementation))
+        results = model(**{k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+        results.loss.backward()
+    assert str(packops.hf.report(model)) == str(packops.hf.report(real))
+    assert results.logits is None
+    assert all(p.grad is not None for p in model.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "cohere"])

@@ -195,6 +195,26 @@ def test_first_projections_that_are_more_than_their_weight(family, name):
     assert 0 < difference(ours, stock) < 1e-5
 
 
+def test_another_option_of_the_activation():
+    """``nn.GELU`` is two functions of one class."""
+    model, texts = make("llama"), documents()
+    for layer, act in zip(model.model.layers, (nn.GELU("tanh"), nn.GELU()), strict=True):
+        layer.mlp = MLP(act)
+    packops.hf.apply(model)
+    assert packops.hf.report(model).replaced["mlp"] == "packops.gated_mlp in 2 modules"
+    model.model.layers[0].mlp.act_fn = nn.GELU()
+    model.model.layers[1].mlp.act_fn.approximate = "tanh"
+    ours = run(model, packed(texts))
+    assert difference(ours, run(packops.hf.revert(model), packed(texts))) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3"])
+def test_torch_fx_traces_a_patched_mlp(family):
+    """The family's own lines: an op of packops takes no proxy."""
+    mlp, x = packops.hf.apply(make(family)).model.layers[0].mlp, torch.randn(7, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(mlp)(x), mlp(x))
+
+
 class Doubled(torch.Tensor):
     """A bias that is more than its numbers."""
 

@@ -239,7 +239,7 @@ def test_catches_means_of_micro_batches(documents):
 
 def test_catches_the_mean_that_was_not_meant(documents):
     report = verify(llama(), documents, reduction="seq-mean-token-mean")
-    assert "weighs every token alike, which is not 'seq-mean-token-mean'" in finding(report)
+    assert "weighs every token alike, which is not 'seq-mean-token-mean': a Hugging Face model" in finding(report)
 
 
 class WrongBackward(torch.autograd.Function):

@@ -518,7 +518,10 @@ class _Run:
             (across_means, f"{boundary}; also, {per_micro_batch}"),
         ]
         if self.reduction != "mean":
-            by_token = f"the loss weighs every token alike, which is not {self.reduction!r}"
+            by_token = (
+                f"the loss weighs every token alike, which is not {self.reduction!r}: a Hugging Face model computes that after "
+                "packops.hf.apply(model, reduction=...) (packops verify --apply)"
+            )
             candidates += [(sums / tokens.sum(), by_token), (sums / documents, by_token)]
         for shares, cause in candidates:
             if _largest(shares - packed) <= report.tolerance * float(shares.sum()):

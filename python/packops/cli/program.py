@@ -212,6 +212,7 @@ def pack_arguments(parser: argparse.ArgumentParser) -> None:
 def verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="what AutoModelForCausalLM.from_pretrained takes: a name or a folder")
     parser.add_argument("--random-weights", action="store_true", help="only MODEL's configuration is needed, not its weights")
+    parser.add_argument("--apply", action="store_true", help="after packops.hf.apply, with its loss of --reduction")
     parser.add_argument("--attention", metavar="NAME", help="attn_implementation: sdpa, packops_varlen, eager, ...")
     parser.add_argument("--dtype", choices=DTYPES, default="fp32", help="of the parameters (default fp32)")
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one, else cpu)")

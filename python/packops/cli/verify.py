@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> Any:
         from transformers import AutoConfig, AutoModelForCausalLM
     except ModuleNotFoundError:
         raise ValueError("needs transformers: pip install transformers") from None
-    from ..hf import attention
+    from ..hf import apply, attention
 
     config = AutoConfig.from_pretrained(args.model, trust_remote_code=args.trust_remote_code)
     vocabulary = config.get_text_config().vocab_size
@@ -68,6 +68,8 @@ def run(args: argparse.Namespace) -> Any:
     else:
         model = AutoModelForCausalLM.from_pretrained(args.model, **options)
     model = model.to(device)
+    if args.apply:
+        apply(model, reduction=args.reduction)
     lengths = [len(document) for document in documents if document]
     packs = packs_of(lengths, args.max_length or default_max_length(lengths)) if lengths else []
     with progress(model, passes(len(lengths), len(packs)), device):

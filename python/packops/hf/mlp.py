@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.functional import linear
 
 from ..functional import Activation, gated_activation, gated_linear, gated_mlp
@@ -28,7 +29,7 @@ class GatedMLP(NamedTuple):
     kind: Any  # its class
     fused: bool  # gate and up are the halves of gate_up_proj, not gate_proj and up_proj
     act: str | None  # the submodule
-    act_kind: Any  # ... and its class
+    act_kind: tuple[Any, ...] | None  # ... its class, and its options
     activation: Activation
 
     def methods(self, base: Any) -> dict[str, Callable]:
@@ -69,7 +70,9 @@ def _forward(mlp: GatedMLP) -> Callable[[Any, Tensor], Tensor]:
 
     def forward(self: Any, x: Tensor) -> Tensor:
         # Another one was put in its place, or somebody wants to see what the activation sees.
-        if act is not None and not (type(getattr(self, act)) is act_kind and is_bare(getattr(self, act))):
+        if act is not None and not (kind_of(getattr(self, act)) == act_kind and is_bare(getattr(self, act))):
+            return kind.forward(self, x)
+        if isinstance(x, Proxy):  # of torch.fx.symbolic_trace, which no op takes for a tensor
             return kind.forward(self, x)
         op = op_of(self)
         if op is gated_mlp:
@@ -126,8 +129,13 @@ def recognise(module: nn.Module) -> GatedMLP | None:
         want = linear(exact(gate, up, activation=activation), *weights[-1])
         same = isinstance(found, Tensor) and found.shape == want.shape
         if same and torch.allclose(found / sizes, want / sizes, rtol=1e-5, atol=1e-6):
-            return GatedMLP(kind, fused, act, None if act is None else type(getattr(module, act)), activation)
+            return GatedMLP(kind, fused, act, None if act is None else kind_of(getattr(module, act)), activation)
     return None
+
+
+def kind_of(act: Any) -> tuple[Any, ...]:
+    """Equal for activations that compute the same: ``nn.GELU`` is two functions, by an option."""
+    return type(act), *(getattr(act, name) for name in getattr(act, "__constants__", ()))
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

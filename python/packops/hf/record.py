@@ -15,10 +15,12 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch._subclasses import FakeTensor
+from torch.utils._python_dispatch import _disable_current_modes as with_real_numbers  # also in a FakeTensorMode
 
 ATTRIBUTE = "_packops_hf"
 _ABSENT = "packops: no such attribute"  # a string, so that copies of it are recognised
-_PLAIN = (nn.Parameter, torch.Tensor, type(None))
+_PLAIN = (nn.Parameter, torch.Tensor, FakeTensor, type(None))
 _ANSWERED_FOR: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose class a record will put back
 
 
@@ -218,6 +220,7 @@ class Record:
         self.changes.append(ChangeOfMethods(path, module, base, methods))
         _ANSWERED_FOR.add(module)
 
+    @with_real_numbers()
     def set_found(
         self, model: nn.Module, recognise: Callable[[nn.Module], Methods | None], leave: Iterable[nn.Module] = ()
     ) -> list[nn.Module]:

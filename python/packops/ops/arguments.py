@@ -76,6 +76,8 @@ def check_plain(place: str, name: str, value: Tensor) -> None:
         got = f"a nested tensor: pass {name}.values() and, where documents matter, its offsets() as cu_seqlens"
     elif value.layout != torch.strided:
         got = f"{value.layout}: pass {name}.to_dense()"
+    elif value.is_quantized:
+        got = f"a quantized tensor: pass {name}.dequantize()"
     if got:
         raise TypeError(f"{place}: {name} must be a plain tensor, got {got}")
 

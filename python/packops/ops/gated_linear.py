@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from . import autocast
+from .arguments import check_plain
 from .op import Composed, Op
 
 __all__ = ["Activation", "gated_activation", "gated_linear"]
@@ -155,6 +156,7 @@ def gated_linear(
 
 def check_projection(gate: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Errors that name the arguments of :func:`gated_linear`; torch's would name those of a product."""
+    check_plain("packops.gated_linear", "weight", weight)  # torch's product takes some sparse ones
     columns = gate.shape[-1] if gate.dim() else 1
     if weight.dim() != 2 or weight.shape[1] != columns:
         raise ValueError(
