@@ -6,6 +6,7 @@ import dataclasses
 import threading
 
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ..data.batch import check_reduction
 from . import attention as _attention
@@ -66,7 +67,7 @@ def apply(
     families.require_transformers()
     check_reduction(reduction, "packops.hf: ")
     target = pretrained(model)
-    with _LOCK:
+    with _LOCK, _disable_current_modes():  # modules are asked with real numbers, in a FakeTensorMode too
         _undo(target)
         record = Record(_blank(target))
         try:

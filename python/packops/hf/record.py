@@ -16,7 +16,6 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes as with_real_numbers  # also in a FakeTensorMode
 
 ATTRIBUTE = "_packops_hf"
 _ABSENT = "packops: no such attribute"  # a string, so that copies of it are recognised
@@ -220,7 +219,6 @@ class Record:
         self.changes.append(ChangeOfMethods(path, module, base, methods))
         _ANSWERED_FOR.add(module)
 
-    @with_real_numbers()
     def set_found(
         self, model: nn.Module, recognise: Callable[[nn.Module], Methods | None], leave: Iterable[nn.Module] = ()
     ) -> list[nn.Module]:

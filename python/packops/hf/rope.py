@@ -24,7 +24,7 @@ from ..functional import apply_qk_norm_rope, apply_rope
 from . import families, rewrite
 from .families import Convention
 from .norm import RMSNorm, recognise
-from .record import Record, decoder_of, is_bare, record_of, with_real_numbers
+from .record import Record, decoder_of, is_bare, record_of
 from .rewrite import CannotRewriteError
 
 ROPE = "apply_rotary_pos_emb"
@@ -32,7 +32,6 @@ _BOUND = "__packops_rope__"
 _SHAPING = ("view", "reshape", "transpose", "contiguous")
 
 
-@with_real_numbers()
 def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     """Replace RoPE in every attention layer of ``model``, or raise ValueError saying what is in the way.
 
