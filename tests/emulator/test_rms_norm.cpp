@@ -70,7 +70,7 @@ CASE(every_team_and_type) {
     compare<float>(9, 4096, 0, zero_centered);
   }
   compare<float>(3, 64, 0, false, false, 1e-4);  // where epsilon matters
-  compare<bf16_t>(0, 64, 0, false);       // the weight's gradient is 0
+  compare<bf16_t>(0, 64, 0, false);              // the weight's gradient is 0
 }
 
 CASE(sums_of_every_team_and_type) {
