@@ -1,12 +1,12 @@
-"""RMS norm of rows and of sums, forward and with all gradients, against torch's, transformers' formula, torch.compile, Liger, QuACK.
+"""RMS norm of rows and of sums, forward and with all gradients, against torch's, the usual formula, torch.compile, Liger, QuACK.
 
     packops bench rms-norm                      # everything
     packops bench rms-norm --only "^forward,"   # some cases
     packops bench rms-norm --device cpu --threads 2
 
 Bytes: x and the result, in the backward x, the gradient and the gradient of x, each read or written once. Of a sum, whose terms
-are x and a residual, also the residual and the sum, and in the backward the sum's gradient. Every result is checked against an fp64
-reference.
+are x and a residual, also the residual and the sum, and in the backward the sum's gradient. Every result is checked against an
+fp64 reference.
 """
 
 from __future__ import annotations

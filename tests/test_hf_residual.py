@@ -17,8 +17,9 @@ from packops.hf import residual as hf_residual
 
 transformers = pytest.importorskip("transformers")
 
-from hf_models import FAMILIES, difference, make, run  # noqa: E402
 from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: E402
+
+from hf_models import FAMILIES, difference, make, run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,4 +1,4 @@
-"""RMS norm of rows and of sums against fp64, with the digits that small weights and large rows have; fixed bits; what is refused."""
+"""RMS norm of rows and of sums against fp64, with the digits that small weights and large rows have; fixed bits; refusals."""
 
 from __future__ import annotations
 
@@ -214,7 +214,7 @@ def test_a_sum_is_the_same_as_in_two_steps_where_it_is_rounded(device):
 
 
 def test_strides_of_a_sum(device):
-    """Terms and gradients whose rows lie apart in four ways, an expanded gradient, rows that do not begin at 16 bytes, no rows."""
+    """Terms and gradients whose rows lie apart in four ways, an expanded one, rows that do not begin at 16 bytes, no rows."""
     x, residual, weight, grad, grad_total = sum_problem((6, 5, 128), torch.bfloat16, device)
     left, right = x.detach()[..., :64].requires_grad_(), residual.detach()[:, :, 64:].transpose(0, 1).contiguous().transpose(0, 1)
     check_sum(

@@ -81,12 +81,12 @@ class _Site(NamedTuple):
 
 def _sites(definition: ast.FunctionDef) -> Iterator[_Site]:
     this = rewrite.self_name(definition)
-    for node in ast.walk(definition):
-        for block in (getattr(node, "body", None), getattr(node, "orelse", None)):
-            for i in range(1, len(block) if isinstance(block, list) else 0):
-                if (norm := _normalised(this, block[i - 1], block[i])) is not None:
-                    begin = i - 1 - (i > 1 and _is_sum(block[i - 2], rewrite.assigned_name(block[i])))
-                    yield _Site(block, begin, i + 1, norm)
+    fields = (getattr(node, name, None) for node in ast.walk(definition) for name in ("body", "orelse"))
+    for block in (field for field in fields if isinstance(field, list)):
+        for i in range(1, len(block)):
+            if (norm := _normalised(this, block[i - 1], block[i])) is not None:
+                begin = i - 1 - (i > 1 and _is_sum(block[i - 2], rewrite.assigned_name(block[i])))
+                yield _Site(block, begin, i + 1, norm)
 
 
 def _normalised(this: str, kept: ast.stmt, normed: ast.stmt) -> str | None:
