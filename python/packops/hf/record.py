@@ -165,8 +165,8 @@ class Report:
         model: its class.
         family: its model type.
         tested: whether the tests of packops cover this family. Others were checked when they were patched, by their structure.
-        replaced: ``"rope"``, ``"tables"``, ``"rms_norm"``, ``"residual"``, ``"mlp"``, ``"loss"``, ``"lm_head"``, ``"attention"``
-            -> what does it now. Empty: nothing was.
+        replaced: ``"rope"``, ``"tables"``, ``"rms_norm"``, ``"residual"``, ``"projections"``, ``"mlp"``, ``"loss"``,
+            ``"lm_head"``, ``"attention"`` -> what does it now. Empty: nothing was.
         notes: what the user should know, in words.
     """
 

@@ -81,8 +81,7 @@ class _Site(NamedTuple):
 
 def _sites(definition: ast.FunctionDef) -> Iterator[_Site]:
     this = rewrite.self_name(definition)
-    fields = (getattr(node, name, None) for node in ast.walk(definition) for name in ("body", "orelse"))
-    for block in (field for field in fields if isinstance(field, list)):
+    for block in rewrite.blocks(definition):
         for i in range(1, len(block)):
             if (norm := _normalised(this, block[i - 1], block[i])) is not None:
                 begin = i - 1 - (i > 1 and _is_sum(block[i - 2], rewrite.assigned_name(block[i])))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 from types import FunctionType
 from typing import Any
@@ -97,6 +97,12 @@ def self_name(definition: ast.FunctionDef) -> str:
 def parameter_names(definition: ast.FunctionDef) -> set[str]:
     arguments = definition.args
     return {argument.arg for argument in (*arguments.posonlyargs, *arguments.args, *arguments.kwonlyargs)}
+
+
+def blocks(tree: ast.AST) -> Iterator[list[ast.stmt]]:
+    """Every list of statements."""
+    fields = (getattr(node, name, None) for node in ast.walk(tree) for name in ("body", "orelse"))
+    return (field for field in fields if isinstance(field, list))
 
 
 def calls_of(tree: ast.AST, name: str) -> list[ast.Call]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import apply_qk_norm_rope, apply_rope
-from . import families, rewrite
+from . import families, projections, rewrite
 from .families import Convention
 from .norm import RMSNorm, recognise
 from .record import Record, decoder_of, is_bare, record_of
@@ -63,6 +63,7 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     layers = {module for _, module in attention}
     understood = all(module in layers for module in readers) and all(_same_tables(module, convention) for module in rotary)
     own_tables = frozenset(width for module in rotary for width in _widths(module)) if understood else frozenset()
+    shared = sum(projections.shares_input(rewrite.class_of(module)) for _, module in attention)
     absorbed: list[nn.Module] = []
     for name, module in attention:
         try:
@@ -76,6 +77,8 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
         for module in rotary:
             record.set_methods("rotary_emb", module, Tables())
     record.replaced("rope", _describe(len(attention), len(absorbed) // 2, convention))
+    if shared:
+        record.replaced("projections", f"gradients of one input added up in the products, in {shared} attention layers")
     record.replaced("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
     return absorbed
 
@@ -258,7 +261,7 @@ def _attention_forward(cls: type, convention: Convention, own_tables: frozenset[
     for call in rewrite.calls_of(definition, ROPE):
         call.func = ast.Name(_BOUND, ast.Load())
         call.args.insert(0, ast.Name(this, ast.Load()))
-    bindings = {_BOUND: make_rope(convention, own_tables, norms)}
+    bindings = {_BOUND: make_rope(convention, own_tables, norms), **projections.share_input(definition)}
     return rewrite.build(cls.forward, definition, bindings)  # type: ignore[attr-defined]
 
 

@@ -1,0 +1,137 @@
+"""Projections of one input: where an attention layer multiplies its input by several weights, the gradients add up in the products.
+
+autograd makes a matrix for each and adds them in kernels of their own, three times the bytes of such a matrix a sum. Here the second
+product adds to the first one's result, and so on, and the sum hides behind the multiplication.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterator
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.functional import linear
+
+from ..ops import autocast
+from ..ops.derivatives import transforms_are_active
+from . import rewrite
+from .record import is_plain_linear
+
+_BOUND = "__packops_project__"
+
+
+def share_input(definition: ast.FunctionDef) -> dict[str, Callable]:
+    """Let neighbouring lines of ``self.q_proj(x)``, ``self.k_proj(x)``, ... take what one call before them has made. Returns the
+    names that the changed definition knows; empty where there are no such lines."""
+    this, changed = rewrite.self_name(definition), False
+    for block in list(rewrite.blocks(definition)):
+        for lines in reversed(list(_neighbours(this, block))):
+            calls = [_projection(this, line) for line in lines]
+            names = [f"_packops_projected_{i}" for i in range(len(calls))]
+            modules = ", ".join(ast.unparse(call.func) for call in calls if call)
+            text = f"{', '.join(names)} = {_BOUND}({_input(calls[0])}, {modules})"
+            for line, call, name in zip(lines, calls, names, strict=True):
+                _Exchanged(call, name).visit(line)
+            block[block.index(lines[0]) : block.index(lines[0])] = rewrite.statements(text, at=lines[0])
+            changed = True
+    return {_BOUND: project} if changed else {}
+
+
+@cache
+def shares_input(cls: type) -> bool:
+    """Whether the ``forward`` of a class has such lines."""
+    return bool(share_input(rewrite.parse(cls.forward)))  # type: ignore[attr-defined]
+
+
+def project(x: Any, *modules: Any) -> tuple[Any, ...]:
+    """``module(x)`` for each."""
+    if not (_wants_gradient(x) and all(map(is_plain_linear, modules))):
+        return tuple(module(x) for module in modules)
+    return Projections.apply(x, *(m.weight for m in modules), *(m.bias for m in modules))  # type: ignore[no-any-return]
+
+
+def _wants_gradient(x: Any) -> bool:
+    if not (isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad):
+        return False
+    # A compiler finds the sums itself; under autocast the weights are cast; and transforms want rules of their own.
+    return not (torch.compiler.is_compiling() or autocast.is_any() or transforms_are_active() or forward_ad._current_level >= 0)
+
+
+class Projections(torch.autograd.Function):
+    """``apply(x, *weights, *biases)``; a bias may be None."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
+        weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, *weights)
+        return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_  # what may be differentiated is not overwritten
+        of_x, of_weights, of_biases = None, [None] * len(weights), [None] * len(weights)
+        rows = x.reshape(-1, x.shape[-1])
+        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+            if grad is None:
+                continue
+            grad = grad.reshape(-1, grad.shape[-1])
+            if needs[0]:
+                of_x = grad @ weight if of_x is None else add(of_x, grad, weight)
+            if needs[1 + i]:
+                of_weights[i] = grad.t() @ rows
+            if needs[1 + len(weights) + i]:
+                of_biases[i] = grad.sum(0)
+        return None if of_x is None else of_x.view(x.shape), *of_weights, *of_biases
+
+
+# ---- a layer's own lines -------------------------------------------------------------------------------------------------------
+
+
+def _neighbours(this: str, block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
+    """Runs of lines with a projection each, of the same name, which they leave as it is, by different modules."""
+    run: list[ast.stmt] = []
+    for line in [*block, ast.Pass()]:
+        call, first = _projection(this, line), _projection(this, run[0]) if run else None
+        known = {ast.unparse(c.func) for c in map(lambda statement: _projection(this, statement), run) if c}
+        if call and first and _input(call) == _input(first) and ast.unparse(call.func) not in known:
+            run.append(line)
+        else:
+            if len(run) > 1:
+                yield run
+            run = [line] if call else []
+
+
+def _projection(this: str, line: ast.stmt) -> ast.Call | None:
+    """``self.q_proj(x)`` of ``y = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)``, which every run of the line calls."""
+    node, name = getattr(line, "value", None), rewrite.assigned_name(line)
+    while name is not None and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+        if rewrite.attribute_of(node.func, this) is None:
+            node = node.func.value
+        elif len(node.args) != 1 or node.keywords:
+            return None
+        elif not isinstance(node.args[0], ast.Name):
+            node = node.args[0]
+        else:
+            return node if node.args[0].id != name else None
+    return None
+
+
+def _input(call: ast.Call | None) -> str:
+    return call.args[0].id if call and isinstance(call.args[0], ast.Name) else ""
+
+
+class _Exchanged(ast.NodeTransformer):
+    """One call becomes a name."""
+
+    def __init__(self, call: ast.Call | None, name: str):
+        self.call, self.name = call, name
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        return ast.Name(self.name, ast.Load()) if node is self.call else self.generic_visit(node)

@@ -1,0 +1,226 @@
+"""Projections of one input in Hugging Face's attention layers: which share the sum of gradients, and what is computed."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import inspect
+import textwrap
+
+import pytest
+import torch
+from torch import nn
+
+import packops.hf
+from packops.hf import projections
+
+transformers = pytest.importorskip("transformers")
+
+from hf_models import FAMILIES, difference, make, run  # noqa: E402
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+gpu = pytest.mark.gpu
+WITHOUT = {"phi3", "gpt_neox", "persimmon"}  # one weight for q, k and v
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How many weights each call had that shares its input."""
+    found, apply = [], projections.Projections.apply
+
+    def counted(*tensors):
+        found.append(len(tensors) // 2)
+        return apply(*tensors)
+
+    monkeypatch.setattr(projections.Projections, "apply", counted)
+    return found
+
+
+def apply(model):
+    return packops.hf.apply(model, cross_entropy=False, rms_norm=False, mlp=False)
+
+
+def inputs(device="cpu"):
+    ids = torch.randint(3, 61, (2, 17), device=device)
+    return {"input_ids": ids, "labels": ids}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family, calls):
+    stock = make(family)
+    model = apply(copy.deepcopy(stock))
+    batch = inputs()
+    assert difference(run(model, batch), run(stock, batch)) < 1e-4
+    assert calls == ([] if family in WITHOUT else [3, 3])
+    assert ("projections" in packops.hf.report(model).replaced) == (family not in WITHOUT)
+
+
+def test_products_add_up():
+    model = apply(make("llama"))
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run(model, inputs())
+    assert sum(event.count for event in profile.key_averages() if event.key == "aten::addmm_") == 2 * 2
+
+
+def test_what_looks_on_sees_the_projections(calls):
+    """Hooks, a frozen input, no gradients, another module in one's place, a compiler, autocast, transforms."""
+    stock = make("qwen2")
+    model, batch = apply(copy.deepcopy(stock)), inputs()
+    seen = []
+    handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda m, given, made: seen.append(made.shape))
+    assert difference(run(model, batch), run(stock, batch)) < 1e-4
+    assert (seen, calls) == ([(2, 17, 16)], [3])
+    handle.remove()
+    calls.clear()
+    with torch.no_grad():
+        model(**batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(**batch).loss.requires_grad
+    parameters = dict(model.named_parameters())
+    loss = lambda p: torch.func.functional_call(model, p, kwargs=batch).loss  # noqa: E731
+    found = torch.func.grad(loss)(parameters)
+    assert difference((loss(parameters), found), run(stock, batch)) < 1e-4
+    calls.clear()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert difference(run(compiled, batch), run(torch.compile(stock, backend="aot_eager"), batch)) < 1e-4
+    assert calls == []
+    model.model.layers[0].self_attn.v_proj = nn.Sequential(model.model.layers[0].self_attn.v_proj)
+    model.model.layers[1].requires_grad_(False)
+    run(model, batch)
+    assert calls == [3]
+
+
+def test_gradients():
+    """Of all tensors and of some, of results that nobody used; those of weights and biases have autograd's bits."""
+    torch.manual_seed(0)
+    modules = [nn.Linear(24, n, bias=n != 8).double() for n in (16, 8, 12)]
+    x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
+    grads = [torch.randn(2, 5, m.out_features, dtype=torch.float64) for m in modules]
+    for frozen, unused in ((None, None), (0, None), (1, None), (None, 0), (2, 1)):
+        for i, module in enumerate(modules):
+            module.requires_grad_(i != frozen)
+        leaves = [x, *(p for m in modules for p in m.parameters() if p.requires_grad)]
+        results = []
+        for made in (projections.project(x, *modules), [m(x) for m in modules]):
+            used = [i for i in range(3) if i != unused]
+            wanted = [made[i] for i in used], leaves, [grads[i] for i in used]
+            results.append(torch.autograd.grad(*wanted, allow_unused=True))
+        (of_x, *found), (want_x, *want) = results[0], results[1]
+        torch.testing.assert_close(of_x, want_x, rtol=1e-13, atol=1e-13)
+        for a, b in zip(found, want, strict=True):
+            assert (a is None) == (b is None)
+            assert a is None or torch.equal(a, b)
+
+
+def test_gradients_of_gradients():
+    modules = [nn.Linear(6, n).double() for n in (4, 3)]
+    x = torch.randn(2, 5, 6, dtype=torch.float64, requires_grad=True)
+    parameters = [p for m in modules for p in m.parameters()]
+
+    def projected(x, *_):
+        return projections.project(x, *modules)
+
+    assert torch.autograd.gradcheck(projected, (x, *parameters))
+    assert torch.autograd.gradgradcheck(projected, (x, *parameters))
+
+
+def test_inputs_of_any_shape_and_stride():
+    modules = [nn.Linear(24, n).double() for n in (16, 8)]
+    whole = torch.randn(5, 4, 48, dtype=torch.float64)
+    for x in (whole[..., :24], whole.transpose(0, 1)[..., 24:], whole[0, 0, ::2], whole[:0, :, :24], whole[:, 0, :24]):
+        leaf = x.detach().requires_grad_()
+        results = []
+        for made in (projections.project(leaf, *modules), [m(leaf) for m in modules]):
+            loss = sum((y * y.detach().cos()).sum() for y in made)
+            results.append(torch.autograd.grad(loss, [leaf, *modules[0].parameters()]))
+        torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing(reentrant, calls):
+    stock = make("llama")
+    model = apply(copy.deepcopy(stock))
+    for m in (model, stock):
+        m.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        m.enable_input_require_grads()
+    batch = inputs()
+    assert difference(run(model, batch), run(stock, batch)) < 1e-4
+    assert set(calls) == {3}
+
+
+class Layer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(6, 6) for _ in range(3))
+        self.norm = nn.LayerNorm(6)
+
+
+class Changed(Layer):
+    def forward(self, x):
+        y = self.a(x)
+        x = self.b(x)
+        z = self.c(x)
+        return x + y + z
+
+
+class Twice(Layer):
+    def forward(self, x):
+        y = self.a(x).view(-1, 6)
+        z = self.a(x).view(y.shape)
+        w = self.norm(self.b(x)).view(z.shape)
+        return y + 2 * z + 3 * w
+
+
+class Conditional(Layer):
+    def forward(self, x):
+        y = self.a(x)
+        z = self.b(x) if self.c is None else y
+        w = self.c(x, *[])
+        return y + z + w
+
+
+class TwoRuns(Layer):
+    def forward(self, x):
+        if self.training:
+            y = self.a(x)
+            z = self.b(x)
+            x = y * z
+        u = self.b(x)
+        v = self.c(x)
+        y = self.a(u)
+        z = self.c(u)
+        return u * v + y * z
+
+
+@pytest.mark.parametrize(("kind", "found"), [(Changed, []), (Twice, [2]), (Conditional, []), (TwoRuns, [2, 2, 2])])
+def test_other_lines(kind, found, calls):
+    torch.manual_seed(0)
+    layer = kind()
+    definition = ast.parse(textwrap.dedent(inspect.getsource(kind.forward))).body[0]
+    scope = dict(projections.share_input(definition))
+    exec(compile(ast.fix_missing_locations(ast.Module([definition], [])), "<rewritten>", "exec"), scope)
+    x = torch.randn(3, 6, requires_grad=True)
+    results = []
+    for forward in (scope["forward"], kind.forward):
+        made = forward(layer, x)
+        results.append((made, *torch.autograd.grad(made.square().sum(), [x, layer.a.weight])))
+    torch.testing.assert_close(*results)
+    assert calls == found
+
+
+@gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_on_a_gpu(dtype, calls):
+    """The gradient of x is nearer to the exact one than autograd's sum."""
+    torch.manual_seed(0)
+    modules = [nn.Linear(256, n, bias=False).to("cuda", dtype) for n in (512, 128, 128)]
+    x = torch.randn(1000, 256, device="cuda").to(dtype).requires_grad_()
+    grads = [torch.randn(1000, m.out_features, device="cuda").to(dtype) for m in modules]
+    exact = sum(g.double() @ m.weight.double() for g, m in zip(grads, modules, strict=True))
+    errors = []
+    for made in (projections.project(x, *modules), [m(x) for m in modules]):
+        (of_x,) = torch.autograd.grad(made, x, grads)
+        errors.append((of_x - exact).square().mean().sqrt().item())
+    assert errors[0] <= 1.01 * errors[1]
+    assert calls == [3]
