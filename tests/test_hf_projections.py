@@ -76,7 +76,7 @@ def test_what_looks_on_sees_the_projections(calls):
     with torch.no_grad():
         model(**batch)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert model(**batch).loss.requires_grad
+        assert difference(run(model, batch), run(stock, batch)) < 0.05
     parameters = dict(model.named_parameters())
     loss = lambda p: torch.func.functional_call(model, p, kwargs=batch).loss  # noqa: E731
     found = torch.func.grad(loss)(parameters)

@@ -75,7 +75,6 @@ class Projections(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        add = torch.addmm if torch.is_grad_enabled() else Tensor.addmm_  # what may be differentiated is not overwritten
         of_x, of_weights, of_biases = None, [None] * len(weights), [None] * len(weights)
         rows = x.reshape(-1, x.shape[-1])
         for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
@@ -83,7 +82,7 @@ class Projections(torch.autograd.Function):
                 continue
             grad = grad.reshape(-1, grad.shape[-1])
             if needs[0]:
-                of_x = grad @ weight if of_x is None else add(of_x, grad, weight)
+                of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)
             if needs[1 + i]:
                 of_weights[i] = grad.t() @ rows
             if needs[1 + len(weights) + i]:
