@@ -258,6 +258,29 @@ def test_a_sum_without_some_gradients(device):
     assert x.grad.data_ptr() != residual.grad.data_ptr()
 
 
+def test_a_norm_that_nobody_used(device):
+    """The weight has no gradient, a row whose norm is not finite spoils none, and the sum differentiates twice."""
+    x, residual, weight, grad, _ = sum_problem(device=device)
+    with torch.no_grad():
+        x[0, 0], residual[0, 0] = 0, 0
+    for other in (None, residual):
+        _, total = packops.add_rms_norm(x, other, weight, eps=0.0)
+        found, of_weight = torch.autograd.grad(total, (x, weight), grad, allow_unused=True)
+        assert of_weight is None
+        assert torch.equal(found, grad)
+        (g,) = torch.autograd.grad(packops.add_rms_norm(x, other, weight, eps=1e-5)[1].square().sum(), x, create_graph=True)
+        assert torch.equal(torch.autograd.grad(g.sum(), x)[0], torch.full_like(x, 2))
+
+
+def test_a_sum_of_constants_is_one(device):
+    x, residual, weight, grad, _ = sum_problem(device=device)
+    y, total = packops.add_rms_norm(x.detach(), residual.detach(), weight, eps=1e-5)
+    assert y.requires_grad
+    assert not total.requires_grad
+    want = torch.autograd.grad(packops.rms_norm(total, weight, eps=1e-5), weight, grad)
+    assert torch.equal(torch.autograd.grad(y, weight, grad)[0], want[0])
+
+
 def test_without_a_residual_the_sum_is_x(device):
     x, _, weight, *_ = sum_problem(device=device)
     _, total = packops.add_rms_norm(x, None, weight, eps=1e-6)

@@ -27,7 +27,29 @@ class RmsNorm(Op):
         return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
-class AddRmsNorm(Op):
+class OfSum(Op):
+    """Two results, the norm and what it is of. The gradient of one that nobody used is None, which no number stands for: the
+    weight has none then, as in two steps, and a row whose norm is not finite spoils nothing."""
+
+    def __init__(self, namespace: str):
+        super().__init__(namespace)
+        ops = getattr(torch.ops, namespace)
+        self.raw_backward, self.norm_backward = ops._add_rms_norm_backward.default, ops._rms_norm_backward.default
+
+    def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        of_norm, of_total = grads
+        if of_norm is None:
+            return of_total, None
+        if of_total is None:
+            return tuple(self.norm_backward(of_norm, *saved, *options))
+        return tuple(self.raw_backward(of_norm, of_total, *saved, *options))
+
+    def once(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
+        linear = grads[0] is None  # and so differentiable as often as one likes
+        return (self.gradients if linear else super().once)(grads, saved, options, needs)
+
+
+class AddRmsNorm(OfSum):
     name = "add_rms_norm"
     differentiable = ("x", "residual", "weight")
     results = 2
@@ -40,10 +62,13 @@ class AddRmsNorm(Op):
 
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         ctx.save_for_backward(outputs[1], tensors[2])
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[2:4]):  # the op and its options come first
+            ctx.mark_non_differentiable(outputs[1])
         return outputs
 
     def gradients(self, grads: tuple, saved: tuple, options: tuple, needs: tuple[bool, ...]) -> tuple:
-        of_total, of_weight = self.raw_backward(*grads, *saved, *options)
+        of_total, of_weight = super().gradients(grads, saved, options, needs)
         return of_total, of_total, of_weight
 
     def register(self) -> None:
@@ -58,15 +83,12 @@ class AddRmsNorm(Op):
             kernels.impl(self.name, apart, key)
 
 
-class ForkedRmsNorm(RmsNorm):
+class ForkedRmsNorm(OfSum, RmsNorm):
     """Returns x, too, so that its backward pass sees the gradient of x from elsewhere and adds it."""
-
-    def __init__(self, namespace: str):
-        super().__init__(namespace)
-        self.raw_backward = getattr(torch.ops, namespace)._add_rms_norm_backward.default
 
     def keep(self, ctx: Any, tensors: tuple, outputs: Any) -> Any:
         ctx.save_for_backward(*tensors)
+        ctx.set_materialize_grads(False)
         return outputs, tensors[0]
 
 
@@ -107,6 +129,8 @@ def add_rms_norm(
 
     Forward, the sum is not read again; backward, its own gradient is added in the norm's kernel, before anything is rounded. The
     sum itself is rounded to the dtype of ``x`` before the norm, as in two steps: results are the same bits. Differentiable once.
+    What autograd gives for the sum returned (a hook on it, ``torch.autograd.grad`` with respect to it) leaves out the norm's
+    share, which goes straight to ``x`` and ``residual``.
 
     Args:
         x: as for :func:`rms_norm`.
