@@ -549,6 +549,60 @@ def test_rewrite_refuses():
     exec("def forward(self): return 1", scope)
     with pytest.raises(rewrite.CannotRewriteError, match="source of forward is not installed"):
         rewrite.parse(scope["forward"])
+    with pytest.raises(rewrite.CannotRewriteError, match="_forward_unimplemented is not a plain method"):
+        rewrite.parse(nn.ModuleList.forward)
+
+    class NotOutside(nn.Module):
+        def by_name(function):
+            return function
+
+        @by_name
+        def forward(self):
+            return 1
+
+        def private(self):
+            return self.__private()
+
+        def without(*everything):
+            return everything
+
+    with pytest.raises(rewrite.CannotRewriteError, match=r"cannot be defined outside of its class .*by_name"):
+        rewrite.build(NotOutside.forward, rewrite.parse(NotOutside.forward), {})
+    with pytest.raises(rewrite.CannotRewriteError, match="uses __private, a private name"):
+        rewrite.build(NotOutside.private, rewrite.parse(NotOutside.private), {})
+    with pytest.raises(rewrite.CannotRewriteError, match="without has no argument for its instance"):
+        rewrite.self_name(rewrite.parse(NotOutside.without))
+
+
+def test_a_rewritten_method_keeps_its_default_values():
+    """Which its class may have made from names of its own, or from what has changed since; annotations may name nothing."""
+
+    class Module(nn.Module):
+        factor = 2
+
+        def forward(self, x: OnlyForTypeCheckers, /, by=factor, *, plus=factor + 1):  # noqa: F821
+            return x * by + plus
+
+    rewritten = rewrite.build(Module.forward, rewrite.parse(Module.forward), {})
+    assert rewrite.self_name(rewrite.parse(Module.forward)) == "self"
+    assert rewritten(Module(), 5) == 13
+    assert rewritten(Module(), 5, 1, plus=0) == 5
+
+
+def test_what_was_wrapped_around_a_class_is_not_dropped(monkeypatch):
+    """By another library, of the class: attention is refused."""
+    from transformers.models.llama.modeling_llama import LlamaAttention
+
+    stock = LlamaAttention.forward
+
+    @functools.wraps(stock)
+    def doubled(*arguments, **keywords):
+        attended, *others = stock(*arguments, **keywords)
+        return 2 * attended, *others
+
+    monkeypatch.setattr(LlamaAttention, "forward", doubled)
+    with pytest.raises(ValueError, match=r"cannot replace RoPE .*LlamaAttention.forward was wrapped since it was defined"):
+        packops.hf.apply(make("llama"))
 
 
 def test_bad_arguments():

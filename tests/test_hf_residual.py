@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import packops
 import packops.hf
@@ -106,6 +108,26 @@ def test_what_looks_on_sees_the_norm(calls):
     assert calls == [False, True, True]
 
 
+def test_a_hook_of_all_modules_sees_the_norm(calls):
+    model = apply(make("llama"))
+    ids, seen = torch.randint(3, 61, (2, 17)), []
+    handle = register_module_forward_hook(lambda module, given, made: seen.append(type(module).__name__))
+    try:
+        model(input_ids=ids)
+    finally:
+        handle.remove()
+    assert seen.count("LlamaRMSNorm") == 5
+    assert calls == []
+
+
+def test_what_nobody_can_add_is_an_error(calls):
+    norm = LlamaRMSNorm(32)
+    hf_norm.patch(norm, record.Record(record.Report("", "", True)))
+    with pytest.raises(TypeError, match="unsupported operand"):
+        hf_residual.add_and_normalise(norm, torch.randn(3, 32), None)
+    assert calls == []
+
+
 def test_autocast_and_other_dtypes_keep_the_sum_apart(calls):
     norm = LlamaRMSNorm(32)
     hf_norm.patch(norm, record.Record(record.Report("", "", True)))
@@ -184,6 +206,48 @@ class Changed(Layer):
         kept += 1
         h *= 2
         return kept + h
+
+
+class Wrapped(Layer):
+    def forward(self, h):
+        kept = h
+        h = self.norm(h)
+        return kept + h
+
+
+def tripled(forward):
+    @functools.wraps(forward)
+    def call(self, h):
+        return 3 * forward(self, h)
+
+    return call
+
+
+Wrapped.forward = tripled(Wrapped.forward)
+
+
+class Listed(Layer):
+    """A list of norms is a module, whose forward is no method."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.ModuleList([LlamaRMSNorm(32)])
+
+    def forward(self, h):
+        kept = h
+        h = self.norm[0](h)
+        return kept + h
+
+
+@pytest.mark.parametrize("kind", [Wrapped, Listed])
+def test_layers_that_are_left_alone(kind, calls):
+    stock = kind()
+    layer, found_there = copy.deepcopy(stock), record.Record(record.Report("", "", True))
+    hf_norm.patch(layer, found_there)
+    hf_residual.patch(layer, found_there)
+    x = torch.randn(5, 32)
+    torch.testing.assert_close(layer(x), stock(x))
+    assert calls == []
 
 
 @pytest.mark.parametrize(

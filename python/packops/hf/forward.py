@@ -129,6 +129,7 @@ def _model_forward(cls: type, fused: bool) -> Ending:
     bindings: dict[str, Any] = {}
     head, reason = "", None
     try:
+        rewrite.refuse_wrapped(cls)
         definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
         if _rewrite_router_loss(cls, definition):
             bindings[_ROUTER] = router_loss

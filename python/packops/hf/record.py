@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import nn
 from torch._subclasses import FakeTensor
+from torch.nn.modules import module as _module
 
 ATTRIBUTE = "_packops_hf"
 _ABSENT = "packops: no such attribute"  # a string, so that copies of it are recognised
@@ -68,9 +69,19 @@ def is_patched(module: nn.Module) -> bool:
 
 
 def is_bare(module: nn.Module) -> bool:
-    """Whether its class alone says what a module does: nothing wraps it, no hook looks on or gathers a sharded weight first."""
+    """Whether its class alone says what a module does: nothing wraps it, no hook looks on or gathers a sharded weight first.
+
+    Nor a hook of all modules there are: ``torch.nn.modules.module.register_module_forward_hook``.
+    """
     return "forward" not in vars(module) and not (
-        module._forward_pre_hooks or module._forward_hooks or module._backward_hooks or module._backward_pre_hooks
+        module._forward_pre_hooks
+        or module._forward_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_forward_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
     )
 
 

@@ -8,7 +8,6 @@ kernel of its own. The layer's ``forward`` keeps every other line.
 from __future__ import annotations
 
 import ast
-import copy
 from collections.abc import Callable, Iterator
 from functools import cache
 from types import FunctionType
@@ -22,6 +21,7 @@ from .norm import form_of, is_taken
 from .record import Record, is_patched
 
 _BOUND = "__packops_add_and_normalise__"
+_NOTHING = object()  # None is what a block may return that returns nothing, which no one can add
 
 
 class Residuals(NamedTuple):
@@ -44,25 +44,28 @@ def recognise(layer: nn.Module) -> Residuals | None:
     replaced = {name for name, child in layer._modules.items() if form_of(child) is not None}
     if not replaced or is_patched(layer):
         return None
+    kind = rewrite.class_of(layer)
     try:
-        definition = rewrite.parse(rewrite.class_of(layer).forward)
+        definition = rewrite.parse(kind.forward)
         found = Residuals(frozenset(replaced.intersection(site.norm for site in _sites(definition))))
-        return found if found.norms and found.methods(rewrite.class_of(layer)) else None
+        rewrite.refuse_wrapped(kind)
+        return found if found.norms and found.methods(kind) else None
     except rewrite.CannotRewriteError:
         return None
 
 
-def add_and_normalise(norm: Any, first: Any, second: Any = None) -> tuple[Any, Any]:
+def add_and_normalise(norm: Any, first: Any, second: Any = _NOTHING) -> tuple[Any, Any]:
     """``(norm(first + second), first + second)``; without ``second`` the sum is ``first``."""
     form = form_of(norm)
     if form is not None and _is_like(first, second) and is_taken(first, norm.weight):
-        return add_rms_norm(first, second, norm.weight, eps=getattr(norm, form.eps), zero_centered=form.zero_centered)
-    total = first if second is None else first + second
+        added = None if second is _NOTHING else second
+        return add_rms_norm(first, added, norm.weight, eps=getattr(norm, form.eps), zero_centered=form.zero_centered)
+    total = first if second is _NOTHING else first + second
     return norm(total), total
 
 
 def _is_like(first: Any, second: Any) -> bool:
-    if not isinstance(first, Tensor) or second is None:
+    if not isinstance(first, Tensor) or second is _NOTHING:
         return isinstance(first, Tensor)
     return isinstance(second, Tensor) and (second.dtype, second.shape, second.device) == (first.dtype, first.shape, first.device)
 
@@ -108,7 +111,7 @@ def _is_name(node: ast.AST | None, name: str) -> bool:
 
 @cache
 def _forward(cls: type, norms: frozenset[str]) -> FunctionType:
-    definition = copy.deepcopy(rewrite.parse(cls.forward))  # type: ignore[attr-defined]
+    definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
     for site in reversed(list(_sites(definition))):  # from the last on, so that the others stay in their places
         if site.norm in norms:
             *sums, kept, normed = site.block[site.begin : site.end]

@@ -7,6 +7,7 @@ name in it means what it meant, tracebacks show the original lines, and torch.co
 """
 
 from __future__ import annotations
+import __future__
 
 import ast
 import inspect
@@ -49,7 +50,10 @@ def parse(method: Callable) -> ast.FunctionDef:
     if not isinstance(function, FunctionType):
         raise CannotRewriteError(f"{function!r} is not a Python function")
     # Under an "if", so that an indented method parses and columns in tracebacks stay right.
-    tree = ast.parse("if True:\n" + _source(function))
+    try:
+        tree = ast.parse("if True:\n" + _source(function))
+    except SyntaxError:  # a function of a module, such as the forward of a ModuleList, or a lambda
+        raise CannotRewriteError(f"{function.__qualname__} is not a plain method") from None
     block = tree.body[0]
     definition = block.body[0] if isinstance(block, ast.If) else None
     if not isinstance(definition, ast.FunctionDef):
@@ -57,11 +61,32 @@ def parse(method: Callable) -> ast.FunctionDef:
     return definition
 
 
+def refuse_wrapped(cls: Any) -> None:
+    """CannotRewriteError where somebody wrapped ``cls.forward`` since it was defined: a rewritten one would lack that.
+
+    What a base class wraps around the ``forward`` of every subclass (checkpointing, in transformers) comes with a subclass.
+    """
+    makers = (getattr(vars(base).get("__init_subclass__"), "__func__", None) for base in cls.__mro__)
+    again = [constant for maker in makers if maker is not None for constant in maker.__code__.co_consts]
+    method, wrappers = cls.forward, 0
+    while hasattr(method, "__wrapped__"):
+        wrappers += getattr(method, "__code__", None) not in again
+        method = method.__wrapped__
+    if wrappers > len(parse(method).decorator_list):
+        raise CannotRewriteError(f"{method.__qualname__} was wrapped since it was defined")
+
+
 def build(method: Callable, definition: ast.FunctionDef, bindings: Mapping[str, Any]) -> FunctionType:
-    """Compile ``definition``, a changed :func:`parse` of ``method``, with ``bindings`` for the names that only it knows."""
-    function = inspect.unwrap(method)
+    """Compile ``definition``, a changed :func:`parse` of ``method``, with ``bindings`` for the names that only it knows.
+
+    Its default values are those that ``method`` has; its decorators are applied again.
+    """
+    function, name = inspect.unwrap(method), inspect.unwrap(method).__qualname__
     if function.__code__.co_freevars:  # super(), __class__, or a function made by another
-        raise CannotRewriteError(f"{function.__qualname__} is a closure over {', '.join(function.__code__.co_freevars)}")
+        raise CannotRewriteError(f"{name} is a closure over {', '.join(function.__code__.co_freevars)}")
+    if private := _private_name(definition):  # which means something else outside of its class
+        raise CannotRewriteError(f"{name} uses {private}, a private name")
+    bindings = {**bindings, **_bind_defaults(definition, function)}
     definition.decorator_list = [d for d in definition.decorator_list if not _is_documentation(d)]
     if definition.body and isinstance(definition.body[0], ast.Expr) and isinstance(definition.body[0].value, ast.Constant):
         definition.body = definition.body[1:] or [ast.Pass()]
@@ -73,13 +98,36 @@ def build(method: Callable, definition: ast.FunctionDef, bindings: Mapping[str, 
     )
     module = ast.fix_missing_locations(ast.Module([factory], type_ignores=[]))
     ast.increment_lineno(module, inspect.getsourcelines(function)[1] - 2)
-    code = compile(module, inspect.getsourcefile(function) or "<unknown>", "exec", dont_inherit=True)
+    future = function.__code__.co_flags & __future__.annotations.compiler_flag  # else they are evaluated, if only then
+    code = compile(module, inspect.getsourcefile(function) or "<unknown>", "exec", flags=future, dont_inherit=True)
     scope: dict[str, Any] = {}
     exec(code, function.__globals__, scope)
-    rewritten = scope["factory"](**bindings)
+    try:
+        rewritten = scope["factory"](**bindings)
+    except Exception as error:  # a decorator or an annotation of the class's own
+        raise CannotRewriteError(f"{name} cannot be defined outside of its class ({error})") from None
     rewritten.__qualname__ = function.__qualname__
     rewritten.__doc__ = function.__doc__
     return rewritten
+
+
+def _private_name(definition: ast.FunctionDef) -> str | None:
+    names = (getattr(node, "attr", getattr(node, "id", "")) for node in ast.walk(definition))
+    return next((name for name in names if name.startswith("__") and not name.endswith("__")), None)
+
+
+def _bind_defaults(definition: ast.FunctionDef, function: FunctionType) -> dict[str, Any]:
+    """Names in the place of default values, and the values."""
+    arguments, by_keyword = definition.args, function.__kwdefaults__ or {}
+    bound: dict[str, Any] = {}
+
+    def name_of(value: Any) -> ast.expr:
+        bound[name := f"__packops_default_{len(bound)}__"] = value
+        return ast.Name(name, ast.Load())
+
+    arguments.defaults = [name_of(value) for value in function.__defaults__ or ()]
+    arguments.kw_defaults = [name_of(by_keyword[a.arg]) if a.arg in by_keyword else None for a in arguments.kwonlyargs]
+    return bound
 
 
 def _is_documentation(decorator: ast.expr) -> bool:
@@ -91,7 +139,10 @@ def _is_documentation(decorator: ast.expr) -> bool:
 
 
 def self_name(definition: ast.FunctionDef) -> str:
-    return definition.args.args[0].arg
+    first = (*definition.args.posonlyargs, *definition.args.args)[:1]
+    if not first:
+        raise CannotRewriteError(f"{definition.name} has no argument for its instance")
+    return first[0].arg
 
 
 def parameter_names(definition: ast.FunctionDef) -> set[str]:

@@ -67,6 +67,7 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     absorbed: list[nn.Module] = []
     for name, module in attention:
         try:
+            rewrite.refuse_wrapped(rewrite.class_of(module))
             norms = _norms(module)
             record.set_methods(name, module, Rotation(convention, own_tables, norms))
         except CannotRewriteError as error:
