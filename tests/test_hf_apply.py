@@ -98,7 +98,7 @@ def test_apply_again_changes_the_options():
 def test_parts():
     model = make("llama")
     assert packops.hf.apply(model, cross_entropy=False, rms_norm=False, mlp=False) is model
-    assert set(packops.hf.report(model).replaced) == {"rope", "tables"}
+    assert set(packops.hf.report(model).replaced) == {"rope", "projections", "tables"}
     assert model.loss_function.__name__ == "ForCausalLMLoss"
     packops.hf.apply(model, rope=False, cross_entropy=False, mlp=False)
     assert packops.hf.report(model).replaced == {

@@ -40,8 +40,8 @@ def apply(
     Args:
         model: a ``PreTrainedModel``, or a wrapper around one (PEFT).
         rope: rotate q and k with :func:`packops.apply_rope`, by fp32 tables from fp64 angles; where q and k pass through RMS
-            norms first (Qwen3, Gemma 3, OLMo 2), with :func:`packops.apply_qk_norm_rope`. In these layers the gradients of what q,
-            k and v are projected from add up in the matrix products.
+            norms first (Qwen3, Gemma 3, OLMo 2), with :func:`packops.apply_qk_norm_rope`. In these layers the gradients of what
+            q, k and v are projected from add up in the matrix products.
         cross_entropy: compute the loss with :func:`packops.cross_entropy`, which reads ``num_items_in_batch``,
             ``cu_seq_lens_q`` and ``shift_labels``; and, in training, with :func:`packops.linear_cross_entropy`, which makes no
             logits: ``outputs.logits`` is then None. ``model(..., skip_logits=False)`` gives them; without gradients or in

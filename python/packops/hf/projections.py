@@ -1,6 +1,6 @@
-"""Projections of one input: where an attention layer multiplies its input by several weights, the gradients add up in the products.
+"""Projections of one input: where a layer multiplies its input by several weights, the gradients add up in the products.
 
-autograd makes a matrix for each and adds them in kernels of their own, three times the bytes of such a matrix a sum. Here the second
+autograd makes a matrix for each and adds them in kernels of their own, which move three such matrices a sum. Here the second
 product adds to the first one's result, and so on, and the sum hides behind the multiplication.
 """
 
@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
@@ -29,14 +29,14 @@ def share_input(definition: ast.FunctionDef) -> dict[str, Callable]:
     names that the changed definition knows; empty where there are no such lines."""
     this, changed = rewrite.self_name(definition), False
     for block in list(rewrite.blocks(definition)):
-        for lines in reversed(list(_neighbours(this, block))):
-            calls = [_projection(this, line) for line in lines]
-            names = [f"_packops_projected_{i}" for i in range(len(calls))]
-            modules = ", ".join(ast.unparse(call.func) for call in calls if call)
-            text = f"{', '.join(names)} = {_BOUND}({_input(calls[0])}, {modules})"
-            for line, call, name in zip(lines, calls, names, strict=True):
-                _Exchanged(call, name).visit(line)
-            block[block.index(lines[0]) : block.index(lines[0])] = rewrite.statements(text, at=lines[0])
+        for run in reversed(list(_neighbours(this, block))):
+            first, call = run[0]
+            names = [f"_packops_projected_{i}" for i in range(len(run))]
+            arguments = [ast.unparse(call.args[0]), *(ast.unparse(other.func) for _, other in run)]
+            for (line, other), name in zip(run, names, strict=True):
+                _Exchanged(other, name).visit(line)
+            begin = block.index(first)
+            block[begin:begin] = rewrite.statements(f"{', '.join(names)} = {_BOUND}({', '.join(arguments)})", at=first)
             changed = True
     return {_BOUND: project} if changed else {}
 
@@ -75,7 +75,9 @@ class Projections(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x, *weights = ctx.saved_tensors
         needs = ctx.needs_input_grad
-        of_x, of_weights, of_biases = None, [None] * len(weights), [None] * len(weights)
+        of_x: Tensor | None = None
+        of_weights: list[Tensor | None] = [None] * len(weights)
+        of_biases = of_weights.copy()
         rows = x.reshape(-1, x.shape[-1])
         for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
             if grad is None:
@@ -93,22 +95,27 @@ class Projections(torch.autograd.Function):
 # ---- a layer's own lines -------------------------------------------------------------------------------------------------------
 
 
-def _neighbours(this: str, block: list[ast.stmt]) -> Iterator[list[ast.stmt]]:
+def _neighbours(this: str, block: list[ast.stmt]) -> Iterator[list[tuple[ast.stmt, ast.Call]]]:
     """Runs of lines with a projection each, of the same name, which they leave as it is, by different modules."""
-    run: list[ast.stmt] = []
+    run: list[tuple[ast.stmt, ast.Call]] = []
     for line in [*block, ast.Pass()]:
-        call, first = _projection(this, line), _projection(this, run[0]) if run else None
-        known = {ast.unparse(c.func) for c in map(lambda statement: _projection(this, statement), run) if c}
-        if call and first and _input(call) == _input(first) and ast.unparse(call.func) not in known:
-            run.append(line)
-        else:
-            if len(run) > 1:
-                yield run
-            run = [line] if call else []
+        call = _projection(this, line)
+        if call is not None and run and _is_another(call, [other for _, other in run]):
+            run.append((line, call))
+            continue
+        if len(run) > 1:
+            yield run
+        run = [] if call is None else [(line, call)]
+
+
+def _is_another(call: ast.Call, calls: list[ast.Call]) -> bool:
+    """Of the same name, by a module that is not among theirs."""
+    modules = [ast.unparse(other.func) for other in calls]
+    return ast.unparse(call.args[0]) == ast.unparse(calls[0].args[0]) and ast.unparse(call.func) not in modules
 
 
 def _projection(this: str, line: ast.stmt) -> ast.Call | None:
-    """``self.q_proj(x)`` of ``y = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)``, which every run of the line calls."""
+    """``self.q_proj(x)`` of ``y = self.q_norm(self.q_proj(x).view(shape)).transpose(1, 2)``, which is always called."""
     node, name = getattr(line, "value", None), rewrite.assigned_name(line)
     while name is not None and isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
         if rewrite.attribute_of(node.func, this) is None:
@@ -122,14 +129,10 @@ def _projection(this: str, line: ast.stmt) -> ast.Call | None:
     return None
 
 
-def _input(call: ast.Call | None) -> str:
-    return call.args[0].id if call and isinstance(call.args[0], ast.Name) else ""
-
-
 class _Exchanged(ast.NodeTransformer):
     """One call becomes a name."""
 
-    def __init__(self, call: ast.Call | None, name: str):
+    def __init__(self, call: ast.Call, name: str):
         self.call, self.name = call, name
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
