@@ -20,7 +20,6 @@ from hf_models import FAMILIES, difference, make, run  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-gpu = pytest.mark.gpu
 WITHOUT = {"phi3", "gpt_neox", "persimmon"}  # one weight for q, k and v
 
 
@@ -209,14 +208,13 @@ def test_other_lines(kind, found, calls):
     assert calls == found
 
 
-@gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_on_a_gpu(dtype, calls):
+def test_it_is_exact(dtype, device, calls):
     """The gradient of x is nearer to the exact one than autograd's sum."""
     torch.manual_seed(0)
-    modules = [nn.Linear(256, n, bias=False).to("cuda", dtype) for n in (512, 128, 128)]
-    x = torch.randn(1000, 256, device="cuda").to(dtype).requires_grad_()
-    grads = [torch.randn(1000, m.out_features, device="cuda").to(dtype) for m in modules]
+    modules = [nn.Linear(256, n, bias=False).to(device, dtype) for n in (512, 128, 128)]
+    x = torch.randn(1000, 256, device=device).to(dtype).requires_grad_()
+    grads = [torch.randn(1000, m.out_features, device=device).to(dtype) for m in modules]
     exact = sum(g.double() @ m.weight.double() for g, m in zip(grads, modules, strict=True))
     errors = []
     for made in (projections.project(x, *modules), [m(x) for m in modules]):

@@ -4,6 +4,7 @@ memory that overlaps itself. Each op is a row of one table, so that none is forg
 from __future__ import annotations
 
 import contextlib
+import gc
 import subprocess
 import sys
 import textwrap
@@ -257,7 +258,8 @@ def test_every_allocation_may_fail_on_cuda(case, capfd):
     capfd.readouterr()
     failures, filled = [], []
     try:
-        # What other tests left free between their tensors would serve a whole call.
+        # What other tests left free between their tensors would serve a whole call, and so would their garbage.
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
         for size in (2**26, 2**23, 2**20):

@@ -951,7 +951,7 @@ def test_errors(device):
     raises(ValueError, "must lie inside", q, None, cos, sin, rotary_offset=-2)
     raises(
         ValueError,
-        r"position_ids must have one entry per token, \(6\) or \(1, 6\) .*got shape \(5,\)",
+        r"position_ids must have one entry per token, \(6\) or \(1, 6\), got shape \(5,\)",
         q,
         None,
         cos,

@@ -79,7 +79,8 @@ class Projections(torch.autograd.Function):
         of_weights: list[Tensor | None] = [None] * len(weights)
         of_biases = of_weights.copy()
         rows = x.reshape(-1, x.shape[-1])
-        for i, (grad, weight) in enumerate(zip(grads, weights, strict=True)):
+        for i in reversed(range(len(weights))):  # keys and values are narrower than queries: smaller numbers are rounded
+            grad, weight = grads[i], weights[i]
             if grad is None:
                 continue
             grad = grad.reshape(-1, grad.shape[-1])
