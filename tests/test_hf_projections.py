@@ -220,5 +220,5 @@ def test_it_is_exact(dtype, device, calls):
     for made in (projections.project(x, *modules), [m(x) for m in modules]):
         (of_x,) = torch.autograd.grad(made, x, grads)
         errors.append((of_x - exact).square().mean().sqrt().item())
-    assert errors[0] <= 1.01 * errors[1]
+    assert errors[0] <= (0.9 if dtype == torch.bfloat16 else 1.01) * errors[1]
     assert calls == [3]
