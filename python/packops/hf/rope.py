@@ -63,12 +63,13 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     layers = {module for _, module in attention}
     understood = all(module in layers for module in readers) and all(_same_tables(module, convention) for module in rotary)
     own_tables = frozenset(width for module in rotary for width in _widths(module)) if understood else frozenset()
-    shared = sum(projections.shares_input(rewrite.class_of(module)) for _, module in attention)
+    shared = 0
     absorbed: list[nn.Module] = []
     for name, module in attention:
         try:
             rewrite.refuse_wrapped(rewrite.class_of(module))
             norms = _norms(module)
+            shared += projections.shares_input(rewrite.class_of(module))
             record.set_methods(name, module, Rotation(convention, own_tables, norms))
         except CannotRewriteError as error:
             raise _refusal(model, str(error)) from None
