@@ -6,10 +6,12 @@ import ast
 import copy
 import inspect
 import textwrap
+import weakref
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import packops.hf
 from packops.hf import projections
@@ -134,6 +136,115 @@ def test_inputs_of_any_shape_and_stride():
             loss = sum((y * y.detach().cos()).sum() for y in made)
             results.append(torch.autograd.grad(loss, [leaf, *modules[0].parameters()]))
         torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(("width", "columns"), [(0, 4), (5, 0)])
+def test_nothing_to_multiply(width, columns):
+    modules = [nn.Linear(width, columns), nn.Linear(width, 3)]
+    x = torch.randn(2, 4, width, requires_grad=True)
+    leaves = [x, *(p for m in modules for p in m.parameters())]
+    results = [torch.autograd.grad(sum(y.square().sum() for y in made), leaves) for made in both(x, modules)]
+    torch.testing.assert_close(*results)
+
+
+def both(x, modules):
+    """What we make and what torch makes."""
+    return projections.project(x, *modules), [m(x) for m in modules]
+
+
+def test_other_tensors(calls):
+    """Complex ones, and nested ones, have gradients of their own."""
+    modules = [nn.Linear(6, n) for n in (4, 3)]
+    weights = [m.weight for m in modules]
+    for layout in (torch.jagged, torch.strided):
+        x = torch.nested.nested_tensor([torch.randn(n, 6) for n in (3, 2)], layout=layout, requires_grad=True)
+        losses = [sum(y.to_padded_tensor(0.0).square().sum() for y in made) for made in both(x, modules)]
+        torch.testing.assert_close(*[torch.autograd.grad(loss, weights) for loss in losses])
+    x = torch.randn(2, 6, dtype=torch.complex64, requires_grad=True)
+    modules = [nn.Linear(6, n, dtype=torch.complex64) for n in (4, 3)]
+    results = [torch.autograd.grad(sum(y.abs().sum() for y in made), [x, modules[0].weight]) for made in both(x, modules)]
+    torch.testing.assert_close(*results)
+    assert calls == []
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("shape", [(6,), (5, 6), (2, 5, 6), (1, 2, 5, 6)])
+def test_results_are_changed_in_place(shape, bias):
+    modules = [nn.Linear(6, 4, bias=bias) for _ in range(2)]
+    x = torch.randn(shape, requires_grad=True)
+    results = []
+    for q, k in both(x, modules):
+        q *= 2
+        k.view(-1, 2).clamp_(-0.5, 0.5)
+        results.append(torch.autograd.grad((q.square() + k.square()).sum(), [x, modules[0].weight, modules[1].weight]))
+    torch.testing.assert_close(*results)
+
+
+def test_a_layer_that_clips_in_place(calls):
+    """OLMo's, which clips what linear returns."""
+    stock = make("olmo", attention_bias=True, clip_qkv=1.0)
+    model, batch = apply(copy.deepcopy(stock)), inputs()
+    assert difference(run(model, batch), run(stock, batch)) < 1e-4
+    assert calls == [3, 3]
+
+
+def test_frozen_weights_keep_no_input(calls):
+    """As where adapters train other layers: what goes in may be changed afterwards, too."""
+    modules = [nn.Linear(6, n).requires_grad_(False) for n in (4, 3)]
+    leaf = torch.randn(2, 5, 6, requires_grad=True)
+    kept, results = [], []
+    for make_both in (projections.project, lambda x, *modules: [m(x) for m in modules]):
+        x = leaf * 1
+        with torch.autograd.graph.saved_tensors_hooks(lambda y: kept.append(y) or y, lambda y: y):
+            made = make_both(x, *modules)
+        x.zero_()
+        results.append(torch.autograd.grad(sum(y.square().sum() for y in made), leaf))
+    torch.testing.assert_close(*results)
+    assert calls == [2]
+    assert not [y for y in kept if y.shape == leaf.shape]
+
+
+def test_autocast_around_the_backward_pass_alone(calls):
+    modules = [nn.Linear(6, n) for n in (4, 3)]
+    x = torch.randn(2, 5, 6, requires_grad=True)
+    made = projections.project(x, *modules)
+    want = torch.autograd.grad(made, [x, modules[1].weight], made, retain_graph=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = torch.autograd.grad(made, [x, modules[1].weight], made)
+    torch.testing.assert_close(found, want, rtol=0, atol=0)
+    assert calls == [2]
+
+
+def test_projections_live_no_longer_than_before():
+    """Past RoPE nobody needs them."""
+    layer = apply(make("llama")).model.layers[0].self_attn
+    made, alive = [], []
+    for name in ("q_proj", "k_proj"):
+        getattr(layer, name).register_forward_hook(lambda m, given, y: made.append(weakref.ref(y)))
+    layer.o_proj.register_forward_pre_hook(lambda m, given: alive.extend(y() is not None for y in made))
+    with torch.no_grad():
+        layer(torch.randn(1, 5, 32), (torch.ones(1, 5, 4), torch.zeros(1, 5, 4)))
+    assert alive == [False, False]
+
+
+def test_counted_products():
+    """In the forward pass the counter has hooks on all modules."""
+    modules, counts = [nn.Linear(6, n) for n in (4, 3)], []
+    for made in both(torch.randn(2, 6, requires_grad=True), modules):
+        with FlopCounterMode(display=False) as counter:
+            sum(y.sum() for y in made).backward()
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
+
+
+def test_a_layer_without_source_is_refused():
+    model = make("llama")
+    kind = type(model.model.layers[0].self_attn)
+    scope = {"__name__": "typed", "apply_rotary_pos_emb": kind.forward.__globals__["apply_rotary_pos_emb"]}
+    exec("def forward(self, x, tables):\n    return apply_rotary_pos_emb(x, x, *tables)", scope)
+    model.model.layers[1].self_attn.__class__ = type("Typed", (kind,), {"forward": scope["forward"]})
+    with pytest.raises(ValueError, match=r"cannot replace RoPE in LlamaForCausalLM .*: the source of forward is not installed"):
+        apply(model)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

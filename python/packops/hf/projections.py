@@ -7,7 +7,9 @@ product adds to the first one's result, and so on, and the sum hides behind the 
 from __future__ import annotations
 
 import ast
+import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -19,7 +21,7 @@ from torch.nn.functional import linear
 from ..ops import autocast
 from ..ops.derivatives import transforms_are_active
 from . import rewrite
-from .record import is_plain_linear
+from .record import is_plain_linear, is_plain_tensor
 
 _BOUND = "__packops_project__"
 
@@ -35,7 +37,8 @@ def share_input(definition: ast.FunctionDef) -> dict[str, Callable]:
             arguments = [ast.unparse(call.args[0]), *(ast.unparse(other.func) for _, other in run)]
             for (line, other), name in zip(run, names, strict=True):
                 _Exchanged(other, name).visit(line)
-            begin = block.index(first)
+            begin, end = block.index(first), block.index(run[-1][0]) + 1
+            block[end:end] = rewrite.statements(f"del {', '.join(names)}", at=run[-1][0])  # or they live until the layer returns
             block[begin:begin] = rewrite.statements(f"{', '.join(names)} = {_BOUND}({', '.join(arguments)})", at=first)
             changed = True
     return {_BOUND: project} if changed else {}
@@ -55,7 +58,9 @@ def project(x: Any, *modules: Any) -> tuple[Any, ...]:
 
 
 def _wants_gradient(x: Any) -> bool:
-    if not (isinstance(x, Tensor) and torch.is_grad_enabled() and x.requires_grad):
+    if not is_plain_tensor(x) or x.is_complex():  # complex ones have conjugate gradients
+        return False
+    if not (torch.is_grad_enabled() and x.requires_grad):
         return False
     # A compiler finds the sums itself; under autocast the weights are cast; and transforms want rules of their own.
     return not (torch.compiler.is_compiling() or autocast.is_any() or transforms_are_active() or forward_ad._current_level >= 0)
@@ -68,8 +73,10 @@ class Projections(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, *parameters: Tensor | None) -> tuple[Tensor, ...]:
         weights, biases = parameters[: len(parameters) // 2], parameters[len(parameters) // 2 :]
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, *weights)
-        return tuple(linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
+        ctx.shape = x.shape
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1 : 1 + len(weights)]) else None, *weights)
+        # With a bias, linear returns a view, which as one of several results could not be changed in place.
+        return tuple(linear(x, weight, bias).detach() for weight, bias in zip(weights, biases, strict=True))  # type: ignore[arg-type]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -78,19 +85,24 @@ class Projections(torch.autograd.Function):
         of_x: Tensor | None = None
         of_weights: list[Tensor | None] = [None] * len(weights)
         of_biases = of_weights.copy()
-        rows = x.reshape(-1, x.shape[-1])
-        for i in reversed(range(len(weights))):  # keys and values are narrower than queries: smaller numbers are rounded
-            grad, weight = grads[i], weights[i]
-            if grad is None:
-                continue
-            grad = grad.reshape(-1, grad.shape[-1])
-            if needs[0]:
-                of_x = grad @ weight if of_x is None else of_x.addmm_(grad, weight)
-            if needs[1 + i]:
-                of_weights[i] = grad.t() @ rows
-            if needs[1 + len(weights) + i]:
-                of_biases[i] = grad.sum(0)
-        return None if of_x is None else of_x.view(x.shape), *of_weights, *of_biases
+        rows = None if x is None else _rows(x)
+        # Autocast was off in the forward pass, and may be on where backward() is called.
+        with autocast.off(weights[0].device.type) if autocast.is_any() else nullcontext():
+            for i in reversed(range(len(weights))):  # keys and values are narrower than queries: smaller numbers are rounded
+                if (grad := grads[i]) is None:
+                    continue
+                grad = _rows(grad)
+                if needs[0]:
+                    of_x = grad @ weights[i] if of_x is None else of_x.addmm_(grad, weights[i])
+                if needs[1 + i] and rows is not None:
+                    of_weights[i] = grad.t() @ rows
+                if needs[1 + len(weights) + i]:
+                    of_biases[i] = grad.sum(0)
+        return None if of_x is None else of_x.view(ctx.shape), *of_weights, *of_biases
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 # ---- a layer's own lines -------------------------------------------------------------------------------------------------------

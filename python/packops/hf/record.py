@@ -85,6 +85,11 @@ def is_bare(module: nn.Module) -> bool:
     )
 
 
+def is_plain_tensor(x: Any) -> bool:
+    """Whether ``x`` is a tensor like any other: not nested, and of no class that has products of its own."""
+    return x is not None and type(x) in _PLAIN and not x.is_nested
+
+
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether weight and bias alone say what the module does: no LoRA, no hooks. (A replica's weight is a tensor.)"""
     return type(module) is nn.Linear and type(module.weight) in _PLAIN and type(module.bias) in _PLAIN and is_bare(module)

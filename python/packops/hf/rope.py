@@ -63,12 +63,13 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
     layers = {module for _, module in attention}
     understood = all(module in layers for module in readers) and all(_same_tables(module, convention) for module in rotary)
     own_tables = frozenset(width for module in rotary for width in _widths(module)) if understood else frozenset()
-    shared = sum(projections.shares_input(rewrite.class_of(module)) for _, module in attention)
+    shared = 0
     absorbed: list[nn.Module] = []
     for name, module in attention:
         try:
             rewrite.refuse_wrapped(rewrite.class_of(module))
             norms = _norms(module)
+            shared += projections.shares_input(rewrite.class_of(module))
             record.set_methods(name, module, Rotation(convention, own_tables, norms))
         except CannotRewriteError as error:
             raise _refusal(model, str(error)) from None
@@ -79,7 +80,7 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
             record.set_methods("rotary_emb", module, Tables())
     record.replaced("rope", _describe(len(attention), len(absorbed) // 2, convention))
     if shared:
-        record.replaced("projections", f"gradients of one input added up in the products, in {shared} attention layers")
+        record.replaced("projections", f"gradients of one input added up in the products of plain linear layers, in {shared} attention layers")
     record.replaced("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
     return absorbed
 

@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import is_fake
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 
 def register(namespace: str) -> None:
     """Formulas for ``torch.ops.<namespace>``. They get shapes in the place of tensors."""
     ops = getattr(torch.ops, namespace)
+    flop_registry.setdefault(torch.ops.aten.addmm_, flop_registry[torch.ops.aten.addmm])  # of hf.projections; torch leaves it out
 
     def counts(*names: str, get_raw: bool = False) -> Callable[[Callable[..., int]], Callable[..., int]]:
         return register_flop_formula([getattr(ops, name) for name in names], get_raw)
