@@ -80,7 +80,8 @@ def patch(model: nn.Module, record: Record) -> list[nn.Module]:
             record.set_methods("rotary_emb", module, Tables())
     record.replaced("rope", _describe(len(attention), len(absorbed) // 2, convention))
     if shared:
-        record.replaced("projections", f"gradients of one input added up in the products of plain linear layers, in {shared} attention layers")
+        how = "gradients of one input added up in the products of plain linear layers"
+        record.replaced("projections", f"{how}, in {shared} attention layers")
     record.replaced("tables", "fp32, from angles in fp64" if own_tables else "the model's own, rounded to its dtype")
     return absorbed
 
