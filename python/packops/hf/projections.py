@@ -88,7 +88,7 @@ class Projections(torch.autograd.Function):
         rows = None if x is None else _rows(x)
         # Autocast was off in the forward pass, and may be on where backward() is called.
         with autocast.off(weights[0].device.type) if autocast.is_any() else nullcontext():
-            for i in reversed(range(len(weights))):  # keys and values are narrower than queries: smaller numbers are rounded
+            for i in reversed(range(len(weights))):  # as autograd does, keys and values first: smaller sums are rounded
                 if (grad := grads[i]) is None:
                     continue
                 grad = _rows(grad)
