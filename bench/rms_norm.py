@@ -1,4 +1,4 @@
-"""RMS norm of rows and of sums, forward and with all gradients, against torch's, the usual formula, torch.compile, Liger, QuACK.
+"""RMS norm of rows and of sums, forward and with all gradients, against torch, torch.compile, Liger and QuACK.
 
     packops bench rms-norm                      # everything
     packops bench rms-norm --only "^forward,"   # some cases
