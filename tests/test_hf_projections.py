@@ -321,8 +321,8 @@ def test_other_lines(kind, found, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_it_is_exact(dtype, device, calls):
-    """The gradient of x is no further from the exact one than autograd's sum, whose order it has. In 16 bits it is nearer on the CPU;
-    cuBLAS rounds a product before it adds, as torch's kernel does."""
+    """The gradient of x is no further from the exact one than autograd's sum, whose order it has. In 16 bits it is nearer on the
+    CPU; cuBLAS rounds a product before it adds, as torch's kernel does."""
     torch.manual_seed(0)
     modules = [nn.Linear(256, n, bias=False).to(device, dtype) for n in (512, 128, 128)]
     x = torch.randn(1000, 256, device=device).to(dtype).requires_grad_()

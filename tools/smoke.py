@@ -147,6 +147,10 @@ def check_attention_and_norm() -> None:
     for function in (packops.rms_norm, ops.rms_norm):
         want = reference.rms_norm(x, weight, eps=1e-3, zero_centered=True)
         same(function(x, weight, eps=1e-3, zero_centered=True), want, [x, weight])
+    residual = torch.randn(TOKENS, 24, requires_grad=True)
+    for function in (packops.add_rms_norm, ops.add_rms_norm):
+        (y, total), exact = function(x, residual, weight, eps=1e-3), reference.add_rms_norm(x, residual, weight, eps=1e-3)
+        same(y + 2 * total, exact[0] + 2 * exact[1], [x, residual, weight])
 
 
 def check_metadata_and_packing() -> None:
