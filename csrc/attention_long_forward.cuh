@@ -273,7 +273,9 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
       const auto keys_read = [&](int turn) {
         release(&s.empty_keys[at_keys.slot]);
         at_keys.advance();
-        if (!kHoldsQueries && turn == item.first) release(&s.empty_queries);
+        // Queries for registers have left shared memory when a product has read them there. An arrival before that may overtake the
+        // loads, and the next item's queries then arrive among these.
+        if (turn == (kHoldsQueries ? item.last : item.first)) release(&s.empty_queries);
       };
       const auto values_read = [&] {
         wgmma_fence_operand(out[0]);
@@ -283,11 +285,9 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
 
       const int past = item.keys - item.last * kTurn;
       mbarrier_wait_parity(&s.full_queries, uint32_t(parity));
-      if constexpr (kHoldsQueries) {
+      if constexpr (kHoldsQueries)
 #pragma unroll
         for (int k = 0; k < D / 16; k++) ldmatrix_x4(held[k], place<kRows>(s.queries, first_row + lane % 16, 2 * k + lane / 16));
-        release(&s.empty_queries);
-      }
       multiply();
       turns.pass();
       if (past < kTurn) {
