@@ -544,6 +544,30 @@ def test_data_parallel_of_a_model_that_packops_changed(backend, world_size, tmp_
     run_ranks(world_size, tmp_path, data_parallel_of_applied, world_size, backend=backend)
 
 
+def mixed_precision_of_applied(rank):
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    batch, losses = collate([3, 5, 8]), []
+    counts = [torch.tensor(1003.0, dtype=torch.float64, device=this_device()), 1003.0]
+    for count, casts in ((counts[1], True), (counts[0], False)):
+        model = packops.hf.apply(make_llama().float(), attention="packops_varlen")
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=casts)
+        fully_shard(model, mesh=dist.init_device_mesh(this_device().type, (dist.get_world_size(),)), mp_policy=policy)
+        if casts:
+            with pytest.raises(ValueError, match=r"num_items_in_batch must be .*, got torch.bfloat16"):
+                model(**batch.to_hf(), num_items_in_batch=counts[0])
+        losses.append(model(**batch.to_hf(), num_items_in_batch=count).loss)
+        torch.testing.assert_close(losses[-1], model(**batch.to_hf()).loss * batch.num_items / 1003.0)
+    assert torch.equal(*losses)
+
+
+@fabrics(2)
+def test_mixed_precision_does_not_round_the_count(backend, world_size, tmp_path):
+    """FSDP casts what the model is called with."""
+    pytest.importorskip("transformers")
+    run_ranks(world_size, tmp_path, mixed_precision_of_applied, backend=backend)
+
+
 # ---- context parallel --------------------------------------------------------------------------------------------------------
 
 

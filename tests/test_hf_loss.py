@@ -57,6 +57,17 @@ def test_num_items_in_batch(num_items, fused):
     assert difference(run(model, packed(texts, num_items_in_batch=num_items)), stock) < 1e-5
 
 
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", ["num_items_in_batch", "token_weight"])
+def test_16_bits_hold_no_count_and_no_weights(name, dtype, reduction, fused):
+    """1003 tokens would be 1004, and 70000 infinitely many."""
+    model, inputs = packops.hf.apply(make("llama"), reduction=reduction).train(), packed(documents())
+    given = torch.tensor(1003.0) if name == "num_items_in_batch" else torch.rand(inputs["labels"].shape)
+    with pytest.raises(ValueError, match=rf"{name} must be a number or .* of 32 or 64 bits, got {dtype}.*cast_forward_inputs"):
+        model(**inputs, **{name: given.to(dtype)})
+
+
 def counting_trainer(model):
     """What of a Trainer counts the items of a step, as transformers has it."""
 

@@ -109,8 +109,10 @@ class CausalLMLoss:
         elif cu_seqlens is None and (positions := kwargs.get("position_ids")) is not None:
             cu_seqlens = self._documents_by(positions, rows, shift_labels is None)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
+        weight = kwargs.get("token_weight")
+        _check_not_rounded(num_items_in_batch=num_items, token_weight=weight)
         num_items = self._denominator(num_items, device)
-        weight = None if (weight := kwargs.get("token_weight")) is None else weight.to(device)
+        weight = None if weight is None else weight.to(device)
         if weight is not None and isinstance(num_items, Tensor) and num_items.dtype != torch.float64:
             num_items = _checked_labels(num_items, targets, weight, ignore_index, shift_labels is None)
         is_packed = kwargs.get("cu_seq_lens_q") is not None or rows[:-1].numel() == 1  # other rows may be padded
@@ -142,6 +144,18 @@ class CausalLMLoss:
                 "another float64 tensor or a number"
             )
         return num_items if num_items.is_cpu else num_items.to(device)
+
+
+def _check_not_rounded(**given: Any) -> None:
+    """ValueError for what 16 bits cannot hold: they round 1003 tokens to 1004, or 70000 to infinity."""
+    for name, value in given.items():
+        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            raise ValueError(
+                f"packops.hf: {name} must be a number or a tensor of 32 or 64 bits, got {value.dtype}, which rounds it. Mixed "
+                "precision of FSDP casts every tensor of floats that it is called with, unless told otherwise: "
+                "MixedPrecisionPolicy(cast_forward_inputs=False), MixedPrecision(cast_root_forward_inputs=False). It leaves "
+                "numbers as they are: num_items_in_batch=float(num_items)"
+            )
 
 
 def _checked_labels(num_items: Tensor, labels: Tensor, weight: Tensor, ignore_index: int, shift: bool) -> Tensor:
