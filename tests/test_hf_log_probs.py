@@ -166,3 +166,16 @@ def test_of_a_wrapped_model():
     assert torch.equal(found.log_probs, want.log_probs)
     assert "_loss_function" not in vars(wrapped)
     assert wrapped(**batch.to_hf()).loss.dim() == 0  # its loss is back
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_wrapper_that_rounds_log_probabilities_is_refused(dtype):
+    """FSDP2 does, with MixedPrecisionPolicy(output_dtype=torch.bfloat16), which is accelerate's."""
+
+    class Rounds(Wrapper):
+        def forward(self, *args, **kwargs):
+            return torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: x.to(dtype), super().forward(*args, **kwargs))
+
+    batch = batch_of([torch.randint(0, 99, (n,)) for n in (5, 1, 9)])
+    with pytest.raises(ValueError, match=rf"log_probs: .* rounded them to {dtype}: .*output_dtype=None"):
+        hf.log_probs(Rounds(hf.apply(llama(), attention="packops_varlen")), batch)

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 import packops
@@ -80,7 +81,8 @@ def log_probs(
     Raises:
         TypeError: ``batch`` is neither, as a list of documents is.
         ValueError: ``apply`` has not been called, or could not keep this model from making its logits (``packops.hf.report``
-            says why); there are no labels; a temperature for a model with a softcap.
+            says why); there are no labels; a temperature for a model with a softcap; a wrapper that rounds what the model
+            returns to 16 bits.
     """
     if isinstance(batch, PackedBatch):  # a label that weighs nothing in a loss has a log-probability
         columns = {name: column for name, column in batch.columns.items() if name != WEIGHT}
@@ -107,5 +109,11 @@ def log_probs(
         raise ValueError(
             f"packops.hf.log_probs: this {type(target).__name__} makes its logits whatever it is asked; packops.hf.report(model) "
             "says why"
+        )
+    if found.log_probs.dtype in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"packops.hf.log_probs: log-probabilities are float32, and what wraps this {type(target).__name__} rounded them to "
+            f"{found.log_probs.dtype}: mixed precision of FSDP casts what the model returns, unless it is told otherwise, "
+            "MixedPrecisionPolicy(output_dtype=None)"
         )
     return cast(LinearLogProbs, found)
