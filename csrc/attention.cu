@@ -22,6 +22,8 @@
 // many queries see them (attention_slices.cuh).
 #include "attention.h"
 
+#include <bit>
+
 #include "attention_launch.h"
 #include "attention_long_forward.cuh"
 #include "attention_long_joint.cuh"
@@ -57,7 +59,7 @@ __global__ void __launch_bounds__(attention_forward_shape(D, kGroup).threads(),
   const int head = int(blockIdx.x % unsigned(p.heads)), kv_head = head / (p.heads / p.kv_heads);
   const int thread = int(threadIdx.x), lane = thread % 32, first_row = thread / 32 * 16 * kBlocks;
   char* queries = dynamic_shared<char>();
-  char *keys = queries + 2 * D * kAttentionRows, *values = keys + 2 * D * kKeys;
+  char *keys = queries + kRowBytes<D> * kAttentionRows, *values = keys + kRowBytes<D> * kKeys;
 
   const int query = position_of<kForest>(p, tile);
   using Turns = KeyTurns<kForest, kKeys>;
@@ -200,19 +202,19 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
       return compute_deltas<T, D, kThreads>(p, tile.begin, tile.end - tile.begin, head, dynamic_shared<float>(), thread, columns);
     }
   char* queries = dynamic_shared<char>();
-  char *grads = queries + 2 * D * kAttentionRows, *turns = grads + 2 * D * kAttentionRows;
-  float* deltas = reinterpret_cast<float*>(turns + kShape.stages * 2 * 2 * D * kKeys);
+  char *grads = queries + kRowBytes<D> * kAttentionRows, *turns = grads + kRowBytes<D> * kAttentionRows;
+  float* deltas = reinterpret_cast<float*>(turns + kShape.stages * 2 * kRowBytes<D> * kKeys);
 
   const int query = position_of<kForest>(p, tile), there = tile.end - tile.begin;
   using Turns = KeyTurns<kForest, kKeys>;
   const Rows<T, D, kKeys, kThreads, kPadded> from_k(p.k, Turns::first_row(tile), kv_head, thread, columns),
       from_v(p.v, Turns::first_row(tile), kv_head, thread, columns);
-  const auto buffer_of = [&](const Turns& turn) { return turns + turn.buffer(kShape.stages) * (2 * 2 * D * kKeys); };
+  const auto buffer_of = [&](const Turns& turn) { return turns + turn.buffer(kShape.stages) * (2 * kRowBytes<D> * kKeys); };
   const auto load = [&](const Turns& turn) {
     if (!turn.is_there()) return;
     char* to = buffer_of(turn);
     from_k.load(to, turn.row + turn.key, turn.end - turn.key);
-    from_v.load(to + 2 * D * kKeys, turn.row + turn.key, turn.end - turn.key);
+    from_v.load(to + kRowBytes<D> * kKeys, turn.row + turn.key, turn.end - turn.key);
   };
   Turns turn(p, tile, query, scores.window, kJoint && root >= 0);
   Rows<T, D, kAttentionRows, kThreads, kPadded>(p.q, tile.begin, head, thread, columns).load(queries, 0, there);
@@ -246,7 +248,7 @@ __global__ void __launch_bounds__(attention_queries_shape(D, kGroup).threads(),
     cp_async_wait_group<kShape.stages - 1>();
     if constexpr (kGroup) fence_proxy_async();
     __syncthreads();
-    char *keys = buffer_of(turn), *values = keys + 2 * D * kKeys;
+    char *keys = buffer_of(turn), *values = keys + kRowBytes<D> * kKeys;
 #pragma unroll 1
     for (int step = 0; step < kKeys && turn.key + step < turn.end; step += kStep) {
       Sums<kBlocks, kStep> s, g;
@@ -313,7 +315,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   if constexpr (kNeverRuns<kGroup>) return;
   constexpr AttentionShape kShape = attention_keys_shape(D, kGroup);
   constexpr int kBlocks = kShape.blocks, kThreads = kShape.threads(), kQueries = kShape.turn, kStep = kShape.step;
-  constexpr int kTurnBytes = 2 * 2 * D * kQueries;
+  constexpr int kTurnBytes = 2 * kRowBytes<D> * kQueries;
   using Product = Products<T, D, kGroup>;
   const Columns<D, kPadded> columns(p.head_dim);
   constexpr bool kForKeys = kHalf != Half::values, kForValues = kHalf != Half::keys;
@@ -325,7 +327,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
   const int team = int(threadIdx.x) / kThreads, thread = int(threadIdx.x) % kThreads, lane = thread % 32;
   const int first_row = thread / 32 * 16 * kBlocks;
   char* keys = dynamic_shared<char>();
-  char *values = keys + 2 * D * kAttentionRows, *buffers = values + 2 * D * kAttentionRows;
+  char *values = keys + kRowBytes<D> * kAttentionRows, *buffers = values + kRowBytes<D> * kAttentionRows;
   char* turns = buffers + team * (kShape.stages * kTurnBytes);
   float* numbers =
       reinterpret_cast<float*>(buffers + kTeams * (kShape.stages * kTurnBytes)) + team * (kShape.stages * 2 * kQueries);
@@ -366,7 +368,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     char* to = turns + number % kShape.stages * kTurnBytes;
     using QueryRows = Rows<T, D, kQueries, kThreads, kPadded>;
     QueryRows(p.q, token, head, thread, columns).load(to, 0, length - query);
-    QueryRows(p.grad_out, token, head, thread, columns).load(to + 2 * D * kQueries, 0, length - query);
+    QueryRows(p.grad_out, token, head, thread, columns).load(to + kRowBytes<D> * kQueries, 0, length - query);
     float* lse = numbers + number % kShape.stages * (2 * kQueries);
     if (thread < kQueries) {
       const bool is_there = query + thread < length;
@@ -397,7 +399,7 @@ __global__ void __launch_bounds__(attention_keys_shape(D, kGroup).threads() * kT
     cp_async_wait_group<kShape.stages - 1>();
     if constexpr (kGroup) fence_proxy_async();
     bar_sync(1 + team, kThreads);
-    char *queries = turns + number % kShape.stages * kTurnBytes, *grads = queries + 2 * D * kQueries;
+    char *queries = turns + number % kShape.stages * kTurnBytes, *grads = queries + kRowBytes<D> * kQueries;
     const float *lse = numbers + number % kShape.stages * (2 * kQueries), *delta = lse + kQueries;
     const int query = query_of(turn);
 #pragma unroll 1
@@ -543,12 +545,16 @@ cudaError_t dispatch(const AttentionParams& p, const Device& device, F&& f) {
       };
       return device.has_wgmma ? with_group(std::true_type{}) : with_group(std::false_type{});
     };
-    return p.head_dim < dim ? with_padded(std::true_type{}) : with_padded(std::false_type{});
+    if constexpr (std::has_single_bit(unsigned(dim)))  // heads of 96 and 192 features take the padded form, too
+      if (p.head_dim == dim) return with_padded(std::false_type{});
+    return with_padded(std::true_type{});
   };
   const auto with_type = [&](auto type) {
     switch (attention_takes(p.head_dim) ? attention_columns(p.head_dim) : 0) {
       case 64: return with_dim(type, std::integral_constant<int, 64>{});
+      case 96: return with_dim(type, std::integral_constant<int, 96>{});
       case 128: return with_dim(type, std::integral_constant<int, 128>{});
+      case 192: return with_dim(type, std::integral_constant<int, 192>{});
       case 256: return with_dim(type, std::integral_constant<int, 256>{});
       default: return cudaErrorInvalidValue;
     }

@@ -33,7 +33,7 @@ struct AttentionTile {
 };
 inline constexpr int64_t kAttentionTileNumbers = sizeof(AttentionTile) / sizeof(int32_t);
 inline constexpr int kAttentionRows = 64;
-// Heads that the CUDA kernels take: a row of one is whole chunks of 16 bytes. Those of 64, 128 and 256 features fill their tiles.
+// Heads that the CUDA kernels take: a row of one is whole chunks of 16 bytes.
 inline constexpr int64_t kAttentionHeadDimStep = 8, kAttentionMostHeadDim = 256;
 constexpr bool attention_takes(int64_t head_dim) {
   return head_dim > 0 && head_dim <= kAttentionMostHeadDim && head_dim % kAttentionHeadDimStep == 0;

@@ -25,7 +25,13 @@ namespace packops {
 
 // Columns of the tiles for heads of so many features, and so the kernel that takes them: the shapes below are of columns. Where
 // features are fewer, tiles are padded with zeros.
-constexpr int attention_columns(int head_dim) { return head_dim <= 64 ? 64 : head_dim <= 128 ? 128 : 256; }
+constexpr int attention_columns(int head_dim) {
+  for (int columns : {64, 96, 128, 192})
+    if (head_dim <= columns) return columns;
+  return 256;
+}
+// Bytes of a tile's row in shared memory: whole panels of 64 columns.
+constexpr int attention_row_bytes(int columns) { return (columns + 63) / 64 * 128; }
 
 // wgmma (`group`) keeps the sums of 64 rows in the registers of four warps, and no operands.
 struct AttentionShape {
@@ -37,13 +43,14 @@ struct AttentionShape {
 };
 
 constexpr AttentionShape attention_forward_shape(int head_dim, bool group) {
-  if (group) return {1, 64, 64, 1, head_dim <= 64 ? 5 : head_dim <= 128 ? 4 : 2};
+  if (group) return {1, 64, 64, 1, head_dim <= 64 ? 5 : head_dim <= 128 ? 4 : head_dim <= 192 ? 3 : 2};
   return head_dim <= 128 ? AttentionShape{2, 64, 64, 1, 4} : AttentionShape{1, 64, 64, 1, 2};
 }
 constexpr AttentionShape attention_queries_shape(int head_dim, bool group) {
   if (group)
     return head_dim <= 64    ? AttentionShape{1, 64, 64, 2, 4}
            : head_dim <= 128 ? AttentionShape{1, 64, 64, 1, 3}
+           : head_dim <= 192 ? AttentionShape{1, 32, 32, 1, 3}
                              : AttentionShape{1, 32, 32, 1, 2};
   return head_dim <= 64    ? AttentionShape{2, 64, 32, 2, 4}
          : head_dim <= 128 ? AttentionShape{2, 32, 32, 2, 3}
@@ -53,6 +60,7 @@ constexpr AttentionShape attention_keys_shape(int head_dim, bool group) {
   if (group)
     return head_dim <= 64    ? AttentionShape{1, 64, 64, 2, 3}
            : head_dim <= 128 ? AttentionShape{1, 64, 64, 2, 2}
+           : head_dim <= 192 ? AttentionShape{1, 64, 64, 1, 2}
                              : AttentionShape{1, 32, 32, 1, 2};
   return head_dim <= 64    ? AttentionShape{2, 64, 32, 2, 1}
          : head_dim <= 128 ? AttentionShape{1, 32, 32, 2, 1}
@@ -60,17 +68,18 @@ constexpr AttentionShape attention_keys_shape(int head_dim, bool group) {
 }
 constexpr bool attention_keys_split(int head_dim) { return head_dim > 128; }  // grad_k and grad_v by different blocks
 
-// Bytes of shared memory. A row is 2 head_dim bytes; per query there may be lse and delta.
+// Bytes of shared memory. Per query there may be lse and delta.
 constexpr int attention_forward_shared(int head_dim, bool group) {
-  return 2 * head_dim * (kAttentionRows + 2 * attention_forward_shape(head_dim, group).turn);
+  return attention_row_bytes(head_dim) * (kAttentionRows + 2 * attention_forward_shape(head_dim, group).turn);
 }
 constexpr int attention_queries_shared(int head_dim, bool group) {
   const AttentionShape shape = attention_queries_shape(head_dim, group);
-  return 2 * head_dim * (2 * kAttentionRows + 2 * shape.turn * shape.stages) + 4 * kAttentionRows;
+  return attention_row_bytes(head_dim) * (2 * kAttentionRows + 2 * shape.turn * shape.stages) + 4 * kAttentionRows;
 }
 constexpr int attention_keys_shared(int head_dim, bool group, int teams) {
   const AttentionShape shape = attention_keys_shape(head_dim, group);
-  return 2 * head_dim * 2 * kAttentionRows + teams * shape.stages * shape.turn * (2 * 2 * head_dim + 2 * 4);
+  const int row = attention_row_bytes(head_dim);
+  return 2 * row * kAttentionRows + teams * shape.stages * shape.turn * (2 * row + 2 * 4);
 }
 
 // ---- Long documents
@@ -91,29 +100,31 @@ struct AttentionLongForwardShape {
 };
 constexpr AttentionLongForwardShape attention_long_forward_shape(int head_dim) {
   return head_dim <= 64    ? AttentionLongForwardShape{3, 128, 2, true, false}
+         : head_dim <= 96  ? AttentionLongForwardShape{2, 128, 2, false, true}
          : head_dim <= 128 ? AttentionLongForwardShape{2, 128, 2, true, true}
+         : head_dim <= 192 ? AttentionLongForwardShape{2, 112, 2, false, false}
                            : AttentionLongForwardShape{2, 80, 2, false, false};
 }
 constexpr int attention_long_forward_shared(int head_dim) {  // tiles, and barriers
   const AttentionLongForwardShape shape = attention_long_forward_shape(head_dim);
-  return 2 * head_dim * (shape.rows() + 2 * shape.stages * shape.turn) + 1024;
+  return attention_row_bytes(head_dim) * (shape.rows() + 2 * shape.stages * shape.turn) + 1024;
 }
 
 // Two consumers of 128 threads and a producer, which copies so many turns of queries and gradients ahead. For a third turn of 64 features
 // there are 100 bytes of shared memory too few.
 inline constexpr int kAttentionLongKeysThreads = 3 * 128;
-constexpr int attention_long_turns(int head_dim) { return attention_keys_split(head_dim) || head_dim <= 64 ? 2 : 3; }
+constexpr int attention_long_turns(int head_dim) { return head_dim <= 64 || head_dim > 192 ? 2 : 3; }
 // Keys of an item of the joint form, and queries of its turns: as many as registers hold scores of.
 inline constexpr int kAttentionJointKeys = 128;
 constexpr int attention_joint_queries(int head_dim) { return head_dim <= 64 ? 128 : 64; }
 constexpr int attention_long_keys_shared(int head_dim) {
-  const int tile = 2 * head_dim * kAttentionRows, weights = 4 * kAttentionRows * kAttentionRows, barriers = 1024;
+  const int row = attention_row_bytes(head_dim), tile = row * kAttentionRows, barriers = 1024;
+  const int fp32_tile = 4 * kAttentionRows * kAttentionRows;
   const int rows = attention_keys_split(head_dim) ? kAttentionRows : attention_joint_queries(head_dim);
-  const int turns = attention_long_turns(head_dim) * rows * (2 * 2 * head_dim + 2 * 4);  // with lse and delta
+  const int turns = attention_long_turns(head_dim) * rows * (2 * row + 2 * 4);  // with lse and delta
   if (attention_keys_split(head_dim))  // keys, values, and what one consumer passes to the other
-    return 2 * tile + turns + weights + barriers;
-  return 4 * tile + turns + rows * (2 * 2 * kAttentionJointKeys + 4 * head_dim) +
-         barriers;  // dS of two turns, and parts of grad_q
+    return 2 * tile + turns + fp32_tile + barriers;
+  return 4 * tile + turns + rows * (2 * 2 * kAttentionJointKeys) + 2 * fp32_tile + barriers;  // dS of two turns, parts of grad_q
 }
 
 // Numbers of sums of queries, for tiles of kAttentionRows.

@@ -4,9 +4,10 @@
 //
 //   producer (1 thread)     copies queries (whole tiles) and turns of keys and values, by tensor maps, into a ring
 //   consumers (2 or 3       make the scores of a turn while the product of the weights and values before it runs, and issue their
-//   warp groups)            products one after the other: while one multiplies, another has its exponentials
+//   warp groups)            products one after the other: while one multiplies, another has its exponentials. With 96, 192 and 256
+//                           features each goes at its own pace
 //
-// With 128 features queries stay in registers: a third less is read for a product of queries and keys, and that power goes to the clock.
+// With 96 and 128 features queries stay in registers: a third less is read for a product of queries and keys, and that power goes to the clock.
 //
 // What bounds the other form on long documents is shared memory, where every 64 queries copy all keys and values for themselves
 // and read both operands of 64 x 64 products, at 128 bytes a cycle as fast as the tensor cores can multiply them. Here a copy
@@ -41,8 +42,8 @@ namespace {
 template <int D>
 struct LongForwardShared {
   static constexpr AttentionLongForwardShape kShape = attention_long_forward_shape(D);
-  static constexpr int kTurnBytes = 2 * D * kShape.turn, kItems = 2;
-  alignas(1024) char queries[2 * D * kShape.rows()];
+  static constexpr int kTurnBytes = kRowBytes<D> * kShape.turn, kItems = 2;
+  alignas(1024) char queries[kRowBytes<D> * kShape.rows()];
   char keys[kShape.stages][kTurnBytes], values[kShape.stages][kTurnBytes];
   MBarrier full_keys[kShape.stages], empty_keys[kShape.stages], full_values[kShape.stages], empty_values[kShape.stages];
   MBarrier full_queries, empty_queries, full_item[kItems], empty_item[kItems];
@@ -175,9 +176,10 @@ __global__ void __launch_bounds__(attention_long_forward_shape(D).threads(), 1)
         const Item item(p, scores, number);
         const int kv_head = item.head / (p.heads / p.kv_heads);
         const auto copy = [&](char* to, const CUtensorMap& map, MBarrier* full, int rows, int head, int token) {
-          mbarrier_arrive_expect_tx(full, uint32_t(2 * D * rows));
+          mbarrier_arrive_expect_tx(full, uint32_t(kRowBytes<D> * rows));
 #pragma unroll
-          for (int panel = 0; panel < D / 64; panel++) tma_load_3d(to + panel * (128 * rows), map, 64 * panel, head, token, full);
+          for (int panel = 0; panel < kPanels<D>; panel++)
+            tma_load_3d(to + panel * (128 * rows), map, 64 * panel, head, token, full);
         };
         for (int turn = item.last; turn >= item.first; turn--) {
           const int token = item.begin + turn * kTurn;

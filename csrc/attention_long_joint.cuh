@@ -1,8 +1,8 @@
-// All gradients of long documents of 64 and 128 features, on Hopper, with five products. Part of attention.cu.
+// All gradients of long documents of up to 128 features, on Hopper, with five products. Part of attention.cu.
 //
 //   S = K Q^T, dP = V dO^T    64 keys for each of two consumers, 64 queries a turn (128 with 64 features); P and dS, in registers
 //   dV += P dO, dK += dS Q    in registers, over all turns of an item
-//   dQ += dS^T K              of all 128 keys, in the next turn: dS goes through shared memory, each consumer makes half of the features,
+//   dQ += dS^T K              of all 128 keys, in the next turn: dS goes through shared memory, each consumer makes 64 of the features,
 //                             or of the queries where there are 128
 //
 // Consumers take turns to issue products, all that they have until they need their next exponentials: dV and dK of a turn, dQ of the one
@@ -59,7 +59,7 @@ bool encode_query_maps(QueryMaps* maps, const AttentionParams& p) {
 // A turn is full when its copies have arrived, and empty when all warps of the consumers have released it.
 template <int D, int kTurns>
 struct QueryRing {
-  static constexpr int kTurn = attention_joint_queries(D), kTile = 2 * D * kTurn;
+  static constexpr int kTurn = attention_joint_queries(D), kTile = kRowBytes<D> * kTurn;
   using Place = RingPlace<kTurns>;
   char tiles[kTurns][2][kTile];  // queries, gradients; whoever has a ring puts it at a multiple of 1024 bytes
   float lse[kTurns][kTurn], delta[kTurns][kTurn];
@@ -93,7 +93,7 @@ struct QueryRing {
       if (whole) {
         if (lane > 0) return;
 #pragma unroll
-        for (int panel = 0; panel < D / 64; panel++)
+        for (int panel = 0; panel < kPanels<D>; panel++)
           hopper::tma_load_3d(tile + panel * (128 * kTurn), map, 64 * panel, head, token, barrier);
       } else {
         const T* rows = head_of<T>(heads, token, head);
@@ -164,8 +164,10 @@ struct LongJointItem {
 
 template <int D>
 struct LongJointShared {
-  static constexpr int kTurn = attention_joint_queries(D), kTile = 2 * D * kAttentionRows, kPart = kTurn * D / 2;
-  static constexpr bool kByTile = kTurn > kAttentionRows;  // of dQ, a consumer makes 64 queries, or half of the features of 64
+  static constexpr int kTurn = attention_joint_queries(D), kTile = kRowBytes<D> * kAttentionRows;
+  // Of dQ, a consumer makes 64 queries, or a panel of features of 64. In the second of two panels there may be fewer.
+  static constexpr bool kByTile = kTurn > kAttentionRows;
+  static constexpr int kPart = kAttentionRows * 64;
   using Item = LongJointItem<kTurn>;
   alignas(1024) char keys_values[2][2][kTile];       // of each consumer: keys, values
   char changes[2][2 * kAttentionJointKeys * kTurn];  // dS of two turns
@@ -218,7 +220,10 @@ __device__ __forceinline__ void add_parts(const AttentionParams& p, const Scores
       if (!all_there) wait_acquire(counter, before);
       mbarrier_wait_parity(&s.full_part[role], parts++ % 2);
       if (is_one) {
-        cp_reduce_async_bulk_add(p.parts + place * (kAttentionRows * D / 2), s.part[role], sizeof s.part[role]);
+        const int columns = s.kByTile || role == 0 ? 64 : D - 64;
+        const int uneven = s.kByTile ? 0 : role * (64 - D / 2);  // columns: the first panel may have more than half of them
+        cp_reduce_async_bulk_add(p.parts + (place * (D / 2) + uneven) * kAttentionRows, s.part[role],
+                                 columns * kAttentionRows * sizeof(float));
         cp_async_bulk_commit_group();
         cp_async_bulk_wait_group_read<0>();
         arriving = counter;
@@ -298,7 +303,7 @@ __global__ void __launch_bounds__(kAttentionLongKeysThreads, 1)
       };
       const auto multiply_changes = [&](unsigned turn) {
         const WgmmaDescriptor changes(s.changes[turn % 2] + (Shared::kByTile ? role * (128 * kAttentionJointKeys) : 0));
-        const int mine = Shared::kByTile ? 0 : role * D / 128 * (128 * kAttentionRows) + role * D % 128;  // features
+        const int mine = Shared::kByTile ? 0 : role * (128 * kAttentionRows);  // features
         Product::begin();
 #pragma unroll
         for (int k = 0; k < kAttentionJointKeys / 16; k++)

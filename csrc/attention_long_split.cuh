@@ -1,4 +1,4 @@
-// grad_k and grad_v of long documents of 256 features, on Hopper. Part of attention.cu, and with the same bits as its keys_kernel.
+// grad_k and grad_v of long documents of more than 128 features, on Hopper. Part of attention.cu, and with the same bits as its keys_kernel.
 //
 // A block has a multiprocessor to itself and takes one item of work after another, 64 keys of a document and a head of keys and values. A
 // producer, one warp group, streams tiles of 64 queries and gradients through a ring of shared memory. Of two consumers, the first makes
@@ -32,7 +32,7 @@ namespace {
 template <int D, int kSlots>
 class SlotRing {
  public:
-  static constexpr int kTileBytes = 2 * D * kAttentionRows;
+  static constexpr int kTileBytes = kRowBytes<D> * kAttentionRows;
   __device__ __forceinline__ SlotRing(char* tiles, MBarrier* barriers) : tiles_(tiles), barriers_(barriers) {}
   __device__ __forceinline__ void init(int consumer_warps) const {
     for (int i = 0; i < kSlots; i++) mbarrier_init(full(unsigned(i)), 128), mbarrier_init(empty(unsigned(i)), consumer_warps);

@@ -1,10 +1,13 @@
 // The building blocks of attention.cu: tiles of rows in shared memory, and their matrix products.
 //
-// A tile is kRows rows of D 16-bit elements, stored as D / 64 panels of kRows x 128 bytes with the 128-byte swizzle: the eight
+// A tile is kRows rows of D 16-bit elements, stored as panels of kRows x 128 bytes with the 128-byte swizzle: the eight
 // 16-byte chunks of a row are permuted by exclusive or with the row's number modulo 8. Eight rows of one chunk column then lie in
 // different banks, and wgmma takes the tile as it is.
 #pragma once
 
+#include <bit>
+
+#include "attention_launch.h"
 #include "common/ptx.cuh"
 #include "common/vec.cuh"
 
@@ -27,6 +30,11 @@ struct Columns<D, true> {
   __device__ __forceinline__ bool have(int chunk) const { return 8 * chunk < count; }
 };
 
+template <int D>
+inline constexpr int kRowBytes = attention_row_bytes(D);
+template <int D>
+inline constexpr int kPanels = kRowBytes<D> / 128;
+
 template <int kRows>
 __device__ __forceinline__ char* place(char* tile, int row, int chunk) {
   return tile + chunk / 8 * (128 * kRows) + row * 128 + ((chunk % 8 ^ row % 8) << 4);
@@ -44,6 +52,7 @@ class RowLoader {
         columns_(columns) {}
 
   __device__ __forceinline__ void load(char* tile, int row, int there) const {
+    if (chunk_ >= 8 * kPanels<D>) return;
     const T* from = mine_ + row * stride_;
     char* to = place<kRows>(tile, row_, chunk_);
     const int64_t step = kTogether * stride_;
@@ -62,7 +71,8 @@ class RowLoader {
   }
 
  private:
-  static constexpr int kChunks = D / 8, kTogether = kThreads / kChunks;
+  // Of a row, a chunk to a thread. The last threads have none where a row is three panels.
+  static constexpr int kChunks = std::bit_ceil(unsigned(D / 8)), kTogether = kThreads / kChunks;
   const T* mine_;
   int64_t stride_;
   int row_, chunk_;
@@ -184,13 +194,14 @@ struct Products {
   static __device__ __forceinline__ void add_weighted_rows(Sums<kBlocks, D>& sums, const Left<kBlocks, kColumns>& weights,
                                                            char* b, int b_row, int lane) {
     if constexpr (kGroup) {
-      const WgmmaDescriptor rows(b);
+      constexpr int kWide = D % 64 == 0 ? 64 : D;  // columns of a product
+      const WgmmaDescriptor rows(b, kWide > 64 ? 128 * kRowsB : 16);
 #pragma unroll
       for (int k = 0; k < kColumns / 2; k++)
 #pragma unroll
-        for (int panel = 0; panel < D / 64; panel++)
-          wgmma_rs(reinterpret_cast<float (&)[8][4]>(sums[0][8 * panel]), weights.words[k][0],
-                   rows.at(panel * (128 * kRowsB) + 16 * k * 128), true, T{});
+        for (int column = 0; column < D; column += kWide)
+          wgmma_rs(reinterpret_cast<float (&)[kWide / 8][4]>(sums[0][column / 8]), weights.words[k][0],
+                   rows.at(column / 64 * (128 * kRowsB) + 16 * k * 128), true, T{});
     } else {
 #pragma unroll
       for (int k = 0; k < kColumns / 2; k++)

@@ -1,6 +1,8 @@
 // What the kernels of attention share beside products and scores.
 #pragma once
 
+#include <bit>
+
 #include "attention.h"
 #include "attention_products.cuh"
 #include "attention_scores.cuh"
@@ -66,15 +68,15 @@ __device__ __forceinline__ void weigh(float (&s)[kBlocks][kColumns][4], float (&
   }
 }
 
-// delta of rows of the tokens from `token` on, D / 8 threads per row, to `deltas` and to memory.
+// delta of rows of the tokens from `token` on, a thread for 8 columns, to `deltas` and to memory.
 template <typename T, int D, int kThreads, bool kPadded = false>
 __device__ __forceinline__ void compute_deltas(const AttentionParams& p, int token, int there, int head, float* deltas,
                                                int thread, Columns<D, kPadded> columns = {}) {
-  constexpr int kChunks = D / 8;
+  constexpr int kChunks = std::bit_ceil(unsigned(D / 8));
   for (int i = thread; i < kAttentionRows * kChunks; i += kThreads) {
     const int row = i / kChunks, chunk = i % kChunks;
     float sum = 0;
-    if (row < there && columns.have(chunk)) {
+    if (row < there && chunk < D / 8 && columns.have(chunk)) {
       float a[8], b[8];
       unpack<T>(load_cached(static_cast<const T*>(p.out) + ((token + row) * int64_t(p.heads) + head) * columns.count + chunk * 8),
                 a);

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(rms_norm_threads(V, kBackward), kBackward ? 1 
 #pragma unroll
         for (int j = 0; j < W; j++) a[j] += g[j];
         xs[v] = pack<T>(a);
-        unpack<T>(xs[v], a);
+        unpack<T>(xs[v], a);  // the norm is of the rounded sum, as of one that another op has made
         if (has_row && column(v) < columns) store_streaming(static_cast<T*>(p.total) + row * p.columns + column(v), xs[v]);
       }
       weight(v, w);

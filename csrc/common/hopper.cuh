@@ -94,16 +94,11 @@ __device__ __forceinline__ void hold(float (&sums)[kCount]) {
 // 8 j + 2 (t % 4) and the next; [4 j + 2], [4 j + 3] 8 rows below.
 #define PACKOPS_FOUR(i) "+f"(s[i]), "+f"(s[i + 1]), "+f"(s[i + 2]), "+f"(s[i + 3])
 #define PACKOPS_SIXTEEN(i) PACKOPS_FOUR(i), PACKOPS_FOUR(i + 4), PACKOPS_FOUR(i + 8), PACKOPS_FOUR(i + 12)
-#define PACKOPS_96_NUMBERS                                                                                                   \
-  "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, " \
-  "%26, %27, %28, %29, %30, %31, %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, " \
-  "%50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63, %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, " \
-  "%74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
 #define PACKOPS_WGMMA_64_192(type, name)                                                                                    \
   template <bool kTransposedA, bool kTransposedB>                                                                           \
   __device__ __forceinline__ void wgmma_m64n192k16(float (&s)[96], WgmmaDescriptor a, WgmmaDescriptor b, bool add, type) {  \
     asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, %98, 0;\nwgmma.mma_async.sync.aligned.m64n192k16.f32." name "." name \
-                 " {" PACKOPS_96_NUMBERS "}, %96, %97, add, 1, 1, %99, %100;\n}"                                            \
+                 " {" PACKOPS_NUMBERS_96 "}, %96, %97, add, 1, 1, %99, %100;\n}"                                            \
                  : PACKOPS_SIXTEEN(0), PACKOPS_SIXTEEN(16), PACKOPS_SIXTEEN(32), PACKOPS_SIXTEEN(48), PACKOPS_SIXTEEN(64),  \
                    PACKOPS_SIXTEEN(80)                                                                                      \
                  : "l"(a.bits()), "l"(b.bits()), "r"(int(add)), "n"(kTransposedA), "n"(kTransposedB));                      \

@@ -184,19 +184,27 @@ class WgmmaDescriptor {
 #define PACKOPS_NUMBERS_16 PACKOPS_TEN() ", %10, %11, %12, %13, %14, %15"
 #define PACKOPS_NUMBERS_32 PACKOPS_TEN() ", " PACKOPS_TEN(1) ", " PACKOPS_TEN(2) ", %30, %31"
 #define PACKOPS_NUMBERS_40 PACKOPS_TEN() ", " PACKOPS_TEN(1) ", " PACKOPS_TEN(2) ", " PACKOPS_TEN(3)
-#define PACKOPS_NUMBERS_60 PACKOPS_NUMBERS_40 ", " PACKOPS_TEN(4) ", " PACKOPS_TEN(5)
+#define PACKOPS_NUMBERS_48 PACKOPS_NUMBERS_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
+#define PACKOPS_NUMBERS_50 PACKOPS_NUMBERS_40 ", " PACKOPS_TEN(4)
+#define PACKOPS_NUMBERS_56 PACKOPS_NUMBERS_50 ", %50, %51, %52, %53, %54, %55"
+#define PACKOPS_NUMBERS_60 PACKOPS_NUMBERS_50 ", " PACKOPS_TEN(5)
 #define PACKOPS_NUMBERS_64 PACKOPS_NUMBERS_60 ", %60, %61, %62, %63"
-#define PACKOPS_NUMBERS_128                                                                                            \
-  PACKOPS_NUMBERS_60 ", " PACKOPS_TEN(6) ", " PACKOPS_TEN(7) ", " PACKOPS_TEN(8) ", " PACKOPS_TEN(9) ", " PACKOPS_TEN( \
-      10) ", " PACKOPS_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127"
+#define PACKOPS_NUMBERS_90 PACKOPS_NUMBERS_60 ", " PACKOPS_TEN(6) ", " PACKOPS_TEN(7) ", " PACKOPS_TEN(8)
+#define PACKOPS_NUMBERS_96 PACKOPS_NUMBERS_90 ", %90, %91, %92, %93, %94, %95"
+#define PACKOPS_NUMBERS_128 \
+  PACKOPS_NUMBERS_90        \
+  ", " PACKOPS_TEN(9) ", " PACKOPS_TEN(10) ", " PACKOPS_TEN(11) ", %120, %121, %122, %123, %124, %125, %126, %127"
 #define PACKOPS_SUMS_4(n) "+f"(s[n][0]), "+f"(s[n][1]), "+f"(s[n][2]), "+f"(s[n][3])
 #define PACKOPS_SUMS_8(n) PACKOPS_SUMS_4(n), PACKOPS_SUMS_4(n + 1)
 #define PACKOPS_SUMS_16 PACKOPS_SUMS_8(0), PACKOPS_SUMS_8(2)
 #define PACKOPS_SUMS_32_FROM(n) PACKOPS_SUMS_8(n), PACKOPS_SUMS_8(n + 2), PACKOPS_SUMS_8(n + 4), PACKOPS_SUMS_8(n + 6)
 #define PACKOPS_SUMS_32 PACKOPS_SUMS_32_FROM(0)
 #define PACKOPS_SUMS_40 PACKOPS_SUMS_32, PACKOPS_SUMS_8(8)
+#define PACKOPS_SUMS_48 PACKOPS_SUMS_40, PACKOPS_SUMS_8(10)
+#define PACKOPS_SUMS_56 PACKOPS_SUMS_48, PACKOPS_SUMS_8(12)
 #define PACKOPS_SUMS_64 PACKOPS_SUMS_32, PACKOPS_SUMS_32_FROM(8)
-#define PACKOPS_SUMS_128 PACKOPS_SUMS_64, PACKOPS_SUMS_32_FROM(16), PACKOPS_SUMS_32_FROM(24)
+#define PACKOPS_SUMS_96 PACKOPS_SUMS_64, PACKOPS_SUMS_32_FROM(16)
+#define PACKOPS_SUMS_128 PACKOPS_SUMS_96, PACKOPS_SUMS_32_FROM(24)
 
 // s (64 x columns) = a b^T over 16 elements, or += with `add`. Both operands are in shared memory.
 #define PACKOPS_MULTIPLY_ROWS(type, name, columns, numbers, sums, a_at, b_at, add_at)                                            \
@@ -227,17 +235,20 @@ class WgmmaDescriptor {
                  : "l"(a.bits()), "l"(b.bits()), "r"(int(add))                                                                   \
                  : "memory");                                                                                                    \
   }
-#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                                    \
-  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                             \
-  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                             \
-  PACKOPS_MULTIPLY_ROWS(type, name, 80, PACKOPS_NUMBERS_40, PACKOPS_SUMS_40, "%40", "%41", "%42")                             \
-  PACKOPS_MULTIPLY_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64", "%65", "%66")                            \
-  PACKOPS_MULTIPLY_COLUMNS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                          \
-  PACKOPS_MULTIPLY_COLUMNS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                          \
-  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32, %33, %34, %35", "%36", "%37")  \
-  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69") \
-  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 256, PACKOPS_NUMBERS_128, PACKOPS_SUMS_128, "%128, %129, %130, %131", "%132", \
-                       "%133")                                                                                                \
+#define PACKOPS_GROUP_PRODUCTS(type, name)                                                                                      \
+  PACKOPS_MULTIPLY_ROWS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                               \
+  PACKOPS_MULTIPLY_ROWS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                               \
+  PACKOPS_MULTIPLY_ROWS(type, name, 80, PACKOPS_NUMBERS_40, PACKOPS_SUMS_40, "%40", "%41", "%42")                               \
+  PACKOPS_MULTIPLY_ROWS(type, name, 112, PACKOPS_NUMBERS_56, PACKOPS_SUMS_56, "%56", "%57", "%58")                              \
+  PACKOPS_MULTIPLY_ROWS(type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64", "%65", "%66")                              \
+  PACKOPS_MULTIPLY_COLUMNS(type, name, 32, PACKOPS_NUMBERS_16, PACKOPS_SUMS_16, "%16", "%17", "%18")                            \
+  PACKOPS_MULTIPLY_COLUMNS(type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32", "%33", "%34")                            \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 64, PACKOPS_NUMBERS_32, PACKOPS_SUMS_32, "%32, %33, %34, %35", "%36", "%37")    \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 96, PACKOPS_NUMBERS_48, PACKOPS_SUMS_48, "%48, %49, %50, %51", "%52", "%53")    \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69")   \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 192, PACKOPS_NUMBERS_96, PACKOPS_SUMS_96, "%96, %97, %98, %99", "%100", "%101") \
+  PACKOPS_OF_REGISTERS(wgmma_rs, 1, type, name, 256, PACKOPS_NUMBERS_128, PACKOPS_SUMS_128, "%128, %129, %130, %131", "%132",   \
+                       "%133")                                                                                                  \
   PACKOPS_OF_REGISTERS(wgmma_rs_rows, 0, type, name, 128, PACKOPS_NUMBERS_64, PACKOPS_SUMS_64, "%64, %65, %66, %67", "%68", "%69")
 PACKOPS_GROUP_PRODUCTS(bf16_t, "bf16")
 PACKOPS_GROUP_PRODUCTS(half_t, "f16")

@@ -3,6 +3,7 @@
 #include "attention.h"
 
 #include <algorithm>
+#include <bit>
 #include <type_traits>
 
 #include "attention_launch.h"
@@ -428,7 +429,7 @@ void for_each_kernel(int head_dim, bool by_group, const Gpu& gpu, F&& f) {
 }  // namespace
 
 CASE(blocks_fit_a_multiprocessor) {
-  for (int head_dim : {64, 128, 256})
+  for (int head_dim : {64, 96, 128, 192, 256})
     for (bool by_group : {false, true})
       for_each_kernel(head_dim, by_group, kH100, [&](const AttentionShape& shape, int bytes, int teams) {
         CHECK(bytes <= kH100.per_block);
@@ -441,7 +442,7 @@ CASE(blocks_fit_a_multiprocessor) {
 }
 
 CASE(blocks_fit_gpus_of_99_kib) {
-  for (int head_dim : {64, 128, 256})
+  for (int head_dim : {64, 96, 128, 192, 256})
     for_each_kernel(head_dim, false, kRtx, [&](const AttentionShape& shape, int bytes, int teams) {
       if (bytes > kRtx.per_block)
         check::fail(__FILE__, __LINE__,
@@ -451,7 +452,7 @@ CASE(blocks_fit_gpus_of_99_kib) {
 }
 
 CASE(blocks_for_long_documents_fit_a_hopper) {
-  for (int head_dim : {64, 128, 256}) {
+  for (int head_dim : {64, 96, 128, 192, 256}) {
     const auto check_registers = [](int groups) {
       const int producer = attention_producer_registers(groups), consumer = attention_consumer_registers(groups);
       CHECK(producer + groups * consumer <= 65536 / (128 * (groups + 1)) / 8 * 8 * (groups + 1));
@@ -470,7 +471,7 @@ CASE(documents_are_long_by_the_keys_that_a_query_sees) {
   CHECK(!attention_is_long(1024, 0, 1024) && attention_is_long(1025, 0, 1024));
   CHECK(!attention_is_long(9000, 1024, 1024) && attention_is_long(9000, 1025, 1024));
   CHECK(!attention_is_long(1000, 4096, 1024) && attention_is_long(1 << 29, int64_t(1) << 40, 1024));
-  for (int head_dim : {64, 128, 256}) {  // the list of tiles is sorted by whole tiles
+  for (int head_dim : {64, 96, 128, 192, 256}) {  // the list of tiles is sorted by whole tiles
     CHECK_EQ(attention_long_forward_from(head_dim) % kAttentionRows, 0);
     CHECK_EQ(attention_long_keys_from(head_dim) % kAttentionRows, 0);
   }
@@ -520,7 +521,10 @@ CASE(heads_that_do_not_fill_a_tile) {
     CHECK_EQ(attention_takes(head_dim), head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0);
     if (!attention_takes(head_dim)) continue;
     const int columns = attention_columns(head_dim);
-    CHECK(columns >= head_dim && (columns == 64 || (columns / 2 < head_dim && (columns == 128 || columns == 256))));
+    int least = 0;
+    for (int of : {256, 192, 128, 96, 64})
+      if (of >= head_dim) least = of;
+    CHECK_EQ(columns, least);
     p.head_dim = head_dim;
     CHECK_EQ(choose_attention_long_forward_from(p, hopper), attention_long_forward_from(columns));
     CHECK_EQ(choose_attention_long_keys_from(p, hopper), attention_long_keys_from(columns));
@@ -528,7 +532,7 @@ CASE(heads_that_do_not_fill_a_tile) {
   CHECK(!attention_takes(int64_t(1) << 32 | 64));
 }
 CASE(threads_share_rows_evenly) {
-  for (int head_dim : {64, 128, 256})
+  for (int head_dim : {64, 96, 128, 192, 256})
     for (bool by_group : {false, true})
       for_each_kernel(head_dim, by_group, kH100, [&](const AttentionShape& shape, int, int teams) {
         CHECK_EQ(shape.warps() * shape.blocks * 16, kAttentionRows);
@@ -537,12 +541,13 @@ CASE(threads_share_rows_evenly) {
         CHECK_EQ(shape.turn % shape.step, 0);
         CHECK(shape.step == shape.turn || !by_group);
         CHECK_EQ(shape.step % 16, 0);
-        // A row of head_dim is 16 bytes to a thread.
+        // A row of head_dim is 16 bytes to a thread; some have none where it is 96 or 192.
+        const int chunks = int(std::bit_ceil(unsigned(head_dim / 8)));
         for (int threads : {shape.threads(), shape.threads() * teams}) {
-          CHECK_EQ(threads % (head_dim / 8), 0);
-          CHECK_EQ(kAttentionRows % (threads / (head_dim / 8)), 0);
+          CHECK_EQ(threads % chunks, 0);
+          CHECK_EQ(kAttentionRows % (threads / chunks), 0);
         }
-        CHECK_EQ(shape.turn % (shape.threads() / (head_dim / 8)), 0);
+        CHECK_EQ(shape.turn % (shape.threads() / chunks), 0);
       });
 }
 
@@ -576,7 +581,7 @@ CASE(slices_of_queries_have_room_and_are_no_documents_own) {
 }
 
 CASE(teams_have_heads_and_room) {
-  for (int head_dim : {64, 128, 256})
+  for (int head_dim : {64, 96, 128, 192, 256})
     for (bool by_group : {false, true}) {
       const AttentionShape shape = attention_keys_shape(head_dim, by_group);
       CHECK(shape.turn <= shape.threads());  // a thread loads lse and delta of one query

@@ -201,12 +201,13 @@ CASE(every_head_dim_and_group) {
   compare<half_t>({{0, 66}, 66, 1, 1, 256});
   compare<bf16_t>({{0, 30}, 30, 7, 1, 64});  // teams with heads more and fewer
 }
-// Tiles have more columns than such heads: 64, 128 or 256. In the inputs, NaN or another head lies behind their columns.
+// Tiles have more columns than such heads. In the inputs, NaN or another head lies behind their columns.
 CASE(head_dims_that_do_not_fill_a_tile) {
   compare<bf16_t>({{0, 1, 71, 71, 135}, 138, 4, 2, 40});
   compare<bf16_t>({{0, 3, 100}, 101, 2, 1, 80});
   compare<half_t>({{0, 65}, 65, 3, 3, 72});
   compare<bf16_t>({{0, 130}, 130, 2, 1, 96, true, 66, 5.0, 8});
+  compare<bf16_t>({{0, 66}, 70, 2, 2, 104});
   compare<half_t>({{0, 70}, 75, 1, 1, 120, false});
   compare<bf16_t>({{0, 17, 82}, 90, 2, 1, 192});
   compare<half_t>({{0, 66}, 66, 1, 1, 200, true, 0, 50.0, 30});
@@ -228,7 +229,7 @@ CASE(head_dims_that_no_kernel_takes) {
 }
 // The bits of heads that zeros in memory fill up, of the same scale.
 CASE(heads_have_the_bits_of_heads_with_zeros_behind_them) {
-  for (const auto& [head_dim, long_from] : {std::pair{40, 64}, {80, 64}, {120, 0}, {136, 64}, {248, 0}})
+  for (const auto& [head_dim, long_from] : {std::pair{40, 64}, {80, 64}, {120, 0}, {136, 64}, {208, 64}, {248, 0}})
     for (Problem problem :
          {Problem{{0, 20, 150}, 155, 2, 1, head_dim}, Problem{{0, 130}, 130, 1, 1, head_dim, true, 66, 5.0, 8}}) {
       problem.long_from = long_from;
@@ -274,7 +275,7 @@ CASE(long_documents) {
     problem.long_from = 64;
     compare<decltype(type)>(problem);
   };
-  for (int32_t head_dim : {64, 128, 256, 40, 96}) {
+  for (int32_t head_dim : {64, 128, 256, 40, 96, 192}) {
     compare_long({{0, 20, 85, 86, 350, 390}, 395, 1, 1, head_dim}, bf16_t{});
     compare_long({{0, 150, 160}, 160, 2, 1, head_dim, true, 66, 5.0, 8},
                  bf16_t{});                                                    // a window whose last query is alone in its turn
@@ -305,7 +306,8 @@ CASE(long_documents) {
 }
 // A document's gradients do not say which kernels made them, where both add in the same order.
 CASE(long_documents_have_the_bits_of_short_ones) {
-  for (Problem problem : {Problem{{0, 20, 150}, 150, 2, 1, 256}, Problem{{0, 130}, 130, 1, 1, 256, true, 66, 5.0, 8}}) {
+  for (Problem problem : {Problem{{0, 20, 150}, 150, 2, 1, 256}, Problem{{0, 20, 150}, 150, 2, 1, 184},
+                          Problem{{0, 130}, 130, 1, 1, 256, true, 66, 5.0, 8}}) {
     problem.long_from = 64;
     const Results<bf16_t> got = run<bf16_t>(problem, true);
     problem.long_backward_from = kNeverLong;
@@ -316,7 +318,7 @@ CASE(long_documents_have_the_bits_of_short_ones) {
 }
 // Zeros stand where keys are missing, whose score of 0 would be far beyond those of a document whose lse is -200.
 CASE(keys_past_the_end_of_a_long_document_have_no_weight) {
-  for (int32_t head_dim : {64, 128, 256})
+  for (int32_t head_dim : {64, 96, 128, 192, 256})
     for (bool causal : {false, true}) {
       Problem problem{{0, 130, 150}, 150, 2, 1, head_dim, causal};
       problem.long_from = 64, problem.repulsion = std::sqrt(104 / std::sqrt(double(head_dim)));

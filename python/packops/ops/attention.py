@@ -90,7 +90,7 @@ def attention(
 
     Args:
         q: ``(T, heads, head_dim)``, any strides (a slice of a fused projection). On CUDA fp16 or bf16, compute capability 8.0 or
-            later, and ``head_dim`` a multiple of 8 up to 256, which takes the time of the next of 64, 128 and 256; on the CPU
+            later, and ``head_dim`` a multiple of 8 up to 256, padded to 64, 96, 128, 192 or 256; on the CPU
             also fp32 and fp64, and any ``head_dim``, in plain code: ``scaled_dot_product_attention`` per document is faster
             there. Other dtypes and head dimensions on CUDA take the best that torch has, which may read ``cu_seqlens`` on the
             host, once per tensor, and whose gradients need not be the same bits at every run: :func:`packops.attention_path`
