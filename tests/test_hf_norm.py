@@ -189,6 +189,12 @@ def test_norms_return_the_dtype_of_stock(device, autocast):
                     assert torch.equal(ours, stock)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_torch_fx_traces_a_patched_norm(family):
+    norm, x = packops.hf.apply(make(family)).model.norm, torch.randn(7, 32)
+    torch.testing.assert_close(torch.fx.symbolic_trace(norm)(x), norm(x))
+
+
 def test_a_norm_reads_its_epsilon_at_every_call():
     for norm in norms_of():
         twin, x = patched(norm), torch.randn(3, 40)

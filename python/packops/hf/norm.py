@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn.functional import rms_norm
 
 from .. import _C, functional, has_cuda
@@ -48,6 +49,8 @@ def _forward(norm: RMSNorm) -> Callable[[Any, Tensor], Tensor]:
     kind, eps, zero_centered = norm
 
     def forward(self: Any, hidden_states: Tensor) -> Tensor:
+        if isinstance(hidden_states, Proxy):  # of torch.fx.symbolic_trace, whose dtype nobody knows
+            return kind.forward(self, hidden_states)
         weight, dtype = self.weight, hidden_states.dtype
         if is_taken(hidden_states, weight):
             return functional.rms_norm(hidden_states, weight, eps=getattr(self, eps), zero_centered=zero_centered)
