@@ -30,17 +30,43 @@ from hf_models import VOCABULARY, attributes, difference, documents, make, packe
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+def without_numbers(fake, inputs):
+    return {k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+
+
+@pytest.mark.parametrize("attention", [None, "packops_varlen"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi3"])
-def test_fake_tensors_are_planned_with_as_real_ones(family):
+def test_fake_tensors_are_planned_with_as_real_ones(family, attention):
     """Memory of the same ops: all is replaced in a model without numbers that is replaced in one with them."""
-    real, inputs = packops.hf.apply(make(family)), packed(documents())
+    stock, inputs = make(family), packed(documents())
+    config, options = copy.deepcopy(stock.config), {"attn_implementation": stock.config._attn_implementation}
+    real = packops.hf.apply(stock, attention=attention)
     with FakeTensorMode() as fake:
-        model = packops.hf.apply(type(real)._from_config(real.config, attn_implementation=real.config._attn_implementation))
-        results = model(**{k: fake.from_tensor(v) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()})
+        model = packops.hf.apply(type(real)._from_config(config, **options), attention=attention)
+        results = model(**without_numbers(fake, inputs))
         results.loss.backward()
     assert str(packops.hf.report(model)) == str(packops.hf.report(real))
     assert results.logits is None
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("leave_out", "more", "what"),
+    [
+        (("cu_seq_lens_q", "cu_seq_lens_k"), {}, "position_ids without cu_seq_lens_q"),
+        (("max_length_q", "max_length_k"), {}, "cu_seq_lens_q without max_length_q"),
+        ((), {"attention_mask": torch.ones(1, sum(map(len, documents())))}, "attention_mask"),
+        ((), {"dropout": 0.1}, "lengths of documents beside dropout"),
+    ],
+)
+def test_fake_tensors_that_packops_varlen_would_have_to_read(leave_out, more, what):
+    inputs = {name: x for name, x in (packed(documents()) | more).items() if name not in leave_out}
+    config = copy.deepcopy(make("llama").config)
+    config.attention_dropout = inputs.pop("dropout", 0.0)
+    with FakeTensorMode() as fake:
+        model = packops.hf.apply(transformers.LlamaForCausalLM(config), attention="packops_varlen")
+        with pytest.raises(ValueError, match=rf"packops_varlen reads {what}.*got a fake tensor .*pass cu_seq_lens_q"):
+            model(**without_numbers(fake, inputs))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "cohere"])

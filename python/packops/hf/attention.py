@@ -26,9 +26,9 @@ from torch import Tensor, nn
 import packops
 
 from ..ops.attention_documents import Documents
-from ..ops.attention_paths import ATTEND, Rule, attend_forest_on_cpu, choose_path, shaped_attention
+from ..ops.attention_paths import ATTEND, Rule, attend_forest_on_cpu, choose_path, in_graph, shaped_attention
 from . import families, rewrite
-from .attention_documents import NAME, find_documents, may_read
+from .attention_documents import NAME, find_documents, may_read, refuse_fake
 from .record import Record, decoder_of
 
 UNSAID = -1  # the layer did not pass its window at all
@@ -262,6 +262,7 @@ def packed_mask(
         elif name.startswith("sliding_window_overlay"):
             window = inspect.getclosurevars(part).nonlocals["sliding_window"]
     if attention_mask is not None:
+        refuse_fake(attention_mask, "attention_mask")
         attention_mask = attention_mask[:, -kv_length:]
         if attention_mask.all():  # waits for the device, once in a forward, and only for those who pass a mask
             attention_mask = None
@@ -386,8 +387,10 @@ def _within(q: Tensor, k: Tensor, v: Tensor, documents: Documents, rule: Rule) -
     )
     # In a graph nobody reads the lengths that sdpa's calls need: packops.attention knows what to do there.
     plain = rule.causal and rule.dropout == 0 and rule.sinks is None
-    if path == "packops" or (path == "sdpa" and plain and torch.compiler.is_compiling()):
+    if path == "packops" or (path == "sdpa" and plain and in_graph(documents.cu_seqlens)):
         return packops.attention(q, k, v, documents.cu_seqlens, causal=rule.causal, **rule.options)
+    if path == "sdpa":
+        refuse_fake(documents.cu_seqlens, "lengths of documents beside dropout, sinks or bidirectional attention")
     return ATTEND[path](q, k, v, documents, rule)
 
 

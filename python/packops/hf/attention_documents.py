@@ -36,6 +36,9 @@ def find_documents(
         _check_bounds(bounds, cu_seqlens[1], query)
         longest = max_lengths[0] if max_lengths[0] is not None else max_lengths[1]
 
+        if longest is None:
+            refuse_fake(bounds, "cu_seq_lens_q without max_length_q")
+
         def given() -> Documents:
             host = _longest(bounds) if longest is None else int(longest)
             if longest is not None and may_read(bounds) and host < (least := _longest(bounds)):
@@ -54,6 +57,7 @@ def find_documents(
         )
     if torch.compiler.is_compiling():
         raise ValueError(f"{NAME} under torch.compile needs cu_seq_lens_q and max_length_q: position_ids are read on the host")
+    refuse_fake(position_ids, "position_ids without cu_seq_lens_q")
     positions = position_ids.expand(batch, length)
     if padding is None:
         return look_up(position_ids, lambda: _from_positions(positions, None), batch)
@@ -65,6 +69,15 @@ def find_documents(
 def may_read(bounds: Tensor) -> bool:
     """Whether the values can be looked at: without a wait for the device, or with :func:`packops.checks` on."""
     return not torch.compiler.is_compiling() and not is_fake(bounds) and (bounds.is_cpu or _checks.enabled())
+
+
+def refuse_fake(x: Tensor, what: str) -> None:
+    """ValueError where ``x`` must be read and has no numbers."""
+    if not torch.compiler.is_compiling() and is_fake(x):
+        raise ValueError(
+            f"{NAME} reads {what}, and got a fake tensor (FakeTensorMode), which has no numbers: pass cu_seq_lens_q and "
+            "max_length_q, as PackedBatch.to_hf() does, and no attention_mask"
+        )
 
 
 def begin_anew(positions: Tensor | None, mask: Tensor | None) -> bool:
