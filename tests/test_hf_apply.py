@@ -517,6 +517,113 @@ def test_a_layer_in_a_wrapper_that_reads_tables():
     assert difference(run(model, packed(texts)), run(wrap(make("llama")), packed(texts))) < 1e-5
 
 
+# ---- what is replaced for all models of a process, afterwards --------------------------------------------------------------
+
+
+def llama_module():
+    from transformers.models.llama import modeling_llama
+
+    return modeling_llama
+
+
+def qwen3_module():
+    from transformers.models.qwen3 import modeling_qwen3
+
+    return modeling_qwen3
+
+
+def doubled(stock):
+    """As a monkey patch of transformers has it: the result of a ``forward``, or the first of its results, is another."""
+
+    def forward(*args, **kwargs):
+        found = stock(*args, **kwargs)
+        return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
+
+    return forward
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Attention.forward",
+        "RMSNorm.forward",
+        "MLP.forward",
+        "DecoderLayer.forward",
+        "RotaryEmbedding.forward",
+        "apply_rotary_pos_emb",
+    ],
+)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_what_a_class_does_after_apply_is_not_ignored(name, family, monkeypatch):
+    """It is what a stock model would do from then on."""
+    model, texts = packops.hf.apply(make(family)), documents()
+    with_stock = run(model, packed(texts))
+    module, prefix = (llama_module(), "Llama") if family == "llama" else (qwen3_module(), "Qwen3")
+    path = name if name.startswith("apply") else f"{prefix}{name}"
+    owner, attribute = (getattr(module, path.split(".")[0]), "forward") if "." in path else (module, path)
+    monkeypatch.setattr(owner, attribute, doubled(getattr(owner, attribute)))
+    refusal = rf"packops\.hf: [\w.]*{path} was replaced after packops\.hf\.apply, .*: call packops\.hf\.apply again"
+    for call in (lambda: model(**packed(texts)), lambda: model.eval()(**packed(texts)), lambda: copy.deepcopy(model)):
+        with pytest.raises(ValueError, match=refusal):
+            call()
+    wanted = run(make(family), packed(texts))
+    assert difference(wanted, with_stock) > 1e-3
+    if name in ("Attention.forward", "apply_rotary_pos_emb"):
+        with pytest.raises(ValueError, match="cannot replace RoPE"):
+            packops.hf.apply(model)
+        packops.hf.apply(model, rope=False)
+    else:
+        packops.hf.apply(model)
+    assert difference(run(model, packed(texts)), wanted) < 1e-5
+    monkeypatch.undo()
+    packops.hf.apply(packops.hf.revert(model))
+    assert difference(run(model, packed(texts)), with_stock) == 0
+
+
+def test_an_activation_of_all_models_that_is_replaced_after_apply(monkeypatch):
+    model = packops.hf.apply(make("llama"))
+    activation = type(model.model.layers[0].mlp.act_fn)
+    monkeypatch.setattr(activation, "forward", doubled(activation.forward))
+    with pytest.raises(ValueError, match=rf"{activation.__qualname__}\.forward was replaced after"):
+        model(**packed(documents()))
+    packops.hf.apply(model)
+    assert difference(run(model, packed(documents())), run(make("llama"), packed(documents()))) < 1e-5
+
+
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+def test_linear_layers_of_all_models(before, monkeypatch):
+    model = make("llama")
+    if before:
+        monkeypatch.setattr(nn.Linear, "forward", doubled(nn.Linear.forward))
+    packops.hf.apply(model)
+    if not before:
+        monkeypatch.setattr(nn.Linear, "forward", doubled(nn.Linear.forward))
+    assert difference(run(model, packed(documents())), run(make("llama"), packed(documents()))) < 1e-5
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["first", "later"])
+@pytest.mark.parametrize("name", ["ForCausalLM", "DecoderLayer", "MLP", "RMSNorm", "RotaryEmbedding"])
+def test_what_was_wrapped_around_a_class_is_called(name, again, monkeypatch):
+    """Also by a model that is patched after another one of its family was."""
+    cls, calls = getattr(qwen3_module(), f"Qwen3{name}"), []
+    if again:
+        packops.hf.apply(make("qwen3"))
+    stock = cls.forward
+
+    @functools.wraps(stock)
+    def counted(*args, **kwargs):
+        calls.append(1)
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(cls, "forward", counted)
+    texts, wanted = documents(), run(make("qwen3"), packed(documents()))
+    once, model = len(calls), packops.hf.apply(make("qwen3"))
+    calls.clear()  # apply asks some of them
+    ours = run(model, packed(texts))
+    assert len(calls) == once > 0
+    assert difference(ours, wanted) < 1e-5
+
+
 # ---- what is not known is refused ---------------------------------------------------------------------------------------------
 
 

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from functools import cache
 from types import FunctionType
 from typing import Any, cast
 
@@ -152,7 +151,7 @@ def _attends(cls: Any) -> bool:
     return any("ALL_ATTENTION_FUNCTIONS" in function.__code__.co_names for function in rewrite.methods_of(cls))
 
 
-@cache
+@rewrite.cache_of_class
 def _reads_mask(cls: type) -> bool:
     """Whether a method of ``cls`` does more with its mask than to pass it on."""
     return any(

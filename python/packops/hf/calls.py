@@ -18,6 +18,7 @@ from . import families
 from .adapters import drops_positions, reason_against_packing
 from .attention_documents import begin_anew, go_back, go_on, may_read
 from .loss import CausalLMLoss
+from .record import check_classes
 from .rope import check_layers
 
 
@@ -26,6 +27,7 @@ def check_forward(
 ) -> None:
     """Raise for calls whose result would be wrong, of a forward whose arguments have these names; adds missing positions to
     ``kwargs``. Waits for no device, unless :func:`packops.checks` is on."""
+    check_classes(model)
     given = {**dict(zip(names, args, strict=False)), **kwargs, **fixed}
     if "position_ids" in names and (positions := _missing_positions(given)) is not None:
         given["position_ids"] = kwargs["position_ids"] = positions

@@ -12,7 +12,6 @@ import dataclasses
 import functools
 import inspect
 from collections.abc import Callable, Mapping
-from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -123,7 +122,7 @@ class Ending(NamedTuple):
     reason: str | None  # why they are
 
 
-@cache
+@rewrite.cache_of_class
 def _model_forward(cls: type, fused: bool) -> Ending:
     """The forward of ``cls`` with a router loss that leaves out padding and, if ``fused``, a branch that skips the logits."""
     bindings: dict[str, Any] = {}

@@ -35,6 +35,9 @@ class GatedMLP(NamedTuple):
     def methods(self, base: Any) -> dict[str, Callable]:
         return {"forward": _forward(self)}
 
+    def origins(self, base: Any) -> dict[str, Any]:
+        return {} if self.act_kind is None else {f"{self.act_kind[0].__qualname__}.forward": self.act_kind[0].forward}
+
 
 def patch(model: nn.Module, record: Record) -> None:
     """Replace the gated MLPs of ``model``, except where somebody else replaced one."""

@@ -10,7 +10,6 @@ import ast
 import math
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from functools import cache
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ def share_input(definition: ast.FunctionDef) -> dict[str, Callable]:
     return {_BOUND: project} if changed else {}
 
 
-@cache
+@rewrite.cache_of_class
 def shares_input(cls: type) -> bool:
     """Whether the ``forward`` of a class has such lines."""
     return bool(share_input(rewrite.parse(cls.forward)))  # type: ignore[attr-defined]

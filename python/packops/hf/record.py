@@ -8,6 +8,7 @@ compute with their own weights. (A bound method in the instance's ``__dict__`` w
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import weakref
 from collections.abc import Callable, Iterable
 from functools import cache
@@ -18,29 +19,66 @@ from torch import nn
 from torch._subclasses import FakeTensor
 from torch.nn.modules import module as _module
 
+from . import rewrite
+
 ATTRIBUTE = "_packops_hf"
 _ABSENT = "packops: no such attribute"  # a string, so that copies of it are recognised
+_LINEAR = inspect.unwrap(nn.Linear.forward)  # torch's own, for which another may stand
 _PLAIN = (nn.Parameter, torch.Tensor, FakeTensor, type(None))
 _ANSWERED_FOR: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # modules whose class a record will put back
 
 
 class Methods(Protocol):
-    """What makes the methods of a subclass, from its base class; hashable, and pickled in place of them."""
+    """What makes the methods of a subclass, from its base class; hashable, and pickled in place of them.
+
+    One whose methods take the place of more than the base's ``forward`` has ``origins(base)``: that, by names.
+    """
 
     def __hash__(self) -> int: ...
 
     def methods(self, base: Any) -> dict[str, Callable]: ...
 
 
-@cache
 def subclass_of(base: Any, methods: Methods) -> Any:
     """The subclass of ``base`` with these methods; one for equal arguments, so that torch.compile compiles equal layers once."""
+    return _subclass_of(base, methods, _origins(base, methods))
+
+
+@cache
+def _subclass_of(base: Any, methods: Methods, origins: tuple[tuple[str, Any], ...]) -> Any:
     names = ("__module__", "__qualname__", "__doc__")
     attributes = {name: getattr(base, name) for name in names} | methods.methods(base)
-    return type(base)(base.__name__, (base,), {**attributes, "__reduce_ex__": _reduce, "_packops": (base, methods)})
+    ours = {"__reduce_ex__": _reduce, "_packops": (base, methods), "_packops_origins": origins}
+    return type(base)(base.__name__, (base,), {**attributes, **ours})
+
+
+def _origins(base: Any, methods: Methods) -> tuple[tuple[str, Any], ...]:
+    """What the methods take the place of, by names: anyone may replace it, for all models of a process."""
+    further = getattr(methods, "origins", None)
+    return (f"{base.__qualname__}.forward", base.forward), *(further(base).items() if further else ())
+
+
+def check_origins(cls: Any) -> None:
+    """ValueError where somebody has replaced what methods of ours took the place of: they would go on as if nobody had."""
+    for ours in cls.__mro__:  # FSDP2 makes a class of ours
+        if "_packops" in vars(ours):
+            for (name, before), (_, now) in zip(ours._packops_origins, _origins(*ours._packops), strict=True):
+                if now is not before:
+                    raise ValueError(
+                        f"packops.hf: {name} was replaced after packops.hf.apply, which has put its own in the place of the one "
+                        "before: call packops.hf.apply again, which looks at the new one"
+                    )
+
+
+def check_classes(model: nn.Module) -> None:
+    """:func:`check_origins` for every class of what was changed in a transformers model."""
+    if (record := record_of(model)) is not None and not torch.compiler.is_compiling():
+        for cls in {type(change.owner) for change in record.changes if isinstance(change, ChangeOfMethods)}:
+            check_origins(cls)
 
 
 def _reduce(self: Any, protocol: Any) -> tuple:
+    check_origins(type(self))  # of a copy they would be those of today
     base, methods = self._packops
     constructor, _, *state = base.__reduce_ex__(self, max(2, int(protocol)))
     if constructor.__name__ != "__newobj__":
@@ -92,7 +130,9 @@ def is_plain_tensor(x: Any) -> bool:
 
 def is_plain_linear(module: nn.Module) -> bool:
     """Whether weight and bias alone say what the module does: no LoRA, no hooks. (A replica's weight is a tensor.)"""
-    return type(module) is nn.Linear and type(module.weight) in _PLAIN and type(module.bias) in _PLAIN and is_bare(module)
+    if type(module) is not nn.Linear or nn.Linear.forward is not _LINEAR:
+        return False
+    return type(module.weight) in _PLAIN and type(module.bias) in _PLAIN and is_bare(module)
 
 
 def pretrained(model: nn.Module) -> nn.Module:
@@ -164,7 +204,7 @@ class ChangeOfMethods:
 
     @property
     def is_ours(self) -> bool:
-        return type(self.owner) is subclass_of(self.before, self.methods) and not is_replaced(self.owner)
+        return vars(type(self.owner)).get("_packops") == (self.before, self.methods) and not is_replaced(self.owner)
 
     def undo(self) -> None:
         vars(self.owner).pop("forward", None)
@@ -239,10 +279,12 @@ class Record:
         self, model: nn.Module, recognise: Callable[[nn.Module], Methods | None], leave: Iterable[nn.Module] = ()
     ) -> list[nn.Module]:
         """Exchange the methods of every module in which ``recognise`` finds something, but for those to ``leave`` and where
-        somebody else has; returns the modules."""
+        somebody else has, of the instance or around its class's; returns the modules."""
         others, changed = set(leave), []
         for name, module in model.named_modules():
-            if module not in others and not is_replaced(module) and (found := recognise(module)) is not None:
+            if module in others or is_replaced(module) or rewrite.is_wrapped(type(module)):
+                continue
+            if (found := recognise(module)) is not None:
                 self.set_methods(name, module, found)
                 changed.append(module)
         return changed

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Callable, Iterator
-from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -48,7 +47,6 @@ def recognise(layer: nn.Module) -> Residuals | None:
     try:
         definition = rewrite.parse(kind.forward)
         found = Residuals(frozenset(replaced.intersection(site.norm for site in _sites(definition))))
-        rewrite.refuse_wrapped(kind)
         return found if found.norms and found.methods(kind) else None
     except rewrite.CannotRewriteError:
         return None
@@ -109,7 +107,7 @@ def _is_name(node: ast.AST | None, name: str) -> bool:
     return isinstance(node, ast.Name) and node.id == name
 
 
-@cache
+@rewrite.cache_of_class
 def _forward(cls: type, norms: frozenset[str]) -> FunctionType:
     definition = rewrite.parse(cls.forward)  # type: ignore[attr-defined]
     for site in reversed(list(_sites(definition))):  # from the last on, so that the others stay in their places

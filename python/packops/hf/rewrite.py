@@ -12,9 +12,12 @@ import __future__
 import ast
 import inspect
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
+from functools import cache, wraps
 from types import FunctionType
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Decorators that only write documentation, from the class they stand in.
 _DOCUMENTATION = ("auto_docstring",)
@@ -29,7 +32,21 @@ def class_of(instance: object) -> Any:
     return type(instance)
 
 
-@cache
+def cache_of_class(function: Callable[Concatenate[Any, P], T]) -> Callable[Concatenate[Any, P], T]:
+    """:func:`functools.cache` for what is read off a class, whose ``forward`` somebody may replace meanwhile."""
+
+    @cache
+    def found(cls: Any, _forward: Any, *args: Any) -> T:
+        return function(cls, *args)  # type: ignore[call-arg]
+
+    @wraps(function)
+    def look_up(cls: Any, *args: Any) -> T:
+        return found(cls, getattr(cls, "forward", None), *args)
+
+    return look_up  # type: ignore[return-value]
+
+
+@cache_of_class
 def methods_of(cls: Any) -> list[FunctionType]:
     """The methods that a class and its bases have from elsewhere than torch."""
     functions = (inspect.unwrap(m) for base in cls.__mro__ for m in vars(base).values() if callable(m))
@@ -62,7 +79,13 @@ def parse(method: Callable) -> ast.FunctionDef:
 
 
 def refuse_wrapped(cls: Any) -> None:
-    """CannotRewriteError where somebody wrapped ``cls.forward`` since it was defined: a rewritten one would lack that.
+    """CannotRewriteError where somebody wrapped ``cls.forward`` since it was defined: a rewritten one would lack that."""
+    if is_wrapped(cls):
+        raise CannotRewriteError(f"{inspect.unwrap(cls.forward).__qualname__} was wrapped since it was defined")
+
+
+def is_wrapped(cls: Any) -> bool:
+    """Whether somebody wrapped ``cls.forward`` since it was defined.
 
     What a base class wraps around the ``forward`` of every subclass (checkpointing, in transformers) comes with a subclass.
     """
@@ -72,8 +95,12 @@ def refuse_wrapped(cls: Any) -> None:
     while hasattr(method, "__wrapped__"):
         wrappers += getattr(method, "__code__", None) not in again
         method = method.__wrapped__
-    if wrappers > len(parse(method).decorator_list):
-        raise CannotRewriteError(f"{method.__qualname__} was wrapped since it was defined")
+    if not wrappers:
+        return False
+    try:
+        return wrappers > sum(not _is_documentation(decorator) for decorator in parse(method).decorator_list)
+    except CannotRewriteError:  # nobody knows whose they are
+        return True
 
 
 def build(method: Callable, definition: ast.FunctionDef, bindings: Mapping[str, Any]) -> FunctionType:

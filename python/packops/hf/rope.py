@@ -136,13 +136,13 @@ def check_layers(model: nn.Module) -> None:
 # ---- attention layers ----------------------------------------------------------------------------------------------------------
 
 
-@cache
+@rewrite.cache_of_class
 def _calls_rope(cls: type) -> bool:
     function = inspect.unwrap(getattr(cls, "forward", None) or object)
     return isinstance(function, FunctionType) and ROPE in function.__code__.co_names
 
 
-@cache
+@rewrite.cache_of_class
 def _definition(cls: type) -> ast.FunctionDef:
     return rewrite.parse(cls.forward)  # type: ignore[attr-defined]
 
@@ -151,14 +151,14 @@ def _is_below(path: str, holder: str) -> bool:
     return not holder or path == holder or path.startswith(f"{holder}.")
 
 
-@cache
+@rewrite.cache_of_class
 def _rotations(cls: type) -> frozenset[str]:
     """The functions that rotate heads in any method of a class."""
     names = (name for function in rewrite.methods_of(cls) for name in function.__code__.co_names)
     return frozenset(name for name in names if name.startswith("apply_") and "rot" in name)
 
 
-@cache
+@rewrite.cache_of_class
 def _reads_tables(cls: type) -> bool:
     """Whether a method of a class takes a table apart, other than to pass it on."""
     if cls.__module__.startswith("peft.tuners.adaption_prompt"):  # a function there rotates q once more
@@ -206,6 +206,13 @@ class Rotation:
 
     def methods(self, base: Any) -> dict[str, Callable]:
         return {"forward": _attention_forward(base, self.convention, self.own_tables, self.norms)}
+
+    def origins(self, base: Any) -> dict[str, Any]:
+        function = inspect.unwrap(base.forward)
+        found = {f"{function.__module__}.{ROPE}": function.__globals__.get(ROPE)}
+        if self.norms is not None:
+            found[f"{self.norms.form.kind.__qualname__}.forward"] = self.norms.form.kind.forward
+        return found
 
 
 @cache
@@ -255,7 +262,7 @@ def make_rope(convention: Convention, own_tables: frozenset[int], norms: Norms |
     return qk_norm_rope
 
 
-@cache
+@rewrite.cache_of_class
 def _attention_forward(cls: type, convention: Convention, own_tables: frozenset[int], norms: Norms | None) -> FunctionType:
     definition = copy.deepcopy(_definition(cls))
     this = rewrite.self_name(definition)
@@ -294,7 +301,7 @@ def _norms(layer: nn.Module) -> Norms | None:
     return Norms(*names, form, across_heads)
 
 
-@cache
+@rewrite.cache_of_class
 def _norms_before_rope(cls: type) -> tuple[str, str] | None:
     """("q_norm", "k_norm") if the layer's forward, from the norms to RoPE, only changes shapes."""
     definition = _definition(cls)
@@ -337,7 +344,7 @@ def _norm_on_the_way(definition: ast.FunctionDef, before: list[ast.stmt], name: 
 def _norm_of(layer: nn.Module, name: str) -> tuple[RMSNorm, float, bool] | None:
     """(how it computes, epsilon, across_heads) of an RMS norm of heads; None if it is something else."""
     module, head_dim = getattr(layer, name, None), getattr(layer, "head_dim", None)
-    if not isinstance(module, nn.Module) or not head_dim:
+    if not isinstance(module, nn.Module) or not head_dim or rewrite.is_wrapped(type(module)):
         return None
     norm = recognise(module)
     if norm is None:
@@ -396,7 +403,8 @@ def _widths(rotary: nn.Module) -> list[int]:
 def _same_tables(rotary: nn.Module, convention: Convention) -> bool:
     """Whether :func:`_table_forward` makes the table that ``rotary`` makes: by the names it uses, and by asking one like it."""
     function = inspect.unwrap(type(rotary).forward)
-    if not isinstance(function, FunctionType) or not set(function.__code__.co_names) <= _TABLE_NAMES:
+    known = isinstance(function, FunctionType) and set(function.__code__.co_names) <= _TABLE_NAMES
+    if not known or rewrite.is_wrapped(type(rotary)):
         return False
     try:
         with torch.device("cpu"):  # the model's own may be on any device, or on none
