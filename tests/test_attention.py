@@ -120,8 +120,8 @@ def test_empty(lengths, device):
 @pytest.mark.parametrize("rule", [{}, {"window": 66, "softcap": 2.0}, {"causal": False}], ids=str)
 @pytest.mark.parametrize("dim", [8, 56, 72, 104, 120, 136, 184, 200, 248])
 def test_heads_have_the_bits_of_heads_filled_up_with_zeros(dim, rule):
-    """Those that fill the tiles of their kernel, with the same scale; gradients where no document is long. In memory, NaN lies behind the
-    features of a head."""
+    """Those that fill the tiles of their kernel, with the same scale; gradients where no document is long. In memory, NaN lies
+    behind the features of a head."""
     full = next(most for most in (64, 96, 128, 192, 256) if dim < most)
     rule = {"scale": dim**-0.5, **rule}
     for lengths, compared in ((LENGTHS, 4), ([3100, 40], 1)):
