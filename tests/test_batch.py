@@ -737,6 +737,32 @@ def test_a_packed_row_is_no_document(column, message):
     assert PackingCollator()([padded]).boundaries == (0, 2)
 
 
+MASKED = np.ma.array([1, 1, 1], mask=[False, True, False])
+
+
+@pytest.mark.parametrize("share_prefixes", [False, True])
+@pytest.mark.parametrize("name", ["input_ids", "labels", "attention_mask", "completion_mask", "token_weight"])
+def test_the_mask_of_a_masked_array_is_not_lost(name, share_prefixes):
+    """What it masks would be trained on as any other value."""
+    collate = PackingCollator(columns={"token_weight": 0.0}, share_prefixes=share_prefixes)
+    document = {"input_ids": [1, 1, 1], "token_weight": [1, 1, 1]}
+    with pytest.raises(ValueError, match=f"{name} of document 0: a numpy masked array masks some of its values"):
+        collate([{**document, name: MASKED}])
+    collate([{**document, name: np.ma.array([1, 1, 1])}])  # it masks nothing
+
+
+def test_the_mask_of_a_masked_array_is_not_lost_elsewhere():
+    for call in (
+        lambda: packops.pack(MASKED, 10),
+        lambda: packops.pack([1, 1, 1], 10).per_pack(MASKED),
+        lambda: packops.PackedForest.from_documents([np.ones(3, int)], columns={"token_weight": [MASKED]}),
+        lambda: packops.PackedForest.from_documents([MASKED]),
+        lambda: packops.StreamPacker(8).add({"input_ids": [1, 1, 1], "attention_mask": MASKED}),
+    ):
+        with pytest.raises(ValueError, match="a numpy masked array masks some of its values"):
+            call()
+
+
 def test_an_error_of_numpy_names_what_it_is_about():
     with pytest.raises(ValueError, match=r"input_ids of document 1: .*inhomogeneous"):
         PackingCollator()([[1], [[1, 2], [3]]])

@@ -13,7 +13,7 @@ import torch
 
 from ..ops.attention_paths import max_docs_for_flash_attention
 from .batch import PackedBatch, check_reduction, checked_columns, column_dtype
-from .counts import as_count, as_integers
+from .counts import as_array, as_count, as_integers
 from .documents import tokens_of, without_padding
 from .forest import PackedForest
 from .prefixes import MIN_SHARED, prefix_forest
@@ -204,7 +204,8 @@ class PackingCollator(Generic[Batch]):
                 labels = _same_length(labels, "labels", ids, number)
             for name in SCORED_MASKS:
                 if document.get(name) is not None:
-                    scored = _scored(_same_length(np.asarray(document[name]), name, ids, number), name, number)
+                    mask = as_array(f"{name} of document {number}", document[name])
+                    scored = _scored(_same_length(mask, name, ids, number), name, number)
                     labels = np.where(scored, labels, self.ignore_index)
         return labels
 
@@ -214,7 +215,7 @@ class PackingCollator(Generic[Batch]):
         values = document[name]
         if isinstance(values, torch.Tensor):  # numpy has no bfloat16, and takes nothing that has a gradient
             values = values.detach().float() if values.dtype == torch.bfloat16 else values.detach()
-        return _same_length(np.asarray(values), name, ids, number)
+        return _same_length(as_array(f"{name} of document {number}", values), name, ids, number)
 
     def _total(self, tokens: int) -> int:
         if self.pad_to_length is not None:

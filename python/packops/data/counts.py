@@ -50,7 +50,13 @@ def as_count(name: str, value: Any, *, least: int = 1, bits: int = 63, optional:
 
 
 def as_array(name: str, values: Any) -> NDArray[Any]:
-    """``np.asarray``, whose errors (ragged lists, tensors on a device or with a gradient) do not say what they are about."""
+    """``np.asarray``, whose errors (ragged lists, tensors on a device or with a gradient) do not say what they are about.
+
+    Raises:
+        ValueError: a masked array that masks something, whose mask would be lost.
+    """
+    if np.ma.is_masked(values):
+        raise ValueError(f"{name}: a numpy masked array masks some of its values: hand over the others alone, or .filled()")
     try:
         return np.asarray(values)
     except (TypeError, ValueError, RuntimeError) as error:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .counts import as_array
 from .packing import DocumentSlice
 
 __all__ = ["SlicedDataset", "document_begins", "length_of", "slice_document", "tokens_of", "without_padding"]
@@ -34,7 +35,7 @@ def without_padding(document: Any, name: str = "a document") -> Any:
     mask = document.get(PADDING_MASK) if isinstance(document, Mapping) else None
     if mask is None:
         return document
-    mask = np.asarray(mask)
+    mask = as_array(f"{PADDING_MASK} of {name}", mask)
     total = len(tokens_of(document))
     if mask.shape != (total,):
         batch = ": documents are handed over one by one, without a dimension for a batch" if mask.ndim > 1 else ""

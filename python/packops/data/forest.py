@@ -16,7 +16,7 @@ from ..functional import packed_metadata
 from ..ops.arguments import checks_annotations
 from ..ops.document_sums import document_sums
 from .batch import WEIGHT, PackedBatch, check_reduction, checked_columns, column_dtype
-from .counts import as_integers, counted
+from .counts import as_array, as_integers, counted
 from .packing import IntArray
 from .prefixes import PrefixForest, prefix_forest
 
@@ -112,7 +112,7 @@ class PackedForest(PackedBatch):
             parents += [-1] * (capacity - len(parents))
 
         rows = [_rows(forest, begins, number) for number in range(len(documents))]
-        extra = {name: [np.asarray(part) for part in parts] for name, parts in checked_columns(columns).items()}
+        extra = {name: [as_array(name, part) for part in parts] for name, parts in checked_columns(columns).items()}
         for name, parts in {"input_ids": documents, **({} if labels is None else {"labels": labels}), **extra}.items():
             _check_one_each(name, parts, rows)
         fills = {name: (fills or {}).get(name, 0) for name in extra}
@@ -273,7 +273,7 @@ def _spread(values: Sequence[NDArray[Any]], rows: Sequence[IntArray], row: NDArr
     """(1, T) a row of what every document says of its tokens."""
     is_set = np.zeros(len(row), bool)
     for number, (own_rows, own_values) in enumerate(zip(rows, values, strict=True)):
-        own_values = np.asarray(own_values).astype(row.dtype)
+        own_values = as_array(f"{name} of document {number}", own_values).astype(row.dtype)
         if (is_set[own_rows] & (row[own_rows] != own_values)).any():
             raise ValueError(f"{name} of document {number} differs from that of another where the two share a prefix")
         row[own_rows] = own_values

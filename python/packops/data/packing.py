@@ -116,7 +116,7 @@ class PackingPlan:
 
     def per_pack(self, values: ArrayLike) -> NDArray[Any]:
         """(packs,) sums of one number per piece."""
-        return np.add.reduceat(np.asarray(values), self.offsets[:-1]) if self.num_packs else np.zeros(0, np.int64)
+        return np.add.reduceat(as_array("values", values), self.offsets[:-1]) if self.num_packs else np.zeros(0, np.int64)
 
     @cached_property
     def tokens_per_pack(self) -> IntArray:
