@@ -49,6 +49,24 @@ def test_documents_of():
         hf_loss.documents_of(jumps.expand(3, 1, 6), torch.Size((1, 6)))
 
 
+@pytest.mark.parametrize("bounds", ["cu_seq_lens_q", "position_ids"])
+@pytest.mark.parametrize("reduction", ["mean", "seq-mean-token-mean"])
+def test_boundaries_of_rows_without_logits_are_refused(reduction, bounds, fused):
+    """logits_to_keep leaves the last rows, and nothing says where documents begin in these."""
+    model, inputs = make("llama"), packed(documents(), logits_to_keep=20, num_valid=None)
+    inputs["labels"] = inputs["labels"][:, -20:]
+    if bounds == "position_ids":
+        inputs["cu_seq_lens_q"] = None
+    want = model(**inputs).loss.item()
+    packops.hf.apply(model, reduction=reduction)
+    message = r"position_ids of shape \(1, \d+\) cannot say .* in the 20 rows of logits that logits_to_keep leaves: .*shift"
+    with pytest.raises(ValueError, match=message):
+        model(**inputs)
+    if reduction == "mean":  # as the message says
+        shifted = nn.functional.pad(inputs["labels"][:, 1:], (0, 1), value=-100)
+        assert model(**{**inputs, "cu_seq_lens_q": None}, shift_labels=shifted).loss.item() == pytest.approx(want, rel=1e-5)
+
+
 @pytest.mark.parametrize("num_items", [29, 29.0, torch.tensor(29), torch.tensor(29.0, dtype=torch.float64), torch.tensor([29])])
 def test_num_items_in_batch(num_items, fused):
     model, texts = make("llama"), documents()

@@ -106,8 +106,11 @@ class CausalLMLoss:
                     f'reduction="mean", got {self.reduction!r} and shift_labels {"missing" if shift_labels is None else "given"}'
                 )
             cu_seqlens = None  # of segments, which are no documents
-        elif cu_seqlens is None and (positions := kwargs.get("position_ids")) is not None:
-            cu_seqlens = self._documents_by(positions, rows, shift_labels is None)
+        elif (positions := kwargs.get("position_ids")) is not None:
+            if cu_seqlens is None:
+                cu_seqlens = self._documents_by(positions, rows, shift_labels is None)
+            else:
+                _check_rows(positions, rows)
         cu_seqlens = None if cu_seqlens is None else cu_seqlens.to(device)
         weight = kwargs.get("token_weight")
         _check_not_rounded(num_items_in_batch=num_items, token_weight=weight)
@@ -130,7 +133,10 @@ class CausalLMLoss:
 
     def _documents_by(self, positions: Tensor, rows: torch.Size, shift: bool) -> Tensor | None:
         """The mean needs them where labels are still to be shifted, and positions in three dimensions (M-RoPE) do not tell."""
-        return documents_of(positions, rows) if self.reduction != "mean" or (shift and positions.dim() <= 2) else None
+        if self.reduction == "mean" and not (shift and positions.dim() <= 2):
+            return None
+        _check_rows(positions, rows)
+        return documents_of(positions, rows)
 
     def _denominator(self, num_items: Tensor | float | None, device: torch.device) -> Tensor | float | None:
         if not isinstance(num_items, Tensor):
@@ -156,6 +162,15 @@ def _check_not_rounded(**given: Any) -> None:
                 "MixedPrecisionPolicy(cast_forward_inputs=False), MixedPrecision(cast_root_forward_inputs=False). It leaves "
                 "numbers as they are: num_items_in_batch=float(num_items)"
             )
+
+
+def _check_rows(positions: Tensor, rows: torch.Size) -> None:
+    if positions.shape[-1] != rows[-1]:
+        raise ValueError(
+            f"packops.hf: position_ids of shape {tuple(positions.shape)} cannot say where documents begin in the {rows[-1]} rows "
+            "of logits that logits_to_keep leaves: leave logits_to_keep out and set labels to -100 where nothing is scored, or, "
+            'with reduction="mean", pass shift_labels of the rows that are left, and neither cu_seq_lens_q nor num_valid'
+        )
 
 
 def _checked_labels(num_items: Tensor, labels: Tensor, weight: Tensor, ignore_index: int, shift: bool) -> Tensor:
