@@ -724,14 +724,23 @@ def test_a_document_has_no_dimension_for_a_batch():
     [
         ({"position_ids": [0, 1, 2, 0, 1]}, "its position_ids do not go up by one"),
         ({"position_ids": torch.tensor([0, 1, 2, 3, 0])}, "its position_ids do not go up by one"),
-        ({"seq_lengths": [3, 2]}, "its seq_lengths are several"),
+        ({"seq_lengths": [3, 2]}, "its seq_lengths are of several documents"),
+        ({"seq_lengths": torch.tensor([3, 2])}, "its seq_lengths are of several documents"),
+        ({"cu_seqlens": [0, 3, 5]}, "its cu_seqlens are of several documents"),
+        ({"cu_seq_lens_q": torch.tensor([0, 3, 5])}, "its cu_seq_lens_q are of several documents"),
     ],
 )
 def test_a_packed_row_is_no_document(column, message):
     """Its documents would see each other."""
     with pytest.raises(ValueError, match=f"document 1 is a packed row: {message}"):
         PackingCollator()([[1], {"input_ids": [1, 2, 3, 4, 5], **column}])
-    for alone in ({"position_ids": [0, 1, 2, 3, 4]}, {"position_ids": [7, 8, 9, 10, 11]}, {"seq_lengths": [5]}):
+    for alone in (
+        {"position_ids": [0, 1, 2, 3, 4]},
+        {"position_ids": [7, 8, 9, 10, 11]},
+        {"seq_lengths": [5]},
+        {"seq_lengths": torch.tensor([5])},
+        {"cu_seqlens": [0, 5]},
+    ):
         assert PackingCollator()([{"input_ids": [1, 2, 3, 4, 5], **alone}]).boundaries == (0, 5)
     padded = {"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1], "position_ids": [1, 1, 0, 1]}
     assert PackingCollator()([padded]).boundaries == (0, 2)

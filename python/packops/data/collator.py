@@ -33,6 +33,9 @@ SCORED_MASKS = ("completion_mask", "assistant_masks")
 IMAGES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw")
 OTHER_THAN_TEXT = (*IMAGES, "input_features")
 
+# What tells of the documents in a packed row, and how many numbers it has for a single one.
+SEVERAL = {"seq_lengths": 1, "cu_seqlens": 2, "cu_seq_lens_q": 2}
+
 Batch = TypeVar("Batch")  # what ``names`` asks for: a PackedBatch or a dictionary
 
 
@@ -258,8 +261,11 @@ def _check_text(document: Mapping[str, Any], number: int) -> None:
 
 
 def _check_one(document: Mapping[str, Any], number: int) -> None:
-    positions, lengths = (document.get(name) for name in ("position_ids", "seq_lengths"))
-    why = "seq_lengths are several" if lengths is not None and np.size(lengths) > 1 else ""
+    why = ""
+    for name, most in SEVERAL.items():
+        if (values := document.get(name)) is not None and as_array(name, values).size > most:
+            why = f"{name} are of several documents"
+    positions = document.get("position_ids")
     if positions is not None and np.ndim(positions) == 1 and (np.diff(as_integers("position_ids", positions)) != 1).any():
         why = "position_ids do not go up by one"
     if why:
