@@ -438,6 +438,25 @@ def test_lists_of_anything_else_are_no_token_ids(tmp_path, line, kind):
         cli_pack.read_lengths(path)
 
 
+def test_text_is_counted_whole(tmp_path):
+    """A tokenizer.json may ask to truncate and to pad."""
+    tokenizers = pytest.importorskip("tokenizers")
+    loaded = tokenizers.Tokenizer.from_file(str(words(tmp_path)))
+    loaded.enable_truncation(3)
+    loaded.enable_padding(length=2)
+    loaded.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "l.jsonl").write_text('{"text": "a a a a a"}\n{"text": "a"}\n')
+    assert cli_pack.read_lengths(tmp_path / "l.jsonl", None, str(tmp_path / "tokenizer.json")).tolist() == [5, 1]
+
+
+def test_a_tokenizer_that_is_none_is_named(tmp_path, capsys):
+    pytest.importorskip("tokenizers")
+    (tmp_path / "t.json").write_text("3")
+    (tmp_path / "l.jsonl").write_text('{"text": "a"}\n')
+    assert command("pack", tmp_path / "l.jsonl", "--tokenizer", tmp_path / "t.json") == 2
+    assert f"packops pack: --tokenizer {tmp_path / 't.json'}: " in capsys.readouterr().err
+
+
 def test_text_that_looks_like_a_number_is_text(tmp_path, monkeypatch):
     monkeypatch.setattr(cli_pack, "_load_tokenizer", lambda name: lambda text: len(text.split()))
     table = tmp_path / "table.csv"

@@ -323,7 +323,12 @@ def _load_tokenizer(name: str) -> Callable[[str], int]:
             from tokenizers import Tokenizer
         except ModuleNotFoundError:
             raise ValueError(f"--tokenizer {name} needs the package tokenizers: pip install tokenizers") from None
-        loaded = Tokenizer.from_file(name)
+        try:
+            loaded = Tokenizer.from_file(name)
+        except Exception as error:  # tokenizers has no narrower one
+            raise ValueError(f"--tokenizer {name}: {error}") from None
+        loaded.no_truncation()  # the file may ask for either, which AutoTokenizer does not heed
+        loaded.no_padding()
         return lambda text: len(loaded.encode(text).ids)
     try:
         from transformers import AutoTokenizer
