@@ -140,6 +140,11 @@ def test_pack_writes_what_it_is_asked_for(tmp_path, capsys):
         ("l.jsonl", "true", [], r"line 1: want a length, a list of token ids or text, got bool"),
         ("l.csv", "size,id\n3,4\n", [], r"line 2: --column must name one of the fields 'size', 'id'"),
         ("l.csv", "size,id\n3\n", [], r"line 2: want 2 columns as in the header, got 1"),
+        ("l.csv", "size,size\n3,4\n", ["--column", "size"], r"line 1: the header has 'size' twice"),
+        ("l.csv", 'length\n"[4, 5]"\n', [], r"line 2: 'length' must hold a number of tokens, got a list"),
+        ("l.jsonl", '{"length": [5]}', [], r"line 1: 'length' must hold a number of tokens, got a list"),
+        ("l.jsonl", '{"input_ids": 5}', [], r"line 1: 'input_ids' must hold a list of token ids, got a number"),
+        ("l.jsonl", '{"input_ids": [5]}\n{"id": 7}', [], r"line 2: --column must name one of the fields 'id', got 'input_ids'"),
         ("l.csv", "3\n4,5\n", [], r"line 2: want one column as in the rows before, got 2"),
         ("l.csv", 'length\n"three"\n', [], r"line 2: text needs --tokenizer"),
         ("l.csv", "5.0\n7\n", [], r"line 1: want a length, a list of token ids or text, got float"),
@@ -189,6 +194,14 @@ def test_pack_names_a_bad_row_of_a_parquet_file(tmp_path, capsys):
         parquet.write_table(pyarrow.table({"length": values, "id": values}), tmp_path / "l.parquet", row_group_size=2)
         assert command("pack", tmp_path / "l.parquet") == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "values"), [("length", [[5], [7]]), ("input_ids", [5, 7])])
+def test_pack_takes_no_parquet_lengths_for_tokens(tmp_path, name, values):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table({name: values}), tmp_path / "l.parquet")
+    with pytest.raises(TypeError, match=f"l.parquet: '{name}' must hold a"):
+        cli_pack.read_lengths(tmp_path / "l.parquet")
 
 
 @pytest.mark.parametrize("width", [None, 4], ids=["lists", "lists of one size"])

@@ -185,6 +185,8 @@ def csv_rows(lines: TextIO, path: Path, as_text: bool = False) -> Iterator[tuple
         if header is None:
             first = cell_value(row[0])
             header = row if len(row) > 1 or isinstance(first, str) else []
+            if twice := next((name for name in header if name and header.count(name) > 1), None):
+                raise ValueError(f"{where}: the header has {twice!r} twice")
             if header:
                 continue
             if as_text:
@@ -235,6 +237,8 @@ def read_parquet(path: Path, column: str | None, tokenizer: str | None) -> IntAr
         is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
         if values.null_count:
             raise ValueError(f"{where}, row {row + int(np.argmax(values.is_null()))}: {column!r} is null")
+        if is_list or types.is_integer(kind):
+            check_field(column, is_list, where)
         if is_list and not types.is_integer(kind.value_type):
             raise TypeError(f"{where}: {column!r} must hold token ids, lengths or text, got lists of {kind.value_type}")
         if is_list and values.flatten().null_count:
@@ -292,14 +296,24 @@ def choose_field(names: Sequence[str], column: str | None, where: str) -> str:
     return column
 
 
+def check_field(column: str, is_list: bool, where: str) -> None:
+    """TypeError for a number where a list of token ids is usual, or the other way round: each would be counted as the other."""
+    if column in FIELDS and is_list != (column == TOKENS):
+        want, got = ("a list of token ids", "a number") if column == TOKENS else ("a number of tokens", "a list")
+        raise TypeError(f"{where}: {column!r} must hold {want}, got {got}; in a field of another name, --column takes either")
+
+
 def _measure(column: str | None, tokenizer: str | None) -> Callable[[Any, str], int]:
     encode = _load_tokenizer(tokenizer) if tokenizer else None
 
     def measure(value: Any, where: str) -> int:
+        nonlocal column
         mask = None
         if isinstance(value, dict):
-            field = choose_field(list(value), column, where)
-            mask, value = value.get(PADDING_MASK) if field == TOKENS else None, value[field]
+            column = choose_field(list(value), column, where)  # once and for all: the next document may lack it
+            mask, value = value.get(PADDING_MASK) if column == TOKENS else None, value[column]
+            if isinstance(value, (int, list)):
+                check_field(column, isinstance(value, list), where)
         if isinstance(value, bool) or not isinstance(value, (int, list, str)):
             raise TypeError(f"{where}: want a length, a list of token ids or text, got {type(value).__name__}")
         if isinstance(value, int):
