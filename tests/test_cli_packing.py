@@ -263,6 +263,24 @@ def test_pack_says_what_it_wrote(tmp_path, capsys):
     assert np.load(plan)["lengths"].tolist() == [4, 3]
 
 
+@pytest.mark.parametrize(
+    ("words", "names"),
+    [
+        ("pack l.txt --json ./l.txt", "lengths and json"),
+        ("pack l.txt --strategy bfd --plan r --json r", "json and plan"),
+        ("verify m --documents l.txt --json l.txt", "documents and json"),
+    ],
+)
+def test_no_file_is_written_over_another_of_the_call(tmp_path, monkeypatch, capsys, words, names):
+    monkeypatch.chdir(tmp_path)
+    Path("l.txt").write_text("3\n")
+    with pytest.raises(SystemExit, match="2"):
+        command(*words.split())
+    assert f"{names} are one file" in capsys.readouterr().err
+    assert Path("l.txt").read_text() == "3\n"
+    assert command("pack", "l.txt", "--strategy", "bfd", "--json", "/dev/null", "--plan", "/dev/null") == 0
+
+
 @pytest.mark.parametrize("option", ["pack --json", "pack --picture", "pack --plan", "verify --json"])
 def test_a_file_that_cannot_be_written_is_named_first(tmp_path, monkeypatch, capsys, option):
     for module in (cli_pack, cli_verify):

@@ -95,9 +95,23 @@ def read(argv: Sequence[str]) -> argparse.Namespace | None:
     if arguments.command is None:
         parser.print_help()
         return None
+    if clash := named_twice(arguments):
+        commands[arguments.command].error(clash)
     if arguments.command == "bench" and asks_for_list(arguments) and bench.print_list():
         return None
     return arguments
+
+
+def named_twice(arguments: argparse.Namespace) -> str | None:
+    """A complaint about a file that two arguments name: the one that is written last would replace what was read or written."""
+    names: dict[Path, str] = {}
+    for name, path in vars(arguments).items():
+        if not isinstance(path, Path) or str(path) == "-" or (path.exists() and not path.is_file()):  # not of a device
+            continue
+        if (place := path.resolve()) in names:
+            return f"{names[place]} and {name} are one file, {path}, which would be written over"
+        names[place] = name
+    return None
 
 
 def asks_for_list(arguments: argparse.Namespace) -> bool:
