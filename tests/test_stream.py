@@ -105,6 +105,23 @@ def test_a_limit_of_no_document_is_refused(most):
         StreamPacker(8, max_docs_per_pack=most)
 
 
+@pytest.mark.parametrize(
+    ("document", "got"),
+    [
+        ("some text", "text"),
+        ({"input_ids": "some text"}, "text"),
+        (np.zeros((1, 5), int), "one of 2 dimensions"),
+        ({"input_ids": [[1, 2, 3], [4]]}, "one of 2 dimensions"),
+    ],
+)
+def test_only_tokens_are_counted(document, got):
+    """Not characters, and not the documents of a batch."""
+    with pytest.raises(TypeError, match=f"a document must be a sequence of token ids, got {got}"):
+        StreamPacker(8).add(document)
+    packer = StreamPacker(8, length=lambda document: 5)
+    assert [len(pack) for pack in packer.pack([document])] == [1]
+
+
 def test_lengths_that_are_none_are_refused():
     packer = StreamPacker(8, length=lambda document: document)
     packer.add(6)

@@ -53,8 +53,17 @@ def without_padding(document: Any, name: str = "a document") -> Any:
 
 
 def length_of(document: Any, name: str = "a document") -> int:
-    """Tokens in the document."""
-    return len(tokens_of(without_padding(document, name)))
+    """Tokens in the document.
+
+    Raises:
+        TypeError: text, or more dimensions than one. Their ``len`` is a number of something else.
+    """
+    tokens = tokens_of(without_padding(document, name))
+    count = len(tokens)
+    if np.ndim(tokens[:1]) != 1:
+        what = "text" if isinstance(tokens, (str, bytes)) else f"one of {np.ndim(tokens[:1])} dimensions"
+        raise TypeError(f"{name} must be a sequence of token ids, got {what}")
+    return count
 
 
 def slice_document(document: Any, start: int, length: int) -> Any:
