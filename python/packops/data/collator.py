@@ -62,10 +62,10 @@ class PackingCollator(Generic[Batch]):
     A document is a sequence of token ids, or a mapping with ``input_ids`` and, optionally, ``labels`` (its ids, ``ignore_index``
     where not scored), ``completion_mask`` or ``assistant_masks`` (true where scored), ``attention_mask`` (0 for padding before or
     after the document, which is cut off, 1 elsewhere), and the columns asked for. Without labels
-    and masks every token is scored but a document's first. Text only: a document that holds images or sound is refused. No
-    document at all is legal and gives a row of nothing but padding, which costs a rank that has run out of documents a step
-    without a gradient. A document without tokens is left out of a :class:`packops.PackedBatch`, also of its ``lengths`` and
-    of what it unpacks to.
+    and masks every token is scored but a document's first. Positions begin at 0, whatever ``position_ids`` it has. Text only: a
+    document that holds images or sound is refused. No document at all is legal and gives a row of nothing but padding, which
+    costs a rank that has run out of documents a step without a gradient. A document without tokens is left out of a
+    :class:`packops.PackedBatch`, also of its ``lengths`` and of what it unpacks to.
 
     Args:
         pad_token_id: fills the padding.
