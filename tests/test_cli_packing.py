@@ -239,6 +239,12 @@ def test_pack_reads_the_standard_input(tmp_path, monkeypatch, capsys, text, opti
     assert "3 documents, 12 tokens" in capsys.readouterr().out
 
 
+def test_pack_says_that_its_input_is_closed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stdin", None)  # as Python has it after <&-
+    assert command("pack", "-") == 2
+    assert "packops pack: the standard input is closed" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("form", ["npy", "parquet"])
 def test_pack_reads_files_that_are_piped(monkeypatch, form):
     file = io.BytesIO()

@@ -81,6 +81,8 @@ def read_lengths(path: Path, column: str | None = None, tokenizer: str | None = 
     """Tokens of every document that the file ``path``, or the standard input (``-``), tells of."""
     if str(path) != "-" and not path.exists():
         raise FileNotFoundError(f"{path}: there is no such file")
+    if str(path) == "-" and sys.stdin is None:
+        raise ValueError("the standard input is closed")
     form = form or format_of(path)
     readers: dict[str, Callable[[TextIO, Path], Iterator[tuple[Any, str]]]] = {
         "txt": text_rows,
